@@ -1,0 +1,202 @@
+"""The commands: parse, print, exit codes. Everything else is imported when it is needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2m_hpc.errors import D2MError, SlurmError, WeightsError
+
+if TYPE_CHECKING:
+    from d2m_hpc.config import Config
+    from d2m_hpc.launch.submit import Decision
+
+app = typer.Typer(
+    name="d2m",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Metadata for folders of webdataset tars: every shard exactly once.",
+)
+weights_app = typer.Typer(no_args_is_help=True, help="The published checkpoints of the models.")
+app.add_typer(weights_app, name="weights")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the YAML config")]
+Target = Annotated[Path, typer.Argument(metavar="CONFIG|RUN_DIR")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a config key")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def _slurm(help_text: str) -> Any:
+    return typer.Option(help=help_text, rich_help_panel="Slurm (the config's slurm: keys)")
+
+
+@app.command("submit", help="Run what is left of a config's shards; again is resume.")
+def submit(
+    config: ConfigFile,
+    set_: Overrides = None,
+    local: Annotated[bool, typer.Option("--local", help="run in this process, no Slurm")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
+    partition: Annotated[str | None, _slurm("partition")] = None,
+    account: Annotated[str | None, _slurm("account to charge")] = None,
+    qos: Annotated[str | None, _slurm("quality of service")] = None,
+    time: Annotated[str | None, _slurm("walltime of a task")] = None,
+    cpus_per_task: Annotated[int | None, _slurm("cores of a task")] = None,
+    mem: Annotated[str | None, _slurm("memory of a task")] = None,
+    gres: Annotated[str | None, _slurm("such as gpu:1")] = None,
+    constraint: Annotated[str | None, _slurm("node features")] = None,
+    exclude: Annotated[str | None, _slurm("nodes to leave out")] = None,
+    max_parallel: Annotated[int | None, _slurm("tasks at once")] = None,
+    tasks_per_node: Annotated[int | None, _slurm("tasks in one array element")] = None,
+) -> None:
+    from d2m_hpc.launch.submit import decide
+
+    options = {
+        "partition": partition,
+        "account": account,
+        "qos": qos,
+        "time": time,
+        "cpus_per_task": cpus_per_task,
+        "mem": mem,
+        "gres": gres,
+        "constraint": constraint,
+        "exclude": exclude,
+        "max_parallel": max_parallel,
+        "tasks_per_node": tasks_per_node,
+    }
+    loaded = _load(config, set_, options)
+    decision = decide(loaded, str(config))
+    _print_decision(decision)
+    if dry_run:
+        return
+    if not local:
+        raise SlurmError("this version runs with --local; Slurm arrays are the next one's")
+    raise typer.Exit(_run_local(decision))
+
+
+@app.command(help="Show what a submit would do; the same as submit --dry-run.")
+def plan(config: ConfigFile, set_: Overrides = None) -> None:
+    from d2m_hpc.launch.submit import decide
+
+    _print_decision(decide(_load(config, set_), str(config)))
+
+
+@app.command(help="How far a run is.")
+def status(target: Target, as_json: AsJson = False) -> None:
+    from d2m_hpc.launch import show
+    from d2m_hpc.launch.status import find_run, summarise
+
+    summary = summarise(*find_run(target))
+    if as_json:
+        print(json.dumps(summary.to_dict(), indent=1))
+    else:
+        show.summary(summary)
+
+
+@app.command(help="Check every output against its record; exit 1 when one is wrong.")
+def verify(target: Target, as_json: AsJson = False) -> None:
+    from d2m_hpc.launch import show
+    from d2m_hpc.launch.status import find_run
+    from d2m_hpc.launch.verify import verify as check
+
+    report = check(*find_run(target))
+    if as_json:
+        faults = [vars(f) for f in report.faults]
+        print(json.dumps({"checked": report.checked, "faults": faults}, indent=1))
+    else:
+        show.report(report)
+    raise typer.Exit(1 if report.faults else 0)
+
+
+@weights_app.command("list", help="All published checkpoints, or those that a config needs.")
+def weights_list(config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]")] = None) -> None:
+    from d2m_hpc.launch import show
+    from d2m_hpc.models import registry, weights
+
+    models = list(registry.MODELS) if config is None else _load(config).models
+    show.checkpoints(weights.needed(models))
+
+
+@weights_app.command("check", help="Whether a config's checkpoints are there and right.")
+def weights_check(config: ConfigFile) -> None:
+    from d2m_hpc.launch import show
+    from d2m_hpc.models import weights
+
+    loaded = _load(config)
+    checked = weights.check(loaded.models, weights.weights_dir(loaded.weights_dir))
+    show.checked(checked)
+    weights.require(checked, loaded.allow_unpublished_weights, str(config))
+
+
+@weights_app.command("fetch", help="Download a config's checkpoints.")
+def weights_fetch(config: ConfigFile) -> None:
+    from d2m_hpc.launch import show
+    from d2m_hpc.models import weights
+
+    loaded = _load(config)
+    folder = weights.weights_dir(loaded.weights_dir)
+    failed = []
+    for checkpoint in weights.needed(loaded.models):
+        try:
+            with show.download(checkpoint.name) as on_bytes:
+                weights.fetch(checkpoint, folder, on_bytes)
+        except WeightsError as error:
+            failed.append(str(error))
+    if failed:
+        raise WeightsError("\n".join(failed))
+
+
+def _load(path: Path, overrides: list[str] | None = None, options: Any = None) -> Config:
+    from d2m_hpc.config import load
+
+    return load(path, overrides or (), options or {})
+
+
+def _print_decision(decision: Decision) -> None:
+    from d2m_hpc.launch import show
+
+    show.decision(decision)
+
+
+def _run_local(decision: Decision) -> int:
+    """Run, show how it ended; 1 when a shard failed, now or before."""
+    from d2m_hpc.launch import show
+    from d2m_hpc.launch.status import summarise
+    from d2m_hpc.launch.submit import run_local
+
+    with show.progress(len(decision.pending)) as listener:
+        run_local(decision, listener)
+    summary = summarise(decision.run, decision.config)
+    show.summary(summary)
+    return 0 if summary.complete else 1
+
+
+def _run(command: typer.Typer) -> None:
+    """Print our errors without a traceback, and end with their exit codes."""
+    try:
+        command()
+    except D2MError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+submit_app = typer.Typer(pretty_exceptions_enable=False)
+submit_app.command("d2m-submit", help=submit.__doc__)(submit)
+
+
+def main() -> None:
+    """`d2m`."""
+    _run(app)
+
+
+def main_submit() -> None:
+    """`d2m-submit`, the same as `d2m submit`."""
+    _run(submit_app)

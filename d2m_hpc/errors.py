@@ -1,0 +1,55 @@
+"""Every error that d2m_hpc raises on purpose, named by what the caller does next.
+
+D2MError                 exit 1: the command could not do all that was asked
+├── ConfigError          exit 2: mend the config or the command line
+├── WeightsError         exit 2: fetch or replace a checkpoint
+├── SlurmError           exit 3: Slurm refused
+├── NodeError            exit 4: this node cannot work; leave its shards to another
+└── ShardError           record it and go on with the next shard
+    └── TruncatedShard   likewise; the archive ends too early
+
+Their messages say what is wrong, where, and what to do next; they are printed without a traceback.
+"""
+
+
+class D2MError(Exception):
+    """Base of all errors below; `exit_code` is what a command ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(D2MError):
+    """One or more mistakes in the config or on the command line."""
+
+    exit_code = 2
+
+    def __init__(self, where: str, mistakes: list[str]) -> None:
+        self.mistakes = mistakes
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        super().__init__("\n".join([f"{where}: {count}", *(f"  {m}" for m in mistakes)]))
+
+
+class WeightsError(D2MError):
+    """A checkpoint is missing or is not the published file."""
+
+    exit_code = 2
+
+
+class SlurmError(D2MError):
+    """Slurm refused or cannot be reached."""
+
+    exit_code = 3
+
+
+class NodeError(D2MError):
+    """This machine has no usable device."""
+
+    exit_code = 4
+
+
+class ShardError(D2MError):
+    """A shard cannot be finished."""
+
+
+class TruncatedShard(ShardError):
+    """An archive ends before its end-of-archive mark."""

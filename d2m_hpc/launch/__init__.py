@@ -1,0 +1,1 @@
+"""On the login node: plan, submit, watch, check. Imports no torch."""

@@ -1,0 +1,225 @@
+"""Input patterns to shards, and pending shards to chunks."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import braceexpand
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.state.manifest import Shard
+from d2m_hpc.state.rundir import atomic_write
+
+PIPE = "pipe:"
+_ARCHIVE = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
+_GLOB = re.compile(r"[*?\[]")
+
+
+@dataclass
+class Expansion:
+    """What the patterns name.
+
+    Attributes:
+        sizes: url to size in bytes, or None where it is not known, in the order of the patterns.
+        duplicates: how many times a url was named again.
+        missing: local files that a pattern names and that are not there.
+        mistakes: patterns that name nothing.
+    """
+
+    sizes: dict[str, int | None] = field(default_factory=dict)
+    duplicates: int = 0
+    missing: list[str] = field(default_factory=list)
+    mistakes: list[str] = field(default_factory=list)
+
+
+def is_remote(url: str) -> bool:
+    return "://" in url and not url.startswith(PIPE)
+
+
+def expand(patterns: Iterable[str]) -> Expansion:
+    """List the tars that patterns name.
+
+    Args:
+        patterns: local paths, fsspec URLs or `pipe:` commands, each with braces (nested,
+            zero-padded ranges) and, but for commands, globs.
+    """
+    found = Expansion()
+    sizes = _LocalSizes()
+    for pattern in patterns:
+        matched = 0
+        for url, size in _expand_one(pattern, sizes):
+            matched += 1
+            if url in found.sizes:
+                found.duplicates += 1
+            elif size == _MISSING:
+                found.missing.append(url)
+                found.sizes[url] = None
+                matched -= 1
+            else:
+                found.sizes[url] = size
+        if not matched:
+            found.mistakes.append(f"input_tars: found no tar for {pattern!r}; check the path")
+    return found
+
+
+_MISSING = -1
+
+
+class _LocalSizes:
+    """Sizes of local files, by one listing of each folder: a stat each is slow on Lustre."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, dict[str, int]] = {}
+
+    def __getitem__(self, path: str) -> int:
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            self._folders[folder] = self._list(folder)
+        return self._folders[folder].get(name, _MISSING)
+
+    @staticmethod
+    def _list(folder: str) -> dict[str, int]:
+        try:
+            with os.scandir(folder) as entries:
+                return {e.name: e.stat().st_size for e in entries if e.is_file()}
+        except OSError:
+            return {}
+
+
+def _expand_one(pattern: str, sizes: _LocalSizes) -> Iterator[tuple[str, int | None]]:
+    local = not is_remote(pattern) and not pattern.startswith(PIPE)
+    if local and os.path.isfile(path := _absolute(pattern)):
+        yield path, sizes[path]  # a file's own name may hold braces and brackets
+        return
+    for name in _braces(pattern):
+        if name.startswith(PIPE):
+            yield name, None
+        elif is_remote(name):
+            yield from _expand_remote(name)
+        else:
+            path = _absolute(name)
+            wild = _GLOB.search(path) and not os.path.isfile(path)
+            for match in sorted(glob.glob(path, recursive=True)) if wild else [path]:
+                yield match, sizes[match]
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    try:
+        yield from braceexpand.braceexpand(pattern, escape=False)
+    except ValueError:
+        yield pattern
+
+
+def _expand_remote(url: str) -> Iterator[tuple[str, int | None]]:
+    if not _GLOB.search(urlsplit(url).path):
+        yield url, None
+        return
+    fs, path = fsspec.core.url_to_fs(url)
+    for match, info in sorted(fs.glob(path, detail=True).items()):
+        yield fs.unstrip_protocol(match), info.get("size")
+
+
+def location(url: str) -> str:
+    """The path-like part of a url that names the tar: for a command, its word that ends in .tar."""
+    if not url.startswith(PIPE):
+        return urlsplit(url).path if is_remote(url) else url
+    command = url.removeprefix(PIPE)
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    tars = [w for w in words if _ARCHIVE.search(w)]
+    return tars[-1] if tars else hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+def name_shards(urls: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:
+    """Give every url a stem of its own: the tar's, with its folders in front if stems collide.
+
+    Args:
+        urls: distinct urls.
+        known: url to stem of shards that were named before; these never change.
+
+    Returns:
+        url to stem, for all urls.
+    """
+    new = [url for url in urls if url not in known]
+    parts = {url: _stem_parts(url) for url in new}
+    taken = set(known.values())
+    named: dict[str, str] = {url: known[url] for url in urls if url in known}
+    depth = 1
+    while parts:
+        candidates = {url: "_".join(p[-depth:]) for url, p in parts.items()}
+        count = Counter(candidates.values())
+        for url, stem in candidates.items():
+            exhausted = depth >= len(parts[url])
+            if (count[stem] > 1 or stem in taken) and exhausted:
+                stem = f"{stem}_{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+            elif count[stem] > 1 or stem in taken:
+                continue
+            named[url] = stem
+            del parts[url]
+        taken.update(named.values())
+        depth += 1
+    return named
+
+
+def _stem_parts(url: str) -> list[str]:
+    *folders, name = [p for p in location(url).split("/") if p] or ["shard"]
+    return [*folders, _ARCHIVE.sub("", name) or name]
+
+
+def plan_shards(sizes: Mapping[str, int | None], known: Sequence[Shard] = ()) -> list[Shard]:
+    """All shards of a run: those planned before, in their order, then the new ones."""
+    stems = name_shards(sizes, {s.url: s.stem for s in known})
+    old = {s.url for s in known}
+    kept = [s._replace(size=sizes.get(s.url, s.size)) for s in known]
+    return kept + [Shard(stems[u], u, size) for u, size in sizes.items() if u not in old]
+
+
+_SCHEMA = pa.schema([("stem", pa.string()), ("url", pa.string()), ("size", pa.int64())])
+
+
+def write_shards(path: Path, shards: Sequence[Shard]) -> None:
+    columns = [list(c) for c in zip(*shards, strict=True)] or [[], [], []]
+    table = pa.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    atomic_write(path, sink.getvalue().to_pybytes())
+
+
+def read_shards(path: Path) -> list[Shard]:
+    if not path.exists():
+        return []
+    columns = pq.read_table(path, schema=_SCHEMA).to_pydict()
+    return [Shard(*row) for row in zip(*columns.values(), strict=True)]
+
+
+def check(expansion: Expansion, where: str) -> None:
+    """Refuse patterns that name nothing.
+
+    Raises:
+        ConfigError: with every such pattern.
+    """
+    if expansion.mistakes:
+        raise ConfigError(where, expansion.mistakes)
+
+
+def chunk(shards: Sequence[Shard], per_task: int) -> list[list[Shard]]:
+    """Consecutive chunks of at most `per_task` shards."""
+    return [list(shards[i : i + per_task]) for i in range(0, len(shards), per_task)]

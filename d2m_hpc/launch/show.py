@@ -1,0 +1,172 @@
+"""What people see in the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from d2m_hpc.launch.status import Summary
+    from d2m_hpc.launch.submit import Decision
+    from d2m_hpc.launch.verify import Report
+    from d2m_hpc.models.weights import Checked, Checkpoint
+    from d2m_hpc.worker.task import Listener
+    from d2m_hpc.worker.task import Progress as TaskProgress
+
+PLAIN_SECONDS = 10.0
+"""How often a run that is not watched at a terminal says a line."""
+
+console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _pairs(rows: dict[str, Any], title: str | None = None) -> None:
+    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    console.print(table)
+
+
+def duration(seconds: float | None) -> str:
+    """Such as `2 h 05 min`, or `unknown`."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def decision(decided: Decision) -> None:
+    done, given_up = len(decided.done), len(decided.exhausted)
+    line = f"{len(decided.shards)} shards: {done} done, {len(decided.pending)} to do"
+    if given_up:
+        attempts = decided.config.max_attempts
+        line += (
+            f", {given_up} given up after {attempts} attempts (--set max_attempts={attempts + 1})"
+        )
+    console.print(line)
+    for notice in decided.notices:
+        console.print(f"note: {notice}", style="yellow", markup=False)
+
+
+def summary(found: Summary) -> None:
+    rows = {
+        "shards": f"{found.shards}",
+        "done": f"{found.done}",
+        "failed": f"{found.failed}",
+        "pending": f"{found.pending}",
+        "running": f"{found.running}",
+        "rows": f"{found.rows:,}",
+        "rejected": f"{found.rejected:,}",
+        "samples a second": f"{found.samples_per_second:,.1f}",
+        "time left": "none" if found.complete else duration(found.eta_seconds),
+        "outputs": found.output,
+        "run folder": found.run_dir,
+    }
+    if found.recomputed:
+        rows["run again in float32"] = f"{found.recomputed:,}"
+    _pairs(rows, "complete" if found.complete else "not complete")
+    for reason, number in found.rejections.items():
+        console.print(f"rejected {number:,}: {reason}", markup=False)
+    for group in found.failures:
+        names = ", ".join(group.shards[:5]) + (", ..." if len(group.shards) > 5 else "")
+        head = f"failed {len(group.shards)} ({names}): {group.kind}: {group.error}"
+        console.print(head, style="red", markup=False)
+
+
+def report(found: Report) -> None:
+    for fault in found.faults:
+        console.print(f"{fault.file} {fault.what}", style="red", markup=False)
+    wrong = len({f.file for f in found.faults})
+    console.print(f"{found.checked} shards checked, {wrong} files wrong")
+
+
+def checkpoints(known: Sequence[Checkpoint]) -> None:
+    table = Table("file", "published at", "sha256", show_edge=False)
+    for item in known:
+        table.add_row(item.name, item.url, item.sha256[:12] or "not published")
+    console.print(table)
+
+
+def checked(found: Sequence[Checked]) -> None:
+    for item in found:
+        style = "green" if item.state == "ok" else "red"
+        console.print(f"{item.state:8} {item.path}", style=style, markup=False)
+    if not found:
+        console.print("no checkpoint is needed")
+
+
+@contextmanager
+def download(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar for one file."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console) as bar:
+        row = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)
+
+
+@contextmanager
+def progress(shards: int) -> Iterator[Listener]:
+    """Shards, samples a second and time left; plain lines where nobody sits at a terminal."""
+    if not console.is_terminal:
+        yield _PlainLines()
+        return
+    columns = (
+        TextColumn("shards"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:,.0f} samples/s"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failed]}", style="red"),
+    )
+    with Progress(*columns, console=console) as bar:
+        row = bar.add_task("", total=shards, speed=0.0, failed="")
+
+        def show(task: TaskProgress) -> None:
+            failed = f"{task.failed} failed" if task.failed else ""
+            finished = task.done + task.failed
+            bar.update(row, completed=finished, speed=_speed(task), failed=failed)
+
+        yield show
+
+
+def _speed(task: TaskProgress) -> float:
+    seconds = task.updated - task.started
+    return task.rows / seconds if seconds > 0 else 0.0
+
+
+class _PlainLines:
+    """A line now and then, and the last one."""
+
+    def __init__(self) -> None:
+        self.said = time.monotonic()
+
+    def __call__(self, task: TaskProgress) -> None:
+        now = time.monotonic()
+        if now - self.said < PLAIN_SECONDS and task.state == "running":
+            return
+        self.said = now
+        print(
+            f"{task.done + task.failed}/{task.shards} shards, {task.rows} rows, "
+            f"{_speed(task):.1f} samples/s, {task.failed} failed",
+            flush=True,
+        )

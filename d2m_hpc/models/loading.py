@@ -1,0 +1,38 @@
+"""Read checkpoint files without running what is in them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2m_hpc.errors import WeightsError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights folder of a task; its files were checked against their hashes at submit."""
+
+    folder: Path
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def load(self, name: str) -> Any:
+        """A checkpoint's content on the CPU, by the restricted unpickler.
+
+        Raises:
+            WeightsError: it is not readable so.
+        """
+        path = self.path(name)
+        try:
+            # isc_ft_v107 stores its training arguments as a Namespace, which holds plain values.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise WeightsError(f"{path} is missing; run `d2m weights check`") from None
+        except Exception as error:
+            raise WeightsError(f"{path} cannot be read as a checkpoint: {error}") from error

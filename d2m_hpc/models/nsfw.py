@@ -1,0 +1,43 @@
+"""NSFW score of images: DataComp's classifier on CLIP ViT-L/14 features (arXiv:2304.14108)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from d2m_hpc.models.loading import Weights
+
+CHECKPOINT = "nsfw_torch.pt"
+
+
+class NsfwImage(nn.Module):
+    def __init__(self, device: torch.device, weights: Weights) -> None:
+        super().__init__()
+        self.head = nn.Sequential(
+            OrderedDict(
+                norm=nn.BatchNorm1d(768, eps=0.0),
+                dense=nn.Linear(768, 64),
+                relu=nn.ReLU(),
+                dense1=nn.Linear(64, 512),
+                relu1=nn.ReLU(),
+                dense2=nn.Linear(512, 256),
+                relu2=nn.ReLU(),
+                dense3=nn.Linear(256, 1),
+                sigmoid=nn.Sigmoid(),
+            )
+        )
+        self.head.load_state_dict(weights.load(CHECKPOINT))
+        self.head.to(device).eval()
+
+    def forward(self, clip_l14: tuple[Tensor, Tensor]) -> Tensor:
+        """
+        Args:
+            clip_l14: CLIP ViT-L/14's features, the images' ([B, 768]) first.
+
+        Returns:
+            float32 [B], in [0, 1].
+        """
+        scores: Tensor = self.head(clip_l14[0].float()).squeeze(1)
+        return scores.float()

@@ -1,0 +1,65 @@
+"""Toxicity of captions: Detoxify's multilingual model (Hanu and Unitary, 2020)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2m_hpc.models.buckets import run_by_length
+from d2m_hpc.models.loading import Weights
+
+CHECKPOINT = "multilingual_debiased-0b549669.ckpt"
+HUB_FILES = "xlm-roberta-base"
+MAX_TOKENS = 512
+
+
+class Detoxify(nn.Module):
+    """The largest of all class probabilities of each text."""
+
+    def __init__(self, device: torch.device, weights: Weights) -> None:
+        super().__init__()
+        net, self.tokenizer = load(weights)
+        self.net = net.to(device).eval()
+        self.device = device
+
+    def forward(self, texts: list[str]) -> Tensor:
+        """
+        Args:
+            texts: B captions.
+
+        Returns:
+            float32 [B], in [0, 1].
+        """
+        encoded = self.tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+
+        def run(rows: Tensor, length: int) -> Tensor:
+            padded = self.tokenizer.pad(
+                {"input_ids": [encoded[i] for i in rows.tolist()]}, return_tensors="pt"
+            )
+            logits: Tensor = self.net(**padded.to(self.device)).logits
+            return logits.float().sigmoid().amax(dim=1)
+
+        return run_by_length(torch.tensor([len(ids) for ids in encoded]), run)
+
+
+def load(weights: Weights) -> tuple[nn.Module, Any]:
+    """Detoxify's net and tokenizer, without asking the hub.
+
+    detoxify asks the hub for the model named in the checkpoint, even when it is given local files;
+    naming the local folder as the model makes it read that.
+    """
+    from detoxify.detoxify import get_model_and_tokenizer
+
+    content = weights.load(CHECKPOINT)
+    args = {**content["config"]["arch"]["args"], "model_type": str(weights.path(HUB_FILES))}
+    noisy = logging.getLogger("transformers")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        net, tokenizer = get_model_and_tokenizer(**args, state_dict=content["state_dict"])
+    finally:
+        noisy.setLevel(level)
+    return net, tokenizer

@@ -1,0 +1,223 @@
+"""Where checkpoints lie, what they must be, and how they are fetched. No torch.
+
+A weights folder holds the files under their published names (`xlm-roberta-base` is a folder), so it
+can be copied by hand to a machine without internet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from d2m_hpc.errors import WeightsError
+from d2m_hpc.models.registry import MODELS, ModelSpec
+from d2m_hpc.state.rundir import atomic_write, fsync_dir
+
+_D2M = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
+_CLIP = "https://openaipublic.azureedge.net/clip/models"
+_XLMR = "https://huggingface.co/FacebookAI/xlm-roberta-base/resolve/main"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published file.
+
+    Attributes:
+        name: path below the weights folder.
+        sha256: published hash in hex, or the prefix of it that was published, or empty.
+    """
+
+    name: str
+    url: str
+    sha256: str = ""
+
+    def is_published(self, sha256: str) -> bool:
+        """Whether a file with this hash is the published one; True where no hash was published."""
+        return sha256.startswith(self.sha256)
+
+
+def _clip(name: str, sha256: str) -> Checkpoint:
+    return Checkpoint(name, f"{_CLIP}/{sha256}/{name}", sha256)
+
+
+CHECKPOINTS = {
+    c.name: c
+    for c in (
+        _clip("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+        _clip("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+        Checkpoint(
+            "multilingual_debiased-0b549669.ckpt",
+            "https://github.com/unitaryai/detoxify/releases/download/v0.4-alpha/"
+            "multilingual_debiased-0b549669.ckpt",
+            "0b549669",
+        ),
+        Checkpoint("xlm-roberta-base/config.json", f"{_XLMR}/config.json"),
+        Checkpoint("xlm-roberta-base/tokenizer.json", f"{_XLMR}/tokenizer.json"),
+        Checkpoint("xlm-roberta-base/tokenizer_config.json", f"{_XLMR}/tokenizer_config.json"),
+        Checkpoint(
+            "nsfw_torch.pt",
+            f"{_D2M}/nsfw_torch.pt",
+            "3c97d5478477c181bfa29a33e6933f710c8ec587e3c3551ff855e293acdaf390",
+        ),
+        Checkpoint(
+            "scrfd_10g.pt",
+            f"{_D2M}/scrfd_10g.pt",
+            "963570df5e0ebf6bb313239d0f9f3f0c096c1ff6937e8e28e45abad4d8b1d5c7",
+        ),
+        Checkpoint(
+            "isc_ft_v107.pth.tar",
+            "https://github.com/lyakaap/ISC21-Descriptor-Track-1st/releases/download/v1.0.1/"
+            "isc_ft_v107.pth.tar",
+        ),
+        Checkpoint(
+            "eval_dedup_embeddings.pt",
+            f"{_D2M}/eval_dedup_embeddings.pt",
+            "18aeb08e1d53638761e05ac95254a2ef49653bfdb59a631c9304117ceef23d14",
+        ),
+    )
+}
+
+
+def default_dir() -> Path:
+    """`$D2M_WEIGHTS`, or a folder in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("D2M_WEIGHTS") or f"{cache}/d2m_hpc").expanduser()
+
+
+def weights_dir(configured: str | None) -> Path:
+    return Path(configured).expanduser() if configured else default_dir()
+
+
+def needed(models: Iterable[str]) -> list[Checkpoint]:
+    """The checkpoints of these models, each once; custom models bring their own."""
+    specs = [MODELS.get(name, ModelSpec(name)) for name in models]
+    return [CHECKPOINTS[n] for n in dict.fromkeys(n for s in specs for n in s.checkpoints)]
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class HashCache:
+    """sha256 of files by path, size and mtime: gigabytes are read once, not at each submit."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._known: dict[str, list[object]] = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def __call__(self, file: Path) -> str:
+        stat = file.stat()
+        entry = self._known.get(str(file))
+        if entry and entry[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return str(entry[2])
+        digest = sha256_of(file)
+        self._known[str(file)] = [stat.st_size, stat.st_mtime_ns, digest]
+        if self.path.parent.is_dir():
+            atomic_write(self.path, json.dumps(self._known).encode(), durable=False)
+        return digest
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One checkpoint as it was found: `sha256` is empty when the file is missing."""
+
+    checkpoint: Checkpoint
+    path: Path
+    sha256: str
+
+    @property
+    def state(self) -> str:
+        if not self.sha256:
+            return "missing"
+        return "ok" if self.checkpoint.is_published(self.sha256) else "not the published file"
+
+
+def check(
+    models: Iterable[str], folder: Path, digest: Callable[[Path], str] = sha256_of
+) -> list[Checked]:
+    """Look at every checkpoint that these models need."""
+    paths = [(c, folder / c.name) for c in needed(models)]
+    return [Checked(c, p, digest(p) if p.is_file() else "") for c, p in paths]
+
+
+def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) -> dict[str, str]:
+    """The sha256 of each checkpoint by name.
+
+    Raises:
+        WeightsError: naming every file that is missing or wrong, its URL and the command to run.
+    """
+    problems = []
+    for item in checked:
+        if item.state == "missing":
+            problems.append(f"{item.path} is missing; it is published at {item.checkpoint.url}")
+        elif item.state != "ok" and not allow_unpublished:
+            problems.append(
+                f"{item.path} has sha256 {item.sha256}, published is {item.checkpoint.sha256} "
+                "(allow_unpublished_weights: true accepts your own)"
+            )
+    if problems:
+        fetch_hint = f"run `d2m weights fetch {config}` where there is internet"
+        raise WeightsError("\n  ".join(["checkpoints:", *problems, fetch_hint]))
+    return {item.checkpoint.name: item.sha256 for item in checked}
+
+
+def fetch(
+    checkpoint: Checkpoint,
+    folder: Path,
+    on_bytes: Callable[[int, int | None], None] = lambda done, total: None,
+) -> Path:
+    """Download one checkpoint; readers see the whole file or none, one process fetches at a time.
+
+    Args:
+        on_bytes: called with the bytes so far and in all.
+
+    Raises:
+        WeightsError: the server cannot be reached, breaks off, or sends another file.
+    """
+    path = folder / checkpoint.name
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.is_file() and checkpoint.is_published(sha256_of(path)):
+            return path
+        partial = path.with_name(path.name + ".part")
+        try:
+            digest = _download(checkpoint.url, partial, on_bytes)
+        except OSError as error:
+            raise WeightsError(f"{checkpoint.url}: {error}; try again, or copy to {path}") from None
+        if not checkpoint.is_published(digest):
+            partial.unlink()
+            raise WeightsError(
+                f"{checkpoint.url} sent a file of sha256 {digest}, published is "
+                f"{checkpoint.sha256}; nothing was kept"
+            )
+        os.replace(partial, path)
+        fsync_dir(path.parent)
+    return path
+
+
+def _download(url: str, path: Path, on_bytes: Callable[[int, int | None], None]) -> str:
+    digest = hashlib.sha256()
+    done = 0
+    with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
+        length = response.headers.get("Content-Length")
+        total = int(length) if length else None
+        while block := response.read(1 << 20):
+            file.write(block)
+            digest.update(block)
+            done += len(block)
+            on_bytes(done, total)
+        if total is not None and done != total:
+            raise OSError(f"the connection broke off after {done} of {total} bytes")
+        os.fsync(file.fileno())
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""Every path of a run, and how its files are written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make the renames in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path: Path, data: bytes, durable: bool = True) -> None:
+    """Replace a file so that readers see the old content or the new, never a part.
+
+    Args:
+        path: the file; its folder is made if it is missing.
+        data: the whole content.
+        durable: fsync before the rename; False for files that are rewritten every few seconds.
+    """
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        fsync_dir(path.parent)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The files of one submission: what was meant to run, and how it was configured."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yml"
+
+    @property
+    def intent(self) -> Path:
+        """JSON: when, by whom and for which fingerprint; written before anything is started."""
+        return self.folder / "intent.json"
+
+    @property
+    def chunks(self) -> Path:
+        """JSON lines; line i is the list of shards of array task i."""
+        return self.folder / "chunks.jsonl"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The run folder; the only place that knows the name of a file in it."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config of the newest submission."""
+        return self.root / "config.yml"
+
+    @property
+    def fingerprint(self) -> Path:
+        """JSON: the parts that decide what the output is."""
+        return self.root / "fingerprint.json"
+
+    @property
+    def shards(self) -> Path:
+        """Parquet: stem, url, size of every shard that was ever planned."""
+        return self.root / "shards.parquet"
+
+    @property
+    def records(self) -> Path:
+        return self.root / "records"
+
+    @property
+    def leases(self) -> Path:
+        return self.root / "leases"
+
+    @property
+    def progress(self) -> Path:
+        return self.root / "progress"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def hashes(self) -> Path:
+        """JSON: sha256 of checkpoints by path, size and mtime, so that each is read once."""
+        return self.root / "hashes.json"
+
+    def record(self, submission: str, index: int, attempt: int) -> Path:
+        return self.records / f"{submission}-{index}-{attempt}.jsonl"
+
+    def lease(self, stem: str) -> Path:
+        return self.leases / f"{stem}.lock"
+
+    def progress_of(self, submission: str, index: int) -> Path:
+        return self.progress / f"{submission}-{index}.json"
+
+    def log_of(self, submission: str, index: int) -> Path:
+        return self.logs / f"{submission}-{index}.log"
+
+    def submission(self, name: str) -> Submission:
+        return Submission(self.root / "submissions" / name)
+
+    def submissions(self) -> list[Submission]:
+        """All submissions, oldest first."""
+        folder = self.root / "submissions"
+        names = (p for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else ()
+        return [Submission(p) for p in sorted(names, key=lambda p: int(p.name))]
+
+    def new_submission(self) -> Submission:
+        """Make the next submission's folder; two callers at once get two folders."""
+        last = self.submissions()
+        number = int(last[-1].name) + 1 if last else 0
+        while True:
+            submission = self.submission(f"{number:03d}")
+            try:
+                submission.folder.mkdir(mode=0o755, parents=True)
+                return submission
+            except FileExistsError:
+                number += 1
+
+    def create(self) -> None:
+        """Make the folders that tasks write into; never world-writable, whatever the umask."""
+        for folder in (self.root, self.records, self.leases, self.progress, self.logs):
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)

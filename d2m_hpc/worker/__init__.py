@@ -1,0 +1,1 @@
+"""On the GPU node: one array task, from tar to committed files."""

@@ -1,0 +1,149 @@
+"""Batch and Outputs, the only things that cross the worker's rooms; how rows are handled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2m_hpc.state.manifest import Rejection
+
+Input = tuple[str, str]
+"""A raw input and its preprocessor."""
+
+
+@dataclass
+class Batch:
+    """Samples that were decoded and preprocessed.
+
+    Attributes:
+        keys: the samples' keys, B of them.
+        inputs: for each distinct (raw input, preprocessor), B rows of what the preprocessor made.
+        fields: for each additional field, B values from the samples' JSON.
+    """
+
+    keys: list[str]
+    inputs: dict[Input, Any]
+    fields: dict[str, list[Any]]
+
+
+@dataclass
+class Outputs:
+    """What is written for a batch.
+
+    Attributes:
+        columns: B values each, as arrays or lists.
+        features: [B, ...] each, float32.
+        rejections: samples of the batch that have no row here.
+        recomputed: rows that were run again in float32.
+    """
+
+    keys: list[str]
+    columns: dict[str, Any] = field(default_factory=dict)
+    features: dict[str, NDArray[Any]] = field(default_factory=dict)
+    fields: dict[str, list[Any]] = field(default_factory=dict)
+    rejections: list[Rejection] = field(default_factory=list)
+    recomputed: int = 0
+
+
+# A batch's values are tensors or arrays with B rows, lists of B items, or tuples of these.
+
+
+def collate(samples: Sequence[Any]) -> Any:
+    """Preprocessed samples to a batch: tensors are stacked, tuples transposed, the rest is a list.
+
+    Raises:
+        ValueError: tensors of different shapes.
+    """
+    first = samples[0]
+    if isinstance(first, Tensor):
+        shapes = {tuple(s.shape) for s in samples}
+        if len(shapes) > 1:
+            raise ValueError(f"a preprocessor made tensors of different shapes: {sorted(shapes)}")
+        return torch.stack(list(samples))
+    if isinstance(first, np.ndarray):
+        return collate([torch.from_numpy(s) for s in samples])
+    if isinstance(first, tuple):
+        return tuple(collate(parts) for parts in zip(*samples, strict=True))
+    if isinstance(first, bool | int | float):
+        return torch.tensor(samples)
+    return list(samples)
+
+
+def take(value: Any, rows: Sequence[int]) -> Any:
+    """Some rows of a batch's value."""
+    if isinstance(value, tuple):
+        return tuple(take(part, rows) for part in value)
+    if isinstance(value, Tensor):
+        return value[torch.as_tensor(rows, dtype=torch.long, device=value.device)]
+    if isinstance(value, np.ndarray):
+        return value[list(rows)]
+    return [value[i] for i in rows]
+
+
+def join(values: Sequence[Any]) -> Any:
+    """Values of consecutive parts as one."""
+    first = values[0]
+    if isinstance(first, tuple):
+        return tuple(join(parts) for parts in zip(*values, strict=True))
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    if isinstance(first, np.ndarray):
+        return np.concatenate(values)
+    return [item for value in values for item in value]
+
+
+def put(value: Any, rows: Sequence[int], replacement: Any) -> Any:
+    """A copy with some rows replaced."""
+    if isinstance(value, tuple):
+        pairs = zip(value, replacement, strict=True)
+        return tuple(put(part, rows, new) for part, new in pairs)
+    if isinstance(value, Tensor):
+        index = torch.as_tensor(rows, dtype=torch.long, device=value.device)
+        return value.index_copy(0, index, replacement.to(value))
+    copied = value.copy()
+    for row, new in zip(rows, replacement, strict=True):
+        copied[row] = new
+    return copied
+
+
+def count(value: Any) -> int:
+    """The number of rows."""
+    return count(value[0]) if isinstance(value, tuple) else len(value)
+
+
+def non_finite(value: Any) -> list[int]:
+    """The rows that hold NaN or infinity."""
+    bad = _bad_rows(value)
+    return [] if bad is None else torch.nonzero(bad).flatten().tolist()
+
+
+def _bad_rows(value: Any) -> Tensor | None:
+    """bool [B] on the CPU, or None where no number can be non-finite."""
+    if isinstance(value, tuple):
+        parts = [b for part in value if (b := _bad_rows(part)) is not None]
+        return torch.stack(parts).any(dim=0) if parts else None
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+        return (
+            ~torch.isfinite(value).flatten(1).all(dim=1).cpu()
+            if value.dim() > 1
+            else (~torch.isfinite(value).cpu())
+        )
+    if isinstance(value, list):
+        return torch.tensor([not _finite_item(item) for item in value], dtype=torch.bool)
+    return None
+
+
+def _finite_item(item: Any) -> bool:
+    if isinstance(item, float):
+        return item - item == 0
+    if isinstance(item, Tensor):
+        return bool(torch.isfinite(item).all()) if item.is_floating_point() else True
+    return all(map(_finite_item, item)) if isinstance(item, list) else True

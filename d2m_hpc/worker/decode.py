@@ -1,0 +1,88 @@
+"""A sample's members to its raw inputs: image, text and JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from typing import Any
+
+import simplejpeg
+from PIL import Image, ImageFile
+
+from d2m_hpc.models.preprocessors import Picture, Rejected
+
+EXTENSIONS = {
+    "image": ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm"),
+    "text": ("txt",),
+    "json": ("json",),
+}
+
+# The reference program decodes what is there of a truncated image, and so do we.
+ImageFile.LOAD_TRUNCATED_IMAGES = True
+# `max_image_pixels` is checked before decoding, in place of PIL's own limit.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def image(data: bytes, max_pixels: int) -> Picture:
+    """Decode to RGB, EXIF orientation ignored.
+
+    Raises:
+        Rejected: not an image, or one of more than `max_pixels` by its header.
+    """
+    if not data:
+        raise Rejected("the image file is empty")
+    if data[:2] == b"\xff\xd8" and (picture := _jpeg(data, max_pixels)) is not None:
+        return picture
+    return _by_pil(data, max_pixels)
+
+
+def _jpeg(data: bytes, max_pixels: int) -> Picture | None:
+    """None where PIL should try: CMYK, truncated, or not quite a JPEG."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        _limit(width, height, max_pixels)
+        if colours in ("CMYK", "YCCK"):
+            return None
+        return Picture(simplejpeg.decode_jpeg(data, "RGB"))
+    except ValueError:
+        return None
+
+
+def _by_pil(data: bytes, max_pixels: int) -> Picture:
+    try:
+        with warnings.catch_warnings():
+            # Odd metadata is no reason to reject pixels that can be read.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as opened:
+                _limit(*opened.size, max_pixels)
+                opened.load()
+                return Picture(opened.convert("RGB"))
+    except Rejected:
+        raise
+    except Exception as error:  # PIL's plugins raise whatever their formats trip over
+        raise Rejected(f"the image cannot be decoded: {error}") from None
+
+
+def _limit(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise Rejected(
+            f"the image has {width}x{height} pixels, over max_image_pixels ({max_pixels})"
+        )
+
+
+def text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Rejected(f"the text is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
+    except ValueError as error:
+        raise Rejected(f"the JSON cannot be parsed: {error}") from None
+    if not isinstance(values, dict):
+        raise Rejected(f"the JSON holds {type(values).__name__}, not an object")
+    return values

@@ -1,0 +1,238 @@
+"""Models in dependency order, on one device, under one autocast."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError, D2MError, ShardError
+from d2m_hpc.models import custom, postprocessors, weights
+from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.preprocessors import PREPROCESSORS, Preprocessor
+from d2m_hpc.models.preprocessors import custom as as_preprocessor
+from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, MODELS, ModelSpec, in_order
+from d2m_hpc.state.manifest import Rejection
+from d2m_hpc.worker.batch import Batch, Input, Outputs, count, join, non_finite, put, take
+
+log = logging.getLogger(__name__)
+
+Post = Callable[[Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Toolbox:
+    """The specs and functions that a config names, those of its custom file included."""
+
+    specs: dict[str, ModelSpec]
+    classes: dict[str, Any]
+    preprocessors: dict[str, Preprocessor]
+    columns: dict[str, Post]
+    features: dict[str, Post]
+
+    @classmethod
+    def of(cls, config: Config) -> Toolbox:
+        """
+        Raises:
+            ConfigError: the custom file cannot be imported, or lacks what the config names.
+        """
+        file = config.custom_file
+        tables = custom.lookups(custom.load(file)) if file else {key: {} for key in LOOKUPS}
+        classes = tables["model_lookup"]
+        own = {name: custom.spec_of(name, model) for name, model in classes.items()}
+        made = {k: as_preprocessor(v) for k, v in tables["preprocessor_lookup"].items()}
+        columns = tables["postprocess_parquet_lookup"]
+        features = tables["postprocess_feature_lookup"]
+        return cls(
+            specs=_pick({**MODELS, **own}, config.models, "models"),
+            classes=classes,
+            preprocessors={**PREPROCESSORS, **made},
+            columns=_posts({**COLUMNS, **columns}, config.postprocess_columns),
+            features=_posts({**FEATURES, **features}, config.postprocess_features),
+        )
+
+    @property
+    def inputs(self) -> dict[Input, Preprocessor]:
+        """Each distinct (raw input, preprocessor) of all models."""
+        wanted = dict.fromkeys(i for spec in self.specs.values() for i in spec.inputs)
+        names = [name for _, name in wanted]
+        found = _pick(self.preprocessors, names, "preprocessor_lookup")
+        return {i: found[i[1]] for i in wanted}
+
+
+def _pick(table: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
+    missing = [n for n in names if n not in table]
+    if missing:
+        valid = ", ".join(sorted(table))
+        raise ConfigError(where, [f"unknown name {n!r}; valid: {valid}" for n in missing])
+    return {n: table[n] for n in names}
+
+
+def _posts(table: Mapping[str, Any], names: Sequence[str]) -> dict[str, Post]:
+    picked = _pick(table, names, "postprocessors")
+    return {k: v if callable(v) else postprocessors.build(v) for k, v in picked.items()}
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype; None for none. `auto` is float16 on CUDA and off on the CPU."""
+    if amp == "auto":
+        return torch.float16 if device.type == "cuda" else None
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "off": None}[amp]
+
+
+class Graph:
+    """All models of a config.
+
+    Args:
+        device: where the built-in models run; a custom model is given `config.device`, as in the
+            seed program, or "cpu".
+    """
+
+    def __init__(self, config: Config, toolbox: Toolbox, device: torch.device) -> None:
+        self.toolbox = toolbox
+        self.device = device
+        self.dtype = amp_dtype(config.amp, device)
+        folder = Weights(weights.weights_dir(config.weights_dir))
+        as_given = config.device if device.type == "cuda" else "cpu"
+        self.models = {
+            name: self._build(toolbox.specs[name], folder, as_given)
+            for name in in_order(toolbox.specs)
+        }
+
+    def _build(self, spec: ModelSpec, folder: Path | Weights, as_given: int | str) -> Any:
+        try:
+            if not spec.target:
+                return self.toolbox.classes[spec.name](as_given)
+            return _import(spec.target)(self.device, folder)
+        except (D2MError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ConfigError("models", [f"{spec.name!r} cannot be built: {what}"]) from error
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> Outputs:
+        """
+        Raises:
+            ShardError: a model or postprocessor failed.
+        """
+        moved = self._to_device(batch)
+        cache: dict[str, Any] = {}
+        recomputed: set[int] = set()
+        rejected: dict[int, str] = {}
+        for name in self.models:
+            arguments = self._arguments(name, batch, moved, cache)
+            output = self._run(name, arguments, self.dtype)
+            if (bad := non_finite(output)) and self.dtype:
+                output = self._again_in_float32(name, arguments, output, bad)
+                recomputed.update(bad)
+                bad = non_finite(output)
+            rejected |= {i: f"{name} gives a value that is not finite" for i in bad}
+            cache[name] = output
+        outputs = self._collect(batch, cache, rejected)
+        outputs.recomputed = len(recomputed)
+        return outputs
+
+    def _to_device(self, batch: Batch) -> dict[Input, Any]:
+        """Every input that some model wants on the device, copied and finished once."""
+        wanted = {i for s in self.toolbox.specs.values() if s.to_device for i in s.inputs}
+        made = self.toolbox.preprocessors
+        return {i: made[i[1]].finish(_move(batch.inputs[i], self.device)) for i in wanted}
+
+    def _arguments(
+        self, name: str, batch: Batch, moved: dict[Input, Any], cache: dict[str, Any]
+    ) -> list[Any]:
+        spec = self.toolbox.specs[name]
+        source = moved if spec.to_device else batch.inputs
+        return [source[i] for i in spec.inputs] + [cache[d] for d in spec.dependencies]
+
+    def _run(self, name: str, arguments: list[Any], dtype: torch.dtype | None) -> Any:
+        """One model on some rows; out of memory, on halves of them."""
+        try:
+            with self._autocast(dtype):
+                return self.models[name](*arguments)
+        except torch.OutOfMemoryError:
+            rows = count(arguments[0])
+            if rows < 2:
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("%s: out of memory on %d rows; running halves", name, rows)
+        halves = (range(rows // 2), range(rows // 2, rows))
+        parts = [self._run(name, [take(a, half) for a in arguments], dtype) for half in halves]
+        return join(parts)
+
+    def _autocast(self, dtype: torch.dtype | None) -> Any:
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    def _again_in_float32(
+        self, name: str, arguments: list[Any], output: Any, rows: list[int]
+    ) -> Any:
+        log.warning("%s: %d rows are not finite; running them again in float32", name, len(rows))
+        again = self._run(name, [take(a, rows) for a in arguments], None)
+        return put(output, rows, again)
+
+    def _collect(self, batch: Batch, cache: dict[str, Any], rejected: dict[int, str]) -> Outputs:
+        keep = [i for i in range(len(batch.keys)) if i not in rejected]
+        columns = {k: self._post(k, p, cache, batch) for k, p in self.toolbox.columns.items()}
+        features = {k: self._post(k, p, cache, batch) for k, p in self.toolbox.features.items()}
+        outputs = Outputs(
+            batch.keys,
+            {k: _host(v) for k, v in columns.items()},
+            {k: np.asarray(_host(v)) for k, v in features.items()},
+            batch.fields,
+        )
+        if not rejected:
+            return outputs
+        return Outputs(
+            keys=take(batch.keys, keep),
+            columns={k: take(v, keep) for k, v in outputs.columns.items()},
+            features={k: take(v, keep) for k, v in outputs.features.items()},
+            fields={k: take(v, keep) for k, v in batch.fields.items()},
+            rejections=[Rejection(batch.keys[i], why) for i, why in rejected.items()],
+        )
+
+    def _post(self, name: str, post: Post, cache: dict[str, Any], batch: Batch) -> Any:
+        value = post(cache)
+        if not hasattr(value, "__len__") or len(value) != len(batch.keys):
+            raise ShardError(
+                f"{name!r} made {_shape(value)} for a batch of {len(batch.keys)} samples; "
+                "valid is one item a sample"
+            )
+        return value
+
+
+def _import(target: str) -> Any:
+    from importlib import import_module
+
+    module, name = target.split(":")
+    return getattr(import_module(f"d2m_hpc.models.{module}"), name)
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_move(part, device) for part in value)
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _host(value: Any) -> Any:
+    """A tensor as an array, half precision widened; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() else value).numpy()
+
+
+def _shape(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"a tensor of shape {list(shape)}"
+    return f"{len(value)} items" if hasattr(value, "__len__") else type(value).__name__

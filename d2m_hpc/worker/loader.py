@@ -1,0 +1,304 @@
+"""Shards to batches, in decode threads, ahead of the device.
+
+One reader thread walks the shards: it stages and indexes a tar and hands its samples to the pool.
+Whatever of the next shard is ready waits in a bounded queue while this one is computed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, Full, Queue
+from typing import Any
+
+import torch
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ShardError, TruncatedShard
+from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
+from d2m_hpc.state.lease import Lease
+from d2m_hpc.state.manifest import Rejection, Shard
+from d2m_hpc.worker import decode
+from d2m_hpc.worker.batch import Batch, Input, collate
+from d2m_hpc.worker.shard import Archive, Index, Sample, stage
+
+AHEAD = 4
+"""Batches that may wait for the device."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How samples are made ready.
+
+    Attributes:
+        inputs: each distinct (raw input, preprocessor) that a model asks for.
+        fields: keys of the samples' JSON that are carried over.
+        strict: fail at the first rejection (`warn_and_continue: false`).
+    """
+
+    inputs: Mapping[Input, Preprocessor]
+    fields: Sequence[str]
+    options: Options
+    batch_size: int
+    threads: int
+    allow_truncated: bool
+    strict: bool
+
+    @classmethod
+    def of(cls, config: Config, inputs: Mapping[Input, Preprocessor]) -> Recipe:
+        return cls(
+            inputs=inputs,
+            fields=config.additional_fields,
+            options=Options(config.resize == "exact", config.max_image_pixels),
+            batch_size=config.batch_size,
+            threads=config.nworkers,
+            allow_truncated=config.allow_truncated_shards,
+            strict=not config.warn_and_continue,
+        )
+
+    @property
+    def raw_inputs(self) -> list[str]:
+        """What a sample must have, and nothing more."""
+        wanted = dict.fromkeys(raw for raw, _ in self.inputs)
+        return list(wanted | dict.fromkeys(["json"] if self.fields else []))
+
+
+@dataclass
+class Ready:
+    """A preprocessed sample."""
+
+    key: str
+    inputs: dict[Input, Any]
+    fields: list[Any]
+
+
+def prepare(sample: Sample, archive: Archive, recipe: Recipe) -> Ready | Rejection:
+    """Decode one sample once and run every distinct preprocessor on it once."""
+    try:
+        raw = {name: _raw(name, sample, archive, recipe.options) for name in recipe.raw_inputs}
+        inputs = {
+            wanted: _preprocess(wanted, made, raw[wanted[0]], recipe.options)
+            for wanted, made in recipe.inputs.items()
+        }
+        return Ready(sample.key, inputs, [raw["json"].get(f) for f in recipe.fields])
+    except Rejected as reason:
+        return Rejection(sample.key, str(reason))
+
+
+def _preprocess(wanted: Input, made: Preprocessor, value: Any, options: Options) -> Any:
+    try:
+        return made.prepare(value, options)
+    except Rejected:
+        raise
+    except Exception as error:  # a custom file's own code: one odd sample must not cost the shard
+        name = type(error).__name__
+        raise Rejected(f"preprocessor {wanted[1]!r} raised {name}: {error}") from error
+
+
+def _raw(name: str, sample: Sample, archive: Archive, options: Options) -> Any:
+    extension = next((e for e in decode.EXTENSIONS[name] if e in sample.members), None)
+    if extension is None:
+        has = ", ".join(sample.members)
+        raise Rejected(f"no {name} ({' or '.join(decode.EXTENSIONS[name][:4])}); it has {has}")
+    data = archive.read(*sample.members[extension])
+    if name == "image":
+        return decode.image(data, options.max_pixels)
+    return decode.text(data) if name == "text" else decode.json_object(data)
+
+
+@dataclass
+class Work:
+    """One shard on its way through the task; iterate over its batches.
+
+    Attributes:
+        lease: released when the shard is done with.
+        rejections: complete once the iteration has ended.
+        total: samples in the tar, known from the first batch on.
+    """
+
+    shard: Shard
+    lease: Lease | None = None
+    rejections: list[Rejection] = field(default_factory=list)
+    total: int = 0
+    cancelled: bool = False
+    _queue: Queue[Any] = field(default_factory=lambda: Queue(AHEAD))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """
+        Raises:
+            ShardError, or whatever stopped the reader.
+        """
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def release(self) -> None:
+        """Leave the shard to others."""
+        if self.lease is not None:
+            self.lease.release()
+
+    def put(self, item: Batch | BaseException | None) -> None:
+        """Hand over a batch, an error or the end (None); gives up once nobody listens."""
+        while not self.cancelled:
+            try:
+                return self._queue.put(item, timeout=0.2)
+            except Full:
+                continue
+
+    def cancel(self) -> None:
+        """No more batches are wanted."""
+        self.cancelled = True
+        while True:
+            try:
+                self._queue.get_nowait()
+            except Empty:
+                return
+
+
+class Loader:
+    """Reads shards ahead of whoever iterates.
+
+    Args:
+        works: the shards to read; it is advanced in the reader thread, so that it may claim each at
+            the last moment.
+        scratch: a folder on this node for copies of remote tars.
+    """
+
+    def __init__(self, works: Iterable[Work], recipe: Recipe, scratch: Path) -> None:
+        self._works = iter(works)
+        self._recipe = recipe
+        self._scratch = scratch
+        self._next: Queue[Work | BaseException | None] = Queue(1)
+        self._current: Work | None = None
+        self._stopped = False
+        # One thread of torch in each decode thread: they already are as many as the cores.
+        self._pool = ThreadPoolExecutor(
+            recipe.threads, "decode", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._reader = threading.Thread(target=self._read_all, name="reader", daemon=True)
+
+    def __enter__(self) -> Loader:
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop reading at once."""
+        self._stopped = True
+        while self._reader.is_alive():
+            if self._current is not None:
+                self._current.cancel()
+            self._drain()
+            self._reader.join(timeout=0.05)
+        self._drain()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _drain(self) -> None:
+        """Drop shards that nobody will compute, and their claims."""
+        while True:
+            try:
+                work = self._next.get_nowait()
+            except Empty:
+                return
+            if isinstance(work, Work):
+                work.cancel()
+                work.release()
+
+    def __iter__(self) -> Iterator[Work]:
+        while (work := self._next.get()) is not None:
+            if isinstance(work, BaseException):
+                raise work
+            yield work
+
+    def _read_all(self) -> None:
+        end: BaseException | None = None
+        try:
+            for work in self._works:
+                if self._stopped:
+                    work.release()
+                    return
+                self._current = work
+                self._next.put(work)
+                self._read(work)
+        except BaseException as error:
+            end = error
+        self._next.put(end)
+
+    def _read(self, work: Work) -> None:
+        try:
+            with (
+                stage(work.shard, self._scratch) as staged,
+                closing(Archive(staged.path)) as archive,
+            ):
+                index = archive.index()
+                index.cut = index.cut or staged.damage
+                self._emit(work, index, archive)
+            work.put(None)
+        except BaseException as error:
+            work.put(error)
+
+    def _emit(self, work: Work, index: Index, archive: Archive) -> None:
+        if index.cut and not self._recipe.allow_truncated:
+            raise TruncatedShard(
+                f"{work.shard.url} is truncated {index.cut}; {len(index.samples)} samples before "
+                "it are whole (allow_truncated_shards: true takes them)"
+            )
+        work.total = len(index.samples) + len(index.strays)
+        self._reject(work, index.strays)
+        ready: list[Ready] = []
+        for result in self._prepared(work, index.samples, archive):
+            if isinstance(result, Rejection):
+                self._reject(work, [result])
+                continue
+            ready.append(result)
+            if len(ready) == self._recipe.batch_size:
+                work.put(self._batch(ready))
+                ready = []
+        if ready:
+            work.put(self._batch(ready))
+
+    def _reject(self, work: Work, rejections: Sequence[Rejection]) -> None:
+        work.rejections.extend(rejections)
+        if rejections and self._recipe.strict:
+            key, reason = rejections[0]
+            raise ShardError(
+                f"{work.shard.url}: sample {key!r}: {reason} (warn_and_continue: true goes on)"
+            )
+
+    def _prepared(
+        self, work: Work, samples: Sequence[Sample], archive: Archive
+    ) -> Iterator[Ready | Rejection]:
+        """Prepared samples in the tar's order, a bounded number of them in the pool."""
+        waiting: deque[Future[Ready | Rejection]] = deque()
+        try:
+            for sample in samples:
+                if work.cancelled:
+                    return
+                waiting.append(self._pool.submit(prepare, sample, archive, self._recipe))
+                if len(waiting) > 8 * self._recipe.threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            # The archive is closed next: nobody may be reading it still.
+            for future in waiting:
+                future.cancel()
+            for future in waiting:
+                if not future.cancelled():
+                    future.exception()
+
+    def _batch(self, ready: Sequence[Ready]) -> Batch:
+        inputs = {}
+        for wanted in self._recipe.inputs:
+            try:
+                inputs[wanted] = collate([r.inputs[wanted] for r in ready])
+            except ValueError as error:
+                raise ShardError(f"preprocessor {wanted[1]!r}: {error}") from None
+        columns = zip(*(r.fields for r in ready), strict=True)
+        fields = dict(zip(self._recipe.fields, map(list, columns), strict=True))
+        return Batch([r.key for r in ready], inputs, fields)

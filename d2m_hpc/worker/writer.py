@@ -1,0 +1,227 @@
+"""Outputs to one npz and one parquet, committed so that readers see both or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ShardError
+from d2m_hpc.outputs import METADATA, OutputDir
+from d2m_hpc.state.manifest import Record
+from d2m_hpc.state.rundir import fsync_dir
+from d2m_hpc.worker.batch import Outputs, join
+
+TYPES = {"face-boxes": pa.list_(pa.list_(pa.float32()))}
+"""Of columns that their values alone do not tell: a shard without faces has the same type."""
+VERSIONED = ("d2m_hpc", "torch", "torchvision", "open_clip_torch", "timm", "transformers")
+
+
+class Table:
+    """The outputs of a shard, batch after batch."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.parts: list[Outputs] = []
+
+    def add(self, outputs: Outputs) -> None:
+        dtype = np.dtype(self.config.feature_dtype)
+        for name, values in outputs.features.items():
+            outputs.features[name] = _narrow(name, values, dtype)
+        self.parts.append(outputs)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(part.keys) for part in self.parts)
+
+    def features(self) -> dict[str, NDArray[Any]]:
+        """Each feature [rows, ...], under the name that it has in the npz."""
+        names = self.config.postprocess_features
+        empty: NDArray[Any] = np.zeros((0, 0), self.config.feature_dtype)
+        joined = {n: [p.features[n] for p in self.parts] for n in names}
+        return {self.config.renamed(n): join(v) if v else empty for n, v in joined.items()}
+
+    def table(self) -> pa.Table:
+        """`key`, the columns asked for, the additional fields; a row a sample."""
+        config, parts = self.config, self.parts
+        columns = {"key": pa.array([k for p in parts for k in p.keys], pa.string())}
+        for name in config.postprocess_columns:
+            values = [p.columns[name] for p in parts]
+            columns[config.renamed(name)] = _column(name, join(values) if values else [])
+        for name in config.additional_fields:
+            columns[name] = _field([v for p in parts for v in p.fields[name]])
+        return pa.table(columns)
+
+
+def _narrow(name: str, values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if values.dtype.kind not in "fiub":
+        raise ShardError(f"feature {name!r} is made of {values.dtype}; valid are numbers")
+    with np.errstate(over="ignore"):
+        narrowed = values.astype(dtype)
+    if not np.isfinite(narrowed).all():
+        raise ShardError(
+            f"feature {name!r} has values that {dtype} cannot hold; set feature_dtype: float32"
+        )
+    return narrowed
+
+
+def _column(name: str, values: Any) -> pa.Array:
+    """Numbers as float32 or integers, nested lists of numbers as nested lists of float32."""
+    if isinstance(values, np.ndarray):
+        if values.dtype.kind == "f":
+            values = values.astype(np.float32)
+        if values.ndim == 1:
+            return pa.array(values)
+        values = values.tolist()
+    try:
+        return pa.array(values, TYPES.get(name) or _float32(pa.array(values).type))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ShardError(f"column {name!r} cannot be written: {error}") from None
+
+
+def _float32(kind: pa.DataType) -> pa.DataType:
+    """A type with its float64 narrowed, and float32 where there was nothing to tell it by."""
+    if pa.types.is_list(kind):
+        return pa.list_(_float32(kind.value_type))
+    if pa.types.is_null(kind):
+        return pa.float32()
+    return pa.float32() if pa.types.is_float64(kind) else kind
+
+
+def _field(values: list[Any]) -> pa.Array:
+    """JSON values as they are, or as JSON texts where their types differ."""
+    try:
+        array = pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        texts = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
+        return pa.array(texts, pa.string())
+    return array.cast(pa.string()) if pa.types.is_null(array.type) else array
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make the values."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_pair(table: Table, record: Record, folder: Path) -> tuple[Path, Path]:
+    """Write both files in a folder, durably, and read them back; completes the record's hashes.
+
+    Raises:
+        ShardError: what was read back is not what was written.
+    """
+    npz, parquet = folder / f"{record.shard}.npz", folder / f"{record.shard}.parquet"
+    features = table.features()
+    np.savez(npz, **features)  # type: ignore[arg-type]
+    _fsync(npz)
+    record.npz_sha256 = _sha256(npz)
+    rows = table.table()
+    note = json.dumps({**record.to_dict(), "versions": versions()})
+    pq.write_table(rows.replace_schema_metadata({METADATA: note}), parquet, compression="zstd")
+    _fsync(parquet)
+    record.parquet_sha256 = _sha256(parquet)
+    _check(npz, parquet, record)
+    return npz, parquet
+
+
+def _check(npz: Path, parquet: Path, record: Record) -> None:
+    """A disk that is full or lying is found here, before anyone sees the files."""
+    with zipfile.ZipFile(npz) as archive:
+        broken = archive.testzip()
+    with np.load(npz) as arrays:
+        counts = {len(arrays[name]) for name in arrays.files}
+    counts.add(pq.read_metadata(parquet).num_rows)
+    if broken or counts != {record.rows}:
+        raise ShardError(
+            f"{npz.parent}: read back {broken or sorted(counts)}, wrote {record.rows} rows; "
+            "is the disk full?"
+        )
+
+
+class Committer:
+    """The only writer into the output folder."""
+
+    def __init__(self, output: OutputDir, scratch: Path) -> None:
+        """
+        Args:
+            scratch: where files are written before they are sent to an object store.
+        """
+        self.output = output
+        # On the outputs' filesystem, so that a rename commits; their readers list no folders.
+        self.staging = Path(output.path(".d2m-tmp")) if output.is_local else scratch
+        output.fs.makedirs(output.root, exist_ok=True)
+
+    def commit(self, table: Table, record: Record) -> None:
+        """Publish a shard's pair: the npz first, the parquet last.
+
+        A parquet in its place is a finished shard; until then there is none, also where an older
+        pair is replaced.
+        """
+        self.clean(record.shard)
+        folder = self.staging / f"{record.shard}.{record.task}"
+        folder.mkdir(mode=0o755, parents=True)
+        try:
+            npz, parquet = write_pair(table, record, folder)
+            publish = self._rename if self.output.is_local else self._upload
+            publish(npz, parquet)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _rename(self, npz: Path, parquet: Path) -> None:
+        folder = Path(self.output.root)
+        if (folder / parquet.name).exists():
+            (folder / parquet.name).unlink()
+            fsync_dir(folder)
+        os.replace(npz, folder / npz.name)
+        fsync_dir(folder)
+        os.replace(parquet, folder / parquet.name)
+        fsync_dir(folder)
+
+    def _upload(self, npz: Path, parquet: Path) -> None:
+        """An object appears whole or not at all."""
+        fs, final = self.output.fs, self.output.path(parquet.name)
+        if fs.exists(final):
+            fs.rm_file(final)
+        fs.put_file(str(npz), self.output.path(npz.name))
+        fs.put_file(str(parquet), final)
+
+    def clean(self, stem: str) -> None:
+        """Remove what a killed attempt at this shard left; call it while its lease is held."""
+        for left in self.staging.glob("*.*") if self.staging.is_dir() else ():
+            if left.name.rpartition(".")[0] == stem:
+                shutil.rmtree(left, ignore_errors=True)
+
+    def close(self) -> None:
+        """Drop the staging folder when nobody uses it."""
+        with suppress(OSError):
+            self.staging.rmdir()

@@ -1,0 +1,128 @@
+"""What the tests share: the golden kit, tars made on the spot, configs, and runs of the commands."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARDS = GOLDEN / "shards"
+EXPECTED = GOLDEN / "expected"
+
+DATACOMP: dict[str, Any] = {
+    "models": [
+        "oai-clip-vit-b32",
+        "oai-clip-vit-l14",
+        "nsfw-detoxify",
+        "nsfw-image-oai-clip-vit-l-14",
+        "faces-scrfd10g",
+        "dedup-isc-ft-v107",
+    ],
+    "postprocess_columns": [
+        "oai-clip-vit-b32-score",
+        "oai-clip-vit-l14-score",
+        "nsfw-detoxify-score",
+        "nsfw-image-score",
+        "face-boxes",
+        "dedup-isc-ft-v107-score",
+    ],
+    "postprocess_features": [
+        "oai-clip-vit-b32-image",
+        "oai-clip-vit-b32-text",
+        "oai-clip-vit-l14-image",
+        "oai-clip-vit-l14-text",
+        "dedup-isc-ft-v107-image",
+    ],
+    "additional_fields": [
+        "uid",
+        "url",
+        "caption",
+        "original_width",
+        "original_height",
+        "sha256",
+    ],
+    "device": "cpu",
+    "nworkers": 2,
+}
+
+STATS: dict[str, Any] = {
+    "models": ["image-stats", "text-stats"],
+    "postprocess_columns": ["image-brightness", "image-phash", "text-words"],
+    "postprocess_features": ["image-histogram"],
+    "additional_fields": ["uid", "caption"],
+    "device": "cpu",
+    "nworkers": 2,
+    "batch_size": 16,
+}
+"""A workload without checkpoints, for all tests that are not about the models."""
+
+
+def write_config(path: Path, values: Mapping[str, Any], **more: Any) -> Path:
+    """A YAML config; `more` overrides `values`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({**values, **more}, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def jpeg(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
+    """A small JPEG of smooth noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def sample(key: str, seed: int = 0) -> dict[str, bytes]:
+    """The members of a good sample, by name."""
+    fields = {"uid": f"{seed:032x}", "caption": f"caption {seed}", "original_width": 40}
+    return {
+        f"{key}.jpg": jpeg(seed),
+        f"{key}.json": json.dumps(fields).encode(),
+        f"{key}.txt": f"caption {seed}".encode(),
+    }
+
+
+def write_tar(
+    path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, bytes]], **options: Any
+) -> Path:
+    """A tar of these members, in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pairs = members.items() if isinstance(members, Mapping) else members
+    with tarfile.open(path, options.pop("mode", "w"), **options) as tar:
+        for name, data in pairs:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_shards(folder: Path, count: int, samples: int = 5) -> list[Path]:
+    """`00000.tar` and on, each of some good samples; no two images are alike."""
+    paths = []
+    for i in range(count):
+        members: dict[str, bytes] = {}
+        for j in range(samples):
+            members |= sample(f"{i:05d}{j:04d}", seed=i * 1000 + j)
+        paths.append(write_tar(folder / f"{i:05d}.tar", members))
+    return paths
+
+
+def d2m(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `d2m` as a user would, in a process of its own."""
+    command = [str(Path(sys.executable).with_name("d2m")), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def submit(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `d2m submit --local`."""
+    return d2m("submit", *arguments, "--local", **options)
