@@ -13,11 +13,12 @@ from d2m_hpc.errors import D2MError, SlurmError, WeightsError
 
 if TYPE_CHECKING:
     from d2m_hpc.config import Config
-    from d2m_hpc.launch.submit import Decision
+    from d2m_hpc.launch.submit import Workload
 
 app = typer.Typer(
     name="d2m",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     help="Metadata for folders of webdataset tars: every shard exactly once.",
 )
@@ -36,7 +37,12 @@ def _slurm(help_text: str) -> Any:
     return typer.Option(help=help_text, rich_help_panel="Slurm (the config's slurm: keys)")
 
 
-@app.command("submit", help="Run what is left of a config's shards; again is resume.")
+SUBMIT_HELP = (
+    "Compute what is left of a config's shards. The same command again goes on from there."
+)
+
+
+@app.command("submit", help=SUBMIT_HELP)
 def submit(
     config: ConfigFile,
     set_: Overrides = None,
@@ -54,8 +60,6 @@ def submit(
     max_parallel: Annotated[int | None, _slurm("tasks at once")] = None,
     tasks_per_node: Annotated[int | None, _slurm("tasks in one array element")] = None,
 ) -> None:
-    from d2m_hpc.launch.submit import decide
-
     options = {
         "partition": partition,
         "account": account,
@@ -69,21 +73,24 @@ def submit(
         "max_parallel": max_parallel,
         "tasks_per_node": tasks_per_node,
     }
-    loaded = _load(config, set_, options)
-    decision = decide(loaded, str(config))
-    _print_decision(decision)
+    from d2m_hpc.launch import show
+    from d2m_hpc.launch.submit import decide, inspect
+
+    workload = inspect(_load(config, set_, options), str(config))
     if dry_run:
-        return
-    if not local:
+        show.decision(decide(workload))
+    elif local:
+        raise typer.Exit(_run_local(workload))
+    else:
         raise SlurmError("this version runs with --local; Slurm arrays are the next one's")
-    raise typer.Exit(_run_local(decision))
 
 
 @app.command(help="Show what a submit would do; the same as submit --dry-run.")
 def plan(config: ConfigFile, set_: Overrides = None) -> None:
-    from d2m_hpc.launch.submit import decide
+    from d2m_hpc.launch import show
+    from d2m_hpc.launch.submit import decide, inspect
 
-    _print_decision(decide(_load(config, set_), str(config)))
+    show.decision(decide(inspect(_load(config, set_), str(config))))
 
 
 @app.command(help="How far a run is.")
@@ -157,21 +164,18 @@ def _load(path: Path, overrides: list[str] | None = None, options: Any = None) -
     return load(path, overrides or (), options or {})
 
 
-def _print_decision(decision: Decision) -> None:
-    from d2m_hpc.launch import show
-
-    show.decision(decision)
-
-
-def _run_local(decision: Decision) -> int:
+def _run_local(workload: Workload) -> int:
     """Run, show how it ended; 1 when a shard failed, now or before."""
     from d2m_hpc.launch import show
     from d2m_hpc.launch.status import summarise
     from d2m_hpc.launch.submit import run_local
 
-    with show.progress(len(decision.pending)) as listener:
-        run_local(decision, listener)
-    summary = summarise(decision.run, decision.config)
+    try:
+        run_local(workload, show.progress)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    summary = summarise(workload.run, workload.config)
     show.summary(summary)
     return 0 if summary.complete else 1
 
@@ -183,13 +187,10 @@ def _run(command: typer.Typer) -> None:
     except D2MError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
 
 
-submit_app = typer.Typer(pretty_exceptions_enable=False)
-submit_app.command("d2m-submit", help=submit.__doc__)(submit)
+submit_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+submit_app.command(help=SUBMIT_HELP)(submit)
 
 
 def main() -> None:

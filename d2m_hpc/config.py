@@ -29,6 +29,11 @@ def _tars_as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _off_as_text(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 Names = Annotated[list[str], BeforeValidator(_as_list)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -80,7 +85,9 @@ class Config(Section):
     warn_and_continue: bool = True
 
     run_dir: str | None = None
-    amp: Literal["auto", "float16", "bfloat16", "off"] = "auto"
+    amp: Annotated[Literal["auto", "float16", "bfloat16", "off"], BeforeValidator(_off_as_text)] = (
+        "auto"
+    )
     resize: Literal["fast", "exact"] = "fast"
     feature_dtype: Literal["float16", "float32"] = "float16"
     shards_per_task: Count | None = None

@@ -1,4 +1,4 @@
-"""What the tests share: the golden kit, tars made on the spot, configs, and runs of the commands."""
+"""What the tests share: the golden kit, tars made on the spot, configs, runs of the commands."""
 
 from __future__ import annotations
 
@@ -126,3 +126,26 @@ def d2m(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
 def submit(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `d2m submit --local`."""
     return d2m("submit", *arguments, "--local", **options)
+
+
+def photographs(count: int = 35) -> list[Image.Image]:
+    """The first photographs of the golden shard, decoded by PIL."""
+    with tarfile.open(SHARDS / "00000.tar") as tar:
+        files = [m for m in tar if m.name.endswith(".jpg")][:count]
+        return [Image.open(io.BytesIO(_content(tar, m))).convert("RGB") for m in files]
+
+
+def captions() -> list[str]:
+    """The captions of the golden shards of all kinds: ordinary, empty, very long, odd."""
+    found = []
+    for name in ("00000", "odd"):
+        with tarfile.open(SHARDS / f"{name}.tar") as tar:
+            texts = [m for m in tar if m.name.endswith(".txt")]
+            found += [_content(tar, m).decode() for m in texts]
+    return found
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read()

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import braceexpand
 import fsspec
@@ -25,6 +24,8 @@ from d2m_hpc.state.rundir import atomic_write
 PIPE = "pipe:"
 _ARCHIVE = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
 _GLOB = re.compile(r"[*?\[]")
+_LONGEST = 200
+"""Bytes of a stem: a file name has 255, and temporary names are made from it."""
 
 
 @dataclass
@@ -43,6 +44,29 @@ class Expansion:
     missing: list[str] = field(default_factory=list)
     mistakes: list[str] = field(default_factory=list)
 
+    def add(self, url: str, size: int | None) -> bool:
+        """Take what a pattern names; False where it is not there."""
+        if not _is_utf8(url):  # neither a parquet nor most readers of the outputs can hold it
+            name = os.fsencode(url).decode(errors="backslashreplace")
+            self.mistakes.append(f"input_tars: the name '{name}' is not UTF-8; rename the file")
+        elif url in self.sizes:
+            self.duplicates += 1
+        elif size == _MISSING:
+            self.missing.append(url)
+            self.sizes[url] = None
+            return False
+        else:
+            self.sizes[url] = size
+        return True
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 def is_remote(url: str) -> bool:
     return "://" in url and not url.startswith(PIPE)
@@ -59,16 +83,13 @@ def expand(patterns: Iterable[str]) -> Expansion:
     sizes = _LocalSizes()
     for pattern in patterns:
         matched = 0
-        for url, size in _expand_one(pattern, sizes):
-            matched += 1
-            if url in found.sizes:
-                found.duplicates += 1
-            elif size == _MISSING:
-                found.missing.append(url)
-                found.sizes[url] = None
-                matched -= 1
-            else:
-                found.sizes[url] = size
+        try:
+            for url, size in _expand_one(pattern, sizes):
+                matched += found.add(url, size)
+        except Exception as error:  # a store's own library raises what it likes
+            what = f"{type(error).__name__}: {error}"
+            found.mistakes.append(f"input_tars: cannot list {pattern!r}: {what}")
+            continue
         if not matched:
             found.mistakes.append(f"input_tars: found no tar for {pattern!r}; check the path")
     return found
@@ -112,7 +133,8 @@ def _expand_one(pattern: str, sizes: _LocalSizes) -> Iterator[tuple[str, int | N
             path = _absolute(name)
             wild = _GLOB.search(path) and not os.path.isfile(path)
             for match in sorted(glob.glob(path, recursive=True)) if wild else [path]:
-                yield match, sizes[match]
+                if not (wild and os.path.isdir(match)):
+                    yield match, sizes[match]
 
 
 def _absolute(path: str) -> str:
@@ -127,25 +149,47 @@ def _braces(pattern: str) -> Iterator[str]:
 
 
 def _expand_remote(url: str) -> Iterator[tuple[str, int | None]]:
-    if not _GLOB.search(urlsplit(url).path):
+    if not _GLOB.search(location(url)):
+        fsspec.get_filesystem_class(_scheme(url))  # a store that no library is here for
         yield url, None
         return
     fs, path = fsspec.core.url_to_fs(url)
     for match, info in sorted(fs.glob(path, detail=True).items()):
-        yield fs.unstrip_protocol(match), info.get("size")
+        if info.get("type") != "directory":
+            yield fs.unstrip_protocol(match), info.get("size")
+
+
+def _scheme(url: str) -> str:
+    return url.partition("://")[0].rpartition("::")[2]
 
 
 def location(url: str) -> str:
     """The path-like part of a url that names the tar: for a command, its word that ends in .tar."""
-    if not url.startswith(PIPE):
-        return urlsplit(url).path if is_remote(url) else url
-    command = url.removeprefix(PIPE)
+    if url.startswith(PIPE):
+        tars = [w for w in _words(url.removeprefix(PIPE)) if _ARCHIVE.search(w)]
+        return tars[-1] if tars else _short_hash(url)
+    if not is_remote(url):
+        return url
+    rest = url.partition("://")[2]
+    if _scheme(url) in ("http", "https"):  # elsewhere these two may be part of a name
+        rest = re.split("[?#]", rest, maxsplit=1)[0]
+    host, slash, path = rest.partition("/")
+    return host.rpartition("@")[2] + slash + path
+
+
+def _words(command: str) -> list[str]:
+    """A shell line's words, without its operators and with options' values on their own."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
     try:
-        words = shlex.split(command)
+        words = list(lexer)
     except ValueError:
         words = command.split()
-    tars = [w for w in words if _ARCHIVE.search(w)]
-    return tars[-1] if tars else hashlib.sha256(url.encode()).hexdigest()[:16]
+    return [re.sub("^-[^=]*=", "", word) for word in words]
+
+
+def _short_hash(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 def name_shards(urls: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:
@@ -167,9 +211,10 @@ def name_shards(urls: Iterable[str], known: Mapping[str, str]) -> dict[str, str]
         candidates = {url: "_".join(p[-depth:]) for url, p in parts.items()}
         count = Counter(candidates.values())
         for url, stem in candidates.items():
-            exhausted = depth >= len(parts[url])
-            if (count[stem] > 1 or stem in taken) and exhausted:
-                stem = f"{stem}_{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+            too_long = len(stem.encode()) > _LONGEST
+            if too_long or ((count[stem] > 1 or stem in taken) and depth >= len(parts[url])):
+                name = parts[url][-1].encode()[:_LONGEST].decode(errors="ignore")
+                stem = f"{name}_{_short_hash(url)}"
             elif count[stem] > 1 or stem in taken:
                 continue
             named[url] = stem

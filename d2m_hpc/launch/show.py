@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -59,7 +61,7 @@ def decision(decided: Decision) -> None:
     done, given_up = len(decided.done), len(decided.exhausted)
     line = f"{len(decided.shards)} shards: {done} done, {len(decided.pending)} to do"
     if given_up:
-        attempts = decided.config.max_attempts
+        attempts = decided.workload.config.max_attempts
         line += (
             f", {given_up} given up after {attempts} attempts (--set max_attempts={attempts + 1})"
         )
@@ -84,7 +86,7 @@ def summary(found: Summary) -> None:
     }
     if found.recomputed:
         rows["run again in float32"] = f"{found.recomputed:,}"
-    _pairs(rows, "complete" if found.complete else "not complete")
+    _pairs(rows, found.state)
     for reason, number in found.rejections.items():
         console.print(f"rejected {number:,}: {reason}", markup=False)
     for group in found.failures:
@@ -125,8 +127,12 @@ def download(name: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 @contextmanager
-def progress(shards: int) -> Iterator[Listener]:
-    """Shards, samples a second and time left; plain lines where nobody sits at a terminal."""
+def progress(decided: Decision) -> Iterator[Listener]:
+    """What will be done, then a bar of shards; plain lines where nobody sits at a terminal."""
+    decision(decided)
+    shards = len(decided.pending)
+    warnings = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
+    logging.getLogger("d2m_hpc").addHandler(warnings)
     if not console.is_terminal:
         yield _PlainLines()
         return

@@ -52,6 +52,15 @@ class Summary:
     def complete(self) -> bool:
         return self.done == self.shards
 
+    @property
+    def state(self) -> str:
+        """In a word: complete, running, failed (nothing else is left) or pending."""
+        if self.complete:
+            return "complete"
+        if self.running:
+            return "running"
+        return "pending" if self.pending else "failed"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

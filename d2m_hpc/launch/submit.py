@@ -8,7 +8,8 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from d2m_hpc.state.manifest import Manifest, Record, Recorder, Shard
 from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
 
 if TYPE_CHECKING:
-    from d2m_hpc.worker.task import Listener, Progress
+    from d2m_hpc.worker.task import Listener
 
 
 def run_dir(config: Config) -> RunDir:
@@ -41,6 +42,52 @@ def run_dir(config: Config) -> RunDir:
 
 
 @dataclass
+class Workload:
+    """What a config asks for, checked; nothing of a run's state is in it.
+
+    Attributes:
+        where: the config file, for messages.
+        sizes: url to size of every input tar.
+        fingerprint: the parts that decide what the output is.
+        notices: what the user should know though it stops nothing.
+    """
+
+    config: Config
+    where: str
+    run: RunDir
+    sizes: dict[str, int | None]
+    fingerprint: dict[str, Any]
+    notices: list[str]
+
+    @property
+    def fingerprint_id(self) -> str:
+        """A short hash of the fingerprint, as records carry it."""
+        return hashlib.sha256(_canonical(self.fingerprint)).hexdigest()[:16]
+
+
+def _canonical(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False).encode()
+
+
+def inspect(config: Config, where: str) -> Workload:
+    """Look at inputs and checkpoints; changes nothing.
+
+    Args:
+        where: the config file, for messages.
+
+    Raises:
+        ConfigError: patterns that name no tar.
+        WeightsError: checkpoints that are missing or wrong.
+    """
+    config = _absolute(config)
+    run = run_dir(config)
+    expansion = plan.expand(config.input_tars)
+    plan.check(expansion, where)
+    fingerprint = config.fingerprint(_checkpoint_hashes(config, run, where))
+    return Workload(config, where, run, expansion.sizes, fingerprint, _notices(expansion))
+
+
+@dataclass
 class Decision:
     """What a submit would do.
 
@@ -49,17 +96,13 @@ class Decision:
         done: stems of finished shards.
         exhausted: stems that failed `max_attempts` times.
         lost: records that are missing and were read back from finished parquets.
-        fingerprint: the parts that decide what the output is; `fingerprint_id` is their hash.
-        notices: what the user should know though it stops nothing.
     """
 
-    config: Config
-    run: RunDir
+    workload: Workload
     shards: list[Shard]
-    done: set[str]
-    exhausted: set[str]
-    lost: list[Record]
-    fingerprint: dict[str, Any]
+    done: set[str] = field(default_factory=set)
+    exhausted: set[str] = field(default_factory=set)
+    lost: list[Record] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -67,35 +110,22 @@ class Decision:
         settled = self.done | self.exhausted
         return [s for s in self.shards if s.stem not in settled]
 
-    @property
-    def fingerprint_id(self) -> str:
-        return hashlib.sha256(_canonical(self.fingerprint).encode()).hexdigest()[:16]
 
-
-def _canonical(values: dict[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False)
-
-
-def decide(config: Config, where: str) -> Decision:
-    """Look at inputs, records and outputs; changes nothing on disk.
-
-    Args:
-        where: the config file, for messages.
+def decide(workload: Workload) -> Decision:
+    """Compare what is asked for with records and outputs; changes nothing.
 
     Raises:
-        ConfigError: inputs that are not there, outputs of another config or another program.
-        WeightsError: checkpoints that are missing or wrong.
+        ConfigError: the run was made by another config, or the output folder by another program.
     """
-    config = _absolute(config)
-    run = run_dir(config)
-    expansion = plan.expand(config.input_tars)
-    plan.check(expansion, where)
-    fingerprint = config.fingerprint(_checkpoint_hashes(config, run, where))
-    shards = plan.plan_shards(expansion.sizes, plan.read_shards(run.shards))
-    decision = Decision(config, run, shards, set(), set(), [], fingerprint)
-    decision.notices = _notices(expansion, shards)
-    _compare_fingerprint(decision, where)
-    _read_state(decision, where)
+    _compare_fingerprint(workload)
+    shards = plan.plan_shards(workload.sizes, plan.read_shards(workload.run.shards))
+    decision = Decision(workload, shards, notices=list(workload.notices))
+    gone = sum(s.url not in workload.sizes for s in shards)
+    if gone:
+        decision.notices.append(
+            f"{gone} shards of earlier submits match no pattern now; they are kept"
+        )
+    _read_state(decision)
     return decision
 
 
@@ -116,69 +146,68 @@ def _checkpoint_hashes(config: Config, run: RunDir, where: str) -> dict[str, str
     return weights.require(checked, config.allow_unpublished_weights, where)
 
 
-def _notices(expansion: plan.Expansion, shards: list[Shard]) -> list[str]:
+def _notices(expansion: plan.Expansion) -> list[str]:
     notices = []
     if expansion.duplicates:
         notices.append(f"{expansion.duplicates} tars are named more than once; each is done once")
     if expansion.missing:
         few = ", ".join(expansion.missing[:3])
         notices.append(f"{len(expansion.missing)} tars are not there and will fail: {few}")
-    gone = sum(s.url not in expansion.sizes for s in shards)
-    if gone:
-        notices.append(f"{gone} shards of earlier submits match no pattern now; they are kept")
     return notices
 
 
-def _compare_fingerprint(decision: Decision, where: str) -> None:
-    """Refuse to mix outputs of two configs.
+def _compare_fingerprint(workload: Workload) -> None:
+    """Refuse to mix the outputs of two configs.
 
     Raises:
         ConfigError: naming what differs from the earlier submits.
     """
-    path = decision.run.fingerprint
-    if not path.exists() or decision.config.reprocess:
+    path = workload.run.fingerprint
+    if not path.exists() or workload.config.reprocess:
         return
-    old, new = json.loads(path.read_bytes()), decision.fingerprint
+    old, new = json.loads(path.read_bytes()), workload.fingerprint
     differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if differing:
         mistakes = [f"{k}: was {old.get(k)!r}, is {new.get(k)!r}" for k in differing]
         advice = (
-            f"the run in {decision.run.root} was made with other values; restore them, take "
+            f"the run in {workload.run.root} was made with other values; restore them, take "
             "another output_metadata_dir, or set `reprocess: true` to compute its shards again"
         )
-        raise ConfigError(where, [*mistakes, advice])
+        raise ConfigError(workload.where, [*mistakes, advice])
 
 
-def _read_state(decision: Decision, where: str) -> None:
+def _read_state(decision: Decision) -> None:
     """Fill in what is done, exhausted and lost, by the records and by what lies in the output."""
-    manifest = Manifest.load(decision.run)
-    output = OutputDir(decision.config.output_metadata_dir)
+    workload = decision.workload
+    manifest = Manifest.load(workload.run)
+    output = OutputDir(workload.config.output_metadata_dir)
+    ours, foreign = workload.fingerprint_id, []
     present = output.stems()
-    ours = decision.fingerprint_id
-    foreign = []
-    for shard in decision.shards:
-        if shard.stem not in present:
-            continue
-        record = manifest.done.get(shard.stem)
-        if record is None and (record := _rebuild(output, shard.stem)) is not None:
+    for stem in (s.stem for s in decision.shards if s.stem in present):
+        record = manifest.done.get(stem)
+        if record is None and (record := _rebuild(output, stem)) is not None:
             decision.lost.append(record)
         if record is None:
-            foreign.append(shard.stem)
+            foreign.append(stem)
         elif record.fingerprint == ours:
-            decision.done.add(shard.stem)
-    if foreign and not decision.config.reprocess:
-        mistake = (
-            f"output_metadata_dir: {output.url} holds {len(foreign)} parquets that this program "
-            f"did not write ({', '.join(foreign[:3])}); move them, or set `reprocess: true` to "
-            "replace them"
-        )
-        raise ConfigError(where, [mistake])
-    most = decision.config.max_attempts
+            decision.done.add(stem)
+    if not workload.config.reprocess:
+        _refuse_foreign(workload, foreign)
     decision.exhausted = {
         stem
         for stem, failed in manifest.failures.items()
-        if stem not in decision.done and sum(r.fingerprint == ours for r in failed) >= most
-    }
+        if sum(r.fingerprint == ours for r in failed) >= workload.config.max_attempts
+    } - decision.done
+
+
+def _refuse_foreign(workload: Workload, stems: list[str]) -> None:
+    if stems:
+        mistake = (
+            f"output_metadata_dir: {workload.config.output_metadata_dir} holds {len(stems)} "
+            f"parquets that this program did not write ({', '.join(stems[:3])}); move them, or "
+            "set `reprocess: true` to replace them"
+        )
+        raise ConfigError(workload.where, [mistake])
 
 
 def _rebuild(output: OutputDir, stem: str) -> Record | None:
@@ -189,34 +218,49 @@ def _rebuild(output: OutputDir, stem: str) -> Record | None:
     return record
 
 
+@contextmanager
+def submitting(run: RunDir) -> Iterator[None]:
+    """One submit at a time in a run; what a killed one left half-written is swept away."""
+    run.create()
+    lease = Lease(run.submit_lock)
+    while not lease.claim():
+        time.sleep(0.2)
+    try:
+        for folder in (run.root, *(s.folder for s in run.submissions())):
+            for left in folder.glob(".*.tmp"):
+                left.unlink(missing_ok=True)
+        yield
+    finally:
+        lease.release()
+
+
 def commit(decision: Decision, chunks: Iterable[list[Shard]]) -> Submission:
     """Write a submission to the run folder; nothing has been started yet when it returns."""
-    run, config = decision.run, decision.config
-    run.create()
+    workload, run = decision.workload, decision.workload.run
     submission = run.new_submission()
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = workload.config.model_dump(mode="json")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     intent = {
-        "fingerprint": decision.fingerprint_id,
+        "fingerprint": workload.fingerprint_id,
         "created": time.time(),
         "user": getpass.getuser(),
         "host": socket.gethostname(),
         "version": __version__,
     }
-    lines = "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in chunks)
+    lines = "".join(json.dumps(c) + "\n" for c in chunks)
     plan.write_shards(run.shards, decision.shards)
-    atomic_write(submission.chunks, lines.encode("utf-8", "surrogatepass"))
-    for path in (submission.config, run.config):
-        atomic_write(path, text.encode("utf-8", "surrogatepass"))
-    atomic_write(run.fingerprint, _canonical(decision.fingerprint).encode())
+    atomic_write(submission.chunks, lines.encode())
+    atomic_write(submission.config, text.encode())
+    atomic_write(run.config, text.encode())
+    atomic_write(run.fingerprint, _canonical(workload.fingerprint))
     atomic_write(submission.intent, json.dumps(intent).encode())
-    _repair(decision, submission)
     return submission
 
 
-def _repair(decision: Decision, submission: Submission) -> None:
+def repair(decision: Decision) -> None:
     """Put lost records back, and drop the leases that killed tasks left on finished shards."""
-    run = decision.run
-    recorder = Recorder(run.records / f"{submission.name}-rebuilt.jsonl")
+    run = decision.workload.run
+    recorder = Recorder(run.records / "rebuilt.jsonl")
     for record in decision.lost:
         recorder.append(record)
     for path in run.leases.glob("*.lock"):
@@ -224,17 +268,21 @@ def _repair(decision: Decision, submission: Submission) -> None:
             lease.release()
 
 
-def run_local(decision: Decision, listener: Listener | None = None) -> Progress | None:
-    """Do all pending shards in this process, as one task; None when there are none."""
-    if not decision.pending:
-        _repair_only(decision)
-        return None
-    from d2m_hpc.worker.task import run_task
+def run_local(
+    workload: Workload,
+    on_decision: Callable[[Decision], AbstractContextManager[Listener]],
+) -> None:
+    """Do all pending shards in this process, as one task.
 
-    submission = commit(decision, [decision.pending])
-    return run_task(decision.run.root, submission.name, 0, local=True, listener=listener)
+    Args:
+        on_decision: told what will be done; gives the listener to the task's progress.
+    """
+    with submitting(workload.run):
+        decision = decide(workload)
+        repair(decision)
+        submission = commit(decision, [decision.pending]) if decision.pending else None
+    with on_decision(decision) as listener:
+        if submission:
+            from d2m_hpc.worker.task import run_task
 
-
-def _repair_only(decision: Decision) -> None:
-    if decision.lost or any(decision.run.leases.glob("*.lock")):
-        commit(decision, [])
+            run_task(workload.run.root, submission.name, 0, local=True, listener=listener)

@@ -73,7 +73,7 @@ def _counts(values: Tensor, bins: int) -> Tensor:
 
 def _entropy(luma: Tensor) -> Tensor:
     p = _counts(luma.round().flatten(1), 256) / luma[0].numel()
-    return -torch.xlogy(p, p).sum(dim=1) / torch.log(torch.tensor(2.0, device=luma.device))
+    return torch.xlogy(p, 1 / p).sum(dim=1) / torch.log(torch.tensor(2.0, device=luma.device))
 
 
 def _histogram(pixels: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.buckets import run_by_length
 from d2m_hpc.models.loading import Weights
 
@@ -68,12 +67,9 @@ def load(weights: Weights, name: str) -> Any:
     """Build the net from a published TorchScript archive or a plain state dict, in float32."""
     from open_clip.model import build_model_from_openai_state_dict
 
-    state = _state_dict(weights, name)
-    try:
+    with weights.used(name):
+        state = _state_dict(weights, name)
         return build_model_from_openai_state_dict(state, cast_dtype=torch.float32).float()
-    except (KeyError, RuntimeError) as error:
-        path = weights.path(name)
-        raise WeightsError(f"{path} is not a checkpoint of OpenAI's CLIP: {error}") from error
 
 
 def _state_dict(weights: Weights, name: str) -> dict[str, Tensor]:
@@ -81,6 +77,7 @@ def _state_dict(weights: Weights, name: str) -> dict[str, Tensor]:
     if is_torchscript(weights, name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
             archive = torch.jit.load(str(weights.path(name)), map_location="cpu")  # type: ignore[no-untyped-call]
         return dict(archive.state_dict())
     return dict(weights.load(name))

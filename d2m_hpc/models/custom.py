@@ -52,7 +52,8 @@ def _apply(preprocessor: Preprocessor, value: Any) -> Any:
     raw = Picture(value) if isinstance(value, Image.Image) else value
     prepared = preprocessor.prepare(raw, Options(exact=True))
     if isinstance(prepared, tuple):
-        return preprocessor.finish(tuple(part[None] for part in prepared))
+        batch = preprocessor.finish(tuple(part[None] for part in prepared))
+        return tuple(part[0] for part in batch)
     return preprocessor.finish(prepared[None])[0] if isinstance(prepared, Tensor) else prepared
 
 
@@ -70,7 +71,7 @@ def load(path: Path) -> ModuleType:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             str(path), [f"custom_pypath: importing it failed: {type(error).__name__}: {error}"]
         ) from error

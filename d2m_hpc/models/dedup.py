@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.loading import Weights
 
 CHECKPOINT = "isc_ft_v107.pth.tar"
@@ -44,7 +43,8 @@ class IscFtV107(nn.Module):
     def __init__(self, device: torch.device, weights: Weights) -> None:
         super().__init__()
         self.net = load(weights).to(device).eval()
-        references = weights.load(REFERENCES).float().t().contiguous()
+        with weights.used(REFERENCES):
+            references = weights.load(REFERENCES).float().t().contiguous()
         self.references = references.to(device)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,11 +63,9 @@ class IscFtV107(nn.Module):
 
 def load(weights: Weights) -> IscNet:
     """Build the net that the checkpoint's own `arch` names."""
-    content = weights.load(CHECKPOINT)
-    state = {k.removeprefix("module."): v for k, v in content["state_dict"].items()}
-    net = IscNet(content["arch"])
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsError(f"{weights.path(CHECKPOINT)}: {error}") from error
+    with weights.used(CHECKPOINT):
+        content = weights.load(CHECKPOINT)
+        net = IscNet(content["arch"])
+        state = content["state_dict"].items()
+        net.load_state_dict({k.removeprefix("module."): v for k, v in state})
     return net

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.loading import Weights
 
 CHECKPOINT = "scrfd_10g.pt"
@@ -241,20 +241,27 @@ class Scrfd10G(nn.Module):
         """
         images, paddings = inputs
         side = images.shape[-1]
-        image, boxes = suppress(*decode(self.net(images), side))
+        levels = self.net(images)
+        image, boxes = suppress(*decode(levels, side))
         relative = unpad(boxes, paddings[image], side).tolist()
-        faces: list[list[list[float]]] = [[] for _ in images]
+        # Decoding turns what overflowed into no face or into a clipped one: it must be seen.
+        faces: list[list[list[float]]] = [
+            [] if finite else [[math.nan] * 4] for finite in _finite(levels).tolist()
+        ]
         for i, box in zip(image.tolist(), relative, strict=True):
             faces[i].append(box)
         return faces
 
 
+def _finite(levels: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """bool [B]: whether all of an image's outputs are numbers."""
+    parts = [torch.isfinite(x).flatten(1).all(dim=1) for level in levels for x in level]
+    return torch.stack(parts).all(dim=0)
+
+
 def load(weights: Weights) -> ScrfdNet:
-    content = weights.load(CHECKPOINT)
-    state = {k: v for k, v in content["state_dict"].items() if not k.startswith(UNUSED)}
     net = ScrfdNet()
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsError(f"{weights.path(CHECKPOINT)}: {error}") from error
+    with weights.used(CHECKPOINT):
+        state = weights.load(CHECKPOINT)["state_dict"].items()
+        net.load_state_dict({k: v for k, v in state if not k.startswith(UNUSED)})
     return net

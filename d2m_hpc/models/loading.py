@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,3 +38,18 @@ class Weights:
             raise WeightsError(f"{path} is missing; run `d2m weights check`") from None
         except Exception as error:
             raise WeightsError(f"{path} cannot be read as a checkpoint: {error}") from error
+
+    @contextmanager
+    def used(self, name: str) -> Iterator[None]:
+        """Build a net of a checkpoint's content.
+
+        Raises:
+            WeightsError: the content is not what the net needs.
+        """
+        try:
+            yield
+        except (WeightsError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a net trips over in a file of another kind
+            what = f"{type(error).__name__}: {error}"
+            raise WeightsError(f"{self.path(name)} cannot be used: {what}") from error

@@ -28,7 +28,8 @@ class NsfwImage(nn.Module):
                 sigmoid=nn.Sigmoid(),
             )
         )
-        self.head.load_state_dict(weights.load(CHECKPOINT))
+        with weights.used(CHECKPOINT):
+            self.head.load_state_dict(weights.load(CHECKPOINT))
         self.head.to(device).eval()
 
     def forward(self, clip_l14: tuple[Tensor, Tensor]) -> Tensor:
@@ -39,5 +40,8 @@ class NsfwImage(nn.Module):
         Returns:
             float32 [B], in [0, 1].
         """
-        scores: Tensor = self.head(clip_l14[0].float()).squeeze(1)
-        return scores.float()
+        features = clip_l14[0].float()
+        # In half precision an overflow would end in the sigmoid as a score of 1, and pass.
+        with torch.autocast(features.device.type, enabled=False):
+            scores: Tensor = self.head(features).squeeze(1)
+        return scores

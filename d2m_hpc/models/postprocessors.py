@@ -18,7 +18,8 @@ Cache = Mapping[str, Any]
 
 
 def _maybe_cpu(value: Any, to_cpu: bool) -> Any:
-    return value.cpu() if to_cpu else value
+    """Lists, of strings for example, are there already."""
+    return value.cpu() if to_cpu and isinstance(value, torch.Tensor) else value
 
 
 def batched_dot_product_index(

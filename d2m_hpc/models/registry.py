@@ -6,7 +6,8 @@ Nothing here imports torch: the login node checks a config with the same tables 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -206,21 +207,22 @@ LOOKUPS = (
 )
 
 
+STATIC_FIELDS = ("raw_inputs", "preprocessors", "dependencies", "to_device")
+
+
 class _CustomFile:
     """A custom file's lookup tables and its classes' static fields, by its syntax tree."""
 
     def __init__(self, path: Path) -> None:
         tree = ast.parse(path.read_bytes(), filename=str(path))
         self.classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
-        self.assigned = {
-            target.id: node.value
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        self.complete = all(
-            name not in self.assigned or self.table(name) is not None for name in LOOKUPS
+        self.assigned = dict(_assignments(tree.body))
+        mentions = Counter(_mentions(tree))
+        # A lookup that is mentioned elsewhere may be changed or made there.
+        plain = all(mentions[n] == (self.table(n) is not None) for n in LOOKUPS)
+        models = (self.table("model_lookup") or {}).values()
+        self.complete = (
+            plain and "*" not in mentions and all(self._static(m) is not None for m in models)
         )
 
     def table(self, name: str) -> dict[str, ast.expr] | None:
@@ -234,30 +236,53 @@ class _CustomFile:
         return dict(zip((str(k) for k in keys), node.values, strict=True))
 
     def model(self, name: str, value: ast.expr) -> ModelSpec:
-        node = self.classes.get(value.id) if isinstance(value, ast.Name) else None
-        static = _static_fields(node) if node else {}
+        static = self._static(value) or {}
         return ModelSpec(
             name,
-            raw_inputs=tuple(static.get("raw_inputs", ())),
-            preprocessors=tuple(static.get("preprocessors", ())),
-            dependencies=tuple(static.get("dependencies", ())),
+            raw_inputs=tuple(static.get("raw_inputs") or ()),
+            preprocessors=tuple(static.get("preprocessors") or ()),
+            dependencies=tuple(static.get("dependencies") or ()),
             to_device=bool(static.get("to_device", True)),
         )
+
+    def _static(self, value: ast.expr) -> dict[str, Any] | None:
+        """A class's static fields, inherited ones included; None when one is not a literal."""
+        node = self.classes.get(value.id) if isinstance(value, ast.Name) else None
+        if node is None:
+            return {}
+        found: dict[str, Any] = {}
+        for base in reversed(node.bases):
+            inherited = self._static(base)
+            if inherited is None:
+                return None
+            found |= inherited
+        try:
+            own = [(k, v) for k, v in _assignments(node.body) if k in STATIC_FIELDS]
+            return found | {k: ast.literal_eval(v) for k, v in own}
+        except ValueError:
+            return None
 
     def posts(self, lookup: str) -> dict[str, Post]:
         return {k: Post(_keyword(v, "model")) for k, v in (self.table(lookup) or {}).items()}
 
 
-def _static_fields(node: ast.ClassDef) -> dict[str, Any]:
-    """The class attributes whose values are literals."""
-    found = {}
-    for statement in node.body:
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-            try:
-                found[statement.targets[0].id] = ast.literal_eval(statement.value)
-            except ValueError:
-                continue
-    return found
+def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
+    """Names that are assigned to one by one, annotated or not, and their values."""
+    for node in body:
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        value = getattr(node, "value", None)
+        for target in targets:
+            if isinstance(target, ast.Name) and value is not None:
+                yield target.id, value
+
+
+def _mentions(tree: ast.Module) -> Iterator[str]:
+    """Every name that the file uses or imports, each time."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name
 
 
 def _keyword(node: ast.expr, name: str) -> str:

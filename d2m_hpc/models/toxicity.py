@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.buckets import run_by_length
 from d2m_hpc.models.loading import Weights
 
@@ -53,13 +55,34 @@ def load(weights: Weights) -> tuple[nn.Module, Any]:
     """
     from detoxify.detoxify import get_model_and_tokenizer
 
-    content = weights.load(CHECKPOINT)
-    args = {**content["config"]["arch"]["args"], "model_type": str(weights.path(HUB_FILES))}
-    noisy = logging.getLogger("transformers")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
+    with weights.used(CHECKPOINT), _quiet():
+        content = weights.load(CHECKPOINT)
+        args = {**content["config"]["arch"]["args"], "model_type": str(weights.path(HUB_FILES))}
         net, tokenizer = get_model_and_tokenizer(**args, state_dict=content["state_dict"])
-    finally:
-        noisy.setLevel(level)
+        _complete(net, content["state_dict"], weights)
     return net, tokenizer
+
+
+def _complete(net: nn.Module, state: dict[str, Tensor], weights: Weights) -> None:
+    """Refuse what transformers makes up: random tensors, an empty vocabulary."""
+    if missing := sorted(net.state_dict().keys() - state.keys()):
+        raise KeyError(", ".join(missing))
+    vocabulary = weights.path(HUB_FILES) / "tokenizer.json"
+    if not vocabulary.is_file():
+        raise WeightsError(f"{vocabulary} is missing; run `d2m weights check`")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no advice from transformers; both as they were afterwards."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

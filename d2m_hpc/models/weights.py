@@ -12,6 +12,7 @@ import os
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from filelock import FileLock
@@ -112,8 +113,8 @@ class HashCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._known: dict[str, list[object]] = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+            self._known: dict[str, list[object]] = dict(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
             self._known = {}
 
     def __call__(self, file: Path) -> str:
@@ -193,15 +194,16 @@ def fetch(
         partial = path.with_name(path.name + ".part")
         try:
             digest = _download(checkpoint.url, partial, on_bytes)
-        except OSError as error:
+            if not checkpoint.is_published(digest):
+                raise WeightsError(
+                    f"{checkpoint.url} sent a file of sha256 {digest}, published is "
+                    f"{checkpoint.sha256}; nothing was kept"
+                )
+            os.replace(partial, path)
+        except (OSError, ValueError, HTTPException) as error:
             raise WeightsError(f"{checkpoint.url}: {error}; try again, or copy to {path}") from None
-        if not checkpoint.is_published(digest):
-            partial.unlink()
-            raise WeightsError(
-                f"{checkpoint.url} sent a file of sha256 {digest}, published is "
-                f"{checkpoint.sha256}; nothing was kept"
-            )
-        os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
         fsync_dir(path.parent)
     return path
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
+
+OWNERLESS_SECONDS = 2.0
+"""A live holder writes its name within milliseconds of making the file."""
 
 LEASE_SECONDS = 120.0
 """A holder that has not been heard of for so long has lost its claim."""
@@ -18,6 +22,8 @@ class Lease:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
+        self._ownerless: tuple[int, int, float] | None = None
         self._lock = SoftFileLease(
             path, lease_duration=LEASE_SECONDS, timeout=0, thread_local=False, mode=0o644
         )
@@ -27,8 +33,25 @@ class Lease:
         try:
             self._lock.acquire()
         except Timeout:
+            self._drop_ownerless()
             return False
         return True
+
+    def _drop_ownerless(self) -> None:
+        """Remove a file that a holder made but was killed before it wrote its name into.
+
+        filelock keeps an empty file for ever, for the sake of its versions before 3.22.
+        """
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return
+        now = time.monotonic()
+        known = self._ownerless
+        if stat.st_size or known is None or known[:2] != (stat.st_ino, stat.st_mtime_ns):
+            self._ownerless = (stat.st_ino, stat.st_mtime_ns, now)
+        elif now - known[2] > OWNERLESS_SECONDS:
+            self._path.unlink(missing_ok=True)
 
     @property
     def lost(self) -> bool:

@@ -67,9 +67,15 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Record:
-        """Unknown keys are dropped: a newer version may have written more."""
+        """Unknown keys are dropped: a newer version may have written more.
+
+        Raises:
+            ValueError, TypeError: these are no record's values.
+        """
+        if not isinstance(values, dict) or not isinstance(values.get("shard"), str):
+            raise ValueError("not a record")
         known = {k: v for k, v in values.items() if k in _RECORD_FIELDS}
-        known["rejections"] = [Rejection(*r) for r in known.get("rejections", ())]
+        known["rejections"] = [Rejection(*r[:2]) for r in known.get("rejections", ())]
         return cls(**known)
 
 
@@ -107,10 +113,10 @@ def read_records(path: Path) -> Iterator[Record]:
     with open(path, "rb") as file:
         for line in file:
             try:
-                values = json.loads(line.decode("utf-8", "surrogatepass"))
-            except ValueError:
+                record = Record.from_dict(json.loads(line.decode("utf-8", "surrogatepass")))
+            except (ValueError, TypeError):
                 continue
-            yield Record.from_dict(values)
+            yield record
 
 
 @dataclass
@@ -128,6 +134,7 @@ class Manifest:
     def add(self, record: Record) -> None:
         if record.state == "failed":
             self.failures.setdefault(record.shard, []).append(record)
+        if record.state != "done":
             return
         known = self.done.get(record.shard)
         if known is None or record.finished >= known.finished:
@@ -135,6 +142,8 @@ class Manifest:
 
     def settle(self) -> None:
         """A shard that is done now has no failures any more."""
+        for failed in self.failures.values():
+            failed.sort(key=lambda r: r.finished)
         for stem in self.done.keys() & self.failures.keys():
             finished = self.done[stem].finished
             later = [r for r in self.failures.pop(stem) if r.finished > finished]

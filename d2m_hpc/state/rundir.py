@@ -17,6 +17,20 @@ def fsync_dir(folder: Path) -> None:
         os.close(fd)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents; none is world-writable, whatever the umask.
+
+    `Path.mkdir(mode, parents=True)` gives the mode to the last one only.
+    """
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(mode=0o755, exist_ok=True)
+
+
+def _owned(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o644)
+
+
 def atomic_write(path: Path, data: bytes, durable: bool = True) -> None:
     """Replace a file so that readers see the old content or the new, never a part.
 
@@ -25,10 +39,10 @@ def atomic_write(path: Path, data: bytes, durable: bool = True) -> None:
         data: the whole content.
         durable: fsync before the rename; False for files that are rewritten every few seconds.
     """
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=_owned) as file:
             file.write(data)
             if durable:
                 file.flush()
@@ -39,6 +53,18 @@ def atomic_write(path: Path, data: bytes, durable: bool = True) -> None:
         raise
     if durable:
         fsync_dir(path.parent)
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Replace a short file in place, by one write, for a file that changes every few seconds.
+
+    Unlike `atomic_write` it leaves nothing behind when it is killed; readers may see a part.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.ftruncate(fd, os.pwrite(fd, data, 0))
+    finally:
+        os.close(fd)
 
 
 @dataclass(frozen=True)
@@ -108,6 +134,11 @@ class RunDir:
         """JSON: sha256 of checkpoints by path, size and mtime, so that each is read once."""
         return self.root / "hashes.json"
 
+    @property
+    def submit_lock(self) -> Path:
+        """Held while a submit decides and commits."""
+        return self.root / "submit.lock"
+
     def record(self, submission: str, index: int, attempt: int) -> Path:
         return self.records / f"{submission}-{index}-{attempt}.jsonl"
 
@@ -126,17 +157,18 @@ class RunDir:
     def submissions(self) -> list[Submission]:
         """All submissions, oldest first."""
         folder = self.root / "submissions"
-        names = (p for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else ()
+        names = (p for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else ()
         return [Submission(p) for p in sorted(names, key=lambda p: int(p.name))]
 
     def new_submission(self) -> Submission:
         """Make the next submission's folder; two callers at once get two folders."""
+        make_folder(self.root / "submissions")
         last = self.submissions()
         number = int(last[-1].name) + 1 if last else 0
         while True:
             submission = self.submission(f"{number:03d}")
             try:
-                submission.folder.mkdir(mode=0o755, parents=True)
+                submission.folder.mkdir(mode=0o755)
                 return submission
             except FileExistsError:
                 number += 1
@@ -144,4 +176,4 @@ class RunDir:
     def create(self) -> None:
         """Make the folders that tasks write into; never world-writable, whatever the umask."""
         for folder in (self.root, self.records, self.leases, self.progress, self.logs):
-            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            make_folder(folder)

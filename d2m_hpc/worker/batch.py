@@ -55,21 +55,31 @@ class Outputs:
 
 
 def collate(samples: Sequence[Any]) -> Any:
-    """Preprocessed samples to a batch: tensors are stacked, tuples transposed, the rest is a list.
+    """Preprocessed samples to a batch: numbers, arrays and tensors are stacked, tuples transposed,
+    the rest is a list.
 
     Raises:
-        ValueError: tensors of different shapes.
+        ValueError: they are of different shapes or kinds.
     """
+    try:
+        return _collate(samples)
+    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"a preprocessor made values that do not match: {error}") from None
+
+
+def _collate(samples: Sequence[Any]) -> Any:
     first = samples[0]
     if isinstance(first, Tensor):
         shapes = {tuple(s.shape) for s in samples}
         if len(shapes) > 1:
-            raise ValueError(f"a preprocessor made tensors of different shapes: {sorted(shapes)}")
+            raise ValueError(f"tensors of different shapes: {sorted(shapes)}")
         return torch.stack(list(samples))
-    if isinstance(first, np.ndarray):
-        return collate([torch.from_numpy(s) for s in samples])
+    if isinstance(first, np.ndarray | np.generic):
+        # torch warns of arrays that may not be written and refuses some; a fresh one is neither.
+        stacked = np.stack(list(samples))
+        return torch.from_numpy(stacked) if stacked.dtype.kind in "biuf" else list(samples)
     if isinstance(first, tuple):
-        return tuple(collate(parts) for parts in zip(*samples, strict=True))
+        return tuple(_collate(parts) for parts in zip(*samples, strict=True))
     if isinstance(first, bool | int | float):
         return torch.tensor(samples)
     return list(samples)
@@ -128,14 +138,12 @@ def _bad_rows(value: Any) -> Tensor | None:
     if isinstance(value, tuple):
         parts = [b for part in value if (b := _bad_rows(part)) is not None]
         return torch.stack(parts).any(dim=0) if parts else None
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        value = torch.from_numpy(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim:
+        bad = ~np.isfinite(value)
+        return torch.from_numpy(bad.any(axis=tuple(range(1, value.ndim))))
     if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
-        return (
-            ~torch.isfinite(value).flatten(1).all(dim=1).cpu()
-            if value.dim() > 1
-            else (~torch.isfinite(value).cpu())
-        )
+        bad_elements = ~torch.isfinite(value)
+        return (bad_elements.flatten(1).any(dim=1) if value.dim() > 1 else bad_elements).cpu()
     if isinstance(value, list):
         return torch.tensor([not _finite_item(item) for item in value], dtype=torch.bool)
     return None
@@ -146,4 +154,6 @@ def _finite_item(item: Any) -> bool:
         return item - item == 0
     if isinstance(item, Tensor):
         return bool(torch.isfinite(item).all()) if item.is_floating_point() else True
-    return all(map(_finite_item, item)) if isinstance(item, list) else True
+    if isinstance(item, np.ndarray | np.generic):
+        return bool(np.isfinite(item).all()) if item.dtype.kind == "f" else True
+    return all(map(_finite_item, item)) if isinstance(item, list | tuple) else True

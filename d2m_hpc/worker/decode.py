@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import simplejpeg
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from d2m_hpc.models.preprocessors import Picture, Rejected
 
@@ -56,10 +56,14 @@ def _by_pil(data: bytes, max_pixels: int) -> Picture:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as opened:
                 _limit(*opened.size, max_pixels)
+                if opened.format == "EPS":  # loading it would run Ghostscript on a stranger's code
+                    raise UnidentifiedImageError
                 opened.load()
                 return Picture(opened.convert("RGB"))
     except Rejected:
         raise
+    except UnidentifiedImageError:
+        raise Rejected("the image cannot be decoded: its format is not known") from None
     except Exception as error:  # PIL's plugins raise whatever their formats trip over
         raise Rejected(f"the image cannot be decoded: {error}") from None
 
@@ -81,7 +85,7 @@ def text(data: bytes) -> str:
 def json_object(data: bytes) -> dict[str, Any]:
     try:
         values = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Rejected(f"the JSON cannot be parsed: {error}") from None
     if not isinstance(values, dict):
         raise Rejected(f"the JSON holds {type(values).__name__}, not an object")

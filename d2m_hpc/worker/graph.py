@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +51,11 @@ class Toolbox:
         made = {k: as_preprocessor(v) for k, v in tables["preprocessor_lookup"].items()}
         columns = tables["postprocess_parquet_lookup"]
         features = tables["postprocess_feature_lookup"]
+        specs = _pick({**MODELS, **own}, config.models, "models")
+        if mistakes := [m for spec in specs.values() for m in _mistakes(spec, specs)]:
+            raise ConfigError("models", mistakes)
         return cls(
-            specs=_pick({**MODELS, **own}, config.models, "models"),
+            specs=specs,
             classes=classes,
             preprocessors={**PREPROCESSORS, **made},
             columns=_posts({**COLUMNS, **columns}, config.postprocess_columns),
@@ -74,6 +77,16 @@ def _pick(table: Mapping[str, Any], names: Sequence[str], where: str) -> dict[st
         valid = ", ".join(sorted(table))
         raise ConfigError(where, [f"unknown name {n!r}; valid: {valid}" for n in missing])
     return {n: table[n] for n in names}
+
+
+def _mistakes(spec: ModelSpec, specs: Mapping[str, ModelSpec]) -> Iterator[str]:
+    """What the config's check cannot see of a class whose fields are not literals."""
+    raw, made = len(spec.raw_inputs), len(spec.preprocessors)
+    if raw != made:
+        yield f"{spec.name!r} has {raw} raw_inputs and {made} preprocessors; valid is one for each"
+    for needed in spec.dependencies:
+        if needed not in specs:
+            yield f"{spec.name!r} needs the output of {needed!r}, which is not listed; add it"
 
 
 def _posts(table: Mapping[str, Any], names: Sequence[str]) -> dict[str, Post]:
@@ -124,45 +137,51 @@ class Graph:
         Raises:
             ShardError: a model or postprocessor failed.
         """
-        moved = self._to_device(batch)
+        inputs = self._finished(batch)
         cache: dict[str, Any] = {}
         recomputed: set[int] = set()
         rejected: dict[int, str] = {}
         for name in self.models:
-            arguments = self._arguments(name, batch, moved, cache)
+            arguments = self._arguments(name, inputs, cache)
             output = self._run(name, arguments, self.dtype)
-            if (bad := non_finite(output)) and self.dtype:
+            bad = [i for i in non_finite(output) if i not in rejected]
+            if bad and self.dtype:
                 output = self._again_in_float32(name, arguments, output, bad)
                 recomputed.update(bad)
-                bad = non_finite(output)
+                bad = [i for i in non_finite(output) if i not in rejected]
             rejected |= {i: f"{name} gives a value that is not finite" for i in bad}
             cache[name] = output
         outputs = self._collect(batch, cache, rejected)
         outputs.recomputed = len(recomputed)
         return outputs
 
-    def _to_device(self, batch: Batch) -> dict[Input, Any]:
-        """Every input that some model wants on the device, copied and finished once."""
-        wanted = {i for s in self.toolbox.specs.values() if s.to_device for i in s.inputs}
+    def _place(self, spec: ModelSpec) -> torch.device:
+        return self.device if spec.to_device else torch.device("cpu")
+
+    def _finished(self, batch: Batch) -> dict[tuple[Input, torch.device], Any]:
+        """Every input where some model wants it, copied and finished once."""
+        wanted = {(i, self._place(s)) for s in self.toolbox.specs.values() for i in s.inputs}
         made = self.toolbox.preprocessors
-        return {i: made[i[1]].finish(_move(batch.inputs[i], self.device)) for i in wanted}
+        return {(i, place): made[i[1]].finish(_move(batch.inputs[i], place)) for i, place in wanted}
 
     def _arguments(
-        self, name: str, batch: Batch, moved: dict[Input, Any], cache: dict[str, Any]
+        self, name: str, inputs: dict[tuple[Input, torch.device], Any], cache: dict[str, Any]
     ) -> list[Any]:
         spec = self.toolbox.specs[name]
-        source = moved if spec.to_device else batch.inputs
-        return [source[i] for i in spec.inputs] + [cache[d] for d in spec.dependencies]
+        own = [inputs[i, self._place(spec)] for i in spec.inputs]
+        return own + [cache[d] for d in spec.dependencies]
 
     def _run(self, name: str, arguments: list[Any], dtype: torch.dtype | None) -> Any:
         """One model on some rows; out of memory, on halves of them."""
         try:
             with self._autocast(dtype):
-                return self.models[name](*arguments)
+                return _outputs(self.models[name](*arguments), arguments)
         except torch.OutOfMemoryError:
             rows = count(arguments[0])
             if rows < 2:
                 raise
+        except Exception as error:
+            raise ShardError(f"{name!r} raised {type(error).__name__}: {error}") from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         log.warning("%s: out of memory on %d rows; running halves", name, rows)
@@ -178,7 +197,8 @@ class Graph:
     ) -> Any:
         log.warning("%s: %d rows are not finite; running them again in float32", name, len(rows))
         again = self._run(name, [take(a, rows) for a in arguments], None)
-        return put(output, rows, again)
+        # What overflowed in half precision would do so again in a tensor of it.
+        return put(_widened(output), rows, again)
 
     def _collect(self, batch: Batch, cache: dict[str, Any], rejected: dict[int, str]) -> Outputs:
         keep = [i for i in range(len(batch.keys)) if i not in rejected]
@@ -201,8 +221,11 @@ class Graph:
         )
 
     def _post(self, name: str, post: Post, cache: dict[str, Any], batch: Batch) -> Any:
-        value = post(cache)
-        if not hasattr(value, "__len__") or len(value) != len(batch.keys):
+        try:
+            value = post(cache)
+        except Exception as error:
+            raise ShardError(f"{name!r} raised {type(error).__name__}: {error}") from error
+        if _rows(value) != len(batch.keys):
             raise ShardError(
                 f"{name!r} made {_shape(value)} for a batch of {len(batch.keys)} samples; "
                 "valid is one item a sample"
@@ -221,6 +244,30 @@ def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_move(part, device) for part in value)
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _outputs(output: Any, arguments: Sequence[Any]) -> Any:
+    """A list of several outputs as a tuple; a list of rows stays one."""
+    if not isinstance(output, list) or not all(isinstance(x, Tensor) for x in output):
+        return output
+    several = bool(output) and all(_rows(x) == count(arguments[0]) for x in output)
+    return tuple(output) if several else output
+
+
+def _widened(value: Any) -> Any:
+    """Half precision as float32."""
+    if isinstance(value, tuple):
+        return tuple(map(_widened, value))
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+def _rows(value: Any) -> int | None:
+    """The number of items; None for a single value, a tensor without axes too."""
+    try:
+        return len(value)
+    except TypeError:
+        return None
 
 
 def _host(value: Any) -> Any:

@@ -6,7 +6,9 @@ Whatever of the next shard is ready waits in a bounded queue while this one is c
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +31,8 @@ from d2m_hpc.worker.shard import Archive, Index, Sample, stage
 
 AHEAD = 4
 """Batches that may wait for the device."""
+STOP_SECONDS = 10.0
+"""How long closing waits for the reader, which may hang in a download or a claim."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,27 @@ class Ready:
 def prepare(sample: Sample, archive: Archive, recipe: Recipe) -> Ready | Rejection:
     """Decode one sample once and run every distinct preprocessor on it once."""
     try:
+        _require_unicode("the key", sample.key)
         raw = {name: _raw(name, sample, archive, recipe.options) for name in recipe.raw_inputs}
         inputs = {
             wanted: _preprocess(wanted, made, raw[wanted[0]], recipe.options)
             for wanted, made in recipe.inputs.items()
         }
-        return Ready(sample.key, inputs, [raw["json"].get(f) for f in recipe.fields])
+        fields = {name: raw["json"].get(name) for name in recipe.fields}
+        for name, value in fields.items():
+            _require_unicode(f"field {name!r}", value)
+        return Ready(sample.key, inputs, list(fields.values()))
     except Rejected as reason:
         return Rejection(sample.key, str(reason))
+
+
+def _require_unicode(what: str, value: Any) -> None:
+    """A parquet takes no lone surrogates, which odd file names and JSON escapes are read as."""
+    if isinstance(value, str | list | dict):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Rejected(f"{what} is not valid Unicode") from None
 
 
 def _preprocess(wanted: Input, made: Preprocessor, value: Any, options: Options) -> Any:
@@ -188,15 +205,16 @@ class Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop reading at once."""
+        """Stop reading; a reader that hangs is left to itself and does nothing more."""
         self._stopped = True
-        while self._reader.is_alive():
+        deadline = time.monotonic() + STOP_SECONDS
+        while self._reader.is_alive() and time.monotonic() < deadline:
             if self._current is not None:
                 self._current.cancel()
             self._drain()
             self._reader.join(timeout=0.05)
         self._drain()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=not self._reader.is_alive(), cancel_futures=True)
 
     def _drain(self) -> None:
         """Drop shards that nobody will compute, and their claims."""
@@ -236,17 +254,19 @@ class Loader:
                 closing(Archive(staged.path)) as archive,
             ):
                 index = archive.index()
-                index.cut = index.cut or staged.damage
+                index.cut = staged.damage or index.cut
                 self._emit(work, index, archive)
             work.put(None)
         except BaseException as error:
             work.put(error)
 
     def _emit(self, work: Work, index: Index, archive: Archive) -> None:
-        if index.cut and not self._recipe.allow_truncated:
+        whole = len(index.samples)
+        if index.cut and not (whole and self._recipe.allow_truncated):
+            advice = " (allow_truncated_shards: true takes them)" if whole else ""
             raise TruncatedShard(
-                f"{work.shard.url} is truncated {index.cut}; {len(index.samples)} samples before "
-                "it are whole (allow_truncated_shards: true takes them)"
+                f"{work.shard.url} is truncated {index.cut}; {whole} samples before it are "
+                f"whole{advice}"
             )
         work.total = len(index.samples) + len(index.strays)
         self._reject(work, index.strays)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -25,6 +26,14 @@ from d2m_hpc.state.manifest import Rejection, Shard
 PIPE = "pipe:"
 CUT_OFF = "cut off where the archive ends"
 GZIP_MAGIC = b"\x1f\x8b"
+SAID = 2000
+"""Bytes of a failed command's last words that go on record."""
+_META = re.compile("__[^/]*__($|/)")
+_UNREADABLE = (
+    *(tarfile.HeaderError, ValueError, ArithmeticError, LookupError),
+    *(MemoryError, RecursionError),
+)
+"""What the standard library raises at headers that are broken, or made to break it."""
 
 
 @dataclass
@@ -55,12 +64,18 @@ class Archive:
         self.size = os.fstat(self._file.fileno()).st_size
 
     def read(self, offset: int, size: int) -> bytes:
-        """Bytes of the tar; short only where the file ends."""
+        """Bytes of a member.
+
+        Raises:
+            ShardError: the file has become shorter than it was when it was indexed.
+        """
         data = os.pread(self._file.fileno(), size, offset)
         while len(data) < size and (
             more := os.pread(self._file.fileno(), size - len(data), offset + len(data))
         ):
             data += more
+        if len(data) < size:
+            raise ShardError(f"{self._file.name}: the file changed while it was read")
         return data
 
     def index(self) -> Index:
@@ -119,10 +134,20 @@ def _source(url: str) -> Iterator[BinaryIO]:
             yield stream
         return
     try:
-        with fsspec.open(url, "rb") as stream:
-            yield stream
+        opened = _opened(url)
     except FileNotFoundError:
         raise ShardError(f"{url}: no such file") from None
+    except (OSError, ImportError, ValueError) as error:
+        raise ShardError(f"{url}: {type(error).__name__}: {error}") from error
+    with opened as stream:
+        yield stream
+
+
+def _opened(url: str) -> BinaryIO:
+    if _is_local(url):  # fsspec would take `::` in a path for a chain of stores
+        return open(url, "rb")
+    stream: BinaryIO = fsspec.open(url, "rb").open()
+    return stream
 
 
 @contextmanager
@@ -136,7 +161,10 @@ def _pipe(command: str) -> Iterator[BinaryIO]:
         with process:
             assert process.stdout is not None
             yield process.stdout  # type: ignore[misc]
-        words.seek(0)
+            # A reader that stops early must not look like a command that fails.
+            while process.stdout.read(1 << 20):
+                pass
+        words.seek(max(0, words.seek(0, os.SEEK_END) - SAID))
         said = words.read().decode(errors="replace").strip()
     if process.returncode:
         raise ShardError(f"pipe:{command} ended with exit code {process.returncode}: {said}")
@@ -189,18 +217,20 @@ def index_tar(file: BinaryIO, size: int) -> Index:
     """
     index = Index()
     group = _Grouping(index)
-    with tarfile.open(fileobj=io.BytesIO(bytes(tarfile.RECORDSIZE))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(bytes(tarfile.RECORDSIZE)), mode="r:") as tar:
         tar.fileobj = file  # only now, so that the constructor reads nothing of it
         offset = 0
         while not index.cut:
-            file.seek(offset)
             try:
+                file.seek(offset)
                 member = tarfile.TarInfo.fromtarfile(tar)
-            except tarfile.HeaderError as error:
-                index.cut = _cut_at(error, offset, size)
+                if member.size < 0 or tar.offset <= offset:
+                    raise ValueError("a negative size")
+            except _UNREADABLE as error:
+                index.cut = _cut_at(error, file, offset, size)
                 break
             offset = tar.offset
-            end = member.offset_data + (member.size if member.isreg() else 0)
+            end = _end(member, offset)
             if end > size:
                 index.cut = f"at byte {size}: {member.name} should reach byte {end}"
                 group.cut(member.name)
@@ -210,13 +240,32 @@ def index_tar(file: BinaryIO, size: int) -> Index:
     return index
 
 
-def _cut_at(error: tarfile.HeaderError, offset: int, size: int) -> str:
-    """Empty for the end-of-archive mark, a block of zeros."""
+def _end(member: tarfile.TarInfo, following: int) -> int:
+    """Where a member's data ends; the size of a sparse one counts its holes."""
+    if member.issparse():
+        return following
+    return member.offset_data + (member.size if member.isreg() else 0)
+
+
+def _cut_at(error: Exception, file: BinaryIO, offset: int, size: int) -> str:
+    """Empty for the end-of-archive mark, zeros to the end."""
     kind = type(error).__name__
-    if kind == "EOFHeaderError":
-        return ""
-    reason = "the end-of-archive mark is missing" if kind == "EmptyHeaderError" else str(error)
+    reason = str(error) or kind
+    if kind == "EmptyHeaderError":
+        reason = "the end-of-archive mark is missing"
+    elif kind == "EOFHeaderError":
+        if _only_zeros(file, offset):
+            return ""
+        reason = "zeros, and more data after them"  # what a lost write leaves
     return f"at byte {offset} of {size}: {reason}"
+
+
+def _only_zeros(file: BinaryIO, offset: int) -> bool:
+    file.seek(offset)
+    while block := file.read(1 << 20):
+        if block.count(0) < len(block):
+            return False
+    return True
 
 
 class _Grouping:
@@ -227,6 +276,7 @@ class _Grouping:
 
     def __init__(self, index: Index) -> None:
         self.index = index
+        self._closed = False
 
     def add(self, member: tarfile.TarInfo) -> None:
         if member.isdir() or _is_meta(member.name):
@@ -237,31 +287,39 @@ class _Grouping:
         elif not member.isreg() or member.issparse():
             self._stray(member.name, "a link or a special file")
         else:
-            samples, extension = self.index.samples, extension.lower()
-            if not samples or samples[-1].key != key or extension in samples[-1].members:
-                samples.append(Sample(key))
-            samples[-1].members[extension] = (member.offset_data, member.size)
+            if not self._continues(key, extension):
+                self.index.samples.append(Sample(key))
+            span = (member.offset_data, member.size)
+            self.index.samples[-1].members[extension.lower()] = span
+
+    def _continues(self, key: str, extension: str) -> bool:
+        """A member of this name belongs to the last sample."""
+        last = self.index.samples[-1] if self.index.samples else None
+        return last is not None and last.key == key and extension.lower() not in last.members
 
     def _stray(self, name: str, reason: str) -> None:
         self.index.strays.append(Rejection(name, reason))
 
     def cut(self, name: str) -> None:
         """The archive ends within this member: its sample is lost."""
-        key = base_plus_ext(name)[0] or name
-        if self.index.samples and self.index.samples[-1].key == key:
-            self.index.samples.pop()
-        self._stray(key, CUT_OFF)
+        key, extension = base_plus_ext(name)
+        if key is not None and not _is_meta(name):
+            self._closed = True
+            if self._continues(key, extension):
+                self.index.samples.pop()
+        self._stray(key or name, CUT_OFF)
 
     def finish(self) -> None:
-        """After a cut between members, the last sample counts if it has all that the first has."""
-        samples, strays = self.index.samples, self.index.strays
-        if not self.index.cut or not samples or (strays and strays[-1].reason == CUT_OFF):
+        """After a cut between samples, the last one counts if it has all that the first has."""
+        samples = self.index.samples
+        if not self.index.cut or not samples or self._closed:
             return
         if len(samples) == 1 or not samples[0].members.keys() <= samples[-1].members.keys():
             self._stray(samples.pop().key, CUT_OFF)
 
 
 def _is_meta(name: str) -> bool:
-    """webdataset's own notes in a tar."""
-    base = name.split("/")[0]
-    return base.startswith("__") and base.endswith("__")
+    """webdataset's own notes in a tar, as it tells them."""
+    if "/" not in name and name.startswith("__") and name.endswith("__"):
+        return True
+    return _META.match(name) is not None

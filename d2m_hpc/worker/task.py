@@ -26,7 +26,7 @@ from d2m_hpc.errors import D2MError, NodeError, ShardError
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Record, Recorder, Shard
-from d2m_hpc.state.rundir import RunDir, atomic_write
+from d2m_hpc.state.rundir import RunDir, overwrite
 from d2m_hpc.worker.graph import Graph, Toolbox
 from d2m_hpc.worker.loader import Loader, Recipe, Work
 from d2m_hpc.worker.writer import Committer, Table
@@ -98,6 +98,15 @@ def read_chunk(run: RunDir, submission: str, index: int) -> list[Shard]:
     return [Shard(*shard) for shard in json.loads(line)]
 
 
+def _log_to(path: Path) -> None:
+    """Append this program's log to the task's file."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package = logging.getLogger("d2m_hpc")
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+
+
 def run_task(
     root: Path, submission: str, index: int, local: bool = False, listener: Listener | None = None
 ) -> Progress:
@@ -115,6 +124,7 @@ def run_task(
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     run = RunDir(root)
     name = TaskName(submission, index, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    _log_to(run.log_of(submission, index))
     config = load(run.submission(submission).config)
     device = choose_device(config.device, local)
     toolbox = Toolbox.of(config)
@@ -277,7 +287,7 @@ class Task:
             if state or progress.updated - self._announced > PROGRESS_SECONDS:
                 self._announced = progress.updated
                 path = self.run.progress_of(self.name.submission, self.name.index)
-                atomic_write(path, json.dumps(asdict(progress)).encode(), durable=False)
+                overwrite(path, json.dumps(asdict(progress)).encode())
             if self.listener:
                 self.listener(progress)
 

@@ -1,0 +1,15 @@
+# Sourced by the other scripts: makes .venv with everything that EXTRA names, once.
+# uv, because it resolves torch in seconds and takes the same torch build for torchvision.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON="${PYTHON:-python3}"
+
+install() { # install [EXTRA]
+    "$PYTHON" - <<'PY' || { echo "d2m_hpc needs Python 3.11 or newer; set PYTHON=/path/to/it" >&2; exit 1; }
+import sys
+sys.exit(sys.version_info < (3, 11))
+PY
+    [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+    [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+    .venv/bin/uv pip install --quiet --python .venv/bin/python ".${1:+[$1]}"
+}

@@ -1,0 +1,93 @@
+"""Run `d2m submit --local` in forks of a process that has imported everything, and kill them.
+
+A fork starts to work at once, so that a random moment falls into the work and not into the import
+of torch. The parent itself never runs an operation of torch.
+
+    forker.py random CONFIG OUT SEED KILLS SECONDS
+        SIGKILL at random moments, then a run to the end
+    forker.py steps CONFIG OUT
+        SIGKILL before the first file operation, and a run to the end, in OUT/1; before the second
+        in OUT/2; and so on
+
+Prints how each run ended, `killed` or its exit code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pandas  # noqa: F401  (pyarrow imports it where it is installed)
+
+from d2m_hpc import cli
+from d2m_hpc.launch import show, status, submit  # noqa: F401
+from d2m_hpc.worker import task  # noqa: F401
+
+
+def fork(config: str, out: str, before: Callable[[], None] = lambda: None) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    os.dup2(2, 1)
+    sys.argv = ["d2m", "submit", config, "--local", "--set", f"output_metadata_dir={out}"]
+    before()
+    try:
+        cli.main()
+    except SystemExit as error:
+        os._exit(int(error.code or 0))
+    os._exit(0)
+
+
+def wait(pid: int) -> str:
+    state = os.waitpid(pid, 0)[1]
+    ended = "killed" if os.WIFSIGNALED(state) else str(os.WEXITSTATUS(state))
+    print(ended, flush=True)
+    return ended
+
+
+def kill_at_random(config: str, out: str, seed: int, kills: int, seconds: float) -> None:
+    moments = random.Random(seed)
+    for _ in range(kills):
+        pid = fork(config, out)
+        time.sleep(moments.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        wait(pid)
+    wait(fork(config, out))
+
+
+def die_at(step: int) -> None:
+    """SIGKILL this process before its step-th operation on a file."""
+    steps = itertools.count(1)
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(steps) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "fsync", "unlink", "write", "pwrite", "rmdir", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def kill_at_every_step(config: str, out: str) -> None:
+    for step in itertools.count(1):
+        folder = f"{out}/{step}"
+        if wait(fork(config, folder, lambda step=step: die_at(step))) != "killed":
+            return
+        wait(fork(config, folder))
+
+
+if __name__ == "__main__":
+    kind, config, out, *rest = sys.argv[1:]
+    if kind == "random":
+        kill_at_random(config, out, int(rest[0]), int(rest[1]), float(rest[2]))
+    else:
+        kill_at_every_step(config, out)

@@ -1,0 +1,387 @@
+"""Patterns to shards with names of their own, and shards to chunks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.launch.plan import (
+    Expansion,
+    check,
+    chunk,
+    expand,
+    location,
+    name_shards,
+    plan_shards,
+    read_shards,
+    write_shards,
+)
+from d2m_hpc.state.manifest import Shard
+
+
+def touch(folder: Path, *names: str) -> list[str]:
+    """Files as long as their names; returns their paths."""
+    paths = [folder / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * len(path.name))
+    return [str(p) for p in paths]
+
+
+def names(expansion: Expansion) -> list[str]:
+    return [os.path.basename(url) for url in expansion.sizes]
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield fs
+    fs.store.clear()
+
+
+# --- local patterns ---
+
+
+def test_a_range_of_braces_keeps_its_zeros_and_its_order(tmp_path: Path) -> None:
+    paths = touch(tmp_path, *(f"{i:05d}.tar" for i in range(8, 12)))
+    found = expand([f"{tmp_path}/{{00008..00011}}.tar"])
+    assert found == Expansion(sizes=dict.fromkeys(paths, 9))
+
+
+def test_braces_nest(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.tar", "a/2.tar", "b/x.tar")
+    found = expand([f"{tmp_path}/{{a/{{1..2}},b/x}}.tar"])
+    assert names(found) == ["1.tar", "2.tar", "x.tar"]
+    assert not found.missing
+    assert not found.mistakes
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "0000?.tar", "0000[0-2].tar", "{*,nothing}.tar"])
+def test_globs_come_sorted_and_with_sizes(tmp_path: Path, pattern: str) -> None:
+    touch(tmp_path, "00002.tar", "00000.tar", "00001.tar", "00000_stats.json")
+    found = expand([f"{tmp_path}/{pattern}"])
+    there = {n: s for n, s in zip(names(found), found.sizes.values(), strict=True) if s}
+    assert list(there.items()) == [(f"0000{i}.tar", 9) for i in range(3)]
+
+
+def test_two_stars_search_all_folders_below(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.tar", "a/b/2.tar", "3.tar")
+    assert sorted(names(expand([f"{tmp_path}/**/*.tar"]))) == ["1.tar", "2.tar", "3.tar"]
+
+
+def test_a_glob_names_no_folders(tmp_path: Path) -> None:
+    paths = touch(tmp_path, "1.tar", "sub/2.tar")
+    (tmp_path / "folder.tar").mkdir()
+    assert expand([f"{tmp_path}/*"]) == Expansion(sizes={paths[0]: 5})
+
+
+def test_a_list_keeps_its_order_and_counts_what_is_named_again(tmp_path: Path) -> None:
+    a, b, c = touch(tmp_path, "a.tar", "b.tar", "c.tar")
+    found = expand([c, f"{tmp_path}/*.tar", a])
+    assert list(found.sizes) == [c, a, b]
+    assert found.duplicates == 2
+
+
+def test_relative_paths_and_home_become_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "d/a.tar")
+    monkeypatch.chdir(tmp_path / "d")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand(["a.tar", "./a.tar", "~/d/a.tar", "../d/a.tar"]) == Expansion(
+        sizes={str(tmp_path / "d/a.tar"): 5}, duplicates=3
+    )
+
+
+def test_files_of_a_range_that_are_not_there_are_listed_and_still_planned(tmp_path: Path) -> None:
+    touch(tmp_path, "0.tar", "2.tar")
+    found = expand([f"{tmp_path}/{{0..3}}.tar"])
+    assert found.missing == [f"{tmp_path}/1.tar", f"{tmp_path}/3.tar"]
+    assert list(found.sizes.values()) == [5, None, 5, None]
+    assert not found.mistakes
+
+
+@pytest.mark.parametrize("pattern", ["no/*.tar", "no/{0..2}.tar", "no.tar", "folder", "[", "", "{"])
+def test_a_pattern_that_matches_nothing_is_a_mistake_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    touch(tmp_path, "a.tar")
+    found = expand([pattern, "a.tar"])
+    assert found.mistakes == [f"input_tars: found no tar for {pattern!r}; check the path"]
+    with pytest.raises(ConfigError, match="1 mistake") as raised:
+        check(found, "my.yml")
+    assert repr(pattern) in str(raised.value)
+
+
+def test_check_lets_good_patterns_pass(tmp_path: Path) -> None:
+    check(expand(touch(tmp_path, "a.tar")), "my.yml")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{0..2}.tar",
+        "a{b.tar",
+        "[0-9].tar",
+        "what?*.tar",
+        "two words.tar",
+        'it\'s "quoted".tar',
+        "döner-日本.tar",
+        "a#b%20c.tar",
+        "$HOME.tar",
+        "back\\slash.tar",
+    ],
+)
+def test_a_file_of_that_very_name_comes_before_any_expansion(tmp_path: Path, name: str) -> None:
+    (path,) = touch(tmp_path, name)
+    found = expand([path])
+    assert list(found.sizes) == [path]
+    assert not found.missing
+    assert name_shards(found.sizes, {}) == {path: name.removesuffix(".tar")}
+
+
+def test_a_glob_finds_names_that_look_like_patterns(tmp_path: Path) -> None:
+    paths = touch(tmp_path, "[0-9].tar", "{0..2}.tar")
+    assert list(expand([f"{tmp_path}/*.tar"]).sizes) == paths
+
+
+def test_an_awkward_folder_is_searched(awkward_path: Path) -> None:
+    touch(awkward_path, "0.tar", "1.tar")
+    for pattern in ("*.tar", "{0..1}.tar"):
+        assert names(expand([f"{awkward_path}/{pattern}"])) == ["0.tar", "1.tar"]
+
+
+def test_a_name_that_is_not_utf8_is_a_mistake(tmp_path: Path) -> None:
+    """Neither the plan's parquet nor the outputs' can hold it."""
+    touch(tmp_path, "a.tar")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tar")).touch()
+    found = expand([f"{tmp_path}/*.tar"])
+    assert names(found) == ["a.tar"]
+    (mistake,) = found.mistakes
+    assert mistake == (
+        f"input_tars: the name '{tmp_path}/caf\\xe9.tar' is not UTF-8; rename the file"
+    )
+
+
+# --- remote patterns and commands ---
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "0?.tar", "0[0-2].tar"])
+def test_globs_of_urls_are_listed_with_sizes(memory: Any, pattern: str) -> None:
+    for i in range(3):
+        memory.pipe(f"/bucket/d/0{i}.tar", bytes(10 + i))
+    memory.pipe("/bucket/d/sub.tar/x", b"")
+    found = expand([f"memory://bucket/d/{pattern}"])
+    assert [u.rsplit("/", 1)[-1] for u in found.sizes] == ["00.tar", "01.tar", "02.tar"]
+    assert list(found.sizes.values()) == [10, 11, 12]
+    assert not found.mistakes
+
+
+def test_a_glob_of_urls_that_matches_nothing_is_a_mistake(memory: Any) -> None:
+    assert expand(["memory://bucket/*.tar"]).mistakes == [
+        "input_tars: found no tar for 'memory://bucket/*.tar'; check the path"
+    ]
+
+
+def test_braces_of_urls_expand_without_asking_the_store() -> None:
+    found = expand(["memory://bucket/{a,b}/{00..01}.tar"])
+    urls = [f"memory://bucket/{folder}/0{i}.tar" for folder in "ab" for i in range(2)]
+    assert found == Expansion(sizes=dict.fromkeys(urls))
+
+
+@pytest.mark.parametrize("pattern", ["s4://bucket/*.tar", "s4://bucket/{0..1}.tar"])
+def test_a_store_that_cannot_be_reached_is_a_mistake(pattern: str) -> None:
+    (mistake,) = expand([pattern]).mistakes
+    assert mistake.startswith(f"input_tars: cannot list {pattern!r}: ValueError: ")
+    assert "s4" in mistake
+
+
+def test_file_urls_are_globbed(awkward_path: Path) -> None:
+    (path,) = touch(awkward_path, "a.tar")
+    assert expand([f"file://{awkward_path}/*.tar"]).sizes == {f"file://{path}": 5}
+
+
+def test_braces_in_commands_expand_and_globs_do_not(tmp_path: Path) -> None:
+    touch(tmp_path, "0.tar")
+    found = expand([f"pipe:cat {tmp_path}/{{0..1}}.tar | head -c 5?*[a]"])
+    assert found.sizes == {f"pipe:cat {tmp_path}/{i}.tar | head -c 5?*[a]": None for i in range(2)}
+    assert not found.mistakes
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    ("url", "stem"),
+    [
+        ("https://host/a.tar?token=[x]*", "a"),
+        ("/d/00000.tar", "00000"),
+        ("/d/00000.tar.gz", "00000"),
+        ("/d/00000.TGZ", "00000"),
+        ("/d/a.b.tar", "a.b"),
+        ("/d/noextension", "noextension"),
+        ("s3://bucket/d/00000.tar", "00000"),
+        ("s3://bucket/d/a#1?.tar", "a#1?"),
+        ("memory://00000.tar", "00000"),
+        ("https://host/d/00000.tar?sig=/x.tar", "00000"),
+        ("https://host/d/00000.tar#part", "00000"),
+        ("pipe:aws s3 cp s3://bucket/d/00000.tar -", "00000"),
+        ("pipe:cat '/d/two words.tar' | pv", "two words"),
+        ("pipe:zcat </d/00000.tar.gz", "00000"),
+        ("pipe:cat <00000.tar", "00000"),
+        ("pipe:cat 00000.tar|pv", "00000"),
+        ("pipe:get --file=00000.tar", "00000"),
+        ("pipe:tar c d >&2; cat # 'open /d/00000.tar", "00000"),
+    ],
+)
+def test_the_stem_is_the_tars(url: str, stem: str) -> None:
+    assert name_shards([url], {}) == {url: stem}
+
+
+def test_commands_that_name_no_tar_get_names_of_their_own() -> None:
+    urls = ["pipe:make-data 0", "pipe:make-data 1"]
+    stems = list(name_shards(urls, {}).values())
+    assert len(set(stems)) == 2
+    assert all(len(s) == 16 and s.isalnum() for s in stems)
+    assert stems == list(name_shards(urls, {}).values())
+
+
+def test_stems_that_collide_get_their_folders_in_front() -> None:
+    urls = ["/x/a/0.tar", "/x/b/0.tar", "/x/a/1.tar", "/p/c/2.tar", "/q/c/2.tar"]
+    stems = name_shards(urls, {})
+    assert [stems[u] for u in urls] == ["a_0", "b_0", "1", "p_c_2", "q_c_2"]
+
+
+def test_buckets_tell_urls_apart() -> None:
+    urls = ["s3://one/d/0.tar", "s3://two/d/0.tar"]
+    assert list(name_shards(urls, {}).values()) == ["one_d_0", "two_d_0"]
+
+
+def test_a_password_in_a_url_is_never_part_of_a_name() -> None:
+    urls = [f"ftp://me:secret@{host}/0.tar" for host in ("one", "two")]
+    assert list(name_shards(urls, {}).values()) == ["one_0", "two_0"]
+
+
+def test_a_tar_and_its_compressed_twin_in_one_folder_have_two_names() -> None:
+    urls = ["/x/a.tar", "/x/a.tar.gz"]
+    stems = list(name_shards(urls, {}).values())
+    assert len(set(stems)) == 2
+    assert all(s.startswith("a_") for s in stems)
+
+
+def test_known_shards_keep_their_stems() -> None:
+    known = {"/x/a/0.tar": "0", "/gone/9.tar": "1"}
+    stems = name_shards(["/x/a/0.tar", "/x/b/0.tar", "/x/b/1.tar"], known)
+    assert stems == {"/x/a/0.tar": "0", "/x/b/0.tar": "b_0", "/x/b/1.tar": "b_1"}
+
+
+@pytest.mark.parametrize("letter", ["x", "ß", "日"])
+def test_names_leave_room_for_a_suffix_in_a_file_name(letter: str) -> None:
+    long = letter * (250 // len(letter.encode()))
+    deep = "/".join(["folder"] * 60)
+    urls = [f"/x/{long}.tar", f"/y/{long}.tar", f"/a/{deep}/0.tar", f"/b/{deep}/0.tar"]
+    stems = name_shards(urls, {}).values()
+    assert len(set(stems)) == 4
+    assert all(len(stem.encode()) <= 220 for stem in stems)
+
+
+PARTS = st.sampled_from(["a", "b", "a_b", "c"])
+URLS = st.lists(
+    st.builds(
+        lambda start, folders, name, end: "/".join([start, *folders, name]) + end,
+        st.sampled_from(["", "s3://a", "s3://b", "pipe:cat /x"]),
+        st.lists(PARTS, max_size=3),
+        PARTS,
+        st.sampled_from([".tar", ".tar.gz", ".tgz", "", ".b.tar"]),
+    ),
+    unique=True,
+    max_size=12,
+)
+
+
+@given(URLS)
+def test_names_are_unique_and_fit_for_a_file(urls: list[str]) -> None:
+    stems = name_shards(urls, {})
+    assert list(sorted(stems)) == sorted(urls)
+    assert len(set(stems.values())) == len(urls)
+    assert all(s and "/" not in s for s in stems.values())
+
+
+@given(URLS, st.randoms(use_true_random=False))
+def test_names_do_not_depend_on_the_order_of_the_patterns(urls: list[str], random: Any) -> None:
+    shuffled = random.sample(urls, len(urls))
+    assert name_shards(urls, {}) == name_shards(shuffled, {})
+
+
+@given(URLS, st.integers(0, 12))
+def test_known_names_stay_when_urls_are_added(urls: list[str], cut: int) -> None:
+    known = name_shards(urls[:cut], {})
+    stems = name_shards(urls, known)
+    assert {u: stems[u] for u in known} == known
+    assert len(set(stems.values())) == len(urls)
+
+
+@given(URLS, st.integers(0, 12))
+def test_planning_again_changes_no_shard_and_drops_none(urls: list[str], cut: int) -> None:
+    first = plan_shards(dict.fromkeys(urls[:cut], 1))
+    second = plan_shards(dict.fromkeys(urls[1:], 2), first)
+    assert [s[:2] for s in second[: len(first)]] == [s[:2] for s in first]
+    assert {s.url for s in second} == {*urls[:cut], *urls[1:]}
+    assert plan_shards(dict.fromkeys(urls[1:], 2), second) == second
+    assert len({s.stem for s in second}) == len(second)
+
+
+def test_a_shard_that_matches_no_pattern_now_keeps_its_size_and_place() -> None:
+    known = [Shard("0", "/x/0.tar", 7), Shard("1", "/x/1.tar", 8)]
+    sizes = {"/x/2.tar": 9, "/x/1.tar": 10}
+    assert plan_shards(sizes, known) == [
+        Shard("0", "/x/0.tar", 7),
+        Shard("1", "/x/1.tar", 10),
+        Shard("2", "/x/2.tar", 9),
+    ]
+
+
+def test_location_of_a_command_that_cannot_be_parsed_is_its_last_tar() -> None:
+    assert location("pipe:echo 'open /d/0.tar -") == "/d/0.tar"
+
+
+# --- the plan on disk ---
+
+
+@pytest.mark.parametrize("folder", [".d2m", "date=2026", "döner & 'x' \"y\""])
+def test_shards_are_read_back_as_they_were_written(tmp_path: Path, folder: str) -> None:
+    shards = [
+        Shard("0", "/x/0.tar", 7),
+        Shard("ü {a,b}", "pipe:cat 'ü {a,b}'\n", None),
+        Shard("2", "s3://b/2.tar", 2**40),
+    ]
+    path = tmp_path / folder / "shards.parquet"
+    write_shards(path, shards)
+    assert read_shards(path) == shards
+    write_shards(path, [])
+    assert read_shards(path) == []
+    assert [p.name for p in path.parent.iterdir()] == ["shards.parquet"]
+
+
+def test_a_run_without_a_plan_has_no_shards(tmp_path: Path) -> None:
+    assert read_shards(tmp_path / "shards.parquet") == []
+
+
+@given(st.integers(0, 40), st.integers(1, 50))
+def test_chunks_partition_the_shards_in_order(count: int, per_task: int) -> None:
+    shards = [Shard(str(i), f"/{i}.tar") for i in range(count)]
+    chunks = chunk(shards, per_task)
+    assert [s for c in chunks for s in c] == shards
+    assert all(len(c) == per_task for c in chunks[:-1])
+    assert all(0 < len(c) <= per_task for c in chunks)

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from kit import captions, photographs
+from torch import Tensor, nn
+
+from d2m_hpc.errors import WeightsError
+from d2m_hpc.models import clip, preprocessors
+from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
+
+CPU = torch.device("cpu")
+NAME = clip.ClipB32.checkpoint
+START, END = 49406, 49407
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: Path) -> clip.ClipB32:
+    return clip.ClipB32(CPU, Weights(checkpoints))
+
+
+def _tokens(texts: list[str]) -> Tensor:
+    return torch.stack([preprocessors.clip_tokens(text, Options()) for text in texts])
+
+
+def _images(rows: int) -> Tensor:
+    made = PREPROCESSORS["clip-aug"]
+    pictures = [made.prepare(Picture(p), Options()) for p in photographs(rows)]
+    finished: Tensor = made.finish(torch.stack(pictures))
+    return finished
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [clip.ClipB32, clip.ClipL14])
+def test_features_are_those_of_open_clips_full_towers(
+    kind: type[clip.OpenAIClip], checkpoints: Path
+) -> None:
+    model = kind(CPU, Weights(checkpoints))
+    tokens = _tokens(captions())
+    image, text = model(_images(3), tokens)
+    expected = model.clip.encode_text(tokens, normalize=True)
+    assert len({int(end) for end in tokens.argmax(dim=1)}) > 10
+    np.testing.assert_allclose(text.numpy(), expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        image.numpy(), model.clip.encode_image(_images(3), normalize=True).numpy(), atol=1e-6
+    )
+    for features in (image, text):
+        np.testing.assert_allclose(features.norm(dim=1).numpy(), 1, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_a_caption_with_an_end_token_inside_is_pooled_at_the_first(model: clip.ClipB32) -> None:
+    """As CLIP's argmax over the ids does: what follows it has no part in the feature."""
+    inside, plain = _tokens(["a cat<|endoftext|> and a dog", "a cat"])
+    assert not torch.equal(inside, plain)
+    _, text = model(_images(2), torch.stack([inside, plain]))
+    np.testing.assert_allclose(text[0].numpy(), text[1].numpy(), atol=1e-6)
+
+
+@torch.inference_mode()
+def test_features_are_float32_of_length_one_under_autocast(model: clip.ClipB32) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        for features in model(_images(2), _tokens(["a cat", "a dog " * 30])):
+            assert features.dtype == torch.float32
+            np.testing.assert_allclose(features.norm(dim=1).numpy(), 1, atol=1e-6)
+
+
+class _Archive(nn.Module):
+    """What OpenAI's archives are to a reader: buffers under the state dict's dotted names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _torchscript(state: dict[str, Tensor], path: Path) -> None:
+    root = _Archive()
+    for name, value in state.items():
+        *parents, leaf = name.split(".")
+        module: nn.Module = root
+        for parent in parents:
+            if parent not in dict(module.named_children()):
+                module.add_module(parent, _Archive())
+            module = module.get_submodule(parent)
+        module.register_buffer(leaf, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates the format, which is published for good
+        torch.jit.save(torch.jit.trace(root, torch.zeros(1), check_trace=False), str(path))
+
+
+def test_a_torchscript_archive_and_a_plain_state_dict_give_the_same_net(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    state = Weights(checkpoints).load(NAME)
+    assert {"input_resolution", "context_length", "vocab_size"} <= set(state)
+    _torchscript(state, tmp_path / NAME)
+    assert clip.is_torchscript(Weights(tmp_path), NAME)
+    assert not clip.is_torchscript(Weights(checkpoints), NAME)
+    archived = clip.load(Weights(tmp_path), NAME).state_dict()
+    plain = clip.load(Weights(checkpoints), NAME).state_dict()
+    assert archived.keys() == plain.keys()
+    for name, value in plain.items():
+        assert torch.equal(archived[name], value), name
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.load:FutureWarning")  # open_clip tries it first
+@torch.inference_mode()
+def test_the_net_is_that_of_open_clips_own_loader(checkpoints: Path, model: clip.ClipB32) -> None:
+    theirs = open_clip.load_openai_model(str(checkpoints / NAME), precision="fp32", device="cpu")
+    images = _images(2)
+    expected = theirs.eval().encode_image(images, normalize=True)
+    ours, _ = model(images, _tokens(["", ""]))
+    np.testing.assert_allclose(ours.numpy(), expected.numpy(), atol=1e-6)
+
+
+def _broken_archive(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/constants.pkl", b"nothing")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: torch.save({"a": torch.zeros(1)}, path),
+        lambda path: torch.save([torch.zeros(1)], path),
+        lambda path: torch.save({"state_dict": {}, "epoch": 3}, path),
+        lambda path: path.write_bytes(b"<html>404</html>"),
+        _broken_archive,
+    ],
+    ids=["another net", "a list", "a training checkpoint", "a web page", "a broken archive"],
+)
+def test_a_file_that_is_something_else_is_named(tmp_path: Path, write: object) -> None:
+    assert callable(write)
+    write(tmp_path / NAME)
+    with pytest.raises(WeightsError, match=r"ViT-B-32\.pt"):
+        clip.load(Weights(tmp_path), NAME)
+
+
+def _theirs(texts: list[str]) -> Tensor:
+    tokens: Tensor = open_clip.SimpleTokenizer(context_length=77)(texts)
+    return tokens
+
+
+def test_tokens_are_those_of_open_clip() -> None:
+    texts = [t for t in captions() if "<|" not in t]
+    texts += [
+        "",
+        "  ",
+        "don't   STOP &amp; go",
+        "日本語 naïve café",
+        "a" * 300,
+        "1234 <b>",
+        "<|x|>",
+    ]
+    assert len(texts) > 50
+    assert torch.equal(_tokens(texts), _theirs(texts))
+
+
+@pytest.mark.parametrize(
+    ("text", "special"),
+    [
+        ("<|endoftext|>", [END]),
+        ("<|startoftext|>", [START]),
+        ("<|EndOfText|> <|startoftext|>", [END, START]),
+        ("&lt;|endoftext|&gt;", [END]),
+    ],
+)
+def test_special_tokens_in_a_caption_are_read_as_openai_reads_them(
+    text: str, special: list[int]
+) -> None:
+    tokens = preprocessors.clip_tokens(text, Options()).tolist()
+    assert tokens[: len(special) + 2] == [START, *special, END]
+    assert not torch.equal(_tokens([text]), _theirs([text]))
+
+
+@pytest.mark.parametrize("text", ["<end_of_text>", "<start_of_text>", "a <end_of_text> b"])
+def test_open_clips_own_special_tokens_are_spelled_out(text: str) -> None:
+    tokens = preprocessors.clip_tokens(text, Options()).tolist()
+    assert tokens.count(START) == tokens.count(END) == 1
+    words = preprocessors._tokenizer().decode(tokens[1 : tokens.index(END)])
+    assert words.replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_long_caption_is_cut_with_the_end_token_kept() -> None:
+    [tokens] = _tokens(["word " * 200])
+    assert tokens.shape == (77,)
+    assert tokens[0] == START
+    assert tokens[-1] == END
+    assert (tokens == END).sum() == 1
+
+
+def test_a_short_caption_is_padded_with_zeros() -> None:
+    [tokens] = _tokens(["word"])
+    assert tokens[2] == END
+    assert not tokens[3:].any()
+
+
+def test_many_threads_tokenize_as_one_does() -> None:
+    texts = [f"{caption} number{i}" for i in range(20) for caption in captions()[:20]]
+    expected = _theirs(texts)
+    preprocessors._tokenizer.cache_clear()  # the threads race for the first one
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda text: preprocessors.clip_tokens(text, Options()), texts))
+    assert torch.equal(torch.stack(rows), expected)

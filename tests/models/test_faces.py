@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from insightface.model_zoo.scrfd import SCRFD
+from kit import photographs
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+from d2m_hpc.errors import WeightsError
+from d2m_hpc.models import faces
+from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
+
+SIDE = faces.STRIDES[0] * 28
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def net(checkpoints: Path) -> faces.ScrfdNet:
+    return _lively(faces.load(Weights(checkpoints)).eval())
+
+
+@pytest.fixture(scope="module")
+def scrfd(checkpoints: Path) -> faces.Scrfd10G:
+    model = faces.Scrfd10G(CPU, Weights(checkpoints))
+    _lively(model.net)
+    return model
+
+
+def _lively(net: faces.ScrfdNet) -> faces.ScrfdNet:
+    """Boxes of about six strides, and many of them: the random ones are too small to overlap."""
+    for scale in net.bbox_head.scales:
+        nn.init.ones_(scale.scale)
+    nn.init.constant_(net.bbox_head.stride_reg[0].bias, 3.0)
+    nn.init.constant_(net.bbox_head.stride_cls[0].bias, -2.5)
+    return net
+
+
+class _InsightfaceLayout(nn.Module):
+    """Our net with the six outputs of insightface's ONNX files: three scores, three distances."""
+
+    def __init__(self, net: faces.ScrfdNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        levels = self.net(images)
+        scores = [x.sigmoid().permute(0, 2, 3, 1).reshape(-1, 1) for x, _ in levels]
+        boxes = [x.permute(0, 2, 3, 1).reshape(-1, 4) for _, x in levels]
+        return tuple(scores + boxes)
+
+
+@pytest.fixture(scope="module")
+def detector(net: faces.ScrfdNet, tmp_path_factory: pytest.TempPathFactory) -> SCRFD:
+    """insightface's own detector on our net, with our thresholds."""
+    path = tmp_path_factory.mktemp("onnx") / "scrfd.onnx"
+    wrapped, example = _InsightfaceLayout(net).eval(), torch.zeros(1, 3, SIDE, SIDE)
+    with warnings.catch_warnings():
+        # torch calls its exporter by tracing a legacy; the other needs a further package.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        torch.onnx.export(wrapped, (example,), str(path), dynamo=False, opset_version=17)
+    found = SCRFD(str(path))
+    found.prepare(-1, nms_thresh=faces.MAX_IOU, det_thresh=faces.MIN_SCORE)
+    return found
+
+
+def _squares() -> list[Image.Image]:
+    return [p.resize((SIDE, SIDE)) for p in photographs(6)]
+
+
+def _insightface_input(image: Image.Image) -> Tensor:
+    """The pixels as insightface normalises them: divided by 128 where the reference has 127.5."""
+    return torch.from_numpy((np.asarray(image, np.float32) - 127.5) / 128).permute(2, 0, 1)[None]
+
+
+def test_decoded_boxes_and_scores_are_those_of_insightface(
+    net: faces.ScrfdNet, detector: SCRFD
+) -> None:
+    for image in _squares():
+        bgr = np.asarray(image)[..., ::-1]
+        levels = zip(*detector.forward(bgr, faces.MIN_SCORE)[:2], strict=True)
+        theirs = [np.hstack([np.clip(b, 0, SIDE), s]) for s, b in levels]
+        with torch.inference_mode():
+            scores, boxes = faces.decode(net(_insightface_input(image)), SIDE)
+        keep = scores[0] >= faces.MIN_SCORE
+        ours = torch.cat([boxes[0, keep], scores[0, keep, None]], dim=1).numpy()
+        assert len(ours) == sum(map(len, theirs))
+        # Both list the anchors level by level, row by row.
+        np.testing.assert_allclose(ours, np.concatenate(theirs), atol=2e-3)
+
+
+def test_suppression_keeps_what_that_of_insightface_keeps(
+    net: faces.ScrfdNet, detector: SCRFD
+) -> None:
+    """insightface's corners are pixels that belong to the box, ours are its edges: less 1 at the
+    right and the bottom, both measure the same widths and heights."""
+    candidates, survivors = 0, 0
+    for image in _squares():
+        with torch.inference_mode():
+            scores, boxes = faces.decode(net(_insightface_input(image)), SIDE)
+            _, ours = faces.suppress(scores, boxes)
+        over = scores[0] > faces.MIN_SCORE
+        inclusive = boxes[0, over].double() - torch.tensor([0, 0, 1, 1])
+        kept = detector.nms(torch.cat([inclusive, scores[0, over, None]], dim=1).numpy())
+        assert torch.equal(ours, boxes[0, over][kept])
+        candidates, survivors = candidates + int(over.sum()), survivors + len(kept)
+    assert candidates > 2 * survivors > 100
+
+
+def _plain_nms(scores: Tensor, boxes: Tensor) -> list[int]:
+    """Greedy suppression as the papers write it, one pair at a time."""
+    found = [i for i in range(len(scores)) if scores[i] > faces.MIN_SCORE]
+    found.sort(key=lambda i: -float(scores[i]))
+    kept: list[int] = []
+    for i in found:
+        if all(_iou(boxes[i], boxes[j]) <= faces.MAX_IOU for j in kept):
+            kept.append(i)
+    return kept
+
+
+def _iou(a: Tensor, b: Tensor) -> float:
+    ax0, ay0, ax1, ay1 = a.double().tolist()
+    bx0, by0, bx1, by1 = b.double().tolist()
+    width = max(0.0, min(ax1, bx1) - max(ax0, bx0))
+    height = max(0.0, min(ay1, by1) - max(ay0, by0))
+    area_a = (ax1 - ax0) * (ay1 - ay0)
+    area_b = (bx1 - bx0) * (by1 - by0)
+    union = area_a + area_b - width * height
+    return width * height / union if union else 0.0
+
+
+def _candidates(seed: int, images: int, anchors: int = 60) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(images, anchors, 2, generator=generator) * 150
+    extents = torch.rand(images, anchors, 2, generator=generator) * 90
+    scores = torch.rand(images, anchors, generator=generator)
+    return scores, torch.cat([corners, corners + extents], dim=-1).clamp(0, SIDE)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**31), images=st.integers(1, 6))
+def test_one_suppression_of_a_batch_keeps_what_one_for_each_image_keeps(
+    seed: int, images: int
+) -> None:
+    scores, boxes = _candidates(seed, images)
+    image, kept = faces.suppress(scores, boxes)
+    for i in range(images):
+        over = scores[i] > faces.MIN_SCORE
+        alone = nms(boxes[i][over], scores[i][over], faces.MAX_IOU)
+        assert torch.equal(kept[image == i], boxes[i][over][alone])
+        assert torch.equal(kept[image == i], boxes[i][_plain_nms(scores[i], boxes[i])])
+
+
+def test_an_image_without_candidates_has_no_boxes_and_takes_none_from_its_neighbours() -> None:
+    scores, boxes = _candidates(seed=1, images=3)
+    scores[1] = 0.1
+    image, _ = faces.suppress(scores, boxes)
+    assert set(image.tolist()) == {0, 2}
+
+
+def test_a_batch_without_any_face_gives_empty_lists() -> None:
+    image, boxes = faces.suppress(torch.zeros(2, 60), torch.rand(2, 60, 4))
+    assert image.shape == (0,)
+    assert boxes.shape == (0, 4)
+
+
+def _batch(pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
+    made = PREPROCESSORS["faces-aug"]
+    images, paddings = zip(
+        *(made.prepare(Picture(p), Options(exact=True)) for p in pictures), strict=True
+    )
+    finished: tuple[Tensor, Tensor] = made.finish((torch.stack(images), torch.stack(paddings)))
+    return finished
+
+
+@torch.inference_mode()
+def test_a_batch_gives_what_its_images_give_alone(scrfd: faces.Scrfd10G) -> None:
+    images, paddings = _batch([*photographs(8), Image.new("RGB", (50, 90), "black")])
+    together = scrfd((images, paddings))
+    assert sum(map(len, together)) > 8
+    for i, found in enumerate(together):
+        [alone] = scrfd((images[i : i + 1], paddings[i : i + 1]))
+        assert len(found) == len(alone)
+        np.testing.assert_allclose(found, alone, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_boxes_stand_in_descending_order_of_score(scrfd: faces.Scrfd10G) -> None:
+    images, paddings = _batch(photographs(8))
+    scores, boxes = faces.decode(scrfd.net(images), SIDE)
+    for i, found in enumerate(scrfd((images, paddings))):
+        relative = faces.unpad(boxes[i], paddings[i].expand(len(boxes[i]), 4), SIDE)
+        of_found = [
+            scores[i][(relative == torch.tensor(box)).all(dim=1)].max().item() for box in found
+        ]
+        assert len(of_found) > 3
+        assert of_found == sorted(of_found, reverse=True)
+        assert all(score > faces.MIN_SCORE for score in of_found)
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "expected"),
+    [
+        # 100x200: 50 white columns at each side of a 200x200 square, that is 56 of 224.
+        ((100, 200), [56, 0, 168, 224], [0, 0, 1, 1]),
+        ((100, 200), [84, 56, 112, 112], [0.25, 0.25, 0.5, 0.5]),
+        ((200, 100), [0, 56, 224, 168], [0, 0, 1, 1]),
+        ((200, 100), [56, 84, 112, 112], [0.25, 0.25, 0.5, 0.5]),
+        # A box that reaches into the padding ends at the image's edge.
+        ((200, 100), [0, 0, 112, 224], [0, 0, 0.5, 1]),
+        ((64, 64), [22.4, 44.8, 112, 224], [0.1, 0.2, 0.5, 1]),
+        # An odd remainder: one column of padding, on the right.
+        ((199, 200), [0, 0, 112, 224], [0, 0, 100 / 199, 1]),
+    ],
+)
+def test_boxes_are_relative_to_the_unpadded_image(
+    size: tuple[int, int], box: list[float], expected: list[float]
+) -> None:
+    _, paddings = _batch([Image.new("RGB", size)])
+    relative = faces.unpad(torch.tensor([box], dtype=torch.float32), paddings, SIDE)
+    np.testing.assert_allclose(relative.numpy(), [expected], atol=1e-6)
+
+
+def test_an_image_whose_scores_are_not_finite_does_not_pass_as_one_without_faces(
+    checkpoints: Path,
+) -> None:
+    model = faces.Scrfd10G(CPU, Weights(checkpoints))
+    images, paddings = _batch(photographs(3))
+    with torch.inference_mode():
+        good = model((images, paddings))
+        images[1] = torch.nan
+        found = model((images, paddings))
+    assert np.isnan(found[1]).any()
+    assert [found[0], found[2]] == [good[0], good[2]]
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+@torch.inference_mode()
+def test_overflowing_distances_are_not_clipped_to_the_image(
+    scrfd: faces.Scrfd10G, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, paddings = _batch(photographs(2))
+    levels = scrfd.net(images)
+    levels[2][1][1, 3, 0, 0] = value
+    monkeypatch.setattr(scrfd.net, "forward", lambda _: levels)
+    found = scrfd((images, paddings))
+    assert np.isfinite(found[0]).all()
+    assert np.isnan(found[1]).any()
+
+
+def test_every_tensor_of_the_checkpoint_is_used_but_the_integral(
+    checkpoints: Path, net: faces.ScrfdNet
+) -> None:
+    stored = set(Weights(checkpoints).load(faces.CHECKPOINT)["state_dict"])
+    assert stored - set(net.state_dict()) == {"bbox_head.integral.project"}
+    assert set(net.state_dict()) <= stored
+
+
+def _rewrite(checkpoints: Path, folder: Path, drop: str = "", add: str = "") -> Weights:
+    content = Weights(checkpoints).load(faces.CHECKPOINT)
+    content["state_dict"].pop(drop, None)
+    if add:
+        content["state_dict"][add] = torch.zeros(1)
+    torch.save(content, folder / faces.CHECKPOINT)
+    return Weights(folder)
+
+
+def test_a_checkpoint_with_a_tensor_too_few_is_refused(checkpoints: Path, tmp_path: Path) -> None:
+    name = "neck.fpn_convs.1.conv.bias"
+    with pytest.raises(WeightsError, match=rf"scrfd_10g\.pt.*(\n.*)*{name}"):
+        faces.load(_rewrite(checkpoints, tmp_path, drop=name))
+
+
+def test_a_checkpoint_with_a_tensor_too_many_is_refused(checkpoints: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"scrfd_10g\.pt.*(\n.*)*bbox_head\.stride_kps"):
+        faces.load(_rewrite(checkpoints, tmp_path, add="bbox_head.stride_kps.0.weight"))
+
+
+def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / faces.CHECKPOINT)
+    with pytest.raises(WeightsError, match=r"scrfd_10g\.pt"):
+        faces.load(Weights(tmp_path))

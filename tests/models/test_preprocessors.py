@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+from kit import photographs
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as TF
+
+from d2m_hpc.models import preprocessors
+from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture, Rejected
+
+BICUBIC = T.InterpolationMode.BICUBIC
+HALF = ([0.5] * 3, [0.5] * 3)
+IMAGES = ("clip-aug", "faces-aug", "dedup-aug")
+
+CLIP = T.Compose(
+    [
+        T.Resize(224, interpolation=BICUBIC),
+        T.CenterCrop(224),
+        T.ToTensor(),
+        T.Normalize(
+            (0.48145466, 0.4578275, 0.40821073),
+            (0.26862954, 0.26130258, 0.27577711),
+        ),
+    ]
+)
+DEDUP = T.Compose([T.Resize((512, 512)), T.ToTensor(), T.Normalize(*HALF)])
+
+
+def _faces(image: Image.Image) -> Tensor:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (255, 255, 255))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    small = square.resize((224, 224), Image.Resampling.BICUBIC)
+    pixels: Tensor = TF.normalize(TF.to_tensor(small), *HALF)
+    return pixels
+
+
+REFERENCE: dict[str, Callable[[Image.Image], Tensor]] = {
+    "clip-aug": CLIP,
+    "faces-aug": _faces,
+    "dedup-aug": DEDUP,
+}
+
+
+def _prepared(name: str, image: Image.Image, exact: bool) -> Tensor:
+    made = PREPROCESSORS[name].prepare(Picture(image), Options(exact=exact))
+    pixels: Tensor = made[0] if isinstance(made, tuple) else made
+    return pixels
+
+
+def _finished(name: str, image: Image.Image, exact: bool) -> Tensor:
+    prepared: Any = PREPROCESSORS[name].prepare(Picture(image), Options(exact=exact))
+    if isinstance(prepared, tuple):
+        pixels: Tensor = PREPROCESSORS[name].finish(tuple(p[None] for p in prepared))[0]
+        return pixels[0]
+    batch: Tensor = PREPROCESSORS[name].finish(prepared[None])
+    return batch[0]
+
+
+def _odd_sizes() -> list[Image.Image]:
+    photograph = photographs(1)[0]
+    sizes = [(1, 1), (3, 2), (7, 480), (512, 5), (223, 225), (225, 223), (600, 224), (224, 224)]
+    return [photograph.resize(size) for size in sizes]
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_exact_is_what_the_reference_computes(name: str) -> None:
+    for image in [*photographs(6), *_odd_sizes()]:
+        expected = REFERENCE[name](image)
+        ours = _finished(name, image, exact=True)
+        assert ours.dtype == torch.float32
+        np.testing.assert_allclose(ours.numpy(), expected.numpy(), atol=1e-6, err_msg=image.size)
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "share"),
+    [("clip-aug", 2, 0.004), ("faces-aug", 2, 0.003), ("dedup-aug", 1, 0.001)],
+)
+def test_fast_differs_from_exact_by_little_and_in_few_pixels(
+    name: str, most: int, share: float
+) -> None:
+    pixels, differing, largest = 0, 0, 0
+    for image in photographs():
+        fast = _prepared(name, image, exact=False).int()
+        difference = (fast - _prepared(name, image, exact=True).int()).abs()
+        pixels += difference.numel()
+        differing += int((difference > 0).sum())
+        largest = max(largest, int(difference.max()))
+    assert largest <= most
+    assert differing / pixels <= share
+
+
+@pytest.mark.parametrize("name", [*IMAGES, "stats-aug"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_pixels_travel_as_contiguous_bytes_of_one_size(name: str, exact: bool) -> None:
+    made = {_prepared(name, image, exact).shape for image in _odd_sizes()}
+    assert len(made) == 1
+    pixels = _prepared(name, _odd_sizes()[0], exact)
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_array_of_pixels_gives_what_a_pil_image_gives(exact: bool) -> None:
+    image = photographs(1)[0]
+    pixels = np.asarray(image)
+    assert not pixels.flags.writeable
+    for name in IMAGES:
+        prepare = PREPROCESSORS[name].prepare
+        from_pil, from_array = (
+            prepare(Picture(p), Options(exact=exact)) for p in (image, pixels.copy())
+        )
+        if isinstance(from_pil, tuple):
+            from_pil, from_array = from_pil[0], from_array[0]
+        assert torch.equal(from_pil, from_array)
+
+
+@pytest.mark.parametrize(
+    ("size", "padding"),
+    [
+        ((100, 200), [0.25, 0, 0.25, 0]),
+        ((200, 100), [0, 0.25, 0, 0.25]),
+        ((5, 10), [0.2, 0, 0.3, 0]),
+        ((64, 64), [0, 0, 0, 0]),
+    ],
+)
+def test_faces_padding_is_told_in_fractions_of_the_square(
+    size: tuple[int, int], padding: list[float]
+) -> None:
+    pixels, told = preprocessors.faces_image(Picture(Image.new("RGB", size)), Options())
+    np.testing.assert_allclose(told.numpy(), padding, atol=1e-7)
+    white = int((pixels.float().mean(dim=0) > 127).sum()) / 224**2
+    assert white == pytest.approx(sum(padding), abs=0.02)
+
+
+@pytest.mark.parametrize("size", [(1, 9000), (9000, 1)])
+@pytest.mark.parametrize(("name", "what"), [("clip-aug", "CLIP"), ("faces-aug", "square")])
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_extreme_aspect_is_rejected_with_a_reason_and_not_resized(
+    size: tuple[int, int], name: str, what: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Picture(Image.new("RGB", size))
+    monkeypatch.setattr(preprocessors.F, "resize", None)  # a call would be another error
+    monkeypatch.setattr(preprocessors.F, "pad", None)
+    options = Options(exact=exact, max_pixels=50_000_000)
+    reason = rf"{size[0]}x{size[1]} .*{what}.* takes \d+ pixels, over max_image_pixels \(50000000\)"
+    with pytest.raises(Rejected, match=reason):
+        PREPROCESSORS[name].prepare(picture, options)
+
+
+@pytest.mark.parametrize("name", ["dedup-aug", "stats-aug"])
+def test_squares_take_any_aspect(name: str) -> None:
+    picture = Picture(Image.new("RGB", (1, 9000)))
+    PREPROCESSORS[name].prepare(picture, Options(max_pixels=10_000))
+
+
+def test_identity_gives_an_image_as_pil_and_all_else_as_it_is() -> None:
+    image = photographs(1)[0]
+    same = preprocessors.identity(Picture(np.asarray(image)), Options())
+    assert isinstance(same, Image.Image)
+    assert np.array_equal(np.asarray(same), np.asarray(image))
+    value = {"a": 1}
+    assert preprocessors.identity(value, Options()) is value
+
+
+def test_a_custom_preprocessor_is_given_a_pil_image() -> None:
+    made = preprocessors.custom(lambda image: image.size)
+    assert made.prepare(Picture(np.zeros((4, 6, 3), np.uint8)), Options()) == (6, 4)
+    assert made.finish("as it is") == "as it is"
+
+
+def test_the_registry_knows_every_preprocessor() -> None:
+    from d2m_hpc.models import registry
+
+    assert PREPROCESSORS.keys() == registry.PREPROCESSORS

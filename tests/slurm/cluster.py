@@ -1,0 +1,90 @@
+"""The devcluster, as the tests use it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+DEVCLUSTER = Path(__file__).parents[2] / "slurm" / "devcluster"
+NO_INDEX = 4294967294
+"""What sbatch makes of %a for a job that is no array."""
+T = TypeVar("T")
+
+
+def wait_until(probe: Callable[[], T], seconds: float = 30) -> T:
+    """The first true value of `probe`; an assertion error with its last one after `seconds`."""
+    end = time.monotonic() + seconds
+    while not (value := probe()):
+        assert time.monotonic() < end, f"still {value!r} after {seconds} s"
+        time.sleep(0.1)
+    return value
+
+
+def is_up() -> bool:
+    """Whether this machine has a Slurm that answers."""
+    if shutil.which("scontrol") is None:
+        return False
+    return subprocess.run(["scontrol", "ping"], capture_output=True, check=False).returncode == 0
+
+
+class Cluster:
+    """Slurm's commands, as a user types them, and devcluster's own two."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        words = [str(word) for word in command]
+        done = subprocess.run(
+            words, cwd=self.folder, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done
+
+    def up(self, *options: object) -> subprocess.CompletedProcess[str]:
+        return self.run(DEVCLUSTER / "up", *options)
+
+    def down(self) -> subprocess.CompletedProcess[str]:
+        return self.run(DEVCLUSTER / "down")
+
+    def submit(self, script: str, *options: object) -> str:
+        """The id of a batch job that runs `script`; its output goes to <id>_<index>.out."""
+        path = self.folder / "job.sh"
+        path.write_text(f"#!/bin/bash\n{script}\n", encoding="utf-8")
+        return self.run(
+            "sbatch", "--parsable", "--output=%A_%a.out", "--open-mode=append", *options, path
+        ).stdout.strip()
+
+    def field(self, job: str, name: str) -> str:
+        """What `scontrol show job` says of a job or of an array's element."""
+        shown = self.run("scontrol", "--oneliner", "show", "job", job).stdout
+        return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)[name]
+
+    def wait_state(self, job: str, *states: str, seconds: float = 30) -> str:
+        """Wait for one of `states`, and return it."""
+
+        def arrived() -> str:
+            state = self.field(job, "JobState")
+            return state if state in states else ""
+
+        return wait_until(arrived, seconds)
+
+    def output(self, job: str, index: int | None = None) -> str:
+        """What the job has written so far."""
+        path = self.folder / f"{job}_{NO_INDEX if index is None else index}.out"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def node_state(self, node: str) -> str:
+        return self.run("sinfo", "-hN", "-p", "low", "-n", node, "-o", "%T").stdout.strip()
+
+    def cancel_all(self) -> None:
+        """Cancel all jobs, without KillWait's patience, and wait for their nodes."""
+        if is_up() and (jobs := self.run("squeue", "-h", "-o", "%A").stdout.split()):
+            # A job may end by itself meanwhile.
+            self.run("scancel", "-Q", *jobs, check=False)
+            self.run("scancel", "-Q", "-f", "-s", "KILL", *jobs, check=False)
+            wait_until(lambda: not self.run("squeue", "-h").stdout)

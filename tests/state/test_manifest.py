@@ -1,0 +1,172 @@
+"""Records survive kills, other versions and odd names; the state follows from their union."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2m_hpc.state.manifest import Manifest, Record, Recorder, Rejection, read_records
+from d2m_hpc.state.rundir import RunDir
+
+STEM = "döner \udcff\n☃"
+FULL = Record(
+    STEM,
+    "failed",
+    rows=3,
+    rejections=[Rejection("a\udce9/b", "nö"), Rejection("", "x\ny")],
+    recomputed=1,
+    fingerprint="f" * 16,
+    npz_sha256="0" * 64,
+    parquet_sha256="1" * 64,
+    started=1.25,
+    finished=2.5,
+    task="000-1-0",
+    host="node\u2028one",
+    error="bröken",
+    kind="ShardError",
+    traceback='File "x"\n',
+    rebuilt=True,
+)
+
+
+def record(shard: str, state: Literal["done", "failed"], finished: float, **more: Any) -> Record:
+    return Record(shard, state, finished=finished, **more)
+
+
+def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    least = Record("s", "done")
+    recorder = Recorder(path)
+    recorder.append(FULL)
+    recorder.append(least)
+    Recorder(path).append(FULL)
+    assert list(read_records(path)) == [FULL, least, FULL]
+    assert path.read_bytes().count(b"\n") == 3
+
+
+@given(
+    st.builds(
+        Record,
+        shard=st.text(st.characters()),
+        state=st.sampled_from(["done", "failed"]),
+        rows=st.integers(0, 10**9),
+        rejections=st.lists(st.builds(Rejection, st.text(st.characters()), st.text())),
+        finished=st.floats(0, 1e12),
+        error=st.text(st.characters()),
+    )
+)
+def test_any_record_is_read_back(tmp_path_factory: pytest.TempPathFactory, made: Record) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.unlink(missing_ok=True)
+    Recorder(path).append(made)
+    assert list(read_records(path)) == [made]
+
+
+def test_every_torn_line_is_dropped_and_the_next_append_is_whole(tmp_path: Path) -> None:
+    path, whole, after = tmp_path / "r.jsonl", Record("first", "done"), Record("after", "done")
+    Recorder(path).append(whole)
+    start = path.stat().st_size
+    Recorder(path).append(FULL)
+    data = path.read_bytes()
+    for cut in range(start, len(data)):
+        path.write_bytes(data[:cut])
+        # The newline may be all that is missing: then the record is there.
+        kept = [whole, FULL] if cut == len(data) - 1 else [whole]
+        assert list(read_records(path)) == kept
+        Recorder(path).append(after)
+        assert list(read_records(path)) == [*kept, after]
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"\x00" * 512,
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"7",
+        b'"text"',
+        b"{}",
+        b'{"shard": "x"}',
+        b"",
+        b'{"shard": "x", "state": "done", "rejections": 3}',
+        b'{"shard": 1, "state": "done"}',
+    ],
+)
+def test_a_line_that_is_no_record_costs_no_other(tmp_path: Path, junk: bytes) -> None:
+    path, other = tmp_path / "r.jsonl", Record("s", "done")
+    Recorder(path).append(other)
+    whole = path.read_bytes()
+    path.write_bytes(whole + junk + b"\n" + whole)
+    assert list(read_records(path)) == [other, other]
+
+
+def test_what_a_newer_version_wrote_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    line = {"shard": "s", "state": "done", "rows": 2, "colour": "red"}
+    path.write_text(json.dumps({**line, "rejections": [["k", "why", "more"]]}) + "\n")
+    assert list(read_records(path)) == [Record("s", "done", 2, [Rejection("k", "why")])]
+
+
+def test_a_state_that_is_not_known_is_not_taken_for_done() -> None:
+    manifest = Manifest.of([record("s", "parked", 1.0)])  # type: ignore[arg-type]
+    assert manifest == Manifest()
+
+
+def test_the_manifest_is_the_union_of_all_files(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert Manifest.load(run) == Manifest()
+    run.create()
+    a, b, c = record("a", "done", 1), record("b", "failed", 2), record(STEM, "done", 3)
+    for i, made in enumerate([a, b, c]):
+        Recorder(run.record("000", i, 0)).append(made)
+    (run.records / "notes.txt").write_text("no records")
+    assert Manifest.load(run) == Manifest({"a": a, STEM: c}, {"b": [b]})
+
+
+def test_the_newest_done_record_counts_in_whatever_order_they_are_read() -> None:
+    old, new = record("s", "done", 1, rows=1), record("s", "done", 2, rows=2)
+    assert Manifest.of([old, new]).done == Manifest.of([new, old]).done == {"s": new}
+
+
+def test_a_later_success_settles_failures() -> None:
+    records = [record("s", "failed", 1), record("s", "failed", 2), record("s", "done", 3)]
+    for order in (records, records[::-1]):
+        assert Manifest.of(order).failures == {}
+
+
+def test_failures_since_the_last_success_stay_oldest_first() -> None:
+    early, late, later = (record("s", "failed", t) for t in (1, 3, 4))
+    manifest = Manifest.of([later, early, record("s", "done", 2), late])
+    assert manifest.failures == {"s": [late, later]}
+
+
+@given(
+    st.lists(
+        st.builds(
+            record,
+            st.sampled_from("ab"),
+            st.sampled_from(["done", "failed"]),
+            st.integers(0, 99),
+        ),
+        max_size=8,
+        unique_by=lambda r: r.finished,
+    )
+)
+def test_the_state_does_not_depend_on_which_file_is_read_first(records: list[Record]) -> None:
+    assert Manifest.of(records) == Manifest.of(records[::-1])
+
+
+def test_records_files_are_not_world_writable(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        Recorder(tmp_path / "r.jsonl").append(FULL)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "r.jsonl").stat().st_mode & 0o777 == 0o644

@@ -1,0 +1,423 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kit import SHARDS, write_config
+
+from d2m_hpc import config as configs
+from d2m_hpc.errors import ConfigError, ShardError
+from d2m_hpc.models.preprocessors import PREPROCESSORS, Preprocessor
+from d2m_hpc.worker.batch import Batch, Input, Outputs
+from d2m_hpc.worker.graph import Graph, Toolbox, amp_dtype
+
+CPU = torch.device("cpu")
+
+HEAD = """
+import torch
+from functools import partial
+from torch import nn
+from d2m_hpc.models.postprocessors import identity, select
+
+CALLS = []
+
+class Model:
+    raw_inputs = ['text']
+    preprocessors = ['number']
+    dependencies = []
+    to_device = True
+    def __init__(self, device):
+        self.device = device
+    def __call__(self, *inputs):
+        CALLS.append((type(self).__name__, len(inputs[0])))
+        return self.forward(*inputs)
+
+preprocessor_lookup = {'number': lambda text: torch.tensor([float(text)])}
+"""
+
+
+class Bench:
+    """A graph of the models of a custom file, and batches of numbers for it."""
+
+    def __init__(self, folder: Path, text: str, columns: list[str], **values: Any) -> None:
+        custom = folder / "custom.py"
+        custom.write_text(HEAD + text)
+        common = {
+            "postprocess_columns": columns,
+            "input_tars": str(SHARDS / "00000.tar"),
+            "output_metadata_dir": str(folder / "out"),
+            "device": "cpu",
+            "custom_pypath": str(custom),
+        }
+        config = configs.load(write_config(folder / "config.yml", {**common, **values}))
+        self.toolbox = Toolbox.of(config)
+        self.graph = Graph(config, self.toolbox, CPU)
+        self.module = sys.modules["d2m_custom_custom"]
+
+    def run(self, numbers: list[float], inputs: Mapping[Input, Any] = {}) -> Outputs:
+        batch = Batch(
+            keys=[f"k{i}" for i in range(len(numbers))],
+            inputs={
+                ("text", "number"): torch.tensor(numbers, dtype=torch.float32)[:, None],
+                **inputs,
+            },
+            fields={"uid": [f"u{i}" for i in range(len(numbers))]},
+        )
+        return self.graph(batch)
+
+
+Make = Callable[..., Bench]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Make:
+    def make(text: str, models: list[str], columns: list[str], **values: Any) -> Bench:
+        return Bench(tmp_path, text, columns, models=models, **values)
+
+    return make
+
+
+CHAIN = """
+class Double(Model):
+    def forward(self, x):
+        return 2 * x[:, 0]
+class Sum(Model):
+    dependencies = ['double', 'square']
+    def forward(self, x, double, square):
+        return x[:, 0] + 10 * double + 100 * square
+class Square(Model):
+    dependencies = ['double']
+    raw_inputs = []
+    preprocessors = []
+    def forward(self, double):
+        return double ** 2
+model_lookup = {'sum': Sum, 'square': Square, 'double': Double}
+postprocess_parquet_lookup = {'total': partial(identity, model='sum')}
+"""
+
+
+def test_a_model_is_given_its_inputs_and_then_its_dependencies_outputs(bench: Make) -> None:
+    made = bench(CHAIN, ["sum", "square", "double"], ["total"])
+    outputs = made.run([1, 2, 3])
+    assert outputs.columns["total"].tolist() == [x + 20 * x + 400 * x * x for x in (1, 2, 3)]
+    assert [name for name, _ in made.module.CALLS] == ["Double", "Square", "Sum"]
+    assert outputs.keys == ["k0", "k1", "k2"]
+    assert outputs.fields == {"uid": ["u0", "u1", "u2"]}
+    assert (outputs.rejections, outputs.recomputed) == ([], 0)
+
+
+GREEDY = """
+class Greedy(Model):
+    def forward(self, x):
+        if len(x) > LIMIT:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        rows = x[:, 0]
+        return rows * 2, {list}
+class After(Model):
+    raw_inputs = []
+    preprocessors = []
+    dependencies = ['greedy']
+    def forward(self, outputs):
+        if len(outputs[0]) > LIMIT:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return [str(v) + w for v, w in zip(outputs[0].tolist(), outputs[1])]
+model_lookup = {'greedy': Greedy, 'after': After}
+postprocess_parquet_lookup = {
+    'double': partial(select, model='greedy', index=0),
+    'words': partial(select, model='greedy', index=1, to_cpu=False),
+    'after': partial(identity, model='after', to_cpu=False),
+}
+""".replace("{list}", "[f'w{int(v)}' for v in rows.tolist()]")
+
+
+def _greedy(bench: Make, limit: int) -> Bench:
+    models = ["greedy", "after"]
+    return bench(f"LIMIT = {limit}\n" + GREEDY, models, ["double", "words", "after"])
+
+
+def test_out_of_memory_is_answered_with_halves_and_the_result_is_the_same(bench: Make) -> None:
+    numbers = [float(i) for i in range(11)]
+    whole = _greedy(bench, limit=100).run(numbers)
+    halved = _greedy(bench, limit=3)
+    outputs = halved.run(numbers)
+    assert outputs.columns["double"].tolist() == whole.columns["double"].tolist()
+    assert outputs.columns["words"] == whole.columns["words"] == [f"w{i}" for i in range(11)]
+    assert outputs.columns["after"] == whole.columns["after"]
+    sizes = [rows for name, rows in halved.module.CALLS if name == "Greedy" and rows <= 3]
+    assert sum(sizes) == 11
+
+
+def test_a_single_row_that_does_not_fit_is_out_of_memory(bench: Make) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        _greedy(bench, limit=0).run([1, 2])
+
+
+OVERFLOW = """
+class Wide(Model):
+    def __init__(self, device):
+        self.net = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(self.net.weight, 300)
+    def forward(self, x):
+        return self.net(x)
+class Next(Model):
+    raw_inputs = []
+    preprocessors = []
+    dependencies = ['wide']
+    def forward(self, y):
+        return y[:, 0].float() + 1
+model_lookup = {'wide': Wide, 'next': Next}
+postprocess_parquet_lookup = {
+    'wide': partial(identity, model='wide'), 'next': partial(identity, model='next'),
+}
+"""
+
+
+def test_rows_that_overflow_in_half_precision_are_run_again_in_float32(bench: Make) -> None:
+    """300 x 300 is beyond float16; the recomputed value has to stay what float32 made of it."""
+    made = bench(OVERFLOW, ["wide", "next"], ["wide", "next"], amp="float16")
+    outputs = made.run([1, 300, 2, 400])
+    assert outputs.columns["wide"][:, 0].tolist() == [300, 90_000, 600, 120_000]
+    assert outputs.columns["next"].tolist() == [301, 90_001, 601, 120_001]
+    assert outputs.recomputed == 2
+    assert outputs.rejections == []
+    assert made.module.CALLS == [("Wide", 4), ("Wide", 2), ("Next", 4)]
+
+
+FRAGILE = """
+class Fragile(Model):
+    def forward(self, x):
+        y = x.clone()
+        if torch.is_autocast_enabled('cpu'):
+            y[y == 2] = torch.nan
+        y[y == 3] = torch.inf
+        return y[:, 0], [[v, v] for v in y[:, 0].tolist()]
+class Next(Model):
+    raw_inputs = []
+    preprocessors = []
+    dependencies = ['fragile']
+    def forward(self, outputs):
+        return outputs[0] * 2
+model_lookup = {'fragile': Fragile, 'next': Next}
+postprocess_parquet_lookup = {
+    'value': partial(select, model='fragile', index=0),
+    'list': partial(select, model='fragile', index=1, to_cpu=False),
+    'next': partial(identity, model='next'),
+}
+postprocess_feature_lookup = {'feature': partial(select, model='fragile', index=0)}
+"""
+
+
+def _fragile(bench: Make, amp: str) -> Bench:
+    columns = ["value", "list", "next"]
+    return bench(FRAGILE, ["fragile", "next"], columns, amp=amp, postprocess_features=["feature"])
+
+
+def test_rows_that_stay_not_finite_are_rejected_and_the_others_are_intact(bench: Make) -> None:
+    outputs = _fragile(bench, "bfloat16").run([1, 2, 3, 4])
+    assert outputs.keys == ["k0", "k1", "k3"]
+    assert outputs.columns["value"].tolist() == [1, 2, 4]
+    assert outputs.columns["list"] == [[1, 1], [2, 2], [4, 4]]
+    assert outputs.columns["next"].tolist() == [2, 4, 8]
+    assert outputs.features["feature"].tolist() == [1, 2, 4]
+    assert outputs.fields == {"uid": ["u0", "u1", "u3"]}
+    assert outputs.recomputed == 2
+    [rejection] = outputs.rejections
+    assert rejection.key == "k2"
+    assert rejection.reason == "fragile gives a value that is not finite"
+
+
+def test_without_autocast_nothing_is_run_again(bench: Make) -> None:
+    made = _fragile(bench, "off")
+    outputs = made.run([1, 2, 3])
+    assert (outputs.keys, outputs.recomputed) == (["k0", "k1"], 0)
+    assert [rejection.key for rejection in outputs.rejections] == ["k2"]
+    assert [rows for name, rows in made.module.CALLS if name == "Fragile"] == [3]
+
+
+LISTS = """
+class Pair(Model):
+    def forward(self, x):
+        return [x, x.clone()]
+class Next(Model):
+    raw_inputs = []
+    preprocessors = []
+    dependencies = ['pair']
+    def forward(self, outputs):
+        if len(outputs[0]) > 2:
+            raise torch.OutOfMemoryError
+        return outputs[0][:, 0] + outputs[1][:, 0]
+model_lookup = {'pair': Pair, 'next': Next}
+postprocess_parquet_lookup = {
+    'second': partial(select, model='pair', index=1), 'next': partial(identity, model='next'),
+}
+"""
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_a_list_of_outputs_is_read_as_a_tuple_of_them(bench: Make, rows: int) -> None:
+    """Row by row, also when a batch has as many rows as there are outputs."""
+    numbers = [*map(float, range(1, rows)), float("nan")]
+    outputs = bench(LISTS, ["pair", "next"], ["second", "next"]).run(numbers)
+    assert [rejection.key for rejection in outputs.rejections] == [f"k{rows - 1}"]
+    assert outputs.columns["second"][:, 0].tolist() == numbers[:-1]
+    assert outputs.columns["next"].tolist() == [2 * n for n in numbers[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("made", "what"),
+    [
+        ("x[1:]", r"a tensor of shape \[2, 1\]"),
+        ("x.sum()", r"a tensor of shape \[\]"),
+        ("['a', 'b']", "2 items"),
+        ("7", "int"),
+        ("(x, x)", "2 items"),
+    ],
+)
+def test_a_postprocessor_that_makes_too_few_rows_fails_the_shard(
+    bench: Make, made: str, what: str
+) -> None:
+    text = f"""
+class Some(Model):
+    def forward(self, x):
+        return x
+model_lookup = {{'some': Some}}
+def post(cache):
+    x = cache['some']
+    return {made}
+postprocess_parquet_lookup = {{'column': post}}
+"""
+    with pytest.raises(ShardError, match=f"'column' made {what} for a batch of 3 samples"):
+        bench(text, ["some"], ["column"]).run([1, 2, 3])
+
+
+FAILING = """
+class Some(Model):
+    def forward(self, x):
+        if x.max() > 5:
+            raise ValueError('too large')
+        return x[:, 0]
+model_lookup = {'some': Some}
+postprocess_parquet_lookup = {
+    'column': partial(identity, model='some'), 'wrong': lambda cache: cache['other'],
+}
+"""
+
+
+def test_what_a_model_raises_fails_the_shard_with_its_name_and_reason(bench: Make) -> None:
+    made = bench(FAILING, ["some"], ["column"])
+    with pytest.raises(ShardError, match=r"'some' raised ValueError: too large") as caught:
+        made.run([1, 9])
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert made.run([1, 2]).columns["column"].tolist() == [1, 2]
+
+
+def test_what_a_postprocessor_raises_fails_the_shard_with_its_name(bench: Make) -> None:
+    with pytest.raises(ShardError, match=r"'wrong' raised KeyError: 'other'"):
+        bench(FAILING, ["some"], ["wrong"]).run([1])
+
+
+def test_a_model_that_cannot_be_built_is_named(bench: Make) -> None:
+    text = """
+class Some(Model):
+    def __init__(self, device):
+        raise OSError('no such repository')
+model_lookup = {'some': Some}
+"""
+    with pytest.raises(ConfigError, match=r"'some' cannot be built: OSError: no such repository"):
+        bench(text, ["some"], [])
+
+
+DTYPES = """
+class Half(Model):
+    def __init__(self, device):
+        self.net = nn.Linear(1, 4)
+    def forward(self, x):
+        y = self.net(x)
+        return [str(y.dtype)] * len(x), y
+model_lookup = {'half': Half}
+postprocess_parquet_lookup = {'dtype': partial(select, model='half', index=0, to_cpu=False)}
+postprocess_feature_lookup = {'feature': partial(select, model='half', index=1)}
+"""
+
+
+@pytest.mark.parametrize(
+    ("amp", "dtype"),
+    [
+        ("auto", "float32"),
+        ("off", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+    ],
+)
+def test_models_run_under_the_configs_autocast(bench: Make, amp: str, dtype: str) -> None:
+    made = bench(DTYPES, ["half"], ["dtype"], amp=amp, postprocess_features=["feature"])
+    outputs = made.run([1, 2])
+    assert outputs.columns["dtype"] == [f"torch.{dtype}"] * 2
+    assert outputs.features["feature"].dtype == np.float32
+
+
+def test_auto_is_float16_on_cuda() -> None:
+    assert amp_dtype("auto", torch.device("cuda", 0)) is torch.float16
+    assert amp_dtype("auto", CPU) is None
+
+
+SHARED = """
+class A(Model):
+    raw_inputs = ['text', 'image']
+    preprocessors = ['number', 'clip-aug']
+    def forward(self, x, image):
+        return image
+class B(A):
+    to_device = False
+model_lookup = {'a': A, 'b': B}
+postprocess_feature_lookup = {
+    'a': partial(identity, model='a'), 'b': partial(identity, model='b'),
+}
+"""
+
+
+def test_a_distinct_input_is_finished_once_and_reaches_every_model_finished(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the models that keep their inputs off the device: pixels travel as bytes to all."""
+    made = PREPROCESSORS["clip-aug"]
+    finished: list[Any] = []
+
+    def finish(pixels: Any) -> Any:
+        finished.append(pixels)
+        return made.finish(pixels)
+
+    monkeypatch.setitem(PREPROCESSORS, "clip-aug", Preprocessor(made.prepare, finish))
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    graph = bench(SHARED, ["a", "b"], [], postprocess_features=["a", "b"])
+    outputs = graph.run([1, 2], {("image", "clip-aug"): pixels})
+    expected = made.finish(pixels).numpy()
+    np.testing.assert_array_equal(outputs.features["a"], expected)
+    np.testing.assert_array_equal(outputs.features["b"], expected)
+    assert len(finished) == 1
+
+
+def test_gradients_are_never_recorded(bench: Make) -> None:
+    made = bench(DTYPES.replace("str(y.dtype)", "y.requires_grad"), ["half"], ["dtype"])
+    assert made.run([1]).columns["dtype"] == [False]
+
+
+@pytest.mark.parametrize(
+    ("fields", "mistake"),
+    [
+        ("dependencies = [n for n in ('other',)]", "'other'"),
+        ("preprocessors = [n for n in ('number', 'number')]", "1 raw_inputs and 2 preprocessors"),
+        ("preprocessors = [n for n in ('nowhere',)]", "nowhere"),
+    ],
+)
+def test_mistakes_that_only_running_the_file_can_tell_are_the_configs(
+    bench: Make, fields: str, mistake: str
+) -> None:
+    text = f"class A(Model):\n    {fields}\nmodel_lookup = {{'a': A}}\n"
+    with pytest.raises(ConfigError, match=mistake):
+        bench(text, ["a"], []).toolbox.inputs  # noqa: B018
