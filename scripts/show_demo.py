@@ -18,9 +18,11 @@ SHOWN = ("key", "caption", "image-brightness", "image-sharpness", "image-entropy
 
 
 def main(folder: Path) -> None:
-    console = Console()
+    console = Console(width=110)
     rows = pa.concat_tables(pq.read_table(p) for p in sorted(folder.glob("*.parquet")))
-    table = Table(*SHOWN, title=f"the first of {rows.num_rows} rows", title_justify="left")
+    table = Table(title=f"the first of {rows.num_rows} rows", title_justify="left")
+    for name in SHOWN:
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
     for row in rows.slice(0, 6).to_pylist():
         values = (row[name] for name in SHOWN)
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
