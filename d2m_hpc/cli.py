@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2m_hpc.errors import D2MError, SlurmError, WeightsError
+from d2m_hpc.errors import D2MError, WeightsError
 
 if TYPE_CHECKING:
     from d2m_hpc.config import Config
-    from d2m_hpc.launch.submit import Workload
+    from d2m_hpc.launch.decide import Workload
 
 app = typer.Typer(
     name="d2m",
@@ -48,6 +48,7 @@ def submit(
     set_: Overrides = None,
     local: Annotated[bool, typer.Option("--local", help="run in this process, no Slurm")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
     partition: Annotated[str | None, _slurm("partition")] = None,
     account: Annotated[str | None, _slurm("account to charge")] = None,
     qos: Annotated[str | None, _slurm("quality of service")] = None,
@@ -73,36 +74,57 @@ def submit(
         "max_parallel": max_parallel,
         "tasks_per_node": tasks_per_node,
     }
-    from d2m_hpc.launch import show
-    from d2m_hpc.launch.submit import decide, inspect
+    from d2m_hpc.launch.decide import inspect
 
     workload = inspect(_load(config, set_, options), str(config))
     if dry_run:
-        show.decision(decide(workload))
+        _dry_run(workload, local)
     elif local:
         raise typer.Exit(_run_local(workload))
     else:
-        raise SlurmError("this version runs with --local; Slurm arrays are the next one's")
+        raise typer.Exit(_run_slurm(workload, wait))
 
 
 @app.command(help="Show what a submit would do; the same as submit --dry-run.")
 def plan(config: ConfigFile, set_: Overrides = None) -> None:
-    from d2m_hpc.launch import show
-    from d2m_hpc.launch.submit import decide, inspect
+    from d2m_hpc.launch.decide import inspect
 
-    show.decision(decide(inspect(_load(config, set_), str(config))))
+    _dry_run(inspect(_load(config, set_), str(config)), local=False)
 
 
 @app.command(help="How far a run is.")
-def status(target: Target, as_json: AsJson = False) -> None:
+def status(
+    target: Target,
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="again every few seconds")] = False,
+) -> None:
     from d2m_hpc.launch import show
     from d2m_hpc.launch.status import find_run, summarise
 
-    summary = summarise(*find_run(target))
+    run, config = find_run(target)
     if as_json:
-        print(json.dumps(summary.to_dict(), indent=1))
+        print(json.dumps(summarise(run, config).to_dict(), indent=1))
+    elif watch:
+        show.watch(lambda: summarise(run, config))
     else:
-        show.summary(summary)
+        show.summary(summarise(run, config))
+
+
+@app.command(help="Cancel a run's pending and running array tasks.")
+def cancel(target: Target) -> None:
+    from d2m_hpc.launch.status import find_run
+    from d2m_hpc.launch.submit import cancel as cancel_all
+
+    run, _ = find_run(target)
+    print(f"cancelled {cancel_all(run)} array tasks")
+
+
+@app.command(help="The log of the task that worked on a shard last.")
+def logs(target: Target, shard: Annotated[str, typer.Argument(metavar="SHARD")]) -> None:
+    from d2m_hpc.launch.status import find_run, log_of
+
+    run, _ = find_run(target)
+    print(log_of(run, shard).read_text(encoding="utf-8", errors="replace"), end="")
 
 
 @app.command(help="Check every output against its record; exit 1 when one is wrong.")
@@ -162,6 +184,28 @@ def _load(path: Path, overrides: list[str] | None = None, options: Any = None) -
     from d2m_hpc.config import load
 
     return load(path, overrides or (), options or {})
+
+
+def _dry_run(workload: Workload, local: bool) -> None:
+    from d2m_hpc.launch import show, submit
+
+    decision = submit.look(workload)
+    show.decision(decision)
+    if decision.pending and not local:
+        show.proposal(submit.propose(workload, decision, "next"))
+
+
+def _run_slurm(workload: Workload, wait: bool) -> int:
+    from d2m_hpc.launch import show, submit
+    from d2m_hpc.launch.status import summarise
+
+    show.submitted(submit.run_slurm(workload, show.decision))
+    if not wait:
+        return 0
+    submit.wait(workload.run)
+    summary = summarise(workload.run, workload.config)
+    show.summary(summary)
+    return 0 if summary.complete else 1
 
 
 def _run_local(workload: Workload) -> int:

@@ -95,6 +95,10 @@ class Config(Section):
     allow_truncated_shards: bool = False
     max_image_pixels: Count = 178_956_970
     max_attempts: Count = 3
+    max_node_failures: Annotated[int, Field(ge=0)] = 3
+    lease_seconds: Annotated[float, Field(gt=0)] = 120.0
+    stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    steal: bool = True
     weights_dir: str | None = None
     allow_unpublished_weights: bool = False
     slurm: Slurm = Slurm()

@@ -22,13 +22,15 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from d2m_hpc.launch.decide import Decision
+    from d2m_hpc.launch.slurm import Array, Proposal
     from d2m_hpc.launch.status import Summary
-    from d2m_hpc.launch.submit import Decision
     from d2m_hpc.launch.verify import Report
     from d2m_hpc.models.weights import Checked, Checkpoint
     from d2m_hpc.worker.task import Listener
     from d2m_hpc.worker.task import Progress as TaskProgress
 
+WATCH_SECONDS = 3.0
 PLAIN_SECONDS = 10.0
 """How often a run that is not watched at a terminal says a line."""
 
@@ -60,6 +62,8 @@ def duration(seconds: float | None) -> str:
 def decision(decided: Decision) -> None:
     done, given_up = len(decided.done), len(decided.exhausted)
     line = f"{len(decided.shards)} shards: {done} done, {len(decided.pending)} to do"
+    if decided.in_flight:
+        line += f", {len(decided.in_flight)} with live tasks"
     if given_up:
         attempts = decided.workload.config.max_attempts
         line += (
@@ -68,6 +72,26 @@ def decision(decided: Decision) -> None:
     console.print(line)
     for notice in decided.notices:
         console.print(f"note: {notice}", style="yellow", markup=False)
+
+
+def proposal(proposed: Proposal) -> None:
+    """Chunks, arrays and sbatch's options, as they would be."""
+    sizes = [len(chunk) for chunk in proposed.chunks]
+    console.print(f"{len(sizes)} chunks of {min(sizes)} to {max(sizes)} shards")
+    for array in proposed.arrays:
+        line = f"array {array.name}: elements 0-{array.elements - 1}"
+        line += f", {array.parallel} at once" if array.parallel else ""
+        line += f", after array {array.after}" if array.after is not None else ""
+        console.print(line)
+    flags = (f"--{k}" if v is True else f"--{k}={v}" for k, v in proposed.options.items())
+    console.print("sbatch", *flags, markup=False)
+
+
+def submitted(arrays: Sequence[Array]) -> None:
+    for array in arrays:
+        console.print(f"array {array.job_id}: {array.elements} elements ({array.name})")
+    if arrays:
+        console.print("`d2m status` shows how far it is")
 
 
 def summary(found: Summary) -> None:
@@ -84,15 +108,34 @@ def summary(found: Summary) -> None:
         "outputs": found.output,
         "run folder": found.run_dir,
     }
+    if found.tasks:
+        rows["array tasks"] = ", ".join(f"{n} {state}" for state, n in found.tasks.items())
+    if found.gpu_hours:
+        rows["GPU-hours"] = f"{found.gpu_hours:,.1f}"
     if found.recomputed:
         rows["run again in float32"] = f"{found.recomputed:,}"
     _pairs(rows, found.state)
     for reason, number in found.rejections.items():
         console.print(f"rejected {number:,}: {reason}", markup=False)
+    if found.stragglers:
+        console.print(f"slower than the others: {', '.join(found.stragglers)}", style="yellow")
+    for node, why in found.broken_nodes.items():
+        console.print(f"node {node} could not start tasks: {why}", style="red", markup=False)
     for group in found.failures:
         names = ", ".join(group.shards[:5]) + (", ..." if len(group.shards) > 5 else "")
         head = f"failed {len(group.shards)} ({names}): {group.kind}: {group.error}"
         console.print(head, style="red", markup=False)
+
+
+def watch(look: Callable[[], Summary]) -> None:
+    """The summary again and again, until the run is complete or nothing of it is left to happen."""
+    while True:
+        found = look()
+        console.clear()
+        summary(found)
+        if found.state in ("complete", "failed"):
+            return
+        time.sleep(WATCH_SECONDS)
 
 
 def report(found: Report) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from d2m_hpc.config import Config, load
-from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch import plan, submit
-from d2m_hpc.state.lease import LEASE_SECONDS
+from d2m_hpc.errors import ConfigError, SlurmError
+from d2m_hpc.launch import nodes, plan, slurm
+from d2m_hpc.launch.decide import run_dir
 from d2m_hpc.state.manifest import Manifest, Record
 from d2m_hpc.state.rundir import RunDir
+
+ACTIVE_SECONDS = 60.0
+"""A task that said nothing for so long does not count as running."""
 
 
 @dataclass
@@ -30,7 +35,8 @@ class Failure:
 class Summary:
     """A run in figures.
 
-    `eta_seconds` is None where nothing runs or nothing is known of its speed.
+    `eta_seconds` is None where nothing runs or nothing is known of its speed. `tasks` counts array
+    elements by what Slurm says of them; it is empty where Slurm says nothing.
     """
 
     run_dir: str
@@ -45,6 +51,10 @@ class Summary:
     recomputed: int
     samples_per_second: float
     eta_seconds: float | None
+    gpu_hours: float = 0.0
+    tasks: dict[str, int] = field(default_factory=dict)
+    stragglers: list[str] = field(default_factory=list)
+    broken_nodes: dict[str, str] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     rejections: dict[str, int] = field(default_factory=dict)
 
@@ -71,7 +81,7 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
     Raises:
         ConfigError: there is none.
     """
-    run = RunDir(path.absolute()) if path.is_dir() else submit.run_dir(load(path))
+    run = RunDir(path.absolute()) if path.is_dir() else run_dir(load(path))
     if not run.config.exists():
         raise ConfigError(
             str(path), [f"there is no run in {run.root}; start one with `d2m-submit CONFIG`"]
@@ -85,10 +95,12 @@ def summarise(run: RunDir, config: Config) -> Summary:
     stems = [s.stem for s in plan.read_shards(run.shards)]
     done = [manifest.done[s] for s in stems if s in manifest.done]
     failed = {s: r for s in stems if (r := manifest.failures.get(s)) and s not in manifest.done}
-    running = _held(run) - manifest.done.keys()
+    running = _held(run, config.lease_seconds) - manifest.done.keys()
+    tasks = _tasks(run)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     rows = sum(r.rows for r in done)
-    speed = _speed(run)
+    active = [t for t in tasks if _is_active(t)]
+    speed = sum(t["rows"] / max(t["updated"] - t["started"], 1e-9) for t in active)
     left = len(stems) - len(done) - len(failed)
     mean = rows / len(done) if done else 0
     return Summary(
@@ -104,14 +116,18 @@ def summarise(run: RunDir, config: Config) -> Summary:
         recomputed=sum(r.recomputed for r in done),
         samples_per_second=round(speed or _past_speed(done), 2),
         eta_seconds=round(left * mean / speed, 1) if speed and mean else None,
+        gpu_hours=round(sum(t["updated"] - t["started"] for t in tasks if _has_gpu(t)) / 3600, 3),
+        tasks=_queued(run),
+        stragglers=_stragglers(active),
+        broken_nodes={n: row[-1].why for n, row in nodes.in_a_row(run).items()},
         failures=_grouped(failed),
         rejections=_by_reason(done),
     )
 
 
-def _held(run: RunDir) -> set[str]:
+def _held(run: RunDir, lease_seconds: float) -> set[str]:
     """Shards whose lease has had a heartbeat lately."""
-    oldest = time.time() - LEASE_SECONDS
+    oldest = time.time() - lease_seconds
     paths = run.leases.glob("*.lock") if run.leases.is_dir() else ()
     return {p.stem for p in paths if _mtime(p) > oldest}
 
@@ -123,18 +139,43 @@ def _mtime(path: Path) -> float:
         return 0.0
 
 
-def _speed(run: RunDir) -> float:
-    """Samples a second of all tasks that run now."""
-    total = 0.0
+def _tasks(run: RunDir) -> list[dict[str, Any]]:
+    """What every attempt of every task last said of itself."""
+    found = []
     for path in run.progress.glob("*.json") if run.progress.is_dir() else ():
         try:
-            task = json.loads(path.read_bytes())
+            found.append(json.loads(path.read_bytes()))
         except (OSError, ValueError):
-            continue
-        seconds = task["updated"] - task["started"]
-        if task["state"] == "running" and time.time() - task["updated"] < 60 and seconds > 0:
-            total += task["rows"] / seconds
-    return total
+            continue  # it is being written
+    return found
+
+
+def _is_active(task: dict[str, Any]) -> bool:
+    recent: bool = time.time() - task["updated"] < ACTIVE_SECONDS
+    return recent and task["state"] == "running"
+
+
+def _has_gpu(task: dict[str, Any]) -> bool:
+    return str(task["device"]).startswith("cuda")
+
+
+def _queued(run: RunDir) -> dict[str, int]:
+    """Array elements by state; where Slurm cannot be asked, none."""
+    arrays = [a for s in run.submissions() for a in slurm.read_arrays(s)]
+    if not arrays or not slurm.is_here():
+        return {}
+    try:
+        queue = slurm.queue()
+    except SlurmError:
+        return {}
+    return dict(Counter(e.state.lower() for a in arrays for e in queue.of(a)))
+
+
+def _stragglers(active: list[dict[str, Any]]) -> list[str]:
+    """Tasks that are half as far as the median of those that run."""
+    shares = {t["task"]: t["done"] / max(t["shards"], 1) for t in active}
+    median = statistics.median(shares.values()) if len(shares) > 2 else 0.0
+    return sorted(task for task, share in shares.items() if share < median / 2)
 
 
 def _past_speed(done: list[Record]) -> float:
@@ -164,3 +205,22 @@ def _by_reason(done: Iterable[Record]) -> dict[str, int]:
             short = reason.split(":")[0].split(";")[0]
             counts[short] = counts.get(short, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def log_of(run: RunDir, stem: str) -> Path:
+    """The log file of the newest task that has a record of a shard, or works on it.
+
+    Raises:
+        ConfigError: no task has touched it.
+    """
+    newest: dict[str, float] = {}
+    for task in _tasks(run):
+        if task["shard"] == stem:
+            newest[task["task"]] = task["updated"]
+    manifest = Manifest.load(run)
+    records = manifest.failures.get(stem, []) + [r for r in [manifest.done.get(stem)] if r]
+    newest |= {r.task: r.finished for r in records}
+    if not newest:
+        raise ConfigError(str(run.root), [f"no task has worked on shard {stem!r} yet"])
+    submission, index, _ = max(newest, key=lambda task: newest[task]).split("-")
+    return run.log_of(submission, int(index))

@@ -1,221 +1,31 @@
-"""Decide what is left to do, then do it: in this process, or as array tasks."""
+"""Do what is left: in this process, or as array tasks of Slurm."""
 
 from __future__ import annotations
 
 import getpass
-import hashlib
 import json
-import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from d2m_hpc import __version__
-from d2m_hpc.config import Config
-from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch import plan
-from d2m_hpc.models import weights
-from d2m_hpc.outputs import OutputDir
+from d2m_hpc.errors import SlurmError
+from d2m_hpc.launch import nodes, plan, slurm
+from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
 from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.manifest import Manifest, Record, Recorder, Shard
+from d2m_hpc.state.manifest import Recorder, Shard
 from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
 
 if TYPE_CHECKING:
     from d2m_hpc.worker.task import Listener
 
 
-def run_dir(config: Config) -> RunDir:
-    """Where a config's run lives: `run_dir`, or beside the outputs, or here if those are remote."""
-    if config.run_dir:
-        return RunDir(Path(config.run_dir).expanduser().absolute())
-    output = config.output_metadata_dir
-    if "://" not in output:
-        return RunDir(Path(output).expanduser().absolute() / ".d2m")
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", output.split("://", 1)[1]).strip("-")
-    return RunDir(Path(".d2m").absolute() / name)
-
-
-@dataclass
-class Workload:
-    """What a config asks for, checked; nothing of a run's state is in it.
-
-    Attributes:
-        where: the config file, for messages.
-        sizes: url to size of every input tar.
-        fingerprint: the parts that decide what the output is.
-        notices: what the user should know though it stops nothing.
-    """
-
-    config: Config
-    where: str
-    run: RunDir
-    sizes: dict[str, int | None]
-    fingerprint: dict[str, Any]
-    notices: list[str]
-
-    @property
-    def fingerprint_id(self) -> str:
-        """A short hash of the fingerprint, as records carry it."""
-        return hashlib.sha256(_canonical(self.fingerprint)).hexdigest()[:16]
-
-
-def _canonical(values: dict[str, Any]) -> bytes:
-    return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False).encode()
-
-
-def inspect(config: Config, where: str) -> Workload:
-    """Look at inputs and checkpoints; changes nothing.
-
-    Args:
-        where: the config file, for messages.
-
-    Raises:
-        ConfigError: patterns that name no tar.
-        WeightsError: checkpoints that are missing or wrong.
-    """
-    config = _absolute(config)
-    run = run_dir(config)
-    expansion = plan.expand(config.input_tars)
-    plan.check(expansion, where)
-    fingerprint = config.fingerprint(_checkpoint_hashes(config, run, where))
-    return Workload(config, where, run, expansion.sizes, fingerprint, _notices(expansion))
-
-
-@dataclass
-class Decision:
-    """What a submit would do.
-
-    Attributes:
-        shards: all of the run, done or not.
-        done: stems of finished shards.
-        exhausted: stems that failed `max_attempts` times.
-        lost: records that are missing and were read back from finished parquets.
-    """
-
-    workload: Workload
-    shards: list[Shard]
-    done: set[str] = field(default_factory=set)
-    exhausted: set[str] = field(default_factory=set)
-    lost: list[Record] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-
-    @property
-    def pending(self) -> list[Shard]:
-        settled = self.done | self.exhausted
-        return [s for s in self.shards if s.stem not in settled]
-
-
-def decide(workload: Workload) -> Decision:
-    """Compare what is asked for with records and outputs; changes nothing.
-
-    Raises:
-        ConfigError: the run was made by another config, or the output folder by another program.
-    """
-    _compare_fingerprint(workload)
-    shards = plan.plan_shards(workload.sizes, plan.read_shards(workload.run.shards))
-    decision = Decision(workload, shards, notices=list(workload.notices))
-    gone = sum(s.url not in workload.sizes for s in shards)
-    if gone:
-        decision.notices.append(
-            f"{gone} shards of earlier submits match no pattern now; they are kept"
-        )
-    _read_state(decision)
-    return decision
-
-
-def _absolute(config: Config) -> Config:
-    """Paths as a task on another machine needs them."""
-    paths = {
-        key: str(Path(value).expanduser().absolute())
-        for key in ("output_metadata_dir", "custom_pypath", "weights_dir", "run_dir")
-        if (value := getattr(config, key)) and "://" not in value
-    }
-    folder = str(weights.weights_dir(config.weights_dir).absolute())
-    return config.model_copy(update={"weights_dir": folder, **paths})
-
-
-def _checkpoint_hashes(config: Config, run: RunDir, where: str) -> dict[str, str]:
-    folder = weights.weights_dir(config.weights_dir)
-    checked = weights.check(config.models, folder, weights.HashCache(run.hashes))
-    return weights.require(checked, config.allow_unpublished_weights, where)
-
-
-def _notices(expansion: plan.Expansion) -> list[str]:
-    notices = []
-    if expansion.duplicates:
-        notices.append(f"{expansion.duplicates} tars are named more than once; each is done once")
-    if expansion.missing:
-        few = ", ".join(expansion.missing[:3])
-        notices.append(f"{len(expansion.missing)} tars are not there and will fail: {few}")
-    return notices
-
-
-def _compare_fingerprint(workload: Workload) -> None:
-    """Refuse to mix the outputs of two configs.
-
-    Raises:
-        ConfigError: naming what differs from the earlier submits.
-    """
-    path = workload.run.fingerprint
-    if not path.exists() or workload.config.reprocess:
-        return
-    old, new = json.loads(path.read_bytes()), workload.fingerprint
-    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    if differing:
-        mistakes = [f"{k}: was {old.get(k)!r}, is {new.get(k)!r}" for k in differing]
-        advice = (
-            f"the run in {workload.run.root} was made with other values; restore them, take "
-            "another output_metadata_dir, or set `reprocess: true` to compute its shards again"
-        )
-        raise ConfigError(workload.where, [*mistakes, advice])
-
-
-def _read_state(decision: Decision) -> None:
-    """Fill in what is done, exhausted and lost, by the records and by what lies in the output."""
-    workload = decision.workload
-    manifest = Manifest.load(workload.run)
-    output = OutputDir(workload.config.output_metadata_dir)
-    ours, foreign = workload.fingerprint_id, []
-    present = output.stems()
-    for stem in (s.stem for s in decision.shards if s.stem in present):
-        record = manifest.done.get(stem)
-        if record is None and (record := _rebuild(output, stem)) is not None:
-            decision.lost.append(record)
-        if record is None:
-            foreign.append(stem)
-        elif record.fingerprint == ours:
-            decision.done.add(stem)
-    if not workload.config.reprocess:
-        _refuse_foreign(workload, foreign)
-    decision.exhausted = {
-        stem
-        for stem, failed in manifest.failures.items()
-        if sum(r.fingerprint == ours for r in failed) >= workload.config.max_attempts
-    } - decision.done
-
-
-def _refuse_foreign(workload: Workload, stems: list[str]) -> None:
-    if stems:
-        mistake = (
-            f"output_metadata_dir: {workload.config.output_metadata_dir} holds {len(stems)} "
-            f"parquets that this program did not write ({', '.join(stems[:3])}); move them, or "
-            "set `reprocess: true` to replace them"
-        )
-        raise ConfigError(workload.where, [mistake])
-
-
-def _rebuild(output: OutputDir, stem: str) -> Record | None:
-    """A task was killed between the parquet's rename and its record."""
-    record = output.record(stem)
-    if record is not None:
-        record.parquet_sha256, record.rebuilt = output.sha256(f"{stem}.parquet"), True
-    return record
+SHARDS_PER_TASK = 16
+WAIT_SECONDS = 2.0
 
 
 @contextmanager
@@ -236,8 +46,13 @@ def submitting(run: RunDir) -> Iterator[None]:
 
 def commit(decision: Decision, chunks: Iterable[list[Shard]]) -> Submission:
     """Write a submission to the run folder; nothing has been started yet when it returns."""
+    submission = decision.workload.run.new_submission()
+    write(submission, decision, chunks)
+    return submission
+
+
+def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shard]]) -> None:
     workload, run = decision.workload, decision.workload.run
-    submission = run.new_submission()
     values = workload.config.model_dump(mode="json")
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     intent = {
@@ -252,9 +67,8 @@ def commit(decision: Decision, chunks: Iterable[list[Shard]]) -> Submission:
     atomic_write(submission.chunks, lines.encode())
     atomic_write(submission.config, text.encode())
     atomic_write(run.config, text.encode())
-    atomic_write(run.fingerprint, _canonical(workload.fingerprint))
+    atomic_write(run.fingerprint, canonical(workload.fingerprint))
     atomic_write(submission.intent, json.dumps(intent).encode())
-    return submission
 
 
 def repair(decision: Decision) -> None:
@@ -268,6 +82,31 @@ def repair(decision: Decision) -> None:
             lease.release()
 
 
+def in_flight(run: RunDir, live: slurm.Queue) -> set[str]:
+    """The stems of all chunks of live array tasks."""
+    stems: set[str] = set()
+    for submission in run.submissions():
+        for array in slurm.read_arrays(submission):
+            elements = live.elements(array)
+            indices = {i for e in elements for i in array.chunks_of(e)}
+            if indices:
+                stems |= _stems(submission, indices)
+    return stems
+
+
+def _stems(submission: Submission, indices: set[int]) -> set[str]:
+    with open(submission.chunks, encoding="utf-8") as file:
+        lines = [line for i, line in enumerate(file) if i in indices]
+    return {shard[0] for line in lines for shard in json.loads(line)}
+
+
+def look(workload: Workload) -> Decision:
+    """Decide, with Slurm's word where array tasks were ever submitted and it can be had."""
+    run = workload.run
+    asked = slurm.is_here() and any(s.arrays.exists() for s in run.submissions())
+    return decide(workload, in_flight(run, slurm.queue()) if asked else ())
+
+
 def run_local(
     workload: Workload,
     on_decision: Callable[[Decision], AbstractContextManager[Listener]],
@@ -277,12 +116,77 @@ def run_local(
     Args:
         on_decision: told what will be done; gives the listener to the task's progress.
     """
-    with submitting(workload.run):
-        decision = decide(workload)
+    run = workload.run
+    with submitting(run):
+        decision = look(workload)
         repair(decision)
         submission = commit(decision, [decision.pending]) if decision.pending else None
     with on_decision(decision) as listener:
         if submission:
             from d2m_hpc.worker.task import run_task
 
-            run_task(workload.run.root, submission.name, 0, local=True, listener=listener)
+            run_task(run.root, submission.name, 0, local=True, listener=listener)
+
+
+def propose(workload: Workload, decision: Decision, submission: str) -> slurm.Proposal:
+    """The chunks and arrays that a submit would make; asks Slurm only for its MaxArraySize."""
+    config = workload.config
+    per_task = config.shards_per_task or config.tars_per_wds or SHARDS_PER_TASK
+    chunks = plan.balanced(decision.pending, per_task)
+    token = slurm.token(workload.run.root)
+    arrays = slurm.split(
+        len(chunks),
+        slurm.max_array_size(),
+        config.slurm.tasks_per_node,
+        config.slurm.max_parallel,
+        f"d2m-{token}-{submission}",
+    )
+    excluded = nodes.to_exclude(workload.run, config.max_node_failures)
+    return slurm.Proposal(chunks, arrays, slurm.options(config.slurm, excluded), excluded)
+
+
+def run_slurm(workload: Workload, on_decision: Callable[[Decision], None]) -> list[slurm.Array]:
+    """Submit all pending shards; returns the arrays, of which those submitted have a job id.
+
+    Raises:
+        SlurmError: sbatch refused; what it took before is on record.
+    """
+    run = workload.run
+    if not slurm.is_here():
+        raise SlurmError("there is no sbatch here; go to a login node, or run with --local")
+    with submitting(run):
+        decision = decide(workload, in_flight(run, slurm.queue()))
+        repair(decision)
+        on_decision(decision)
+        if not decision.pending:
+            return []
+        submission = run.new_submission()
+        proposal = propose(workload, decision, submission.name)
+        write(submission, decision, proposal.chunks)
+        # The intent is on disk before Slurm hears of it; a job is found again by its array's name.
+        slurm.write_arrays(submission, proposal.arrays)
+        for array in proposal.arrays:
+            slurm.submit(run, submission, workload.config.slurm, array, proposal)
+            slurm.write_arrays(submission, proposal.arrays)
+    return proposal.arrays
+
+
+def live_jobs(run: RunDir) -> list[str]:
+    """`job_index` of every pending or running array task of a run."""
+    queue = slurm.queue()
+    arrays = [a for s in run.submissions() for a in slurm.read_arrays(s)]
+    live = (e for a in arrays for e in queue.of(a) if e.state not in slurm.OVER)
+    return [f"{e.job_id}_{e.index}" for e in live]
+
+
+def cancel(run: RunDir) -> int:
+    """Cancel all of a run's array tasks; returns how many there were."""
+    jobs = live_jobs(run)
+    slurm.cancel(jobs)
+    return len(jobs)
+
+
+def wait(run: RunDir) -> None:
+    """Until no array task of the run is pending or running."""
+    while live_jobs(run):
+        time.sleep(WAIT_SECONDS)

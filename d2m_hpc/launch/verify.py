@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,20 +37,22 @@ def verify(run: RunDir, config: Config) -> Report:
     """Check every finished shard's files, and that the folder holds no others."""
     output = OutputDir(config.output_metadata_dir)
     done = Manifest.load(run).done
-    faults = [f for stem in sorted(done) for f in check_shard(output, done[stem])]
+    carried = config.additional_fields
+    faults = [f for stem in sorted(done) for f in check_shard(output, done[stem], carried)]
     for suffix in (".npz", ".parquet"):
         strays = sorted(output.stems(suffix) - done.keys())
         faults += [Fault(f"{s}{suffix}", "has no record; run d2m-submit again") for s in strays]
     return Report(len(done), faults)
 
 
-def check_shard(output: OutputDir, record: Record) -> list[Fault]:
-    """What is wrong with one shard's pair."""
+def check_shard(output: OutputDir, record: Record, carried: Collection[str] = ()) -> list[Fault]:
+    """What is wrong with one shard's pair.
+
+    Args:
+        carried: columns with the samples' own values, which may be anything.
+    """
     faults = []
-    for suffix, sha256, check in (
-        (".parquet", record.parquet_sha256, _check_parquet),
-        (".npz", record.npz_sha256, _check_npz),
-    ):
+    for suffix, sha256 in ((".parquet", record.parquet_sha256), (".npz", record.npz_sha256)):
         name = f"{record.shard}{suffix}"
         try:
             with output.fs.open(output.path(name), "rb") as file:
@@ -57,35 +60,50 @@ def check_shard(output: OutputDir, record: Record) -> list[Fault]:
         except FileNotFoundError:
             faults.append(Fault(name, "is missing"))
             continue
-        problems = check(data, record.rows)
+        except OSError as error:
+            faults.append(Fault(name, f"cannot be read: {error}"))
+            continue
+        problems = _problems(data, suffix, record.rows, carried)
         if hashlib.sha256(data).hexdigest() != sha256:
             problems.append(f"has another sha256 than its record ({sha256[:12]}...)")
         faults += [Fault(name, p) for p in problems]
     return faults
 
 
-def _check_parquet(data: bytes, rows: int) -> list[str]:
+def _problems(data: bytes, suffix: str, rows: int, carried: Collection[str]) -> list[str]:
     try:
-        table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowInvalid, OSError) as error:
-        return [f"cannot be read: {error}"]
+        if suffix == ".npz":
+            return _check_npz(data, rows)
+        return _check_parquet(data, rows, carried)
+    except Exception as error:  # the libraries raise whatever a damaged byte makes them trip over
+        return [f"cannot be read: {str(error) or type(error).__name__}"]
+
+
+def _check_parquet(data: bytes, rows: int, carried: Collection[str]) -> list[str]:
+    table = pq.read_table(io.BytesIO(data))
     problems = [f"has {table.num_rows} rows, its record {rows}"] if table.num_rows != rows else []
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        if pa.types.is_floating(column.type):
-            bad = len(column) - pc.sum(pc.is_finite(column.drop_null())).as_py()
-            problems += [f"column {name!r} has {bad} values that are not finite"] if bad else []
+    for name in table.column_names:
+        bad = 0 if name in carried else _non_finite(table[name])
+        problems += [f"column {name!r} has {bad} values that are not finite"] if bad else []
     return problems
 
 
+def _non_finite(column: pa.ChunkedArray) -> int:
+    """NaNs and infinities among numbers or lists of them; a null is neither."""
+    while pa.types.is_list(column.type):
+        column = pc.list_flatten(column)
+    if not pa.types.is_floating(column.type):
+        return 0
+    bad: int = pc.sum(pc.invert(pc.is_finite(column)), min_count=0).as_py()
+    return bad
+
+
 def _check_npz(data: bytes, rows: int) -> list[str]:
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if broken := archive.testzip():
-                return [f"array {broken!r} fails its CRC"]
-        with np.load(io.BytesIO(data)) as arrays:
-            loaded = {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
-        return [f"cannot be read: {error}"]
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if broken := archive.testzip():
+            return [f"array {broken!r} fails its CRC"]
+    with np.load(io.BytesIO(data)) as arrays:
+        loaded = {name: arrays[name] for name in arrays.files}
     problems = []
     for name, array in loaded.items():
         if len(array) != rows:

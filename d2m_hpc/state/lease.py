@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from filelock import SoftFileLease, Timeout
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 OWNERLESS_SECONDS = 2.0
 """A live holder writes its name within milliseconds of making the file."""
@@ -21,18 +21,22 @@ class Lease:
     recognised by watching its heartbeat fail to come, which takes `LEASE_SECONDS`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, seconds: float = LEASE_SECONDS) -> None:
+        """
+        Args:
+            seconds: without a heartbeat, after which a claim is lost; the same for all of a run.
+        """
         self._path = path
         self._ownerless: tuple[int, int, float] | None = None
         self._lock = SoftFileLease(
-            path, lease_duration=LEASE_SECONDS, timeout=0, thread_local=False, mode=0o644
+            path, lease_duration=seconds, timeout=0, thread_local=False, mode=0o644
         )
 
     def claim(self) -> bool:
         """Take the shard; False when a live task holds it."""
         try:
             self._lock.acquire()
-        except Timeout:
+        except (Timeout, LeaseSettingsMismatch):
             self._drop_ownerless()
             return False
         return True
@@ -55,8 +59,12 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Another task has taken the shard over."""
-        return self._lock.compromise is not None
+        """Another task has taken the shard over; looks at the file, as a stopped process must."""
+        token = self._lock.token
+        try:
+            return token is None or token not in self._path.read_text(encoding="utf-8")
+        except OSError:
+            return True
 
     def release(self) -> None:
         self._lock.release()

@@ -87,6 +87,11 @@ class Submission:
         return self.folder / "intent.json"
 
     @property
+    def arrays(self) -> Path:
+        """JSON: the job arrays, with their job ids once Slurm has taken them."""
+        return self.folder / "jobs.json"
+
+    @property
     def chunks(self) -> Path:
         """JSON lines; line i is the list of shards of array task i."""
         return self.folder / "chunks.jsonl"
@@ -126,6 +131,11 @@ class RunDir:
         return self.root / "progress"
 
     @property
+    def node_failures(self) -> Path:
+        """A JSON file for each task that its node could not start."""
+        return self.root / "nodes"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -145,8 +155,9 @@ class RunDir:
     def lease(self, stem: str) -> Path:
         return self.leases / f"{stem}.lock"
 
-    def progress_of(self, submission: str, index: int) -> Path:
-        return self.progress / f"{submission}-{index}.json"
+    def progress_of(self, task: str) -> Path:
+        """Of `submission-index-attempt`."""
+        return self.progress / f"{task}.json"
 
     def log_of(self, submission: str, index: int) -> Path:
         return self.logs / f"{submission}-{index}.log"
@@ -175,5 +186,12 @@ class RunDir:
 
     def create(self) -> None:
         """Make the folders that tasks write into; never world-writable, whatever the umask."""
-        for folder in (self.root, self.records, self.leases, self.progress, self.logs):
+        for folder in (
+            self.root,
+            self.records,
+            self.leases,
+            self.progress,
+            self.logs,
+            self.node_failures,
+        ):
             make_folder(folder)

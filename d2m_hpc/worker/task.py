@@ -5,6 +5,7 @@ A task is told a run folder, a submission and an index; everything else it reads
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import logging
@@ -35,6 +36,11 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 PROGRESS_SECONDS = 2.0
+BROKEN: tuple[type[Exception], ...] = (
+    (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+)
+STALLED = 5
+"""Exit code of a task that the watchdog ended."""
 
 
 @dataclass
@@ -42,7 +48,8 @@ class Progress:
     """How far a task is; written to the run folder every few seconds."""
 
     task: str
-    host: str = field(default_factory=socket.gethostname)
+    host: str = ""
+    device: str = ""
     shards: int = 0
     done: int = 0
     failed: int = 0
@@ -89,6 +96,16 @@ def choose_device(configured: int | str, local: bool) -> torch.device:
     )
 
 
+def node_name() -> str:
+    """As Slurm knows it; several of its nodes may share a host."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def has_chunk(run: RunDir, submission: str, index: int) -> bool:
+    with open(run.submission(submission).chunks, encoding="utf-8") as file:
+        return next(itertools.islice(file, index, None), None) is not None
+
+
 def read_chunk(run: RunDir, submission: str, index: int) -> list[Shard]:
     """The shards of one array task."""
     with open(run.submission(submission).chunks, encoding="utf-8") as file:
@@ -96,6 +113,12 @@ def read_chunk(run: RunDir, submission: str, index: int) -> list[Shard]:
     if line is None:
         raise D2MError(f"submission {submission} of {run.root} has no chunk {index}")
     return [Shard(*shard) for shard in json.loads(line)]
+
+
+def _device_name(device: torch.device) -> str:
+    """With the GPU's own index where Slurm shows this task only some."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return f"{device} of {visible}" if visible else str(device)
 
 
 def _log_to(path: Path) -> None:
@@ -108,16 +131,22 @@ def _log_to(path: Path) -> None:
 
 
 def run_task(
-    root: Path, submission: str, index: int, local: bool = False, listener: Listener | None = None
+    root: Path,
+    submission: str,
+    index: int,
+    local: bool = False,
+    listener: Listener | None = None,
+    deadline: float | None = None,
 ) -> Progress:
     """Work through one chunk; returns when each of its shards is done, failed or someone else's.
 
     Args:
         local: in the user's own process, where a missing GPU is no fault of a node.
         listener: told of every change.
+        deadline: when the walltime ends, in seconds since the epoch.
 
     Raises:
-        NodeError: no shard was touched.
+        NodeError: the device does not work; no shard is counted as failed for it.
         D2MError: the config cannot be worked with.
     """
     # Compute nodes have no internet: a library that asks a hub must fail now, not wait.
@@ -128,7 +157,8 @@ def run_task(
     config = load(run.submission(submission).config)
     device = choose_device(config.device, local)
     toolbox = Toolbox.of(config)
-    task = Task(run, name, config, read_chunk(run, submission, index), listener)
+    task = Task(run, name, config, read_chunk(run, submission, index), listener, deadline)
+    task.progress.device = _device_name(device)
     with tempfile.TemporaryDirectory(prefix="d2m-") as scratch:
         return task.work(Graph(config, toolbox, device), Recipe.of(config, toolbox.inputs), scratch)
 
@@ -143,13 +173,17 @@ class Task:
         config: Config,
         shards: list[Shard],
         listener: Listener | None,
+        deadline: float | None,
     ) -> None:
         self.run, self.name, self.config, self.shards = run, name, config, shards
+        self.deadline = deadline
+        self.slowest = 0.0
+        self.held: dict[str, Work] = {}
         self.output = OutputDir(config.output_metadata_dir)
         intent = run.submission(name.submission).intent.read_bytes()
         self.fingerprint: str = json.loads(intent)["fingerprint"]
         self.recorder = Recorder(run.record(name.submission, name.index, name.attempt))
-        self.progress = Progress(str(name), shards=len(shards))
+        self.progress = Progress(str(name), node_name(), shards=len(shards))
         self.listener = listener
         self._announced = 0.0
         self._lock = threading.Lock()
@@ -158,6 +192,7 @@ class Task:
         committer = Committer(self.output, Path(scratch))
         try:
             with (
+                Watchdog(self),
                 Closing(self, committer) as closing,
                 Loader(self._claimed(committer), recipe, Path(scratch)) as loader,
             ):
@@ -173,25 +208,65 @@ class Task:
             raise
         finally:
             committer.close()
-        self._announce(state="finished")
+        self._announce(state="out of time" if self._is_late() else "finished")
         return self.progress
 
     def _claimed(self, committer: Committer) -> Iterator[Work]:
-        """The shards of the chunk that are ours to do; those in other hands are come back to."""
-        waiting = [(shard, Lease(self.run.lease(shard.stem))) for shard in self.shards]
-        while waiting:
+        """The shards that are ours to do: the chunk's, then those that slower tasks have not begun.
+
+        Shards of the chunk that are in other hands are come back to until they are settled.
+        """
+        waiting = [(shard, self._lease(shard)) for shard in self.shards]
+        while waiting and not self._is_late():
             busy = []
             for shard, lease in waiting:
+                if self._is_late():
+                    return
                 if not lease.claim():
                     busy.append((shard, lease))
-                elif self._is_settled(shard):
-                    lease.release()
-                else:
-                    committer.clean(shard.stem)
-                    yield Work(shard, lease)
+                elif work := self._begin(shard, lease, committer):
+                    yield work
             waiting = busy
             if waiting:
+                self._announce()
                 time.sleep(POLL_SECONDS)
+        if self.config.steal:
+            yield from self._stolen(committer)
+
+    def _stolen(self, committer: Committer) -> Iterator[Work]:
+        """Shards of the submission's other chunks, those first that their tasks come to last."""
+        finished = self.output.stems()
+        for shard in reversed(self._others()):
+            if self._is_late():
+                return
+            lease = self._lease(shard)
+            if shard.stem in finished or not lease.claim():
+                continue
+            if work := self._begin(shard, lease, committer):
+                log.info("%s: taken from a slower task", shard.stem)
+                self._announce(shards=1)
+                yield work
+
+    def _others(self) -> list[Shard]:
+        own = {s.stem for s in self.shards}
+        with open(self.run.submission(self.name.submission).chunks, encoding="utf-8") as file:
+            return [Shard(*s) for line in file for s in json.loads(line) if s[0] not in own]
+
+    def _lease(self, shard: Shard) -> Lease:
+        return Lease(self.run.lease(shard.stem), self.config.lease_seconds)
+
+    def _begin(self, shard: Shard, lease: Lease, committer: Committer) -> Work | None:
+        """A shard that was just claimed, or None where somebody has finished it meanwhile."""
+        if self._is_settled(shard):
+            lease.release()
+            return None
+        committer.clean(shard.stem)
+        self.held[shard.stem] = work = Work(shard, lease)
+        return work
+
+    def _is_late(self) -> bool:
+        """Too little walltime is left for another shard of the slowest kind seen."""
+        return self.deadline is not None and time.time() + 1.2 * self.slowest > self.deadline
 
     def _is_settled(self, shard: Shard) -> bool:
         """Someone finished it since it was planned; ask only while its lease is held."""
@@ -216,6 +291,7 @@ class Task:
             self._account(work, result)
         except Exception as error:
             work.cancel()
+            _raise_if_broken(error)
             result.error = error
         return result
 
@@ -258,12 +334,19 @@ class Task:
         try:
             if result.error is None:
                 self._commit(work, result, committer)
+        except Superseded:
+            log.warning("%s: another task took it over; nothing was written", record.shard)
+            work.release()
+            return
         except Exception as error:
             result.error = error
+        finally:
+            self.held.pop(record.shard, None)
         if result.error is not None:
             _fail(record, result.error)
             log.error("%s failed: %s", record.shard, record.error)
         record.finished = record.finished or time.time()
+        self.slowest = max(self.slowest, record.finished - record.started)
         self.recorder.append(record)
         work.release()
         done = record.state == "done"
@@ -271,7 +354,7 @@ class Task:
 
     def _commit(self, work: Work, result: Result, committer: Committer) -> None:
         if work.lease is not None and work.lease.lost:
-            raise ShardError(f"{work.shard.stem}: another task took this shard over")
+            raise Superseded
         result.record.finished = time.time()
         committer.commit(result.table, result.record)
         log.info("%s: %d rows", result.record.shard, result.record.rows)
@@ -286,7 +369,7 @@ class Task:
             progress.updated = time.time()
             if state or progress.updated - self._announced > PROGRESS_SECONDS:
                 self._announced = progress.updated
-                path = self.run.progress_of(self.name.submission, self.name.index)
+                path = self.run.progress_of(str(self.name))
                 overwrite(path, json.dumps(asdict(progress)).encode())
             if self.listener:
                 self.listener(progress)
@@ -299,6 +382,50 @@ class Result:
     record: Record
     table: Table
     error: BaseException | None = None
+
+
+class Superseded(Exception):
+    """This task was stopped for so long that its lease is another's."""
+
+
+def _raise_if_broken(error: Exception) -> None:
+    """
+    Raises:
+        NodeError: CUDA itself is in error; no later shard can be computed by this process.
+    """
+    cause = error.__cause__ or error
+    if isinstance(cause, BROKEN) and not isinstance(cause, torch.OutOfMemoryError):
+        raise NodeError(f"CUDA failed on {node_name()}: {cause}") from error
+
+
+class Watchdog:
+    """Ends the process when nothing has happened for `stall_seconds`: a hung mount, a dead GPU."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        limit, progress = self._task.config.stall_seconds, self._task.progress
+        while not self._over.wait(min(limit / 4, 10)):
+            if time.time() - max(progress.updated, progress.started) > limit:
+                self._stop(limit)
+
+    def _stop(self, limit: float) -> None:
+        log.error("no batch for %.0f s: all stacks follow; this task ends", limit)
+        path = self._task.run.log_of(self._task.name.submission, self._task.name.index)
+        with open(path, "a", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file)
+        for work in list(self._task.held.values()):
+            work.release()
+        os._exit(STALLED)
 
 
 def _fail(record: Record, error: BaseException) -> None:

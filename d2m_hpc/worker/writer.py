@@ -7,13 +7,15 @@ import json
 import os
 import shutil
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -21,7 +23,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import ShardError
 from d2m_hpc.outputs import METADATA, OutputDir
 from d2m_hpc.state.manifest import Record
-from d2m_hpc.state.rundir import fsync_dir
+from d2m_hpc.state.rundir import fsync_dir, make_folder
 from d2m_hpc.worker.batch import Outputs, join
 
 TYPES = {"face-boxes": pa.list_(pa.list_(pa.float32()))}
@@ -79,16 +81,32 @@ def _narrow(name: str, values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[An
 
 def _column(name: str, values: Any) -> pa.Array:
     """Numbers as float32 or integers, nested lists of numbers as nested lists of float32."""
+    try:
+        array = _typed(name, values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ShardError(f"column {name!r} cannot be written: {error}") from None
+    numbers = array
+    while pa.types.is_list(numbers.type):
+        numbers = numbers.flatten()
+    if pa.types.is_floating(numbers.type) and not _all_finite(numbers):
+        raise ShardError(f"column {name!r} has values that float32 cannot hold, such as NaN")
+    return array
+
+
+def _all_finite(numbers: pa.Array) -> bool:
+    finite: bool = pc.all(pc.is_finite(numbers), min_count=0).as_py()
+    return finite
+
+
+def _typed(name: str, values: Any) -> pa.Array:
     if isinstance(values, np.ndarray):
         if values.dtype.kind == "f":
-            values = values.astype(np.float32)
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float32)
         if values.ndim == 1:
             return pa.array(values)
         values = values.tolist()
-    try:
-        return pa.array(values, TYPES.get(name) or _float32(pa.array(values).type))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ShardError(f"column {name!r} cannot be written: {error}") from None
+    return pa.array(values, TYPES.get(name) or _float32(pa.array(values).type))
 
 
 def _float32(kind: pa.DataType) -> pa.DataType:
@@ -101,13 +119,26 @@ def _float32(kind: pa.DataType) -> pa.DataType:
 
 
 def _field(values: list[Any]) -> pa.Array:
-    """JSON values as they are, or as JSON texts where their types differ."""
+    """JSON values as they are, or as JSON texts where no type of a parquet holds them all."""
     try:
         array = pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        texts = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
-        return pa.array(texts, pa.string())
+        return _json_texts(values)
+    if _has_empty_struct(array.type):
+        return _json_texts(values)
     return array.cast(pa.string()) if pa.types.is_null(array.type) else array
+
+
+def _json_texts(values: list[Any]) -> pa.Array:
+    texts = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
+    return pa.array(texts, pa.string())
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    """A parquet has no type for the object `{}`."""
+    if pa.types.is_struct(kind) and not kind.num_fields:
+        return True
+    return any(_has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def versions() -> dict[str, str]:
@@ -126,12 +157,18 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _owned(path: str, flags: int) -> int:
+    """Not world-writable, whatever the umask."""
+    return os.open(path, flags, 0o644)
+
+
+@contextmanager
+def _durable(path: Path) -> Iterator[BinaryIO]:
+    """A new file that is on disk when the block ends."""
+    with open(path, "wb", opener=_owned) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_pair(table: Table, record: Record, folder: Path) -> tuple[Path, Path]:
@@ -141,14 +178,13 @@ def write_pair(table: Table, record: Record, folder: Path) -> tuple[Path, Path]:
         ShardError: what was read back is not what was written.
     """
     npz, parquet = folder / f"{record.shard}.npz", folder / f"{record.shard}.parquet"
-    features = table.features()
-    np.savez(npz, **features)  # type: ignore[arg-type]
-    _fsync(npz)
+    with _durable(npz) as file:
+        np.savez(file, **table.features())  # type: ignore[arg-type]
     record.npz_sha256 = _sha256(npz)
     rows = table.table()
     note = json.dumps({**record.to_dict(), "versions": versions()})
-    pq.write_table(rows.replace_schema_metadata({METADATA: note}), parquet, compression="zstd")
-    _fsync(parquet)
+    with _durable(parquet) as file:
+        pq.write_table(rows.replace_schema_metadata({METADATA: note}), file, compression="zstd")
     record.parquet_sha256 = _sha256(parquet)
     _check(npz, parquet, record)
     return npz, parquet
@@ -179,21 +215,30 @@ class Committer:
         self.output = output
         # On the outputs' filesystem, so that a rename commits; their readers list no folders.
         self.staging = Path(output.path(".d2m-tmp")) if output.is_local else scratch
-        output.fs.makedirs(output.root, exist_ok=True)
+        if output.is_local:
+            make_folder(Path(output.root))
+        else:
+            output.fs.makedirs(output.root, exist_ok=True)
 
     def commit(self, table: Table, record: Record) -> None:
         """Publish a shard's pair: the npz first, the parquet last.
 
         A parquet in its place is a finished shard; until then there is none, also where an older
         pair is replaced.
+
+        Raises:
+            ShardError: the values cannot be written, or the disk or store does not take them.
         """
         self.clean(record.shard)
         folder = self.staging / f"{record.shard}.{record.task}"
-        folder.mkdir(mode=0o755, parents=True)
         try:
+            make_folder(folder)
             npz, parquet = write_pair(table, record, folder)
             publish = self._rename if self.output.is_local else self._upload
             publish(npz, parquet)
+        except OSError as error:
+            where = f"{self.output.url}: {record.shard} cannot be written"
+            raise ShardError(f"{where}: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

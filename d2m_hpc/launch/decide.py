@@ -1,0 +1,213 @@
+"""What a config asks for, and what of it is left to do; changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.launch import plan
+from d2m_hpc.models import weights
+from d2m_hpc.outputs import OutputDir
+from d2m_hpc.state.manifest import Manifest, Record, Shard
+from d2m_hpc.state.rundir import RunDir
+
+
+def run_dir(config: Config) -> RunDir:
+    """Where a config's run lives: `run_dir`, or beside the outputs, or here if those are remote."""
+    if config.run_dir:
+        return RunDir(Path(config.run_dir).expanduser().absolute())
+    output = config.output_metadata_dir
+    if "://" not in output:
+        return RunDir(Path(output).expanduser().absolute() / ".d2m")
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", output.split("://", 1)[1]).strip("-")
+    return RunDir(Path(".d2m").absolute() / name)
+
+
+@dataclass
+class Workload:
+    """What a config asks for, checked; nothing of a run's state is in it.
+
+    Attributes:
+        where: the config file, for messages.
+        sizes: url to size of every input tar.
+        fingerprint: the parts that decide what the output is.
+        notices: what the user should know though it stops nothing.
+    """
+
+    config: Config
+    where: str
+    run: RunDir
+    sizes: dict[str, int | None]
+    fingerprint: dict[str, Any]
+    notices: list[str]
+
+    @property
+    def fingerprint_id(self) -> str:
+        """A short hash of the fingerprint, as records carry it."""
+        return hashlib.sha256(canonical(self.fingerprint)).hexdigest()[:16]
+
+
+def canonical(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False).encode()
+
+
+def inspect(config: Config, where: str) -> Workload:
+    """Look at inputs and checkpoints; changes nothing.
+
+    Args:
+        where: the config file, for messages.
+
+    Raises:
+        ConfigError: patterns that name no tar.
+        WeightsError: checkpoints that are missing or wrong.
+    """
+    config = _absolute(config)
+    run = run_dir(config)
+    expansion = plan.expand(config.input_tars)
+    plan.check(expansion, where)
+    fingerprint = config.fingerprint(_checkpoint_hashes(config, run, where))
+    return Workload(config, where, run, expansion.sizes, fingerprint, _notices(expansion))
+
+
+@dataclass
+class Decision:
+    """What a submit would do.
+
+    Attributes:
+        shards: all of the run, done or not.
+        done: stems of finished shards.
+        exhausted: stems that failed `max_attempts` times.
+        lost: records that are missing and were read back from finished parquets.
+        in_flight: stems that pending or running array tasks will do.
+    """
+
+    workload: Workload
+    shards: list[Shard]
+    done: set[str] = field(default_factory=set)
+    exhausted: set[str] = field(default_factory=set)
+    lost: list[Record] = field(default_factory=list)
+    in_flight: set[str] = field(default_factory=set)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def pending(self) -> list[Shard]:
+        settled = self.done | self.exhausted | self.in_flight
+        return [s for s in self.shards if s.stem not in settled]
+
+
+def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
+    """Compare what is asked for with records and outputs.
+
+    Args:
+        in_flight: stems in the hands of live array tasks.
+
+    Raises:
+        ConfigError: the run was made by another config, or the output folder by another program.
+    """
+    _compare_fingerprint(workload)
+    shards = plan.plan_shards(workload.sizes, plan.read_shards(workload.run.shards))
+    decision = Decision(workload, shards, notices=list(workload.notices))
+    gone = sum(s.url not in workload.sizes for s in shards)
+    if gone:
+        decision.notices.append(
+            f"{gone} shards of earlier submits match no pattern now; they are kept"
+        )
+    _read_state(decision)
+    decision.in_flight = set(in_flight) - decision.done
+    return decision
+
+
+def _absolute(config: Config) -> Config:
+    """Paths as a task on another machine needs them."""
+    paths = {
+        key: str(Path(value).expanduser().absolute())
+        for key in ("output_metadata_dir", "custom_pypath", "weights_dir", "run_dir")
+        if (value := getattr(config, key)) and "://" not in value
+    }
+    folder = str(weights.weights_dir(config.weights_dir).absolute())
+    return config.model_copy(update={"weights_dir": folder, **paths})
+
+
+def _checkpoint_hashes(config: Config, run: RunDir, where: str) -> dict[str, str]:
+    folder = weights.weights_dir(config.weights_dir)
+    checked = weights.check(config.models, folder, weights.HashCache(run.hashes))
+    return weights.require(checked, config.allow_unpublished_weights, where)
+
+
+def _notices(expansion: plan.Expansion) -> list[str]:
+    notices = []
+    if expansion.duplicates:
+        notices.append(f"{expansion.duplicates} tars are named more than once; each is done once")
+    if expansion.missing:
+        few = ", ".join(expansion.missing[:3])
+        notices.append(f"{len(expansion.missing)} tars are not there and will fail: {few}")
+    return notices
+
+
+def _compare_fingerprint(workload: Workload) -> None:
+    """Refuse to mix the outputs of two configs.
+
+    Raises:
+        ConfigError: naming what differs from the earlier submits.
+    """
+    path = workload.run.fingerprint
+    if not path.exists() or workload.config.reprocess:
+        return
+    old, new = json.loads(path.read_bytes()), workload.fingerprint
+    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    if differing:
+        mistakes = [f"{k}: was {old.get(k)!r}, is {new.get(k)!r}" for k in differing]
+        advice = (
+            f"the run in {workload.run.root} was made with other values; restore them, take "
+            "another output_metadata_dir, or set `reprocess: true` to compute its shards again"
+        )
+        raise ConfigError(workload.where, [*mistakes, advice])
+
+
+def _read_state(decision: Decision) -> None:
+    """Fill in what is done, exhausted and lost, by the records and by what lies in the output."""
+    workload = decision.workload
+    manifest = Manifest.load(workload.run)
+    output = OutputDir(workload.config.output_metadata_dir)
+    ours, foreign = workload.fingerprint_id, []
+    present = output.stems()
+    for stem in (s.stem for s in decision.shards if s.stem in present):
+        record = manifest.done.get(stem)
+        if record is None and (record := _rebuild(output, stem)) is not None:
+            decision.lost.append(record)
+        if record is None:
+            foreign.append(stem)
+        elif record.fingerprint == ours:
+            decision.done.add(stem)
+    if not workload.config.reprocess:
+        _refuse_foreign(workload, foreign)
+    decision.exhausted = {
+        stem
+        for stem, failed in manifest.failures.items()
+        if sum(r.fingerprint == ours for r in failed) >= workload.config.max_attempts
+    } - decision.done
+
+
+def _refuse_foreign(workload: Workload, stems: list[str]) -> None:
+    if stems:
+        mistake = (
+            f"output_metadata_dir: {workload.config.output_metadata_dir} holds {len(stems)} "
+            f"parquets that this program did not write ({', '.join(stems[:3])}); move them, or "
+            "set `reprocess: true` to replace them"
+        )
+        raise ConfigError(workload.where, [mistake])
+
+
+def _rebuild(output: OutputDir, stem: str) -> Record | None:
+    """A task was killed between the parquet's rename and its record."""
+    record = output.record(stem)
+    if record is not None:
+        record.parquet_sha256, record.rebuilt = output.sha256(f"{stem}.parquet"), True
+    return record

@@ -1,0 +1,48 @@
+"""Nodes that could not start their tasks, and which of them to leave out."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+
+from d2m_hpc.state.manifest import Manifest
+from d2m_hpc.state.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class NodeFailure:
+    """A task that ended before it touched a shard. `time` is in seconds since the epoch."""
+
+    node: str
+    why: str
+    time: float
+
+
+def failures(run: RunDir) -> list[NodeFailure]:
+    """All that tasks wrote down, oldest first."""
+    found = []
+    for path in run.node_failures.glob("*.json") if run.node_failures.is_dir() else ():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # it is being written
+        found.append(NodeFailure(values["node"], values["why"], float(values["time"])))
+    return sorted(found, key=lambda f: f.time)
+
+
+def in_a_row(run: RunDir) -> dict[str, list[NodeFailure]]:
+    """For each node its failures since a shard was last finished there."""
+    finished: dict[str, float] = defaultdict(float)
+    for record in Manifest.load(run).done.values():
+        finished[record.host] = max(finished[record.host], record.finished)
+    rows: dict[str, list[NodeFailure]] = defaultdict(list)
+    for failure in failures(run):
+        if failure.time > finished[failure.node]:
+            rows[failure.node].append(failure)
+    return dict(rows)
+
+
+def to_exclude(run: RunDir, most: int) -> list[str]:
+    """Nodes that failed more than `most` tasks in a row."""
+    return sorted(node for node, row in in_a_row(run).items() if len(row) > most)

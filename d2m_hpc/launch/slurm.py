@@ -1,0 +1,299 @@
+"""Slurm: chunks to job arrays, options to sbatch's, and what the queue says of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from d2m_hpc.config import Slurm
+from d2m_hpc.errors import SlurmError
+from d2m_hpc.state.manifest import Shard
+from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
+
+DEFAULT_MAX_ARRAY_SIZE = 1001
+USR2_SECONDS = 120
+"""How long before its walltime a task is told to come to an end."""
+
+# A job in one of these takes no more shards.
+OVER = {"CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILED", "TIMEOUT"} | {
+    "BOOT_FAIL",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+}
+
+
+@dataclass
+class Array:
+    """A job array: elements 0 to `elements` - 1, each of `tasks_per_node` chunks.
+
+    Attributes:
+        name: its job name, by which it is found when its job id was never written down.
+        first: the chunk of its first element's first task.
+        parallel: how many elements may run at once; 0 for no limit.
+        after: the array that must end first, by its place in the submission, or None.
+    """
+
+    name: str
+    first: int
+    elements: int
+    tasks_per_node: int = 1
+    parallel: int = 0
+    after: int | None = None
+    job_id: str = ""
+
+    def chunks_of(self, element: int) -> range:
+        start = self.first + element * self.tasks_per_node
+        return range(start, start + self.tasks_per_node)
+
+
+@dataclass
+class Proposal:
+    """What a submit would hand to Slurm."""
+
+    chunks: list[list[Shard]]
+    arrays: list[Array]
+    options: dict[str, Any]
+    excluded: list[str] = field(default_factory=list)
+
+
+def token(root: Path) -> str:
+    """A run's mark in its jobs' names."""
+    return hashlib.sha256(str(root).encode()).hexdigest()[:8]
+
+
+def split(
+    chunks: int, max_array_size: int, tasks_per_node: int, max_parallel: int | None, name: str
+) -> list[Array]:
+    """Arrays whose indices stay below MaxArraySize, together never over `max_parallel` tasks.
+
+    Each array gets its share of `max_parallel`; when there are more arrays than that, some wait
+    for others to end.
+    """
+    elements = -(-chunks // tasks_per_node)
+    starts = range(0, elements, max_array_size)
+    most = max(1, max_parallel // tasks_per_node) if max_parallel else 0
+    lanes = min(most, len(starts)) if most else len(starts)
+    return [
+        Array(
+            name=f"{name}-{i}",
+            first=start * tasks_per_node,
+            elements=min(max_array_size, elements - start),
+            tasks_per_node=tasks_per_node,
+            parallel=most // lanes + (i % lanes < most % lanes) if most else 0,
+            after=i - lanes if i >= lanes else None,
+        )
+        for i, start in enumerate(starts)
+    ]
+
+
+def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
+    """sbatch's options, by their long names; `extra` wins over all."""
+    exclude = ",".join(filter(None, [config.exclude or "", *excluded])) or None
+    chosen = {
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "time": config.time,
+        "cpus-per-task": config.cpus_per_task,
+        "mem": config.mem,
+        "gres": config.gres,
+        "constraint": config.constraint,
+        "exclude": exclude,
+        "ntasks-per-node": config.tasks_per_node,
+        "requeue": True if config.requeue else None,
+        "no-requeue": None if config.requeue else True,
+        "open-mode": "append",
+        "signal": f"USR2@{USR2_SECONDS}",
+        **config.extra,
+    }
+    return {k: v for k, v in chosen.items() if v is not None}
+
+
+def script_lines(config: Slurm, failures: Path) -> list[str]:
+    """The shell before the task: `setup`, each item checked, and a mark where one fails."""
+    lines = [
+        # Without a trap a batch shell dies of the signal that is meant for its task.
+        "trap : TERM",
+        'cd "${SLURM_SUBMIT_DIR:-.}"',
+        "d2m_setup() {",
+        '    eval "$2" && return',
+        '    printf \'{"node": "%s", "why": "setup line %s failed", "time": %s}\\n\' '
+        '"${SLURMD_NODENAME:-$HOSTNAME}" "$1" "$(date +%s)" '
+        f"> {shlex.quote(str(failures))}/" + '"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.json"',
+        "    exit 4",
+        "}",
+    ]
+    return lines + [f"d2m_setup {i} {shlex.quote(s)}" for i, s in enumerate(config.setup, 1)]
+
+
+def command(run: RunDir, submission: Submission, array: Array) -> str:
+    """What an element runs: one process for each of its tasks."""
+    python = [sys.executable, "-u", "-m", "d2m_hpc.worker"]
+    told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]
+    return shlex.join(["srun", "--kill-on-bad-exit=0", "--unbuffered", *python, *told])
+
+
+def submit(
+    run: RunDir, submission: Submission, config: Slurm, array: Array, proposal: Proposal
+) -> None:
+    """Hand one array to sbatch; sets its job id.
+
+    Raises:
+        SlurmError: sbatch refused, with its words.
+    """
+    from submitit import SlurmExecutor
+    from submitit.core.utils import FailedJobError
+
+    class Executor(SlurmExecutor):
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            # A folder in an #SBATCH line would be read for quotes and %; on the command line not.
+            return ["sbatch", f"--chdir={run.logs}", str(submission_file_path)]
+
+    executor = Executor(run.logs)
+    extra = {**proposal.options, "output": "slurm-%A_%a.out"}
+    if array.after is not None:
+        extra["dependency"] = f"afterany:{proposal.arrays[array.after].job_id}"
+    executor.update_parameters(
+        job_name=array.name,
+        time=None,
+        wckey=None,
+        use_srun=False,
+        stderr_to_stdout=True,
+        setup=script_lines(config, run.node_failures),
+        array_parallelism=array.parallel or array.elements,
+        additional_parameters=extra,
+    )
+    executor.parameters["map_count"] = array.elements
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # map_array's own step, without its pickles: they are put in place only after sbatch,
+            # and a submit that is killed in between would leave an array that cannot start.
+            array.job_id = executor._submit_command(command(run, submission, array)).job_id
+    except FailedJobError as error:
+        raise SlurmError(_refusal(str(error))) from None
+
+
+HINTS = {
+    "partition": "check slurm.partition against `sinfo`",
+    "account": "check slurm.account and slurm.qos against `sacctmgr show assoc user=$USER`",
+    "QOS": "check slurm.qos, or submit fewer tasks at once with a larger shards_per_task",
+    "limit": "submit fewer tasks at once: a larger shards_per_task",
+    "array": "`scontrol show config` says what MaxArraySize is",
+    "node configuration": "no node has what slurm.gres, mem and cpus_per_task ask for",
+}
+
+
+def _refusal(words: str) -> str:
+    said = re.findall(r"sbatch: error: (.*)", words) or [words.strip().splitlines()[-1]]
+    hint = next((h for word, h in HINTS.items() if word in " ".join(said)), "see `man sbatch`")
+    return f"Slurm refused: {'; '.join(said)} ({hint}; the same command goes on from here)"
+
+
+# --- what Slurm says ---
+
+
+def is_here() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+def _ask(*words: str) -> str:
+    """
+    Raises:
+        SlurmError: the command failed, with its words.
+    """
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode:
+        raise SlurmError(f"{words[0]} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def max_array_size() -> int:
+    """Of this cluster; Slurm's default where there is none to ask."""
+    if not is_here():
+        return DEFAULT_MAX_ARRAY_SIZE
+    return parse_max_array_size(_ask("scontrol", "show", "config"))
+
+
+def parse_max_array_size(shown: str) -> int:
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+    return int(found[1]) if found else DEFAULT_MAX_ARRAY_SIZE
+
+
+@dataclass(frozen=True)
+class Element:
+    """An array element in the queue."""
+
+    job_id: str
+    index: int
+    state: str
+    name: str
+    reason: str = ""
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The user's array elements that Slurm knows of."""
+
+    all: list[Element]
+
+    def of(self, array: Array) -> list[Element]:
+        """Its elements, by job id, or by name where the id was never written down."""
+        return [
+            e
+            for e in self.all
+            if e.name == array.name and (not array.job_id or e.job_id == array.job_id)
+        ]
+
+    def elements(self, array: Array) -> list[int]:
+        """Indices of its elements that are pending or running."""
+        return [e.index for e in self.of(array) if e.state not in OVER]
+
+
+_FORMAT = "%F|%K|%T|%j|%r|%N"
+
+
+def queue() -> Queue:
+    """
+    Raises:
+        SlurmError: squeue failed; without it live tasks cannot be told from dead ones.
+    """
+    return parse_queue(_ask("squeue", "--me", "--noheader", "--array", f"--format={_FORMAT}"))
+
+
+def parse_queue(shown: str) -> Queue:
+    rows = (line.split("|") for line in shown.splitlines() if line.strip())
+    return Queue(
+        [
+            Element(job, int(index), state, name, reason, node)
+            for job, index, state, name, reason, node in rows
+            if index.isdigit()
+        ]
+    )
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    if job_ids:
+        _ask("scancel", *job_ids)
+
+
+def read_arrays(submission: Submission) -> list[Array]:
+    """The arrays that a submission meant to start, with the job ids that were written down."""
+    if not submission.arrays.exists():
+        return []
+    return [Array(**values) for values in json.loads(submission.arrays.read_bytes())]
+
+
+def write_arrays(submission: Submission, arrays: Sequence[Array]) -> None:
+    atomic_write(submission.arrays, json.dumps([asdict(a) for a in arrays]).encode())

@@ -1,0 +1,151 @@
+"""An array element's task: `python -m d2m_hpc.worker RUN_DIR SUBMISSION FIRST TASKS_PER_NODE`.
+
+Exit codes: 0 done, 1 some shards failed, 4 the node cannot work, 143 told to stop.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from d2m_hpc.errors import D2MError, NodeError
+from d2m_hpc.state.rundir import RunDir, atomic_write
+
+log = logging.getLogger(__name__)
+
+STOPPED = 143
+
+
+class Stopped(BaseException):
+    """A signal asked this task to end."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+
+
+@dataclass(frozen=True)
+class Element:
+    """Where this task stands in its array, from the environment that Slurm gives it."""
+
+    job: str
+    array_index: int
+    rank: int
+    node: str
+
+    @classmethod
+    def of(cls, environment: os._Environ[str]) -> Element:
+        job = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID", "")
+        return cls(
+            job=job,
+            array_index=int(environment.get("SLURM_ARRAY_TASK_ID", "0")),
+            rank=int(environment.get("SLURM_LOCALID", "0")),
+            node=environment.get("SLURMD_NODENAME", ""),
+        )
+
+    @property
+    def name(self) -> str:
+        """As scontrol takes it: a bare job id would mean the whole array."""
+        return f"{self.job}_{self.array_index}"
+
+
+def main(arguments: list[str]) -> int:
+    root, submission, first, tasks_per_node = arguments
+    run, element = RunDir(Path(root)), Element.of(os.environ)
+    index = int(first) + element.array_index * int(tasks_per_node) + element.rank
+    _own_log(run.log_of(submission, index))
+    _own_device(element.rank, int(tasks_per_node))
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, _stop)
+    try:
+        return _work(run, submission, index, element)
+    except Stopped as stopped:
+        # Slurm itself requeues what it preempts; SIGUSR2 comes before the walltime ends.
+        if stopped.signal == signal.SIGUSR2:
+            _requeue(element)
+        return STOPPED
+    except NodeError as error:
+        _record_failure(run, element, submission, index, str(error))
+        print(f"error: {error}", flush=True)
+        return error.exit_code
+    except D2MError as error:
+        print(f"error: {error}", flush=True)
+        return error.exit_code
+
+
+def _work(run: RunDir, submission: str, index: int, element: Element) -> int:
+    from d2m_hpc.worker.task import has_chunk, run_task
+
+    if not has_chunk(run, submission, index):
+        return 0  # the last element of an array may have fewer chunks than ranks
+    progress = run_task(run.root, submission, index, deadline=_deadline(element))
+    if progress.state == "out of time":
+        if progress.done == 0:
+            raise D2MError("the walltime is too short for one shard; raise slurm.time")
+        _requeue(element)
+        return 0
+    return 1 if progress.failed else 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Once: under srun the same signal arrives twice."""
+    for each in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def _own_log(path: Path) -> None:
+    """Everything this task and its libraries print goes to its own file."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+def _own_device(rank: int, tasks_per_node: int) -> None:
+    """One task, one GPU: of those that the element has, the rank's."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible and tasks_per_node > 1:
+        devices = visible.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[rank % len(devices)]
+
+
+def _deadline(element: Element) -> float | None:
+    """When the walltime ends, in seconds since the epoch; None where Slurm does not say."""
+    if given := os.environ.get("SLURM_JOB_END_TIME"):
+        return float(given)
+    shown = _scontrol("show", "job", "--oneliner", element.name)
+    found = re.search(r"EndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", shown)
+    return time.mktime(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S")) if found else None
+
+
+def _requeue(element: Element) -> None:
+    """One of an element's ranks is enough."""
+    if element.rank == 0:
+        _scontrol("requeue", element.name)
+
+
+def _scontrol(*words: str) -> str:
+    done = subprocess.run(["scontrol", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        log.warning("scontrol %s: %s", " ".join(words), done.stderr.strip())
+    return done.stdout
+
+
+def _record_failure(run: RunDir, element: Element, submission: str, index: int, why: str) -> None:
+    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+    failure = {"node": element.node, "why": why, "time": time.time()}
+    path = run.node_failures / f"{submission}-{index}-{attempt}.json"
+    atomic_write(path, json.dumps(failure).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
