@@ -5,11 +5,9 @@ The keys of the seed program (dataset2metadata) keep their names and meanings.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from graphlib import CycleError
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +15,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.models.registry import DATACOMP_KEYS, ModelSpec, Post, Registry, in_order
+from d2m_hpc.mistakes import nearest, one_line, semantic_mistakes
+from d2m_hpc.models import declared
+from d2m_hpc.models.registry import DATACOMP_KEYS, ModelSpec
 
 
 def _as_list(value: object) -> object:
@@ -110,7 +110,7 @@ class Config(Section):
     @property
     def specs(self) -> dict[str, ModelSpec]:
         """The models asked for, by name."""
-        known = Registry.with_custom(self.custom_file).models
+        known = declared.names(self.custom_file).models
         return {name: known[name] for name in self.models if name in known}
 
     def renamed(self, name: str) -> str:
@@ -154,7 +154,7 @@ def load(path: Path, overrides: Iterable[str] = (), options: Mapping[str, Any] =
         values["slurm"] = {**(section or {}), **given}
     config, invalid = _validate(values)
     mistakes += invalid
-    mistakes += _semantic_mistakes(config)
+    mistakes += semantic_mistakes(config)
     if mistakes:
         raise ConfigError(str(path), mistakes)
     return config
@@ -168,17 +168,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     except yaml.YAMLError as error:
-        raise ConfigError(str(path), [f"is not valid YAML: {_one_line(error)}"]) from None
+        raise ConfigError(str(path), [f"is not valid YAML: {one_line(error)}"]) from None
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         found = type(values).__name__
         raise ConfigError(
             str(path), [f"found {found} at the top; valid is a mapping of keys such as `models:`"]
         )
     return values
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
 
 
 def _override(values: dict[str, Any], text: str) -> str | None:
@@ -196,7 +192,7 @@ def _override(values: dict[str, Any], text: str) -> str | None:
     try:
         values[key] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        return f"--set {dotted}: found {value!r}, which is not valid YAML: {_one_line(error)}"
+        return f"--set {dotted}: found {value!r}, which is not valid YAML: {one_line(error)}"
     return None
 
 
@@ -218,130 +214,8 @@ def _describe(error: Any) -> str:
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
         section = Slurm if loc[0] == "slurm" else Config
-        return f"{key}: unknown key{_nearest(loc[-1], section.model_fields)}"
+        return f"{key}: unknown key{nearest(loc[-1], section.model_fields)}"
     if error["type"] == "missing":
         return f"{key}: found nothing; the key is required"
     valid = error["msg"][0].lower() + error["msg"][1:]
     return f"{key}: found {error['input']!r}; {valid}"
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean ...?` and all valid names."""
-    names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{hint} valid: {', '.join(names)}"
-
-
-def _semantic_mistakes(config: Config) -> list[str]:
-    """What types cannot tell; works on a config of which parts are missing."""
-    try:
-        registry = Registry.with_custom(config.custom_file)
-    except OSError as error:
-        reason = error.strerror or error
-        return [
-            f"custom_pypath: found {config.custom_pypath!r}: {reason}; valid is a readable "
-            "Python file",
-            *_device_mistakes(config),
-        ]
-    except (SyntaxError, ValueError) as error:
-        return [
-            f"custom_pypath: {_one_line(error)}; valid is a Python file",
-            *_device_mistakes(config),
-        ]
-    return [
-        *_device_mistakes(config),
-        *_model_mistakes(config, registry),
-        *_post_mistakes(config, "postprocess_columns", registry.columns, registry),
-        *_post_mistakes(config, "postprocess_features", registry.features, registry),
-        *_name_mistakes(config),
-    ]
-
-
-def _device_mistakes(config: Config) -> list[str]:
-    device = str(config.device)
-    if device == "cpu" or device.removeprefix("cuda:").isdigit():
-        return []
-    return [f"device: found {config.device!r}; valid: a CUDA index such as 0, cuda:0, or cpu"]
-
-
-def _model_mistakes(config: Config, registry: Registry) -> list[str]:
-    mistakes = _duplicates("models", config.models)
-    for name in config.models:
-        if name not in registry.models:
-            if registry.complete:
-                mistakes.append(f"models: unknown model {name!r}{_nearest(name, registry.models)}")
-            continue
-        spec = registry.models[name]
-        mistakes += [
-            f"models: {name!r} needs the output of {needed!r}, which is not listed; add it"
-            for needed in spec.dependencies
-            if needed not in config.models
-        ]
-        mistakes += _input_mistakes(spec, registry)
-    listed = {n: registry.models[n] for n in config.models if n in registry.models}
-    try:
-        in_order(listed)
-    except CycleError as error:
-        circle = " -> ".join(error.args[1])
-        mistakes.append(f"models: found a circle of dependencies, {circle}; valid is none")
-    return mistakes
-
-
-def _input_mistakes(spec: ModelSpec, registry: Registry) -> list[str]:
-    if len(spec.raw_inputs) != len(spec.preprocessors):
-        return [
-            f"models: {spec.name!r} has {len(spec.raw_inputs)} raw_inputs and "
-            f"{len(spec.preprocessors)} preprocessors; valid is one preprocessor for each raw input"
-        ]
-    if not registry.complete:
-        return []
-    return [
-        f"models: {spec.name!r} asks for the unknown preprocessor {name!r}"
-        f"{_nearest(name, registry.preprocessors)}"
-        for name in spec.preprocessors
-        if name not in registry.preprocessors
-    ]
-
-
-def _post_mistakes(
-    config: Config, key: str, known: Mapping[str, Post], registry: Registry
-) -> list[str]:
-    names: list[str] = getattr(config, key) or []
-    mistakes = _duplicates(key, names)
-    for name in names:
-        if name not in known:
-            if registry.complete:
-                mistakes.append(f"{key}: unknown name {name!r}{_other_list(key, name, registry)}")
-        elif known[name].model and known[name].model not in config.models:
-            mistakes.append(
-                f"{key}: {name!r} is made of {known[name].model!r}, which is not in models; "
-                f"add it there or drop {name!r}"
-            )
-    return mistakes
-
-
-def _other_list(key: str, name: str, registry: Registry) -> str:
-    if key == "postprocess_columns" and name in registry.features:
-        return "; it is a feature: list it under postprocess_features"
-    if key == "postprocess_features" and name in registry.columns:
-        return "; it is a column: list it under postprocess_columns"
-    valid = registry.columns if key == "postprocess_columns" else registry.features
-    return _nearest(name, valid)
-
-
-def _duplicates(key: str, names: list[str]) -> list[str]:
-    twice = sorted({n for n in names if names.count(n) > 1})
-    return [f"{key}: found {n!r} more than once; valid is once" for n in twice]
-
-
-def _name_mistakes(config: Config) -> list[str]:
-    """Two columns of one name would make a parquet that nobody can read."""
-    names = ["key", *map(config.renamed, config.postprocess_columns), *config.additional_fields]
-    twice = {n for n in names if names.count(n) > 1} - {
-        n for n in config.postprocess_columns if config.postprocess_columns.count(n) > 1
-    }
-    return [
-        f"additional_fields: found {n!r}, another column's name; valid is a name of its own"
-        for n in sorted(twice)
-    ]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -27,14 +25,33 @@ if TYPE_CHECKING:
     from d2m_hpc.launch.status import Summary
     from d2m_hpc.launch.verify import Report
     from d2m_hpc.models.weights import Checked, Checkpoint
-    from d2m_hpc.worker.task import Listener
-    from d2m_hpc.worker.task import Progress as TaskProgress
+    from d2m_hpc.worker.progress import Listener
+    from d2m_hpc.worker.progress import Progress as TaskProgress
 
 WATCH_SECONDS = 3.0
 PLAIN_SECONDS = 10.0
 """How often a run that is not watched at a terminal says a line."""
+WIDE = 10_000
 
-console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+def new_console(file: IO[str] | None = None, terminal: bool | None = None) -> Console:
+    """Shows paths and errors as they are, brackets and all; folds lines only at a terminal.
+
+    Args:
+        file: instead of standard output.
+        terminal: instead of what the file says of itself.
+    """
+    made = Console(file=file, force_terminal=terminal, highlight=False, markup=False, emoji=False)
+    made.soft_wrap = not made.is_terminal
+    return made
+
+
+console = new_console()
+
+
+def _table(table: Table) -> None:
+    """As wide as it must be where nobody's terminal folds it."""
+    console.print(table, width=None if console.is_terminal else WIDE)
 
 
 def _pairs(rows: dict[str, Any], title: str | None = None) -> None:
@@ -43,16 +60,16 @@ def _pairs(rows: dict[str, Any], title: str | None = None) -> None:
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, str(value))
-    console.print(table)
+    _table(table)
 
 
 def duration(seconds: float | None) -> str:
     """Such as `2 h 05 min`, or `unknown`."""
     if seconds is None:
         return "unknown"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
@@ -71,7 +88,7 @@ def decision(decided: Decision) -> None:
         )
     console.print(line)
     for notice in decided.notices:
-        console.print(f"note: {notice}", style="yellow", markup=False)
+        console.print(f"note: {notice}", style="yellow")
 
 
 def proposal(proposed: Proposal) -> None:
@@ -84,7 +101,7 @@ def proposal(proposed: Proposal) -> None:
         line += f", after array {array.after}" if array.after is not None else ""
         console.print(line)
     flags = (f"--{k}" if v is True else f"--{k}={v}" for k, v in proposed.options.items())
-    console.print("sbatch", *flags, markup=False)
+    console.print("sbatch", *flags)
 
 
 def submitted(arrays: Sequence[Array]) -> None:
@@ -116,15 +133,15 @@ def summary(found: Summary) -> None:
         rows["run again in float32"] = f"{found.recomputed:,}"
     _pairs(rows, found.state)
     for reason, number in found.rejections.items():
-        console.print(f"rejected {number:,}: {reason}", markup=False)
+        console.print(f"rejected {number:,}: {reason}")
     if found.stragglers:
         console.print(f"slower than the others: {', '.join(found.stragglers)}", style="yellow")
     for node, why in found.broken_nodes.items():
-        console.print(f"node {node} could not start tasks: {why}", style="red", markup=False)
+        console.print(f"node {node} could not start tasks: {why}", style="red")
     for group in found.failures:
         names = ", ".join(group.shards[:5]) + (", ..." if len(group.shards) > 5 else "")
         head = f"failed {len(group.shards)} ({names}): {group.kind}: {group.error}"
-        console.print(head, style="red", markup=False)
+        console.print(head, style="red")
 
 
 def watch(look: Callable[[], Summary]) -> None:
@@ -140,7 +157,7 @@ def watch(look: Callable[[], Summary]) -> None:
 
 def report(found: Report) -> None:
     for fault in found.faults:
-        console.print(f"{fault.file} {fault.what}", style="red", markup=False)
+        console.print(f"{fault.file} {fault.what}", style="red")
     wrong = len({f.file for f in found.faults})
     console.print(f"{found.checked} shards checked, {wrong} files wrong")
 
@@ -149,13 +166,13 @@ def checkpoints(known: Sequence[Checkpoint]) -> None:
     table = Table("file", "published at", "sha256", show_edge=False)
     for item in known:
         table.add_row(item.name, item.url, item.sha256[:12] or "not published")
-    console.print(table)
+    _table(table)
 
 
 def checked(found: Sequence[Checked]) -> None:
     for item in found:
         style = "green" if item.state == "ok" else "red"
-        console.print(f"{item.state:8} {item.path}", style=style, markup=False)
+        console.print(f"{item.state:8} {item.path}", style=style)
     if not found:
         console.print("no checkpoint is needed")
 
@@ -173,12 +190,27 @@ def download(name: str) -> Iterator[Callable[[int, int | None], None]]:
 def progress(decided: Decision) -> Iterator[Listener]:
     """What will be done, then a bar of shards; plain lines where nobody sits at a terminal."""
     decision(decided)
-    shards = len(decided.pending)
-    warnings = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
-    logging.getLogger("d2m_hpc").addHandler(warnings)
-    if not console.is_terminal:
-        yield _PlainLines()
-        return
+    package, warnings = logging.getLogger("d2m_hpc"), _Warnings(logging.WARNING)
+    package.addHandler(warnings)
+    try:
+        if console.is_terminal:
+            with _bar(len(decided.pending)) as listener:
+                yield listener
+        else:
+            yield _PlainLines()
+    finally:
+        package.removeHandler(warnings)
+
+
+class _Warnings(logging.Handler):
+    """What goes wrong on the way, above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(f"{record.levelname.lower()}: {self.format(record)}", style="yellow")
+
+
+@contextmanager
+def _bar(shards: int) -> Iterator[Listener]:
     columns = (
         TextColumn("shards"),
         BarColumn(),

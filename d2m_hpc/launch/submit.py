@@ -14,6 +14,7 @@ import yaml
 
 from d2m_hpc import __version__
 from d2m_hpc.errors import SlurmError
+from d2m_hpc.launch import chunks as chunking
 from d2m_hpc.launch import nodes, plan, slurm
 from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
 from d2m_hpc.state.lease import Lease
@@ -21,7 +22,7 @@ from d2m_hpc.state.manifest import Recorder, Shard
 from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
 
 if TYPE_CHECKING:
-    from d2m_hpc.worker.task import Listener
+    from d2m_hpc.worker.progress import Listener
 
 
 SHARDS_PER_TASK = 16
@@ -132,7 +133,7 @@ def propose(workload: Workload, decision: Decision, submission: str) -> slurm.Pr
     """The chunks and arrays that a submit would make; asks Slurm only for its MaxArraySize."""
     config = workload.config
     per_task = config.shards_per_task or config.tars_per_wds or SHARDS_PER_TASK
-    chunks = plan.balanced(decision.pending, per_task)
+    chunks = chunking.balanced(decision.pending, per_task)
     token = slurm.token(workload.run.root)
     arrays = slurm.split(
         len(chunks),

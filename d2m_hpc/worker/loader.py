@@ -6,11 +6,10 @@ Whatever of the next shard is ready waits in a bounded queue while this one is c
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -20,112 +19,18 @@ from typing import Any
 
 import torch
 
-from d2m_hpc.config import Config
 from d2m_hpc.errors import ShardError, TruncatedShard
-from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Rejection, Shard
-from d2m_hpc.worker import decode
-from d2m_hpc.worker.batch import Batch, Input, collate
-from d2m_hpc.worker.shard import Archive, Index, Sample, stage
+from d2m_hpc.worker.batch import Batch, collate
+from d2m_hpc.worker.prepare import Ready, Recipe, prepare
+from d2m_hpc.worker.shard import Archive, Index, Sample
+from d2m_hpc.worker.stage import stage
 
 AHEAD = 4
 """Batches that may wait for the device."""
 STOP_SECONDS = 10.0
 """How long closing waits for the reader, which may hang in a download or a claim."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How samples are made ready.
-
-    Attributes:
-        inputs: each distinct (raw input, preprocessor) that a model asks for.
-        fields: keys of the samples' JSON that are carried over.
-        strict: fail at the first rejection (`warn_and_continue: false`).
-    """
-
-    inputs: Mapping[Input, Preprocessor]
-    fields: Sequence[str]
-    options: Options
-    batch_size: int
-    threads: int
-    allow_truncated: bool
-    strict: bool
-
-    @classmethod
-    def of(cls, config: Config, inputs: Mapping[Input, Preprocessor]) -> Recipe:
-        return cls(
-            inputs=inputs,
-            fields=config.additional_fields,
-            options=Options(config.resize == "exact", config.max_image_pixels),
-            batch_size=config.batch_size,
-            threads=config.nworkers,
-            allow_truncated=config.allow_truncated_shards,
-            strict=not config.warn_and_continue,
-        )
-
-    @property
-    def raw_inputs(self) -> list[str]:
-        """What a sample must have, and nothing more."""
-        wanted = dict.fromkeys(raw for raw, _ in self.inputs)
-        return list(wanted | dict.fromkeys(["json"] if self.fields else []))
-
-
-@dataclass
-class Ready:
-    """A preprocessed sample."""
-
-    key: str
-    inputs: dict[Input, Any]
-    fields: list[Any]
-
-
-def prepare(sample: Sample, archive: Archive, recipe: Recipe) -> Ready | Rejection:
-    """Decode one sample once and run every distinct preprocessor on it once."""
-    try:
-        _require_unicode("the key", sample.key)
-        raw = {name: _raw(name, sample, archive, recipe.options) for name in recipe.raw_inputs}
-        inputs = {
-            wanted: _preprocess(wanted, made, raw[wanted[0]], recipe.options)
-            for wanted, made in recipe.inputs.items()
-        }
-        fields = {name: raw["json"].get(name) for name in recipe.fields}
-        for name, value in fields.items():
-            _require_unicode(f"field {name!r}", value)
-        return Ready(sample.key, inputs, list(fields.values()))
-    except Rejected as reason:
-        return Rejection(sample.key, str(reason))
-
-
-def _require_unicode(what: str, value: Any) -> None:
-    """A parquet takes no lone surrogates, which odd file names and JSON escapes are read as."""
-    if isinstance(value, str | list | dict):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise Rejected(f"{what} is not valid Unicode") from None
-
-
-def _preprocess(wanted: Input, made: Preprocessor, value: Any, options: Options) -> Any:
-    try:
-        return made.prepare(value, options)
-    except Rejected:
-        raise
-    except Exception as error:  # a custom file's own code: one odd sample must not cost the shard
-        name = type(error).__name__
-        raise Rejected(f"preprocessor {wanted[1]!r} raised {name}: {error}") from error
-
-
-def _raw(name: str, sample: Sample, archive: Archive, options: Options) -> Any:
-    extension = next((e for e in decode.EXTENSIONS[name] if e in sample.members), None)
-    if extension is None:
-        has = ", ".join(sample.members)
-        raise Rejected(f"no {name} ({' or '.join(decode.EXTENSIONS[name][:4])}); it has {has}")
-    data = archive.read(*sample.members[extension])
-    if name == "image":
-        return decode.image(data, options.max_pixels)
-    return decode.text(data) if name == "text" else decode.json_object(data)
 
 
 @dataclass

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.launch.chunks import chunk
 from d2m_hpc.launch.plan import (
     Expansion,
     check,
-    chunk,
     expand,
     location,
     name_shards,

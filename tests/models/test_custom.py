@@ -10,13 +10,15 @@ from kit import SHARDS, photographs, write_config
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.models import custom, postprocessors
+from d2m_hpc.models import custom, declared, postprocessors
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
-from d2m_hpc.models.registry import MODELS, Registry
+from d2m_hpc.models.registry import MODELS
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.worker.batch import collate
-from d2m_hpc.worker.graph import Graph, Toolbox
-from d2m_hpc.worker.loader import Loader, Recipe, Work
+from d2m_hpc.worker.graph import Graph
+from d2m_hpc.worker.loader import Loader, Work
+from d2m_hpc.worker.prepare import Recipe
+from d2m_hpc.worker.toolbox import Toolbox
 
 BLIP2 = Path(__file__).with_name("custom_blip2.py")
 CPU = torch.device("cpu")
@@ -78,7 +80,7 @@ def test_the_seeds_custom_file_runs_unchanged(
 
 
 def test_the_static_reading_of_a_custom_file_agrees_with_what_it_makes() -> None:
-    read = Registry.with_custom(BLIP2)
+    read = declared.names(BLIP2)
     made = custom.lookups(custom.load(BLIP2))
     assert read.complete
     assert read.models["blip2"] == custom.spec_of("blip2", made["model_lookup"]["blip2"])

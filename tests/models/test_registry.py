@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d2m_hpc.models import postprocessors, registry, weights
+from d2m_hpc.models import declared, postprocessors, registry, weights
 from d2m_hpc.models.registry import (
     COLUMNS,
     DATACOMP_KEYS,
@@ -44,7 +44,7 @@ postprocess_feature_lookup = {'caption-feature': lambda cache: cache['caption']}
 def _read(tmp_path: Path, text: str) -> Registry:
     path = tmp_path / "custom.py"
     path.write_text(text)
-    return Registry.with_custom(path)
+    return declared.names(path)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -104,7 +104,7 @@ def test_custom_names_come_on_top_of_the_built_in_ones(tmp_path: Path) -> None:
 
 
 def test_without_a_custom_file_the_tables_are_the_built_in_ones() -> None:
-    assert Registry.with_custom(None) == Registry()
+    assert declared.names(None) == Registry()
     assert Registry().complete
 
 
@@ -184,7 +184,7 @@ def test_a_file_that_is_not_python_or_not_there_is_an_error(tmp_path: Path) -> N
     with pytest.raises(SyntaxError):
         _read(tmp_path, "class:")
     with pytest.raises(OSError, match=r"absent\.py"):
-        Registry.with_custom(tmp_path / "absent.py")
+        declared.names(tmp_path / "absent.py")
 
 
 def test_a_model_stands_after_its_dependencies() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from slurm.cluster import Cluster, is_up
+from slurm.runs import Tars, make_tars
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +34,9 @@ def cluster(started_cluster: None, tmp_path: Path) -> Iterator[Cluster]:
     cluster.up()
     yield cluster
     cluster.cancel_all()
+
+
+@pytest.fixture(scope="session")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Tars:
+    """Twelve shards, and what they become where nothing disturbs."""
+    return make_tars(tmp_path_factory.mktemp("tars"), 12)

@@ -14,7 +14,8 @@ from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, ShardError
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Preprocessor
 from d2m_hpc.worker.batch import Batch, Input, Outputs
-from d2m_hpc.worker.graph import Graph, Toolbox, amp_dtype
+from d2m_hpc.worker.graph import Graph, amp_dtype
+from d2m_hpc.worker.toolbox import Toolbox
 
 CPU = torch.device("cpu")
 

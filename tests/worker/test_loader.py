@@ -22,7 +22,8 @@ from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Rejection, Shard
 from d2m_hpc.worker import loader as module
 from d2m_hpc.worker.batch import Batch, Input
-from d2m_hpc.worker.loader import AHEAD, Loader, Recipe, Work
+from d2m_hpc.worker.loader import AHEAD, Loader, Work
+from d2m_hpc.worker.prepare import Recipe
 
 TEXT: dict[Input, Preprocessor] = {("text", "identity"): PREPROCESSORS["identity"]}
 BOTH: dict[Input, Preprocessor] = {("image", "stats-aug"): PREPROCESSORS["stats-aug"], **TEXT}

@@ -23,7 +23,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.state.manifest import Rejection, Shard
-from d2m_hpc.worker.shard import CUT_OFF, Archive, Index, index_tar, stage
+from d2m_hpc.worker.shard import CUT_OFF, Archive, Index, index_tar
+from d2m_hpc.worker.stage import stage
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
 Members = list[tuple[str, bytes]]

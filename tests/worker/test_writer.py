@@ -452,17 +452,30 @@ def _large(rows: int) -> Outputs:
     return outputs
 
 
-@pytest.mark.parametrize("rows", [60, 29], ids=["npz does not fit", "parquet does not fit"])
+def _fill(disk: Path, leave: int) -> Path:
+    """Leave so many bytes, rounded up to the disk's blocks."""
+    free = os.statvfs(disk)
+    blocks = free.f_bfree - -(-leave // free.f_bsize)
+    filler = disk / "filler"
+    filler.write_bytes(bytes(blocks * free.f_bsize))
+    return filler
+
+
+@pytest.mark.parametrize("leave", [8_000, 60_000], ids=["no npz fits", "only the npz fits"])
 def test_a_full_disk_is_the_shards_error_and_leaves_no_half_pair(
-    rows: int, config: configs.Config, tmp_path: Path
+    leave: int, config: configs.Config, tmp_path: Path
 ) -> None:
-    with _tmpfs(tmp_path / "disk", "80k") as mounted:
+    with _tmpfs(tmp_path / "disk", "200k") as mounted:
         if not mounted:
             pytest.skip("needs root to mount a small disk")
         output = OutputDir(str(tmp_path / "disk"))
         _commit(output, config, tmp_path)
-        _assert_refused(output, _table(config, _large(rows)), _record(rows, "00001"), tmp_path)
-        _commit(output, config, tmp_path, "00002")  # what fits is written
+        filler = _fill(tmp_path / "disk", leave)
+        table, record = _table(config, _large(29)), _record(29, "00001")
+        _assert_refused(output, table, record, tmp_path)
+        assert bool(record.npz_sha256) == (leave > 58_000)  # which of the files was refused
+        filler.unlink()
+        Committer(output, tmp_path).commit(table, record)
 
 
 def test_a_write_that_fails_half_way_leaves_no_half_pair(

@@ -1,0 +1,124 @@
+"""What a user's custom file declares, read without running it."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from d2m_hpc.models.registry import (
+    COLUMNS,
+    FEATURES,
+    LOOKUPS,
+    MODELS,
+    PREPROCESSORS,
+    ModelSpec,
+    Post,
+    Registry,
+)
+
+STATIC_FIELDS = ("raw_inputs", "preprocessors", "dependencies", "to_device")
+
+
+class _CustomFile:
+    """A custom file's lookup tables and its classes' static fields, by its syntax tree."""
+
+    def __init__(self, path: Path) -> None:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+        self.classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
+        self.assigned = dict(_assignments(tree.body))
+        mentions = Counter(_mentions(tree))
+        # A lookup that is mentioned elsewhere may be changed or made there.
+        plain = all(mentions[n] == (self.table(n) is not None) for n in LOOKUPS)
+        models = (self.table("model_lookup") or {}).values()
+        self.complete = (
+            plain and "*" not in mentions and all(self._static(m) is not None for m in models)
+        )
+
+    def table(self, name: str) -> dict[str, ast.expr] | None:
+        """A lookup's entries; None when it is not a plain dict of string keys."""
+        node = self.assigned.get(name)
+        if not isinstance(node, ast.Dict):
+            return None
+        keys = [k.value if isinstance(k, ast.Constant) else None for k in node.keys]
+        if not all(isinstance(k, str) for k in keys):
+            return None
+        return dict(zip((str(k) for k in keys), node.values, strict=True))
+
+    def model(self, name: str, value: ast.expr) -> ModelSpec:
+        static = self._static(value) or {}
+        return ModelSpec(
+            name,
+            raw_inputs=tuple(static.get("raw_inputs") or ()),
+            preprocessors=tuple(static.get("preprocessors") or ()),
+            dependencies=tuple(static.get("dependencies") or ()),
+            to_device=bool(static.get("to_device", True)),
+        )
+
+    def _static(self, value: ast.expr) -> dict[str, Any] | None:
+        """A class's static fields, inherited ones included; None when one is not a literal."""
+        node = self.classes.get(value.id) if isinstance(value, ast.Name) else None
+        if node is None:
+            return {}
+        found: dict[str, Any] = {}
+        for base in reversed(node.bases):
+            inherited = self._static(base)
+            if inherited is None:
+                return None
+            found |= inherited
+        try:
+            own = [(k, v) for k, v in _assignments(node.body) if k in STATIC_FIELDS]
+            return found | {k: ast.literal_eval(v) for k, v in own}
+        except ValueError:
+            return None
+
+    def posts(self, lookup: str) -> dict[str, Post]:
+        return {k: Post(_keyword(v, "model")) for k, v in (self.table(lookup) or {}).items()}
+
+
+def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
+    """Names that are assigned to one by one, annotated or not, and their values."""
+    for node in body:
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        value = getattr(node, "value", None)
+        for target in targets:
+            if isinstance(target, ast.Name) and value is not None:
+                yield target.id, value
+
+
+def _mentions(tree: ast.Module) -> Iterator[str]:
+    """Every name that the file uses or imports, each time."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name
+
+
+def _keyword(node: ast.expr, name: str) -> str:
+    """The string given as a keyword argument of a call, or an empty one."""
+    for keyword in node.keywords if isinstance(node, ast.Call) else ():
+        if keyword.arg == name and isinstance(keyword.value, ast.Constant):
+            return str(keyword.value.value)
+    return ""
+
+
+def names(path: Path | None) -> Registry:
+    """The built-in names and those that a custom file declares.
+
+    Raises:
+        OSError, SyntaxError: the file cannot be read or parsed.
+    """
+    if path is None:
+        return Registry()
+    custom = _CustomFile(path)
+    models = {k: custom.model(k, v) for k, v in (custom.table("model_lookup") or {}).items()}
+    return Registry(
+        models={**MODELS, **models},
+        columns={**COLUMNS, **custom.posts("postprocess_parquet_lookup")},
+        features={**FEATURES, **custom.posts("postprocess_feature_lookup")},
+        preprocessors=PREPROCESSORS | (custom.table("preprocessor_lookup") or {}).keys(),
+        complete=custom.complete,
+    )

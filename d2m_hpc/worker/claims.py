@@ -1,0 +1,147 @@
+"""The shards that are a task's to do: its chunk's, then those that slower tasks have not begun."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import D2MError
+from d2m_hpc.outputs import OutputDir
+from d2m_hpc.state.lease import Lease
+from d2m_hpc.state.manifest import Shard
+from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.worker.loader import Work
+from d2m_hpc.worker.progress import Reporter
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+MARGIN = 1.2
+"""A shard may take so much longer than the slowest one so far."""
+
+
+@dataclass(frozen=True)
+class TaskName:
+    """Which array task this is; `attempt` counts its requeues."""
+
+    submission: str
+    index: int
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"{self.submission}-{self.index}-{self.attempt}"
+
+
+def read_chunks(run: RunDir, submission: str) -> list[list[Shard]]:
+    """The shards of every task of a submission."""
+    with open(run.submission(submission).chunks, encoding="utf-8") as file:
+        return [[Shard(*shard) for shard in json.loads(line)] for line in file]
+
+
+class Claims:
+    """Iterate for the shards to do, each claimed at the last moment.
+
+    Args:
+        fingerprint: outputs of another one do not count as finished.
+        clean: removes what a killed attempt at a shard left; called while its lease is held.
+        deadline: when the walltime ends, in seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        name: TaskName,
+        config: Config,
+        fingerprint: str,
+        report: Reporter,
+        clean: Callable[[str], None],
+        deadline: float | None,
+    ) -> None:
+        chunks = read_chunks(run, name.submission)
+        if name.index >= len(chunks):
+            raise D2MError(f"submission {name.submission} of {run.root} has no chunk {name.index}")
+        self.chunk = chunks[name.index]
+        self._others = [s for i, c in enumerate(chunks) if i != name.index for s in c]
+        self._run, self._config, self._fingerprint = run, config, fingerprint
+        self._output = OutputDir(config.output_metadata_dir)
+        self._report, self._clean, self._deadline = report, clean, deadline
+        self._slowest = 0.0
+        self._held: dict[str, Work] = {}
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Claim nothing more."""
+        self._stopped.set()
+
+    def __iter__(self) -> Iterator[Work]:
+        """Shards of the chunk that are in other hands are come back to until they are settled."""
+        waiting = [(shard, self._lease(shard)) for shard in self.chunk]
+        while waiting:
+            busy = []
+            for shard, lease in waiting:
+                if self.is_late or self._stopped.is_set():
+                    return
+                if not lease.claim():
+                    busy.append((shard, lease))
+                elif work := self._begin(shard, lease):
+                    yield work
+            waiting = busy
+            if waiting:
+                self._report()
+                self._stopped.wait(POLL_SECONDS)
+        if self._config.steal:
+            yield from self._steal()
+
+    def _steal(self) -> Iterator[Work]:
+        """Other tasks' shards, those first that they come to last."""
+        finished = self._output.stems()
+        for shard in reversed(self._others):
+            if self.is_late or self._stopped.is_set():
+                return
+            lease = self._lease(shard)
+            if shard.stem in finished or not lease.claim():
+                continue
+            if work := self._begin(shard, lease):
+                log.info("%s: taken from a slower task", shard.stem)
+                self._report(shards=1)
+                yield work
+
+    def _lease(self, shard: Shard) -> Lease:
+        return Lease(self._run.lease(shard.stem), self._config.lease_seconds)
+
+    def _begin(self, shard: Shard, lease: Lease) -> Work | None:
+        """A shard that was just claimed, or None where somebody finished it meanwhile."""
+        record = self._output.record(shard.stem)
+        if record is not None and record.fingerprint == self._fingerprint:
+            log.info("%s: already done by task %s", shard.stem, record.task)
+            self._report(done=1)
+            lease.release()
+            return None
+        self._clean(shard.stem)
+        self._held[shard.stem] = work = Work(shard, lease)
+        return work
+
+    @property
+    def is_late(self) -> bool:
+        """Too little walltime is left for another shard like the slowest one so far."""
+        return self._deadline is not None and (
+            time.time() + MARGIN * self._slowest > self._deadline
+        )
+
+    def let_go(self, work: Work, seconds: float = 0.0) -> None:
+        """The shard is settled, or left to others; it took so many seconds."""
+        self._slowest = max(self._slowest, seconds)
+        self._held.pop(work.shard.stem, None)
+        work.release()
+
+    def let_all_go(self) -> None:
+        for work in list(self._held.values()):
+            work.release()

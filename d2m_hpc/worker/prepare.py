@@ -1,0 +1,108 @@
+"""One sample: from its members in the tar to what models take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2m_hpc.config import Config
+from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
+from d2m_hpc.state.manifest import Rejection
+from d2m_hpc.worker import decode
+from d2m_hpc.worker.batch import Input
+from d2m_hpc.worker.shard import Archive, Sample
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How samples are made ready.
+
+    Attributes:
+        inputs: each distinct (raw input, preprocessor) that a model asks for.
+        fields: keys of the samples' JSON that are carried over.
+        strict: fail at the first rejection (`warn_and_continue: false`).
+    """
+
+    inputs: Mapping[Input, Preprocessor]
+    fields: Sequence[str]
+    options: Options
+    batch_size: int
+    threads: int
+    allow_truncated: bool
+    strict: bool
+
+    @classmethod
+    def of(cls, config: Config, inputs: Mapping[Input, Preprocessor]) -> Recipe:
+        return cls(
+            inputs=inputs,
+            fields=config.additional_fields,
+            options=Options(config.resize == "exact", config.max_image_pixels),
+            batch_size=config.batch_size,
+            threads=config.nworkers,
+            allow_truncated=config.allow_truncated_shards,
+            strict=not config.warn_and_continue,
+        )
+
+    @property
+    def raw_inputs(self) -> list[str]:
+        """What a sample must have, and nothing more."""
+        wanted = dict.fromkeys(raw for raw, _ in self.inputs)
+        return list(wanted | dict.fromkeys(["json"] if self.fields else []))
+
+
+@dataclass
+class Ready:
+    """A preprocessed sample."""
+
+    key: str
+    inputs: dict[Input, Any]
+    fields: list[Any]
+
+
+def prepare(sample: Sample, archive: Archive, recipe: Recipe) -> Ready | Rejection:
+    """Decode one sample once and run every distinct preprocessor on it once."""
+    try:
+        _require_unicode("the key", sample.key)
+        raw = {name: _raw(name, sample, archive, recipe.options) for name in recipe.raw_inputs}
+        inputs = {
+            wanted: _preprocess(wanted, made, raw[wanted[0]], recipe.options)
+            for wanted, made in recipe.inputs.items()
+        }
+        fields = {name: raw["json"].get(name) for name in recipe.fields}
+        for name, value in fields.items():
+            _require_unicode(f"field {name!r}", value)
+        return Ready(sample.key, inputs, list(fields.values()))
+    except Rejected as reason:
+        return Rejection(sample.key, str(reason))
+
+
+def _require_unicode(what: str, value: Any) -> None:
+    """A parquet takes no lone surrogates, which odd file names and JSON escapes are read as."""
+    if isinstance(value, str | list | dict):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Rejected(f"{what} is not valid Unicode") from None
+
+
+def _preprocess(wanted: Input, made: Preprocessor, value: Any, options: Options) -> Any:
+    try:
+        return made.prepare(value, options)
+    except Rejected:
+        raise
+    except Exception as error:  # a custom file's own code: one odd sample must not cost the shard
+        name = type(error).__name__
+        raise Rejected(f"preprocessor {wanted[1]!r} raised {name}: {error}") from error
+
+
+def _raw(name: str, sample: Sample, archive: Archive, options: Options) -> Any:
+    extension = next((e for e in decode.EXTENSIONS[name] if e in sample.members), None)
+    if extension is None:
+        has = ", ".join(sample.members)
+        raise Rejected(f"no {name} ({' or '.join(decode.EXTENSIONS[name][:4])}); it has {has}")
+    data = archive.read(*sample.members[extension])
+    if name == "image":
+        return decode.image(data, options.max_pixels)
+    return decode.text(data) if name == "text" else decode.json_object(data)

@@ -1,0 +1,106 @@
+"""How far a task is: told to the run folder, to a listener, and to a watchdog."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from d2m_hpc.state.rundir import overwrite
+
+log = logging.getLogger(__name__)
+
+EVERY_SECONDS = 2.0
+STALLED = 5
+"""Exit code of a task that the watchdog ended."""
+
+
+@dataclass
+class Progress:
+    """The figures of one attempt of one task; times are in seconds since the epoch."""
+
+    task: str
+    host: str = ""
+    device: str = ""
+    shards: int = 0
+    done: int = 0
+    failed: int = 0
+    rows: int = 0
+    rejected: int = 0
+    shard: str = ""
+    started: float = field(default_factory=time.time)
+    updated: float = field(default_factory=time.time)
+    state: str = "running"
+
+
+Listener = Callable[[Progress], None]
+
+
+class Reporter:
+    """Counts; may be told from several threads.
+
+    Args:
+        path: rewritten every few seconds with the progress as JSON.
+        listener: told of every change.
+    """
+
+    def __init__(self, progress: Progress, path: Path, listener: Listener | None = None) -> None:
+        self.progress = progress
+        self._path, self._listener = path, listener
+        self._written = 0.0
+        self._lock = threading.Lock()
+
+    def __call__(self, state: str = "", shard: str = "", **more: int) -> None:
+        """Set the state or the shard, and add to the counts."""
+        with self._lock:
+            progress = self.progress
+            progress.state, progress.shard = state or progress.state, shard or progress.shard
+            for name, value in more.items():
+                setattr(progress, name, getattr(progress, name) + value)
+            progress.updated = time.time()
+            if state or progress.updated - self._written > EVERY_SECONDS:
+                self._written = progress.updated
+                overwrite(self._path, json.dumps(asdict(progress)).encode())
+            if self._listener:
+                self._listener(progress)
+
+
+class Watchdog:
+    """Ends the process when it has told nothing for long: a hung mount, a dead GPU.
+
+    Args:
+        seconds: the longest silence.
+        path: the log file, which gets the stacks of all threads.
+        let_go: releases what the process holds.
+    """
+
+    def __init__(
+        self, progress: Progress, seconds: float, path: Path, let_go: Callable[[], None]
+    ) -> None:
+        self._progress, self._seconds, self._path, self._let_go = progress, seconds, path, let_go
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(self._seconds / 4, 10)):
+            if time.time() - self._progress.updated > self._seconds:
+                self._end()
+
+    def _end(self) -> None:
+        log.error("nothing happened for %.0f s; all stacks follow; the task ends", self._seconds)
+        with open(self._path, "a", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file)
+        self._let_go()
+        os._exit(STALLED)

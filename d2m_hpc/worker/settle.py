@@ -1,0 +1,104 @@
+"""The writer thread: shards are committed and recorded while the next ones are computed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from queue import Queue
+
+from d2m_hpc.errors import D2MError
+from d2m_hpc.state.manifest import Record, Recorder
+from d2m_hpc.worker.claims import Claims
+from d2m_hpc.worker.loader import Work
+from d2m_hpc.worker.progress import Reporter
+from d2m_hpc.worker.writer import Committer, Table
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Result:
+    """A shard that was computed, or the error that stopped it."""
+
+    work: Work
+    record: Record
+    table: Table
+    error: BaseException | None = None
+
+
+class Settler:
+    """Settles results in order; the only one that writes outputs and records."""
+
+    def __init__(
+        self, committer: Committer, recorder: Recorder, claims: Claims, report: Reporter
+    ) -> None:
+        self._committer, self._recorder = committer, recorder
+        self._claims, self._report = claims, report
+        self._queue: Queue[Result | None] = Queue(1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name="writer", daemon=True)
+
+    def __enter__(self) -> Settler:
+        self._thread.start()
+        return self
+
+    def put(self, result: Result) -> None:
+        """
+        Raises:
+            whatever stopped the thread: without records nothing more can be done.
+        """
+        if self._error is not None:
+            raise self._error
+        self._queue.put(result)
+
+    def __exit__(self, *_: object) -> None:
+        """Settle what was computed, even where the task is being stopped."""
+        self._queue.put(None)
+        self._thread.join()
+        self._committer.close()
+        if self._error is not None:
+            raise self._error
+
+    def _loop(self) -> None:
+        while (result := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._settle(result)
+                except BaseException as error:
+                    self._error = error
+
+    def _settle(self, result: Result) -> None:
+        record = result.record
+        if result.work.lease is not None and result.work.lease.lost:
+            log.warning("%s: another task took it over; nothing is written", record.shard)
+            self._claims.let_go(result.work)
+            return
+        record.finished = time.time()
+        try:
+            if result.error is not None:
+                raise result.error
+            self._committer.commit(result.table, record)
+        except Exception as error:
+            _fail(record, error)
+        self._recorder.append(record)
+        self._claims.let_go(result.work, record.finished - record.started)
+        self._tell(record)
+
+    def _tell(self, record: Record) -> None:
+        if record.state == "failed":
+            log.error("%s failed: %s", record.shard, record.error)
+            self._report(failed=1)
+        else:
+            log.info("%s: %d rows, %d rejected", record.shard, record.rows, len(record.rejections))
+            self._report(done=1, rejected=len(record.rejections))
+
+
+def _fail(record: Record, error: BaseException) -> None:
+    record.state, record.kind, record.error = "failed", type(error).__name__, str(error)
+    record.rows = 0
+    cause = error.__cause__ or error
+    if not isinstance(cause, D2MError):
+        record.traceback = "".join(traceback.format_exception(error))

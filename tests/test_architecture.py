@@ -1,0 +1,215 @@
+"""The rules of DESIGN that a reader of the code relies on."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+import yaml
+
+import d2m_hpc
+from d2m_hpc import config as configs
+
+PACKAGE = Path(d2m_hpc.__file__).parent
+ROOT = Path(__file__).parent.parent
+
+LEVELS = {
+    "d2m_hpc": 0,  # the version
+    "d2m_hpc.errors": 0,
+    "d2m_hpc.state": 1,
+    "d2m_hpc.models": 2,
+    "d2m_hpc.config": 3,
+    "d2m_hpc.outputs": 3,
+    "d2m_hpc.worker": 4,
+    "d2m_hpc.launch": 5,
+    "d2m_hpc.cli": 6,
+}
+"""A module imports from its own room and from lower ones."""
+
+WITHOUT_TORCH = (
+    "d2m_hpc.cli",
+    "d2m_hpc.config",
+    "d2m_hpc.outputs",
+    "d2m_hpc.models.registry",
+    "d2m_hpc.models.weights",
+    "d2m_hpc.launch.*",
+    "d2m_hpc.state.*",
+)
+IMPORTED_AS = {
+    "open_clip_torch": "open_clip",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+}
+LONGEST_FUNCTION = 45
+LONGEST_MODULE = 280
+
+
+@cache
+def _modules() -> dict[str, ast.Module]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return {_name(p): ast.parse(p.read_text(encoding="utf-8")) for p in paths}
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def _imports(tree: ast.AST, deferred: bool) -> Iterator[str]:
+    """What a tree imports by full names; `deferred` takes what is in functions along.
+
+    What only a type checker reads is left out, as it is never imported.
+    """
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef) and not deferred:
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            yield from (name if name in _modules() else module for name in names)
+        else:
+            yield from _imports(node, deferred)
+
+
+def _arrows(deferred: bool) -> dict[str, set[str]]:
+    """Who imports whom within the package."""
+    return {
+        name: {i for i in _imports(tree, deferred) if i in _modules()} - {name}
+        for name, tree in _modules().items()
+    }
+
+
+def _upward(arrows: dict[str, set[str]]) -> set[tuple[str, str]]:
+    return {
+        (module, imported)
+        for module, all_imported in arrows.items()
+        for imported in all_imported
+        if LEVELS[_room(imported)] > LEVELS[_room(module)]
+        or (LEVELS[_room(imported)] == LEVELS[_room(module)] and _room(imported) != _room(module))
+    }
+
+
+def test_every_module_has_a_level() -> None:
+    assert {_room(name) for name in _modules()} == LEVELS.keys()
+
+
+def test_imports_go_down_only() -> None:
+    assert _upward(_arrows(deferred=True)) == set()
+    assert _upward({"d2m_hpc.state.x": {"d2m_hpc.config"}})  # the rule can be broken
+
+
+def test_launch_imports_no_worker_before_it_runs_one() -> None:
+    workers = {
+        (module, imported)
+        for module, all_imported in _arrows(deferred=False).items()
+        for imported in all_imported
+        if _room(module) in ("d2m_hpc.launch", "d2m_hpc.cli")
+        and _room(imported) == "d2m_hpc.worker"
+    }
+    assert workers == set()
+
+
+def test_the_cli_imports_nothing_of_its_own_but_errors_at_once() -> None:
+    assert _arrows(deferred=False)["d2m_hpc.cli"] == {"d2m_hpc.errors"}
+
+
+def test_there_are_no_circles() -> None:
+    order = list(TopologicalSorter(_arrows(deferred=True)).static_order())
+    assert order.index("d2m_hpc.cli") > order.index("d2m_hpc.launch.submit")
+
+
+def test_state_needs_the_standard_library_and_filelock_only() -> None:
+    outside = {
+        imported.split(".")[0]
+        for name, tree in _modules().items()
+        if _room(name) == "d2m_hpc.state"
+        for imported in _imports(tree, deferred=True)
+    }
+    assert outside - sys.stdlib_module_names == {"d2m_hpc", "filelock"}
+
+
+def test_what_runs_on_a_login_node_loads_no_torch() -> None:
+    """Nor does anything that it imports."""
+    wanted = [
+        name
+        for name in _modules()
+        if any(re.fullmatch(p.replace(".*", r"(\..*)?"), name) for p in WITHOUT_TORCH)
+    ]
+    assert len(wanted) > 12
+    code = (
+        "import importlib, sys\n"
+        f"for name in {[*wanted, 'd2m_hpc.worker.task']!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    if 'torch' in sys.modules:\n"
+        "        sys.exit(name)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stderr == "d2m_hpc.worker.task\n"  # the first that does, and the last
+
+
+def _requirements() -> dict[str, str]:
+    """Name to version specifier."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = parser["options"]["install_requires"].split()
+    pairs = [re.fullmatch(r"([A-Za-z0-9_-]+)(.*)", line) for line in lines]
+    return {match[1]: match[2] for match in pairs if match}
+
+
+def _third_parties() -> set[str]:
+    every = {i.split(".")[0] for t in _modules().values() for i in _imports(t, deferred=True)}
+    return every - sys.stdlib_module_names - {"d2m_hpc"}
+
+
+def test_every_requirement_is_imported_and_every_import_required() -> None:
+    assert {IMPORTED_AS.get(name, name) for name in _requirements()} == _third_parties()
+
+
+def test_every_requirement_has_a_lower_bound() -> None:
+    assert all(re.match(r">=\d", bound) for bound in _requirements().values())
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").rglob("*.yml")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_every_config_we_ship_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = configs.load(path)
+    assert config.models == yaml.safe_load(path.read_text())["models"]
+
+
+def test_there_are_configs() -> None:
+    names = {p.name for p in (ROOT / "configs").rglob("*.yml")}
+    assert names >= {"quickstart.yml", "datacomp.yml"}
+
+
+def test_modules_stay_short() -> None:
+    sizes = {_name(p): p.read_text(encoding="utf-8").count("\n") for p in PACKAGE.rglob("*.py")}
+    assert {n: size for n, size in sizes.items() if size > LONGEST_MODULE} == {}
+
+
+def test_functions_stay_short() -> None:
+    sizes = {
+        f"{module}.{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for module, tree in _modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {n: size for n, size in sizes.items() if size > LONGEST_FUNCTION} == {}

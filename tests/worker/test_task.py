@@ -1,0 +1,349 @@
+"""A task, in this process, over a run folder as a submit leaves it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from kit import SHARDS, STATS, sample, write_config, write_shards, write_tar
+
+from d2m_hpc import config as configs
+from d2m_hpc.errors import ConfigError, D2MError, NodeError
+from d2m_hpc.launch.decide import decide, inspect
+from d2m_hpc.launch.submit import commit, submitting
+from d2m_hpc.state.lease import Lease
+from d2m_hpc.state.manifest import Manifest, Record, read_records
+from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.worker.task import Progress, choose_device, run_task
+
+PICKY = '''
+import torch
+
+class Picky(torch.nn.Module):
+    """Raises at the captions of one shard."""
+    name = "picky"
+    raw_inputs = ["text"]
+    preprocessors = ["identity"]
+    dependencies = []
+    to_device = False
+
+    def __init__(self, device):
+        super().__init__()
+
+    def forward(self, texts):
+        return torch.tensor([self.length(text) for text in texts])
+
+    def length(self, text):
+        if text == "caption 1001":
+            raise ZeroDivisionError("no such caption")
+        return float(len(text))
+
+model_lookup = {"picky": Picky}
+postprocess_parquet_lookup = {"picky-length": lambda cache: cache["picky"]}
+'''
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a task changes of its process, which usually is its own."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    package = logging.getLogger("d2m_hpc")
+    before, level = list(package.handlers), package.level
+    yield
+    for handler in [h for h in package.handlers if h not in before]:
+        package.removeHandler(handler)
+        handler.close()
+    package.setLevel(level)
+
+
+def _planned(folder: Path, tars: str | list[str], chunks: int = 1, **values: Any) -> RunDir:
+    """A run folder with one submission of so many chunks, and nothing done yet."""
+    common = {
+        "input_tars": tars,
+        "output_metadata_dir": str(folder / "out"),
+        "run_dir": str(folder / "run"),
+        "steal": False,
+    }
+    path = write_config(folder / "c.yml", {**STATS, **common, **values})
+    workload = inspect(configs.load(path), str(path))
+    with submitting(workload.run):
+        decision = decide(workload)
+        pending = decision.pending
+        size = -(-len(pending) // chunks)
+        commit(decision, [pending[i : i + size] for i in range(0, len(pending), size)])
+    return workload.run
+
+
+def _records(run: RunDir) -> dict[str, Record]:
+    found = [r for path in run.records.iterdir() for r in read_records(path)]
+    assert len({r.shard for r in found}) == len(found)
+    return {r.shard: r for r in found}
+
+
+def _outputs(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "out").iterdir())
+
+
+def test_two_tasks_of_a_submission_do_different_shards(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 4)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"), chunks=2)
+    ended = [run_task(run.root, "000", index) for index in (0, 1)]
+    assert [(p.state, p.shards, p.done, p.rows) for p in ended] == [("finished", 2, 2, 10)] * 2
+    assert {s: r.task for s, r in _records(run).items()} == {
+        "00000": "000-0-0",
+        "00001": "000-0-0",
+        "00002": "000-1-0",
+        "00003": "000-1-0",
+    }
+    assert sorted(p.name for p in run.records.iterdir()) == ["000-0-0.jsonl", "000-1-0.jsonl"]
+    assert len(_outputs(tmp_path)) == 8
+    assert list(run.leases.iterdir()) == []
+
+
+def test_a_task_takes_what_another_has_not_begun(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 3)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"), chunks=3, steal=True)
+    other = Lease(run.lease("00002"))
+    assert other.claim()
+    ended = run_task(run.root, "000", 1)
+    other.release()
+    assert (ended.done, ended.shards) == (2, 2)
+    assert _records(run).keys() == {"00000", "00001"}
+
+
+def test_a_task_that_comes_late_finds_all_done(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"))
+    run_task(run.root, "000", 0)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    again = run_task(run.root, "000", 0)
+    assert (again.done, again.failed, again.rows) == (1, 0, 0)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    assert len(_records(run)) == 1
+
+
+def test_every_sample_of_a_bad_tar_is_a_row_or_a_rejection(tmp_path: Path) -> None:
+    run = _planned(tmp_path, str(SHARDS / "bad.tar"), max_rejected_fraction=1.0)
+    ended = run_task(run.root, "000", 0)
+    record = _records(run)["bad"]
+    assert (record.state, record.rows, len(record.rejections)) == ("done", 4, 10)
+    assert (ended.rows, ended.rejected, ended.done) == (4, 10, 1)
+    keys = pq.read_table(tmp_path / "out" / "bad.parquet")["key"].to_pylist()
+    assert keys == ["good-0", "good-1", "no-uid", "good-2"]
+    assert {r.key for r in record.rejections} == {
+        "no-text",
+        "no-json",
+        "garbage",
+        "zero",
+        "latin1",
+        "bad-json",
+        "text-only",
+        "header-only",
+        "dots",
+        "bomb",
+    }
+    assert all(r.reason for r in record.rejections)
+
+
+def test_too_many_rejections_fail_a_shard(tmp_path: Path) -> None:
+    run = _planned(tmp_path, str(SHARDS / "bad.tar"))
+    assert run_task(run.root, "000", 0).failed == 1
+    record = _records(run)["bad"]
+    assert (record.state, record.kind, record.traceback) == ("failed", "ShardError", "")
+    assert "10 of 14 samples are rejected, over max_rejected_fraction (0.1)" in record.error
+    assert _outputs(tmp_path) == []
+
+
+def test_a_model_that_raises_fails_its_shard_with_its_traceback(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 3)
+    (tmp_path / "picky.py").write_text(PICKY)
+    run = _planned(
+        tmp_path,
+        str(tmp_path / "tars" / "*.tar"),
+        models=["text-stats", "picky"],
+        postprocess_columns=["picky-length"],
+        postprocess_features=[],
+        custom_pypath=str(tmp_path / "picky.py"),
+    )
+    ended = run_task(run.root, "000", 0)
+    assert (ended.state, ended.done, ended.failed) == ("finished", 2, 1)
+    records = _records(run)
+    assert {s: r.state for s, r in records.items()} == {
+        "00000": "done",
+        "00001": "failed",
+        "00002": "done",
+    }
+    assert "'picky' raised ZeroDivisionError: no such caption" in records["00001"].error
+    assert "in length" in records["00001"].traceback
+    assert _outputs(tmp_path) == ["00000.npz", "00000.parquet", "00002.npz", "00002.parquet"]
+
+
+def test_a_shard_that_is_not_there_fails_and_the_next_is_done(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 2)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "0000{0..1}.tar"))
+    (tmp_path / "tars" / "00000.tar").unlink()
+    ended = run_task(run.root, "000", 0)
+    assert (ended.done, ended.failed) == (1, 1)
+    failed = _records(run)["00000"]
+    assert failed.error.endswith("00000.tar: No such file or directory")
+    assert list(run.leases.iterdir()) == []
+
+
+def test_a_commit_that_fails_is_recorded(tmp_path: Path) -> None:
+    """The outputs' folder has become a file."""
+    write_shards(tmp_path / "tars", 2)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".d2m-tmp").write_bytes(b"in the way")
+    ended = run_task(run.root, "000", 0)
+    assert (ended.done, ended.failed) == (0, 2)
+    for stem, record in _records(run).items():
+        assert (record.state, record.kind) == ("failed", "ShardError")
+        assert f"{tmp_path}/out: {stem} cannot be written" in record.error
+    assert _outputs(tmp_path) == [".d2m-tmp"]
+
+
+def test_a_listener_sees_progress_that_never_goes_back(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 3)
+    write_tar(tmp_path / "tars" / "00003.tar", {**sample("a"), "a.jpg": b"no image"})
+    seen: list[tuple[int, ...]] = []
+    states: list[str] = []
+
+    def listen(progress: Progress) -> None:
+        seen.append(
+            (progress.done, progress.failed, progress.rows, progress.rejected, progress.shards)
+        )
+        states.append(progress.state)
+
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"), batch_size=2)
+    run_task(run.root, "000", 0, listener=listen)
+    for before, after in itertools.pairwise(seen):
+        assert all(a <= b for a, b in zip(before, after, strict=True)), (before, after)
+    assert seen[-1] == (3, 1, 15, 0, 4)
+    assert {row[2] for row in seen} >= {2, 4, 5, 7, 9, 10, 12, 14, 15}  # each batch is told
+    assert set(states[:-1]) == {"running"}
+    assert states[-1] == "finished"
+
+
+def test_a_task_leaves_its_progress_and_its_log(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1)
+    shutil.copy(SHARDS / "cut.tar", tmp_path / "tars")
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"))
+    run_task(run.root, "000", 0)
+    [path] = run.progress.iterdir()
+    told = json.loads(path.read_bytes())
+    assert (told["task"], told["state"], told["shards"]) == ("000-0-0", "finished", 2)
+    assert (told["done"], told["failed"], told["rows"]) == (1, 1, 5)
+    log = run.log_of("000", 0).read_text()
+    assert "INFO 00000: 5 rows" in log
+    assert "ERROR cut failed: " in log
+    assert "cut.tar is truncated at byte" in log
+
+
+def test_the_logs_of_two_tasks_in_one_process_do_not_mix(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 2)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"), chunks=2)
+    for index in (0, 1):
+        run_task(run.root, "000", index)
+    logs = [run.log_of("000", index).read_text() for index in (0, 1)]
+    assert ["00000: 5 rows" in log for log in logs] == [True, False]
+    assert ["00001: 5 rows" in log for log in logs] == [False, True]
+
+
+def test_no_file_of_a_run_is_world_writable_under_umask_0(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1)
+    before = os.umask(0)
+    try:
+        run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"))
+        run_task(run.root, "000", 0)
+    finally:
+        os.umask(before)
+    made = [p for top in ("run", "out") for p in (tmp_path / top).rglob("*")]
+    assert run.log_of("000", 0) in made
+    modes = {str(p.relative_to(tmp_path)): stat.S_IMODE(p.stat().st_mode) for p in made}
+    assert {name for name, mode in modes.items() if mode & 0o022} == set()
+
+
+def test_a_task_without_time_for_a_shard_touches_none(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"))
+    ended = run_task(run.root, "000", 0, deadline=1.0)
+    assert (ended.state, ended.done, ended.failed) == ("out of time", 0, 0)
+    assert list(run.records.iterdir()) == list(run.leases.iterdir()) == []
+
+
+def test_an_index_without_a_chunk_is_an_error(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"))
+    with pytest.raises(D2MError, match=r"submission 000 .* has no chunk 1"):
+        run_task(run.root, "000", 1)
+
+
+def test_a_custom_file_that_broke_since_is_a_config_error_and_no_shards(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1)
+    (tmp_path / "picky.py").write_text(PICKY)
+    run = _planned(
+        tmp_path,
+        str(tmp_path / "tars" / "*.tar"),
+        models=[*STATS["models"], "picky"],
+        custom_pypath=str(tmp_path / "picky.py"),
+    )
+    (tmp_path / "picky.py").write_text(PICKY + "\n1 / 0\n")
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        run_task(run.root, "000", 0)
+    assert list(run.records.iterdir()) == []
+
+
+# --- the device ---
+
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+
+
+def test_the_cpu_is_chosen_by_name() -> None:
+    for local in (True, False):
+        assert choose_device("cpu", local) == torch.device("cpu")
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("device", [0, "cuda:1", "2"])
+def test_a_node_without_its_gpu_is_broken(device: int | str) -> None:
+    with pytest.raises(NodeError, match=r"is not usable on .*: 0 CUDA devices are visible"):
+        choose_device(device, local=False)
+
+
+@needs_no_cuda
+def test_on_the_users_own_machine_the_cpu_takes_a_gpus_place(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert choose_device(0, local=True) == torch.device("cpu")
+    assert "no CUDA device here; running on the CPU" in caplog.text
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_an_index_that_no_machine_has_is_an_error_where_there_are_gpus(local: bool) -> None:
+    if local and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    with pytest.raises(NodeError):
+        choose_device(99, local)
+
+
+@needs_no_cuda
+def test_a_broken_node_leaves_its_shards_untouched(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"), device=0)
+    with pytest.raises(NodeError):
+        run_task(run.root, "000", 0)
+    assert list(run.records.iterdir()) == list(run.leases.iterdir()) == []
+    assert Manifest.load(run).failures == {}
+    ended = run_task(run.root, "000", 0, local=True)
+    assert ended.done == 1
