@@ -49,6 +49,12 @@ def submit(
     local: Annotated[bool, typer.Option("--local", help="run in this process, no Slurm")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
+    preflight: Annotated[
+        bool, typer.Option(help="first look for what would fail on every node")
+    ] = True,
+    no_sbatch: Annotated[
+        bool, typer.Option("--no-sbatch", help="prepare, and print the sbatch commands")
+    ] = False,
     partition: Annotated[str | None, _slurm("partition")] = None,
     account: Annotated[str | None, _slurm("account to charge")] = None,
     qos: Annotated[str | None, _slurm("quality of service")] = None,
@@ -74,13 +80,19 @@ def submit(
         "max_parallel": max_parallel,
         "tasks_per_node": tasks_per_node,
     }
+    from d2m_hpc.launch import preflight as before
     from d2m_hpc.launch.decide import inspect
 
-    workload = inspect(_load(config, set_, options), str(config))
+    loaded = _load(config, set_, options)
+    if preflight and not (dry_run or local):
+        before.check(loaded, str(config))
+    workload = inspect(loaded, str(config))
     if dry_run:
         _dry_run(workload, local)
     elif local:
         raise typer.Exit(_run_local(workload))
+    elif no_sbatch:
+        _write_only(workload)
     else:
         raise typer.Exit(_run_slurm(workload, wait))
 
@@ -206,6 +218,13 @@ def _run_slurm(workload: Workload, wait: bool) -> int:
     summary = summarise(workload.run, workload.config)
     show.summary(summary)
     return 0 if summary.complete else 1
+
+
+def _write_only(workload: Workload) -> None:
+    from d2m_hpc.launch import show, submit
+
+    for command in submit.prepare(workload, show.decision):
+        print(command)
 
 
 def _run_local(workload: Workload) -> int:

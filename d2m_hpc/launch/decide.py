@@ -68,11 +68,11 @@ def inspect(config: Config, where: str) -> Workload:
         ConfigError: patterns that name no tar.
         WeightsError: checkpoints that are missing or wrong.
     """
-    config = _absolute(config)
+    config = absolute(config)
     run = run_dir(config)
     expansion = plan.expand(config.input_tars)
     plan.check(expansion, where)
-    fingerprint = config.fingerprint(_checkpoint_hashes(config, run, where))
+    fingerprint = config.fingerprint(checkpoint_hashes(config, run, where))
     return Workload(config, where, run, expansion.sizes, fingerprint, _notices(expansion))
 
 
@@ -124,7 +124,7 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
     return decision
 
 
-def _absolute(config: Config) -> Config:
+def absolute(config: Config) -> Config:
     """Paths as a task on another machine needs them."""
     paths = {
         key: str(Path(value).expanduser().absolute())
@@ -135,7 +135,7 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update={"weights_dir": folder, **paths})
 
 
-def _checkpoint_hashes(config: Config, run: RunDir, where: str) -> dict[str, str]:
+def checkpoint_hashes(config: Config, run: RunDir, where: str) -> dict[str, str]:
     folder = weights.weights_dir(config.weights_dir)
     checked = weights.check(config.models, folder, weights.HashCache(run.hashes))
     return weights.require(checked, config.allow_unpublished_weights, where)

@@ -42,16 +42,12 @@ def new_console(file: IO[str] | None = None, terminal: bool | None = None) -> Co
         terminal: instead of what the file says of itself.
     """
     made = Console(file=file, force_terminal=terminal, highlight=False, markup=False, emoji=False)
-    made.soft_wrap = not made.is_terminal
+    if not made.is_terminal:
+        made.soft_wrap, made.width = True, WIDE
     return made
 
 
 console = new_console()
-
-
-def _table(table: Table) -> None:
-    """As wide as it must be where nobody's terminal folds it."""
-    console.print(table, width=None if console.is_terminal else WIDE)
 
 
 def _pairs(rows: dict[str, Any], title: str | None = None) -> None:
@@ -60,7 +56,7 @@ def _pairs(rows: dict[str, Any], title: str | None = None) -> None:
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, str(value))
-    _table(table)
+    console.print(table)
 
 
 def duration(seconds: float | None) -> str:
@@ -166,7 +162,7 @@ def checkpoints(known: Sequence[Checkpoint]) -> None:
     table = Table("file", "published at", "sha256", show_edge=False)
     for item in known:
         table.add_row(item.name, item.url, item.sha256[:12] or "not published")
-    _table(table)
+    console.print(table)
 
 
 def checked(found: Sequence[Checked]) -> None:

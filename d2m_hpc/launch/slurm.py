@@ -184,6 +184,20 @@ def submit(
         raise SlurmError(_refusal(str(error))) from None
 
 
+def by_hand(run: RunDir, submission: Submission, array: Array, proposal: Proposal) -> str:
+    """The command that starts an array by the plain template slurm/array.sbatch."""
+    limit = f"%{array.parallel}" if array.parallel else ""
+    options = {
+        **proposal.options,
+        "job-name": array.name,
+        "array": f"0-{array.elements - 1}{limit}",
+        "chdir": str(run.logs),
+    }
+    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
+    told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]
+    return shlex.join(["sbatch", *flags, "slurm/array.sbatch", *told])
+
+
 HINTS = {
     "partition": "check slurm.partition against `sinfo`",
     "account": "check slurm.account and slurm.qos against `sacctmgr show assoc user=$USER`",

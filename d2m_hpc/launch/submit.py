@@ -161,15 +161,32 @@ def run_slurm(workload: Workload, on_decision: Callable[[Decision], None]) -> li
         on_decision(decision)
         if not decision.pending:
             return []
-        submission = run.new_submission()
-        proposal = propose(workload, decision, submission.name)
-        write(submission, decision, proposal.chunks)
-        # The intent is on disk before Slurm hears of it; a job is found again by its array's name.
-        slurm.write_arrays(submission, proposal.arrays)
+        submission, proposal = _intend(workload, decision)
         for array in proposal.arrays:
             slurm.submit(run, submission, workload.config.slurm, array, proposal)
             slurm.write_arrays(submission, proposal.arrays)
     return proposal.arrays
+
+
+def _intend(workload: Workload, decision: Decision) -> tuple[Submission, slurm.Proposal]:
+    """Put on disk what Slurm will be asked for; a job is found again by its array's name."""
+    submission = workload.run.new_submission()
+    proposal = propose(workload, decision, submission.name)
+    write(submission, decision, proposal.chunks)
+    slurm.write_arrays(submission, proposal.arrays)
+    return submission, proposal
+
+
+def prepare(workload: Workload, on_decision: Callable[[Decision], None]) -> list[str]:
+    """As `run_slurm`, but leave sbatch to the user; returns the commands to run, one an array."""
+    with submitting(workload.run):
+        decision = look(workload)
+        repair(decision)
+        on_decision(decision)
+        if not decision.pending:
+            return []
+        submission, proposal = _intend(workload, decision)
+    return [slurm.by_hand(workload.run, submission, a, proposal) for a in proposal.arrays]
 
 
 def live_jobs(run: RunDir) -> list[str]:

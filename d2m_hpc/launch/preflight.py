@@ -1,0 +1,98 @@
+"""What would go wrong on every node, found at submit and all at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError, WeightsError
+from d2m_hpc.launch import plan
+from d2m_hpc.launch.decide import absolute, checkpoint_hashes, run_dir
+from d2m_hpc.outputs import OutputDir
+from d2m_hpc.state.lease import Lease
+from d2m_hpc.state.rundir import RunDir
+
+PROBED = 3
+"""Inputs that are opened: the first, the middle one and the last."""
+
+
+def check(config: Config, where: str) -> None:
+    """
+    Raises:
+        ConfigError: with everything that was found.
+    """
+    config = absolute(config)
+    run = run_dir(config)
+    problems = [*_output(config), *_leases(run), *_inputs(config)]
+    problems += [*_weights(config, run, where), *_custom_file(config)]
+    if problems:
+        raise ConfigError(f"{where}, preflight (--no-preflight skips it)", problems)
+
+
+def _output(config: Config) -> Iterator[str]:
+    output = OutputDir(config.output_metadata_dir)
+    probe = output.path(f".d2m-probe-{uuid.uuid4().hex}")
+    try:
+        output.fs.makedirs(output.root, exist_ok=True)
+        output.fs.pipe_file(probe, b"d2m")
+        output.fs.rm_file(probe)
+    except Exception as error:  # each store raises errors of its own
+        yield f"output_metadata_dir: {config.output_metadata_dir} cannot be written: {error}"
+
+
+def _leases(run: RunDir) -> Iterator[str]:
+    """Leases need exclusive creation of files, which a few network filesystems do not keep."""
+    try:
+        run.create()
+        path = run.root / f".probe-{uuid.uuid4().hex}.lock"
+        first, second = Lease(path), Lease(path)
+        exclusive = first.claim() and not second.claim()
+        first.release()
+    except OSError as error:
+        yield f"run_dir: {run.root} cannot be written: {error}"
+        return
+    if not exclusive:
+        yield f"run_dir: two tasks could claim one shard in {run.root}; put it on another disk"
+
+
+def _inputs(config: Config) -> Iterator[str]:
+    expansion = plan.expand(config.input_tars)
+    yield from expansion.mistakes
+    urls = [
+        u for u in expansion.sizes if not u.startswith(plan.PIPE) and u not in expansion.missing
+    ]
+    step = max(1, (len(urls) - 1) // (PROBED - 1))
+    for url in dict.fromkeys([*urls[::step][: PROBED - 1], *urls[-1:]]):
+        try:
+            with fsspec.open(url, "rb") as file:
+                file.read(512)
+        except Exception as error:  # each store raises errors of its own
+            yield f"input_tars: {url} cannot be read: {error}"
+
+
+def _weights(config: Config, run: RunDir, where: str) -> Iterator[str]:
+    try:
+        checkpoint_hashes(config, run, where)
+    except WeightsError as error:
+        yield str(error)
+
+
+IMPORT = "import sys; from pathlib import Path; from d2m_hpc.models import custom; "
+IMPORT += "custom.load(Path(sys.argv[1]))"
+
+
+def _custom_file(config: Config) -> Iterator[str]:
+    """In a process of its own: the file imports torch, and may do anything else."""
+    if config.custom_file is None:
+        return
+    command = [sys.executable, "-c", IMPORT, str(Path(config.custom_file))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        yield f"custom_pypath: {config.custom_file} cannot be imported: {last.strip()}"
