@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 
 from slurm.cluster import Cluster, wait_until
 from slurm.runs import Run, Tars
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_a_killed_process(cluster: Cluster, tars: Tars) -> None:
-    run = Run(cluster, tars, 4, shards_per_task=2)
+    run = Run(cluster, tars, 2)
     run.hold()
     run.submit()
-    victim = run.wait_held(2)[0]
+    [victim] = run.wait_held()
     victim.signal(signal.SIGKILL)
     assert cluster.wait_state(victim.element, "FAILED", "COMPLETED") == "FAILED"
     run.finish()
+    assert len(run.submissions()) == 2
 
 
 def test_a_cancelled_array(cluster: Cluster, tars: Tars) -> None:
@@ -26,31 +38,35 @@ def test_a_cancelled_array(cluster: Cluster, tars: Tars) -> None:
     cluster.run("scancel", *run.job_ids())
     wait_until(lambda: not run.live())
     assert run.status()["done"] == 0
+    assert not list((run.run_dir / "leases").iterdir())  # they were let go of, not left to expire
     run.finish()
+    assert len(run.submissions()) == 2
 
 
 def test_a_node_that_goes_down(cluster: Cluster, tars: Tars) -> None:
-    run = Run(cluster, tars, 4, shards_per_task=2)
+    run = Run(cluster, tars, 2)
     run.hold()
     run.submit()
-    victim = run.wait_held(2)[0]
+    [victim] = run.wait_held()
     cluster.set_node(victim.node, "down")
-    wait_until(lambda: cluster.states().get(victim.element) != "RUNNING")
+    cluster.wait_state(victim.element, "PENDING")
+    # A machine that comes back has no processes of the time before.
+    wait_until(lambda: not is_alive(victim.pid))
     cluster.set_node(victim.node, "resume")
     run.finish()
+    assert len(run.submissions()) == 1
 
 
 def test_a_preempted_task(cluster: Cluster, tars: Tars) -> None:
-    run = Run(cluster, tars, 4, shards_per_task=2)
+    run = Run(cluster, tars, 2)
     run.hold()
     run.submit()
-    victim = run.wait_held(2)[0]
+    [victim] = run.wait_held()
     high = cluster.submit("true", "--partition=high", "--exclusive", f"--nodelist={victim.node}")
     cluster.wait_state(high, "COMPLETED")
-    run.let_go()
-    run.wait_over()
-    # Slurm's own requeue is enough.
-    run.assert_complete()
+    run.finish()
+    assert len(run.submissions()) == 1  # Slurm's own requeue is enough
+    assert int(cluster.field(victim.element, "Restarts")) == 1
 
 
 def test_a_task_that_stands_still_until_its_lease_is_taken_over(
@@ -66,4 +82,63 @@ def test_a_task_that_stands_still_until_its_lease_is_taken_over(
     victim.signal(signal.SIGCONT)
     run.finish()
     assert len(run.submissions()) == 1
-    assert "another task took it over; nothing was written" in run.logs()
+    assert "another task took it over; nothing is written" in run.logs()
+
+
+def test_a_walltime_that_ends_in_mid_run(cluster: Cluster, tars: Tars) -> None:
+    """Slurm's signal comes some 120 s before a walltime's end: in the first 30 s of one minute."""
+    run = Run(cluster, tars, 2, slurm={"time": 1})
+    run.submit()
+    wait_until(lambda: run.status()["done"] == 1, 30)
+    run.finish()
+
+
+DYING = """
+import os
+import signal
+import sys
+
+from d2m_hpc import cli
+from d2m_hpc.launch import slurm
+
+write = slurm.write_arrays
+calls = []
+
+
+def write_or_die(*arguments):
+    calls.append(arguments)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(*arguments)
+
+
+slurm.write_arrays = write_or_die
+cli.main_submit()
+"""
+
+
+def test_a_submit_that_is_killed_before_it_wrote_down_the_job(
+    cluster: Cluster, tars: Tars
+) -> None:
+    run = Run(cluster, tars, 2)
+    run.hold()
+    command = [sys.executable, "-c", DYING, str(run.config), "--no-preflight"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert run.job_ids() == [""]
+    assert len(run.live()) == 1
+    assert "0 to do, 2 with live tasks" in run.submit().stdout
+    assert len(run.live()) == 1
+    run.finish()
+    assert run.job_ids() == [""]
+
+
+def test_two_submits_at_once_are_one_array(cluster: Cluster, tars: Tars) -> None:
+    run = Run(cluster, tars, 2)
+    run.hold()
+    both = [run.start_submit() for _ in range(2)]
+    said = [p.communicate(timeout=60)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert sum("0 to do, 2 with live tasks" in words for words in said) == 1
+    assert len(run.submissions()) == len(run.live()) == 1
+    run.finish()
+    assert len(run.submissions()) == 1

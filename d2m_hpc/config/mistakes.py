@@ -5,12 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from graphlib import CycleError
-from typing import TYPE_CHECKING
 
+from d2m_hpc.config.schema import Config
 from d2m_hpc.models import declared
-
-if TYPE_CHECKING:
-    from d2m_hpc.config import Config
 from d2m_hpc.models.registry import ModelSpec, Post, Registry, in_order
 
 

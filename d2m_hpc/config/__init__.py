@@ -1,0 +1,9 @@
+"""The YAML file, typed. Every mistake in it is reported at once, with its key.
+
+The keys of the seed program (dataset2metadata) keep their names and meanings.
+"""
+
+from d2m_hpc.config.load import load
+from d2m_hpc.config.schema import Config, Slurm
+
+__all__ = ["Config", "Slurm", "load"]
