@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from d2m_hpc.config import Config, load
-from d2m_hpc.errors import ConfigError, SlurmError
+from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
 from d2m_hpc.launch import nodes, plan, slurm
 from d2m_hpc.launch.decide import run_dir
 from d2m_hpc.state.manifest import Manifest, Record
@@ -95,13 +96,13 @@ def summarise(run: RunDir, config: Config) -> Summary:
     stems = [s.stem for s in plan.read_shards(run.shards)]
     done = [manifest.done[s] for s in stems if s in manifest.done]
     failed = {s: r for s in stems if (r := manifest.failures.get(s)) and s not in manifest.done}
-    running = _held(run, config.lease_seconds) - manifest.done.keys()
+    running = _held(run, config.lease_seconds) & set(stems) - manifest.done.keys()
     tasks = _tasks(run)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     rows = sum(r.rows for r in done)
     active = [t for t in tasks if _is_active(t)]
     speed = sum(t["rows"] / max(t["updated"] - t["started"], 1e-9) for t in active)
-    left = len(stems) - len(done) - len(failed)
+    left = len(stems) - len(done) - len(failed.keys() - running)
     mean = rows / len(done) if done else 0
     return Summary(
         run_dir=str(run.root),
@@ -186,12 +187,16 @@ def _past_speed(done: list[Record]) -> float:
     return sum(r.rows for r in done) / seconds if seconds > 0 else 0.0
 
 
+_ITS_OWN = re.compile(r"\S*/\S*|'[^']*'|\S*\d\S*")
+"""What tells one shard's message from another's of the same kind: paths, names and figures."""
+
+
 def _grouped(failed: dict[str, list[Record]]) -> list[Failure]:
     groups: dict[tuple[str, str], Failure] = {}
     for stem, records in failed.items():
         last = records[-1]
-        # Messages of one kind differ in the shard's own path; without it they are the same.
-        key = (last.kind, last.error.rpartition(".tar")[2][:80] or last.error)
+        alike = "" if last.kind == TruncatedShard.__name__ else _ITS_OWN.sub("#", last.error)
+        key = (last.kind, alike)
         group = groups.setdefault(key, Failure(last.kind, last.error, []))
         group.shards.append(stem)
     return sorted(groups.values(), key=lambda g: -len(g.shards))
