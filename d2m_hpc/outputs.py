@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2m_hpc.state.manifest import Record
+from d2m_hpc.urls import is_local
 
 METADATA = b"d2m"
 """Key of the parquet's file metadata that holds the shard's record."""
@@ -27,7 +28,7 @@ class OutputDir:
 
     @property
     def is_local(self) -> bool:
-        return "://" not in self.url
+        return is_local(self.url)
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:

@@ -17,6 +17,7 @@ from d2m_hpc.models import weights
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Manifest, Record, Shard
 from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.urls import is_local
 
 
 def run_dir(config: Config) -> RunDir:
@@ -24,7 +25,7 @@ def run_dir(config: Config) -> RunDir:
     if config.run_dir:
         return RunDir(Path(config.run_dir).expanduser().absolute())
     output = config.output_metadata_dir
-    if "://" not in output:
+    if is_local(output):
         return RunDir(Path(output).expanduser().absolute() / ".d2m")
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", output.split("://", 1)[1]).strip("-")
     return RunDir(Path(".d2m").absolute() / name)
@@ -129,7 +130,7 @@ def absolute(config: Config) -> Config:
     paths = {
         key: str(Path(value).expanduser().absolute())
         for key in ("output_metadata_dir", "custom_pypath", "weights_dir", "run_dir")
-        if (value := getattr(config, key)) and "://" not in value
+        if (value := getattr(config, key)) and is_local(value)
     }
     folder = str(weights.weights_dir(config.weights_dir).absolute())
     return config.model_copy(update={"weights_dir": folder, **paths})

@@ -1,4 +1,4 @@
-"""Input patterns to shards, and pending shards to chunks."""
+"""Input patterns to shards."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import atomic_write
+from d2m_hpc.urls import PIPE, is_local, is_pipe, is_remote
 
-PIPE = "pipe:"
 _ARCHIVE = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
 _GLOB = re.compile(r"[*?\[]")
 _LONGEST = 200
@@ -66,10 +66,6 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def is_remote(url: str) -> bool:
-    return "://" in url and not url.startswith(PIPE)
 
 
 def expand(patterns: Iterable[str]) -> Expansion:
@@ -120,12 +116,11 @@ class _LocalSizes:
 
 
 def _expand_one(pattern: str, sizes: _LocalSizes) -> Iterator[tuple[str, int | None]]:
-    local = not is_remote(pattern) and not pattern.startswith(PIPE)
-    if local and os.path.isfile(path := _absolute(pattern)):
+    if is_local(pattern) and os.path.isfile(path := _absolute(pattern)):
         yield path, sizes[path]  # a file's own name may hold braces and brackets
         return
     for name in _braces(pattern):
-        if name.startswith(PIPE):
+        if is_pipe(name):
             yield name, None
         elif is_remote(name):
             yield from _expand_remote(name)
@@ -165,7 +160,7 @@ def _scheme(url: str) -> str:
 
 def location(url: str) -> str:
     """The path-like part of a url that names the tar: for a command, its word that ends in .tar."""
-    if url.startswith(PIPE):
+    if is_pipe(url):
         tars = [w for w in _words(url.removeprefix(PIPE)) if _ARCHIVE.search(w)]
         return tars[-1] if tars else _short_hash(url)
     if not is_remote(url):

@@ -17,6 +17,7 @@ from d2m_hpc.launch.decide import absolute, checkpoint_hashes, run_dir
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.urls import is_pipe
 
 PROBED = 3
 """Inputs that are opened: the first, the middle one and the last."""
@@ -64,9 +65,7 @@ def _leases(run: RunDir) -> Iterator[str]:
 def _inputs(config: Config) -> Iterator[str]:
     expansion = plan.expand(config.input_tars)
     yield from expansion.mistakes
-    urls = [
-        u for u in expansion.sizes if not u.startswith(plan.PIPE) and u not in expansion.missing
-    ]
+    urls = [u for u in expansion.sizes if not is_pipe(u) and u not in expansion.missing]
     step = max(1, (len(urls) - 1) // (PROBED - 1))
     for url in dict.fromkeys([*urls[::step][: PROBED - 1], *urls[-1:]]):
         try:

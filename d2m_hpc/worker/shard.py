@@ -1,4 +1,4 @@
-"""One shard: bring the tar to this node, index its headers, hand out its samples' members."""
+"""A tar on this node: index its headers, hand out its samples' members."""
 
 from __future__ import annotations
 
@@ -71,12 +71,6 @@ class Archive:
 
     def close(self) -> None:
         self._file.close()
-
-
-# --- staging ---
-
-
-# --- indexing ---
 
 
 def index_tar(file: BinaryIO, size: int) -> Index:

@@ -19,13 +19,9 @@ import fsspec
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.state.manifest import Shard
-
-PIPE = "pipe:"
-
+from d2m_hpc.urls import PIPE, is_local, is_pipe
 
 GZIP_MAGIC = b"\x1f\x8b"
-
-
 SAID = 2000
 """Bytes of a failed command's last words that go on record."""
 
@@ -45,7 +41,7 @@ def stage(shard: Shard, scratch: Path) -> Iterator[Staged]:
     Raises:
         ShardError: it cannot be had.
     """
-    if _is_local(shard.url) and not _is_gzip(shard.url):
+    if is_local(shard.url) and not _is_gzip(shard.url):
         yield Staged(Path(shard.url))
         return
     copy = scratch / f"{shard.stem}.tar"
@@ -55,10 +51,6 @@ def stage(shard: Shard, scratch: Path) -> Iterator[Staged]:
         yield Staged(copy, damage)
     finally:
         copy.unlink(missing_ok=True)
-
-
-def _is_local(url: str) -> bool:
-    return "://" not in url and not url.startswith(PIPE)
 
 
 def _is_gzip(path: str) -> bool:
@@ -71,7 +63,7 @@ def _is_gzip(path: str) -> bool:
 
 @contextmanager
 def _source(url: str) -> Iterator[BinaryIO]:
-    if url.startswith(PIPE):
+    if is_pipe(url):
         with _pipe(url.removeprefix(PIPE)) as stream:
             yield stream
         return
@@ -86,7 +78,7 @@ def _source(url: str) -> Iterator[BinaryIO]:
 
 
 def _opened(url: str) -> BinaryIO:
-    if _is_local(url):  # fsspec would take `::` in a path for a chain of stores
+    if is_local(url):  # fsspec would take `::` in a path for a chain of stores
         return open(url, "rb")
     stream: BinaryIO = fsspec.open(url, "rb").open()
     return stream

@@ -1,0 +1,18 @@
+"""The three kinds of places that a config may name: local paths, fsspec URLs, `pipe:` commands."""
+
+from __future__ import annotations
+
+PIPE = "pipe:"
+
+
+def is_pipe(url: str) -> bool:
+    return url.startswith(PIPE)
+
+
+def is_remote(url: str) -> bool:
+    """A URL that fsspec opens."""
+    return "://" in url and not is_pipe(url)
+
+
+def is_local(url: str) -> bool:
+    return not is_pipe(url) and not is_remote(url)
