@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2m_hpc.errors import D2MError, WeightsError
+from d2m_hpc.errors import D2MError, SlurmError, WeightsError
 
 if TYPE_CHECKING:
     from d2m_hpc.config import Config
@@ -49,12 +49,8 @@ def submit(
     local: Annotated[bool, typer.Option("--local", help="run in this process, no Slurm")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
-    preflight: Annotated[
-        bool, typer.Option(help="first look for what would fail on every node")
-    ] = True,
-    no_sbatch: Annotated[
-        bool, typer.Option("--no-sbatch", help="prepare, and print the sbatch commands")
-    ] = False,
+    no_sbatch: Annotated[bool, typer.Option("--no-sbatch", help="only print commands")] = False,
+    preflight: Annotated[bool, typer.Option(help="look for what would fail on every node")] = True,
     partition: Annotated[str | None, _slurm("partition")] = None,
     account: Annotated[str | None, _slurm("account to charge")] = None,
     qos: Annotated[str | None, _slurm("quality of service")] = None,
@@ -66,42 +62,26 @@ def submit(
     exclude: Annotated[str | None, _slurm("nodes to leave out")] = None,
     max_parallel: Annotated[int | None, _slurm("tasks at once")] = None,
     tasks_per_node: Annotated[int | None, _slurm("tasks in one array element")] = None,
+    requeue: Annotated[bool | None, _slurm("let Slurm requeue preempted tasks")] = None,
+    setup: Annotated[list[str] | None, _slurm("shell line before the task; repeatable")] = None,
+    extra: Annotated[list[str] | None, _slurm("OPTION=VALUE of sbatch; repeatable")] = None,
 ) -> None:
-    options = {
-        "partition": partition,
-        "account": account,
-        "qos": qos,
-        "time": time,
-        "cpus_per_task": cpus_per_task,
-        "mem": mem,
-        "gres": gres,
-        "constraint": constraint,
-        "exclude": exclude,
-        "max_parallel": max_parallel,
-        "tasks_per_node": tasks_per_node,
-    }
-    from d2m_hpc.launch import preflight as before
-    from d2m_hpc.launch.decide import inspect
-
-    loaded = _load(config, set_, options)
-    if preflight and not (dry_run or local):
-        before.check(loaded, str(config))
-    workload = inspect(loaded, str(config))
+    given = dict(locals())
+    loaded = _load(config, set_, _slurm_options(given))
     if dry_run:
-        _dry_run(workload, local)
+        _dry_run(_inspect(loaded, config), local)
     elif local:
-        raise typer.Exit(_run_local(workload))
+        raise typer.Exit(_run_local(_inspect(loaded, config)))
     elif no_sbatch:
-        _write_only(workload)
+        _write_only(_inspect(loaded, config, preflight))
     else:
-        raise typer.Exit(_run_slurm(workload, wait))
+        _require_slurm()
+        raise typer.Exit(_run_slurm(_inspect(loaded, config, preflight), wait))
 
 
 @app.command(help="Show what a submit would do; the same as submit --dry-run.")
 def plan(config: ConfigFile, set_: Overrides = None) -> None:
-    from d2m_hpc.launch.decide import inspect
-
-    _dry_run(inspect(_load(config, set_), str(config)), local=False)
+    _dry_run(_inspect(_load(config, set_), config), local=False)
 
 
 @app.command(help="How far a run is.")
@@ -196,6 +176,33 @@ def _load(path: Path, overrides: list[str] | None = None, options: Any = None) -
     from d2m_hpc.config import load
 
     return load(path, overrides or (), options or {})
+
+
+def _slurm_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The command line's values of the config's `slurm:` keys."""
+    from d2m_hpc.config import Slurm
+
+    options = {key: given[key] for key in Slurm.model_fields if key in given}
+    if options["extra"] is not None:
+        pairs = (text.partition("=") for text in options["extra"])
+        options["extra"] = {key: value if equals else True for key, equals, value in pairs}
+    return options
+
+
+def _inspect(config: Config, path: Path, preflight: bool = False) -> Workload:
+    from d2m_hpc.launch import decide
+    from d2m_hpc.launch import preflight as before
+
+    if preflight:
+        before.check(config, str(path))
+    return decide.inspect(config, str(path))
+
+
+def _require_slurm() -> None:
+    from d2m_hpc.launch import slurm
+
+    if not slurm.is_here():
+        raise SlurmError("there is no sbatch here; go to a login node, or run with --local")
 
 
 def _dry_run(workload: Workload, local: bool) -> None:

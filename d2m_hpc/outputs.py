@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2m_hpc.state.manifest import Record
+from d2m_hpc.state.rundir import make_folder
 from d2m_hpc.urls import is_local
 
 METADATA = b"d2m"
@@ -44,6 +45,13 @@ class OutputDir:
     def root(self) -> str:
         """The folder's path as its filesystem takes it."""
         return self._opened[1]
+
+    def make(self) -> None:
+        """Make the folder where it is missing."""
+        if self.is_local:
+            make_folder(Path(self.root))
+        else:
+            self.fs.makedirs(self.root, exist_ok=True)
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"

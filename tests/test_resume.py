@@ -232,3 +232,15 @@ def test_the_folders_may_have_any_name(awkward_path: Path) -> None:
     ended = submit(config)
     assert ended.returncode == 0, ended.stderr
     assert d2m("verify", config).returncode == 0
+
+
+def test_a_run_may_be_moved_with_its_outputs(finished: Path) -> None:
+    moved = finished.parent / "moved"
+    (finished.parent / "out").rename(moved)
+    assert d2m("verify", moved / ".d2m").returncode == 0
+
+
+def test_a_file_url_is_the_local_folder(finished: Path) -> None:
+    out = finished.parent / "out"
+    ended = submit(finished, "--set", f"output_metadata_dir=file://{out}")
+    assert "3 shards: 3 done, 0 to do" in ended.stdout

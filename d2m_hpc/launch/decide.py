@@ -87,6 +87,7 @@ class Decision:
         exhausted: stems that failed `max_attempts` times.
         lost: records that are missing and were read back from finished parquets.
         in_flight: stems that pending or running array tasks will do.
+        shard_seconds: mean time of the finished shards; None where there are none.
     """
 
     workload: Workload
@@ -95,6 +96,7 @@ class Decision:
     exhausted: set[str] = field(default_factory=set)
     lost: list[Record] = field(default_factory=list)
     in_flight: set[str] = field(default_factory=set)
+    shard_seconds: float | None = None
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -127,6 +129,8 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
 
 def absolute(config: Config) -> Config:
     """Paths as a task on another machine needs them."""
+    output = config.output_metadata_dir.removeprefix("file://")
+    config = config.model_copy(update={"output_metadata_dir": output})
     paths = {
         key: str(Path(value).expanduser().absolute())
         for key in ("output_metadata_dir", "custom_pypath", "weights_dir", "run_dir")
@@ -187,6 +191,9 @@ def _read_state(decision: Decision) -> None:
             foreign.append(stem)
         elif record.fingerprint == ours:
             decision.done.add(stem)
+    taken = [manifest.done[s] for s in decision.done if s in manifest.done]
+    if taken:
+        decision.shard_seconds = sum(r.finished - r.started for r in taken) / len(taken)
     if not workload.config.reprocess:
         _refuse_foreign(workload, foreign)
     decision.exhausted = {

@@ -116,6 +116,7 @@ class _LocalSizes:
 
 
 def _expand_one(pattern: str, sizes: _LocalSizes) -> Iterator[tuple[str, int | None]]:
+    pattern = pattern.removeprefix("file://")
     if is_local(pattern) and os.path.isfile(path := _absolute(pattern)):
         yield path, sizes[path]  # a file's own name may hold braces and brackets
         return

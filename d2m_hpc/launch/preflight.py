@@ -17,7 +17,7 @@ from d2m_hpc.launch.decide import absolute, checkpoint_hashes, run_dir
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.rundir import RunDir
-from d2m_hpc.urls import is_pipe
+from d2m_hpc.urls import is_local, is_pipe
 
 PROBED = 3
 """Inputs that are opened: the first, the middle one and the last."""
@@ -40,7 +40,7 @@ def _output(config: Config) -> Iterator[str]:
     output = OutputDir(config.output_metadata_dir)
     probe = output.path(f".d2m-probe-{uuid.uuid4().hex}")
     try:
-        output.fs.makedirs(output.root, exist_ok=True)
+        output.make()
         output.fs.pipe_file(probe, b"d2m")
         output.fs.rm_file(probe)
     except Exception as error:  # each store raises errors of its own
@@ -69,10 +69,17 @@ def _inputs(config: Config) -> Iterator[str]:
     step = max(1, (len(urls) - 1) // (PROBED - 1))
     for url in dict.fromkeys([*urls[::step][: PROBED - 1], *urls[-1:]]):
         try:
-            with fsspec.open(url, "rb") as file:
-                file.read(512)
+            _read_some(url)
         except Exception as error:  # each store raises errors of its own
             yield f"input_tars: {url} cannot be read: {error}"
+
+
+def _read_some(url: str) -> None:
+    if is_local(url):  # fsspec would take `::` in a path for a chain of stores
+        Path(url).open("rb").close()
+        return
+    with fsspec.open(url, "rb") as file:
+        file.read(512)
 
 
 def _weights(config: Config, run: RunDir, where: str) -> Iterator[str]:

@@ -83,14 +83,18 @@ def decision(decided: Decision) -> None:
             f", {given_up} given up after {attempts} attempts (--set max_attempts={attempts + 1})"
         )
     console.print(line)
+    if decided.pending and decided.shard_seconds is not None:
+        left = duration(len(decided.pending) * decided.shard_seconds)
+        console.print(f"about {left} of work, by the shards that are done")
     for notice in decided.notices:
         console.print(f"note: {notice}", style="yellow")
 
 
 def proposal(proposed: Proposal) -> None:
     """Chunks, arrays and sbatch's options, as they would be."""
-    sizes = [len(chunk) for chunk in proposed.chunks]
-    console.print(f"{len(sizes)} chunks of {min(sizes)} to {max(sizes)} shards")
+    console.print(
+        f"{len(proposed.chunks)} tasks of at most {max(map(len, proposed.chunks))} shards"
+    )
     for array in proposed.arrays:
         line = f"array {array.name}: elements 0-{array.elements - 1}"
         line += f", {array.parallel} at once" if array.parallel else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -136,11 +137,14 @@ def script_lines(config: Slurm, failures: Path) -> list[str]:
     return lines + [f"d2m_setup {i} {shlex.quote(s)}" for i, s in enumerate(config.setup, 1)]
 
 
-def command(run: RunDir, submission: Submission, array: Array) -> str:
+def command(run: RunDir, submission: Submission, array: Array, options: dict[str, Any]) -> str:
     """What an element runs: one process for each of its tasks."""
+    srun = ["srun", "--kill-on-bad-exit=0", "--unbuffered"]
+    if cpus := options.get("cpus-per-task"):
+        srun.append(f"--cpus-per-task={cpus}")  # from 22.05 on srun does not take sbatch's
     python = [sys.executable, "-u", "-m", "d2m_hpc.worker"]
     told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]
-    return shlex.join(["srun", "--kill-on-bad-exit=0", "--unbuffered", *python, *told])
+    return shlex.join([*srun, *python, *told])
 
 
 def submit(
@@ -179,7 +183,8 @@ def submit(
             warnings.simplefilter("ignore")
             # map_array's own step, without its pickles: they are put in place only after sbatch,
             # and a submit that is killed in between would leave an array that cannot start.
-            array.job_id = executor._submit_command(command(run, submission, array)).job_id
+            words = command(run, submission, array, proposal.options)
+            array.job_id = executor._submit_command(words).job_id
     except FailedJobError as error:
         raise SlurmError(_refusal(str(error))) from None
 
@@ -226,7 +231,11 @@ def _ask(*words: str) -> str:
     Raises:
         SlurmError: the command failed, with its words.
     """
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    # A user's SQUEUE_PARTITION or SQUEUE_STATES would hide live tasks.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, timeout=120, env=environment
+    )
     if done.returncode:
         raise SlurmError(f"{words[0]} failed: {done.stderr.strip()}")
     return done.stdout
@@ -275,7 +284,8 @@ class Queue:
         return [e.index for e in self.of(array) if e.state not in OVER]
 
 
-_FORMAT = "%F|%K|%T|%j|%r|%N"
+_FORMAT = "%F|%K|%T|%r|%N|%j"
+"""The name last: it is the only field that may hold a `|`."""
 
 
 def queue() -> Queue:
@@ -287,11 +297,11 @@ def queue() -> Queue:
 
 
 def parse_queue(shown: str) -> Queue:
-    rows = (line.split("|") for line in shown.splitlines() if line.strip())
+    rows = (line.split("|", 5) for line in shown.splitlines() if line.strip())
     return Queue(
         [
             Element(job, int(index), state, name, reason, node)
-            for job, index, state, name, reason, node in rows
+            for job, index, state, reason, node, name in rows
             if index.isdigit()
         ]
     )

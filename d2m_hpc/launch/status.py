@@ -18,6 +18,7 @@ from d2m_hpc.launch import nodes, plan, slurm
 from d2m_hpc.launch.decide import run_dir
 from d2m_hpc.state.manifest import Manifest, Record
 from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.urls import is_local
 
 ACTIVE_SECONDS = 60.0
 """A task that said nothing for so long does not count as running."""
@@ -87,7 +88,11 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
         raise ConfigError(
             str(path), [f"there is no run in {run.root}; start one with `d2m-submit CONFIG`"]
         )
-    return run, load(run.config)
+    config = load(run.config)
+    if config.run_dir is None and is_local(config.output_metadata_dir):
+        # Beside its outputs, a run may have been moved with them.
+        config = config.model_copy(update={"output_metadata_dir": str(run.root.parent)})
+    return run, config
 
 
 def summarise(run: RunDir, config: Config) -> Summary:
@@ -157,7 +162,7 @@ def _is_active(task: dict[str, Any]) -> bool:
 
 
 def _has_gpu(task: dict[str, Any]) -> bool:
-    return str(task["device"]).startswith("cuda")
+    return str(task.get("device")).startswith("cuda")
 
 
 def _queued(run: RunDir) -> dict[str, int]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import yaml
 
 from d2m_hpc import __version__
-from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch import chunks as chunking
 from d2m_hpc.launch import nodes, plan, slurm
 from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
@@ -79,7 +78,8 @@ def repair(decision: Decision) -> None:
     for record in decision.lost:
         recorder.append(record)
     for path in run.leases.glob("*.lock"):
-        if path.stem in decision.done and (lease := Lease(path)).claim():
+        lease = Lease(path, decision.workload.config.lease_seconds)
+        if path.stem in decision.done and lease.claim():
             lease.release()
 
 
@@ -153,8 +153,6 @@ def run_slurm(workload: Workload, on_decision: Callable[[Decision], None]) -> li
         SlurmError: sbatch refused; what it took before is on record.
     """
     run = workload.run
-    if not slurm.is_here():
-        raise SlurmError("there is no sbatch here; go to a login node, or run with --local")
     with submitting(run):
         decision = decide(workload, in_flight(run, slurm.queue()))
         repair(decision)

@@ -67,10 +67,7 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, _stop)
     try:
         return _work(run, submission, index, element)
-    except Stopped as stopped:
-        # Slurm itself requeues what it preempts; SIGUSR2 comes before the walltime ends.
-        if stopped.signal == signal.SIGUSR2:
-            _requeue(element)
+    except Stopped:
         return STOPPED
     except NodeError as error:
         _record_failure(run, element, submission, index, str(error))
@@ -87,11 +84,16 @@ def _work(run: RunDir, submission: str, index: int, element: Element) -> int:
 
     if index >= len(read_chunks(run, submission)):
         return 0  # the last element of an array may have fewer chunks than ranks
-    progress = run_task(run.root, submission, index, deadline=_deadline(element))
+    record = run.record(submission, index, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    try:
+        progress = run_task(run.root, submission, index, deadline=_deadline(element))
+    except Stopped as stopped:
+        # Slurm itself requeues what it preempts; SIGUSR2 comes before the walltime ends.
+        if stopped.signal == signal.SIGUSR2:
+            _requeue(element, record)
+        raise
     if progress.state == "out of time":
-        if progress.done == 0:
-            raise D2MError("the walltime is too short for one shard; raise slurm.time")
-        _requeue(element)
+        _requeue(element, record)
         return 0
     return 1 if progress.failed else 0
 
@@ -128,10 +130,17 @@ def _deadline(element: Element) -> float | None:
     return time.mktime(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S")) if found else None
 
 
-def _requeue(element: Element) -> None:
-    """One of an element's ranks is enough."""
-    if element.rank == 0:
-        _scontrol("requeue", element.name)
+def _requeue(element: Element, record: Path) -> None:
+    """Go on in another walltime; each rank asks, for the others may have ended before.
+
+    Raises:
+        D2MError: this one was not enough for a single shard, so the next would not be either.
+    """
+    if not record.exists():
+        raise D2MError(
+            "no shard was finished in this walltime; raise slurm.time if one takes longer"
+        )
+    _scontrol("requeue", element.name)
 
 
 def _scontrol(*words: str) -> str:

@@ -93,6 +93,8 @@ class Claims:
                     busy.append((shard, lease))
                 elif work := self._begin(shard, lease):
                     yield work
+                else:
+                    self._report(done=1)
             waiting = busy
             if waiting:
                 self._report()
@@ -122,7 +124,6 @@ class Claims:
         record = self._output.record(shard.stem)
         if record is not None and record.fingerprint == self._fingerprint:
             log.info("%s: already done by task %s", shard.stem, record.task)
-            self._report(done=1)
             lease.release()
             return None
         self._clean(shard.stem)

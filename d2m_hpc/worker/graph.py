@@ -131,23 +131,24 @@ class Graph:
         return put(_widened(output), rows, again)
 
     def _collect(self, batch: Batch, cache: dict[str, Any], rejected: dict[int, str]) -> Outputs:
-        keep = [i for i in range(len(batch.keys)) if i not in rejected]
-        columns = {k: self._post(k, p, cache, batch) for k, p in self.toolbox.columns.items()}
-        features = {k: self._post(k, p, cache, batch) for k, p in self.toolbox.features.items()}
+        made = self.toolbox
+        columns = {k: self._post(k, p, cache, batch) for k, p in made.columns.items()}
+        features = {k: self._post(k, p, cache, batch) for k, p in made.features.items()}
+        for name, value in (*columns.items(), *features.items()):
+            bad = {i: f"{name} is not finite" for i in non_finite(value)}
+            rejected = {**bad, **rejected}
         outputs = Outputs(
-            batch.keys,
-            {k: _host(v) for k, v in columns.items()},
-            {k: np.asarray(_host(v)) for k, v in features.items()},
-            batch.fields,
+            batch.keys, columns, {k: np.asarray(v) for k, v in features.items()}, batch.fields
         )
         if not rejected:
             return outputs
+        keep = [i for i in range(len(batch.keys)) if i not in rejected]
         return Outputs(
             keys=take(batch.keys, keep),
             columns={k: take(v, keep) for k, v in outputs.columns.items()},
             features={k: take(v, keep) for k, v in outputs.features.items()},
             fields={k: take(v, keep) for k, v in batch.fields.items()},
-            rejections=[Rejection(batch.keys[i], why) for i, why in rejected.items()],
+            rejections=[Rejection(batch.keys[i], rejected[i]) for i in sorted(rejected)],
         )
 
     def _post(self, name: str, post: Post, cache: dict[str, Any], batch: Batch) -> Any:
@@ -160,7 +161,7 @@ class Graph:
                 f"{name!r} made {_shape(value)} for a batch of {len(batch.keys)} samples; "
                 "valid is one item a sample"
             )
-        return value
+        return _host(value)
 
 
 def _import(target: str) -> Any:

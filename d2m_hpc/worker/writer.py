@@ -215,10 +215,7 @@ class Committer:
         self.output = output
         # On the outputs' filesystem, so that a rename commits; their readers list no folders.
         self.staging = Path(output.path(".d2m-tmp")) if output.is_local else scratch
-        if output.is_local:
-            make_folder(Path(output.root))
-        else:
-            output.fs.makedirs(output.root, exist_ok=True)
+        output.make()
 
     def commit(self, table: Table, record: Record) -> None:
         """Publish a shard's pair: the npz first, the parquet last.

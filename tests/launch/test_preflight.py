@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,21 @@ def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
     assert "scrfd_10g.pt is missing" in text
     assert "custom.py cannot be imported" in text
     assert "no GPU driver" in text
+
+
+def test_folders_are_not_world_writable_and_colons_are_just_a_name(tmp_path: Path) -> None:
+    tars = tmp_path / "k::v"
+    write_shards(tars, 1, samples=1)
+    config = write_config(
+        tmp_path / "c.yml",
+        STATS,
+        input_tars=str(tars / "00000.tar"),
+        output_metadata_dir=str(tmp_path / "new" / "out"),
+    )
+    before = os.umask(0)
+    try:
+        check(load(config), "c.yml")
+    finally:
+        os.umask(before)
+    made = [tmp_path / "new", *(tmp_path / "new").rglob("*")]
+    assert [p for p in made if p.stat().st_mode & 0o022] == []

@@ -36,7 +36,7 @@ ATTEMPT = os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 class Gated(torch.nn.Module):
-    """Stops in the middle of a shard while the file `hold`, or `hold-ELEMENT`, is there."""
+    """Stops in mid-shard while the file `hold` or `hold-ELEMENT` is there, after so many shards."""
 
     name = "gated"
     raw_inputs = ["text"]
@@ -59,7 +59,13 @@ class Gated(torch.nn.Module):
         return torch.tensor([float(len(t)) for t in texts])
 
     def closed(self):
-        return (HERE / "hold").exists() or (HERE / f"hold-{ELEMENT}").exists()
+        for path in (HERE / "hold", HERE / f"hold-{ELEMENT}"):
+            try:
+                if self.batches > 2 * int(path.read_text()):
+                    return True
+            except FileNotFoundError:
+                pass
+        return False
 
     def say(self):
         path = HERE / "held" / f"{JOB}_{ELEMENT}.{RANK}.{ATTEMPT}"
@@ -173,8 +179,10 @@ class Run:
 
     # --- what the test does to its tasks ---
 
-    def hold(self, element: int | None = None) -> None:
-        (self.folder / ("hold" if element is None else f"hold-{element}")).touch()
+    def hold(self, element: int | None = None, after: int = 0) -> None:
+        """Stop every task, or one, in its next shard after so many; before it is submitted."""
+        name = "hold" if element is None else f"hold-{element}"
+        (self.folder / name).write_text(str(after))
 
     def let_go(self) -> None:
         for path in self.folder.glob("hold*"):
@@ -189,9 +197,7 @@ class Run:
         found = []
         for path in sorted((self.folder / "held").glob("[0-9]*")):
             element, rank, attempt = path.name.split(".")
-            found.append(
-                Held(element, int(rank), int(attempt), **json.loads(path.read_text()))
-            )
+            found.append(Held(element, int(rank), int(attempt), **json.loads(path.read_text())))
         return found
 
     def wait_held(self, count: int = 1, attempt: int = 0) -> list[Held]:
@@ -207,7 +213,9 @@ class Run:
         """`element state` of each of the run's tasks that Slurm has in its queue."""
         shown = self.cluster.run("squeue", "-h", "-r", "-o", "%i %T %j").stdout
         return [
-            " ".join(line.split()[:2]) for line in shown.splitlines() if line.split()[2][:4] == "d2m-"
+            " ".join(line.split()[:2])
+            for line in shown.splitlines()
+            if line.split()[2][:4] == "d2m-"
         ]
 
     def wait_over(self, seconds: float = 90) -> None:
@@ -229,14 +237,16 @@ class Run:
 
     def logs(self) -> str:
         """All that tasks and their batch scripts wrote."""
-        return "".join(p.read_text() for p in sorted((self.run_dir / "logs").glob("*.[lo][ou][gt]")))
+        return "".join(
+            p.read_text() for p in sorted((self.run_dir / "logs").glob("*.[lo][ou][gt]"))
+        )
 
-    def finish(self) -> None:
+    def finish(self, *options: object) -> None:
         """What is left is done by at most one more submit."""
         self.let_go()
         self.wait_over()
         if self.status()["done"] < self.shards:
-            self.submit()
+            self.submit(*options)
             self.wait_over()
         self.assert_complete()
 

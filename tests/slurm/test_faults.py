@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
+from datetime import datetime
 
 from slurm.cluster import Cluster, wait_until
 from slurm.runs import Run, Tars
+
+from d2m_hpc.state.manifest import read_records
 
 
 def is_alive(pid: int) -> bool:
@@ -72,13 +78,17 @@ def test_a_preempted_task(cluster: Cluster, tars: Tars) -> None:
 def test_a_task_that_stands_still_until_its_lease_is_taken_over(
     cluster: Cluster, tars: Tars
 ) -> None:
-    run = Run(cluster, tars, 4, shards_per_task=2, lease_seconds=4)
+    run = Run(cluster, tars, 2, lease_seconds=4)
     run.hold(0)
     run.submit()
-    [victim] = run.wait_held(1)
+    [victim] = run.wait_held()
     victim.signal(signal.SIGSTOP)
     run.let_go()
-    wait_until(lambda: run.status()["done"] == 4, 60)
+    # Its element runs again elsewhere, as when Slurm lost sight of a node that lives on.
+    worker = shlex.join([sys.executable, "-m", "d2m_hpc.worker", str(run.run_dir), "000", "0", "1"])
+    again = cluster.submit(f"SLURM_RESTART_COUNT=1 {worker}")
+    assert cluster.wait_state(again, "COMPLETED", "FAILED", seconds=60) == "COMPLETED"
+    assert run.status()["done"] == 2
     victim.signal(signal.SIGCONT)
     run.finish()
     assert len(run.submissions()) == 1
@@ -86,11 +96,48 @@ def test_a_task_that_stands_still_until_its_lease_is_taken_over(
 
 
 def test_a_walltime_that_ends_in_mid_run(cluster: Cluster, tars: Tars) -> None:
-    """Slurm's signal comes some 120 s before a walltime's end: in the first 30 s of one minute."""
-    run = Run(cluster, tars, 2, slurm={"time": 1})
+    """Slurm's signal comes 120 s before the end: within half a minute of one minute's walltime."""
+    run = Run(cluster, tars, 3, slurm={"time": 1})
+    run.hold(after=1)
     run.submit()
-    wait_until(lambda: run.status()["done"] == 1, 30)
+    [victim] = run.wait_held()
+    cluster.wait_state(victim.element, "PENDING", seconds=60)
     run.finish()
+    assert len(run.submissions()) == 1
+    assert Counter(r.shard for r in read_records(run.run_dir / "records" / "000-0-0.jsonl")) == {
+        "00000": 1
+    }
+
+
+def test_a_walltime_too_short_for_a_shard_ends_the_task(cluster: Cluster, tars: Tars) -> None:
+    run = Run(cluster, tars, 2)
+    run.hold()
+    run.submit()
+    [victim] = run.wait_held()
+    cluster.run("scancel", "--signal=USR2", victim.element)  # what Slurm sends before the end
+    assert cluster.wait_state(victim.element, "FAILED", "PENDING", "COMPLETED") == "FAILED"
+    assert "no shard was finished in this walltime; raise slurm.time" in run.logs()
+    run.finish()
+    assert len(run.submissions()) == 2
+
+
+def test_a_task_begins_no_shard_that_its_walltime_has_no_room_for(
+    cluster: Cluster, tars: Tars
+) -> None:
+    seconds = 20
+    early = 'test -n "$SLURM_RESTART_COUNT" || '
+    early += f"export SLURM_JOB_END_TIME=$(( $(date +%s) + {seconds} ))"
+    run = Run(cluster, tars, 6, slurm={"setup": [early]})
+    run.hold()
+    run.submit()
+    [victim] = run.wait_held()
+    start = datetime.fromisoformat(cluster.field(victim.element, "StartTime")).timestamp()
+    wait_until(lambda: time.time() > start + seconds + 2)
+    run.let_go()
+    cluster.wait_state(victim.element, "PENDING")
+    assert 0 < run.status()["done"] < 6
+    run.finish()
+    assert len(run.submissions()) == 1
 
 
 DYING = """
@@ -117,9 +164,7 @@ cli.main_submit()
 """
 
 
-def test_a_submit_that_is_killed_before_it_wrote_down_the_job(
-    cluster: Cluster, tars: Tars
-) -> None:
+def test_a_submit_that_is_killed_before_it_wrote_down_the_job(cluster: Cluster, tars: Tars) -> None:
     run = Run(cluster, tars, 2)
     run.hold()
     command = [sys.executable, "-c", DYING, str(run.config), "--no-preflight"]
