@@ -11,5 +11,6 @@ sys.exit(sys.version_info < (3, 11))
 PY
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
     [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+    rm -rf build # setuptools would pack modules that are gone by now
     .venv/bin/uv pip install --quiet --python .venv/bin/python ".${1:+[$1]}"
 }

@@ -232,6 +232,22 @@ def test_rows_that_stay_not_finite_are_rejected_and_the_others_are_intact(bench:
     assert rejection.reason == "fragile gives a value that is not finite"
 
 
+INVERSE = """
+class Some(Model):
+    def forward(self, x):
+        return x[:, 0]
+model_lookup = {'some': Some}
+postprocess_parquet_lookup = {'inverse': lambda cache: 1 / (cache['some'] - 2)}
+postprocess_feature_lookup = {}
+"""
+
+
+def test_a_row_that_a_postprocessor_makes_infinite_is_rejected_alone(bench: Make) -> None:
+    outputs = bench(INVERSE, ["some"], ["inverse"]).run([1, 2, 3])
+    assert outputs.columns["inverse"].tolist() == [-1, 1]
+    assert outputs.rejections == [("k1", "inverse is not finite")]
+
+
 def test_without_autocast_nothing_is_run_again(bench: Make) -> None:
     made = _fragile(bench, "off")
     outputs = made.run([1, 2, 3])
