@@ -33,16 +33,34 @@ def failures(run: RunDir) -> list[NodeFailure]:
 
 def in_a_row(run: RunDir) -> dict[str, list[NodeFailure]]:
     """For each node its failures since a shard was last finished there."""
-    finished: dict[str, float] = defaultdict(float)
-    for record in Manifest.load(run).done.values():
-        finished[record.host] = max(finished[record.host], record.finished)
-    rows: dict[str, list[NodeFailure]] = defaultdict(list)
-    for failure in failures(run):
-        if failure.time > finished[failure.node]:
-            rows[failure.node].append(failure)
-    return dict(rows)
+    return _since(run, _last_finished(run))
 
 
 def to_exclude(run: RunDir, most: int) -> list[str]:
-    """Nodes that failed more than `most` tasks in a row."""
-    return sorted(node for node, row in in_a_row(run).items() if len(row) > most)
+    """Nodes that failed more than `most` tasks in a row, while another node finished shards.
+
+    Where none did, the fault is rather the config's, and no node would be left to try it on.
+    """
+    finished = _last_finished(run)
+    return sorted(
+        node
+        for node, row in _since(run, finished).items()
+        if len(row) > most
+        and any(time > row[0].time for other, time in finished.items() if other != node)
+    )
+
+
+def _last_finished(run: RunDir) -> dict[str, float]:
+    """When each node last finished a shard."""
+    last: dict[str, float] = {}
+    for record in Manifest.load(run).done.values():
+        last[record.host] = max(last.get(record.host, 0.0), record.finished)
+    return last
+
+
+def _since(run: RunDir, finished: dict[str, float]) -> dict[str, list[NodeFailure]]:
+    rows: dict[str, list[NodeFailure]] = defaultdict(list)
+    for failure in failures(run):
+        if failure.time > finished.get(failure.node, 0.0):
+            rows[failure.node].append(failure)
+    return dict(rows)

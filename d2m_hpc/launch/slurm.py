@@ -1,4 +1,4 @@
-"""Slurm: chunks to job arrays, options to sbatch's, and what the queue says of them."""
+"""Chunks to job arrays, and what Slurm says of them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,18 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2m_hpc.config import Slurm
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.state.manifest import Shard
-from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
+from d2m_hpc.state.rundir import Submission, atomic_write
 
 DEFAULT_MAX_ARRAY_SIZE = 1001
-USR2_SECONDS = 120
-"""How long before its walltime a task is told to come to an end."""
 
 # A job in one of these takes no more shards.
 OVER = {"CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILED", "TIMEOUT"} | {
@@ -95,131 +89,6 @@ def split(
         )
         for i, start in enumerate(starts)
     ]
-
-
-def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
-    """sbatch's options, by their long names; `extra` wins over all."""
-    exclude = ",".join(filter(None, [config.exclude or "", *excluded])) or None
-    chosen = {
-        "partition": config.partition,
-        "account": config.account,
-        "qos": config.qos,
-        "time": config.time,
-        "cpus-per-task": config.cpus_per_task,
-        "mem": config.mem,
-        "gres": config.gres,
-        "constraint": config.constraint,
-        "exclude": exclude,
-        "ntasks-per-node": config.tasks_per_node,
-        "requeue": True if config.requeue else None,
-        "no-requeue": None if config.requeue else True,
-        "open-mode": "append",
-        "signal": f"USR2@{USR2_SECONDS}",
-        **config.extra,
-    }
-    return {k: v for k, v in chosen.items() if v is not None}
-
-
-def script_lines(config: Slurm, failures: Path) -> list[str]:
-    """The shell before the task: `setup`, each item checked, and a mark where one fails."""
-    lines = [
-        # Without a trap a batch shell dies of the signal that is meant for its task.
-        "trap : TERM",
-        'cd "${SLURM_SUBMIT_DIR:-.}"',
-        "d2m_setup() {",
-        '    eval "$2" && return',
-        '    printf \'{"node": "%s", "why": "setup line %s failed", "time": %s}\\n\' '
-        '"${SLURMD_NODENAME:-$HOSTNAME}" "$1" "$(date +%s)" '
-        f"> {shlex.quote(str(failures))}/" + '"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.json"',
-        "    exit 4",
-        "}",
-    ]
-    return lines + [f"d2m_setup {i} {shlex.quote(s)}" for i, s in enumerate(config.setup, 1)]
-
-
-def command(run: RunDir, submission: Submission, array: Array, options: dict[str, Any]) -> str:
-    """What an element runs: one process for each of its tasks."""
-    srun = ["srun", "--kill-on-bad-exit=0", "--unbuffered"]
-    if cpus := options.get("cpus-per-task"):
-        srun.append(f"--cpus-per-task={cpus}")  # from 22.05 on srun does not take sbatch's
-    python = [sys.executable, "-u", "-m", "d2m_hpc.worker"]
-    told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]
-    return shlex.join([*srun, *python, *told])
-
-
-def submit(
-    run: RunDir, submission: Submission, config: Slurm, array: Array, proposal: Proposal
-) -> None:
-    """Hand one array to sbatch; sets its job id.
-
-    Raises:
-        SlurmError: sbatch refused, with its words.
-    """
-    from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError
-
-    class Executor(SlurmExecutor):
-        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            # A folder in an #SBATCH line would be read for quotes and %; on the command line not.
-            return ["sbatch", f"--chdir={run.logs}", str(submission_file_path)]
-
-    executor = Executor(run.logs)
-    extra = {**proposal.options, "output": "slurm-%A_%a.out"}
-    if array.after is not None:
-        extra["dependency"] = f"afterany:{proposal.arrays[array.after].job_id}"
-    executor.update_parameters(
-        job_name=array.name,
-        time=None,
-        wckey=None,
-        use_srun=False,
-        stderr_to_stdout=True,
-        setup=script_lines(config, run.node_failures),
-        array_parallelism=array.parallel or array.elements,
-        additional_parameters=extra,
-    )
-    executor.parameters["map_count"] = array.elements
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # map_array's own step, without its pickles: they are put in place only after sbatch,
-            # and a submit that is killed in between would leave an array that cannot start.
-            words = command(run, submission, array, proposal.options)
-            array.job_id = executor._submit_command(words).job_id
-    except FailedJobError as error:
-        raise SlurmError(_refusal(str(error))) from None
-
-
-def by_hand(run: RunDir, submission: Submission, array: Array, proposal: Proposal) -> str:
-    """The command that starts an array by the plain template slurm/array.sbatch."""
-    limit = f"%{array.parallel}" if array.parallel else ""
-    options = {
-        **proposal.options,
-        "job-name": array.name,
-        "array": f"0-{array.elements - 1}{limit}",
-        "chdir": str(run.logs),
-    }
-    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
-    told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]
-    return shlex.join(["sbatch", *flags, "slurm/array.sbatch", *told])
-
-
-HINTS = {
-    "partition": "check slurm.partition against `sinfo`",
-    "account": "check slurm.account and slurm.qos against `sacctmgr show assoc user=$USER`",
-    "QOS": "check slurm.qos, or submit fewer tasks at once with a larger shards_per_task",
-    "limit": "submit fewer tasks at once: a larger shards_per_task",
-    "array": "`scontrol show config` says what MaxArraySize is",
-    "node configuration": "no node has what slurm.gres, mem and cpus_per_task ask for",
-}
-
-
-def _refusal(words: str) -> str:
-    said = re.findall(r"sbatch: error: (.*)", words) or [words.strip().splitlines()[-1]]
-    hint = next((h for word, h in HINTS.items() if word in " ".join(said)), "see `man sbatch`")
-    return f"Slurm refused: {'; '.join(said)} ({hint}; the same command goes on from here)"
-
-
-# --- what Slurm says ---
 
 
 def is_here() -> bool:

@@ -14,7 +14,7 @@ import yaml
 
 from d2m_hpc import __version__
 from d2m_hpc.launch import chunks as chunking
-from d2m_hpc.launch import nodes, plan, slurm
+from d2m_hpc.launch import nodes, plan, sbatch, slurm
 from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Recorder, Shard
@@ -143,7 +143,7 @@ def propose(workload: Workload, decision: Decision, submission: str) -> slurm.Pr
         f"d2m-{token}-{submission}",
     )
     excluded = nodes.to_exclude(workload.run, config.max_node_failures)
-    return slurm.Proposal(chunks, arrays, slurm.options(config.slurm, excluded), excluded)
+    return slurm.Proposal(chunks, arrays, sbatch.options(config.slurm, excluded), excluded)
 
 
 def run_slurm(workload: Workload, on_decision: Callable[[Decision], None]) -> list[slurm.Array]:
@@ -161,7 +161,7 @@ def run_slurm(workload: Workload, on_decision: Callable[[Decision], None]) -> li
             return []
         submission, proposal = _intend(workload, decision)
         for array in proposal.arrays:
-            slurm.submit(run, submission, workload.config.slurm, array, proposal)
+            sbatch.submit(run, submission, workload.config.slurm, array, proposal)
             slurm.write_arrays(submission, proposal.arrays)
     return proposal.arrays
 
@@ -184,7 +184,7 @@ def prepare(workload: Workload, on_decision: Callable[[Decision], None]) -> list
         if not decision.pending:
             return []
         submission, proposal = _intend(workload, decision)
-    return [slurm.by_hand(workload.run, submission, a, proposal) for a in proposal.arrays]
+    return [sbatch.by_hand(workload.run, submission, a, proposal) for a in proposal.arrays]
 
 
 def live_jobs(run: RunDir) -> list[str]:

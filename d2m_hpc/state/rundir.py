@@ -155,6 +155,10 @@ class RunDir:
     def lease(self, stem: str) -> Path:
         return self.leases / f"{stem}.lock"
 
+    def failed(self, submission: str, stem: str) -> Path:
+        """There, and empty, once a task of the submission has failed the shard."""
+        return self.leases / f"{stem}.{submission}.failed"
+
     def progress_of(self, task: str) -> Path:
         """Of `submission-index-attempt`."""
         return self.progress / f"{task}.json"

@@ -68,6 +68,7 @@ class Claims:
         self.chunk = chunks[name.index]
         self._others = [s for i, c in enumerate(chunks) if i != name.index for s in c]
         self._run, self._config, self._fingerprint = run, config, fingerprint
+        self._submission = name.submission
         self._output = OutputDir(config.output_metadata_dir)
         self._report, self._clean, self._deadline = report, clean, deadline
         self._slowest = 0.0
@@ -120,10 +121,14 @@ class Claims:
         return Lease(self._run.lease(shard.stem), self._config.lease_seconds)
 
     def _begin(self, shard: Shard, lease: Lease) -> Work | None:
-        """A shard that was just claimed, or None where somebody finished it meanwhile."""
+        """A shard that was just claimed, or None where somebody settled it meanwhile."""
         record = self._output.record(shard.stem)
         if record is not None and record.fingerprint == self._fingerprint:
             log.info("%s: already done by task %s", shard.stem, record.task)
+            lease.release()
+            return None
+        if self._run.failed(self._submission, shard.stem).exists():
+            log.info("%s: failed in this submission already; the next one tries again", shard.stem)
             lease.release()
             return None
         self._clean(shard.stem)
@@ -142,6 +147,10 @@ class Claims:
         self._slowest = max(self._slowest, seconds)
         self._held.pop(work.shard.stem, None)
         work.release()
+
+    def mark_failed(self, work: Work) -> None:
+        """No task of this submission tries the shard again."""
+        self._run.failed(self._submission, work.shard.stem).touch(mode=0o644)
 
     def let_all_go(self) -> None:
         for work in list(self._held.values()):

@@ -84,6 +84,8 @@ class Settler:
         except Exception as error:
             _fail(record, error)
         self._recorder.append(record)
+        if record.state == "failed":
+            self._claims.mark_failed(result.work)
         self._claims.let_go(result.work, record.finished - record.started)
         self._tell(record)
 

@@ -89,14 +89,6 @@ class Cluster:
         shown = self.run("squeue", "-h", "-r", "-o", "%i %T").stdout
         return dict(line.split() for line in shown.splitlines())
 
-    def hurry(self) -> None:
-        """Requeued jobs wait for their begin time, up to a minute; let it be now."""
-        for line in self.run("squeue", "-h", "-r", "-t", "PD", "-o", "%i %r").stdout.splitlines():
-            job, reason = line.split(maxsplit=1)
-            if reason == "BeginTime":
-                # It may start, or end, meanwhile.
-                self.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
-
     def cancel_all(self) -> None:
         """Cancel all jobs, without KillWait's patience, and wait for their nodes."""
         if is_up() and (jobs := self.run("squeue", "-h", "-o", "%A").stdout.split()):

@@ -38,5 +38,5 @@ def cluster(started_cluster: None, tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> Tars:
-    """Twelve shards, and what they become where nothing disturbs."""
-    return make_tars(tmp_path_factory.mktemp("tars"), 12)
+    """Forty shards, and what they become where nothing disturbs."""
+    return make_tars(tmp_path_factory.mktemp("tars"), 40)

@@ -19,6 +19,7 @@ from test_resume import contents, leftovers, times_computed
 
 from d2m_hpc.launch.status import find_run, summarise
 from d2m_hpc.launch.verify import verify
+from d2m_hpc.state.manifest import read_records
 
 GATED = '''
 import json
@@ -219,13 +220,8 @@ class Run:
         ]
 
     def wait_over(self, seconds: float = 90) -> None:
-        """Until no task is left; those that wait for their begin time get it now."""
-
-        def over() -> bool:
-            self.cluster.hurry()
-            return not self.live()
-
-        wait_until(over, seconds)
+        """Until Slurm has no task of the run any more."""
+        wait_until(lambda: not self.live(), seconds)
 
     def job_ids(self) -> list[str]:
         """Of all arrays, by the run's own records."""
@@ -237,9 +233,12 @@ class Run:
 
     def logs(self) -> str:
         """All that tasks and their batch scripts wrote."""
-        return "".join(
-            p.read_text() for p in sorted((self.run_dir / "logs").glob("*.[lo][ou][gt]"))
-        )
+        paths = sorted((self.run_dir / "logs").glob("*"))
+        return "".join(p.read_text() for p in paths if p.suffix in (".log", ".out"))
+
+    def computed_by(self, task: str) -> set[str]:
+        """The shards on record of one task."""
+        return {r.shard for r in read_records(self.run_dir / "records" / f"{task}.jsonl")}
 
     def finish(self, *options: object) -> None:
         """What is left is done by at most one more submit."""

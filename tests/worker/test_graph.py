@@ -438,4 +438,3 @@ def test_mistakes_that_only_running_the_file_can_tell_are_the_configs(
     text = f"class A(Model):\n    {fields}\nmodel_lookup = {{'a': A}}\n"
     with pytest.raises(ConfigError, match=mistake):
         bench(text, ["a"], []).toolbox.inputs  # noqa: B018
-

@@ -1,0 +1,71 @@
+"""A node is left out after failures in a row, until it finishes a shard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from d2m_hpc.launch import nodes
+from d2m_hpc.state.manifest import Record, Recorder
+from d2m_hpc.state.rundir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path)
+    run.create()
+    return run
+
+
+def fail(run: RunDir, node: str, time: float, why: str = "device 0 is not usable") -> None:
+    text = json.dumps({"node": node, "why": why, "time": time})
+    (run.node_failures / f"{node}-{time}.json").write_text(text)
+
+
+def finish(run: RunDir, node: str, time: float) -> None:
+    record = Record(f"{time}", "done", host=node, finished=time)
+    Recorder(run.records / "000-0-0.jsonl").append(record)
+
+
+def test_nothing_is_left_out_of_a_new_run(run: RunDir, tmp_path: Path) -> None:
+    assert nodes.to_exclude(run, 0) == []
+    assert nodes.to_exclude(RunDir(tmp_path / "none"), 0) == []
+
+
+@pytest.mark.parametrize(("most", "expected"), [(0, ["n1", "n2"]), (1, ["n1"]), (2, [])])
+def test_a_node_may_fail_so_many_times(run: RunDir, most: int, expected: list[str]) -> None:
+    for node, time in (("n1", 10.0), ("n1", 11.0), ("n2", 12.0)):
+        fail(run, node, time)
+    finish(run, "n3", 20)
+    assert nodes.to_exclude(run, most) == expected
+
+
+def test_a_finished_shard_clears_its_own_node(run: RunDir) -> None:
+    fail(run, "n1", 10)
+    fail(run, "n2", 10)
+    finish(run, "n1", 20)
+    assert nodes.to_exclude(run, 0) == ["n2"]
+    fail(run, "n1", 30, "setup line 1 failed")
+    finish(run, "n3", 40)
+    assert nodes.to_exclude(run, 0) == ["n1", "n2"]
+    assert [f.why for f in nodes.in_a_row(run)["n1"]] == ["setup line 1 failed"]
+
+
+def test_where_no_other_node_works_the_fault_is_not_the_nodes(run: RunDir) -> None:
+    """To leave out every node would be a run that no later submit could go on with."""
+    finish(run, "n1", 10)
+    finish(run, "n2", 11)
+    fail(run, "n1", 20)
+    fail(run, "n2", 20)
+    assert sorted(nodes.in_a_row(run)) == ["n1", "n2"]
+    assert nodes.to_exclude(run, 0) == []
+    finish(run, "n2", 30)
+    assert nodes.to_exclude(run, 0) == ["n1"]
+
+
+def test_a_failure_that_is_being_written_is_not_read(run: RunDir) -> None:
+    fail(run, "n1", 10)
+    (run.node_failures / "half.json").write_text('{"node": "n')
+    assert [f.node for f in nodes.failures(run)] == ["n1"]
