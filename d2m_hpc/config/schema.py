@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -66,9 +65,7 @@ class Config(Section):
     postprocess_columns: Names = []
     postprocess_features: Names = []
     additional_fields: Names = []
-    nworkers: Count = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)), description="decode threads"
-    )
+    nworkers: Count | None = Field(None, description="decode threads; by default the task's cores")
     batch_size: Count = 512
     device: int | str = 0
     input_tars: Annotated[list[str], BeforeValidator(_tars_as_list), Field(min_length=1)]

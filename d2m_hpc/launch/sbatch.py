@@ -82,13 +82,12 @@ def submit(
 
     class Executor(SlurmExecutor):
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            # A folder in an #SBATCH line would be read for quotes and %; on the command line not.
-            return ["sbatch", f"--chdir={run.logs}", str(submission_file_path)]
+            # A folder in an #SBATCH line would be read for quotes and %, and SBATCH_* variables
+            # of the user's win over these lines; the command line is free of both.
+            return ["sbatch", f"--chdir={run.logs}", *_flags(extra), str(submission_file_path)]
 
+    extra = _array_options(array, proposal)
     executor = Executor(run.logs)
-    extra = {**proposal.options, "output": "slurm-%A_%a.out"}
-    if array.after is not None:
-        extra["dependency"] = f"afterany:{proposal.arrays[array.after].job_id}"
     executor.update_parameters(
         job_name=array.name,
         time=None,
@@ -96,10 +95,8 @@ def submit(
         use_srun=False,
         stderr_to_stdout=True,
         setup=script_lines(config, run.node_failures),
-        array_parallelism=array.parallel or array.elements,
         additional_parameters=extra,
     )
-    executor.parameters["map_count"] = array.elements
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -111,18 +108,27 @@ def submit(
         raise SlurmError(_refusal(str(error))) from None
 
 
-def by_hand(run: RunDir, submission: Submission, array: Array, proposal: Proposal) -> str:
-    """The command that starts an array by the plain template slurm/array.sbatch."""
+def _array_options(array: Array, proposal: Proposal) -> dict[str, Any]:
     limit = f"%{array.parallel}" if array.parallel else ""
-    options = {
-        **proposal.options,
+    own = {
         "job-name": array.name,
         "array": f"0-{array.elements - 1}{limit}",
-        "chdir": str(run.logs),
+        "output": "slurm-%A_%a.out",
     }
-    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
+    if array.after is not None:
+        own["dependency"] = f"afterany:{proposal.arrays[array.after].job_id}"
+    return {**proposal.options, **own}
+
+
+def by_hand(run: RunDir, submission: Submission, array: Array, proposal: Proposal) -> str:
+    """The command that starts an array by the plain template slurm/array.sbatch."""
+    options = {**_array_options(array, proposal), "chdir": str(run.logs)}
     told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]
-    return shlex.join(["sbatch", *flags, "slurm/array.sbatch", *told])
+    return shlex.join(["sbatch", *_flags(options), "slurm/array.sbatch", *told])
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
 
 
 HINTS = {

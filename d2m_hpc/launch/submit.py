@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from d2m_hpc import __version__
+from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch import chunks as chunking
 from d2m_hpc.launch import nodes, plan, sbatch, slurm
 from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 SHARDS_PER_TASK = 16
 WAIT_SECONDS = 2.0
+PATIENCE = 90
+"""Failures of squeue in a row: a controller that restarts is no reason to give up."""
 
 
 @contextmanager
@@ -203,6 +206,19 @@ def cancel(run: RunDir) -> int:
 
 
 def wait(run: RunDir) -> None:
-    """Until no array task of the run is pending or running."""
-    while live_jobs(run):
+    """Until no array task of the run is pending or running.
+
+    Raises:
+        SlurmError: squeue has failed for minutes.
+    """
+    failures = 0
+    while True:
+        try:
+            if not live_jobs(run):
+                return
+            failures = 0
+        except SlurmError:
+            failures += 1
+            if failures > PATIENCE:
+                raise
         time.sleep(WAIT_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Recipe:
             fields=config.additional_fields,
             options=Options(config.resize == "exact", config.max_image_pixels),
             batch_size=config.batch_size,
-            threads=config.nworkers,
+            threads=config.nworkers or len(os.sched_getaffinity(0)),
             allow_truncated=config.allow_truncated_shards,
             strict=not config.warn_and_continue,
         )

@@ -64,7 +64,7 @@ class Reporter:
             for name, value in more.items():
                 setattr(progress, name, getattr(progress, name) + value)
             progress.updated = time.time()
-            if state or progress.updated - self._written > EVERY_SECONDS:
+            if state or shard or progress.updated - self._written > EVERY_SECONDS:
                 self._written = progress.updated
                 overwrite(self._path, json.dumps(asdict(progress)).encode())
             if self._listener:

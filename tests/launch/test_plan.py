@@ -207,9 +207,11 @@ def test_a_store_that_cannot_be_reached_is_a_mistake(pattern: str) -> None:
     assert "s4" in mistake
 
 
-def test_file_urls_are_globbed(awkward_path: Path) -> None:
+def test_file_urls_are_the_local_files(awkward_path: Path) -> None:
     (path,) = touch(awkward_path, "a.tar")
-    assert expand([f"file://{awkward_path}/*.tar"]).sizes == {f"file://{path}": 5}
+    found = expand([f"file://{awkward_path}/*.tar", str(path)])
+    assert found.sizes == {str(path): 5}
+    assert found.duplicates == 1
 
 
 def test_braces_in_commands_expand_and_globs_do_not(tmp_path: Path) -> None:

@@ -177,6 +177,27 @@ def test_a_refusal_is_told_in_slurms_words_and_loses_nothing(cluster: Cluster, t
     assert len(run.live()) == 1
 
 
+def test_the_plain_template_runs_the_same_tasks(cluster: Cluster, tars: Tars) -> None:
+    run = Run(cluster, tars, 4, shards_per_task=2, slurm={"cpus_per_task": 2})
+    said = d2m("submit", run.config, "--no-sbatch", "--no-preflight").stdout
+    command = next(line for line in said.splitlines() if line.startswith("sbatch "))
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    subprocess.run(command, shell=True, check=True, cwd=root, env=environment)
+    assert "0 to do, 4 with live tasks" in run.submit().stdout
+    run.wait_over()
+    run.assert_complete()
+
+
+def test_the_command_line_wins_over_the_users_sbatch_variables(
+    cluster: Cluster, tars: Tars
+) -> None:
+    run = Run(cluster, tars, 1)
+    run.hold()
+    run.submit("--partition", "low", env={**os.environ, "SBATCH_PARTITION": "high"})
+    assert cluster.field(f"{run.job_ids()[0]}_0", "Partition") == "low"
+
+
 CLOSING = """
 import subprocess
 
