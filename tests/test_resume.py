@@ -137,7 +137,13 @@ def test_an_interrupt_exits_130_and_lets_go_of_the_shard(tmp_path: Path) -> None
     config = slow_config(tmp_path, shards=2, samples=200)
     command = [str(Path(sys.executable).with_name("d2m")), "submit", str(config), "--local"]
     leases = tmp_path / "undisturbed" / ".d2m" / "leases"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A shell's background jobs, and all that they start, ignore SIGINT.
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         while not (leases.is_dir() and list(leases.iterdir())):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)

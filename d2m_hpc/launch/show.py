@@ -17,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def summary(found: Summary) -> None:
         rows["GPU-hours"] = f"{found.gpu_hours:,.1f}"
     if found.recomputed:
         rows["run again in float32"] = f"{found.recomputed:,}"
+    console.print(ProgressBar(max(found.shards, 1), found.done, width=50), "")
     _pairs(rows, found.state)
     for reason, number in found.rejections.items():
         console.print(f"rejected {number:,}: {reason}")
@@ -142,6 +144,7 @@ def summary(found: Summary) -> None:
         names = ", ".join(group.shards[:5]) + (", ..." if len(group.shards) > 5 else "")
         head = f"failed {len(group.shards)} ({names}): {group.kind}: {group.error}"
         console.print(head, style="red")
+        console.print(f"  log: {group.log}", style="red")
 
 
 def watch(look: Callable[[], Summary]) -> None:

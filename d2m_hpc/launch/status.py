@@ -26,11 +26,12 @@ ACTIVE_SECONDS = 60.0
 
 @dataclass
 class Failure:
-    """Shards that failed for the same kind of reason, with the message of the newest."""
+    """Shards that failed for the same kind of reason, with one's message and log file."""
 
     kind: str
     error: str
     shards: list[str]
+    log: str = ""
 
 
 @dataclass
@@ -126,7 +127,7 @@ def summarise(run: RunDir, config: Config) -> Summary:
         tasks=_queued(run),
         stragglers=_stragglers(active),
         broken_nodes={n: row[-1].why for n, row in nodes.in_a_row(run).items()},
-        failures=_grouped(failed),
+        failures=_grouped(run, failed),
         rejections=_by_reason(done),
     )
 
@@ -196,13 +197,14 @@ _ITS_OWN = re.compile(r"\S*/\S*|'[^']*'|\S*\d\S*")
 """What tells one shard's message from another's of the same kind: paths, names and figures."""
 
 
-def _grouped(failed: dict[str, list[Record]]) -> list[Failure]:
+def _grouped(run: RunDir, failed: dict[str, list[Record]]) -> list[Failure]:
     groups: dict[tuple[str, str], Failure] = {}
     for stem, records in failed.items():
         last = records[-1]
         alike = "" if last.kind == TruncatedShard.__name__ else _ITS_OWN.sub("#", last.error)
         key = (last.kind, alike)
-        group = groups.setdefault(key, Failure(last.kind, last.error, []))
+        log = str(_log_file(run, last.task))
+        group = groups.setdefault(key, Failure(last.kind, last.error, [], log))
         group.shards.append(stem)
     return sorted(groups.values(), key=lambda g: -len(g.shards))
 
@@ -232,5 +234,9 @@ def log_of(run: RunDir, stem: str) -> Path:
     newest |= {r.task: r.finished for r in records}
     if not newest:
         raise ConfigError(str(run.root), [f"no task has worked on shard {stem!r} yet"])
-    submission, index, _ = max(newest, key=lambda task: newest[task]).split("-")
+    return _log_file(run, max(newest, key=lambda task: newest[task]))
+
+
+def _log_file(run: RunDir, task: str) -> Path:
+    submission, index, _ = task.split("-")
     return run.log_of(submission, int(index))

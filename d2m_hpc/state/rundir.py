@@ -91,6 +91,10 @@ class Submission:
         """JSON: the job arrays, with their job ids once Slurm has taken them."""
         return self.folder / "jobs.json"
 
+    def failed(self, stem: str) -> Path:
+        """There, and empty, once a task of this submission has failed the shard."""
+        return self.folder / "failed" / stem
+
     @property
     def chunks(self) -> Path:
         """JSON lines; line i is the list of shards of array task i."""
@@ -154,10 +158,6 @@ class RunDir:
 
     def lease(self, stem: str) -> Path:
         return self.leases / f"{stem}.lock"
-
-    def failed(self, submission: str, stem: str) -> Path:
-        """There, and empty, once a task of the submission has failed the shard."""
-        return self.leases / f"{stem}.{submission}.failed"
 
     def progress_of(self, task: str) -> Path:
         """Of `submission-index-attempt`."""

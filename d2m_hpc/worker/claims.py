@@ -14,7 +14,7 @@ from d2m_hpc.errors import D2MError
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Shard
-from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.state.rundir import RunDir, make_folder
 from d2m_hpc.worker.loader import Work
 from d2m_hpc.worker.progress import Reporter
 
@@ -68,7 +68,7 @@ class Claims:
         self.chunk = chunks[name.index]
         self._others = [s for i, c in enumerate(chunks) if i != name.index for s in c]
         self._run, self._config, self._fingerprint = run, config, fingerprint
-        self._submission = name.submission
+        self._submission = run.submission(name.submission)
         self._output = OutputDir(config.output_metadata_dir)
         self._report, self._clean, self._deadline = report, clean, deadline
         self._slowest = 0.0
@@ -127,7 +127,7 @@ class Claims:
             log.info("%s: already done by task %s", shard.stem, record.task)
             lease.release()
             return None
-        if self._run.failed(self._submission, shard.stem).exists():
+        if self._submission.failed(shard.stem).exists():
             log.info("%s: failed in this submission already; the next one tries again", shard.stem)
             lease.release()
             return None
@@ -150,7 +150,9 @@ class Claims:
 
     def mark_failed(self, work: Work) -> None:
         """No task of this submission tries the shard again."""
-        self._run.failed(self._submission, work.shard.stem).touch(mode=0o644)
+        path = self._submission.failed(work.shard.stem)
+        make_folder(path.parent)
+        path.touch(mode=0o644)
 
     def let_all_go(self) -> None:
         for work in list(self._held.values()):
