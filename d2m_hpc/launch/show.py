@@ -132,8 +132,9 @@ def summary(found: Summary) -> None:
         rows["GPU-hours"] = f"{found.gpu_hours:,.1f}"
     if found.recomputed:
         rows["run again in float32"] = f"{found.recomputed:,}"
-    console.print(ProgressBar(max(found.shards, 1), found.done, width=50), "")
     _pairs(rows, found.state)
+    console.print(ProgressBar(max(found.shards, 1), found.done, width=50))
+    console.print()
     for reason, number in found.rejections.items():
         console.print(f"rejected {number:,}: {reason}")
     if found.stragglers:

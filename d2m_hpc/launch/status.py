@@ -203,7 +203,7 @@ def _grouped(run: RunDir, failed: dict[str, list[Record]]) -> list[Failure]:
         last = records[-1]
         alike = "" if last.kind == TruncatedShard.__name__ else _ITS_OWN.sub("#", last.error)
         key = (last.kind, alike)
-        log = str(_log_file(run, last.task))
+        log = str(_log_file(run, last.task)) if last.task else ""
         group = groups.setdefault(key, Failure(last.kind, last.error, [], log))
         group.shards.append(stem)
     return sorted(groups.values(), key=lambda g: -len(g.shards))
