@@ -255,3 +255,8 @@ def test_the_fingerprint_follows_what_changes_the_output(
     for change in ("resize=exact", "amp=bfloat16", "feature_dtype=float32", "additional_fields="):
         assert load(path, [change]).fingerprint({}) != base
     assert load(path).fingerprint({"a.pt": "00"}) != base
+
+
+def test_a_key_without_effect_says_so(good: dict[str, Any], tmp_path: Path) -> None:
+    said = d2m("submit", write_config(tmp_path / "c.yml", good, logging=True), "--dry-run").stdout
+    assert "logging: true has no effect yet" in said

@@ -74,7 +74,10 @@ def inspect(config: Config, where: str) -> Workload:
     expansion = plan.expand(config.input_tars)
     plan.check(expansion, where)
     fingerprint = config.fingerprint(checkpoint_hashes(config, run, where))
-    return Workload(config, where, run, expansion.sizes, fingerprint, _notices(expansion))
+    notices = _notices(expansion)
+    if config.logging:
+        notices.append("logging: true has no effect yet; nothing is sent to wandb")
+    return Workload(config, where, run, expansion.sizes, fingerprint, notices)
 
 
 @dataclass
