@@ -9,13 +9,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.state.manifest import Shard
-from d2m_hpc.state.rundir import Submission, atomic_write
+from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
 
 DEFAULT_MAX_ARRAY_SIZE = 1001
 
@@ -58,7 +58,6 @@ class Proposal:
     chunks: list[list[Shard]]
     arrays: list[Array]
     options: dict[str, Any]
-    excluded: list[str] = field(default_factory=list)
 
 
 def token(root: Path) -> str:
@@ -148,9 +147,13 @@ class Queue:
             if e.name == array.name and (not array.job_id or e.job_id == array.job_id)
         ]
 
+    def live(self, array: Array) -> list[Element]:
+        """Its elements that are pending or running."""
+        return [e for e in self.of(array) if e.state not in OVER]
+
     def elements(self, array: Array) -> list[int]:
         """Indices of its elements that are pending or running."""
-        return [e.index for e in self.of(array) if e.state not in OVER]
+        return [e.index for e in self.live(array)]
 
 
 _FORMAT = "%F|%K|%T|%r|%N|%j"
@@ -186,6 +189,11 @@ def read_arrays(submission: Submission) -> list[Array]:
     if not submission.arrays.exists():
         return []
     return [Array(**values) for values in json.loads(submission.arrays.read_bytes())]
+
+
+def all_arrays(run: RunDir) -> list[Array]:
+    """Of every submission, oldest first."""
+    return [array for submission in run.submissions() for array in read_arrays(submission)]
 
 
 def write_arrays(submission: Submission, arrays: Sequence[Array]) -> None:

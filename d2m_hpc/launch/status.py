@@ -168,7 +168,7 @@ def _has_gpu(task: dict[str, Any]) -> bool:
 
 def _queued(run: RunDir) -> dict[str, int]:
     """Array elements by state; where Slurm cannot be asked, none."""
-    arrays = [a for s in run.submissions() for a in slurm.read_arrays(s)]
+    arrays = slurm.all_arrays(run)
     if not arrays or not slurm.is_here():
         return {}
     try:

@@ -146,7 +146,7 @@ def propose(workload: Workload, decision: Decision, submission: str) -> slurm.Pr
         f"d2m-{token}-{submission}",
     )
     excluded = nodes.to_exclude(workload.run, config.max_node_failures)
-    return slurm.Proposal(chunks, arrays, sbatch.options(config.slurm, excluded), excluded)
+    return slurm.Proposal(chunks, arrays, sbatch.options(config.slurm, excluded))
 
 
 def run_slurm(workload: Workload, on_decision: Callable[[Decision], None]) -> list[slurm.Array]:
@@ -193,8 +193,7 @@ def prepare(workload: Workload, on_decision: Callable[[Decision], None]) -> list
 def live_jobs(run: RunDir) -> list[str]:
     """`job_index` of every pending or running array task of a run."""
     queue = slurm.queue()
-    arrays = [a for s in run.submissions() for a in slurm.read_arrays(s)]
-    live = (e for a in arrays for e in queue.of(a) if e.state not in slurm.OVER)
+    live = (e for array in slurm.all_arrays(run) for e in queue.live(array))
     return [f"{e.job_id}_{e.index}" for e in live]
 
 
