@@ -120,15 +120,23 @@ def logs(target: Target, shard: Annotated[str, typer.Argument(metavar="SHARD")])
 
 
 @app.command(help="Check every output against its record; exit 1 when one is wrong.")
-def verify(target: Target, as_json: AsJson = False) -> None:
+def verify(
+    target: Target,
+    as_json: AsJson = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="only N shards, drawn at random")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the draw")] = 0,
+) -> None:
     from d2m_hpc.launch import show
     from d2m_hpc.launch.status import find_run
     from d2m_hpc.launch.verify import verify as check
 
-    report = check(*find_run(target))
+    report = check(*find_run(target), sample, seed)
     if as_json:
         faults = [vars(f) for f in report.faults]
-        print(json.dumps({"checked": report.checked, "faults": faults}, indent=1))
+        told = {"checked": report.checked, "done": report.done, "faults": faults}
+        print(json.dumps(told, indent=1))
     else:
         show.report(report)
     raise typer.Exit(1 if report.faults else 0)
@@ -193,9 +201,8 @@ def _inspect(config: Config, path: Path, preflight: bool = False) -> Workload:
     from d2m_hpc.launch import decide
     from d2m_hpc.launch import preflight as before
 
-    if preflight:
-        before.check(config, str(path))
-    return decide.inspect(config, str(path))
+    found = before.check(config, str(path)) if preflight else None
+    return decide.inspect(config, str(path), found)
 
 
 def _require_slurm() -> None:

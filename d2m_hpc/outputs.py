@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from d2m_hpc.errors import D2MError
 from d2m_hpc.state.manifest import Record
 from d2m_hpc.state.rundir import make_folder
 from d2m_hpc.urls import is_local
@@ -58,9 +61,18 @@ class OutputDir:
 
     def stems(self, suffix: str = ".parquet") -> set[str]:
         """The stems of all files with a suffix, by one listing; a finished shard has a parquet."""
-        self.fs.invalidate_cache()
-        names = self.fs.ls(self.root, detail=False) if self.fs.isdir(self.root) else []
-        return {n.rsplit("/", 1)[-1].removesuffix(suffix) for n in names if n.endswith(suffix)}
+        return {n.removesuffix(suffix) for n in self._names() if n.endswith(suffix)}
+
+    def _names(self) -> Iterator[str]:
+        """Of everything in the folder."""
+        if not self.fs.isdir(self.root):
+            return
+        if self.is_local:  # one at a time: fsspec holds a list of all paths
+            with os.scandir(self.root) as entries:
+                yield from (entry.name for entry in entries)
+        else:
+            self.fs.invalidate_cache()
+            yield from (n.rsplit("/", 1)[-1] for n in self.fs.ls(self.root, detail=False))
 
     def sha256(self, name: str) -> str:
         digest = hashlib.sha256()
@@ -70,10 +82,35 @@ class OutputDir:
         return digest.hexdigest()
 
     def record(self, stem: str) -> Record | None:
-        """The record in a parquet's metadata; None where there is no such parquet, or not ours."""
+        """The record in a parquet's metadata; None where there is no such parquet, or not ours.
+
+        Raises:
+            D2MError: it cannot be told, for the file cannot be read.
+        """
+        path = self.path(f"{stem}.parquet")
         try:
-            with self.fs.open(self.path(f"{stem}.parquet"), "rb") as file:
-                note = (pq.read_metadata(file).metadata or {}).get(METADATA)
+            with self.fs.open(path, "rb") as file:
+                footer = _footer(file)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise D2MError(
+                f"{path} cannot be read: {error}; see to it and run the same command again"
+            ) from error
+        try:
+            note = (pq.read_metadata(pa.BufferReader(footer)).metadata or {}).get(METADATA)
             return Record.from_dict(json.loads(note)) if note else None
         except (OSError, pa.ArrowInvalid, ValueError, TypeError):
             return None
+
+
+def _footer(file: IO[bytes]) -> bytes:
+    """A parquet's metadata, the 4 bytes of its length and the 4 of the format's name.
+
+    Apart from its parsing, for arrow raises an OSError at a damaged file too.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    length = int.from_bytes(file.read(4), "little") + 8
+    file.seek(max(0, size - length))
+    return file.read()

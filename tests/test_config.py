@@ -251,7 +251,8 @@ def test_the_fingerprint_follows_what_changes_the_output(
 ) -> None:
     path = write_config(tmp_path / "c.yml", good)
     base = load(path).fingerprint({})
-    assert load(path, ["batch_size=3", "nworkers=1", "max_attempts=9"]).fingerprint({}) == base
+    for change in ("batch_size=3", "nworkers=1", "max_attempts=9", "compile=true"):
+        assert load(path, [change]).fingerprint({}) == base
     for change in ("resize=exact", "amp=bfloat16", "feature_dtype=float32", "additional_fields="):
         assert load(path, [change]).fingerprint({}) != base
     assert load(path).fingerprint({"a.pt": "00"}) != base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from d2m_hpc.errors import D2MError
 from d2m_hpc.outputs import METADATA, OutputDir
 from d2m_hpc.state.manifest import Record, Rejection
 
@@ -98,6 +100,48 @@ OTHERS: dict[str, Callable[[], bytes]] = {
 def test_a_parquet_that_is_not_ours_has_no_record(output: OutputDir, kind: str) -> None:
     put(output, "s.parquet", OTHERS[kind]())
     assert output.record("s") is None
+
+
+class Unreachable(io.RawIOBase):
+    """A file whose store answers the first question and no other."""
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return 1000
+
+    def read(self, size: int = -1) -> bytes:
+        raise TimeoutError("no answer from the store")
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_a_parquet_that_cannot_be_read_is_no_missing_one(
+    opens: bool, output: OutputDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shard would be computed again, or its folder taken for another program's."""
+
+    def open_(path: str, mode: str) -> Unreachable:
+        if opens:
+            return Unreachable()
+        raise TimeoutError("no answer from the store")
+
+    monkeypatch.setattr(output.fs, "open", open_)
+    with pytest.raises(D2MError, match=r"s\.parquet cannot be read: no answer .* run the same"):
+        output.record("s")
+
+
+def test_a_folder_in_a_parquets_place_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "s.parquet").mkdir()
+    with pytest.raises(D2MError, match="Is a directory"):
+        OutputDir(str(tmp_path)).record("s")
+
+
+def test_a_record_longer_than_any_guess_is_read(output: OutputDir) -> None:
+    """Thousands of rejections are megabytes of metadata."""
+    record = Record("s", "done", 2, [Rejection(f"{i:09d}", "x" * 90) for i in range(20_000)])
+    put(output, "s.parquet", parquet(json.dumps(record.to_dict()).encode()))
+    assert output.record("s") == record
 
 
 def test_paths_of_a_local_folder_are_absolute(

@@ -81,6 +81,9 @@ class Config(Section):
     amp: Annotated[Literal["auto", "float16", "bfloat16", "off"], BeforeValidator(_off_as_text)] = (
         "auto"
     )
+    compile: bool = Field(
+        False, description="compile the image nets for full batches; the first ones take minutes"
+    )
     resize: Literal["fast", "exact"] = "fast"
     feature_dtype: Literal["float16", "float32"] = "float16"
     shards_per_task: Count | None = None
@@ -112,6 +115,9 @@ class Config(Section):
 
     def fingerprint(self, hashes: Mapping[str, str]) -> dict[str, Any]:
         """The parts that decide what the output is.
+
+        `compile` is none, as little as the batch size or the GPU's model: it moves values by
+        rounding, and a run has both, as the last batch of each shard is not compiled.
 
         Args:
             hashes: sha256 of each checkpoint, by its published name.

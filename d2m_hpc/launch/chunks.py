@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+import numpy as np
+
 from d2m_hpc.state.manifest import Shard
 
 
@@ -15,18 +17,20 @@ def balanced(shards: Sequence[Shard], per_task: int) -> list[list[Shard]]:
     unknown size weigh as much as the mean. Each chunk keeps the shards' order.
     """
     known = [s.size for s in shards if s.size is not None]
-    mean = sum(known) / len(known) if known else 1
     if not known:
         return chunk(shards, per_task)
-    count = -(-len(shards) // per_task)
-    heap = [(0.0, i) for i in range(count)]
-    chosen: list[list[int]] = [[] for _ in range(count)]
-    weight = [mean if s.size is None else s.size for s in shards]
-    for i in sorted(range(len(shards)), key=lambda i: -weight[i]):
-        total, lightest = heapq.heappop(heap)
+    mean = sum(known) / len(known)
+    weights = np.array([mean if s.size is None else s.size for s in shards])
+    heaviest_first = np.argsort(-weights, kind="stable")
+    heap = [(0.0, i) for i in range(-(-len(shards) // per_task))]
+    chosen: list[list[int]] = [[] for _ in heap]
+    for i, weight in zip(heaviest_first.tolist(), weights[heaviest_first].tolist(), strict=True):
+        total, lightest = heap[0]
         chosen[lightest].append(i)
         if len(chosen[lightest]) < per_task:
-            heapq.heappush(heap, (total + weight[i], lightest))
+            heapq.heapreplace(heap, (total + weight, lightest))
+        else:
+            heapq.heappop(heap)
     return [[shards[i] for i in sorted(indices)] for indices in chosen]
 
 

@@ -7,12 +7,14 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch import plan
+from d2m_hpc.launch import nodes, plan
+from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.models import weights
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Manifest, Record, Shard
@@ -59,11 +61,13 @@ def canonical(values: dict[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False).encode()
 
 
-def inspect(config: Config, where: str) -> Workload:
+@uncollected()
+def inspect(config: Config, where: str, expansion: plan.Expansion | None = None) -> Workload:
     """Look at inputs and checkpoints; changes nothing.
 
     Args:
         where: the config file, for messages.
+        expansion: what the patterns name, where that is known.
 
     Raises:
         ConfigError: patterns that name no tar.
@@ -71,7 +75,7 @@ def inspect(config: Config, where: str) -> Workload:
     """
     config = absolute(config)
     run = run_dir(config)
-    expansion = plan.expand(config.input_tars)
+    expansion = expansion or plan.expand(config.input_tars)
     plan.check(expansion, where)
     fingerprint = config.fingerprint(checkpoint_hashes(config, run, where))
     notices = _notices(expansion)
@@ -91,6 +95,7 @@ class Decision:
         lost: records that are missing and were read back from finished parquets.
         in_flight: stems that pending or running array tasks will do.
         shard_seconds: mean time of the finished shards; None where there are none.
+        last_finished: when each node last finished a shard, in seconds since the epoch.
     """
 
     workload: Workload
@@ -100,14 +105,17 @@ class Decision:
     lost: list[Record] = field(default_factory=list)
     in_flight: set[str] = field(default_factory=set)
     shard_seconds: float | None = None
+    last_finished: dict[str, float] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def pending(self) -> list[Shard]:
+        """Computed once: all else has to be known before it is asked for."""
         settled = self.done | self.exhausted | self.in_flight
         return [s for s in self.shards if s.stem not in settled]
 
 
+@uncollected()
 def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
     """Compare what is asked for with records and outputs.
 
@@ -187,16 +195,17 @@ def _read_state(decision: Decision) -> None:
     ours, foreign = workload.fingerprint_id, []
     present = output.stems()
     for stem in (s.stem for s in decision.shards if s.stem in present):
-        record = manifest.done.get(stem)
-        if record is None and (record := _rebuild(output, stem)) is not None:
-            decision.lost.append(record)
-        if record is None:
+        found = manifest.done.get(stem) or _rebuild(output, stem)
+        if found is None:
             foreign.append(stem)
-        elif record.fingerprint == ours:
+        elif found.fingerprint == ours:
             decision.done.add(stem)
+        if isinstance(found, Record):
+            decision.lost.append(found)
     taken = [manifest.done[s] for s in decision.done if s in manifest.done]
     if taken:
         decision.shard_seconds = sum(r.finished - r.started for r in taken) / len(taken)
+    decision.last_finished = nodes.last_finished(manifest)
     if not workload.config.reprocess:
         _refuse_foreign(workload, foreign)
     decision.exhausted = {

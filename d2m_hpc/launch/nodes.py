@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from d2m_hpc.state.manifest import Manifest
@@ -31,36 +32,34 @@ def failures(run: RunDir) -> list[NodeFailure]:
     return sorted(found, key=lambda f: f.time)
 
 
-def in_a_row(run: RunDir) -> dict[str, list[NodeFailure]]:
-    """For each node its failures since a shard was last finished there."""
-    return _since(run, _last_finished(run))
-
-
-def to_exclude(run: RunDir, most: int) -> list[str]:
-    """Nodes that failed more than `most` tasks in a row, while another node finished shards.
-
-    Where none did, the fault is rather the config's, and no node would be left to try it on.
-    """
-    finished = _last_finished(run)
-    return sorted(
-        node
-        for node, row in _since(run, finished).items()
-        if len(row) > most
-        and any(time > row[0].time for other, time in finished.items() if other != node)
-    )
-
-
-def _last_finished(run: RunDir) -> dict[str, float]:
-    """When each node last finished a shard."""
+def last_finished(manifest: Manifest) -> dict[str, float]:
+    """When each node last finished a shard, in seconds since the epoch."""
     last: dict[str, float] = {}
-    for record in Manifest.load(run).done.values():
-        last[record.host] = max(last.get(record.host, 0.0), record.finished)
+    for outcome in manifest.done.values():
+        last[outcome.host] = max(last.get(outcome.host, 0.0), outcome.finished)
     return last
 
 
-def _since(run: RunDir, finished: dict[str, float]) -> dict[str, list[NodeFailure]]:
+def in_a_row(run: RunDir, finished: Mapping[str, float]) -> dict[str, list[NodeFailure]]:
+    """For each node its failures since a shard was last finished there."""
     rows: dict[str, list[NodeFailure]] = defaultdict(list)
     for failure in failures(run):
         if failure.time > finished.get(failure.node, 0.0):
             rows[failure.node].append(failure)
     return dict(rows)
+
+
+def to_exclude(run: RunDir, finished: Mapping[str, float], most: int) -> list[str]:
+    """Nodes that failed more than `most` tasks in a row, while another node finished shards.
+
+    Where none did, the fault is rather the config's, and no node would be left to try it on.
+
+    Args:
+        finished: when each node last finished a shard.
+    """
+    return sorted(
+        node
+        for node, row in in_a_row(run, finished).items()
+        if len(row) > most
+        and any(time > row[0].time for other, time in finished.items() if other != node)
+    )

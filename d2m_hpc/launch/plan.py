@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
-import hashlib
 import os
 import re
-import shlex
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.launch.naming import location, name_shards, scheme
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import atomic_write
-from d2m_hpc.urls import PIPE, is_local, is_pipe, is_remote
+from d2m_hpc.urls import is_local, is_pipe, is_remote
 
-_ARCHIVE = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
 _GLOB = re.compile(r"[*?\[]")
-_LONGEST = 200
-"""Bytes of a stem: a file name has 255, and temporary names are made from it."""
 
 
 @dataclass
@@ -61,6 +63,8 @@ class Expansion:
 
 
 def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -95,24 +99,46 @@ _MISSING = -1
 
 
 class _LocalSizes:
-    """Sizes of local files, by one listing of each folder: a stat each is slow on Lustre."""
+    """Sizes of local files, by one listing of each folder: a look-up each is slow on Lustre."""
 
     def __init__(self) -> None:
         self._folders: dict[str, dict[str, int]] = {}
 
     def __getitem__(self, path: str) -> int:
-        folder, name = os.path.split(path)
+        folder = path.rpartition("/")[0]
         if folder not in self._folders:
-            self._folders[folder] = self._list(folder)
-        return self._folders[folder].get(name, _MISSING)
+            self._folders[folder] = dict(_list(f"{folder}/", lambda name: True))
+        return self._folders[folder].get(path, _MISSING)
 
-    @staticmethod
-    def _list(folder: str) -> dict[str, int]:
-        try:
-            with os.scandir(folder) as entries:
-                return {e.name: e.stat().st_size for e in entries if e.is_file()}
-        except OSError:
-            return {}
+
+def _list(folder: str, matches: Callable[[str], object]) -> Iterator[tuple[str, int]]:
+    """The paths in a folder whose names match, but for folders, with their sizes.
+
+    Nothing else is asked for its size: beside tars lie as many files that are none.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if matches(entry.name) and not entry.is_dir():
+                yield folder + entry.name, _size(entry)
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size if entry.is_file() else _MISSING
+    except OSError:  # it was there a moment ago
+        return _MISSING
+
+
+def _glob(pattern: str) -> list[tuple[str, int]]:
+    """All that a pattern names, but for folders, sorted, with sizes."""
+    folder, _, name = pattern.rpartition("/")
+    if name == "**":
+        folder, name = pattern, "*"
+    folders = glob.glob(f"{folder}/", recursive=True) if _GLOB.search(folder) else [f"{folder}/"]
+    # As in a shell, what begins with a dot is named only by a pattern that does.
+    visible = "" if name.startswith(".") else r"(?!\.)"
+    matches = re.compile(visible + fnmatch.translate(name)).match
+    return sorted((pair for path in folders for pair in _list(path, matches)), key=itemgetter(0))
 
 
 def _expand_one(pattern: str, sizes: _LocalSizes) -> Iterator[tuple[str, int | None]]:
@@ -128,9 +154,7 @@ def _expand_one(pattern: str, sizes: _LocalSizes) -> Iterator[tuple[str, int | N
         else:
             path = _absolute(name)
             wild = _GLOB.search(path) and not os.path.isfile(path)
-            for match in sorted(glob.glob(path, recursive=True)) if wild else [path]:
-                if not (wild and os.path.isdir(match)):
-                    yield match, sizes[match]
+            yield from _glob(path) if wild else [(path, sizes[path])]
 
 
 def _absolute(path: str) -> str:
@@ -146,7 +170,7 @@ def _braces(pattern: str) -> Iterator[str]:
 
 def _expand_remote(url: str) -> Iterator[tuple[str, int | None]]:
     if not _GLOB.search(location(url)):
-        fsspec.get_filesystem_class(_scheme(url))  # a store that no library is here for
+        fsspec.get_filesystem_class(scheme(url))  # a store that no library is here for
         yield url, None
         return
     fs, path = fsspec.core.url_to_fs(url)
@@ -155,100 +179,63 @@ def _expand_remote(url: str) -> Iterator[tuple[str, int | None]]:
             yield fs.unstrip_protocol(match), info.get("size")
 
 
-def _scheme(url: str) -> str:
-    return url.partition("://")[0].rpartition("::")[2]
-
-
-def location(url: str) -> str:
-    """The path-like part of a url that names the tar: for a command, its word that ends in .tar."""
-    if is_pipe(url):
-        tars = [w for w in _words(url.removeprefix(PIPE)) if _ARCHIVE.search(w)]
-        return tars[-1] if tars else _short_hash(url)
-    if not is_remote(url):
-        return url
-    rest = url.partition("://")[2]
-    if _scheme(url) in ("http", "https"):  # elsewhere these two may be part of a name
-        rest = re.split("[?#]", rest, maxsplit=1)[0]
-    host, slash, path = rest.partition("/")
-    return host.rpartition("@")[2] + slash + path
-
-
-def _words(command: str) -> list[str]:
-    """A shell line's words, without its operators and with options' values on their own."""
-    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
-    lexer.whitespace_split, lexer.commenters = True, ""
-    try:
-        words = list(lexer)
-    except ValueError:
-        words = command.split()
-    return [re.sub("^-[^=]*=", "", word) for word in words]
-
-
-def _short_hash(url: str) -> str:
-    return hashlib.sha256(url.encode()).hexdigest()[:16]
-
-
-def name_shards(urls: Iterable[str], known: Mapping[str, str]) -> dict[str, str]:
-    """Give every url a stem of its own: the tar's, with its folders in front if stems collide.
-
-    Args:
-        urls: distinct urls.
-        known: url to stem of shards that were named before; these never change.
-
-    Returns:
-        url to stem, for all urls.
-    """
-    new = [url for url in urls if url not in known]
-    parts = {url: _stem_parts(url) for url in new}
-    taken = set(known.values())
-    named: dict[str, str] = {url: known[url] for url in urls if url in known}
-    depth = 1
-    while parts:
-        candidates = {url: "_".join(p[-depth:]) for url, p in parts.items()}
-        count = Counter(candidates.values())
-        for url, stem in candidates.items():
-            too_long = len(stem.encode()) > _LONGEST
-            if too_long or ((count[stem] > 1 or stem in taken) and depth >= len(parts[url])):
-                name = parts[url][-1].encode()[:_LONGEST].decode(errors="ignore")
-                stem = f"{name}_{_short_hash(url)}"
-            elif count[stem] > 1 or stem in taken:
-                continue
-            named[url] = stem
-            del parts[url]
-        taken.update(named.values())
-        depth += 1
-    return named
-
-
-def _stem_parts(url: str) -> list[str]:
-    *folders, name = [p for p in location(url).split("/") if p] or ["shard"]
-    return [*folders, _ARCHIVE.sub("", name) or name]
-
-
 def plan_shards(sizes: Mapping[str, int | None], known: Sequence[Shard] = ()) -> list[Shard]:
     """All shards of a run: those planned before, in their order, then the new ones."""
-    stems = name_shards(sizes, {s.url: s.stem for s in known})
-    old = {s.url for s in known}
-    kept = [s._replace(size=sizes.get(s.url, s.size)) for s in known]
-    return kept + [Shard(stems[u], u, size) for u, size in sizes.items() if u not in old]
+    planned = {s.url for s in known}
+    kept = [
+        s if (size := sizes.get(s.url, s.size)) == s.size else s._replace(size=size) for s in known
+    ]
+    new = [url for url in sizes if url not in planned]
+    stems = name_shards(new, (s.stem for s in known)) if new else []
+    return kept + [Shard(stem, url, sizes[url]) for stem, url in zip(stems, new, strict=True)]
 
 
 _SCHEMA = pa.schema([("stem", pa.string()), ("url", pa.string()), ("size", pa.int64())])
 
 
 def write_shards(path: Path, shards: Sequence[Shard]) -> None:
-    columns = [list(c) for c in zip(*shards, strict=True)] or [[], [], []]
-    table = pa.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
+    stems, urls = _strings(s.stem for s in shards), _strings(s.url for s in shards)
+    columns = [stems, urls, _integers([s.size for s in shards])]
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(pa.table(columns, schema=_SCHEMA), sink)
     atomic_write(path, sink.getvalue().to_pybytes())
 
 
+# By their buffers (Arrow's columnar format): `pyarrow.array`, like `read_table`, imports pandas
+# where it is installed, and that takes up to a second.
+
+
+def _strings(texts: Iterable[str]) -> pa.Array:
+    encoded = [text.encode() for text in texts]
+    offsets = array("i", accumulate(map(len, encoded), initial=0))
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(encoded), buffers)
+
+
+def _integers(values: Sequence[int | None]) -> pa.Array:
+    known = np.packbits(np.array([v is not None for v in values], bool), bitorder="little")
+    numbers = array("q", (v or 0 for v in values))
+    buffers = [pa.py_buffer(known), pa.py_buffer(numbers)]
+    return pa.Array.from_buffers(pa.int64(), len(values), buffers)
+
+
 def read_shards(path: Path) -> list[Shard]:
+    return list(map(Shard, *_read(path, _SCHEMA.names)))
+
+
+def read_stems(path: Path) -> list[str]:
+    """Of all shards of a plan, in its order."""
+    [stems] = _read(path, ["stem"])
+    return stems
+
+
+def _read(path: Path, columns: Sequence[str]) -> list[list[Any]]:
+    """Each column's values; none where there is no plan yet."""
     if not path.exists():
-        return []
-    columns = pq.read_table(path, schema=_SCHEMA).to_pydict()
-    return [Shard(*row) for row in zip(*columns.values(), strict=True)]
+        return [[] for _ in columns]
+    with pq.ParquetFile(path) as file:
+        table = file.read(columns)
+    return [table[name].to_pylist() for name in columns]
 
 
 def check(expansion: Expansion, where: str) -> None:

@@ -14,6 +14,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.launch import plan
 from d2m_hpc.launch.decide import absolute, checkpoint_hashes, run_dir
+from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.rundir import RunDir
@@ -23,17 +24,21 @@ PROBED = 3
 """Inputs that are opened: the first, the middle one and the last."""
 
 
-def check(config: Config, where: str) -> None:
-    """
+def check(config: Config, where: str) -> plan.Expansion:
+    """Returns the inputs, so that nobody lists a million of them a second time.
+
     Raises:
         ConfigError: with everything that was found.
     """
     config = absolute(config)
     run = run_dir(config)
-    problems = [*_output(config), *_leases(run), *_inputs(config)]
+    with uncollected():
+        inputs = plan.expand(config.input_tars)
+    problems = [*_output(config), *_leases(run), *_inputs(inputs)]
     problems += [*_weights(config, run, where), *_custom_file(config)]
     if problems:
         raise ConfigError(f"{where}, preflight (--no-preflight skips it)", problems)
+    return inputs
 
 
 def _output(config: Config) -> Iterator[str]:
@@ -62,10 +67,10 @@ def _leases(run: RunDir) -> Iterator[str]:
         yield f"run_dir: two tasks could claim one shard in {run.root}; put it on another disk"
 
 
-def _inputs(config: Config) -> Iterator[str]:
-    expansion = plan.expand(config.input_tars)
+def _inputs(expansion: plan.Expansion) -> Iterator[str]:
     yield from expansion.mistakes
-    urls = [u for u in expansion.sizes if not is_pipe(u) and u not in expansion.missing]
+    missing = set(expansion.missing)
+    urls = [u for u in expansion.sizes if not is_pipe(u) and u not in missing]
     step = max(1, (len(urls) - 1) // (PROBED - 1))
     for url in dict.fromkeys([*urls[::step][: PROBED - 1], *urls[-1:]]):
         try:

@@ -163,7 +163,10 @@ def report(found: Report) -> None:
     for fault in found.faults:
         console.print(f"{fault.file} {fault.what}", style="red")
     wrong = len({f.file for f in found.faults})
-    console.print(f"{found.checked} shards checked, {wrong} files wrong")
+    checked = f"{found.checked} shards checked"
+    if found.checked < found.done:
+        checked = f"checked {found.checked:,} of {found.done:,} shards, a random sample"
+    console.print(f"{checked}, {wrong} files wrong")
 
 
 def checkpoints(known: Sequence[Checkpoint]) -> None:

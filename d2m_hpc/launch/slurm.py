@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import subprocess
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +143,16 @@ class Queue:
 
     def of(self, array: Array) -> list[Element]:
         """Its elements, by job id, or by name where the id was never written down."""
-        return [
-            e
-            for e in self.all
-            if e.name == array.name and (not array.job_id or e.job_id == array.job_id)
-        ]
+        named = self._by_name.get(array.name, [])
+        return [e for e in named if not array.job_id or e.job_id == array.job_id]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Element]]:
+        """A large run has hundreds of arrays, each asked for, and tens of thousands of elements."""
+        named = defaultdict(list)
+        for element in self.all:
+            named[element.name].append(element)
+        return named
 
     def live(self, array: Array) -> list[Element]:
         """Its elements that are pending or running."""

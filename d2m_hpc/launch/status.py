@@ -7,7 +7,8 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from d2m_hpc.config import Config, load
 from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
 from d2m_hpc.launch import nodes, plan, slurm
 from d2m_hpc.launch.decide import run_dir
-from d2m_hpc.state.manifest import Manifest, Record
+from d2m_hpc.launch.uncollected import uncollected
+from d2m_hpc.state.manifest import Manifest, Outcome
+from d2m_hpc.state.merge import listed
 from d2m_hpc.state.rundir import RunDir
 from d2m_hpc.urls import is_local
 
@@ -96,13 +99,14 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
     return run, config
 
 
+@uncollected()
 def summarise(run: RunDir, config: Config) -> Summary:
     """Read records, leases and progress files; asks nobody else."""
     manifest = Manifest.load(run)
-    stems = [s.stem for s in plan.read_shards(run.shards)]
+    stems = plan.read_stems(run.shards)
     done = [manifest.done[s] for s in stems if s in manifest.done]
     failed = {s: r for s in stems if (r := manifest.failures.get(s)) and s not in manifest.done}
-    running = _held(run, config.lease_seconds) & set(stems) - manifest.done.keys()
+    running = (_held(run, config.lease_seconds) - manifest.done.keys()).intersection(stems)
     tasks = _tasks(run)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     rows = sum(r.rows for r in done)
@@ -110,6 +114,7 @@ def summarise(run: RunDir, config: Config) -> Summary:
     speed = sum(t["rows"] / max(t["updated"] - t["started"], 1e-9) for t in active)
     left = len(stems) - len(done) - len(failed.keys() - running)
     mean = rows / len(done) if done else 0
+    rejections = _by_reason(done)
     return Summary(
         run_dir=str(run.root),
         output=config.output_metadata_dir,
@@ -119,16 +124,18 @@ def summarise(run: RunDir, config: Config) -> Summary:
         pending=pending,
         running=len(running),
         rows=rows,
-        rejected=sum(len(r.rejections) for r in done),
+        rejected=sum(rejections.values()),
         recomputed=sum(r.recomputed for r in done),
         samples_per_second=round(speed or _past_speed(done), 2),
         eta_seconds=round(left * mean / speed, 1) if speed and mean else None,
         gpu_hours=round(sum(t["updated"] - t["started"] for t in tasks if _has_gpu(t)) / 3600, 3),
         tasks=_queued(run),
         stragglers=_stragglers(active),
-        broken_nodes={n: row[-1].why for n, row in nodes.in_a_row(run).items()},
+        broken_nodes={
+            n: row[-1].why for n, row in nodes.in_a_row(run, nodes.last_finished(manifest)).items()
+        },
         failures=_grouped(run, failed),
-        rejections=_by_reason(done),
+        rejections=rejections,
     )
 
 
@@ -148,13 +155,20 @@ def _mtime(path: Path) -> float:
 
 def _tasks(run: RunDir) -> list[dict[str, Any]]:
     """What every attempt of every task last said of itself."""
-    found = []
-    for path in run.progress.glob("*.json") if run.progress.is_dir() else ():
-        try:
-            found.append(json.loads(path.read_bytes()))
-        except (OSError, ValueError):
-            continue  # it is being written
-    return found
+    last: dict[str, dict[str, Any]] = {}
+    for told in _all_told(run):
+        known = last.setdefault(told["task"], told)
+        if told["updated"] > known["updated"]:
+            last[told["task"]] = told
+    return list(last.values())
+
+
+def _all_told(run: RunDir) -> Iterator[dict[str, Any]]:
+    for path in listed(run.progress):
+        with suppress(FileNotFoundError):
+            for line in path.read_bytes().splitlines():
+                with suppress(ValueError):  # it is being written
+                    yield json.loads(line)
 
 
 def _is_active(task: dict[str, Any]) -> bool:
@@ -185,7 +199,7 @@ def _stragglers(active: list[dict[str, Any]]) -> list[str]:
     return sorted(task for task, share in shares.items() if share < median / 2)
 
 
-def _past_speed(done: list[Record]) -> float:
+def _past_speed(done: list[Outcome]) -> float:
     """Over all tasks, from the first start to the last end."""
     if not done:
         return 0.0
@@ -197,10 +211,10 @@ _ITS_OWN = re.compile(r"\S*/\S*|'[^']*'|\S*\d\S*")
 """What tells one shard's message from another's of the same kind: paths, names and figures."""
 
 
-def _grouped(run: RunDir, failed: dict[str, list[Record]]) -> list[Failure]:
+def _grouped(run: RunDir, failed: dict[str, list[Outcome]]) -> list[Failure]:
     groups: dict[tuple[str, str], Failure] = {}
-    for stem, records in failed.items():
-        last = records[-1]
+    for stem, outcomes in failed.items():
+        last = outcomes[-1]
         alike = "" if last.kind == TruncatedShard.__name__ else _ITS_OWN.sub("#", last.error)
         key = (last.kind, alike)
         log = str(_log_file(run, last.task)) if last.task else ""
@@ -209,14 +223,13 @@ def _grouped(run: RunDir, failed: dict[str, list[Record]]) -> list[Failure]:
     return sorted(groups.values(), key=lambda g: -len(g.shards))
 
 
-def _by_reason(done: Iterable[Record]) -> dict[str, int]:
-    """Rejections counted by the start of their reason."""
-    counts: dict[str, int] = {}
-    for record in done:
-        for _, reason in record.rejections:
-            short = reason.split(":")[0].split(";")[0]
-            counts[short] = counts.get(short, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+def _by_reason(done: Iterable[Outcome]) -> dict[str, int]:
+    """Rejections counted by the start of their reason, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for outcome in done:
+        for reason, count in outcome.rejected:
+            counts[reason] += count
+    return dict(counts.most_common())
 
 
 def log_of(run: RunDir, stem: str) -> Path:
@@ -230,8 +243,8 @@ def log_of(run: RunDir, stem: str) -> Path:
         if task["shard"] == stem:
             newest[task["task"]] = task["updated"]
     manifest = Manifest.load(run)
-    records = manifest.failures.get(stem, []) + [r for r in [manifest.done.get(stem)] if r]
-    newest |= {r.task: r.finished for r in records}
+    outcomes = manifest.failures.get(stem, []) + [r for r in [manifest.done.get(stem)] if r]
+    newest |= {r.task: r.finished for r in outcomes}
     if not newest:
         raise ConfigError(str(run.root), [f"no task has worked on shard {stem!r} yet"])
     return _log_file(run, max(newest, key=lambda task: newest[task]))

@@ -17,8 +17,11 @@ from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch import chunks as chunking
 from d2m_hpc.launch import nodes, plan, sbatch, slurm
 from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
+from d2m_hpc.launch.uncollected import uncollected
+from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Recorder, Shard
+from d2m_hpc.state.merge import merge_silent
 from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
 
 if TYPE_CHECKING:
@@ -39,7 +42,8 @@ def submitting(run: RunDir) -> Iterator[None]:
     while not lease.claim():
         time.sleep(0.2)
     try:
-        for folder in (run.root, *(s.folder for s in run.submissions())):
+        submissions = (s.folder for s in run.submissions())
+        for folder in (run.root, run.records, run.progress, *submissions):
             for left in folder.glob(".*.tmp"):
                 left.unlink(missing_ok=True)
         yield
@@ -54,6 +58,7 @@ def commit(decision: Decision, chunks: Iterable[list[Shard]]) -> Submission:
     return submission
 
 
+@uncollected()
 def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shard]]) -> None:
     workload, run = decision.workload, decision.workload.run
     values = workload.config.model_dump(mode="json")
@@ -65,13 +70,17 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shar
         "host": socket.gethostname(),
         "version": __version__,
     }
-    lines = "".join(json.dumps(c) + "\n" for c in chunks)
     plan.write_shards(run.shards, decision.shards)
-    atomic_write(submission.chunks, lines.encode())
+    write_chunks(submission, chunks)
     atomic_write(submission.config, text.encode())
     atomic_write(run.config, text.encode())
     atomic_write(run.fingerprint, canonical(workload.fingerprint))
     atomic_write(submission.intent, json.dumps(intent).encode())
+
+
+def tidy(workload: Workload) -> None:
+    """Few files instead of many, of tasks that the watchdog would have ended twice over."""
+    merge_silent(workload.run, 2 * workload.config.stall_seconds)
 
 
 def repair(decision: Decision) -> None:
@@ -81,9 +90,10 @@ def repair(decision: Decision) -> None:
     for record in decision.lost:
         recorder.append(record)
     for path in run.leases.glob("*.lock"):
-        lease = Lease(path, decision.workload.config.lease_seconds)
-        if path.stem in decision.done and lease.claim():
-            lease.release()
+        if path.stem in decision.done:
+            lease = Lease(path, decision.workload.config.lease_seconds)
+            if lease.claim():
+                lease.release()
 
 
 def in_flight(run: RunDir, live: slurm.Queue) -> set[str]:
@@ -91,17 +101,16 @@ def in_flight(run: RunDir, live: slurm.Queue) -> set[str]:
     stems: set[str] = set()
     for submission in run.submissions():
         for array in slurm.read_arrays(submission):
-            elements = live.elements(array)
-            indices = {i for e in elements for i in array.chunks_of(e)}
-            if indices:
-                stems |= _stems(submission, indices)
+            if elements := live.elements(array):
+                stems |= _stems(submission, (i for e in elements for i in array.chunks_of(e)))
     return stems
 
 
-def _stems(submission: Submission, indices: set[int]) -> set[str]:
-    with open(submission.chunks, encoding="utf-8") as file:
-        lines = [line for i, line in enumerate(file) if i in indices]
-    return {shard[0] for line in lines for shard in json.loads(line)}
+def _stems(submission: Submission, numbers: Iterable[int]) -> set[str]:
+    """Of the shards in some chunks; the last element of an array may have fewer than its ranks."""
+    chunks = Chunks(submission)
+    count = len(chunks)
+    return {s.stem for chunk in chunks.read(i for i in numbers if i < count) for s in chunk}
 
 
 def look(workload: Workload) -> Decision:
@@ -122,6 +131,7 @@ def run_local(
     """
     run = workload.run
     with submitting(run):
+        tidy(workload)
         decision = look(workload)
         repair(decision)
         submission = commit(decision, [decision.pending]) if decision.pending else None
@@ -132,6 +142,7 @@ def run_local(
             run_task(run.root, submission.name, 0, local=True, listener=listener)
 
 
+@uncollected()
 def propose(workload: Workload, decision: Decision, submission: str) -> slurm.Proposal:
     """The chunks and arrays that a submit would make; asks Slurm only for its MaxArraySize."""
     config = workload.config
@@ -145,7 +156,7 @@ def propose(workload: Workload, decision: Decision, submission: str) -> slurm.Pr
         config.slurm.max_parallel,
         f"d2m-{token}-{submission}",
     )
-    excluded = nodes.to_exclude(workload.run, config.max_node_failures)
+    excluded = nodes.to_exclude(workload.run, decision.last_finished, config.max_node_failures)
     return slurm.Proposal(chunks, arrays, sbatch.options(config.slurm, excluded))
 
 
@@ -157,6 +168,7 @@ def run_slurm(workload: Workload, on_decision: Callable[[Decision], None]) -> li
     """
     run = workload.run
     with submitting(run):
+        tidy(workload)
         decision = decide(workload, in_flight(run, slurm.queue()))
         repair(decision)
         on_decision(decision)
@@ -181,6 +193,7 @@ def _intend(workload: Workload, decision: Decision) -> tuple[Submission, slurm.P
 def prepare(workload: Workload, on_decision: Callable[[Decision], None]) -> list[str]:
     """As `run_slurm`, but leave sbatch to the user; returns the commands to run, one an array."""
     with submitting(workload.run):
+        tidy(workload)
         decision = look(workload)
         repair(decision)
         on_decision(decision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d2m_hpc.config import Config
+from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.outputs import OutputDir
-from d2m_hpc.state.manifest import Manifest, Record
+from d2m_hpc.state.manifest import Manifest, Outcome
 from d2m_hpc.state.rundir import RunDir
 
 
@@ -29,31 +31,46 @@ class Fault:
 
 @dataclass
 class Report:
+    """How many of the finished shards were checked, and what was found."""
+
     checked: int
+    done: int
     faults: list[Fault]
 
 
-def verify(run: RunDir, config: Config) -> Report:
-    """Check every finished shard's files, and that the folder holds no others."""
+def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0) -> Report:
+    """Check every finished shard's files, and that the folder holds no others.
+
+    Args:
+        sample: the files of so many shards only, drawn at random.
+        seed: of the draw; the same one draws the same of the same shards.
+    """
     output = OutputDir(config.output_metadata_dir)
-    done = Manifest.load(run).done
+    with uncollected():
+        done = Manifest.load(run).done
+    stems = sorted(done)
+    if sample is not None and sample < len(stems):
+        stems = sorted(random.Random(seed).sample(stems, sample))
     carried = config.additional_fields
-    faults = [f for stem in sorted(done) for f in check_shard(output, done[stem], carried)]
+    faults = [f for stem in stems for f in check_shard(output, stem, done[stem], carried)]
     for suffix in (".npz", ".parquet"):
         strays = sorted(output.stems(suffix) - done.keys())
         faults += [Fault(f"{s}{suffix}", "has no record; run d2m-submit again") for s in strays]
-    return Report(len(done), faults)
+    return Report(len(stems), len(done), faults)
 
 
-def check_shard(output: OutputDir, record: Record, carried: Collection[str] = ()) -> list[Fault]:
+def check_shard(
+    output: OutputDir, stem: str, record: Outcome, carried: Collection[str] = ()
+) -> list[Fault]:
     """What is wrong with one shard's pair.
 
     Args:
+        record: what its newest record says.
         carried: columns with the samples' own values, which may be anything.
     """
     faults = []
     for suffix, sha256 in ((".parquet", record.parquet_sha256), (".npz", record.npz_sha256)):
-        name = f"{record.shard}{suffix}"
+        name = f"{stem}{suffix}"
         try:
             with output.fs.open(output.path(name), "rb") as file:
                 data = file.read()
@@ -80,7 +97,9 @@ def _problems(data: bytes, suffix: str, rows: int, carried: Collection[str]) -> 
 
 
 def _check_parquet(data: bytes, rows: int, carried: Collection[str]) -> list[str]:
-    table = pq.read_table(io.BytesIO(data))
+    # Arrow's threads would hold on to `data`, and abort a process that ends before they let go.
+    with pq.ParquetFile(io.BytesIO(data), pre_buffer=False) as file:
+        table = file.read(use_threads=False)
     problems = [f"has {table.num_rows} rows, its record {rows}"] if table.num_rows != rows else []
     for name in table.column_names:
         bad = 0 if name in carried else _non_finite(table[name])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,16 +33,16 @@ class ImageStats(nn.Module):
         self.laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=device)
         self.dct = _dct_rows(32, HASH_SIDE).to(device)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str], Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """
         Args:
             pixels: uint8 [B, 3, 256, 256].
 
         Returns:
             float32 [B] each: mean luma and its standard deviation (of [0, 1]), variance of the
-            Laplacian, entropy of the luma (bits, at most 8); then the 64-bit perceptual hashes as
-            16 hexadecimal digits, and histograms [B, 48]: 16 bins of red, of green and of blue,
-            each colour summing to 1.
+            Laplacian, entropy of the luma (bits, at most 8); then the bits of the perceptual
+            hashes, bool [B, 8, 8], and histograms float32 [B, 48]: 16 bins of red, of green and of
+            blue, each colour summing to 1.
         """
         with torch.autocast(pixels.device.type, enabled=False):
             luma = (pixels.float() * self.luma).sum(dim=1)
@@ -55,25 +57,31 @@ class ImageStats(nn.Module):
                 _histogram(pixels),
             )
 
-    def _hash(self, luma: Tensor) -> list[str]:
+    def on_host(self, output: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """The same with the hashes as 16 hexadecimal digits."""
+        *before, bits, histogram = output
+        rows = bits.flatten(1).tolist()
+        return *before, [f"{int(''.join('01'[b] for b in row), 2):016x}" for row in rows], histogram
+
+    def _hash(self, luma: Tensor) -> Tensor:
         """A bit for each low frequency above the median (Zauner, 2010, the phash of 32x32 DCT)."""
         small = F.adaptive_avg_pool2d(luma[:, None], 32)[:, 0]
-        low = (self.dct @ small @ self.dct.T).flatten(1)
+        low = self.dct @ small @ self.dct.T
         # The mean (frequency 0) says nothing of the picture's structure.
-        bits = (low > low[:, 1:].median(dim=1, keepdim=True).values).tolist()
-        return [f"{int(''.join('01'[b] for b in row), 2):016x}" for row in bits]
+        median = low.flatten(1)[:, 1:].median(dim=1).values
+        return low > median[:, None, None]
 
 
 def _counts(values: Tensor, bins: int) -> Tensor:
     """Histograms float32 [B, bins] of integers [B, n] in [0, bins)."""
-    rows = torch.arange(len(values), device=values.device)[:, None] * bins
-    counts = torch.bincount((values.long() + rows).flatten(), minlength=len(values) * bins)
-    return counts.view(len(values), bins).float()
+    # `bincount` would look for the largest value on the device and hold up the host for that.
+    counts = torch.zeros(len(values), bins, device=values.device)
+    return counts.scatter_add_(1, values.long(), torch.ones_like(values, dtype=torch.float32))
 
 
 def _entropy(luma: Tensor) -> Tensor:
     p = _counts(luma.round().flatten(1), 256) / luma[0].numel()
-    return torch.xlogy(p, 1 / p).sum(dim=1) / torch.log(torch.tensor(2.0, device=luma.device))
+    return torch.xlogy(p, 1 / p).sum(dim=1) / math.log(2)
 
 
 def _histogram(pixels: Tensor) -> Tensor:

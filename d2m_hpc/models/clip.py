@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from d2m_hpc.models.buckets import run_by_length
 from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.transfer import conv_layout, to_device
 
 
 class OpenAIClip(nn.Module):
@@ -22,12 +23,20 @@ class OpenAIClip(nn.Module):
     def __init__(self, device: torch.device, weights: Weights) -> None:
         super().__init__()
         self.clip = load(weights, self.checkpoint).to(device).eval()
+        self.clip.visual.conv1.to(memory_format=conv_layout(device))
+        self.device = device
+
+    @property
+    def image_net(self) -> nn.Module:
+        """What may be compiled: its shapes are fixed."""
+        net: nn.Module = self.clip.visual
+        return net
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
             images: float32 [B, 3, 224, 224], normalised.
-            tokens: int64 [B, 77].
+            tokens: int64 [B, 77], on the CPU: their lengths are looked at before they are sent.
 
         Returns:
             float32 [B, D] of the images and of the texts, each row of length 1.
@@ -41,10 +50,10 @@ class OpenAIClip(nn.Module):
         ends = tokens.argmax(dim=1)
 
         def run(rows: Tensor, length: int) -> Tensor:
-            chosen = rows.to(tokens.device)
-            return self._encode_cut(tokens[chosen, :length], ends[chosen])
+            chosen = to_device(tokens[rows, :length], self.device)
+            return self._encode_cut(chosen, to_device(ends[rows], self.device))
 
-        return run_by_length(ends.cpu() + 1, run)
+        return run_by_length(ends + 1, run, self.device)
 
     def _encode_cut(self, tokens: Tensor, ends: Tensor) -> Tensor:
         clip, length = self.clip, tokens.shape[1]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.transfer import conv_layout
 
 CHECKPOINT = "isc_ft_v107.pth.tar"
 REFERENCES = "eval_dedup_embeddings.pt"
@@ -42,10 +43,17 @@ class IscNet(nn.Module):
 class IscFtV107(nn.Module):
     def __init__(self, device: torch.device, weights: Weights) -> None:
         super().__init__()
-        self.net = load(weights).to(device).eval()
+        self.layout = conv_layout(device)
+        self.net = load(weights).to(device).to(memory_format=self.layout).eval()
         with weights.used(REFERENCES):
             references = weights.load(REFERENCES).float().t().contiguous()
         self.references = references.to(device)
+
+    @property
+    def image_net(self) -> nn.Module:
+        """What may be compiled: its shapes are fixed."""
+        net: nn.Module = self.net
+        return net
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -56,7 +64,8 @@ class IscFtV107(nn.Module):
             float32 [B, 256], each row of length 1, and float32 [B]: the largest dot product with
             a reference embedding.
         """
-        descriptors = F.normalize(self.net(images).float(), dim=1)
+        laid_out = images.contiguous(memory_format=self.layout)
+        descriptors = F.normalize(self.net(laid_out).float(), dim=1)
         with torch.autocast(descriptors.device.type, enabled=False):
             return descriptors, (descriptors @ self.references).amax(dim=1)
 

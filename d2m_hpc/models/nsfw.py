@@ -15,19 +15,7 @@ CHECKPOINT = "nsfw_torch.pt"
 class NsfwImage(nn.Module):
     def __init__(self, device: torch.device, weights: Weights) -> None:
         super().__init__()
-        self.head = nn.Sequential(
-            OrderedDict(
-                norm=nn.BatchNorm1d(768, eps=0.0),
-                dense=nn.Linear(768, 64),
-                relu=nn.ReLU(),
-                dense1=nn.Linear(64, 512),
-                relu1=nn.ReLU(),
-                dense2=nn.Linear(512, 256),
-                relu2=nn.ReLU(),
-                dense3=nn.Linear(256, 1),
-                sigmoid=nn.Sigmoid(),
-            )
-        )
+        self.head = head()
         with weights.used(CHECKPOINT):
             self.head.load_state_dict(weights.load(CHECKPOINT))
         self.head.to(device).eval()
@@ -45,3 +33,20 @@ class NsfwImage(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             scores: Tensor = self.head(features).squeeze(1)
         return scores
+
+
+def head() -> nn.Sequential:
+    """The net, named as its checkpoint's keys are."""
+    return nn.Sequential(
+        OrderedDict(
+            norm=nn.BatchNorm1d(768, eps=0.0),
+            dense=nn.Linear(768, 64),
+            relu=nn.ReLU(),
+            dense1=nn.Linear(64, 512),
+            relu1=nn.ReLU(),
+            dense2=nn.Linear(512, 256),
+            relu2=nn.ReLU(),
+            dense3=nn.Linear(256, 1),
+            sigmoid=nn.Sigmoid(),
+        )
+    )

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import regex
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,8 +19,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from d2m_hpc.models.tokens import clip_tokens
+
 CLIP_SIZE = 224
-CLIP_CONTEXT = 77
 FACES_SIZE = 224
 DEDUP_SIZE = 512
 STATS_SIZE = 256
@@ -45,9 +45,7 @@ class Picture:
     @cached_property
     def tensor(self) -> Tensor:
         """uint8 [3, H, W], channels last in memory, where torchvision's kernels are fastest."""
-        source = self._source
-        pixels = np.array(source) if isinstance(source, Image.Image) else source
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return _tensor(self._source)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -58,6 +56,12 @@ class Picture:
 
     def form(self, exact: bool) -> Image.Image | Tensor:
         return self.pil if exact else self.tensor
+
+
+def _tensor(source: Image.Image | NDArray[np.uint8]) -> Tensor:
+    """uint8 [3, H, W] of an RGB image; a pixel's channels lie together, as they came."""
+    pixels = np.array(source) if isinstance(source, Image.Image) else source
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,8 @@ def _resize(
 
 
 def _bytes(image: Image.Image | Tensor) -> Tensor:
-    """uint8 [3, H, W]."""
-    tensor: Tensor = F.pil_to_tensor(image) if isinstance(image, Image.Image) else image
-    return tensor.contiguous()
+    """uint8 [3, H, W], channels last in memory, as conv nets on the device want it too."""
+    return _tensor(image) if isinstance(image, Image.Image) else image
 
 
 def _limit(pixels: int, options: Options, what: str) -> None:
@@ -127,11 +130,22 @@ def faces_image(picture: Picture, options: Options) -> tuple[Tensor, Tensor]:
     _limit(side * side, options, f"padding {width}x{height} to a square")
     left, top = (side - width) // 2, (side - height) // 2
     padding = [left, top, side - width - left, side - height - top]
-    padded = F.pad(picture.form(options.exact), padding, fill=255)
+    padded = _pad(picture.form(options.exact), padding, side)
     resized = F.resize(
         padded, [FACES_SIZE], interpolation=InterpolationMode.BICUBIC, antialias=True
     )
     return _bytes(resized), torch.tensor(padding, dtype=torch.float32) / side
+
+
+def _pad(image: Image.Image | Tensor, padding: list[int], side: int) -> Image.Image | Tensor:
+    """In white; tensors by hand, as torchvision's `pad` takes a pixel's channels apart."""
+    if isinstance(image, Image.Image):
+        padded: Image.Image = F.pad(image, padding, fill=255)
+        return padded
+    square = torch.full((side, side, 3), 255, dtype=torch.uint8).permute(2, 0, 1)
+    left, top, right, bottom = padding
+    square[:, top : side - bottom, left : side - right] = image
+    return square
 
 
 def dedup_image(picture: Picture, options: Options) -> Tensor:
@@ -146,34 +160,6 @@ def stats_image(picture: Picture, options: Options) -> Tensor:
     return _bytes(_resize(picture, size, options, InterpolationMode.BILINEAR))
 
 
-def clip_tokens(text: str, options: Options) -> Tensor:
-    """int64 [77]: CLIP's BPE tokens, cut with the end token kept, padded with 0."""
-    tokens: Tensor = _tokenizer()(text)[0]
-    return tokens
-
-
-@lru_cache(maxsize=1)
-def _tokenizer() -> Any:
-    """open_clip's tokenizer with OpenAI's special tokens.
-
-    OpenAI's reads `<|endoftext|>` inside a caption as that token (openai/CLIP,
-    simple_tokenizer.py); DataComp's published features were made so.
-    """
-    from open_clip.tokenizer import SimpleTokenizer
-
-    tokenizer = SimpleTokenizer(context_length=CLIP_CONTEXT)
-    names = ("<|startoftext|>", "<|endoftext|>")
-    for name, token in zip(names, tokenizer.all_special_ids, strict=True):
-        del tokenizer.encoder[tokenizer.decoder[token]]
-        tokenizer.encoder[name] = token
-        tokenizer.decoder[token] = name
-    tokenizer.cache = {name: name for name in names}
-    special = "|".join(map(regex.escape, names))
-    rest = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-    tokenizer.pat = regex.compile(f"{special}|{rest}", regex.IGNORECASE)
-    return tokenizer
-
-
 def identity(value: Any, options: Options) -> Any:
     """The raw input as it is; an image as PIL."""
     return value.pil if isinstance(value, Picture) else value
@@ -182,11 +168,18 @@ def identity(value: Any, options: Options) -> Any:
 def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Tensor], Tensor]:
     """uint8 [B, 3, H, W] on any device to float32, channel by channel (x / 255 - mean) / std."""
 
+    @cache
+    def constants(device: torch.device) -> tuple[Tensor, Tensor]:
+        """Made once: a copy from the host's ordinary memory would wait for the device."""
+        centre, scale = torch.tensor([mean, std], dtype=torch.float64).view(2, 3, 1, 1)
+        return (-centre / scale).float().to(device), (1 / scale).float().to(device)
+
     def normalise(pixels: Tensor) -> Tensor:
-        options = {"device": pixels.device, "dtype": torch.float32}
-        centre = torch.tensor(mean, **options).view(3, 1, 1)  # type: ignore[arg-type]
-        scale = torch.tensor(std, **options).view(3, 1, 1)  # type: ignore[arg-type]
-        return pixels.float().div_(255).sub_(centre).div_(scale)
+        # Two passes over the memory; with one the rounding is another, which deep nets amplify to
+        # 5e-5 on pictures of one colour. This one is the reference's, bit for bit, at 0.5 and 0.5.
+        unit = torch.div(pixels, 255)
+        shift, factor = constants(pixels.device)
+        return torch.addcmul(shift, unit, factor, out=unit)
 
     return normalise
 
@@ -199,7 +192,7 @@ PREPROCESSORS: dict[str, Preprocessor] = {
         clip_image,
         normaliser((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     ),
-    "clip-tokens": Preprocessor(clip_tokens),
+    "clip-tokens": Preprocessor(lambda text, options: clip_tokens(text)),
     "faces-aug": Preprocessor(faces_image, lambda batch: (_halves(batch[0]), batch[1])),
     "dedup-aug": Preprocessor(dedup_image, _halves),
     "stats-aug": Preprocessor(stats_image),

@@ -21,6 +21,7 @@ class ModelSpec:
         raw_inputs, preprocessors: pairwise, the inputs of `forward`.
         dependencies: models whose outputs follow as further inputs of `forward`.
         to_device: move the inputs to the model's device.
+        on_host: preprocessors whose inputs stay on the host even so; the model sends their parts.
         target: `module:class` of a built-in model; empty for one of a custom file.
         checkpoints: names of the files it needs, as `models.weights` knows them.
     """
@@ -30,6 +31,7 @@ class ModelSpec:
     preprocessors: tuple[str, ...] = ()
     dependencies: tuple[str, ...] = ()
     to_device: bool = True
+    on_host: tuple[str, ...] = ()
     target: str = ""
     checkpoints: tuple[str, ...] = ()
 
@@ -54,6 +56,7 @@ class Post:
 _IMAGE_TEXT: dict[str, Any] = {
     "raw_inputs": ("image", "text"),
     "preprocessors": ("clip-aug", "clip-tokens"),
+    "on_host": ("clip-tokens",),
 }
 
 MODELS: Mapping[str, ModelSpec] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.buckets import run_by_length
 from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.transfer import to_device
 
 CHECKPOINT = "multilingual_debiased-0b549669.ckpt"
 HUB_FILES = "xlm-roberta-base"
@@ -24,7 +26,7 @@ class Detoxify(nn.Module):
     def __init__(self, device: torch.device, weights: Weights) -> None:
         super().__init__()
         net, self.tokenizer = load(weights)
-        self.net = net.to(device).eval()
+        self.net: Any = net.to(device).eval()
         self.device = device
 
     def forward(self, texts: list[str]) -> Tensor:
@@ -36,15 +38,27 @@ class Detoxify(nn.Module):
             float32 [B], in [0, 1].
         """
         encoded = self.tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        lengths = torch.tensor([len(ids) for ids in encoded])
+        padded = torch.full((len(texts), int(lengths.max())), self.tokenizer.pad_token_id)
+        padded[torch.arange(padded.shape[1]) < lengths[:, None]] = torch.tensor([*chain(*encoded)])
 
         def run(rows: Tensor, length: int) -> Tensor:
-            padded = self.tokenizer.pad(
-                {"input_ids": [encoded[i] for i in rows.tolist()]}, return_tensors="pt"
-            )
-            logits: Tensor = self.net(**padded.to(self.device)).logits
-            return logits.float().sigmoid().amax(dim=1)
+            ids = to_device(padded[rows, :length], self.device)
+            return self._scores(ids, to_device(lengths[rows], self.device))
 
-        return run_by_length(torch.tensor([len(ids) for ids in encoded]), run)
+        return run_by_length(lengths, run, self.device)
+
+    def _scores(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """float32 [b] of tokens [b, L].
+
+        The net's own forward would look at the mask on the device, to see whether it needs it, and
+        hold up the host for that; layer by layer it is given as attention takes it.
+        """
+        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        embedded = self.net.roberta.embeddings(input_ids=ids)
+        encoded = self.net.roberta.encoder(embedded, attention_mask=real[:, None, None, :])
+        logits: Tensor = self.net.classifier(encoded.last_hidden_state)
+        return logits.float().sigmoid().amax(dim=1)
 
 
 def load(weights: Weights) -> tuple[nn.Module, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from sys import intern
 from typing import Any, Literal, NamedTuple
 
+from d2m_hpc.state.merge import listed
 from d2m_hpc.state.rundir import RunDir
 
 
@@ -82,6 +85,16 @@ class Record:
 _RECORD_FIELDS = frozenset(f.name for f in fields(Record))
 
 
+def encode(record: Record) -> bytes:
+    """A record's line."""
+    line = json.dumps(record.to_dict(), ensure_ascii=False, separators=(",", ":")) + "\n"
+    return line.encode("utf-8", "surrogatepass")
+
+
+APPENDS = 3
+"""Tries to append; more than two are for a filesystem that knows its own files not again."""
+
+
 class Recorder:
     """The one writer of one records file; a line is on disk when `append` returns."""
 
@@ -89,34 +102,102 @@ class Recorder:
         self.path = path
 
     def append(self, record: Record) -> None:
-        line = json.dumps(record.to_dict(), ensure_ascii=False, separators=(",", ":")) + "\n"
+        data = encode(record)
+        # A submit may set the file aside, to merge it, after it was opened here: whoever finds it
+        # gone cannot know whether the line was seen, and writes it once more.
+        any(self._append(data) for _ in range(APPENDS))
+
+    def _append(self, data: bytes) -> bool:
+        """Write a line; False where the file has moved since it was opened."""
         # One write of one line on O_APPEND; what a kill leaves of it has no newline.
-        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            if not self._ends_whole():
-                line = "\n" + line
-            data = line.encode("utf-8", "surrogatepass")
+            size = os.fstat(fd).st_size
+            if size and os.pread(fd, 1, size - 1) != b"\n":
+                data = b"\n" + data
             while data:
                 data = data[os.write(fd, data) :]
             os.fsync(fd)
+            return os.path.samestat(os.stat(self.path), os.fstat(fd))
+        except FileNotFoundError:
+            return False
         finally:
             os.close(fd)
-
-    def _ends_whole(self) -> bool:
-        with open(self.path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            return size == 0 or (file.seek(size - 1) >= 0 and file.read(1) == b"\n")
 
 
 def read_records(path: Path) -> Iterator[Record]:
     """The records of one file; a torn line is one that was never committed."""
+    for values in _read_values(path):
+        with suppress(ValueError, TypeError):
+            yield Record.from_dict(values)
+
+
+def _read_values(path: Path) -> Iterator[Any]:
+    """What the lines of a file hold, records or not."""
     with open(path, "rb") as file:
         for line in file:
             try:
-                record = Record.from_dict(json.loads(line.decode("utf-8", "surrogatepass")))
-            except (ValueError, TypeError):
+                values = json.loads(line.decode("utf-8", "surrogatepass"))
+            except ValueError:
                 continue
-            yield record
+            yield values
+
+
+class Outcome(NamedTuple):
+    """What is held of a record in memory: all but the names of its samples and its traceback.
+
+    Attributes:
+        rejected: how many samples were rejected, by the start of their reason.
+        The others are a `Record`'s.
+    """
+
+    finished: float
+    started: float
+    rows: int
+    recomputed: int
+    rejected: tuple[tuple[str, int], ...]
+    fingerprint: str
+    task: str
+    host: str
+    npz_sha256: str
+    parquet_sha256: str
+    kind: str
+    error: str
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Outcome:
+        """Straight from a record's values, for there are millions.
+
+        Of a string that many of them have in common, one is held.
+
+        Raises:
+            LookupError, TypeError, ValueError, AttributeError: these are no record's values.
+        """
+        get = values.get
+        rejections = get("rejections")
+        return cls(
+            finished=float(get("finished", 0.0)),
+            started=float(get("started", 0.0)),
+            rows=get("rows", 0),
+            recomputed=get("recomputed", 0),
+            rejected=_by_reason(rejections) if rejections else (),
+            fingerprint=intern(get("fingerprint", "")),
+            task=intern(get("task", "")),
+            host=intern(get("host", "")),
+            npz_sha256=get("npz_sha256", ""),
+            parquet_sha256=get("parquet_sha256", ""),
+            kind=intern(get("kind", "")),
+            error=get("error", ""),
+        )
+
+
+def _by_reason(rejections: Iterable[Sequence[str]]) -> tuple[tuple[str, int], ...]:
+    """Counts by what a reason says before it goes into one sample's particulars."""
+    counts: dict[str, int] = {}
+    for rejection in rejections:
+        start = rejection[1].split(":", 1)[0].split(";", 1)[0]
+        counts[start] = counts.get(start, 0) + 1
+    return tuple((intern(start), count) for start, count in counts.items())
 
 
 @dataclass
@@ -124,42 +205,53 @@ class Manifest:
     """The union of all records of a run.
 
     Attributes:
-        done: the newest `done` record of each shard, by stem.
-        failures: the `failed` records since then, by stem, oldest first.
+        done: what the newest `done` record of each shard says, by stem.
+        failures: what the `failed` records since then say, by stem, oldest first.
     """
 
-    done: dict[str, Record] = field(default_factory=dict)
-    failures: dict[str, list[Record]] = field(default_factory=dict)
+    done: dict[str, Outcome] = field(default_factory=dict)
+    failures: dict[str, list[Outcome]] = field(default_factory=dict)
 
-    def add(self, record: Record) -> None:
-        if record.state == "failed":
-            self.failures.setdefault(record.shard, []).append(record)
-        if record.state != "done":
+    def add(self, values: Any) -> None:
+        """Take a record's values; what is no record is left out."""
+        try:
+            stem, state, outcome = values["shard"], values["state"], Outcome.of(values)
+        except (LookupError, TypeError, ValueError, AttributeError):
             return
-        known = self.done.get(record.shard)
-        if known is None or record.finished >= known.finished:
-            self.done[record.shard] = record
+        if not isinstance(stem, str):
+            return
+        if state == "failed":
+            self.failures.setdefault(stem, []).append(outcome)
+        if state != "done":
+            return
+        known = self.done.get(stem)
+        if known is None or outcome.finished >= known.finished:
+            self.done[stem] = outcome
 
     def settle(self) -> None:
-        """A shard that is done now has no failures any more."""
-        for failed in self.failures.values():
-            failed.sort(key=lambda r: r.finished)
-        for stem in self.done.keys() & self.failures.keys():
-            finished = self.done[stem].finished
-            later = [r for r in self.failures.pop(stem) if r.finished > finished]
-            if later:
-                self.failures[stem] = later
+        """A shard that is done now has no failures any more; a line read twice is one failure."""
+        for stem, failed in list(self.failures.items()):
+            since = self.done[stem].finished if stem in self.done else float("-inf")
+            self.failures[stem] = sorted({f for f in failed if f.finished > since})
+            if not self.failures[stem]:
+                del self.failures[stem]
 
     @classmethod
-    def of(cls, records: Iterable[Record]) -> Manifest:
+    def of(cls, lines: Iterable[Mapping[str, Any]]) -> Manifest:
+        """Of records' values, in any order."""
         manifest = cls()
-        for record in records:
-            manifest.add(record)
+        for values in lines:
+            manifest.add(values)
         manifest.settle()
         return manifest
 
     @classmethod
     def load(cls, run: RunDir) -> Manifest:
-        """Read every records file of a run."""
-        paths = sorted(run.records.glob("*.jsonl")) if run.records.is_dir() else []
-        return cls.of(record for path in paths for record in read_records(path))
+        """Read every records file of a run, though a submit may be merging them."""
+        return cls.of(_all_values(run))
+
+
+def _all_values(run: RunDir) -> Iterator[Any]:
+    for path in listed(run.records):
+        with suppress(FileNotFoundError):
+            yield from _read_values(path)

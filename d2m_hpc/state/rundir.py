@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,19 +32,19 @@ def _owned(path: str, flags: int) -> int:
     return os.open(path, flags, 0o644)
 
 
-def atomic_write(path: Path, data: bytes, durable: bool = True) -> None:
+def atomic_write(path: Path, data: bytes | Iterable[bytes], durable: bool = True) -> None:
     """Replace a file so that readers see the old content or the new, never a part.
 
     Args:
         path: the file; its folder is made if it is missing.
-        data: the whole content.
+        data: the whole content, or its parts where it is large.
         durable: fsync before the rename; False for files that are rewritten every few seconds.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb", opener=_owned) as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -99,6 +100,11 @@ class Submission:
     def chunks(self) -> Path:
         """JSON lines; line i is the list of shards of array task i."""
         return self.folder / "chunks.jsonl"
+
+    @property
+    def chunk_offsets(self) -> Path:
+        """Where each line of `chunks` begins, in bytes; 64-bit little-endian numbers."""
+        return self.folder / "chunks.offsets"
 
 
 @dataclass(frozen=True)

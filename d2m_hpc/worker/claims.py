@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
 from d2m_hpc.outputs import OutputDir
+from d2m_hpc.state.chunks import Chunks
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import RunDir, make_folder
@@ -37,10 +37,9 @@ class TaskName:
         return f"{self.submission}-{self.index}-{self.attempt}"
 
 
-def read_chunks(run: RunDir, submission: str) -> list[list[Shard]]:
-    """The shards of every task of a submission."""
-    with open(run.submission(submission).chunks, encoding="utf-8") as file:
-        return [[Shard(*shard) for shard in json.loads(line)] for line in file]
+def read_chunks(run: RunDir, submission: str) -> Chunks:
+    """The shards of every task of a submission, of which none is read yet."""
+    return Chunks(run.submission(submission))
 
 
 class Claims:
@@ -65,8 +64,8 @@ class Claims:
         chunks = read_chunks(run, name.submission)
         if name.index >= len(chunks):
             raise D2MError(f"submission {name.submission} of {run.root} has no chunk {name.index}")
-        self.chunk = chunks[name.index]
-        self._others = [s for i, c in enumerate(chunks) if i != name.index for s in c]
+        [self.chunk] = chunks.read([name.index])
+        self._chunks, self._index = chunks, name.index
         self._run, self._config, self._fingerprint = run, config, fingerprint
         self._submission = run.submission(name.submission)
         self._output = OutputDir(config.output_metadata_dir)
@@ -106,23 +105,32 @@ class Claims:
     def _steal(self) -> Iterator[Work]:
         """Other tasks' shards, those first that they come to last."""
         finished = self._output.stems()
-        for shard in reversed(self._others):
+        for shard in self._others():
             if self.is_late or self._stopped.is_set():
                 return
-            lease = self._lease(shard)
-            if shard.stem in finished or not lease.claim():
+            if shard.stem in finished or not (lease := self._lease(shard)).claim():
                 continue
             if work := self._begin(shard, lease):
                 log.info("%s: taken from a slower task", shard.stem)
                 self._report(shards=1)
                 yield work
 
+    def _others(self) -> Iterator[Shard]:
+        """All other chunks' shards from the last to the first, of which one chunk is held."""
+        numbers = (i for i in reversed(range(len(self._chunks))) if i != self._index)
+        for chunk in self._chunks.read(numbers):
+            yield from reversed(chunk)
+
     def _lease(self, shard: Shard) -> Lease:
         return Lease(self._run.lease(shard.stem), self._config.lease_seconds)
 
     def _begin(self, shard: Shard, lease: Lease) -> Work | None:
         """A shard that was just claimed, or None where somebody settled it meanwhile."""
-        record = self._output.record(shard.stem)
+        try:
+            record = self._output.record(shard.stem)
+        except D2MError:
+            lease.release()
+            raise
         if record is not None and record.fingerprint == self._fingerprint:
             log.info("%s: already done by task %s", shard.stem, record.task)
             lease.release()

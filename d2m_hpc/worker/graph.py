@@ -1,27 +1,30 @@
-"""Models in dependency order, on one device, under one autocast."""
+"""Models in dependency order, on one device, a batch ahead of whoever reads their outputs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError, ShardError
 from d2m_hpc.models import weights
+from d2m_hpc.models.compiled import compile_for
 from d2m_hpc.models.loading import Weights
 from d2m_hpc.models.registry import ModelSpec, in_order
-from d2m_hpc.state.manifest import Rejection
-from d2m_hpc.worker.batch import Batch, Input, Outputs, count, join, non_finite, put, take
-from d2m_hpc.worker.toolbox import Post, Toolbox
+from d2m_hpc.models.transfer import Lane
+from d2m_hpc.worker.batch import Batch, Input, Outputs, count, flags, join, take
+from d2m_hpc.worker.launched import Launched, Pending, row_count
+from d2m_hpc.worker.toolbox import Toolbox
 
 log = logging.getLogger(__name__)
+
+Finished = dict[tuple[Input, torch.device], Any]
+"""Inputs as models are given them, by where they are."""
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -32,7 +35,7 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 class Graph:
-    """All models of a config.
+    """All models of a config. As a context, it keeps what autocast made of the weights.
 
     Args:
         device: where the built-in models run; a custom model is given `config.device`, as in the
@@ -43,14 +46,24 @@ class Graph:
         self.toolbox = toolbox
         self.device = device
         self.dtype = amp_dtype(config.amp, device)
+        self._lane = Lane(device)
+        self._batch_size = config.batch_size
+        # float32 means float32 (rows that are run again, `amp: off`), and not 10 bits of it.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         folder = Weights(weights.weights_dir(config.weights_dir))
         as_given = config.device if device.type == "cuda" else "cpu"
         self.models = {
             name: self._build(toolbox.specs[name], folder, as_given)
             for name in in_order(toolbox.specs)
         }
+        self._awaited = {d for spec in toolbox.specs.values() for d in spec.dependencies}
+        # Autocast forgets the weights that it cast when the outermost of its contexts is left; one
+        # that casts nothing changes nothing else.
+        self._kept = torch.autocast(device.type, enabled=False)
+        if config.compile:
+            self._compile()
 
-    def _build(self, spec: ModelSpec, folder: Path | Weights, as_given: int | str) -> Any:
+    def _build(self, spec: ModelSpec, folder: Weights, as_given: int | str) -> Any:
         try:
             if not spec.target:
                 return self.toolbox.classes[spec.name](as_given)
@@ -61,45 +74,99 @@ class Graph:
             what = f"{type(error).__name__}: {error}"
             raise ConfigError("models", [f"{spec.name!r} cannot be built: {what}"]) from error
 
-    @torch.inference_mode()
-    def __call__(self, batch: Batch) -> Outputs:
-        """
+    def _compile(self) -> None:
+        nets = {n: m.image_net for n, m in self.models.items() if hasattr(m, "image_net")}
+        rows = self._batch_size
+        if nets:
+            log.info("compiling %s; the first batches of %d take minutes", ", ".join(nets), rows)
+        for net in nets.values():
+            compile_for(rows, net)
+
+    def __enter__(self) -> Graph:
+        self._kept.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._kept.__exit__(*error)
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[Outputs]:
+        """The outputs of each batch in turn; while they are read, the next one is computed.
+
         Raises:
-            ShardError: a model or postprocessor failed.
+            ShardError: a model or postprocessor failed, on a batch whose turn is at most next.
         """
-        inputs = self._finished(batch)
+        before: Launched | None = None
+        for batch in batches:
+            launched = self.launch(batch)
+            if before is not None:
+                yield before.outputs()
+            before = launched
+        if before is not None:
+            yield before.outputs()
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """One batch alone."""
+        return self.launch(batch).outputs()
+
+    def launch(self, batch: Batch) -> Launched:
+        """Have a batch computed, without waiting for it.
+
+        Raises:
+            ShardError: a model failed.
+        """
+        return Launched(batch, self.toolbox, self._compute, mixed=self.dtype is not None)
+
+    # Not `inference_mode`, in which autocast casts the weights anew at each use.
+    @torch.no_grad()
+    def _compute(self, inputs: Mapping[Input, Any], precise: Collection[str]) -> Pending:
+        rows = count(next(iter(inputs.values())))
+        # Searching for the fastest convolutions pays for the size that all but the last ones have.
+        torch.backends.cudnn.benchmark = rows == self._batch_size
+        finished = self._finished(inputs)
         cache: dict[str, Any] = {}
-        recomputed: set[int] = set()
-        rejected: dict[int, str] = {}
+        flagged: dict[str, list[Tensor]] = {}
         for name in self.models:
-            arguments = self._arguments(name, inputs, cache)
-            output = self._run(name, arguments, self.dtype)
-            bad = [i for i in non_finite(output) if i not in rejected]
-            if bad and self.dtype:
-                output = self._again_in_float32(name, arguments, output, bad)
-                recomputed.update(bad)
-                bad = [i for i in non_finite(output) if i not in rejected]
-            rejected |= {i: f"{name} gives a value that is not finite" for i in bad}
-            cache[name] = output
-        outputs = self._collect(batch, cache, rejected)
-        outputs.recomputed = len(recomputed)
-        return outputs
+            arguments = self._arguments(name, finished, cache)
+            output = self._run(name, arguments, None if name in precise else self.dtype)
+            flagged[name] = flags(output)
+            cache[name] = self._at_once(name, output) if name in self._awaited else output
+        outputs, fetched = self._lane.fetch((cache, flagged))
+        return Pending(outputs, fetched, self._lane.mark(), self._on_host)
 
-    def _place(self, spec: ModelSpec) -> torch.device:
-        return self.device if spec.to_device else torch.device("cpu")
+    def _place(self, spec: ModelSpec, wanted: Input) -> torch.device:
+        stays = not spec.to_device or wanted[1] in spec.on_host
+        return torch.device("cpu") if stays else self.device
 
-    def _finished(self, batch: Batch) -> dict[tuple[Input, torch.device], Any]:
+    def _finished(self, inputs: Mapping[Input, Any]) -> Finished:
         """Every input where some model wants it, copied and finished once."""
-        wanted = {(i, self._place(s)) for s in self.toolbox.specs.values() for i in s.inputs}
+        wanted = {(i, self._place(s, i)) for s in self.toolbox.specs.values() for i in s.inputs}
+        there = {pair for pair in wanted if pair[1] == self.device}
+        sent = self._lane.send({i: inputs[i] for i, _ in there})
         made = self.toolbox.preprocessors
-        return {(i, place): made[i[1]].finish(_move(batch.inputs[i], place)) for i, place in wanted}
+        return {
+            (i, place): made[i[1]].finish((sent if (i, place) in there else inputs)[i])
+            for i, place in wanted
+        }
 
-    def _arguments(
-        self, name: str, inputs: dict[tuple[Input, torch.device], Any], cache: dict[str, Any]
-    ) -> list[Any]:
+    def _arguments(self, name: str, inputs: Finished, cache: dict[str, Any]) -> list[Any]:
         spec = self.toolbox.specs[name]
-        own = [inputs[i, self._place(spec)] for i in spec.inputs]
+        own = [inputs[i, self._place(spec, i)] for i in spec.inputs]
         return own + [cache[d] for d in spec.dependencies]
+
+    def _at_once(self, name: str, output: Any) -> Any:
+        """What dependents are given of a model that is read on the host; this waits for it."""
+        if not hasattr(self.models[name], "on_host"):
+            return output
+        fetched = self._lane.fetch(output)
+        self._lane.mark()()
+        return self._read(name, fetched)
+
+    def _on_host(self, name: str, output: Any) -> Any:
+        return output if name in self._awaited else self._read(name, output)
+
+    def _read(self, name: str, output: Any) -> Any:
+        model = self.models[name]
+        return model.on_host(output) if hasattr(model, "on_host") else output
 
     def _run(self, name: str, arguments: list[Any], dtype: torch.dtype | None) -> Any:
         """One model on some rows; out of memory, on halves of them."""
@@ -122,47 +189,6 @@ class Graph:
     def _autocast(self, dtype: torch.dtype | None) -> Any:
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
-    def _again_in_float32(
-        self, name: str, arguments: list[Any], output: Any, rows: list[int]
-    ) -> Any:
-        log.warning("%s: %d rows are not finite; running them again in float32", name, len(rows))
-        again = self._run(name, [take(a, rows) for a in arguments], None)
-        # What overflowed in half precision would do so again in a tensor of it.
-        return put(_widened(output), rows, again)
-
-    def _collect(self, batch: Batch, cache: dict[str, Any], rejected: dict[int, str]) -> Outputs:
-        made = self.toolbox
-        columns = {k: self._post(k, p, cache, batch) for k, p in made.columns.items()}
-        features = {k: self._post(k, p, cache, batch) for k, p in made.features.items()}
-        for name, value in (*columns.items(), *features.items()):
-            bad = {i: f"{name} is not finite" for i in non_finite(value)}
-            rejected = {**bad, **rejected}
-        outputs = Outputs(
-            batch.keys, columns, {k: np.asarray(v) for k, v in features.items()}, batch.fields
-        )
-        if not rejected:
-            return outputs
-        keep = [i for i in range(len(batch.keys)) if i not in rejected]
-        return Outputs(
-            keys=take(batch.keys, keep),
-            columns={k: take(v, keep) for k, v in outputs.columns.items()},
-            features={k: take(v, keep) for k, v in outputs.features.items()},
-            fields={k: take(v, keep) for k, v in batch.fields.items()},
-            rejections=[Rejection(batch.keys[i], rejected[i]) for i in sorted(rejected)],
-        )
-
-    def _post(self, name: str, post: Post, cache: dict[str, Any], batch: Batch) -> Any:
-        try:
-            value = post(cache)
-        except Exception as error:
-            raise ShardError(f"{name!r} raised {type(error).__name__}: {error}") from error
-        if _rows(value) != len(batch.keys):
-            raise ShardError(
-                f"{name!r} made {_shape(value)} for a batch of {len(batch.keys)} samples; "
-                "valid is one item a sample"
-            )
-        return _host(value)
-
 
 def _import(target: str) -> Any:
     from importlib import import_module
@@ -171,46 +197,9 @@ def _import(target: str) -> Any:
     return getattr(import_module(f"d2m_hpc.models.{module}"), name)
 
 
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_move(part, device) for part in value)
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
 def _outputs(output: Any, arguments: Sequence[Any]) -> Any:
     """A list of several outputs as a tuple; a list of rows stays one."""
     if not isinstance(output, list) or not all(isinstance(x, Tensor) for x in output):
         return output
-    several = bool(output) and all(_rows(x) == count(arguments[0]) for x in output)
+    several = bool(output) and all(row_count(x) == count(arguments[0]) for x in output)
     return tuple(output) if several else output
-
-
-def _widened(value: Any) -> Any:
-    """Half precision as float32."""
-    if isinstance(value, tuple):
-        return tuple(map(_widened, value))
-    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if half else value
-
-
-def _rows(value: Any) -> int | None:
-    """The number of items; None for a single value, a tensor without axes too."""
-    try:
-        return len(value)
-    except TypeError:
-        return None
-
-
-def _host(value: Any) -> Any:
-    """A tensor as an array, half precision widened; anything else as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach().cpu()
-    return (value.float() if value.is_floating_point() else value).numpy()
-
-
-def _shape(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    if shape is not None:
-        return f"a tensor of shape {list(shape)}"
-    return f"{len(value)} items" if hasattr(value, "__len__") else type(value).__name__

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any
@@ -29,6 +30,9 @@ from d2m_hpc.worker.stage import stage
 
 AHEAD = 4
 """Batches that may wait for the device."""
+GROUP = 8
+"""Samples that a decode thread takes at a time: few enough to share them out evenly, and enough to
+make little of what handing them over costs."""
 STOP_SECONDS = 10.0
 """How long closing waits for the reader, which may hang in a download or a claim."""
 
@@ -40,7 +44,7 @@ class Work:
     Attributes:
         lease: released when the shard is done with.
         rejections: complete once the iteration has ended.
-        total: samples in the tar, known from the first batch on.
+        total: samples in the tar, known once the iteration has ended.
     """
 
     shard: Shard
@@ -58,14 +62,14 @@ class Work:
         while (item := self._queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            yield item.result()
 
     def release(self) -> None:
         """Leave the shard to others."""
         if self.lease is not None:
             self.lease.release()
 
-    def put(self, item: Batch | BaseException | None) -> None:
+    def put(self, item: Future[Batch] | BaseException | None) -> None:
         """Hand over a batch, an error or the end (None); gives up once nobody listens."""
         while not self.cancelled:
             try:
@@ -90,12 +94,16 @@ class Loader:
         works: the shards to read; it is advanced in the reader thread, so that it may claim each at
             the last moment.
         scratch: a folder on this node for copies of remote tars.
+        pin: batches are for a GPU, and lie in page-locked memory.
     """
 
-    def __init__(self, works: Iterable[Work], recipe: Recipe, scratch: Path) -> None:
+    def __init__(
+        self, works: Iterable[Work], recipe: Recipe, scratch: Path, pin: bool = False
+    ) -> None:
         self._works = iter(works)
         self._recipe = recipe
         self._scratch = scratch
+        self._pin = pin
         self._next: Queue[Work | BaseException | None] = Queue(1)
         self._current: Work | None = None
         self._stopped = False
@@ -158,34 +166,47 @@ class Loader:
                 stage(work.shard, self._scratch) as staged,
                 closing(Archive(staged.path)) as archive,
             ):
+                if staged.damage or not archive.ends_in_zeros():
+                    self._refuse_cut(work, archive, staged.damage)
                 index = archive.index()
-                index.cut = staged.damage or index.cut
                 self._emit(work, index, archive)
+                self._end(work, index, staged.damage or index.cut)
             work.put(None)
         except BaseException as error:
             work.put(error)
 
     def _emit(self, work: Work, index: Index, archive: Archive) -> None:
-        whole = len(index.samples)
-        if index.cut and not (whole and self._recipe.allow_truncated):
-            advice = " (allow_truncated_shards: true takes them)" if whole else ""
-            raise TruncatedShard(
-                f"{work.shard.url} is truncated {index.cut}; {whole} samples before it are "
-                f"whole{advice}"
-            )
-        work.total = len(index.samples) + len(index.strays)
-        self._reject(work, index.strays)
         ready: list[Ready] = []
-        for result in self._prepared(work, index.samples, archive):
+        for result in self._prepared(work, index, archive):
             if isinstance(result, Rejection):
                 self._reject(work, [result])
                 continue
             ready.append(result)
             if len(ready) == self._recipe.batch_size:
-                work.put(self._batch(ready))
+                work.put(self._pool.submit(self._batch, ready))
                 ready = []
         if ready:
-            work.put(self._batch(ready))
+            work.put(self._pool.submit(self._batch, ready))
+
+    def _refuse_cut(self, work: Work, archive: Archive, damage: str) -> None:
+        """Before anything is computed of a tar that must be cut somewhere."""
+        index = archive.index()
+        deque(index, maxlen=0)
+        self._require_whole(work, index, damage or index.cut)
+
+    def _end(self, work: Work, index: Index, cut: str) -> None:
+        """What is known of a tar once its last header has been read."""
+        self._require_whole(work, index, cut)
+        work.total = index.count + len(index.strays)
+        self._reject(work, index.strays)
+
+    def _require_whole(self, work: Work, index: Index, cut: str) -> None:
+        whole = index.count
+        if cut and not (whole and self._recipe.allow_truncated):
+            advice = " (allow_truncated_shards: true takes them)" if whole else ""
+            raise TruncatedShard(
+                f"{work.shard.url} is truncated {cut}; {whole} samples before it are whole{advice}"
+            )
 
     def _reject(self, work: Work, rejections: Sequence[Rejection]) -> None:
         work.rejections.extend(rejections)
@@ -196,19 +217,18 @@ class Loader:
             )
 
     def _prepared(
-        self, work: Work, samples: Sequence[Sample], archive: Archive
+        self, work: Work, samples: Iterable[Sample], archive: Archive
     ) -> Iterator[Ready | Rejection]:
         """Prepared samples in the tar's order, a bounded number of them in the pool."""
-        waiting: deque[Future[Ready | Rejection]] = deque()
+        waiting: deque[Future[list[Ready | Rejection]]] = deque()
+        samples = iter(samples)
         try:
-            for sample in samples:
-                if work.cancelled:
-                    return
-                waiting.append(self._pool.submit(prepare, sample, archive, self._recipe))
-                if len(waiting) > 8 * self._recipe.threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            while not work.cancelled and (group := list(islice(samples, GROUP))):
+                waiting.append(self._pool.submit(self._prepare, group, archive))
+                if len(waiting) > 2 * self._recipe.threads:
+                    yield from waiting.popleft().result()
+            while waiting and not work.cancelled:
+                yield from waiting.popleft().result()
         finally:
             # The archive is closed next: nobody may be reading it still.
             for future in waiting:
@@ -217,11 +237,14 @@ class Loader:
                 if not future.cancelled():
                     future.exception()
 
+    def _prepare(self, samples: Sequence[Sample], archive: Archive) -> list[Ready | Rejection]:
+        return [prepare(sample, archive, self._recipe) for sample in samples]
+
     def _batch(self, ready: Sequence[Ready]) -> Batch:
         inputs = {}
         for wanted in self._recipe.inputs:
             try:
-                inputs[wanted] = collate([r.inputs[wanted] for r in ready])
+                inputs[wanted] = collate([r.inputs[wanted] for r in ready], self._pin)
             except ValueError as error:
                 raise ShardError(f"preprocessor {wanted[1]!r}: {error}") from None
         columns = zip(*(r.fields for r in ready), strict=True)

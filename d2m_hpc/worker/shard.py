@@ -1,11 +1,10 @@
-"""A tar on this node: index its headers, hand out its samples' members."""
+"""A tar on this node: its samples, and their members' bytes."""
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -14,14 +13,10 @@ from webdataset.tariterators import base_plus_ext
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.state.manifest import Rejection
+from d2m_hpc.worker.tar import BLOCK, Member, TarCut, members
 
 CUT_OFF = "cut off where the archive ends"
 _META = re.compile("__[^/]*__($|/)")
-_UNREADABLE = (
-    *(tarfile.HeaderError, ValueError, ArithmeticError, LookupError),
-    *(MemoryError, RecursionError),
-)
-"""What the standard library raises at headers that are broken, or made to break it."""
 
 
 @dataclass
@@ -30,18 +25,6 @@ class Sample:
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
-@dataclass
-class Index:
-    """The samples of a tar in its order, and the members that belong to none.
-
-    `cut` says how the archive ends too early; it is empty for a whole one.
-    """
-
-    samples: list[Sample] = field(default_factory=list)
-    strays: list[Rejection] = field(default_factory=list)
-    cut: str = ""
 
 
 class Archive:
@@ -66,124 +49,103 @@ class Archive:
             raise ShardError(f"{self._file.name}: the file changed while it was read")
         return data
 
+    def ends_in_zeros(self) -> bool:
+        """As every whole tar does; the last block of one that was cut off seldom happens to."""
+        return not any(os.pread(self._file.fileno(), BLOCK, max(0, self.size - BLOCK)))
+
     def index(self) -> Index:
-        return index_tar(self._file, self.size)
+        return Index(self._file, self.size)
 
     def close(self) -> None:
         self._file.close()
 
 
-def index_tar(file: BinaryIO, size: int) -> Index:
-    """Read a tar's headers (ustar, PAX, GNU long names) and group its members by key.
+class Index:
+    """Iterate, once, for the samples of a tar in its order, while its headers are read.
 
-    The standard library's own loop takes a broken header, or an archive that stops between two
-    members, for the end; here both are a cut.
+    webdataset's rule: consecutive members of one key form a sample, and a repeated extension starts
+    the next one.
 
-    Args:
-        file: a plain tar, seekable.
-        size: its size in bytes.
-    """
-    index = Index()
-    group = _Grouping(index)
-    with tarfile.open(fileobj=io.BytesIO(bytes(tarfile.RECORDSIZE)), mode="r:") as tar:
-        tar.fileobj = file  # only now, so that the constructor reads nothing of it
-        offset = 0
-        while not index.cut:
-            try:
-                file.seek(offset)
-                member = tarfile.TarInfo.fromtarfile(tar)
-                if member.size < 0 or tar.offset <= offset:
-                    raise ValueError("a negative size")
-            except _UNREADABLE as error:
-                index.cut = _cut_at(error, file, offset, size)
-                break
-            offset = tar.offset
-            end = _end(member, offset)
-            if end > size:
-                index.cut = f"at byte {size}: {member.name} should reach byte {end}"
-                group.cut(member.name)
-            else:
-                group.add(member)
-    group.finish()
-    return index
-
-
-def _end(member: tarfile.TarInfo, following: int) -> int:
-    """Where a member's data ends; the size of a sparse one counts its holes."""
-    if member.issparse():
-        return following
-    return member.offset_data + (member.size if member.isreg() else 0)
-
-
-def _cut_at(error: Exception, file: BinaryIO, offset: int, size: int) -> str:
-    """Empty for the end-of-archive mark, zeros to the end."""
-    kind = type(error).__name__
-    reason = str(error) or kind
-    if kind == "EmptyHeaderError":
-        reason = "the end-of-archive mark is missing"
-    elif kind == "EOFHeaderError":
-        if _only_zeros(file, offset):
-            return ""
-        reason = "zeros, and more data after them"  # what a lost write leaves
-    return f"at byte {offset} of {size}: {reason}"
-
-
-def _only_zeros(file: BinaryIO, offset: int) -> bool:
-    file.seek(offset)
-    while block := file.read(1 << 20):
-        if block.count(0) < len(block):
-            return False
-    return True
-
-
-class _Grouping:
-    """webdataset's rule: consecutive members of one key form a sample.
-
-    A repeated extension starts the next one.
+    Attributes:
+        count: samples so far.
+        strays: members that belong to none, so far.
+        cut: how the archive ends too early; empty for a whole one, and until the iteration ends.
     """
 
-    def __init__(self, index: Index) -> None:
-        self.index = index
-        self._closed = False
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        """
+        Args:
+            file: a plain tar, seekable; only the iteration moves its position.
+            size: its size in bytes.
+        """
+        self.count = 0
+        self.strays: list[Rejection] = []
+        self.cut = ""
+        self._members = members(file, size)
+        self._open: Sample | None = None
+        self._first: frozenset[str] = frozenset()
 
-    def add(self, member: tarfile.TarInfo) -> None:
-        if member.isdir() or _is_meta(member.name):
-            return
+    def __iter__(self) -> Iterator[Sample]:
+        try:
+            for member in self._members:
+                if closed := self._add(member):
+                    yield self._closed(closed)
+        except TarCut as cut:
+            self.cut = str(cut)
+            self._lose(cut.member)
+        if self._open:
+            yield self._closed(self._open)
+
+    def _closed(self, sample: Sample) -> Sample:
+        if not self.count:
+            self._first = frozenset(sample.members)
+        self.count += 1
+        return sample
+
+    def _add(self, member: Member) -> Sample | None:
+        """Take a member; returns the sample that ends before it, if one does."""
+        if member.kind == "folder" or _is_meta(member.name):
+            return None
         key, extension = base_plus_ext(member.name)
         if key is None:
             self._stray(member.name, "a member without an extension")
-        elif not member.isreg() or member.issparse():
+            return None
+        if member.kind != "file":
             self._stray(member.name, "a link or a special file")
-        else:
-            if not self._continues(key, extension):
-                self.index.samples.append(Sample(key))
-            span = (member.offset_data, member.size)
-            self.index.samples[-1].members[extension.lower()] = span
+            return None
+        closed = None if self._continues(key, extension) else self._begin(key)
+        assert self._open is not None
+        self._open.members[extension.lower()] = (member.offset, member.size)
+        return closed
 
     def _continues(self, key: str, extension: str) -> bool:
-        """A member of this name belongs to the last sample."""
-        last = self.index.samples[-1] if self.index.samples else None
+        """A member of this name belongs to the open sample."""
+        last = self._open
         return last is not None and last.key == key and extension.lower() not in last.members
 
+    def _begin(self, key: str) -> Sample | None:
+        closed, self._open = self._open, Sample(key)
+        return closed
+
     def _stray(self, name: str, reason: str) -> None:
-        self.index.strays.append(Rejection(name, reason))
+        self.strays.append(Rejection(name, reason))
 
-    def cut(self, name: str) -> None:
-        """The archive ends within this member: its sample is lost."""
-        key, extension = base_plus_ext(name)
-        if key is not None and not _is_meta(name):
-            self._closed = True
-            if self._continues(key, extension):
-                self.index.samples.pop()
-        self._stray(key or name, CUT_OFF)
+    def _lose(self, member: str) -> None:
+        """Give up what a cut leaves in doubt.
 
-    def finish(self) -> None:
-        """After a cut between samples, the last one counts if it has all that the first has."""
-        samples = self.index.samples
-        if not self.index.cut or not samples or self._closed:
-            return
-        if len(samples) == 1 or not samples[0].members.keys() <= samples[-1].members.keys():
-            self._stray(samples.pop().key, CUT_OFF)
+        Args:
+            member: the one that the archive ends in, or empty where it ends between two.
+        """
+        key, extension = base_plus_ext(member)
+        if member:
+            self._stray(key or member, CUT_OFF)
+        if key is not None and not _is_meta(member):
+            # The cut-off member belongs to the open sample, or shows that this one is whole.
+            self._open = None if self._continues(key, extension) else self._open
+        elif self._open and not (self._first and self._first <= self._open.members.keys()):
+            # A sample after which nothing stands is whole if it has all that the first has.
+            self._stray(self._open.key, CUT_OFF)
+            self._open = None
 
 
 def _is_meta(name: str) -> bool:

@@ -141,9 +141,10 @@ class Task:
         report(state="running", shards=len(claims.chunk))
         try:
             with (
+                graph,
                 Watchdog(report.progress, config.stall_seconds, log_file, claims.let_all_go),
                 Settler(committer, recorder, claims, report) as settler,
-                Loader(claims, recipe, self.scratch) as loader,
+                Loader(claims, recipe, self.scratch, pin=device.type == "cuda") as loader,
                 claims,
             ):
                 for work in loader:
@@ -158,8 +159,7 @@ class Task:
         result = Result(work, self._record(work), Table(self.config))
         self.report(shard=work.shard.stem)
         try:
-            for batch in work:
-                outputs = graph(batch)
+            for outputs in graph.run(work):
                 result.table.add(outputs)
                 result.record.rejections += outputs.rejections
                 result.record.recomputed += outputs.recomputed

@@ -39,9 +39,6 @@ class Table:
         self.parts: list[Outputs] = []
 
     def add(self, outputs: Outputs) -> None:
-        dtype = np.dtype(self.config.feature_dtype)
-        for name, values in outputs.features.items():
-            outputs.features[name] = _narrow(name, values, dtype)
         self.parts.append(outputs)
 
     @property
@@ -50,10 +47,11 @@ class Table:
 
     def features(self) -> dict[str, NDArray[Any]]:
         """Each feature [rows, ...], under the name that it has in the npz."""
-        names = self.config.postprocess_features
-        empty: NDArray[Any] = np.zeros((0, 0), self.config.feature_dtype)
-        joined = {n: [p.features[n] for p in self.parts] for n in names}
-        return {self.config.renamed(n): join(v) if v else empty for n, v in joined.items()}
+        config, dtype = self.config, np.dtype(self.config.feature_dtype)
+        return {
+            config.renamed(name): _narrowed(name, [p.features[name] for p in self.parts], dtype)
+            for name in config.postprocess_features
+        }
 
     def table(self) -> pa.Table:
         """`key`, the columns asked for, the additional fields; a row a sample."""
@@ -67,16 +65,19 @@ class Table:
         return pa.table(columns)
 
 
-def _narrow(name: str, values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    if values.dtype.kind not in "fiub":
-        raise ShardError(f"feature {name!r} is made of {values.dtype}; valid are numbers")
+def _narrowed(name: str, parts: list[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A feature's batches as one array."""
+    if not parts:
+        return np.zeros((0, 0), dtype)
+    if odd := [p.dtype for p in parts if p.dtype.kind not in "fiub"]:
+        raise ShardError(f"feature {name!r} is made of {odd[0]}; valid are numbers")
     with np.errstate(over="ignore"):
-        narrowed = values.astype(dtype)
-    if not np.isfinite(narrowed).all():
+        joined = np.concatenate(parts, dtype=dtype, casting="unsafe")
+    if not np.isfinite(joined).all():
         raise ShardError(
             f"feature {name!r} has values that {dtype} cannot hold; set feature_dtype: float32"
         )
-    return narrowed
+    return joined
 
 
 def _column(name: str, values: Any) -> pa.Array:
@@ -192,16 +193,22 @@ def write_pair(table: Table, record: Record, folder: Path) -> tuple[Path, Path]:
 
 def _check(npz: Path, parquet: Path, record: Record) -> None:
     """A disk that is full or lying is found here, before anyone sees the files."""
-    with zipfile.ZipFile(npz) as archive:
-        broken = archive.testzip()
-    with np.load(npz) as arrays:
-        counts = {len(arrays[name]) for name in arrays.files}
-    counts.add(pq.read_metadata(parquet).num_rows)
-    if broken or counts != {record.rows}:
+    read: object
+    try:
+        read = sorted(_lengths(npz, parquet))
+    except zipfile.BadZipFile as error:
+        read = error
+    if read != [record.rows]:
         raise ShardError(
-            f"{npz.parent}: read back {broken or sorted(counts)}, wrote {record.rows} rows; "
-            "is the disk full?"
+            f"{npz.parent}: read back {read}, wrote {record.rows} rows; is the disk full?"
         )
+
+
+def _lengths(npz: Path, parquet: Path) -> set[int]:
+    """Rows of the parquet and of every array; reading an array to its end checks its CRC."""
+    with np.load(npz) as arrays:
+        lengths = {len(arrays[name]) for name in arrays.files}
+    return lengths | {pq.read_metadata(parquet).num_rows}
 
 
 class Committer:

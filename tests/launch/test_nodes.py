@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2m_hpc.launch import nodes
-from d2m_hpc.state.manifest import Record, Recorder
+from d2m_hpc.state.manifest import Manifest, Record, Recorder
 from d2m_hpc.state.rundir import RunDir
 
 
@@ -29,9 +29,17 @@ def finish(run: RunDir, node: str, time: float) -> None:
     Recorder(run.records / "000-0-0.jsonl").append(record)
 
 
+def to_exclude(run: RunDir, most: int) -> list[str]:
+    return nodes.to_exclude(run, nodes.last_finished(Manifest.load(run)), most)
+
+
+def in_a_row(run: RunDir) -> dict[str, list[nodes.NodeFailure]]:
+    return nodes.in_a_row(run, nodes.last_finished(Manifest.load(run)))
+
+
 def test_nothing_is_left_out_of_a_new_run(run: RunDir, tmp_path: Path) -> None:
-    assert nodes.to_exclude(run, 0) == []
-    assert nodes.to_exclude(RunDir(tmp_path / "none"), 0) == []
+    assert to_exclude(run, 0) == []
+    assert to_exclude(RunDir(tmp_path / "none"), 0) == []
 
 
 @pytest.mark.parametrize(("most", "expected"), [(0, ["n1", "n2"]), (1, ["n1"]), (2, [])])
@@ -39,18 +47,18 @@ def test_a_node_may_fail_so_many_times(run: RunDir, most: int, expected: list[st
     for node, time in (("n1", 10.0), ("n1", 11.0), ("n2", 12.0)):
         fail(run, node, time)
     finish(run, "n3", 20)
-    assert nodes.to_exclude(run, most) == expected
+    assert to_exclude(run, most) == expected
 
 
 def test_a_finished_shard_clears_its_own_node(run: RunDir) -> None:
     fail(run, "n1", 10)
     fail(run, "n2", 10)
     finish(run, "n1", 20)
-    assert nodes.to_exclude(run, 0) == ["n2"]
+    assert to_exclude(run, 0) == ["n2"]
     fail(run, "n1", 30, "setup line 1 failed")
     finish(run, "n3", 40)
-    assert nodes.to_exclude(run, 0) == ["n1", "n2"]
-    assert [f.why for f in nodes.in_a_row(run)["n1"]] == ["setup line 1 failed"]
+    assert to_exclude(run, 0) == ["n1", "n2"]
+    assert [f.why for f in in_a_row(run)["n1"]] == ["setup line 1 failed"]
 
 
 def test_where_no_other_node_works_the_fault_is_not_the_nodes(run: RunDir) -> None:
@@ -59,10 +67,10 @@ def test_where_no_other_node_works_the_fault_is_not_the_nodes(run: RunDir) -> No
     finish(run, "n2", 11)
     fail(run, "n1", 20)
     fail(run, "n2", 20)
-    assert sorted(nodes.in_a_row(run)) == ["n1", "n2"]
-    assert nodes.to_exclude(run, 0) == []
+    assert sorted(in_a_row(run)) == ["n1", "n2"]
+    assert to_exclude(run, 0) == []
     finish(run, "n2", 30)
-    assert nodes.to_exclude(run, 0) == ["n1"]
+    assert to_exclude(run, 0) == ["n1"]
 
 
 def test_a_failure_that_is_being_written_is_not_read(run: RunDir) -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from kit import SHARDS, STATS, d2m, jpeg, sample, submit, write_config, write_sh
 
 from d2m_hpc.launch import status
 from d2m_hpc.launch.status import find_run, summarise
+from d2m_hpc.state import merge
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Manifest, Record, Recorder
 from d2m_hpc.state.rundir import RunDir
@@ -104,11 +104,15 @@ def test_shards_that_failed_alike_are_one_group(run: RunDir) -> None:
 
 
 def test_failures_of_different_kinds_stay_apart(run: RunDir) -> None:
-    records = Manifest.load(run).failures
+    failed = Manifest.load(run).failures
     recorder = Recorder(run.records / "test.jsonl")
     for stem, error in (("cut-a", "No space left on device"), ("cut-b", "Permission denied")):
-        last = records[stem][-1]
-        recorder.append(replace(last, error=f"/x/{stem}.tar: {error}", kind="ShardError"))
+        last = failed[stem][-1]
+        text = f"/x/{stem}.tar: {error}"
+        later = last.finished + 1
+        recorder.append(
+            Record(stem, "failed", finished=later, task=last.task, kind="ShardError", error=text)
+        )
     later = [g.shards for g in _summary(run).failures]
     assert sorted(later) == [["cut-a"], ["cut-b"], ["cut-c"], ["half"]]
 
@@ -177,6 +181,23 @@ def test_a_half_written_progress_file_is_no_trouble(run: RunDir) -> None:
     for data in (whole[:20], b"", whole + whole[-3:]):
         path.write_bytes(data)
         assert _summary(run).done == 3
+
+
+def test_merged_files_say_what_the_tasks_files_said(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [path] = run.progress.iterdir()
+    told = {**json.loads(path.read_bytes()), "device": "cuda:0", "updated": 4600.0, "started": 1e3}
+    path.write_text(json.dumps(told))
+    before = _summary(run)
+    assert before.gpu_hours == 1.0
+    monkeypatch.setattr(merge, "MANY", 1)
+    assert merge.merge_silent(run, -1.0) == 2
+    assert _summary(run) == before
+    assert status.log_of(run, "cut-b") == run.log_of("000", 0)
+    # The task wakes up: what it says now takes the place of what was merged.
+    path.write_text(json.dumps({**told, "updated": 8200.0}))
+    assert _summary(run).gpu_hours == 2.0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from kit import STATS, d2m, sample, submit, write_config, write_shards, write_ta
 
 from d2m_hpc.launch.verify import check_shard
 from d2m_hpc.outputs import OutputDir
-from d2m_hpc.state.manifest import Manifest, Record, Recorder
+from d2m_hpc.state.manifest import Manifest, Outcome, Record, Recorder
 from d2m_hpc.state.rundir import RunDir
 
 ROWS = 5
@@ -96,8 +95,10 @@ def _believe(folder: Path) -> None:
     known = Manifest.load(run).done["00000"]
     parquet, npz = (folder / f"00000{suffix}" for suffix in (".parquet", ".npz"))
     hashes = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (parquet, npz)]
-    newer = replace(
-        known,
+    newer = Record(
+        "00000",
+        "done",
+        known.rows,
         parquet_sha256=hashes[0],
         npz_sha256=hashes[1],
         finished=known.finished + 1,
@@ -111,6 +112,32 @@ def _faults(target: Path) -> list[tuple[str, str]]:
     assert report["checked"] == 2
     assert ended.returncode == (1 if report["faults"] else 0)
     return [(f["file"], f["what"]) for f in report["faults"]]
+
+
+def test_a_sample_is_drawn_by_its_seed_and_says_what_it_is(run: Path) -> None:
+    for path in (run / "out").glob("*.npz"):
+        path.unlink()
+    drawn = set()
+    for seed in range(8):
+        ended = d2m("verify", run / "c.yml", "--sample", 1, "--seed", seed, "--json")
+        report = json.loads(ended.stdout)
+        assert (ended.returncode, report["checked"], report["done"]) == (1, 1, 2)
+        [fault] = report["faults"]
+        drawn.add(fault["file"])
+    assert drawn == {"00000.npz", "00001.npz"}
+    twice = [d2m("verify", run / "c.yml", "--sample", 1).stdout for _ in range(2)]
+    assert twice[0] == twice[1]
+    assert "checked 1 of 2 shards, a random sample, 1 files wrong" in twice[0]
+
+
+@pytest.mark.parametrize("more", [2, 3])
+def test_a_sample_of_all_is_no_sample(more: int, finished: Path) -> None:
+    ended = d2m("verify", finished / "c.yml", "--sample", more)
+    assert (ended.returncode, ended.stdout) == (0, "2 shards checked, 0 files wrong\n")
+
+
+def test_a_sample_of_none_is_a_usage_error(finished: Path) -> None:
+    assert d2m("verify", finished / "c.yml", "--sample", 0).returncode == 2
 
 
 def test_a_clean_run_is_right_by_its_config_and_by_its_folder(finished: Path) -> None:
@@ -223,7 +250,7 @@ def test_the_values_are_checked_even_where_the_hashes_agree(damage: str, run: Pa
 
 def _check(out: Path, carried: tuple[str, ...] = ()) -> list[tuple[str, str]]:
     record = Manifest.load(RunDir(out / ".d2m")).done["00000"]
-    faults = check_shard(OutputDir(str(out)), record, carried)
+    faults = check_shard(OutputDir(str(out)), "00000", record, carried)
     return [(f.file, f.what) for f in faults]
 
 
@@ -268,7 +295,7 @@ def test_a_flip_of_any_byte_is_found(suffix: str, run: Path) -> None:
     output = OutputDir(str(run / "out"))
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x80]) + whole[at + 1 :])
-        assert {f.file for f in check_shard(output, record)} == {path.name}, at
+        assert {f.file for f in check_shard(output, "00000", record)} == {path.name}, at
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
@@ -279,7 +306,7 @@ def test_a_cut_at_any_byte_is_found(suffix: str, run: Path) -> None:
     output = OutputDir(str(run / "out"))
     for length in range(0, len(whole), 5):
         path.write_bytes(whole[:length])
-        assert {f.file for f in check_shard(output, record)} == {path.name}, length
+        assert {f.file for f in check_shard(output, "00000", record)} == {path.name}, length
 
 
 def test_a_shard_without_rows_is_right(tmp_path: Path) -> None:
@@ -302,8 +329,8 @@ def test_verify_without_a_run_is_a_usage_error(tmp_path: Path) -> None:
 
 def test_the_missing_file_of_a_record_is_named_without_the_run(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    record = Record("00000", "done", rows=1)
-    faults = check_shard(OutputDir(str(tmp_path / "out")), record)
+    record = Outcome.of(Record("00000", "done", rows=1).to_dict())
+    faults = check_shard(OutputDir(str(tmp_path / "out")), "00000", record)
     assert [(f.file, f.what) for f in faults] == [
         ("00000.parquet", "is missing"),
         ("00000.npz", "is missing"),

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,13 @@ from kit import captions, photographs
 from torch import Tensor, nn
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models import clip, preprocessors
+from d2m_hpc.models import clip
 from d2m_hpc.models.loading import Weights
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
+from d2m_hpc.models.tokens import clip_tokens
 
 CPU = torch.device("cpu")
 NAME = clip.ClipB32.checkpoint
-START, END = 49406, 49407
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def model(checkpoints: Path) -> clip.ClipB32:
 
 
 def _tokens(texts: list[str]) -> Tensor:
-    return torch.stack([preprocessors.clip_tokens(text, Options()) for text in texts])
+    return torch.stack([clip_tokens(text) for text in texts])
 
 
 def _images(rows: int) -> Tensor:
@@ -141,71 +140,3 @@ def test_a_file_that_is_something_else_is_named(tmp_path: Path, write: object) -
     write(tmp_path / NAME)
     with pytest.raises(WeightsError, match=r"ViT-B-32\.pt"):
         clip.load(Weights(tmp_path), NAME)
-
-
-def _theirs(texts: list[str]) -> Tensor:
-    tokens: Tensor = open_clip.SimpleTokenizer(context_length=77)(texts)
-    return tokens
-
-
-def test_tokens_are_those_of_open_clip() -> None:
-    texts = [t for t in captions() if "<|" not in t]
-    texts += [
-        "",
-        "  ",
-        "don't   STOP &amp; go",
-        "日本語 naïve café",
-        "a" * 300,
-        "1234 <b>",
-        "<|x|>",
-    ]
-    assert len(texts) > 50
-    assert torch.equal(_tokens(texts), _theirs(texts))
-
-
-@pytest.mark.parametrize(
-    ("text", "special"),
-    [
-        ("<|endoftext|>", [END]),
-        ("<|startoftext|>", [START]),
-        ("<|EndOfText|> <|startoftext|>", [END, START]),
-        ("&lt;|endoftext|&gt;", [END]),
-    ],
-)
-def test_special_tokens_in_a_caption_are_read_as_openai_reads_them(
-    text: str, special: list[int]
-) -> None:
-    tokens = preprocessors.clip_tokens(text, Options()).tolist()
-    assert tokens[: len(special) + 2] == [START, *special, END]
-    assert not torch.equal(_tokens([text]), _theirs([text]))
-
-
-@pytest.mark.parametrize("text", ["<end_of_text>", "<start_of_text>", "a <end_of_text> b"])
-def test_open_clips_own_special_tokens_are_spelled_out(text: str) -> None:
-    tokens = preprocessors.clip_tokens(text, Options()).tolist()
-    assert tokens.count(START) == tokens.count(END) == 1
-    words = preprocessors._tokenizer().decode(tokens[1 : tokens.index(END)])
-    assert words.replace(" ", "") == text.replace(" ", "")
-
-
-def test_a_long_caption_is_cut_with_the_end_token_kept() -> None:
-    [tokens] = _tokens(["word " * 200])
-    assert tokens.shape == (77,)
-    assert tokens[0] == START
-    assert tokens[-1] == END
-    assert (tokens == END).sum() == 1
-
-
-def test_a_short_caption_is_padded_with_zeros() -> None:
-    [tokens] = _tokens(["word"])
-    assert tokens[2] == END
-    assert not tokens[3:].any()
-
-
-def test_many_threads_tokenize_as_one_does() -> None:
-    texts = [f"{caption} number{i}" for i in range(20) for caption in captions()[:20]]
-    expected = _theirs(texts)
-    preprocessors._tokenizer.cache_clear()  # the threads race for the first one
-    with ThreadPoolExecutor(8) as pool:
-        rows = list(pool.map(lambda text: preprocessors.clip_tokens(text, Options()), texts))
-    assert torch.equal(torch.stack(rows), expected)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import faces
 from d2m_hpc.models.loading import Weights
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
+from d2m_hpc.worker.batch import non_finite
 
 SIDE = faces.STRIDES[0] * 28
 CPU = torch.device("cpu")
@@ -52,10 +54,9 @@ class _InsightfaceLayout(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        levels = self.net(images)
-        scores = [x.sigmoid().permute(0, 2, 3, 1).reshape(-1, 1) for x, _ in levels]
-        boxes = [x.permute(0, 2, 3, 1).reshape(-1, 4) for _, x in levels]
-        return tuple(scores + boxes)
+        sizes = [faces.ANCHORS * (SIDE // stride) ** 2 for stride in faces.STRIDES]
+        levels = self.net(images)[0].split(sizes)
+        return (*(x[:, :1].sigmoid() for x in levels), *(x[:, 1:] for x in levels))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,11 @@ def _insightface_input(image: Image.Image) -> Tensor:
     return torch.from_numpy((np.asarray(image, np.float32) - 127.5) / 128).permute(2, 0, 1)[None]
 
 
+def _decoded(anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """All anchors of an image as scores [N] and boxes [N, 4]."""
+    return faces.decode(anchors, torch.arange(len(anchors)), SIDE)
+
+
 def test_decoded_boxes_and_scores_are_those_of_insightface(
     net: faces.ScrfdNet, detector: SCRFD
 ) -> None:
@@ -90,9 +96,9 @@ def test_decoded_boxes_and_scores_are_those_of_insightface(
         levels = zip(*detector.forward(bgr, faces.MIN_SCORE)[:2], strict=True)
         theirs = [np.hstack([np.clip(b, 0, SIDE), s]) for s, b in levels]
         with torch.inference_mode():
-            scores, boxes = faces.decode(net(_insightface_input(image)), SIDE)
-        keep = scores[0] >= faces.MIN_SCORE
-        ours = torch.cat([boxes[0, keep], scores[0, keep, None]], dim=1).numpy()
+            scores, boxes = _decoded(net(_insightface_input(image))[0])
+        keep = scores >= faces.MIN_SCORE
+        ours = torch.cat([boxes[keep], scores[keep, None]], dim=1).numpy()
         assert len(ours) == sum(map(len, theirs))
         # Both list the anchors level by level, row by row.
         np.testing.assert_allclose(ours, np.concatenate(theirs), atol=2e-3)
@@ -106,13 +112,13 @@ def test_suppression_keeps_what_that_of_insightface_keeps(
     candidates, survivors = 0, 0
     for image in _squares():
         with torch.inference_mode():
-            scores, boxes = faces.decode(net(_insightface_input(image)), SIDE)
-            _, ours = faces.suppress(scores, boxes)
-        over = scores[0] > faces.MIN_SCORE
-        inclusive = boxes[0, over].double() - torch.tensor([0, 0, 1, 1])
-        kept = detector.nms(torch.cat([inclusive, scores[0, over, None]], dim=1).numpy())
-        assert torch.equal(ours, boxes[0, over][kept])
-        candidates, survivors = candidates + int(over.sum()), survivors + len(kept)
+            scores, boxes = _decoded(net(_insightface_input(image))[0])
+        scores, boxes = (x[scores > faces.MIN_SCORE] for x in (scores, boxes))
+        ours = faces.suppress(torch.zeros(len(scores), dtype=torch.long), scores, boxes)
+        inclusive = boxes.double() - torch.tensor([0, 0, 1, 1])
+        kept = detector.nms(torch.cat([inclusive, scores[:, None]], dim=1).numpy())
+        assert ours.tolist() == list(kept)
+        candidates, survivors = candidates + len(scores), survivors + len(kept)
     assert candidates > 2 * survivors > 100
 
 
@@ -138,39 +144,85 @@ def _iou(a: Tensor, b: Tensor) -> float:
     return width * height / union if union else 0.0
 
 
-def _candidates(seed: int, images: int, anchors: int = 60) -> tuple[Tensor, Tensor]:
+def _candidates(seed: int, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """So many boxes in each image, many of which overlap."""
     generator = torch.Generator().manual_seed(seed)
-    corners = torch.rand(images, anchors, 2, generator=generator) * 150
-    extents = torch.rand(images, anchors, 2, generator=generator) * 90
-    scores = torch.rand(images, anchors, generator=generator)
-    return scores, torch.cat([corners, corners + extents], dim=-1).clamp(0, SIDE)
+    image = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    corners = torch.rand(len(image), 2, generator=generator) * 150
+    extents = torch.rand(len(image), 2, generator=generator) * 90
+    scores = 0.3 + 0.7 * torch.rand(len(image), generator=generator)
+    return image, scores, torch.cat([corners, corners + extents], dim=-1).clamp(0, SIDE)
 
 
 @settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 2**31), images=st.integers(1, 6))
+@given(
+    seed=st.integers(0, 2**31),
+    sizes=st.lists(st.sampled_from([0, 1, 2, 60, faces.TOGETHER + 5]), min_size=1, max_size=8),
+)
 def test_one_suppression_of_a_batch_keeps_what_one_for_each_image_keeps(
-    seed: int, images: int
+    seed: int, sizes: list[int]
 ) -> None:
-    scores, boxes = _candidates(seed, images)
-    image, kept = faces.suppress(scores, boxes)
-    for i in range(images):
-        over = scores[i] > faces.MIN_SCORE
-        alone = nms(boxes[i][over], scores[i][over], faces.MAX_IOU)
-        assert torch.equal(kept[image == i], boxes[i][over][alone])
-        assert torch.equal(kept[image == i], boxes[i][_plain_nms(scores[i], boxes[i])])
+    image, scores, boxes = _candidates(seed, sizes)
+    kept = faces.suppress(image, scores, boxes)
+    assert image[kept].tolist() == sorted(image[kept].tolist())
+    for i in range(len(sizes)):
+        [own] = torch.nonzero(image == i, as_tuple=True)
+        alone = nms(boxes[own].double(), scores[own].double(), faces.MAX_IOU)
+        assert torch.equal(kept[image[kept] == i], own[alone])
+        if len(own) <= 60:
+            assert alone.tolist() == _plain_nms(scores[own], boxes[own])
+
+
+def test_few_suppressions_do_for_a_batch_and_no_image_is_torn() -> None:
+    image, *_ = _candidates(seed=1, sizes=[3] * 64 + [400, 0, 1, 300])
+    runs = list(faces._runs(image))
+    assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])]
+    assert runs[-1].stop == len(image)
+    assert len(runs) <= 4
+    for before, after in itertools.pairwise(runs):
+        assert image[before.stop - 1] < image[after.start]
 
 
 def test_an_image_without_candidates_has_no_boxes_and_takes_none_from_its_neighbours() -> None:
-    scores, boxes = _candidates(seed=1, images=3)
-    scores[1] = 0.1
-    image, _ = faces.suppress(scores, boxes)
-    assert set(image.tolist()) == {0, 2}
+    anchors, paddings = _anchors(3, faces=20), torch.zeros(3, 4)
+    anchors[1, :, 0] = -2.0
+    found = faces.detect(anchors, paddings, SIDE)
+    assert found[1] == []
+    assert found[0] == faces.detect(anchors[:1], paddings[:1], SIDE)[0] != []
+    assert found[2] == faces.detect(anchors[2:], paddings[2:], SIDE)[0] != []
 
 
 def test_a_batch_without_any_face_gives_empty_lists() -> None:
-    image, boxes = faces.suppress(torch.zeros(2, 60), torch.rand(2, 60, 4))
-    assert image.shape == (0,)
-    assert boxes.shape == (0, 4)
+    assert faces.detect(torch.full((2, 2058, 5), -1.0), torch.zeros(2, 4), SIDE) == [[], []]
+
+
+def _anchors(images: int, faces: int) -> Tensor:
+    """What the net gives of images with so many likely anchors each."""
+    generator = torch.Generator().manual_seed(images)
+    anchors = torch.rand(images, 2058, 5, generator=generator) * 3
+    likely = torch.rand(images, 2058, generator=generator).argsort(dim=1) < faces
+    anchors[..., 0] = torch.where(likely, anchors[..., 0], -3.0)
+    return anchors
+
+
+def _one_by_one(anchors: Tensor, paddings: Tensor) -> list[list[list[float]]]:
+    """Image by image, every anchor decoded, as detectors usually do it."""
+    found = []
+    for own, padding in zip(anchors, paddings, strict=True):
+        scores, boxes = _decoded(own)
+        over = scores > faces.MIN_SCORE
+        kept = boxes[over][nms(boxes[over], scores[over], faces.MAX_IOU)]
+        found.append(faces.unpad(kept, padding.expand(len(kept), 4), SIDE).tolist())
+    return found
+
+
+@pytest.mark.parametrize("likely", [0, 1, 5, 100, 1500])
+def test_the_faces_of_a_batch_are_those_of_its_images_one_by_one(likely: int) -> None:
+    anchors = _anchors(9, likely)
+    paddings = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)) / 3
+    found = faces.detect(anchors, paddings, SIDE)
+    assert found == _one_by_one(anchors, paddings)
+    assert sum(map(len, found)) >= 9 * min(likely, 5) * 0.9
 
 
 def _batch(pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -182,13 +234,17 @@ def _batch(pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
     return finished
 
 
+def _detected(scrfd: faces.Scrfd10G, inputs: tuple[Tensor, Tensor]) -> list[faces.Boxes]:
+    return scrfd.on_host(scrfd(inputs))
+
+
 @torch.inference_mode()
 def test_a_batch_gives_what_its_images_give_alone(scrfd: faces.Scrfd10G) -> None:
     images, paddings = _batch([*photographs(8), Image.new("RGB", (50, 90), "black")])
-    together = scrfd((images, paddings))
+    together = _detected(scrfd, (images, paddings))
     assert sum(map(len, together)) > 8
     for i, found in enumerate(together):
-        [alone] = scrfd((images[i : i + 1], paddings[i : i + 1]))
+        [alone] = _detected(scrfd, (images[i : i + 1], paddings[i : i + 1]))
         assert len(found) == len(alone)
         np.testing.assert_allclose(found, alone, atol=1e-5)
 
@@ -196,11 +252,12 @@ def test_a_batch_gives_what_its_images_give_alone(scrfd: faces.Scrfd10G) -> None
 @torch.inference_mode()
 def test_boxes_stand_in_descending_order_of_score(scrfd: faces.Scrfd10G) -> None:
     images, paddings = _batch(photographs(8))
-    scores, boxes = faces.decode(scrfd.net(images), SIDE)
-    for i, found in enumerate(scrfd((images, paddings))):
-        relative = faces.unpad(boxes[i], paddings[i].expand(len(boxes[i]), 4), SIDE)
+    anchors = scrfd.net(images)
+    for i, found in enumerate(_detected(scrfd, (images, paddings))):
+        scores, boxes = _decoded(anchors[i])
+        relative = faces.unpad(boxes, paddings[i].expand(len(boxes), 4), SIDE)
         of_found = [
-            scores[i][(relative == torch.tensor(box)).all(dim=1)].max().item() for box in found
+            scores[(relative == torch.tensor(box)).all(dim=1)].max().item() for box in found
         ]
         assert len(of_found) > 3
         assert of_found == sorted(of_found, reverse=True)
@@ -231,30 +288,17 @@ def test_boxes_are_relative_to_the_unpadded_image(
 
 
 def test_an_image_whose_scores_are_not_finite_does_not_pass_as_one_without_faces(
-    checkpoints: Path,
+    scrfd: faces.Scrfd10G,
 ) -> None:
-    model = faces.Scrfd10G(CPU, Weights(checkpoints))
+    """Decoding would turn what overflowed into no face, or into a clipped one."""
     images, paddings = _batch(photographs(3))
-    with torch.inference_mode():
-        good = model((images, paddings))
+    with torch.no_grad():
+        good = _detected(scrfd, (images, paddings))
         images[1] = torch.nan
-        found = model((images, paddings))
-    assert np.isnan(found[1]).any()
+        output = scrfd((images, paddings))
+    assert non_finite(output) == [1]
+    found = scrfd.on_host(output)
     assert [found[0], found[2]] == [good[0], good[2]]
-
-
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
-@torch.inference_mode()
-def test_overflowing_distances_are_not_clipped_to_the_image(
-    scrfd: faces.Scrfd10G, value: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images, paddings = _batch(photographs(2))
-    levels = scrfd.net(images)
-    levels[2][1][1, 3, 0, 0] = value
-    monkeypatch.setattr(scrfd.net, "forward", lambda _: levels)
-    found = scrfd((images, paddings))
-    assert np.isfinite(found[0]).all()
-    assert np.isnan(found[1]).any()
 
 
 def test_every_tensor_of_the_checkpoint_is_used_but_the_integral(

@@ -99,12 +99,12 @@ def test_fast_differs_from_exact_by_little_and_in_few_pixels(
 
 @pytest.mark.parametrize("name", [*IMAGES, "stats-aug"])
 @pytest.mark.parametrize("exact", [True, False])
-def test_pixels_travel_as_contiguous_bytes_of_one_size(name: str, exact: bool) -> None:
+def test_pixels_travel_as_bytes_of_one_size_channels_last(name: str, exact: bool) -> None:
     made = {_prepared(name, image, exact).shape for image in _odd_sizes()}
     assert len(made) == 1
     pixels = _prepared(name, _odd_sizes()[0], exact)
     assert pixels.dtype == torch.uint8
-    assert pixels.is_contiguous()
+    assert pixels.stride(0) == 1
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -180,3 +180,11 @@ def test_the_registry_knows_every_preprocessor() -> None:
     from d2m_hpc.models import registry
 
     assert PREPROCESSORS.keys() == registry.PREPROCESSORS
+
+
+def test_one_half_normalises_every_byte_bit_for_bit_as_the_reference_does() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    pixels = every.contiguous(memory_format=torch.channels_last)
+    finished: Tensor = PREPROCESSORS["dedup-aug"].finish(pixels)
+    assert torch.equal(finished, (pixels.float() / 255 - 0.5) / 0.5)
+    assert finished.is_contiguous(memory_format=torch.channels_last)

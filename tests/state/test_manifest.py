@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2m_hpc.state.manifest import Manifest, Record, Recorder, Rejection, read_records
+from d2m_hpc.state.manifest import Manifest, Outcome, Record, Recorder, Rejection, read_records
 from d2m_hpc.state.rundir import RunDir
 
 STEM = "döner \udcff\n☃"
@@ -37,6 +37,14 @@ FULL = Record(
 
 def record(shard: str, state: Literal["done", "failed"], finished: float, **more: Any) -> Record:
     return Record(shard, state, finished=finished, **more)
+
+
+def of(records: list[Record]) -> Manifest:
+    return Manifest.of(r.to_dict() for r in records)
+
+
+def outcome(record: Record) -> Outcome:
+    return Outcome.of(record.to_dict())
 
 
 def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
@@ -107,6 +115,35 @@ def test_a_line_that_is_no_record_costs_no_other(tmp_path: Path, junk: bytes) ->
     assert list(read_records(path)) == [other, other]
 
 
+@pytest.mark.parametrize(
+    "junk",
+    [
+        None,
+        7,
+        "text",
+        ["shard", "state"],
+        {"shard": "x"},
+        {"shard": 1, "state": "done"},
+        {"shard": "x", "state": "done", "rejections": 3},
+        {"shard": "x", "state": "done", "rejections": [["k"]]},
+        {"shard": "x", "state": "done", "rejections": [["k", 3]]},
+        {"shard": "x", "state": "done", "host": 5},
+        {"shard": "x", "state": "failed", "finished": "soon"},
+    ],
+)
+def test_what_is_no_record_costs_the_manifest_no_other(junk: Any) -> None:
+    good = record("s", "done", 1.0).to_dict()
+    assert Manifest.of([good, junk, good]) == Manifest.of([good])
+
+
+def test_a_record_is_held_without_what_its_samples_are_called() -> None:
+    rejections = [Rejection(f"key{i}", f"no json: byte {i}; see {i}") for i in range(100)]
+    held = of([Record("s", "done", 5, rejections, traceback="long")]).done["s"]
+    assert held.rejected == (("no json", 100),)
+    assert "key1" not in str(held)
+    assert "long" not in str(held)
+
+
 def test_what_a_newer_version_wrote_is_read(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     line = {"shard": "s", "state": "done", "rows": 2, "colour": "red"}
@@ -115,7 +152,7 @@ def test_what_a_newer_version_wrote_is_read(tmp_path: Path) -> None:
 
 
 def test_a_state_that_is_not_known_is_not_taken_for_done() -> None:
-    manifest = Manifest.of([record("s", "parked", 1.0)])  # type: ignore[arg-type]
+    manifest = of([record("s", "parked", 1.0)])  # type: ignore[arg-type]
     assert manifest == Manifest()
 
 
@@ -127,24 +164,25 @@ def test_the_manifest_is_the_union_of_all_files(tmp_path: Path) -> None:
     for i, made in enumerate([a, b, c]):
         Recorder(run.record("000", i, 0)).append(made)
     (run.records / "notes.txt").write_text("no records")
-    assert Manifest.load(run) == Manifest({"a": a, STEM: c}, {"b": [b]})
+    expected = Manifest({"a": outcome(a), STEM: outcome(c)}, {"b": [outcome(b)]})
+    assert Manifest.load(run) == expected
 
 
 def test_the_newest_done_record_counts_in_whatever_order_they_are_read() -> None:
     old, new = record("s", "done", 1, rows=1), record("s", "done", 2, rows=2)
-    assert Manifest.of([old, new]).done == Manifest.of([new, old]).done == {"s": new}
+    assert of([old, new]).done == of([new, old]).done == {"s": outcome(new)}
 
 
 def test_a_later_success_settles_failures() -> None:
     records = [record("s", "failed", 1), record("s", "failed", 2), record("s", "done", 3)]
     for order in (records, records[::-1]):
-        assert Manifest.of(order).failures == {}
+        assert of(order).failures == {}
 
 
 def test_failures_since_the_last_success_stay_oldest_first() -> None:
     early, late, later = (record("s", "failed", t) for t in (1, 3, 4))
-    manifest = Manifest.of([later, early, record("s", "done", 2), late])
-    assert manifest.failures == {"s": [late, later]}
+    manifest = of([later, early, record("s", "done", 2), late])
+    assert manifest.failures == {"s": [outcome(late), outcome(later)]}
 
 
 @given(
@@ -160,7 +198,7 @@ def test_failures_since_the_last_success_stay_oldest_first() -> None:
     )
 )
 def test_the_state_does_not_depend_on_which_file_is_read_first(records: list[Record]) -> None:
-    assert Manifest.of(records) == Manifest.of(records[::-1])
+    assert of(records) == of(records[::-1])
 
 
 def test_records_files_are_not_world_writable(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from kit import SHARDS, write_config
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, ShardError
@@ -61,7 +63,10 @@ class Bench:
         self.module = sys.modules["d2m_custom_custom"]
 
     def run(self, numbers: list[float], inputs: Mapping[Input, Any] = {}) -> Outputs:
-        batch = Batch(
+        return self.graph(self.batch(numbers, inputs))
+
+    def batch(self, numbers: list[float], inputs: Mapping[Input, Any] = {}) -> Batch:
+        return Batch(
             keys=[f"k{i}" for i in range(len(numbers))],
             inputs={
                 ("text", "number"): torch.tensor(numbers, dtype=torch.float32)[:, None],
@@ -69,7 +74,6 @@ class Bench:
             },
             fields={"uid": [f"u{i}" for i in range(len(numbers))]},
         )
-        return self.graph(batch)
 
 
 Make = Callable[..., Bench]
@@ -186,7 +190,41 @@ def test_rows_that_overflow_in_half_precision_are_run_again_in_float32(bench: Ma
     assert outputs.columns["next"].tolist() == [301, 90_001, 601, 120_001]
     assert outputs.recomputed == 2
     assert outputs.rejections == []
-    assert made.module.CALLS == [("Wide", 4), ("Wide", 2), ("Next", 4)]
+    assert made.module.CALLS == [("Wide", 4), ("Next", 4), ("Wide", 2), ("Next", 2)]
+
+
+MASKING = """
+class Wide(Model):
+    def __init__(self, device):
+        self.net = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(self.net.weight, 300)
+    def forward(self, x):
+        return self.net(x)
+class Next(Wide):
+    raw_inputs = []
+    preprocessors = []
+    dependencies = ['wide']
+    def forward(self, y):
+        return self.net(y.float().nan_to_num(posinf=0) / 300)
+class Beside(Model):
+    def forward(self, x):
+        return [torch.is_autocast_enabled('cpu')] * len(x)
+model_lookup = {'wide': Wide, 'next': Next, 'beside': Beside}
+postprocess_parquet_lookup = {
+    'wide': partial(identity, model='wide'), 'next': partial(identity, model='next'),
+    'half': partial(identity, model='beside', to_cpu=False),
+}
+"""
+
+
+def test_an_overflow_that_only_a_mended_output_shows_is_mended_too(bench: Make) -> None:
+    """Models that did not overflow stay in half precision, which is all that some can do."""
+    names = ["wide", "next", "half"]
+    outputs = bench(MASKING, ["wide", "next", "beside"], names, amp="float16").run([1, 300, 2])
+    assert outputs.columns["wide"][:, 0].tolist() == [300, 90_000, 600]
+    assert outputs.columns["next"][:, 0].tolist() == [300, 90_000, 600]
+    assert outputs.columns["half"] == [True, True, True]
+    assert (outputs.recomputed, outputs.rejections) == (1, [])
 
 
 FRAGILE = """
@@ -438,3 +476,128 @@ def test_mistakes_that_only_running_the_file_can_tell_are_the_configs(
     text = f"class A(Model):\n    {fields}\nmodel_lookup = {{'a': A}}\n"
     with pytest.raises(ConfigError, match=mistake):
         bench(text, ["a"], []).toolbox.inputs  # noqa: B018
+
+
+READ = """
+class Some(Model):
+    def forward(self, x):
+        return x
+class Found(Model):
+    def forward(self, x):
+        return x, x + 1
+    def on_host(self, output):
+        CALLS.append(('read', len(output[0])))
+        return [[a, b] for a, b in zip(output[0][:, 0].tolist(), output[1][:, 0].tolist())]
+class Longest(Model):
+    raw_inputs = []
+    preprocessors = []
+    dependencies = ['found']
+    def forward(self, found):
+        return torch.tensor([max(pair) for pair in found])
+def post(cache):
+    CALLS.append(('post', len(cache['some'])))
+    return cache['some'][:, 0]
+model_lookup = {'some': Some, 'found': Found, 'longest': Longest}
+postprocess_parquet_lookup = {
+    'post': post, 'found': partial(identity, model='found', to_cpu=False),
+    'longest': partial(identity, model='longest'),
+}
+"""
+
+
+def test_the_next_batch_is_launched_before_the_outputs_of_one_are_read(bench: Make) -> None:
+    made = bench(READ, ["some", "found"], ["post", "found"])
+    batches = [made.batch([float(i)] * size) for i, size in enumerate((1, 2, 3))]
+    with made.graph as graph:
+        ran = [outputs.columns for outputs in graph.run(iter(batches))]
+    assert [c["post"].tolist() for c in ran] == [[0], [1, 1], [2, 2, 2]]
+    assert [c["found"] for c in ran] == [[[0, 1]], [[1, 2]] * 2, [[2, 3]] * 3]
+    launch = [[("Some", n), ("Found", n)] for n in (1, 2, 3)]
+    read = [[("read", n), ("post", n)] for n in (1, 2, 3)]
+    calls: list[tuple[str, int]] = made.module.CALLS
+    assert calls == [*launch[0], *launch[1], *read[0], *launch[2], *read[1], *read[2]]
+
+
+def test_no_batch_is_launched_after_one_that_failed(bench: Make) -> None:
+    made = bench(FAILING, ["some"], ["column"])
+    asked: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for i, number in enumerate((1, 9, 2)):
+            asked.append(i)
+            yield made.batch([float(number)])
+
+    with pytest.raises(ShardError, match="too large"):
+        list(made.graph.run(batches()))
+    assert asked == [0, 1]
+
+
+def test_a_model_that_is_read_on_the_host_is_read_before_its_dependents(bench: Make) -> None:
+    made = bench(READ, ["found", "longest"], ["found", "longest"])
+    outputs = made.run([1, 5])
+    assert outputs.columns["found"] == [[1, 2], [5, 6]]
+    assert outputs.columns["longest"].tolist() == [2, 6]
+    assert made.module.CALLS == [("Found", 2), ("read", 2), ("Longest", 2)]
+
+
+class _Casts(TorchDispatchMode):
+    """Counts the parameters that are cast to half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _casts(graph: Graph, batch: Batch) -> int:
+    with _Casts() as casts:
+        graph(batch)
+    return casts.count
+
+
+def test_weights_are_cast_once_while_the_graph_is_held(bench: Make) -> None:
+    made = bench(DTYPES, ["half"], ["dtype"], amp="bfloat16")
+    batch = made.batch([1, 2])
+    with made.graph as graph:
+        assert [_casts(graph, batch) for _ in range(3)] == [2, 0, 0]
+        assert not torch.is_autocast_enabled("cpu")
+    assert [_casts(made.graph, batch) for _ in range(2)] == [2, 2]
+
+
+def test_float32_is_not_rounded_to_ten_bits(bench: Make) -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    bench(DTYPES, ["half"], ["dtype"])
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+PICTURES = """
+class Pictures(Model):
+    raw_inputs = ['image', 'text']
+    preprocessors = ['clip-aug', 'number']
+    def __init__(self, device):
+        self.image_net = nn.Conv2d(3, 2, 4)
+    def forward(self, images, numbers):
+        return self.image_net(images)[:, :, 0, 0]
+model_lookup = {'pictures': Pictures}
+postprocess_feature_lookup = {'made': partial(identity, model='pictures')}
+"""
+
+
+def test_image_nets_are_compiled_for_full_batches(
+    bench: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[tuple[int, nn.Module]] = []
+    monkeypatch.setattr("d2m_hpc.worker.graph.compile_for", lambda *given: asked.append(given))
+    caplog.set_level("INFO")
+    made = bench(
+        PICTURES, ["pictures"], [], postprocess_features=["made"], compile=True, batch_size=3
+    )
+    assert asked == [(3, made.graph.models["pictures"].image_net)]
+    assert "compiling pictures; the first batches of 3 take minutes" in caplog.text

@@ -22,7 +22,7 @@ from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Rejection, Shard
 from d2m_hpc.worker import loader as module
 from d2m_hpc.worker.batch import Batch, Input
-from d2m_hpc.worker.loader import AHEAD, Loader, Work
+from d2m_hpc.worker.loader import AHEAD, GROUP, Loader, Work
 from d2m_hpc.worker.prepare import Recipe
 
 TEXT: dict[Input, Preprocessor] = {("text", "identity"): PREPROCESSORS["identity"]}
@@ -259,6 +259,21 @@ def test_a_truncated_shard_fails_and_says_what_takes_it(scratch: Path) -> None:
         load(SHARDS / "cut.tar", recipe(), scratch)
 
 
+@pytest.mark.parametrize("zeros", [0, 1024])
+def test_a_truncated_shard_fails_before_or_after_it_is_computed(
+    tmp_path: Path, scratch: Path, zeros: int
+) -> None:
+    """One that ends in zeros all the same looks whole until its last header is read."""
+    (whole,) = write_shards(tmp_path, 1, samples=9)
+    whole.write_bytes(whole.read_bytes()[: 20 * 1024 + 300].ljust(21 * 1024, b"x") + bytes(zeros))
+    seen: list[str] = []
+    with Loader(works(whole), recipe(), scratch) as loader:
+        (work,) = loader
+        with pytest.raises(TruncatedShard):
+            seen += (key for batch in work for key in batch.keys)
+    assert bool(seen) == bool(zeros)
+
+
 def test_a_truncated_shard_is_taken_when_that_is_asked_for(scratch: Path) -> None:
     batches, work = load(SHARDS / "cut.tar", recipe(BOTH, allow_truncated=True), scratch)
     assert keys(batches) == [f"{i:07d}" for i in range(100, 119)]
@@ -310,7 +325,7 @@ def test_reading_ahead_is_bounded(tmp_path: Path, scratch: Path) -> None:
         return text
 
     paths = write_shards(tmp_path, 2, samples=150)
-    most = 4 * (AHEAD + 1) + 8 * 2 + 2
+    most = 4 * (AHEAD + 1) + GROUP * (2 * 2 + 2)
     with Loader(works(*paths), recipe({("text", "count"): custom(count)}), scratch) as loader:
         deadline = time.monotonic() + 5
         while prepared["all"] < 4 * AHEAD and time.monotonic() < deadline:

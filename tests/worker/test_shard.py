@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import pytest
@@ -23,7 +23,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.state.manifest import Rejection, Shard
-from d2m_hpc.worker.shard import CUT_OFF, Archive, Index, index_tar
+from d2m_hpc.worker.shard import CUT_OFF, Archive, Index, Sample
 from d2m_hpc.worker.stage import stage
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
@@ -40,11 +40,28 @@ def tar_bytes(members: Members, format: int = tarfile.PAX_FORMAT) -> bytes:
     return buffer.getvalue()
 
 
-def index_of(data: bytes) -> Index:
-    return index_tar(io.BytesIO(data), len(data))
+class Read(NamedTuple):
+    """What an index says once it has been iterated over."""
+
+    samples: list[Sample]
+    strays: list[Rejection]
+    cut: str
 
 
-def contents(data: bytes, index: Index | None = None) -> list[tuple[str, dict[str, bytes]]]:
+NOTHING = Read([], [], "")
+
+
+def read(index: Index) -> Read:
+    samples = list(index)
+    assert index.count == len(samples)
+    return Read(samples, index.strays, index.cut)
+
+
+def index_of(data: bytes) -> Read:
+    return read(Index(io.BytesIO(data), len(data)))
+
+
+def contents(data: bytes, index: Read | None = None) -> list[tuple[str, dict[str, bytes]]]:
     """Key, and data by extension, of each sample."""
     samples = (index or index_of(data)).samples
     return [(s.key, {e: data[o : o + n] for e, (o, n) in s.members.items()}) for s in samples]
@@ -234,7 +251,7 @@ def test_an_old_folder_entry_with_a_slash_is_nothing() -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         tar.addfile(special("d.x/", tarfile.AREGTYPE))
-    assert index_of(buffer.getvalue()) == Index()
+    assert index_of(buffer.getvalue()) == NOTHING
 
 
 def gnu_sparse(name: str, real: int) -> bytes:
@@ -271,8 +288,8 @@ def test_sparse_members_are_strays_whatever_size_they_claim(make: Any, real: int
 
 
 def test_an_empty_tar_is_whole_and_has_no_samples() -> None:
-    assert index_of(tar_bytes([])) == Index()
-    assert index_of(bytes(512)) == Index()
+    assert index_of(tar_bytes([])) == NOTHING
+    assert index_of(bytes(512)) == NOTHING
 
 
 # --- damaged archives ---
@@ -404,7 +421,7 @@ def test_headers_made_to_trip_the_reader_are_cuts(tmp_path: Path, name: str, res
     path = tmp_path / "a.tar"
     path.write_bytes(tar_bytes(triple("a") + triple("b"))[: 6 * 1024] + HOSTILE[name] + rest)
     with closing(Archive(path)) as archive:
-        index = archive.index()
+        index = read(archive.index())
     assert index.cut
     assert [s.key for s in index.samples] == ["a", "b"]
 
@@ -445,7 +462,7 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
 def read_all(url: str, scratch: Path) -> tuple[list[str], str]:
     """The keys of a shard, and how it is damaged."""
     with stage(Shard("stem", url), scratch) as staged, closing(Archive(staged.path)) as archive:
-        index = archive.index()
+        index = read(archive.index())
         return [s.key for s in index.samples], staged.damage or index.cut
 
 
@@ -577,13 +594,13 @@ def test_many_threads_read_one_archive(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", members)
     wrong: Counter[str] = Counter()
     with closing(Archive(path)) as archive:
-        samples = archive.index().samples
+        samples = list(archive.index())
 
-        def read() -> None:
+        def check() -> None:
             for (name, data), sample in zip(members, samples, strict=True):
                 wrong[name] += archive.read(*sample.members["txt"]) != data
 
-        threads = [threading.Thread(target=read) for _ in range(4)]
+        threads = [threading.Thread(target=check) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -21,6 +21,7 @@ from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError, NodeError
 from d2m_hpc.launch.decide import decide, inspect
 from d2m_hpc.launch.submit import commit, submitting
+from d2m_hpc.models.transfer import Lane
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Manifest, Record, read_records
 from d2m_hpc.state.rundir import RunDir
@@ -186,6 +187,25 @@ def test_a_model_that_raises_fails_its_shard_with_its_traceback(tmp_path: Path) 
     assert "'picky' raised ZeroDivisionError: no such caption" in records["00001"].error
     assert "in length" in records["00001"].traceback
     assert _outputs(tmp_path) == ["00000.npz", "00000.parquet", "00002.npz", "00002.parquet"]
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="torch tells it by no type")
+def test_a_device_that_fails_while_it_computes_ends_the_task_and_fails_no_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA says so when the results are waited for, not when kernels are launched."""
+
+    def fail() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    write_shards(tmp_path / "tars", 2)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"))
+    monkeypatch.setattr(Lane, "mark", lambda lane: fail)
+    with pytest.raises(NodeError, match="illegal memory access"):
+        run_task(run.root, "000", 0)
+    assert Manifest.load(run).failures == {}
+    assert list(run.leases.iterdir()) == []
+    assert _outputs(tmp_path) == []
 
 
 def test_a_shard_that_is_not_there_fails_and_the_next_is_done(tmp_path: Path) -> None:

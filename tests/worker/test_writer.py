@@ -241,14 +241,14 @@ def test_a_float16_overflow_is_the_shards_error(config: configs.Config) -> None:
     outputs = _outputs(2)
     outputs.features["image-histogram"][1, 1] = 1e6
     with pytest.raises(ShardError, match=r"'image-histogram'.*feature_dtype: float32"):
-        Table(config).add(outputs)
+        _table(config, outputs).features()
 
 
 def test_a_feature_of_texts_is_the_shards_error(config: configs.Config) -> None:
     outputs = _outputs(2)
     outputs.features["image-histogram"] = np.array(["a", "b"])
     with pytest.raises(ShardError, match=r"'image-histogram' is made of <U1; valid are numbers"):
-        Table(config).add(outputs)
+        _table(config, outputs).features()
 
 
 def test_features_of_integers_are_narrowed_too(config: configs.Config) -> None:
@@ -327,6 +327,23 @@ def test_what_is_not_as_long_as_its_record_is_not_committed(
     with pytest.raises(ShardError, match="read back \\[2\\], wrote 3 rows"):
         Committer(out, tmp_path).commit(_table(config, _outputs(2)), _record(3))
     assert out.stems() == out.stems(".npz") == set()
+
+
+def test_a_byte_that_the_disk_flipped_is_found_before_anyone_sees_it(
+    config: configs.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    savez = np.savez
+
+    def flip(file: Any, **arrays: Any) -> None:
+        savez(file, **arrays)
+        file.seek(-100, os.SEEK_END)  # the archive's directory takes what follows the data
+        file.write(b"\xff")
+
+    monkeypatch.setattr(np, "savez", flip)
+    out = OutputDir(config.output_metadata_dir)
+    with pytest.raises(ShardError, match=r"read back Bad CRC-32.*, wrote 2 rows"):
+        Committer(out, tmp_path).commit(_table(config, _outputs(2)), _record(2))
+    assert out.stems() == set()
 
 
 # --- committing ---

@@ -1,0 +1,16 @@
+"""Run one task in this process and print the peak of its memory in MB.
+
+python -m benchmarks.peak JSON, a config's keys
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+
+from benchmarks import workload
+
+if __name__ == "__main__":
+    workload.run_task(json.loads(sys.argv[1]))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

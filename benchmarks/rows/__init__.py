@@ -1,0 +1,1 @@
+"""The measurements, a module for each part of the program."""

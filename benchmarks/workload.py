@@ -1,0 +1,111 @@
+"""Our side: the loader and whole tasks, through the names that the program itself uses."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import yaml
+
+from d2m_hpc import config as configs
+from d2m_hpc.launch.decide import inspect
+from d2m_hpc.launch.submit import run_local
+from d2m_hpc.models.preprocessors import PREPROCESSORS
+from d2m_hpc.models.registry import COLUMNS, FEATURES
+from d2m_hpc.state.manifest import Shard
+from d2m_hpc.worker.batch import Batch
+from d2m_hpc.worker.loader import Loader, Work
+from d2m_hpc.worker.prepare import Recipe
+from d2m_hpc.worker.progress import Progress
+from d2m_hpc.worker.toolbox import Toolbox
+
+MODELS = [
+    "oai-clip-vit-b32",
+    "oai-clip-vit-l14",
+    "nsfw-detoxify",
+    "nsfw-image-oai-clip-vit-l-14",
+    "faces-scrfd10g",
+    "dedup-isc-ft-v107",
+]
+CLIP = MODELS[:2]
+FIELDS = ["uid", "url", "caption", "original_width", "original_height", "sha256"]
+NO_OP = Path(__file__).with_name("noop_models.py")
+BATCH = 128
+
+
+def keys(tars: Sequence[Path], workers: int, models: Sequence[str], **more: Any) -> dict[str, Any]:
+    """A config's keys for these models with all that they give, as DataComp has it."""
+    return {
+        "models": list(models),
+        "postprocess_columns": [name for name, post in COLUMNS.items() if post.model in models],
+        "postprocess_features": [name for name, post in FEATURES.items() if post.model in models],
+        "additional_fields": FIELDS,
+        "nworkers": workers,
+        "batch_size": BATCH,
+        "device": "cpu",
+        "input_tars": [str(tar) for tar in tars],
+        "output_metadata_dir": "out",
+        **more,
+    }
+
+
+def no_op_keys(tars: Sequence[Path], workers: int, **more: Any) -> dict[str, Any]:
+    """The same inputs, columns and features, by models that take no time."""
+    custom = {"models": ["no-op", "no-op-text"], "custom_pypath": str(NO_OP)}
+    return keys(tars, workers, MODELS, **more) | custom
+
+
+def batches(config: configs.Config, scratch: Path) -> Iterator[Batch]:
+    """What our loader makes of a config's tars: pixels as uint8, which the device normalises."""
+    recipe = Recipe.of(config, Toolbox.of(config).inputs)
+    works = (Work(Shard(Path(tar).stem, tar)) for tar in config.input_tars)
+    with Loader(works, recipe, scratch) as loader:
+        for work in loader:
+            yield from work
+
+
+@contextmanager
+def free_device() -> Iterator[None]:
+    """Leave out what is done on the device besides the models: normalising, and its copies.
+
+    On a node that has no GPU it would take the loader's cores.
+    """
+    bare = {name: replace(made, finish=_as_it_is) for name, made in PREPROCESSORS.items()}
+    with patch.dict(PREPROCESSORS, bare):
+        yield
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def run_task(keys: dict[str, Any]) -> float:
+    """One task in this process, from an empty run folder to committed files.
+
+    Args:
+        keys: the config's, but for the output folder, which is a temporary one.
+
+    Returns:
+        wall seconds.
+
+    Raises:
+        RuntimeError: it did not do every shard; with its log.
+    """
+    told: list[Progress] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yml"
+        path.write_text(yaml.safe_dump({**keys, "output_metadata_dir": f"{folder}/out"}))
+        started = time.perf_counter()
+        workload = inspect(configs.load(path), str(path))
+        run_local(workload, lambda decision: nullcontext(told.append))
+        seconds = time.perf_counter() - started
+        if told[-1].done != len(keys["input_tars"]):
+            log = "\n".join(path.read_text() for path in workload.run.logs.iterdir())
+            raise RuntimeError(f"the task did {told[-1].done} shards; its log:\n{log}")
+    return seconds

@@ -1,0 +1,98 @@
+"""Urls to stems: the names of shards and of their outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from d2m_hpc.urls import PIPE, is_pipe, is_remote
+
+_ARCHIVE = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
+_LONGEST = 200
+"""Bytes of a stem: a file name has 255, and temporary names are made from it."""
+
+
+def scheme(url: str) -> str:
+    """Of the store that a URL names, without what it is wrapped in (`simplecache::s3://...`)."""
+    return url.partition("://")[0].rpartition("::")[2]
+
+
+def location(url: str) -> str:
+    """The path-like part of a url that names the tar: for a command, its word that ends in .tar."""
+    if is_pipe(url):
+        tars = [w for w in _words(url.removeprefix(PIPE)) if _ARCHIVE.search(w)]
+        return tars[-1] if tars else _short_hash(url)
+    if not is_remote(url):
+        return url
+    rest = url.partition("://")[2]
+    if scheme(url) in ("http", "https"):  # elsewhere these two may be part of a name
+        rest = re.split("[?#]", rest, maxsplit=1)[0]
+    host, slash, path = rest.partition("/")
+    return host.rpartition("@")[2] + slash + path
+
+
+def _words(command: str) -> list[str]:
+    """A shell line's words, without its operators and with options' values on their own."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    try:
+        words = list(lexer)
+    except ValueError:
+        words = command.split()
+    return [re.sub("^-[^=]*=", "", word) for word in words]
+
+
+def _short_hash(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+def name_shards(urls: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """Give every url a stem of its own: the tar's, with its folders in front if stems collide.
+
+    Args:
+        urls: distinct urls.
+        taken: stems that other shards have.
+
+    Returns:
+        A stem for each url, in their order.
+    """
+    stems = [""] * len(urls)
+    used = set(taken)
+    left = [(i, *_stem_parts(url)) for i, url in enumerate(urls)]
+    depth = 0
+    while left:
+        tried = ["_".join((*_last(folders, depth), name)) for _, folders, name in left]
+        times = Counter(tried)
+        for (i, folders, name), stem in zip(left, tried, strict=True):
+            collides = times[stem] > 1 or stem in used
+            if len(stem.encode()) > _LONGEST or (collides and depth >= len(folders)):
+                stems[i] = _cut(name) + "_" + _short_hash(urls[i])
+            elif not collides:
+                stems[i] = stem
+        left = [parts for parts in left if not stems[parts[0]]]
+        used.update(filter(None, stems) if left else ())
+        depth += 1
+    return stems
+
+
+def _cut(name: str) -> str:
+    return name.encode()[:_LONGEST].decode(errors="ignore")
+
+
+def _last(folders: tuple[str, ...], count: int) -> tuple[str, ...]:
+    return folders[-count:] if count else ()
+
+
+def _stem_parts(url: str) -> tuple[tuple[str, ...], str]:
+    folder, _, name = location(url).rstrip("/").rpartition("/")
+    return _folders(folder), _ARCHIVE.sub("", name) or name or "shard"
+
+
+@lru_cache(maxsize=1000)
+def _folders(path: str) -> tuple[str, ...]:
+    """Of all urls in one folder it is the same tuple, or a million would fill the memory."""
+    return tuple(part for part in path.split("/") if part)

@@ -1,0 +1,56 @@
+"""The shards of each task of a submission: written once, read a line at a time."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+
+from d2m_hpc.state.manifest import Shard
+from d2m_hpc.state.rundir import Submission, atomic_write
+
+_OFFSET = struct.Struct("<Q")
+
+
+def write_chunks(submission: Submission, chunks: Iterable[Sequence[Shard]]) -> None:
+    """Line i of `chunks.jsonl` is what task i is to do; where it begins goes to a file beside it.
+
+    A million shards are 150 MB of lines, and tens of thousands of tasks want one of them each.
+    """
+    offsets, end = bytearray(), 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal end
+        for chunk in chunks:
+            line = json.dumps(chunk).encode() + b"\n"
+            offsets.extend(_OFFSET.pack(end))
+            end += len(line)
+            yield line
+
+    atomic_write(submission.chunks, lines())
+    atomic_write(submission.chunk_offsets, bytes(offsets))
+
+
+class Chunks:
+    """The chunks of a submission; `len` is how many, and only those asked for are read."""
+
+    def __init__(self, submission: Submission) -> None:
+        self._submission = submission
+
+    def __len__(self) -> int:
+        return self._submission.chunk_offsets.stat().st_size // _OFFSET.size
+
+    def read(self, numbers: Iterable[int]) -> Iterator[list[Shard]]:
+        """The shards of some tasks, chunk by chunk, in the order that is asked for.
+
+        Args:
+            numbers: of tasks, each from 0 to `len` - 1.
+        """
+        with (
+            open(self._submission.chunk_offsets, "rb") as offsets,
+            open(self._submission.chunks, "rb") as lines,
+        ):
+            for number in numbers:
+                offsets.seek(number * _OFFSET.size)
+                lines.seek(*_OFFSET.unpack(offsets.read(_OFFSET.size)))
+                yield [Shard(*shard) for shard in json.loads(lines.readline())]

@@ -1,0 +1,73 @@
+"""The GPU benchmark runs to its end with small nets and says all that it is to say."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kit import DATACOMP
+
+ROOT = Path(__file__).parents[2]
+IMAGE_MODELS = {
+    "oai-clip-vit-b32",
+    "oai-clip-vit-l14",
+    "faces-scrfd10g",
+    "dedup-isc-ft-v107",
+}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--seconds", "0.05"]
+    subprocess.run([*command, "--json", str(path)], cwd=ROOT, check=True, capture_output=True)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _rows(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if row["part"] == part]
+
+
+def test_every_model_is_there_as_it_is_and_the_image_nets_compiled(result: dict[str, Any]) -> None:
+    found = {(row["name"], row["mode"]) for row in _rows(result, "model")}
+    expected = {(name, "eager") for name in DATACOMP["models"]}
+    assert found == expected | {(name, "compiled") for name in IMAGE_MODELS}
+    assert {row["mode"] for row in _rows(result, "graph")} == {"eager", "compiled"}
+
+
+def test_all_figures_are_positive_and_agree(result: dict[str, Any]) -> None:
+    for row in result["rows"]:
+        assert row["samples_per_second"] > 0
+        assert math.isfinite(row["samples_per_second"])
+    for row in (*_rows(result, "model"), *_rows(result, "graph")):
+        tflops = row["samples_per_second"] * row["gflop_per_sample"] / 1e3
+        assert row["tflops"] == pytest.approx(tflops)
+        assert row["share"] == pytest.approx(tflops / result["ceiling_tflops"])
+        assert row["share"] > 0
+    alone = [r["gflop_per_sample"] for r in _rows(result, "model") if r["mode"] == "eager"]
+    for row in _rows(result, "graph"):
+        assert row["gflop_per_sample"] == pytest.approx(sum(alone))
+
+
+def test_tars_become_files_at_every_number_of_threads(result: dict[str, Any]) -> None:
+    found = _rows(result, "tar to files")
+    assert [row["threads"] for row in found] == [4, 8, 16]
+    assert len({row["rows"] for row in found}) == 1
+    for row in found:
+        assert row["rows"] > 0
+        assert 0 <= row["idle"] <= 1
+        assert row["waits"].keys() == {"loader", "device", "writer", "host"}
+        assert row["limit"] == max(row["waits"], key=lambda who: row["waits"][who])
+        assert sum(row["waits"].values()) == pytest.approx(row["seconds"])
+
+
+def test_the_conventional_loop_stands_beside_it(result: dict[str, Any]) -> None:
+    [row] = _rows(result, "conventional loop")
+    assert row["rows"] > 0
+    assert {"device", "machine", "command", "date", "batch_size"} <= result.keys()

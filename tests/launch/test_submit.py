@@ -1,0 +1,120 @@
+"""What a submit reads and writes; Slurm itself is in tests/slurm."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from kit import STATS, write_config
+
+from d2m_hpc import cli
+from d2m_hpc import config as configs
+from d2m_hpc.launch import decide, plan, submit
+from d2m_hpc.launch.slurm import Element, Queue
+from d2m_hpc.state import merge
+from d2m_hpc.state.chunks import Chunks
+from d2m_hpc.state.manifest import Manifest, Record, Recorder
+from d2m_hpc.state.rundir import RunDir
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Of ten tars, two for each task."""
+    (tmp_path / "tars").mkdir()
+    for i in range(10):
+        (tmp_path / "tars" / f"{i}.tar").write_bytes(b"x")
+    return write_config(
+        tmp_path / "c.yml",
+        STATS,
+        input_tars=str(tmp_path / "tars" / "*.tar"),
+        output_metadata_dir=str(tmp_path / "out"),
+        shards_per_task=2,
+    )
+
+
+@pytest.fixture
+def workload(config: Path) -> decide.Workload:
+    return decide.inspect(configs.load(config), str(config))
+
+
+def prepare(workload: decide.Workload) -> list[decide.Decision]:
+    """A submit but for sbatch; what it decided."""
+    seen: list[decide.Decision] = []
+    submit.prepare(workload, seen.append)
+    return seen
+
+
+def live(workload: decide.Workload, *elements: int) -> Queue:
+    """Slurm's word that these elements of submission 000 are pending."""
+    name = f"d2m-{submit.slurm.token(workload.run.root)}-000-0"
+    return Queue([Element("1", i, "PENDING", name) for i in elements])
+
+
+def test_shards_of_live_tasks_are_in_flight(workload: decide.Workload) -> None:
+    prepare(workload)
+    run = workload.run
+    chunks = list(Chunks(run.submission("000")).read([1, 4]))
+    assert submit.in_flight(run, live(workload, 1, 4)) == {s.stem for c in chunks for s in c}
+    assert submit.in_flight(run, live(workload)) == set()
+    assert len(chunks[0] + chunks[1]) == 4
+
+
+def test_an_element_may_have_fewer_chunks_than_ranks(workload: decide.Workload) -> None:
+    values = workload.config.slurm.model_copy(update={"tasks_per_node": 3})
+    workload.config = workload.config.model_copy(update={"slurm": values})
+    prepare(workload)
+    assert len(submit.in_flight(workload.run, live(workload, 0, 1))) == 10
+
+
+@pytest.mark.parametrize(("age", "files"), [(7200.0, 1), (60.0, 4)])
+def test_a_submit_merges_what_was_left_long_ago(
+    age: float, files: int, workload: decide.Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as long as a task may be silent."""
+    monkeypatch.setattr(merge, "MANY", 3)
+    run = workload.run
+    run.create()
+    for i in range(4):
+        recorder = Recorder(run.record("000", i, 0))
+        recorder.append(Record(f"{i}", "failed", finished=1.0))
+        os.utime(recorder.path, (time.time() - age,) * 2)
+    before = Manifest.load(run)
+    prepare(workload)
+    assert len(list(run.records.iterdir())) == files
+    assert Manifest.load(run) == before
+
+
+def test_a_submit_sweeps_what_a_killed_one_was_writing(workload: decide.Workload) -> None:
+    run = workload.run
+    prepare(workload)
+    folders = (run.root, run.records, run.progress, run.submission("000").folder)
+    for folder in folders:
+        (folder / ".x.1234.tmp").write_bytes(b"half")
+    prepare(workload)
+    assert [p for folder in folders for p in folder.glob("*.tmp")] == []
+
+
+def test_a_submit_reads_records_and_inputs_once(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"load": 0, "expand": 0}
+    load, expand = Manifest.load, plan.expand
+
+    def counted_load(run: RunDir) -> Manifest:
+        counts["load"] += 1
+        return load(run)
+
+    def counted_expand(patterns: list[str]) -> plan.Expansion:
+        counts["expand"] += 1
+        return expand(patterns)
+
+    monkeypatch.setattr(Manifest, "load", counted_load)
+    monkeypatch.setattr(plan, "expand", counted_expand)
+    monkeypatch.setattr(sys, "argv", ["d2m", "submit", str(config), "--no-sbatch"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert counts == {"load": 1, "expand": 1}

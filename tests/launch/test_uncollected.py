@@ -1,0 +1,42 @@
+"""The garbage collector rests while a plan is made, and afterwards works as before."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from d2m_hpc.launch.uncollected import uncollected
+
+
+@uncollected()
+def is_collecting() -> bool:
+    return gc.isenabled()
+
+
+def test_nothing_is_collected_meanwhile() -> None:
+    assert gc.isenabled()
+    assert not is_collecting()
+    assert gc.isenabled()
+
+
+def test_it_goes_on_after_the_outermost() -> None:
+    with uncollected():
+        assert not is_collecting()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_it_goes_on_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), uncollected():
+        raise ZeroDivisionError
+    assert gc.isenabled()
+
+
+def test_whoever_had_it_off_keeps_it_off() -> None:
+    gc.disable()
+    try:
+        is_collecting()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

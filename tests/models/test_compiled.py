@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from d2m_hpc.models import clip, dedup, scrfd
+from d2m_hpc.models.compiled import compile_for
+from d2m_hpc.models.loading import Weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_only_batches_of_the_one_size_are_compiled_and_those_once() -> None:
+    net, counter = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), CompileCounter()
+    images = torch.rand(4, 3, 8, 8)
+    expected = net(images)
+    compile_for(4, net, backend=counter)
+    for rows in (1, 2, 4, 3, 4):
+        np.testing.assert_allclose(net(images[:rows]).numpy(), expected[:rows].numpy(), atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def _image_net(name: str, weights: Weights) -> nn.Module:
+    if name == "scrfd":
+        return scrfd.ScrfdNet().eval()
+    made = {"clip": clip.ClipB32, "isc": dedup.IscFtV107}[name](CPU, weights)
+    net: nn.Module = made.image_net
+    return net
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "side"), [("clip", 224), ("scrfd", 224), ("isc", 128)])
+def test_every_image_net_is_traced_in_one_piece(name: str, side: int, checkpoints: Path) -> None:
+    """Breaks in the graph would cost what compiling is to save."""
+    net, counter = _image_net(name, Weights(checkpoints)), CompileCounter()
+    images = torch.rand(2, 3, side, side)
+    expected: Tensor = net(images)
+    compile_for(2, net, backend=counter)
+    for _ in range(2):
+        np.testing.assert_allclose(net(images).numpy(), expected.numpy(), atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_compiled_outputs_are_those_of_the_net_itself_up_to_rounding() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU()).eval()
+    images = torch.rand(2, 3, 8, 8)
+    expected = net(images)
+    compile_for(2, net)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = net(images)
+    np.testing.assert_allclose(net(images).numpy(), expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(half.float().numpy(), expected.numpy(), atol=2e-2)

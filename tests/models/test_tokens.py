@@ -1,0 +1,117 @@
+"""Captions to CLIP's tokens: those of open_clip, but for OpenAI's special ones."""
+
+from __future__ import annotations
+
+import string
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kit import captions
+from torch import Tensor
+
+from d2m_hpc.models import tokens
+from d2m_hpc.models.tokens import clip_tokens
+
+START, END = 49406, 49407
+
+
+def _tokens(texts: list[str]) -> Tensor:
+    return torch.stack([clip_tokens(text) for text in texts])
+
+
+@cache
+def _open_clips() -> Any:
+    return open_clip.SimpleTokenizer(context_length=77)
+
+
+def _theirs(texts: list[str]) -> Tensor:
+    found: Tensor = _open_clips()(texts)
+    return found
+
+
+def test_tokens_are_those_of_open_clip() -> None:
+    texts = [t for t in captions() if "<|" not in t]
+    texts += [
+        "",
+        "  ",
+        "don't   STOP &amp; go",
+        "日本語 naïve café",
+        "a" * 300,
+        "1234 <b>",
+        "<|x|>",
+    ]
+    assert len(texts) > 50
+    assert torch.equal(_tokens(texts), _theirs(texts))
+
+
+@pytest.mark.parametrize(
+    ("text", "special"),
+    [
+        ("<|endoftext|>", [END]),
+        ("<|startoftext|>", [START]),
+        ("<|EndOfText|> <|startoftext|>", [END, START]),
+        ("&lt;|endoftext|&gt;", [END]),
+    ],
+)
+def test_special_tokens_in_a_caption_are_read_as_openai_reads_them(
+    text: str, special: list[int]
+) -> None:
+    found = clip_tokens(text).tolist()
+    assert found[: len(special) + 2] == [START, *special, END]
+    assert not torch.equal(_tokens([text]), _theirs([text]))
+
+
+@pytest.mark.parametrize("text", ["<end_of_text>", "<start_of_text>", "a <end_of_text> b"])
+def test_open_clips_own_special_tokens_are_spelled_out(text: str) -> None:
+    found = clip_tokens(text).tolist()
+    assert found.count(START) == found.count(END) == 1
+    words = tokens._tokenizer().decode(found[1 : found.index(END)])
+    assert words.replace(" ", "") == text.replace(" ", "")
+
+
+@given(st.text(st.sampled_from(string.printable), max_size=60))
+def test_plain_texts_need_no_mending(text: str) -> None:
+    """The short cut for them gives what open_clip's cleaning gives, white space and all."""
+    assert tokens.clean(text) == tokens._tokenizer().clean_fn(text)
+
+
+@given(st.text(max_size=40))
+def test_any_text_has_open_clips_tokens(text: str) -> None:
+    if not any(f"<{mark}" in tokens.clean(text) for mark in ("|", "end_", "start_")):
+        assert torch.equal(_tokens([text]), _theirs([text]))
+
+
+def test_words_are_not_remembered_without_bound() -> None:
+    before = len(tokens._tokenizer().cache)
+    _tokens([f"unheardof{i}" for i in range(50)])
+    assert len(tokens._tokenizer().cache) == before
+    assert tokens._of_word.cache_info().maxsize == tokens.WORDS
+
+
+def test_a_long_caption_is_cut_with_the_end_token_kept() -> None:
+    [found] = _tokens(["word " * 200])
+    assert found.shape == (77,)
+    assert found[0] == START
+    assert found[-1] == END
+    assert (found == END).sum() == 1
+
+
+def test_a_short_caption_is_padded_with_zeros() -> None:
+    [found] = _tokens(["word"])
+    assert found[2] == END
+    assert not found[3:].any()
+
+
+def test_many_threads_tokenize_as_one_does() -> None:
+    texts = [f"{caption} number{i}" for i in range(20) for caption in captions()[:20]]
+    expected = _theirs(texts)
+    tokens._tokenizer.cache_clear()  # the threads race for the first one
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(clip_tokens, texts))
+    assert torch.equal(torch.stack(rows), expected)

@@ -1,0 +1,118 @@
+"""A task reads its own chunk, and the others' only to take over what they have not begun."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import D2MError
+from d2m_hpc.outputs import OutputDir
+from d2m_hpc.state.chunks import Chunks, write_chunks
+from d2m_hpc.state.lease import Lease
+from d2m_hpc.state.manifest import Shard
+from d2m_hpc.state.rundir import RunDir, Submission
+from d2m_hpc.worker.claims import Claims, TaskName
+from d2m_hpc.worker.progress import Progress, Reporter
+
+CHUNKS = [["a", "b"], ["c", "d"], ["e"], ["f", "g"]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    chunks = [[Shard(stem, f"/{stem}.tar") for stem in stems] for stems in CHUNKS]
+    write_chunks(run.submission("000"), chunks)
+    (tmp_path / "out").mkdir()
+    return run
+
+
+def claims(run: RunDir, index: int = 1, steal: bool = True, **more: Any) -> Claims:
+    config = Config(
+        models=["image-stats"],
+        input_tars=["x.tar"],
+        output_metadata_dir=str(run.root.parent / "out"),
+        steal=steal,
+    )
+    report = Reporter(Progress("000-1-0"), run.progress_of("000-1-0"))
+    values = {"clean": lambda stem: None, "deadline": None, **more}
+    return Claims(run, TaskName("000", index, 0), config, "f", report, **values)
+
+
+def stems(claimed: Claims) -> list[str]:
+    """Of all that is claimed, each let go at once."""
+    taken = []
+    for work in claimed:
+        taken.append(work.shard.stem)
+        claimed.let_go(work)
+    return taken
+
+
+def spoil(submission: Submission, *kept: int) -> None:
+    """Make all lines but some unreadable."""
+    lines = submission.chunks.read_bytes().splitlines(keepends=True)
+    spoilt = [line if i in kept else b"\xff" * len(line) for i, line in enumerate(lines)]
+    submission.chunks.write_bytes(b"".join(spoilt))
+
+
+def test_a_task_reads_no_chunk_but_its_own(run: RunDir) -> None:
+    spoil(run.submission("000"), 1)
+    assert stems(claims(run, steal=False)) == ["c", "d"]
+
+
+def test_others_shards_come_from_the_last_to_the_first(run: RunDir) -> None:
+    assert stems(claims(run)) == ["c", "d", "g", "f", "e", "b", "a"]
+
+
+def test_others_chunks_are_read_one_at_a_time(run: RunDir) -> None:
+    spoil(run.submission("000"), 1, 2, 3)
+    works = iter(claims(run))
+    taken = [next(works) for _ in range(5)]
+    assert [work.shard.stem for work in taken] == ["c", "d", "g", "f", "e"]
+    with pytest.raises(UnicodeDecodeError):
+        next(works)
+    for work in taken:
+        work.release()
+
+
+def test_what_is_finished_or_held_is_not_taken(run: RunDir) -> None:
+    (run.root.parent / "out" / "f.parquet").write_bytes(b"")
+    held = Lease(run.lease("e"))
+    assert held.claim()
+    assert stems(claims(run)) == ["c", "d", "g", "b", "a"]
+    held.release()
+
+
+def test_the_outputs_are_listed_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    listings = []
+    real = OutputDir.stems
+
+    def counted(self: OutputDir, suffix: str = ".parquet") -> set[str]:
+        listings.append(suffix)
+        return real(self, suffix)
+
+    monkeypatch.setattr(OutputDir, "stems", counted)
+    assert len(stems(claims(run))) == 7
+    assert listings == [".parquet"]
+
+
+def test_a_task_that_is_late_takes_nothing(run: RunDir) -> None:
+    assert stems(claims(run, deadline=time.time() - 1)) == []
+
+
+def test_an_output_that_cannot_be_read_ends_the_task_and_frees_the_shard(run: RunDir) -> None:
+    """Whether it is done is not known: to compute it again would be a guess."""
+    (run.root.parent / "out" / "c.parquet").mkdir()
+    with pytest.raises(D2MError, match=r"c\.parquet cannot be read"):
+        stems(claims(run))
+    assert list(run.leases.iterdir()) == []
+
+
+def test_a_chunk_that_is_not_there_is_an_error(run: RunDir) -> None:
+    assert len(Chunks(run.submission("000"))) == 4
+    with pytest.raises(D2MError, match="has no chunk 4"):
+        claims(run, index=4)
