@@ -90,6 +90,7 @@ class Decision:
 
     Attributes:
         shards: all of the run, done or not.
+        is_planned: the run folder has this plan already.
         done: stems of finished shards.
         exhausted: stems that failed `max_attempts` times.
         lost: records that are missing and were read back from finished parquets.
@@ -100,6 +101,7 @@ class Decision:
 
     workload: Workload
     shards: list[Shard]
+    is_planned: bool = False
     done: set[str] = field(default_factory=set)
     exhausted: set[str] = field(default_factory=set)
     lost: list[Record] = field(default_factory=list)
@@ -126,10 +128,10 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
         ConfigError: the run was made by another config, or the output folder by another program.
     """
     _compare_fingerprint(workload)
-    shards = plan.plan_shards(workload.sizes, plan.read_shards(workload.run.shards))
-    decision = Decision(workload, shards, notices=list(workload.notices))
-    gone = sum(s.url not in workload.sizes for s in shards)
-    if gone:
+    known = plan.read_shards(workload.run.shards)
+    shards = plan.plan_shards(workload.sizes, known)
+    decision = Decision(workload, shards, shards == known, notices=list(workload.notices))
+    if gone := len(shards) - len(workload.sizes):
         decision.notices.append(
             f"{gone} shards of earlier submits match no pattern now; they are kept"
         )
@@ -193,18 +195,18 @@ def _read_state(decision: Decision) -> None:
     manifest = Manifest.load(workload.run)
     output = OutputDir(workload.config.output_metadata_dir)
     ours, foreign = workload.fingerprint_id, []
-    present = output.stems()
+    present, seconds = output.stems(), 0.0
     for stem in (s.stem for s in decision.shards if s.stem in present):
         found = manifest.done.get(stem) or _rebuild(output, stem)
         if found is None:
             foreign.append(stem)
         elif found.fingerprint == ours:
             decision.done.add(stem)
+            seconds += found.finished - found.started
         if isinstance(found, Record):
             decision.lost.append(found)
-    taken = [manifest.done[s] for s in decision.done if s in manifest.done]
-    if taken:
-        decision.shard_seconds = sum(r.finished - r.started for r in taken) / len(taken)
+    if decision.done:
+        decision.shard_seconds = seconds / len(decision.done)
     decision.last_finished = nodes.last_finished(manifest)
     if not workload.config.reprocess:
         _refuse_foreign(workload, foreign)

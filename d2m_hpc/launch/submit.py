@@ -70,7 +70,8 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shar
         "host": socket.gethostname(),
         "version": __version__,
     }
-    plan.write_shards(run.shards, decision.shards)
+    if not decision.is_planned:
+        plan.write_shards(run.shards, decision.shards)
     write_chunks(submission, chunks)
     atomic_write(submission.config, text.encode())
     atomic_write(run.config, text.encode())
