@@ -6,7 +6,6 @@ python -m benchmarks [NAME ... | all | table | control | gpu] [--smoke] [--data 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -86,10 +85,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
 def program(name: str, arguments: Sequence[str]) -> int:
     """Run a benchmark that stands alone; by default it writes its JSON beside the others'."""
     given = list(arguments) or ["--json", str(RESULTS / f"{name}.json")]
-    script = Path(__file__).with_name(f"{name}.py")
-    root = script.parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    return subprocess.run([sys.executable, str(script), *given], env=environment).returncode
+    command = [sys.executable, "-m", f"benchmarks.{name}", *given]
+    return subprocess.run(command, cwd=Path(__file__).parents[1]).returncode
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

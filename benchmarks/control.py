@@ -1,6 +1,6 @@
 """What planning, submitting, resuming and looking cost, at up to a million shards.
 
-    python benchmarks/control.py [--shards 10000 100000 1000000] [--json FILE] [--scratch FOLDER]
+    python -m benchmarks.control [--shards 10000 100000 1000000] [--json FILE] [--scratch FOLDER]
 
 Each step is a command in a process of its own, as a user types it; its wall and CPU seconds and its
 peak memory are what the kernel says of it (`wait4`). The state is what tasks leave: tars of many
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -28,10 +27,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.machine import Watch
 
 LIMITS = {"seconds": 15.0, "peak_mb": 1536.0, "flatness": 1.5}
 SIZES = [10_000, 100_000, 1_000_000]
@@ -145,31 +145,21 @@ def show(rows: Sequence[Row], flat: dict[str, float | None], console: Console) -
     console.print(table)
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "cores": os.cpu_count(),
-        "architecture": platform.machine(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "load": os.getloadavg()[0],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shards", type=int, nargs="+", default=SIZES)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--scratch", type=Path, help="where the state is made; it is removed")
     asked = parser.parse_args()
-    console = Console(stderr=True)
+    console, watch = Console(stderr=True), Watch()
     rows = run_all(asked.shards, asked.scratch, console)
     flat = flatness(rows)
     show(rows, flat, Console())
     if asked.json:
         figures = {
             "name": "control",
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": machine(),
+            "command": shlex.join(["python", "-m", "benchmarks.control", *sys.argv[1:]]),
+            "machine": watch.describe(),
             "rows": [asdict(row) for row in rows],
             "flatness": flat,
             "limits": LIMITS,

@@ -1,11 +1,8 @@
-"""Tars as img2dataset writes them, of real photographs."""
+"""Tars of real photographs, with captions as the web has them."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import tarfile
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -14,6 +11,7 @@ from PIL import Image
 from skimage import data
 
 from benchmarks.captions import captions
+from benchmarks.tars import Sample, write
 
 PHOTOGRAPHS = (
     *("astronaut", "brick", "camera", "cat", "coffee", "coins", "grass", "gravel"),
@@ -42,38 +40,14 @@ def tars(folder: Path, count: int, samples: int) -> list[Path]:
 
 
 def _write(path: Path, number: int, samples: int) -> None:
-    """Under another name first: a tar that was begun is not taken for a whole one."""
-    begun = path.with_suffix(".part")
     texts = captions(samples, seed=number)
-    with tarfile.open(begun, "w") as tar:
-        for i, text in enumerate(texts):
-            for name, content in _sample(
-                f"{number:05d}{i:04d}", text, number * samples + i
-            ).items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    begun.rename(path)
-
-
-def _sample(key: str, caption: str, number: int) -> dict[str, bytes]:
-    jpeg, width, height = _crop(number % CROPS)
-    fields = {
-        "uid": hashlib.md5(key.encode()).hexdigest(),
-        "url": f"https://example.org/photos/{key}.jpg",
-        "caption": caption,
-        "key": key,
-        "status": "success",
-        "original_width": width,
-        "original_height": height,
-        "exif": "{}",
-        "sha256": hashlib.sha256(jpeg).hexdigest(),
-    }
-    return {
-        f"{key}.jpg": jpeg,
-        f"{key}.json": json.dumps(fields).encode(),
-        f"{key}.txt": caption.encode(),
-    }
+    write(
+        path,
+        (
+            Sample(f"{number:05d}{i:04d}", text, *_crop((number * samples + i) % CROPS))
+            for i, text in enumerate(texts)
+        ),
+    )
 
 
 @cache

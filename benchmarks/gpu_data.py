@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import math
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.captions import captions
+from benchmarks.tars import Sample, write
 from d2m_hpc.models import dedup, faces, nsfw, toxicity
 from d2m_hpc.models.dedup import IscNet
 from d2m_hpc.models.scrfd import ScrfdNet
@@ -122,30 +119,13 @@ def tars(folder: Path, count: int, samples: int) -> list[Path]:
 
 def _write(path: Path, samples: int) -> None:
     pictures = [_jpeg(seed) for seed in range(min(samples, PICTURES))]
-    with tarfile.open(path, "w") as tar:
-        for i, caption in enumerate(captions(samples)):
-            key, jpeg = f"{i:09d}", pictures[i % len(pictures)]
-            text = json.dumps(_fields(key, caption, jpeg))
-            _add(tar, f"{key}.jpg", jpeg)
-            _add(tar, f"{key}.json", text.encode())
-            _add(tar, f"{key}.txt", caption.encode())
-
-
-def _fields(key: str, caption: str, jpeg: bytes) -> dict[str, Any]:
-    return {
-        "uid": hashlib.md5(key.encode()).hexdigest(),
-        "url": f"https://example.org/{key}.jpg",
-        "caption": caption,
-        "original_width": WIDTH,
-        "original_height": HEIGHT,
-        "sha256": hashlib.sha256(jpeg).hexdigest(),
-    }
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
+    write(
+        path,
+        (
+            Sample(f"{i:09d}", caption, pictures[i % len(pictures)], WIDTH, HEIGHT)
+            for i, caption in enumerate(captions(samples))
+        ),
+    )
 
 
 def _jpeg(seed: int) -> bytes:

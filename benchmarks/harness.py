@@ -64,17 +64,17 @@ class Row:
     Attributes:
         target: of the ratio: how many times cheaper ours is ("at least"), or how many times the
             baseline's figure it may cost ("at most").
-        unit: of the figures, which are costs: less is better.
         prepare: makes ready what is not measured.
+        unit: of the figures, which are costs: less is better.
         takes_reference: the reference program can be run in the baseline's place.
     """
 
     name: str
     title: str
     target: float
-    direction: Direction
-    unit: str
     prepare: Callable[[Setting], AbstractContextManager[Sides]]
+    direction: Direction = "at least"
+    unit: str = "s"
     takes_reference: bool = False
 
     def ratio(self, ours: float, baseline: float) -> float:

@@ -25,16 +25,10 @@ from d2m_hpc.worker.prepare import Recipe
 from d2m_hpc.worker.progress import Progress
 from d2m_hpc.worker.toolbox import Toolbox
 
-MODELS = [
-    "oai-clip-vit-b32",
-    "oai-clip-vit-l14",
-    "nsfw-detoxify",
-    "nsfw-image-oai-clip-vit-l-14",
-    "faces-scrfd10g",
-    "dedup-isc-ft-v107",
-]
+DATACOMP = yaml.safe_load((Path(__file__).parents[1] / "configs" / "datacomp.yml").read_text())
+MODELS: list[str] = DATACOMP["models"]
 CLIP = MODELS[:2]
-FIELDS = ["uid", "url", "caption", "original_width", "original_height", "sha256"]
+FIELDS: list[str] = DATACOMP["additional_fields"]
 NO_OP = Path(__file__).with_name("noop_models.py")
 BATCH = 128
 

@@ -104,16 +104,12 @@ ROWS = (
         "faces-sparse",
         "faces of 64 images, most without any",
         10,
-        "at least",
-        "s",
         partial(post_processing, most=3, empty=0.6),
     ),
     Row(
         "faces-crowded",
         "faces of 64 images, up to 12 in each",
         10,
-        "at least",
-        "s",
         partial(post_processing, most=12, empty=0.0),
     ),
 )

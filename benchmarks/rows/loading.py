@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -135,62 +135,34 @@ def threads(setting: Setting) -> Iterator[Sides]:
     )
 
 
-def _many(setting: Setting, models: Sequence[str], resize: Resize) -> Any:
-    return whole_tars(setting, models, 4 * setting.workers, 250, resize)
+def _loader(
+    name: str,
+    what: str,
+    target: float,
+    models: Sequence[str] = workload.MODELS,
+    resize: Resize = "fast",
+    many: bool = True,
+) -> Row:
+    """Of many tars, or of a single large one."""
+
+    def prepare(setting: Setting) -> AbstractContextManager[Sides]:
+        tars, samples = (4 * setting.workers, 250) if many else (1, 1000)
+        return whole_tars(setting, models, tars, samples, resize)
+
+    return Row(f"loader-{name}", f"loader, {what}", target, prepare, takes_reference=True)
 
 
 ROWS = (
-    Row(
-        "loader-one-tar",
-        "loader, one tar",
-        6,
-        "at least",
-        "s",
-        partial(whole_tars, models=workload.MODELS, tars=1, samples=1000, resize="fast"),
-        takes_reference=True,
-    ),
-    Row(
-        "loader-many-tars",
-        "loader, many tars",
-        4.5,
-        "at least",
-        "s",
-        partial(_many, models=workload.MODELS, resize="fast"),
-        takes_reference=True,
-    ),
-    Row(
-        "loader-exact",
-        "loader, many tars, PIL resizing (`resize: exact`)",
-        2.5,
-        "at least",
-        "s",
-        partial(_many, models=workload.MODELS, resize="exact"),
-        takes_reference=True,
-    ),
-    Row(
-        "loader-clip",
-        "loader, many tars, CLIP's inputs only",
-        4,
-        "at least",
-        "s",
-        partial(_many, models=workload.CLIP, resize="fast"),
-        takes_reference=True,
-    ),
+    _loader("one-tar", "one tar", 6, many=False),
+    _loader("many-tars", "many tars", 4.5),
+    _loader("exact", "many tars, PIL resizing (`resize: exact`)", 2.5, resize="exact"),
+    _loader("clip", "many tars, CLIP's inputs only", 4, models=workload.CLIP),
     Row(
         "first-batch",
         "from a tar of 10,000 samples to its first batch",
         5,
-        "at least",
-        "s",
         first_batch,
         takes_reference=True,
     ),
-    Row(
-        "threads",
-        "our loader in threads, against the same in processes",
-        1,
-        "at least",
-        "s",
-        threads,
-    ),
+    Row("threads", "our loader in threads, against the same in processes", 1, threads),
 )

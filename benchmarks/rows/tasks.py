@@ -140,7 +140,7 @@ def memory(setting: Setting) -> Iterator[Sides]:
 
 def _overlap_row(name: str, what: str, share: float) -> Row:
     title = f"a task's time over its slower part's alone, {what}"
-    return Row(f"overlap-{name}", title, 1.1, "at most", "s", partial(overlap, share=share))
+    return Row(f"overlap-{name}", title, 1.1, partial(overlap, share=share), "at most")
 
 
 ROWS = (
@@ -148,8 +148,6 @@ ROWS = (
         "task",
         "whole task, 20 shards of 500, models that take no time",
         6,
-        "at least",
-        "s",
         whole_task,
         takes_reference=True,
     ),
@@ -160,8 +158,8 @@ ROWS = (
         "memory",
         "peak memory over 20 shards, against 2",
         1.1,
+        memory,
         "at most",
         "MB",
-        memory,
     ),
 )

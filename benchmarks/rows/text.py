@@ -118,7 +118,7 @@ def tokens(setting: Setting, build: Callable[[Weights], Clip | XlmRoberta]) -> I
 
 def _row(name: str, title: str, build: Callable[[Weights], Clip | XlmRoberta]) -> Row:
     title = f"{title}: tokens computed for each real one"
-    return Row(name, title, 1.3, "at most", "tokens", partial(tokens, build=build))
+    return Row(name, title, 1.3, partial(tokens, build=build), "at most", "tokens")
 
 
 ROWS = (

@@ -144,4 +144,4 @@ def pair_of_files(setting: Setting) -> Iterator[Sides]:
         )
 
 
-ROWS = (Row("writer", "10,000 rows to files", 50, "at least", "s", pair_of_files),)
+ROWS = (Row("writer", "10,000 rows to files", 50, pair_of_files),)

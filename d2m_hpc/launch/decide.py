@@ -61,7 +61,6 @@ def canonical(values: dict[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False).encode()
 
 
-@uncollected()
 def inspect(config: Config, where: str, expansion: plan.Expansion | None = None) -> Workload:
     """Look at inputs and checkpoints; changes nothing.
 

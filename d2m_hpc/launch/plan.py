@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.launch.naming import location, name_shards, scheme
+from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import atomic_write
 from d2m_hpc.urls import is_local, is_pipe, is_remote
@@ -72,6 +73,7 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
+@uncollected()
 def expand(patterns: Iterable[str]) -> Expansion:
     """List the tars that patterns name.
 

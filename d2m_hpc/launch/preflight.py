@@ -14,7 +14,6 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.launch import plan
 from d2m_hpc.launch.decide import absolute, checkpoint_hashes, run_dir
-from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.rundir import RunDir
@@ -32,8 +31,7 @@ def check(config: Config, where: str) -> plan.Expansion:
     """
     config = absolute(config)
     run = run_dir(config)
-    with uncollected():
-        inputs = plan.expand(config.input_tars)
+    inputs = plan.expand(config.input_tars)
     problems = [*_output(config), *_leases(run), *_inputs(inputs)]
     problems += [*_weights(config, run, where), *_custom_file(config)]
     if problems:

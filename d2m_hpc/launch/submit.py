@@ -35,8 +35,13 @@ PATIENCE = 90
 
 
 @contextmanager
-def submitting(run: RunDir) -> Iterator[None]:
-    """One submit at a time in a run; what a killed one left half-written is swept away."""
+def submitting(workload: Workload) -> Iterator[None]:
+    """One submit at a time in a run.
+
+    What a killed one left half-written is swept away, and the many small files of tasks that the
+    watchdog would have ended twice over become few.
+    """
+    run = workload.run
     run.create()
     lease = Lease(run.submit_lock)
     while not lease.claim():
@@ -46,6 +51,7 @@ def submitting(run: RunDir) -> Iterator[None]:
         for folder in (run.root, run.records, run.progress, *submissions):
             for left in folder.glob(".*.tmp"):
                 left.unlink(missing_ok=True)
+        merge_silent(run, 2 * workload.config.stall_seconds)
         yield
     finally:
         lease.release()
@@ -77,11 +83,6 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shar
     atomic_write(run.config, text.encode())
     atomic_write(run.fingerprint, canonical(workload.fingerprint))
     atomic_write(submission.intent, json.dumps(intent).encode())
-
-
-def tidy(workload: Workload) -> None:
-    """Few files instead of many, of tasks that the watchdog would have ended twice over."""
-    merge_silent(workload.run, 2 * workload.config.stall_seconds)
 
 
 def repair(decision: Decision) -> None:
@@ -131,8 +132,7 @@ def run_local(
         on_decision: told what will be done; gives the listener to the task's progress.
     """
     run = workload.run
-    with submitting(run):
-        tidy(workload)
+    with submitting(workload):
         decision = look(workload)
         repair(decision)
         submission = commit(decision, [decision.pending]) if decision.pending else None
@@ -168,8 +168,7 @@ def run_slurm(workload: Workload, on_decision: Callable[[Decision], None]) -> li
         SlurmError: sbatch refused; what it took before is on record.
     """
     run = workload.run
-    with submitting(run):
-        tidy(workload)
+    with submitting(workload):
         decision = decide(workload, in_flight(run, slurm.queue()))
         repair(decision)
         on_decision(decision)
@@ -193,8 +192,7 @@ def _intend(workload: Workload, decision: Decision) -> tuple[Submission, slurm.P
 
 def prepare(workload: Workload, on_decision: Callable[[Decision], None]) -> list[str]:
     """As `run_slurm`, but leave sbatch to the user; returns the commands to run, one an array."""
-    with submitting(workload.run):
-        tidy(workload)
+    with submitting(workload):
         decision = look(workload)
         repair(decision)
         on_decision(decision)

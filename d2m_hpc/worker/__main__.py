@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from d2m_hpc.errors import D2MError, NodeError
+from d2m_hpc.state.chunks import Chunks
 from d2m_hpc.state.rundir import RunDir, atomic_write
 
 log = logging.getLogger(__name__)
@@ -79,10 +80,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _work(run: RunDir, submission: str, index: int, element: Element) -> int:
-    from d2m_hpc.worker.claims import read_chunks
     from d2m_hpc.worker.task import run_task
 
-    if index >= len(read_chunks(run, submission)):
+    if index >= len(Chunks(run.submission(submission))):
         return 0  # the last element of an array may have fewer chunks than ranks
     record = run.record(submission, index, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
     try:

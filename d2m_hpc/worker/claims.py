@@ -37,11 +37,6 @@ class TaskName:
         return f"{self.submission}-{self.index}-{self.attempt}"
 
 
-def read_chunks(run: RunDir, submission: str) -> Chunks:
-    """The shards of every task of a submission, of which none is read yet."""
-    return Chunks(run.submission(submission))
-
-
 class Claims:
     """Iterate for the shards to do, each claimed at the last moment.
 
@@ -61,13 +56,13 @@ class Claims:
         clean: Callable[[str], None],
         deadline: float | None,
     ) -> None:
-        chunks = read_chunks(run, name.submission)
+        self._submission = run.submission(name.submission)
+        chunks = Chunks(self._submission)
         if name.index >= len(chunks):
             raise D2MError(f"submission {name.submission} of {run.root} has no chunk {name.index}")
         [self.chunk] = chunks.read([name.index])
         self._chunks, self._index = chunks, name.index
         self._run, self._config, self._fingerprint = run, config, fingerprint
-        self._submission = run.submission(name.submission)
         self._output = OutputDir(config.output_metadata_dir)
         self._report, self._clean, self._deadline = report, clean, deadline
         self._slowest = 0.0

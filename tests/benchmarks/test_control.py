@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "control.py"
+ROOT = Path(__file__).parents[2]
 SHARDS = 300
 STEPS = {
     "plan",
@@ -27,8 +27,8 @@ def test_every_step_is_measured_and_nothing_is_left(tmp_path: Path) -> None:
     scratch, figures = tmp_path / "scratch", tmp_path / "control.json"
     scratch.mkdir()
     words = ["--shards", str(SHARDS), "--scratch", str(scratch), "--json", str(figures)]
-    command = [sys.executable, str(SCRIPT), *words]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.control", *words]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert list(scratch.iterdir()) == []
     told = json.loads(figures.read_text())

@@ -20,7 +20,7 @@ def _row(costs: dict[str, Iterator[float]], order: list[str], **more: object) ->
     def prepare(setting: Setting) -> Iterator[Sides]:
         yield Sides(lambda: side("ours"), lambda: side("baseline"))
 
-    return replace(Row("row", "a row", 3, "at least", "s", prepare), **more)
+    return replace(Row("row", "a row", 3, prepare), **more)
 
 
 def _costs() -> dict[str, Iterator[float]]:

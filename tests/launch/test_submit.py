@@ -12,7 +12,7 @@ from kit import STATS, write_config
 
 from d2m_hpc import cli
 from d2m_hpc import config as configs
-from d2m_hpc.launch import decide, plan, submit
+from d2m_hpc.launch import decide, plan, slurm, submit
 from d2m_hpc.launch.slurm import Element, Queue
 from d2m_hpc.state import merge
 from d2m_hpc.state.chunks import Chunks
@@ -21,8 +21,9 @@ from d2m_hpc.state.rundir import RunDir
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """Of ten tars, two for each task."""
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of ten tars, two for each task; without Slurm, whatever this machine has of it."""
+    monkeypatch.setattr(slurm, "is_here", lambda: False)
     (tmp_path / "tars").mkdir()
     for i in range(10):
         (tmp_path / "tars" / f"{i}.tar").write_bytes(b"x")
@@ -49,7 +50,7 @@ def prepare(workload: decide.Workload) -> list[decide.Decision]:
 
 def live(workload: decide.Workload, *elements: int) -> Queue:
     """Slurm's word that these elements of submission 000 are pending."""
-    name = f"d2m-{submit.slurm.token(workload.run.root)}-000-0"
+    name = f"d2m-{slurm.token(workload.run.root)}-000-0"
     return Queue([Element("1", i, "PENDING", name) for i in elements])
 
 

@@ -162,13 +162,18 @@ def test_a_single_row_that_does_not_fit_is_out_of_memory(bench: Make) -> None:
         _greedy(bench, limit=0).run([1, 2])
 
 
-OVERFLOW = """
+WIDE = """
 class Wide(Model):
     def __init__(self, device):
         self.net = nn.Linear(1, 1, bias=False)
         nn.init.constant_(self.net.weight, 300)
     def forward(self, x):
         return self.net(x)
+"""
+
+OVERFLOW = (
+    WIDE
+    + """
 class Next(Model):
     raw_inputs = []
     preprocessors = []
@@ -180,6 +185,7 @@ postprocess_parquet_lookup = {
     'wide': partial(identity, model='wide'), 'next': partial(identity, model='next'),
 }
 """
+)
 
 
 def test_rows_that_overflow_in_half_precision_are_run_again_in_float32(bench: Make) -> None:
@@ -193,13 +199,9 @@ def test_rows_that_overflow_in_half_precision_are_run_again_in_float32(bench: Ma
     assert made.module.CALLS == [("Wide", 4), ("Next", 4), ("Wide", 2), ("Next", 2)]
 
 
-MASKING = """
-class Wide(Model):
-    def __init__(self, device):
-        self.net = nn.Linear(1, 1, bias=False)
-        nn.init.constant_(self.net.weight, 300)
-    def forward(self, x):
-        return self.net(x)
+MASKING = (
+    WIDE
+    + """
 class Next(Wide):
     raw_inputs = []
     preprocessors = []
@@ -215,6 +217,7 @@ postprocess_parquet_lookup = {
     'half': partial(identity, model='beside', to_cpu=False),
 }
 """
+)
 
 
 def test_an_overflow_that_only_a_mended_output_shows_is_mended_too(bench: Make) -> None:

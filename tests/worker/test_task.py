@@ -77,7 +77,7 @@ def _planned(folder: Path, tars: str | list[str], chunks: int = 1, **values: Any
     }
     path = write_config(folder / "c.yml", {**STATS, **common, **values})
     workload = inspect(configs.load(path), str(path))
-    with submitting(workload.run):
+    with submitting(workload):
         decision = decide(workload)
         pending = decision.pending
         size = -(-len(pending) // chunks)
