@@ -36,7 +36,7 @@ LEVELS = {
 """A module imports from its own room and from lower ones."""
 
 WITHOUT_TORCH = (
-    "d2m_hpc.cli",
+    "d2m_hpc.cli.*",
     "d2m_hpc.config",
     "d2m_hpc.outputs",
     "d2m_hpc.models.registry",
@@ -128,7 +128,9 @@ def test_launch_imports_no_worker_before_it_runs_one() -> None:
 
 
 def test_the_cli_imports_nothing_of_its_own_but_errors_at_once() -> None:
-    assert _arrows(deferred=False)["d2m_hpc.cli"] == {"d2m_hpc.errors"}
+    commands = {n: i for n, i in _arrows(deferred=False).items() if _room(n) == "d2m_hpc.cli"}
+    imported = set().union(*commands.values()) - commands.keys()
+    assert imported == {"d2m_hpc.errors"}
 
 
 def test_there_are_no_circles() -> None:

@@ -99,23 +99,30 @@ def is_here() -> bool:
 def _ask(*words: str) -> str:
     """
     Raises:
-        SlurmError: the command failed, with its words.
+        SlurmError: the command is not here or failed, with its words.
     """
     # A user's SQUEUE_PARTITION or SQUEUE_STATES would hide live tasks.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=False, timeout=120, env=environment
-    )
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=120, env=environment
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"there is no {words[0]} here; go to a login node") from None
     if done.returncode:
         raise SlurmError(f"{words[0]} failed: {done.stderr.strip()}")
     return done.stdout
 
 
 def max_array_size() -> int:
-    """Of this cluster; Slurm's default where there is none to ask."""
-    if not is_here():
+    """Of this cluster; Slurm's default where there is none to ask, or it does not answer.
+
+    A plan can be looked at without Slurm; a submit asks for the queue first.
+    """
+    try:
+        return parse_max_array_size(_ask("scontrol", "show", "config"))
+    except SlurmError:
         return DEFAULT_MAX_ARRAY_SIZE
-    return parse_max_array_size(_ask("scontrol", "show", "config"))
 
 
 def parse_max_array_size(shown: str) -> int:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2m_hpc.config import Slurm
+from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch import sbatch, slurm
 from d2m_hpc.launch.slurm import Array, Element
 from d2m_hpc.state.rundir import RunDir
@@ -153,6 +154,20 @@ def test_max_array_size_is_read_from_scontrol() -> None:
     shown = "MailProg = /bin/true\nMaxArraySize            = 4\nMaxJobCount = 10\n"
     assert slurm.parse_max_array_size(shown) == 4
     assert slurm.parse_max_array_size("nothing") == 1001
+
+
+@pytest.mark.parametrize("script", [None, "#!/bin/sh\necho no controller >&2\nexit 1\n"])
+def test_without_a_controller_a_plan_has_slurms_own_limit(
+    script: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands are missing, or here without a cluster."""
+    if script:
+        (tmp_path / "scontrol").write_text(script)
+        (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.max_array_size() == 1001
+    with pytest.raises(SlurmError, match="no controller" if script else "no squeue here"):
+        slurm._ask("scontrol" if script else "squeue")
 
 
 SQUEUE = """\

@@ -1,0 +1,52 @@
+"""The commands: parse, print, exit codes. Everything else is imported when it is needed."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from d2m_hpc.cli import run, weights
+from d2m_hpc.cli.submit import plan, submit
+from d2m_hpc.errors import D2MError
+
+SUBMIT_HELP = (
+    "Compute what is left of a config's shards. The same command again goes on from there."
+)
+
+app = typer.Typer(
+    name="d2m",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Metadata for folders of webdataset tars: every shard exactly once.",
+)
+app.command(help=SUBMIT_HELP)(submit)
+app.command(help="Show what a submit would do; the same as submit --dry-run.")(plan)
+app.command(help="How far a run is.")(run.status)
+app.command(help="Cancel a run's pending and running array tasks.")(run.cancel)
+app.command(help="The log of the task that worked on a shard last.")(run.logs)
+app.command(help="Check every output against its record; exit 1 when one is wrong.")(run.verify)
+app.add_typer(weights.app, name="weights")
+
+submit_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+submit_app.command(help=SUBMIT_HELP)(submit)
+
+
+def main() -> None:
+    """`d2m`."""
+    _run(app)
+
+
+def main_submit() -> None:
+    """`d2m-submit`, the same as `d2m submit`."""
+    _run(submit_app)
+
+
+def _run(command: typer.Typer) -> None:
+    """Print our errors without a traceback, and end with their exit codes."""
+    try:
+        command()
+    except D2MError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

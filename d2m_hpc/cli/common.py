@@ -1,0 +1,24 @@
+"""What the commands share: their arguments' types, and reading the config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from d2m_hpc.config import Config
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the YAML config")]
+Target = Annotated[Path, typer.Argument(metavar="CONFIG|RUN_DIR")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a config key")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def load(path: Path, overrides: list[str] | None = None, options: Any = None) -> Config:
+    from d2m_hpc.config import load as load_config
+
+    return load_config(path, overrides or (), options or {})

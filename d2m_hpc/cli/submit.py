@@ -1,0 +1,136 @@
+"""`d2m-submit`, and what it would do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2m_hpc.cli.common import ConfigFile, Overrides, load
+from d2m_hpc.errors import SlurmError
+
+if TYPE_CHECKING:
+    from d2m_hpc.config import Config
+    from d2m_hpc.launch.decide import Workload
+
+
+def _slurm(help_text: str) -> Any:
+    return typer.Option(help=help_text, rich_help_panel="Slurm (the config's slurm: keys)")
+
+
+SUBMIT_HELP = (
+    "Compute what is left of a config's shards. The same command again goes on from there."
+)
+
+
+def submit(
+    config: ConfigFile,
+    set_: Overrides = None,
+    local: Annotated[bool, typer.Option("--local", help="run in this process, no Slurm")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
+    no_sbatch: Annotated[bool, typer.Option("--no-sbatch", help="only print commands")] = False,
+    preflight: Annotated[bool, typer.Option(help="look for what would fail on every node")] = True,
+    partition: Annotated[str | None, _slurm("partition")] = None,
+    account: Annotated[str | None, _slurm("account to charge")] = None,
+    qos: Annotated[str | None, _slurm("quality of service")] = None,
+    time: Annotated[str | None, _slurm("walltime of a task")] = None,
+    cpus_per_task: Annotated[int | None, _slurm("cores of a task")] = None,
+    mem: Annotated[str | None, _slurm("memory of a task")] = None,
+    gres: Annotated[str | None, _slurm("such as gpu:1")] = None,
+    constraint: Annotated[str | None, _slurm("node features")] = None,
+    exclude: Annotated[str | None, _slurm("nodes to leave out")] = None,
+    max_parallel: Annotated[int | None, _slurm("tasks at once")] = None,
+    tasks_per_node: Annotated[int | None, _slurm("tasks in one array element")] = None,
+    requeue: Annotated[bool | None, _slurm("let Slurm requeue preempted tasks")] = None,
+    setup: Annotated[list[str] | None, _slurm("shell line before the task; repeatable")] = None,
+    extra: Annotated[list[str] | None, _slurm("OPTION=VALUE of sbatch; repeatable")] = None,
+) -> None:
+    given = dict(locals())
+    loaded = load(config, set_, _slurm_options(given))
+    if dry_run:
+        _dry_run(_inspect(loaded, config), local)
+    elif local:
+        raise typer.Exit(_run_local(_inspect(loaded, config)))
+    elif no_sbatch:
+        _write_only(_inspect(loaded, config, preflight))
+    else:
+        _require_slurm()
+        raise typer.Exit(_run_slurm(_inspect(loaded, config, preflight), wait))
+
+
+def plan(config: ConfigFile, set_: Overrides = None) -> None:
+    _dry_run(_inspect(load(config, set_), config), local=False)
+
+
+def _slurm_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The command line's values of the config's `slurm:` keys."""
+    from d2m_hpc.config import Slurm
+
+    options = {key: given[key] for key in Slurm.model_fields if key in given}
+    if options["extra"] is not None:
+        pairs = (text.partition("=") for text in options["extra"])
+        options["extra"] = {key: value if equals else True for key, equals, value in pairs}
+    return options
+
+
+def _inspect(config: Config, path: Path, preflight: bool = False) -> Workload:
+    from d2m_hpc.launch import decide
+    from d2m_hpc.launch import preflight as before
+
+    found = before.check(config, str(path)) if preflight else None
+    return decide.inspect(config, str(path), found)
+
+
+def _require_slurm() -> None:
+    from d2m_hpc.launch import slurm
+
+    if not slurm.is_here():
+        raise SlurmError("there is no sbatch here; go to a login node, or run with --local")
+
+
+def _dry_run(workload: Workload, local: bool) -> None:
+    from d2m_hpc.launch import show, submit
+
+    decision = submit.look(workload)
+    show.decision(decision)
+    if decision.pending and not local:
+        show.proposal(submit.propose(workload, decision, "next"))
+
+
+def _run_slurm(workload: Workload, wait: bool) -> int:
+    from d2m_hpc.launch import show, submit
+    from d2m_hpc.launch.status import summarise
+
+    show.submitted(submit.run_slurm(workload, show.decision))
+    if not wait:
+        return 0
+    submit.wait(workload.run)
+    summary = summarise(workload.run, workload.config)
+    show.summary(summary)
+    return 0 if summary.complete else 1
+
+
+def _write_only(workload: Workload) -> None:
+    from d2m_hpc.launch import show, submit
+
+    for command in submit.prepare(workload, show.decision):
+        print(command)
+
+
+def _run_local(workload: Workload) -> int:
+    """Run, show how it ended; 1 when a shard failed, now or before."""
+    from d2m_hpc.launch import show
+    from d2m_hpc.launch.status import summarise
+    from d2m_hpc.launch.submit import run_local
+
+    try:
+        run_local(workload, show.progress)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    summary = summarise(workload.run, workload.config)
+    show.summary(summary)
+    return 0 if summary.complete else 1
