@@ -1,6 +1,6 @@
 """What planning, submitting, resuming and looking cost, at up to a million shards.
 
-    python -m benchmarks.control [--shards 10000 100000 1000000] [--json FILE] [--scratch FOLDER]
+    python -m benchmarks.control [--shards N ...] [--json FILE] [--scratch FOLDER] [--lives N]
 
 Each step is a command in a process of its own, as a user types it; its wall and CPU seconds and its
 peak memory are what the kernel says of it (`wait4`). The state is what tasks leave: tars of many
@@ -11,7 +11,8 @@ each shard (hard links to a real pair, which `verify` finds right).
 A command starts with about a second of imports. That share, which the same step takes in a run of
 32 shards, is taken off before the cost a shard is computed, from the CPU seconds. `flatness` is the
 cost a shard at the largest size over that at the smallest; null where less than 0.05 s are left of
-either, too little to tell. Sizes up to 10,000 take the best of three where a step can be repeated.
+either, too little to tell. Runs of up to 10,000 shards are made several times, and each step's
+cheapest counts.
 """
 
 from __future__ import annotations
@@ -90,36 +91,43 @@ def measure(step: str, shards: int, command: Sequence[str], folder: Path) -> Row
 def steps(folder: Path, shards: int) -> Iterator[Row]:
     """All of a run's life, in order: the later steps find what the earlier ones left."""
 
-    def d2m(step: str, *words: str, times: int = 3 if shards <= FEW else 1) -> Row:
-        command = [str(BIN / "d2m"), *words]
-        rows = [measure(step, shards, command, folder) for _ in range(times)]
-        return min(rows, key=lambda row: row.cpu_seconds)
+    def d2m(step: str, *words: str) -> Row:
+        return measure(step, shards, [str(BIN / "d2m"), *words], folder)
 
     yield d2m("plan", "plan", "c.yml")
     yield d2m("plan of URLs", "plan", "urls.yml")
-    yield d2m("submit", "submit", "c.yml", "--no-sbatch", times=1)
+    yield d2m("submit", "submit", "c.yml", "--no-sbatch")
     make_state(folder)
     yield d2m("status", "status", "c.yml")
     yield d2m("resume", "submit", "c.yml", "--dry-run")
     yield d2m("verify --sample 20", "verify", "c.yml", "--sample", "20")
     yield measure("task", shards, [sys.executable, "-c", READ_CHUNK, "c/.d2m"], folder)
-    yield d2m("resubmit, merging", "submit", "c.yml", "--no-sbatch", times=1)
+    yield d2m("resubmit, merging", "submit", "c.yml", "--no-sbatch")
     yield d2m("status, merged", "status", "c.yml")
     yield d2m("resubmit, merged", "submit", "c.yml", "--no-sbatch")
 
 
-def run_all(sizes: Iterable[int], scratch: Path | None, console: Console) -> list[Row]:
-    """Every step at every size; a state is removed before the next is made."""
+def live(shards: int, scratch: Path | None) -> list[Row]:
+    """Every step of one run; its state is removed."""
+    with tempfile.TemporaryDirectory(prefix="d2m-control-", dir=scratch) as folder:
+        make_state(folder, shards)
+        return list(steps(Path(folder), shards))
+
+
+def run_all(
+    sizes: Iterable[int], few_lives: int, scratch: Path | None, console: Console
+) -> list[Row]:
+    """Every step at every size."""
     start: dict[str, float] = {}
     rows = []
     for shards in (FIXED, *sorted(sizes)):
-        with tempfile.TemporaryDirectory(prefix="d2m-control-", dir=scratch) as folder:
-            console.print(f"{shards:,} shards", style="dim")
-            make_state(folder, shards)
-            for row in steps(Path(folder), shards):
-                net = row.cpu_seconds - start.setdefault(row.step, row.cpu_seconds)
-                row.us_per_shard = round(max(0.0, net) / shards * 1e6, 2)
-                rows.append(row)
+        console.print(f"{shards:,} shards", style="dim")
+        lives = [live(shards, scratch) for _ in range(few_lives if shards <= FEW else 1)]
+        for same_step in zip(*lives, strict=True):
+            row = min(same_step, key=lambda row: row.cpu_seconds)
+            net = row.cpu_seconds - start.setdefault(row.step, row.cpu_seconds)
+            row.us_per_shard = round(max(0.0, net) / shards * 1e6, 2)
+            rows.append(row)
     return rows
 
 
@@ -150,9 +158,10 @@ def main() -> None:
     parser.add_argument("--shards", type=int, nargs="+", default=SIZES)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--scratch", type=Path, help="where the state is made; it is removed")
+    parser.add_argument("--lives", type=int, default=5, help="runs of up to 10,000 shards")
     asked = parser.parse_args()
     console, watch = Console(stderr=True), Watch()
-    rows = run_all(asked.shards, asked.scratch, console)
+    rows = run_all(asked.shards, asked.lives, asked.scratch, console)
     flat = flatness(rows)
     show(rows, flat, Console())
     if asked.json:

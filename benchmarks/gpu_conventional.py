@@ -63,7 +63,7 @@ def compute(graph: Graph, batch: Sequence[Any]) -> list[Any]:
             found += [(image * text).sum(dim=1).cpu(), image.cpu(), text.cpu()]
         found.append(models["nsfw-image-oai-clip-vit-l-14"]((image, text)).cpu())
         found.append(_toxicity(models["nsfw-detoxify"], texts, device))
-        levels = models["faces-scrfd10g"].net.levels(squares.to(device))
+        levels = models["faces-scrfd10g"].net(squares.to(device))
         found.append(baseline.faces([_on_host(level) for level in levels], paddings, SIDE))
         found += [part.cpu() for part in models["dedup-isc-ft-v107"](pictures.to(device))]
     return found

@@ -41,7 +41,7 @@ class Stopwatch:
         if self._shards == 2:
             self.reset()
         result = original(*given)
-        self.rows += result.table.rows
+        self.rows += result.record.rows
         self.recomputed += result.record.recomputed
         return result
 

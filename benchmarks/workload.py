@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.loader import Loader, Work
 from d2m_hpc.worker.prepare import Recipe
 from d2m_hpc.worker.progress import Progress
+from d2m_hpc.worker.scratch import Scratch
 from d2m_hpc.worker.toolbox import Toolbox
 
 DATACOMP = yaml.safe_load((Path(__file__).parents[1] / "configs" / "datacomp.yml").read_text())
@@ -59,7 +61,7 @@ def batches(config: configs.Config, scratch: Path) -> Iterator[Batch]:
     """What our loader makes of a config's tars: pixels as uint8, which the device normalises."""
     recipe = Recipe.of(config, Toolbox.of(config).inputs)
     works = (Work(Shard(Path(tar).stem, tar)) for tar in config.input_tars)
-    with Loader(works, recipe, scratch) as loader:
+    with Loader(works, recipe, Scratch(scratch, sys.maxsize)) as loader:
         for work in loader:
             yield from work
 

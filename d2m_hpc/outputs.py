@@ -5,23 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2m_hpc.errors import D2MError
+from d2m_hpc import stores
+from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.state.manifest import Record
 from d2m_hpc.state.rundir import make_folder
-from d2m_hpc.urls import is_local
+from d2m_hpc.urls import is_local, scheme
 
 METADATA = b"d2m"
 """Key of the parquet's file metadata that holds the shard's record."""
+TAIL = 64 << 10
+"""Bytes that hold almost any parquet's metadata, which stands at its end."""
+BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
+"""Stores without folders; to make one would make a bucket, where its name is misspelt."""
+PROBE = ".d2m-probe"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,45 +41,116 @@ class OutputDir:
     def is_local(self) -> bool:
         return is_local(self.url)
 
-    @cached_property
-    def _opened(self) -> tuple[Any, str]:
-        url = self.url if not self.is_local else str(Path(self.url).expanduser().absolute())
-        fs, root = fsspec.core.url_to_fs(url)
-        return fs, root
-
     @property
     def fs(self) -> Any:
-        return self._opened[0]
+        """Asked for each time, as it is another one after a fork."""
+        return stores.filesystem(self._url)[0]
 
-    @property
+    @cached_property
     def root(self) -> str:
         """The folder's path as its filesystem takes it."""
-        return self._opened[1]
+        return stores.filesystem(self._url)[1]
+
+    @cached_property
+    def _url(self) -> str:
+        return str(Path(self.url).expanduser().absolute()) if self.is_local else self.url
 
     def make(self) -> None:
-        """Make the folder where it is missing."""
-        if self.is_local:
-            make_folder(Path(self.root))
-        else:
-            self.fs.makedirs(self.root, exist_ok=True)
+        """Make the folder where it is missing; a store is asked whether it takes objects.
+
+        Raises:
+            ConfigError: it cannot be made, or written into.
+        """
+        with self._writing():
+            if self.is_local:
+                make_folder(Path(self.root))
+                return
+            if scheme(self.url) not in BUCKETS:
+                self.fs.makedirs(self.root, exist_ok=True)
+        self.probe()
+
+    def probe(self) -> None:
+        """
+        Raises:
+            ConfigError: files cannot be written and removed.
+        """
+        with self._writing():
+            self._ask(lambda: self.fs.pipe_file(self.path(PROBE), b"d2m"))
+            self.remove(PROBE)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each store raises errors of its own
+            mistake = f"output_metadata_dir: {self.url} cannot be written: {error}"
+            raise ConfigError("config", [mistake]) from error
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
+
+    def address(self, name: str) -> str:
+        """A file's path, or its URL on a store, as other programs take it."""
+        path = self.path(name)
+        return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
     def stems(self, suffix: str = ".parquet") -> set[str]:
         """The stems of all files with a suffix, by one listing; a finished shard has a parquet."""
         return {n.removesuffix(suffix) for n in self._names() if n.endswith(suffix)}
 
     def _names(self) -> Iterator[str]:
-        """Of everything in the folder."""
-        if not self.fs.isdir(self.root):
-            return
+        """Of everything in the folder.
+
+        Raises:
+            D2MError: the store does not say.
+        """
         if self.is_local:  # one at a time: fsspec holds a list of all paths
-            with os.scandir(self.root) as entries:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
                 yield from (entry.name for entry in entries)
-        else:
-            self.fs.invalidate_cache()
-            yield from (n.rsplit("/", 1)[-1] for n in self.fs.ls(self.root, detail=False))
+            return
+        try:
+            paths = stores.retrying(self._paths)
+        except Exception as error:  # each store raises errors of its own
+            raise D2MError(f"{self.url} cannot be listed: {error}") from error
+        yield from (path.rsplit("/", 1)[-1] for path in paths)
+
+    def _paths(self) -> list[str]:
+        """Where there is nothing, s3fs would list the folder above."""
+        fs = self.fs
+        return fs.ls(self.root, detail=False) if fs.exists(self.root) else []
+
+    def read(self, name: str, last: int | None = None) -> bytes:
+        """A file, or so many of its last bytes.
+
+        Raises:
+            OSError, or what else the store raises.
+        """
+        path, start = self.path(name), None if last is None else -last
+        data: bytes = self._ask(lambda: self.fs.cat_file(path, start=start))
+        return data
+
+    def has(self, name: str) -> bool:
+        return bool(self._ask(lambda: self.fs.exists(self.path(name))))
+
+    def put(self, file: Path) -> None:
+        """Send a file to the store; it appears whole or not at all, by the file's own name.
+
+        Raises:
+            OSError: the store does not take it, or has less than it was sent.
+        """
+        path, size = self.path(file.name), file.stat().st_size
+        self._ask(lambda: self.fs.put_file(str(file), path))
+        if (kept := self._ask(lambda: self.fs.info(path)["size"])) != size:
+            self.remove(file.name)  # a broken parquet would be taken for another program's
+            raise OSError(f"{path} has {kept} bytes in the store, {size} were sent")
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if there is one."""
+        with suppress(FileNotFoundError):
+            self._ask(lambda: self.fs.rm_file(self.path(name)))
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        return call() if self.is_local else stores.retrying(call)
 
     def sha256(self, name: str) -> str:
         digest = hashlib.sha256()
@@ -87,30 +165,30 @@ class OutputDir:
         Raises:
             D2MError: it cannot be told, for the file cannot be read.
         """
-        path = self.path(f"{stem}.parquet")
+        name = f"{stem}.parquet"
         try:
-            with self.fs.open(path, "rb") as file:
-                footer = _footer(file)
+            footer = self._footer(name)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise D2MError(
-                f"{path} cannot be read: {error}; see to it and run the same command again"
-            ) from error
+        except Exception as error:  # each store raises errors of its own
+            advice = "see to it and run the same command again"
+            raise D2MError(f"{self.path(name)} cannot be read: {error}; {advice}") from error
         try:
             note = (pq.read_metadata(pa.BufferReader(footer)).metadata or {}).get(METADATA)
             return Record.from_dict(json.loads(note)) if note else None
         except (OSError, pa.ArrowInvalid, ValueError, TypeError):
             return None
 
+    def restored(self, record: Record) -> Record:
+        """The line that a task was killed before it wrote, from the record in its parquet."""
+        sha256 = self.sha256(f"{record.shard}.parquet")
+        return replace(record, parquet_sha256=sha256, rebuilt=True)
 
-def _footer(file: IO[bytes]) -> bytes:
-    """A parquet's metadata, the 4 bytes of its length and the 4 of the format's name.
+    def _footer(self, name: str) -> bytes:
+        """A parquet's metadata, the 4 bytes of its length and the 4 of the format's name.
 
-    Apart from its parsing, for arrow raises an OSError at a damaged file too.
-    """
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 8))
-    length = int.from_bytes(file.read(4), "little") + 8
-    file.seek(max(0, size - length))
-    return file.read()
+        Apart from its parsing, for arrow raises an OSError at a damaged file too.
+        """
+        tail = self.read(name, TAIL)
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        return self.read(name, length) if tail[-4:] == b"PAR1" and length > TAIL else tail

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 PIPE = "pipe:"
+GLOB = re.compile(r"[*?\[]")
+"""What makes a pattern of a path."""
 
 
 def is_pipe(url: str) -> bool:
@@ -16,3 +20,8 @@ def is_remote(url: str) -> bool:
 
 def is_local(url: str) -> bool:
     return not is_pipe(url) and not is_remote(url)
+
+
+def scheme(url: str) -> str:
+    """Of the store that a URL names, without what it is wrapped in (`simplecache::s3://...`)."""
+    return url.partition("://")[0].rpartition("::")[2]

@@ -2,10 +2,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from kit import GOLDEN
+import s3
+from kit import GOLDEN, SHARDS
+from pages import TARS
+
+from d2m_hpc import stores
 
 
 @pytest.fixture(scope="session")
@@ -17,9 +25,52 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def weights_mirror(checkpoints: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A site's mirror of the kit's checkpoints and an empty weights folder, as variables."""
+    handler = partial(_Quiet, directory=checkpoints)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        address = f"http://127.0.0.1:{running.server_port}"
+        yield {"D2M_WEIGHTS_MIRROR": address, "D2M_WEIGHTS": str(tmp_path / "fetched")}
+        running.shutdown()
+        thread.join()
+
+
 @pytest.fixture
 def awkward_path(tmp_path: Path) -> Path:
     """A folder as users have them: spaces, quotes and non-ASCII letters in its name."""
     folder = tmp_path / "döner & \"quoted\" 'dir'"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[s3.Server]:
+    with s3.Server().running() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> s3.Server:
+    """An S3 with an empty `s3://bucket`, to which this process's environment leads."""
+    for name, value in {**s3.KEYS, "AWS_ENDPOINT_URL": s3_server.url}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.01)
+    s3_server.reset()
+    return s3_server
+
+
+@pytest.fixture
+def s3_bucket(s3_server: s3.Server) -> dict[str, str]:
+    """Variables that lead to an S3 with three of the kit's tars in `s3://bucket/tars/`."""
+    s3_server.reset()
+    for number, stem in enumerate(TARS):
+        s3_server.put(f"tars/{number:05d}.tar", (SHARDS / f"{stem}.tar").read_bytes())
+    return {**s3.KEYS, "AWS_ENDPOINT_URL": s3_server.url}

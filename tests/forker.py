@@ -8,6 +8,11 @@ of torch. The parent itself never runs an operation of torch.
     forker.py steps CONFIG OUT
         SIGKILL before the first file operation, and a run to the end, in OUT/1; before the second
         in OUT/2; and so on
+    forker.py requests CONFIG OUT
+        likewise, before each request to S3 that is about an output and reads none, with OUT on S3;
+        after a kill it waits for a line on its input
+    forker.py task-steps CONFIG OUT BEFORE
+        likewise, but only before the operations of the task; each folder is a copy of BEFORE
 
 Prints how each run ended, `killed` or its exit code.
 """
@@ -17,17 +22,20 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import fsspec
 import pandas  # noqa: F401  (pyarrow imports it where it is installed)
 
 from d2m_hpc import cli
 from d2m_hpc.launch import show, status, submit  # noqa: F401
-from d2m_hpc.worker import task  # noqa: F401
+from d2m_hpc.worker import task
 
 
 def fork(config: str, out: str, before: Callable[[], None] = lambda: None) -> int:
@@ -77,17 +85,61 @@ def die_at(step: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
-def kill_at_every_step(config: str, out: str) -> None:
+def die_in_task_at(step: int) -> None:
+    """As `die_at`, of the operations after the submit."""
+    run_task = task.run_task
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        die_at(step)
+        return run_task(*args, **kwargs)
+
+    task.run_task = counted
+
+
+def kill_at_every_step(
+    config: str, out: str, die: Callable[[int], None] = die_at, before: str = ""
+) -> None:
     for step in itertools.count(1):
         folder = f"{out}/{step}"
-        if wait(fork(config, folder, lambda step=step: die_at(step))) != "killed":
+        if before:
+            shutil.copytree(before, folder)
+        if wait(fork(config, folder, partial(die, step))) != "killed":
             return
         wait(fork(config, folder))
+
+
+def die_at_request(step: int) -> None:
+    """SIGKILL this process before its step-th request to S3 about an output, but to read one."""
+    from s3fs import S3FileSystem
+
+    steps, asked = itertools.count(1), S3FileSystem._call_s3
+
+    async def call(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        of_output = kwargs.get("Key", "").endswith((".npz", ".parquet"))
+        if of_output and method != "get_object" and next(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await asked(self, method, *args, **kwargs)
+
+    S3FileSystem._call_s3 = call
+
+
+def kill_at_every_request(config: str, out: str) -> None:
+    fsspec.filesystem("s3").ls(out.rpartition("/")[0])  # forks must not use this one's connections
+    for step in itertools.count(1):
+        ended = wait(fork(config, f"{out}/{step}", lambda step=step: die_at_request(step)))
+        if ended != "killed":
+            return
+        sys.stdin.readline()
+        wait(fork(config, f"{out}/{step}"))
 
 
 if __name__ == "__main__":
     kind, config, out, *rest = sys.argv[1:]
     if kind == "random":
         kill_at_random(config, out, int(rest[0]), int(rest[1]), float(rest[2]))
+    elif kind == "task-steps":
+        kill_at_every_step(config, out, die_in_task_at, *rest)
+    elif kind == "requests":
+        kill_at_every_request(config, out)
     else:
         kill_at_every_step(config, out)

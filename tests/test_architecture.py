@@ -26,6 +26,7 @@ LEVELS = {
     "d2m_hpc.errors": 0,
     "d2m_hpc.urls": 0,
     "d2m_hpc.state": 1,
+    "d2m_hpc.stores": 1,
     "d2m_hpc.models": 2,
     "d2m_hpc.config": 3,
     "d2m_hpc.outputs": 3,
@@ -39,6 +40,7 @@ WITHOUT_TORCH = (
     "d2m_hpc.cli.*",
     "d2m_hpc.config",
     "d2m_hpc.outputs",
+    "d2m_hpc.stores",
     "d2m_hpc.models.registry",
     "d2m_hpc.models.weights",
     "d2m_hpc.launch.*",
@@ -169,10 +171,23 @@ def test_what_runs_on_a_login_node_loads_no_torch() -> None:
 
 def _requirements() -> dict[str, str]:
     """Name to version specifier."""
+    return _specifiers(_setup()["options"]["install_requires"])
+
+
+def _on_request() -> dict[str, str]:
+    """What the extras bring that users ask for."""
+    extras = _setup()["options.extras_require"].items()
+    return _specifiers("\n".join(lines for name, lines in extras if name not in ("bench", "test")))
+
+
+def _setup() -> configparser.ConfigParser:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg", encoding="utf-8")
-    lines = parser["options"]["install_requires"].split()
-    pairs = [re.fullmatch(r"([A-Za-z0-9_-]+)(.*)", line) for line in lines]
+    return parser
+
+
+def _specifiers(lines: str) -> dict[str, str]:
+    pairs = [re.fullmatch(r"([A-Za-z0-9_-]+)(.*)", line) for line in lines.split()]
     return {match[1]: match[2] for match in pairs if match}
 
 
@@ -182,11 +197,14 @@ def _third_parties() -> set[str]:
 
 
 def test_every_requirement_is_imported_and_every_import_required() -> None:
-    assert {IMPORTED_AS.get(name, name) for name in _requirements()} == _third_parties()
+    """What an extra brings may be imported, in the functions that need it."""
+    always = {IMPORTED_AS.get(name, name) for name in _requirements()}
+    assert always <= _third_parties() <= always | _on_request().keys()
 
 
 def test_every_requirement_has_a_lower_bound() -> None:
-    assert all(re.match(r">=\d", bound) for bound in _requirements().values())
+    bounds = {**_requirements(), **_on_request()}.values()
+    assert all(re.match(r">=\d", bound) for bound in bounds)
 
 
 @pytest.mark.parametrize(

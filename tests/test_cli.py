@@ -204,7 +204,9 @@ def test_a_machine_without_slurm_says_so(folder: Path) -> None:
 # --- checkpoints ---
 
 
-@pytest.mark.parametrize("command", [("submit", "--dry-run"), ("weights", "check")])
+@pytest.mark.parametrize(
+    "command", [("submit", "--dry-run"), ("submit", "--local"), ("weights", "check")]
+)
 def test_missing_checkpoints_are_named_with_url_and_command(
     command: tuple[str, str], folder: Path
 ) -> None:

@@ -76,8 +76,8 @@ def contents(out: Path) -> dict[str, Any]:
 
 def leftovers(out: Path) -> set[str]:
     """Files that belong neither to a finished shard nor to the run's memory."""
-    memory = {"config.yml", "fingerprint.json", "shards.parquet"}
-    folders = {"records", "submissions", "progress", "logs"}
+    memory = {"config.yml", "shards.parquet"}
+    folders = {"fingerprints", "records", "submissions", "progress", "logs"}
     run = out / ".d2m"
     files = {p for p in out.rglob("*") if p.is_file()}
     known = {p for p in files if p.parent == out and p.suffix in (".npz", ".parquet")}

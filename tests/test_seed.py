@@ -1,6 +1,7 @@
 """Configs of the seed program (dataset2metadata) run as they are.
 
-`seed/*.yml` are the two of its README; only the paths in them are replaced.
+`seed/*.yml` are the two of its README; only the paths in them are replaced. Its custom file asks
+for "Salesforce/blip2-opt-2.7b", which transformers takes for a folder where there is one.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny_blip2
 import yaml
 from kit import SHARDS, submit
 
 SEED = Path(__file__).parent / "seed"
-CUSTOM = Path(__file__).parent / "models" / "custom_blip2.py"
 TARS = "path/to/my/tars/000057{17..19}.tar"
 OUTPUT = "path/to/my/ouput/metadata"
 PYPATH = "path/to/my/custom.py"
@@ -30,7 +31,7 @@ def _run(
     text = (SEED / name).read_text(encoding="utf-8")
     assert TARS in text
     text = text.replace(TARS, str(SHARDS / "0000{0..0}.tar"))
-    text = text.replace(OUTPUT, str(folder / "out")).replace(PYPATH, str(CUSTOM))
+    text = text.replace(OUTPUT, str(folder / "out")).replace(PYPATH, str(SEED / "custom.py"))
     (folder / name).write_text(text, encoding="utf-8")
     ended = submit(
         folder / name,
@@ -39,6 +40,7 @@ def _run(
         "--set",
         "batch_size=16",
         env={**os.environ, "D2M_WEIGHTS": str(checkpoints), "CUDA_VISIBLE_DEVICES": ""},
+        cwd=folder,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return folder / "out", ended
@@ -48,6 +50,7 @@ def _run(
 def test_a_seed_config_runs_and_its_outputs_have_its_names(
     name: str, tmp_path: Path, checkpoints: Path
 ) -> None:
+    tiny_blip2.save(tmp_path / "Salesforce" / "blip2-opt-2.7b")
     out, ended = _run(name, tmp_path, checkpoints)
     asked = yaml.safe_load((SEED / name).read_text())
     assert sorted(p.name for p in out.iterdir() if p.is_file()) == ["00000.npz", "00000.parquet"]
@@ -63,12 +66,6 @@ def test_a_seed_config_runs_and_its_outputs_have_its_names(
         assert {len(arrays[name]) for name in arrays.files} == {35}
     assert "no CUDA device here; running on the CPU" in ended.stdout
     if "blip2-cap" in columns:
-        _assert_captions(table["blip2-cap"])
-
-
-def _assert_captions(column: pa.ChunkedArray) -> None:
-    """Words of the tiny model's vocabulary."""
-    assert column.type == pa.string()
-    words = {word for caption in column.to_pylist() for word in caption.split()}
-    assert words
-    assert all(word.removeprefix("word").isdigit() for word in words)
+        assert table["blip2-cap"].type == pa.string()
+        assert len(set(table["blip2-cap"].to_pylist())) > 10
+        assert "instantiated blip2 on cpu" in ended.stdout

@@ -24,7 +24,8 @@ from benchmarks.noop_models import WIDTHS
 from d2m_hpc.config import Config
 from d2m_hpc.state.manifest import Record
 from d2m_hpc.worker.batch import Outputs
-from d2m_hpc.worker.writer import Table, write_pair
+from d2m_hpc.worker.table import Table
+from d2m_hpc.worker.writer import write_pair
 
 ROWS_WRITTEN = 10_000
 

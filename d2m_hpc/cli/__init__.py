@@ -6,7 +6,8 @@ import sys
 
 import typer
 
-from d2m_hpc.cli import run, weights
+from d2m_hpc.cli import datacomp, run, schema, weights
+from d2m_hpc.cli.report import report
 from d2m_hpc.cli.submit import plan, submit
 from d2m_hpc.errors import D2MError
 
@@ -27,6 +28,10 @@ app.command(help="How far a run is.")(run.status)
 app.command(help="Cancel a run's pending and running array tasks.")(run.cancel)
 app.command(help="The log of the task that worked on a shard last.")(run.logs)
 app.command(help="Check every output against its record; exit 1 when one is wrong.")(run.verify)
+app.command(help="What a run did and made, as one HTML file.")(report)
+app.command(help="The config's JSON schema, for editors.")(schema.schema)
+app.command(help="The uids of the best samples, as a subset for DataComp's tools.")(datacomp.select)
+app.add_typer(datacomp.app, name="export")
 app.add_typer(weights.app, name="weights")
 
 submit_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

@@ -122,12 +122,12 @@ def _write_only(workload: Workload) -> None:
 
 def _run_local(workload: Workload) -> int:
     """Run, show how it ended; 1 when a shard failed, now or before."""
-    from d2m_hpc.launch import show
+    from d2m_hpc.launch import live, show
     from d2m_hpc.launch.status import summarise
     from d2m_hpc.launch.submit import run_local
 
     try:
-        run_local(workload, show.progress)
+        run_local(workload, live.progress)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -18,8 +18,10 @@ def weights_list(config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]
     from d2m_hpc.launch import show
     from d2m_hpc.models import registry, weights
 
-    models = list(registry.MODELS) if config is None else load(config).models
-    show.checkpoints(weights.needed(models))
+    loaded = None if config is None else load(config)
+    specs = registry.MODELS if loaded is None else loaded.specs
+    folder = weights.weights_dir(None if loaded is None else loaded.weights_dir)
+    show.checkpoints(weights.needed(specs.values()), folder)
 
 
 @app.command("check", help="Whether a config's checkpoints are there and right.")
@@ -28,23 +30,36 @@ def weights_check(config: ConfigFile) -> None:
     from d2m_hpc.models import weights
 
     loaded = load(config)
-    checked = weights.check(loaded.models, weights.weights_dir(loaded.weights_dir))
-    show.checked(checked)
+    checked = weights.check(loaded.specs.values(), weights.weights_dir(loaded.weights_dir))
+    show.checked(checked, loaded.allow_unpublished_weights)
     weights.require(checked, loaded.allow_unpublished_weights, str(config))
 
 
-@app.command("fetch", help="Download a config's checkpoints.")
-def weights_fetch(config: ConfigFile) -> None:
+@app.command("fetch", help="Download a config's checkpoints; again goes on where it broke off.")
+def weights_fetch(
+    config: ConfigFile,
+    mirror: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            envvar="D2M_WEIGHTS_MIRROR",
+            help="a folder with the files under their published names",
+        ),
+    ] = "",
+) -> None:
     from d2m_hpc.launch import show
     from d2m_hpc.models import weights
 
     loaded = load(config)
-    folder = weights.weights_dir(loaded.weights_dir)
-    failed = []
-    for checkpoint in weights.needed(loaded.models):
+    folder, any_hash = weights.weights_dir(loaded.weights_dir), loaded.allow_unpublished_weights
+    wanted, failed = weights.needed(loaded.specs.values()), []
+    if not wanted:
+        show.checked([], any_hash)
+    for checkpoint in wanted:
         try:
             with show.download(checkpoint.name) as on_bytes:
-                weights.fetch(checkpoint, folder, on_bytes)
+                found = weights.fetch(checkpoint, folder, mirror, any_hash, on_bytes)
+            show.checked([found], any_hash)
         except WeightsError as error:
             failed.append(str(error))
     if failed:

@@ -39,9 +39,19 @@ def load(path: Path, overrides: Iterable[str] = (), options: Mapping[str, Any] =
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """Leaves `4:00:00` a text, which YAML 1.1 reads as a number of base 60."""
+
+    def construct_count(self, node: Any) -> int | str:
+        return str(node.value) if ":" in node.value else int(super().construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_count)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(str(path), ["no such file; give the path of a YAML config"]) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -69,7 +79,7 @@ def _override(values: dict[str, Any], text: str) -> str | None:
         if not isinstance(values, dict):
             return f"--set {dotted}: `{parent}` is not a section; valid is slurm.<key>"
     try:
-        values[key] = yaml.safe_load(value)
+        values[key] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         return f"--set {dotted}: found {value!r}, which is not valid YAML: {one_line(error)}"
     return None

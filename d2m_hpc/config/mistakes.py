@@ -8,7 +8,7 @@ from graphlib import CycleError
 
 from d2m_hpc.config.schema import Config
 from d2m_hpc.models import declared
-from d2m_hpc.models.registry import ModelSpec, Post, Registry, in_order
+from d2m_hpc.models.registry import RAW_INPUTS, ModelSpec, Post, Registry, in_order
 
 
 def one_line(error: object) -> str:
@@ -29,9 +29,10 @@ def semantic_mistakes(config: Config) -> list[str]:
         registry = declared.names(config.custom_file)
     except OSError as error:
         reason = error.strerror or error
+        path = config.custom_file and config.custom_file.absolute()
         return [
-            f"custom_pypath: found {config.custom_pypath!r}: {reason}; valid is a readable "
-            "Python file",
+            f"custom_pypath: found {config.custom_pypath!r}: {reason}: {path}; valid is a readable "
+            "Python file, by its path from the folder in which the command is called",
             *_device_mistakes(config),
         ]
     except (SyntaxError, ValueError) as error:
@@ -41,10 +42,17 @@ def semantic_mistakes(config: Config) -> list[str]:
         ]
     return [
         *_device_mistakes(config),
+        *registry_mistakes(config, registry),
+        *_name_mistakes(config),
+    ]
+
+
+def registry_mistakes(config: Config, registry: Registry) -> list[str]:
+    """Models, columns and features that a registry does not have or cannot connect."""
+    return [
         *_model_mistakes(config, registry),
         *_post_mistakes(config, "postprocess_columns", registry.columns, registry),
         *_post_mistakes(config, "postprocess_features", registry.features, registry),
-        *_name_mistakes(config),
     ]
 
 
@@ -84,9 +92,14 @@ def _input_mistakes(spec: ModelSpec, registry: Registry) -> list[str]:
             f"models: {spec.name!r} has {len(spec.raw_inputs)} raw_inputs and "
             f"{len(spec.preprocessors)} preprocessors; valid is one preprocessor for each raw input"
         ]
+    unknown = [
+        f"models: {spec.name!r} asks for the unknown raw input {name!r}{nearest(name, RAW_INPUTS)}"
+        for name in spec.raw_inputs
+        if name not in RAW_INPUTS
+    ]
     if not registry.complete:
-        return []
-    return [
+        return unknown
+    return unknown + [
         f"models: {spec.name!r} asks for the unknown preprocessor {name!r}"
         f"{nearest(name, registry.preprocessors)}"
         for name in spec.preprocessors
@@ -127,7 +140,7 @@ def _duplicates(key: str, names: list[str]) -> list[str]:
 
 def _name_mistakes(config: Config) -> list[str]:
     """Two columns of one name would make a parquet that nobody can read."""
-    names = ["key", *map(config.renamed, config.postprocess_columns), *config.additional_fields]
+    names = ["key", *map(config.renamed, config.postprocess_columns), *config.carried]
     twice = {n for n in names if names.count(n) > 1} - {
         n for n in config.postprocess_columns if config.postprocess_columns.count(n) > 1
     }

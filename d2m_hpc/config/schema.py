@@ -27,77 +27,125 @@ def _off_as_text(value: object) -> object:
     return "off" if value is False else value
 
 
-Names = Annotated[list[str], BeforeValidator(_as_list)]
-
-
+Precision = Literal["auto", "float16", "bfloat16", "off"]
+Names = Annotated[list[str], BeforeValidator(_as_list, list[str] | None)]
+Tars = Annotated[list[str], BeforeValidator(_tars_as_list, list[str] | str), Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A mapping in which an unknown key is a mistake."""
+    """A mapping in which an unknown key is a mistake; the text below a key describes it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Slurm(Section):
     """How array tasks are submitted; each key is also an option of `d2m-submit`."""
 
     partition: str | None = None
+    """sbatch's `--partition`"""
     account: str | None = None
+    """sbatch's `--account`"""
     qos: str | None = None
+    """sbatch's `--qos`"""
     time: str | int | None = None
+    """walltime of an array element, as sbatch takes it: `4:00:00`, or a number of minutes"""
     cpus_per_task: Count | None = None
+    """cores of a task"""
     mem: str | int | None = None
+    """memory of an array element, as sbatch takes it: `64G`, or a number of MiB"""
     gres: str | None = None
+    """devices of an array element, such as `gpu:1`"""
     constraint: str | None = None
+    """node features"""
     exclude: str | None = None
+    """nodes to leave out; those that `max_node_failures` finds broken come on top"""
     max_parallel: Count | None = None
+    """tasks that may run at once, over all arrays of a submission"""
     tasks_per_node: Count = 1
+    """tasks in one array element, each with a chunk of its own, and a GPU where there are many"""
     requeue: bool = True
+    """`--requeue`, so that Slurm starts preempted tasks again, or `--no-requeue`"""
     setup: Names = []
+    """shell lines before a task, such as `module load cuda`; one that fails ends it with code 4"""
     extra: dict[str, Any] = {}
+    """any other long option of sbatch, without its dashes, to its value or `true`"""
 
 
 class Config(Section):
     """One workload: which models, over which tars, to which folder."""
 
     models: Annotated[list[str], Field(min_length=1)]
+    """what is run on every sample: built-in models, or those of `custom_pypath`"""
     postprocess_columns: Names = []
+    """outputs that become columns of the parquet"""
     postprocess_features: Names = []
+    """outputs that become arrays of the npz"""
     additional_fields: Names = []
-    nworkers: Count | None = Field(None, description="decode threads; by default the task's cores")
+    """keys of the samples' JSON that become columns of the parquet"""
+    nworkers: Count | None = None
+    """decode threads of a task; by default as many as it has cores"""
     batch_size: Count = 512
+    """samples that the models get at once"""
     device: int | str = 0
-    input_tars: Annotated[list[str], BeforeValidator(_tars_as_list), Field(min_length=1)]
+    """a CUDA index, `cuda:N` or `cpu`; with `--local`, a machine without CUDA takes the CPU"""
+    input_tars: Tars
+    """one pattern, or a list: paths, URLs, `pipe:` commands; braces, and globs but in commands"""
     output_metadata_dir: Annotated[str, Field(min_length=1)]
+    """folder or URL for a parquet and an npz a tar"""
     custom_pypath: str | None = None
+    """Python file with models, preprocessors and postprocessors of your own"""
     reprocess: bool = False
+    """compute again what another config made, and replace what another program made"""
     use_datacomp_keys: bool = False
+    """the names that DataComp's tools read, in place of the models' own, a column `text` (the
+    caption), and a `uid` of 32 lower-case hex digits"""
     tars_per_wds: Count | None = None
+    """dataset2metadata's name for `shards_per_task`, which wins"""
     logging: bool = False
+    """send each task's progress to wandb"""
     warn_and_continue: bool = True
+    """reject a sample that cannot be read and go on; `false`: the first one fails its shard"""
 
     run_dir: str | None = None
-    amp: Annotated[Literal["auto", "float16", "bfloat16", "off"], BeforeValidator(_off_as_text)] = (
-        "auto"
-    )
-    compile: bool = Field(
-        False, description="compile the image nets for full batches; the first ones take minutes"
-    )
+    """folder for the run's state, on a filesystem that all nodes share; by default `.d2m` in
+    `output_metadata_dir`, or `.d2m/<name>` here where that is a URL"""
+    amp: Annotated[Precision, BeforeValidator(_off_as_text, Precision | Literal[False])] = "auto"
+    """precision of the models; `auto` is float16 on CUDA and `off`, float32, on the CPU"""
+    compile: bool = False
+    """compile the image nets for full batches; the first ones take minutes"""
     resize: Literal["fast", "exact"] = "fast"
+    """`exact` is PIL, bit for bit; `fast` differs in 0.3 % of the pixels, by 2 of 255 at most"""
     feature_dtype: Literal["float16", "float32"] = "float16"
+    """of the arrays in the npz"""
     shards_per_task: Count | None = None
+    """tars that an array task is given; by default 16"""
     max_rejected_fraction: float = Field(0.1, ge=0, le=1)
+    """share of a tar's samples that may be rejected before the tar counts as failed"""
     allow_truncated_shards: bool = False
+    """take the whole samples of a tar that was cut off, instead of failing it"""
     max_image_pixels: Count = 178_956_970
+    """an image of more pixels, by its header, is rejected"""
     max_attempts: Count = 3
+    """submits that try a failing tar before it is given up"""
     max_node_failures: Annotated[int, Field(ge=0)] = 3
+    """tasks in a row that a node may fail to start before the next submit leaves it out"""
     lease_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """seconds without a sign of life after which a task's tar is taken over"""
     stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """seconds without any progress after which a task ends itself"""
+    scratch_bytes: Count | None = None
+    """bytes that copies of remote or compressed tars may take at once on a node's own disk
+    (`$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`); by default half of what is free, shared by the tasks of
+    an array element"""
     steal: bool = True
+    """a task that is done takes tars that slower ones have not begun"""
     weights_dir: str | None = None
+    """folder of the checkpoints; by default `$D2M_WEIGHTS`, or `~/.cache/d2m_hpc`"""
     allow_unpublished_weights: bool = False
+    """accept checkpoints that are not the published files"""
     slurm: Slurm = Slurm()
+    """how array tasks are submitted"""
 
     @property
     def custom_file(self) -> Path | None:
@@ -108,6 +156,12 @@ class Config(Section):
         """The models asked for, by name."""
         known = declared.names(self.custom_file).models
         return {name: known[name] for name in self.models if name in known}
+
+    @property
+    def carried(self) -> list[str]:
+        """The columns that hold the samples' own values, in their order."""
+        text = ["text"] if self.use_datacomp_keys else []
+        return list(dict.fromkeys([*self.additional_fields, *text]))
 
     def renamed(self, name: str) -> str:
         """A column's or feature's name in the output files."""

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from d2m_hpc.state.manifest import Shard
+
+
+def by_base(shards: Iterable[Shard]) -> list[list[Shard]]:
+    """Shards that a task can do with the same models: those with the same base, in their order."""
+    groups: dict[str, list[Shard]] = {}
+    for shard in shards:
+        groups.setdefault(shard.base, []).append(shard)
+    return list(groups.values())
 
 
 def balanced(shards: Sequence[Shard], per_task: int) -> list[list[Shard]]:

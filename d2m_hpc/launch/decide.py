@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from d2m_hpc.config import Config
+from d2m_hpc.config.growth import only_new, with_own_names
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch import nodes, plan
+from d2m_hpc.launch import fingerprints, nodes, plan
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.models import weights
 from d2m_hpc.outputs import OutputDir
@@ -56,6 +59,11 @@ class Workload:
         """A short hash of the fingerprint, as records carry it."""
         return hashlib.sha256(canonical(self.fingerprint)).hexdigest()[:16]
 
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """What is kept of this config to compare later ones with."""
+        return with_own_names(self.config, self.fingerprint)
+
 
 def canonical(values: dict[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False).encode()
@@ -69,17 +77,17 @@ def inspect(config: Config, where: str, expansion: plan.Expansion | None = None)
         expansion: what the patterns name, where that is known.
 
     Raises:
-        ConfigError: patterns that name no tar.
+        ConfigError: patterns that name no tar, or a library that is not installed.
         WeightsError: checkpoints that are missing or wrong.
     """
     config = absolute(config)
     run = run_dir(config)
     expansion = expansion or plan.expand(config.input_tars)
     plan.check(expansion, where)
+    if missing := missing_extras(config):
+        raise ConfigError(where, missing)
     fingerprint = config.fingerprint(checkpoint_hashes(config, run, where))
     notices = _notices(expansion)
-    if config.logging:
-        notices.append("logging: true has no effect yet; nothing is sent to wandb")
     return Workload(config, where, run, expansion.sizes, fingerprint, notices)
 
 
@@ -91,6 +99,9 @@ class Decision:
         shards: all of the run, done or not.
         is_planned: the run folder has this plan already.
         done: stems of finished shards.
+        bases: stems of shards that lack only what was added to the config since they were
+            finished, with the fingerprints of their pairs.
+        earlier: those fingerprints' values, by their short hashes.
         exhausted: stems that failed `max_attempts` times.
         lost: records that are missing and were read back from finished parquets.
         in_flight: stems that pending or running array tasks will do.
@@ -102,6 +113,8 @@ class Decision:
     shards: list[Shard]
     is_planned: bool = False
     done: set[str] = field(default_factory=set)
+    bases: dict[str, str] = field(default_factory=dict)
+    earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
     exhausted: set[str] = field(default_factory=set)
     lost: list[Record] = field(default_factory=list)
     in_flight: set[str] = field(default_factory=set)
@@ -113,7 +126,13 @@ class Decision:
     def pending(self) -> list[Shard]:
         """Computed once: all else has to be known before it is asked for."""
         settled = self.done | self.exhausted | self.in_flight
-        return [s for s in self.shards if s.stem not in settled]
+        left, bases = [s for s in self.shards if s.stem not in settled], self.bases
+        return [Shard(*s[:3], base=bases.get(s.stem, "")) for s in left] if bases else left
+
+    def gains(self) -> list[tuple[int, Config]]:
+        """How many of the pending shards are to be extended, and the config of what they lack."""
+        config, bases = self.workload.config, Counter(s.base for s in self.pending if s.base)
+        return [(n, only_new(config, self.earlier[b], config.specs)) for b, n in bases.items()]
 
 
 @uncollected()
@@ -124,9 +143,9 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
         in_flight: stems in the hands of live array tasks.
 
     Raises:
-        ConfigError: the run was made by another config, or the output folder by another program.
+        ConfigError: the run was made by a config that this one does not only add to, or the output
+            folder by another program.
     """
-    _compare_fingerprint(workload)
     known = plan.read_shards(workload.run.shards)
     shards = plan.plan_shards(workload.sizes, known)
     decision = Decision(workload, shards, shards == known, notices=list(workload.notices))
@@ -136,6 +155,8 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
         )
     _read_state(decision)
     decision.in_flight = set(in_flight) - decision.done
+    if not workload.config.reprocess:
+        decision.earlier = _earlier(decision)
     return decision
 
 
@@ -152,9 +173,19 @@ def absolute(config: Config) -> Config:
     return config.model_copy(update={"weights_dir": folder, **paths})
 
 
+def missing_extras(config: Config) -> list[str]:
+    """What the config needs that is installed on request only."""
+    if not config.logging or any(metadata.distributions(name="wandb")):
+        return []
+    return [
+        "logging: true needs wandb, which is not installed; `pip install 'd2m_hpc[wandb]'`, or set "
+        "logging: false"
+    ]
+
+
 def checkpoint_hashes(config: Config, run: RunDir, where: str) -> dict[str, str]:
     folder = weights.weights_dir(config.weights_dir)
-    checked = weights.check(config.models, folder, weights.HashCache(run.hashes))
+    checked = weights.check(config.specs.values(), folder, weights.HashCache(run.hashes))
     return weights.require(checked, config.allow_unpublished_weights, where)
 
 
@@ -168,28 +199,27 @@ def _notices(expansion: plan.Expansion) -> list[str]:
     return notices
 
 
-def _compare_fingerprint(workload: Workload) -> None:
-    """Refuse to mix the outputs of two configs.
+def _earlier(decision: Decision) -> dict[str, dict[str, Any]]:
+    """The fingerprints that other shards have, or will have once their live tasks have ended.
 
     Raises:
-        ConfigError: naming what differs from the earlier submits.
+        ConfigError: the config does not only add to one of them; with what differs.
     """
-    path = workload.run.fingerprint
-    if not path.exists() or workload.config.reprocess:
-        return
-    old, new = json.loads(path.read_bytes()), workload.fingerprint
-    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    if differing:
-        mistakes = [f"{k}: was {old.get(k)!r}, is {new.get(k)!r}" for k in differing]
-        advice = (
-            f"the run in {workload.run.root} was made with other values; restore them, take "
-            "another output_metadata_dir, or set `reprocess: true` to compute its shards again"
-        )
-        raise ConfigError(workload.where, [*mistakes, advice])
+    workload, run = decision.workload, decision.workload.run
+    stems: dict[str, list[str]] = {}
+    for stem, name in decision.bases.items():
+        stems.setdefault(name, []).append(stem)
+    live = fingerprints.newest(run) if decision.in_flight else ""
+    if live not in ("", workload.fingerprint_id):
+        stems.setdefault(live, [])
+    return {
+        name: fingerprints.require_growth(run, name, made, workload.document, workload.where)
+        for name, made in stems.items()
+    }
 
 
 def _read_state(decision: Decision) -> None:
-    """Fill in what is done, exhausted and lost, by the records and by what lies in the output."""
+    """Fill in how far each shard is, by the records and by what lies in the output."""
     workload = decision.workload
     manifest = Manifest.load(workload.run)
     output = OutputDir(workload.config.output_metadata_dir)
@@ -202,6 +232,8 @@ def _read_state(decision: Decision) -> None:
         elif found.fingerprint == ours:
             decision.done.add(stem)
             seconds += found.finished - found.started
+        elif not workload.config.reprocess:
+            decision.bases[stem] = found.fingerprint
         if isinstance(found, Record):
             decision.lost.append(found)
     if decision.done:
@@ -229,6 +261,4 @@ def _refuse_foreign(workload: Workload, stems: list[str]) -> None:
 def _rebuild(output: OutputDir, stem: str) -> Record | None:
     """A task was killed between the parquet's rename and its record."""
     record = output.record(stem)
-    if record is not None:
-        record.parquet_sha256, record.rebuilt = output.sha256(f"{stem}.parquet"), True
-    return record
+    return output.restored(record) if record else None

@@ -9,16 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from d2m_hpc.urls import PIPE, is_pipe, is_remote
+from d2m_hpc.urls import PIPE, is_pipe, is_remote, scheme
 
 _ARCHIVE = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
 _LONGEST = 200
 """Bytes of a stem: a file name has 255, and temporary names are made from it."""
-
-
-def scheme(url: str) -> str:
-    """Of the store that a URL names, without what it is wrapped in (`simplecache::s3://...`)."""
-    return url.partition("://")[0].rpartition("::")[2]
 
 
 def location(url: str) -> str:

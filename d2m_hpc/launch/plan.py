@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import braceexpand
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch.naming import location, name_shards, scheme
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.launch import remote
+from d2m_hpc.launch.naming import name_shards
+from d2m_hpc.launch.remote import MISSING
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import atomic_write
-from d2m_hpc.urls import is_local, is_pipe, is_remote
-
-_GLOB = re.compile(r"[*?\[]")
+from d2m_hpc.urls import GLOB, is_local, is_pipe, is_remote
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Expansion:
             self.mistakes.append(f"input_tars: the name '{name}' is not UTF-8; rename the file")
         elif url in self.sizes:
             self.duplicates += 1
-        elif size == _MISSING:
+        elif size == MISSING:
             self.missing.append(url)
             self.sizes[url] = None
             return False
@@ -88,6 +87,9 @@ def expand(patterns: Iterable[str]) -> Expansion:
         try:
             for url, size in _expand_one(pattern, sizes):
                 matched += found.add(url, size)
+        except D2MError as error:
+            found.mistakes.append(f"input_tars: {error}")
+            continue
         except Exception as error:  # a store's own library raises what it likes
             what = f"{type(error).__name__}: {error}"
             found.mistakes.append(f"input_tars: cannot list {pattern!r}: {what}")
@@ -95,9 +97,6 @@ def expand(patterns: Iterable[str]) -> Expansion:
         if not matched:
             found.mistakes.append(f"input_tars: found no tar for {pattern!r}; check the path")
     return found
-
-
-_MISSING = -1
 
 
 class _LocalSizes:
@@ -110,7 +109,7 @@ class _LocalSizes:
         folder = path.rpartition("/")[0]
         if folder not in self._folders:
             self._folders[folder] = dict(_list(f"{folder}/", lambda name: True))
-        return self._folders[folder].get(path, _MISSING)
+        return self._folders[folder].get(path, MISSING)
 
 
 def _list(folder: str, matches: Callable[[str], object]) -> Iterator[tuple[str, int]]:
@@ -126,9 +125,9 @@ def _list(folder: str, matches: Callable[[str], object]) -> Iterator[tuple[str, 
 
 def _size(entry: os.DirEntry[str]) -> int:
     try:
-        return entry.stat().st_size if entry.is_file() else _MISSING
+        return entry.stat().st_size if entry.is_file() else MISSING
     except OSError:  # it was there a moment ago
-        return _MISSING
+        return MISSING
 
 
 def _glob(pattern: str) -> list[tuple[str, int]]:
@@ -136,7 +135,7 @@ def _glob(pattern: str) -> list[tuple[str, int]]:
     folder, _, name = pattern.rpartition("/")
     if name == "**":
         folder, name = pattern, "*"
-    folders = glob.glob(f"{folder}/", recursive=True) if _GLOB.search(folder) else [f"{folder}/"]
+    folders = glob.glob(f"{folder}/", recursive=True) if GLOB.search(folder) else [f"{folder}/"]
     # As in a shell, what begins with a dot is named only by a pattern that does.
     visible = "" if name.startswith(".") else r"(?!\.)"
     matches = re.compile(visible + fnmatch.translate(name)).match
@@ -148,14 +147,15 @@ def _expand_one(pattern: str, sizes: _LocalSizes) -> Iterator[tuple[str, int | N
     if is_local(pattern) and os.path.isfile(path := _absolute(pattern)):
         yield path, sizes[path]  # a file's own name may hold braces and brackets
         return
+    if is_remote(pattern):
+        yield from remote.expand(list(_braces(pattern)))
+        return
     for name in _braces(pattern):
         if is_pipe(name):
             yield name, None
-        elif is_remote(name):
-            yield from _expand_remote(name)
         else:
             path = _absolute(name)
-            wild = _GLOB.search(path) and not os.path.isfile(path)
+            wild = GLOB.search(path) and not os.path.isfile(path)
             yield from _glob(path) if wild else [(path, sizes[path])]
 
 
@@ -168,17 +168,6 @@ def _braces(pattern: str) -> Iterator[str]:
         yield from braceexpand.braceexpand(pattern, escape=False)
     except ValueError:
         yield pattern
-
-
-def _expand_remote(url: str) -> Iterator[tuple[str, int | None]]:
-    if not _GLOB.search(location(url)):
-        fsspec.get_filesystem_class(scheme(url))  # a store that no library is here for
-        yield url, None
-        return
-    fs, path = fsspec.core.url_to_fs(url)
-    for match, info in sorted(fs.glob(path, detail=True).items()):
-        if info.get("type") != "directory":
-            yield fs.unstrip_protocol(match), info.get("size")
 
 
 def plan_shards(sizes: Mapping[str, int | None], known: Sequence[Shard] = ()) -> list[Shard]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
-
+from d2m_hpc import stores
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.launch import plan
-from d2m_hpc.launch.decide import absolute, checkpoint_hashes, run_dir
+from d2m_hpc.launch.decide import absolute, checkpoint_hashes, missing_extras, run_dir
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.rundir import RunDir
@@ -33,21 +33,19 @@ def check(config: Config, where: str) -> plan.Expansion:
     run = run_dir(config)
     inputs = plan.expand(config.input_tars)
     problems = [*_output(config), *_leases(run), *_inputs(inputs)]
-    problems += [*_weights(config, run, where), *_custom_file(config)]
+    problems += [*_weights(config, run, where), *_custom_file(config), *missing_extras(config)]
     if problems:
         raise ConfigError(f"{where}, preflight (--no-preflight skips it)", problems)
     return inputs
 
 
 def _output(config: Config) -> Iterator[str]:
-    output = OutputDir(config.output_metadata_dir)
-    probe = output.path(f".d2m-probe-{uuid.uuid4().hex}")
     try:
+        output = OutputDir(config.output_metadata_dir)
         output.make()
-        output.fs.pipe_file(probe, b"d2m")
-        output.fs.rm_file(probe)
-    except Exception as error:  # each store raises errors of its own
-        yield f"output_metadata_dir: {config.output_metadata_dir} cannot be written: {error}"
+        output.probe()
+    except ConfigError as error:
+        yield from error.mistakes
 
 
 def _leases(run: RunDir) -> Iterator[str]:
@@ -80,9 +78,8 @@ def _inputs(expansion: plan.Expansion) -> Iterator[str]:
 def _read_some(url: str) -> None:
     if is_local(url):  # fsspec would take `::` in a path for a chain of stores
         Path(url).open("rb").close()
-        return
-    with fsspec.open(url, "rb") as file:
-        file.read(512)
+    else:
+        stores.peek(url)
 
 
 def _weights(config: Config, run: RunDir, where: str) -> Iterator[str]:
@@ -92,16 +89,29 @@ def _weights(config: Config, run: RunDir, where: str) -> Iterator[str]:
         yield str(error)
 
 
-IMPORT = "import sys; from pathlib import Path; from d2m_hpc.models import custom; "
-IMPORT += "custom.load(Path(sys.argv[1]))"
+IMPORT = """
+import sys
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.worker.toolbox import Toolbox
+try:
+    Toolbox.of(Config.model_validate_json(sys.stdin.read()))
+except ConfigError as error:
+    sys.exit("\\0" + "\\n".join(error.mistakes))
+"""
 
 
 def _custom_file(config: Config) -> Iterator[str]:
     """In a process of its own: the file imports torch, and may do anything else."""
     if config.custom_file is None:
         return
-    command = [sys.executable, "-c", IMPORT, str(Path(config.custom_file))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # As in a task: without internet, and without what happens to lie in this folder.
+    command = [sys.executable, "-P", "-c", IMPORT]
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ}
+    done = subprocess.run(
+        command, input=config.model_dump_json(), capture_output=True, text=True, env=environment
+    )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        yield f"custom_pypath: {config.custom_file} cannot be imported: {last.strip()}"
+        # What precedes the mistakes is what the file's own imports had to say.
+        mistakes = done.stderr.rpartition("\0")[2].strip()
+        yield f"{config.custom_file}: {mistakes or 'it ended without a reason'}"

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from d2m_hpc.config import Config
     from d2m_hpc.launch.decide import Decision
     from d2m_hpc.launch.slurm import Array, Proposal
     from d2m_hpc.launch.status import Summary
     from d2m_hpc.launch.verify import Report
     from d2m_hpc.models.weights import Checked, Checkpoint
-    from d2m_hpc.worker.progress import Listener
-    from d2m_hpc.worker.progress import Progress as TaskProgress
 
 WATCH_SECONDS = 3.0
-PLAIN_SECONDS = 10.0
-"""How often a run that is not watched at a terminal says a line."""
 WIDE = 10_000
 
 
@@ -84,11 +82,25 @@ def decision(decided: Decision) -> None:
             f", {given_up} given up after {attempts} attempts (--set max_attempts={attempts + 1})"
         )
     console.print(line)
+    for number, lacked in decided.gains():
+        console.print(f"{number} shards gain {_gained(lacked)}")
     if decided.pending and decided.shard_seconds is not None:
         left = duration(len(decided.pending) * decided.shard_seconds)
         console.print(f"about {left} of work, by the shards that are done")
     for notice in decided.notices:
         console.print(f"note: {notice}", style="yellow")
+
+
+def _gained(lacked: Config) -> str:
+    """What a config asks for, and the models that it takes."""
+    kinds = {
+        "columns": lacked.postprocess_columns,
+        "features": lacked.postprocess_features,
+        "fields": lacked.additional_fields,
+    }
+    said = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
+    models = f"models run: {', '.join(lacked.models) or 'none'}"
+    return f"{'; '.join(said) or 'no column, feature or field'} ({models})"
 
 
 def proposal(proposed: Proposal) -> None:
@@ -130,6 +142,8 @@ def summary(found: Summary) -> None:
         rows["array tasks"] = ", ".join(f"{n} {state}" for state, n in found.tasks.items())
     if found.gpu_hours:
         rows["GPU-hours"] = f"{found.gpu_hours:,.1f}"
+    if found.outdated:
+        rows["finished by an earlier config"] = f"{found.outdated}"
     if found.recomputed:
         rows["run again in float32"] = f"{found.recomputed:,}"
     _pairs(rows, found.state)
@@ -169,92 +183,37 @@ def report(found: Report) -> None:
     console.print(f"{checked}, {wrong} files wrong")
 
 
-def checkpoints(known: Sequence[Checkpoint]) -> None:
-    table = Table("file", "published at", "sha256", show_edge=False)
+def checkpoints(known: Sequence[Checkpoint], folder: Path) -> None:
+    """Where they lie or belong, how large those are that are there, where they come from."""
+    table = Table("file", "size", "published at", "sha256", show_edge=False)
     for item in known:
-        table.add_row(item.name, item.url, item.sha256[:12] or "not published")
+        path = folder / item.name
+        size = decimal(path.stat().st_size) if path.is_file() else "missing"
+        table.add_row(str(path), size, item.url, item.sha256[:12] or "not published")
     console.print(table)
 
 
-def checked(found: Sequence[Checked]) -> None:
+def checked(found: Sequence[Checked], allow_unpublished: bool) -> None:
     for item in found:
-        style = "green" if item.state == "ok" else "red"
-        console.print(f"{item.state:8} {item.path}", style=style)
+        accepted = item.state != "ok" and item.is_usable(allow_unpublished)
+        style = "green" if item.state == "ok" else "yellow" if accepted else "red"
+        why = " (accepted: allow_unpublished_weights is true)" if accepted else ""
+        console.print(f"{item.state:8} {item.path}{why}", style=style)
     if not found:
         console.print("no checkpoint is needed")
 
 
 @contextmanager
 def download(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar for one file."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=console) as bar:
+    """A bar for one file, at a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         row = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
-
-
-@contextmanager
-def progress(decided: Decision) -> Iterator[Listener]:
-    """What will be done, then a bar of shards; plain lines where nobody sits at a terminal."""
-    decision(decided)
-    package, warnings = logging.getLogger("d2m_hpc"), _Warnings(logging.WARNING)
-    package.addHandler(warnings)
-    try:
-        if console.is_terminal:
-            with _bar(len(decided.pending)) as listener:
-                yield listener
-        else:
-            yield _PlainLines()
-    finally:
-        package.removeHandler(warnings)
-
-
-class _Warnings(logging.Handler):
-    """What goes wrong on the way, above the bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        console.print(f"{record.levelname.lower()}: {self.format(record)}", style="yellow")
-
-
-@contextmanager
-def _bar(shards: int) -> Iterator[Listener]:
-    columns = (
-        TextColumn("shards"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:,.0f} samples/s"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[failed]}", style="red"),
-    )
-    with Progress(*columns, console=console) as bar:
-        row = bar.add_task("", total=shards, speed=0.0, failed="")
-
-        def show(task: TaskProgress) -> None:
-            failed = f"{task.failed} failed" if task.failed else ""
-            finished = task.done + task.failed
-            bar.update(row, completed=finished, speed=_speed(task), failed=failed)
-
-        yield show
-
-
-def _speed(task: TaskProgress) -> float:
-    seconds = task.updated - task.started
-    return task.rows / seconds if seconds > 0 else 0.0
-
-
-class _PlainLines:
-    """A line now and then, and the last one."""
-
-    def __init__(self) -> None:
-        self.said = time.monotonic()
-
-    def __call__(self, task: TaskProgress) -> None:
-        now = time.monotonic()
-        if now - self.said < PLAIN_SECONDS and task.state == "running":
-            return
-        self.said = now
-        print(
-            f"{task.done + task.failed}/{task.shards} shards, {task.rows} rows, "
-            f"{_speed(task):.1f} samples/s, {task.failed} failed",
-            flush=True,
-        )

@@ -15,7 +15,7 @@ from typing import Any
 
 from d2m_hpc.config import Config, load
 from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
-from d2m_hpc.launch import nodes, plan, slurm
+from d2m_hpc.launch import fingerprints, nodes, plan, slurm
 from d2m_hpc.launch.decide import run_dir
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.state.manifest import Manifest, Outcome
@@ -41,6 +41,8 @@ class Failure:
 class Summary:
     """A run in figures.
 
+    `done` are the shards that have all that the last submit asked for. `outdated` are those that
+    have what an earlier one asked for; they are among the pending, running and failed ones.
     `eta_seconds` is None where nothing runs or nothing is known of its speed. `tasks` counts array
     elements by what Slurm says of them; it is empty where Slurm says nothing.
     """
@@ -63,6 +65,7 @@ class Summary:
     broken_nodes: dict[str, str] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     rejections: dict[str, int] = field(default_factory=dict)
+    outdated: int = 0
 
     @property
     def complete(self) -> bool:
@@ -100,14 +103,20 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
 
 
 @uncollected()
-def summarise(run: RunDir, config: Config) -> Summary:
-    """Read records, leases and progress files; asks nobody else."""
-    manifest = Manifest.load(run)
+def summarise(run: RunDir, config: Config, known: Manifest | None = None) -> Summary:
+    """Read records, leases and progress files; asks nobody else.
+
+    Args:
+        known: the run's manifest, where it was read already.
+    """
+    manifest = known or Manifest.load(run)
     stems = plan.read_stems(run.shards)
-    done = [manifest.done[s] for s in stems if s in manifest.done]
-    failed = {s: r for s in stems if (r := manifest.failures.get(s)) and s not in manifest.done}
-    running = (_held(run, config.lease_seconds) - manifest.done.keys()).intersection(stems)
-    tasks = _tasks(run)
+    finished, asked = manifest.done, fingerprints.newest(run)
+    by_stem = {s: r for s in stems if (r := finished.get(s)) and r.fingerprint == asked}
+    done = list(by_stem.values())
+    failed = {s: f for s in stems if (f := manifest.failures.get(s)) and s not in by_stem}
+    running = (_held(run, config.lease_seconds) - by_stem.keys()).intersection(stems)
+    tasks = attempts(run)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     rows = sum(r.rows for r in done)
     active = [t for t in tasks if _is_active(t)]
@@ -136,6 +145,7 @@ def summarise(run: RunDir, config: Config) -> Summary:
         },
         failures=_grouped(run, failed),
         rejections=rejections,
+        outdated=sum(s in finished and s not in by_stem for s in stems),
     )
 
 
@@ -153,7 +163,7 @@ def _mtime(path: Path) -> float:
         return 0.0
 
 
-def _tasks(run: RunDir) -> list[dict[str, Any]]:
+def attempts(run: RunDir) -> list[dict[str, Any]]:
     """What every attempt of every task last said of itself."""
     last: dict[str, dict[str, Any]] = {}
     for told in _all_told(run):
@@ -239,7 +249,7 @@ def log_of(run: RunDir, stem: str) -> Path:
         ConfigError: no task has touched it.
     """
     newest: dict[str, float] = {}
-    for task in _tasks(run):
+    for task in attempts(run):
         if task["shard"] == stem:
             newest[task["task"]] = task["updated"]
     manifest = Manifest.load(run)

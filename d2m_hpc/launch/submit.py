@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import yaml
@@ -15,7 +16,7 @@ import yaml
 from d2m_hpc import __version__
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch import chunks as chunking
-from d2m_hpc.launch import nodes, plan, sbatch, slurm
+from d2m_hpc.launch import fingerprints, nodes, plan, sbatch, slurm
 from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.state.chunks import Chunks, write_chunks
@@ -25,7 +26,7 @@ from d2m_hpc.state.merge import merge_silent
 from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
 
 if TYPE_CHECKING:
-    from d2m_hpc.worker.progress import Listener
+    from d2m_hpc.worker.progress import Listener, Progress
 
 
 SHARDS_PER_TASK = 16
@@ -48,7 +49,7 @@ def submitting(workload: Workload) -> Iterator[None]:
         time.sleep(0.2)
     try:
         submissions = (s.folder for s in run.submissions())
-        for folder in (run.root, run.records, run.progress, *submissions):
+        for folder in (run.root, run.fingerprints, run.records, run.progress, *submissions):
             for left in folder.glob(".*.tmp"):
                 left.unlink(missing_ok=True)
         merge_silent(run, 2 * workload.config.stall_seconds)
@@ -81,13 +82,18 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shar
     write_chunks(submission, chunks)
     atomic_write(submission.config, text.encode())
     atomic_write(run.config, text.encode())
-    atomic_write(run.fingerprint, canonical(workload.fingerprint))
+    atomic_write(run.fingerprint(workload.fingerprint_id), canonical(workload.document))
     atomic_write(submission.intent, json.dumps(intent).encode())
 
 
 def repair(decision: Decision) -> None:
-    """Put lost records back, and drop the leases that killed tasks left on finished shards."""
-    run = decision.workload.run
+    """Put lost records back, and drop the leases that killed tasks left on finished shards.
+
+    Where an earlier config is taken up again and all is done by it, that is put on record too.
+    """
+    run, left = decision.workload.run, decision.pending or decision.in_flight
+    if not left and fingerprints.newest(run) != decision.workload.fingerprint_id:
+        commit(decision, [])
     recorder = Recorder(run.records / "rebuilt.jsonl")
     for record in decision.lost:
         recorder.append(record)
@@ -126,21 +132,34 @@ def run_local(
     workload: Workload,
     on_decision: Callable[[Decision], AbstractContextManager[Listener]],
 ) -> None:
-    """Do all pending shards in this process, as one task.
+    """Do all pending shards in this process: as one task, and one for each base of others.
 
     Args:
-        on_decision: told what will be done; gives the listener to the task's progress.
+        on_decision: told what will be done; gives the listener to the tasks' progress.
     """
     run = workload.run
     with submitting(workload):
         decision = look(workload)
         repair(decision)
-        submission = commit(decision, [decision.pending]) if decision.pending else None
+        chunks = chunking.by_base(decision.pending)
+        submission = commit(decision, chunks) if chunks else None
     with on_decision(decision) as listener:
         if submission:
-            from d2m_hpc.worker.task import run_task
+            _run_here(run, submission, len(chunks), listener)
 
-            run_task(run.root, submission.name, 0, local=True, listener=listener)
+
+def _run_here(run: RunDir, submission: Submission, tasks: int, listener: Listener) -> None:
+    from d2m_hpc.worker.progress import Progress
+    from d2m_hpc.worker.task import run_task
+
+    before = Progress("")
+    for index in range(tasks):
+        tell = partial(_tell, listener, before)
+        before = run_task(run.root, submission.name, index, local=True, listener=tell).after(before)
+
+
+def _tell(listener: Listener, before: Progress, now: Progress) -> None:
+    listener(now.after(before))
 
 
 @uncollected()
@@ -148,7 +167,8 @@ def propose(workload: Workload, decision: Decision, submission: str) -> slurm.Pr
     """The chunks and arrays that a submit would make; asks Slurm only for its MaxArraySize."""
     config = workload.config
     per_task = config.shards_per_task or config.tars_per_wds or SHARDS_PER_TASK
-    chunks = chunking.balanced(decision.pending, per_task)
+    groups = chunking.by_base(decision.pending)
+    chunks = [chunk for group in groups for chunk in chunking.balanced(group, per_task)]
     token = slurm.token(workload.run.root)
     arrays = slurm.split(
         len(chunks),

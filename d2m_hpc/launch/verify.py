@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d2m_hpc.config import Config
+from d2m_hpc.errors import D2MError
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Manifest, Outcome
@@ -51,7 +52,7 @@ def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0
     stems = sorted(done)
     if sample is not None and sample < len(stems):
         stems = sorted(random.Random(seed).sample(stems, sample))
-    carried = config.additional_fields
+    carried = config.carried
     faults = [f for stem in stems for f in check_shard(output, stem, done[stem], carried)]
     for suffix in (".npz", ".parquet"):
         strays = sorted(output.stems(suffix) - done.keys())
@@ -72,8 +73,7 @@ def check_shard(
     for suffix, sha256 in ((".parquet", record.parquet_sha256), (".npz", record.npz_sha256)):
         name = f"{stem}{suffix}"
         try:
-            with output.fs.open(output.path(name), "rb") as file:
-                data = file.read()
+            data = output.read(name)
         except FileNotFoundError:
             faults.append(Fault(name, "is missing"))
             continue
@@ -84,7 +84,19 @@ def check_shard(
         if hashlib.sha256(data).hexdigest() != sha256:
             problems.append(f"has another sha256 than its record ({sha256[:12]}...)")
         faults += [Fault(name, p) for p in problems]
+    if faults and _is_replaced(output, stem, record):
+        why = "has replaced the pair that its record tells of; run d2m-submit again"
+        return [Fault(f"{stem}.parquet", why)]
     return faults
+
+
+def _is_replaced(output: OutputDir, stem: str, record: Outcome) -> bool:
+    """A task was killed after it committed a pair anew, and before it wrote the record."""
+    try:
+        own = output.record(stem)
+    except D2MError:
+        return False
+    return own is not None and own.finished > record.finished
 
 
 def _problems(data: bytes, suffix: str, rows: int, carried: Collection[str]) -> list[str]:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
+import traceback
 import types
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.models import postprocessors
+from d2m_hpc.models import declared, postprocessors
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture, Preprocessor
-from d2m_hpc.models.registry import LOOKUPS, ModelSpec
+from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, MODELS, ModelSpec, Post, Registry
 
 SEED = "dataset2metadata"
+MODULE = "d2m_custom_"
+"""What the name of a custom file's module begins with."""
+
+Tables = dict[str, dict[str, Any]]
+"""The four lookups of a custom file by their names."""
 
 
 def install_seed_names() -> None:
@@ -58,37 +66,101 @@ def _apply(preprocessor: Preprocessor, value: Any) -> Any:
 
 
 def load(path: Path) -> ModuleType:
-    """Import a custom file.
+    """Import a custom file; modules that lie beside it can be imported by it.
 
     Raises:
         ConfigError: it is not there or fails while it is imported; the cause is chained.
     """
     install_seed_names()
-    spec = importlib.util.spec_from_file_location(f"d2m_custom_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{MODULE}{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(str(path), ["custom_pypath: not a Python file; its name must end in .py"])
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    if (folder := str(path.absolute().parent)) not in sys.path:
+        sys.path.append(folder)  # last, so that it hides no package
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ConfigError(
-            str(path), [f"custom_pypath: importing it failed: {type(error).__name__}: {error}"]
-        ) from error
+        mistake = f"custom_pypath: importing it failed: {described(error)}"
+        raise ConfigError(str(path), [mistake]) from error
     return module
 
 
-def lookups(module: ModuleType) -> dict[str, dict[str, Any]]:
-    """The four tables of a custom file; one that is missing is empty."""
-    return {name: dict(getattr(module, name, {})) for name in LOOKUPS}
+def described(error: BaseException) -> str:
+    """An error's type and message, and the last line of a custom file that it came through."""
+    lines = [
+        f" ({Path(frame.f_code.co_filename).name}, line {number})"
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith(MODULE)
+    ]
+    return f"{type(error).__name__}: {error}{lines[-1] if lines else ''}"
+
+
+def lookups(module: ModuleType) -> Tables:
+    """The four tables of a custom file; one that is missing is empty.
+
+    Raises:
+        ConfigError: one holds what is neither a class nor a function.
+    """
+    tables = {name: getattr(module, name, {}) for name in LOOKUPS}
+    mistakes = [
+        f"{table}: found {type(entries).__name__}; valid is a dict of names to what they mean"
+        for table, entries in tables.items()
+        if not isinstance(entries, Mapping)
+    ] or [
+        f"{table}: {name!r} is {value!r}; valid is a class or function itself, not called"
+        for table, entries in tables.items()
+        for name, value in entries.items()
+        if not callable(value) or (table == "model_lookup" and isinstance(value, nn.Module))
+    ]
+    if mistakes:
+        raise ConfigError(str(module.__file__), mistakes)
+    return {table: dict(entries) for table, entries in tables.items()}
+
+
+def registry(tables: Tables) -> Registry:
+    """The built-in names and those of a custom file that was run."""
+    models, made, columns, features = (tables[name] for name in LOOKUPS)
+    return Registry(
+        models={**MODELS, **{name: spec_of(name, model) for name, model in models.items()}},
+        columns={**COLUMNS, **{name: Post(source(post)) for name, post in columns.items()}},
+        features={**FEATURES, **{name: Post(source(post)) for name, post in features.items()}},
+        preprocessors=frozenset(PREPROCESSORS.keys() | made.keys()),
+    )
 
 
 def spec_of(name: str, model: Any) -> ModelSpec:
     """The static fields of a custom model class."""
-    return ModelSpec(
-        name,
-        raw_inputs=tuple(getattr(model, "raw_inputs", ())),
-        preprocessors=tuple(getattr(model, "preprocessors", ())),
-        dependencies=tuple(getattr(model, "dependencies", ())),
-        to_device=bool(getattr(model, "to_device", True)),
-    )
+    fields = {f: getattr(model, f) for f in declared.STATIC_FIELDS if hasattr(model, f)}
+    return declared.spec(name, fields)
+
+
+def origin(made: Any) -> str:
+    """A custom class by its name and file, for messages."""
+    name = getattr(made, "__qualname__", type(made).__name__)
+    return f"{name} in {made.__module__.removeprefix(MODULE)}.py"
+
+
+def source(post: Any) -> str:
+    """The model whose outputs a postprocessor takes, where a `partial` of it says so."""
+    return str(getattr(post, "keywords", {}).get("model", ""))
+
+
+def build(spec: ModelSpec, made: Any, device: int | str) -> nn.Module:
+    """A model of a custom class.
+
+    Raises:
+        TypeError: it cannot be called with the inputs that the class names.
+    """
+    model: nn.Module = made(device)
+    if not callable(model):
+        raise TypeError("its objects cannot be called; derive the class from torch.nn.Module")
+    given = [raw for raw, _ in spec.inputs] + list(spec.dependencies)
+    forward = inspect.signature(getattr(model, "forward", model))
+    try:
+        forward.bind(*given)
+    except TypeError as error:
+        what = f"forward{forward} is given {', '.join(given) or 'nothing'}"
+        raise TypeError(f"{what}: {error}; it takes each raw input, then each dependency") from None
+    return model

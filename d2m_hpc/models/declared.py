@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,22 @@ from d2m_hpc.models.registry import (
 )
 
 STATIC_FIELDS = ("raw_inputs", "preprocessors", "dependencies", "to_device")
+
+
+def spec(name: str, fields: Mapping[str, Any]) -> ModelSpec:
+    """What a custom class's static fields say; those that are left out have the seed's defaults."""
+    return ModelSpec(
+        name,
+        raw_inputs=_names(fields.get("raw_inputs")),
+        preprocessors=_names(fields.get("preprocessors")),
+        dependencies=_names(fields.get("dependencies")),
+        to_device=bool(fields.get("to_device", True)),
+    )
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """`("image")` is what a one-element tuple looks like to most who write one."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 class _CustomFile:
@@ -48,14 +64,7 @@ class _CustomFile:
         return dict(zip((str(k) for k in keys), node.values, strict=True))
 
     def model(self, name: str, value: ast.expr) -> ModelSpec:
-        static = self._static(value) or {}
-        return ModelSpec(
-            name,
-            raw_inputs=tuple(static.get("raw_inputs") or ()),
-            preprocessors=tuple(static.get("preprocessors") or ()),
-            dependencies=tuple(static.get("dependencies") or ()),
-            to_device=bool(static.get("to_device", True)),
-        )
+        return spec(name, self._static(value) or {})
 
     def _static(self, value: ast.expr) -> dict[str, Any] | None:
         """A class's static fields, inherited ones included; None when one is not a literal."""
@@ -75,7 +84,13 @@ class _CustomFile:
             return None
 
     def posts(self, lookup: str) -> dict[str, Post]:
-        return {k: Post(_keyword(v, "model")) for k, v in (self.table(lookup) or {}).items()}
+        table = self.table(lookup) or {}
+        return {k: Post(_keyword(v, "model") or _read_alone(v)) for k, v in table.items()}
+
+    @property
+    def own(self) -> frozenset[str]:
+        """Every name in the lookups."""
+        return frozenset(name for lookup in LOOKUPS for name in self.table(lookup) or ())
 
 
 def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
@@ -88,8 +103,8 @@ def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
                 yield target.id, value
 
 
-def _mentions(tree: ast.Module) -> Iterator[str]:
-    """Every name that the file uses or imports, each time."""
+def _mentions(tree: ast.AST) -> Iterator[str]:
+    """Every name that a tree uses or imports, each time."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             yield node.id
@@ -103,6 +118,25 @@ def _keyword(node: ast.expr, name: str) -> str:
         if keyword.arg == name and isinstance(keyword.value, ast.Constant):
             return str(keyword.value.value)
     return ""
+
+
+def _read_alone(node: ast.expr) -> str:
+    """The one model that `lambda cache: ... cache["model"] ...` reads, or an empty string.
+
+    The latter also where the lambda hands on its argument, for then it may read any.
+    """
+    if not isinstance(node, ast.Lambda) or len(node.args.args) != 1:
+        return ""
+    argument, uses = node.args.args[0].arg, Counter(_mentions(node.body))
+    read = [
+        part.slice.value
+        for part in ast.walk(node.body)
+        if isinstance(part, ast.Subscript)
+        and isinstance(part.value, ast.Name)
+        and part.value.id == argument
+        and isinstance(part.slice, ast.Constant)
+    ]
+    return str(read[0]) if len(set(read)) == 1 and uses[argument] == len(read) else ""
 
 
 def names(path: Path | None) -> Registry:
@@ -121,4 +155,5 @@ def names(path: Path | None) -> Registry:
         features={**FEATURES, **custom.posts("postprocess_feature_lookup")},
         preprocessors=PREPROCESSORS | (custom.table("preprocessor_lookup") or {}).keys(),
         complete=custom.complete,
+        own=custom.own,
     )

@@ -188,6 +188,8 @@ class Registry:
     preprocessors: frozenset[str] = PREPROCESSORS
     complete: bool = True
     """False when a custom file builds its tables in a way that only running it can tell."""
+    own: frozenset[str] = frozenset()
+    """The names that a custom file gives, of all kinds; they go before built-in ones."""
 
 
 LOOKUPS = (

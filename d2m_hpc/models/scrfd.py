@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 STRIDES = (8, 16, 32)
 ANCHORS = 2
+Level = tuple[Tensor, Tensor]
+"""Of each cell of a stride and its two anchors: logits of a face [B, 2, h, w], and the distances
+[B, 8, h, w] of its left, top, right and bottom from the cell's centre, in strides."""
 
 
 def _conv(
@@ -133,20 +136,16 @@ class Head(nn.Module):
         self.stride_reg = nn.ModuleList([_conv(width, ANCHORS * 4)])
         self.scales = nn.ModuleList(Scale() for _ in STRIDES)
 
-    def forward(self, levels: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, levels: list[Tensor]) -> tuple[Level, ...]:
         found = []
         for x, scale in zip(levels, self.scales, strict=True):
             y = self.cls_stride_convs[0](x)
             found.append((self.stride_cls[0](y), scale(self.stride_reg[0](y))))
-        return found
+        return tuple(found)
 
 
 class ScrfdNet(nn.Module):
-    """Images [B, 3, S, S] to anchors [B, N, 5]: the logit of a face, and the distances of its left,
-    top, right and bottom from the anchor's centre, in strides.
-
-    The anchors stand level by level, row by row; the two of a cell stand together.
-    """
+    """Images [B, 3, S, S] to a `Level` for each of `STRIDES`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,25 +153,6 @@ class ScrfdNet(nn.Module):
         self.neck = Neck()
         self.bbox_head = Head()
 
-    def forward(self, images: Tensor) -> Tensor:
-        return by_anchor(self.levels(images))
-
-    def levels(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Logits [B, 2, h, w] and distances [B, 8, h, w] at each of `STRIDES`."""
-        levels: list[tuple[Tensor, Tensor]] = self.bbox_head(self.neck(self.backbone(images)))
+    def forward(self, images: Tensor) -> tuple[Level, ...]:
+        levels: tuple[Level, ...] = self.bbox_head(self.neck(self.backbone(images)))
         return levels
-
-
-def by_anchor(levels: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The net's levels as [B, N, 5]."""
-    batch = len(levels[0][0])
-    parts = [
-        torch.cat([_last(logits, (batch, -1, 1)), _last(distances, (batch, -1, 4))], dim=-1)
-        for logits, distances in levels
-    ]
-    return torch.cat(parts, dim=1)
-
-
-def _last(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """With the channels last, in this shape."""
-    return x.permute(0, 2, 3, 1).reshape(shape)

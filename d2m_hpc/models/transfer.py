@@ -15,8 +15,8 @@ def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if type(value) in (tuple, list):
         return type(value)(each(part, change) for part in value)
-    if type(value) is dict:
-        return {key: each(part, change) for key, part in value.items()}
+    if isinstance(value, dict):  # outputs of transformers are dicts of a type of their own
+        return type(value)({key: each(part, change) for key, part in value.items()})
     return value
 
 

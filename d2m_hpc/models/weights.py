@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-
-from filelock import FileLock
+from urllib.parse import quote
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models.registry import MODELS, ModelSpec
-from d2m_hpc.state.rundir import atomic_write, fsync_dir
+from d2m_hpc.models.download import DownloadError, OnBytes, Part, download
+from d2m_hpc.models.registry import ModelSpec
+from d2m_hpc.state.lease import Lease
+from d2m_hpc.state.rundir import atomic_write, fsync_dir, make_folder
 
 _D2M = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
 _CLIP = "https://openaipublic.azureedge.net/clip/models"
@@ -96,9 +97,8 @@ def weights_dir(configured: str | None) -> Path:
     return Path(configured).expanduser() if configured else default_dir()
 
 
-def needed(models: Iterable[str]) -> list[Checkpoint]:
+def needed(specs: Iterable[ModelSpec]) -> list[Checkpoint]:
     """The checkpoints of these models, each once; custom models bring their own."""
-    specs = [MODELS.get(name, ModelSpec(name)) for name in models]
     return [CHECKPOINTS[n] for n in dict.fromkeys(n for s in specs for n in s.checkpoints)]
 
 
@@ -143,13 +143,22 @@ class Checked:
             return "missing"
         return "ok" if self.checkpoint.is_published(self.sha256) else "not the published file"
 
+    def is_usable(self, allow_unpublished: bool) -> bool:
+        return self.state == "ok" or (allow_unpublished and self.state != "missing")
+
+
+def look(
+    checkpoint: Checkpoint, folder: Path, digest: Callable[[Path], str] = sha256_of
+) -> Checked:
+    path = folder / checkpoint.name
+    return Checked(checkpoint, path, digest(path) if path.is_file() else "")
+
 
 def check(
-    models: Iterable[str], folder: Path, digest: Callable[[Path], str] = sha256_of
+    specs: Iterable[ModelSpec], folder: Path, digest: Callable[[Path], str] = sha256_of
 ) -> list[Checked]:
     """Look at every checkpoint that these models need."""
-    paths = [(c, folder / c.name) for c in needed(models)]
-    return [Checked(c, p, digest(p) if p.is_file() else "") for c, p in paths]
+    return [look(checkpoint, folder, digest) for checkpoint in needed(specs)]
 
 
 def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) -> dict[str, str]:
@@ -162,7 +171,7 @@ def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) ->
     for item in checked:
         if item.state == "missing":
             problems.append(f"{item.path} is missing; it is published at {item.checkpoint.url}")
-        elif item.state != "ok" and not allow_unpublished:
+        elif not item.is_usable(allow_unpublished):
             problems.append(
                 f"{item.path} has sha256 {item.sha256}, published is {item.checkpoint.sha256} "
                 "(allow_unpublished_weights: true accepts your own)"
@@ -173,53 +182,90 @@ def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) ->
     return {item.checkpoint.name: item.sha256 for item in checked}
 
 
+def address(checkpoint: Checkpoint, mirror: str = "") -> str:
+    """Where a checkpoint is fetched from: its publisher, or a mirror's folder.
+
+    Raises:
+        WeightsError: the mirror is no http(s) URL.
+    """
+    if not mirror:
+        return checkpoint.url
+    if not mirror.startswith(("http://", "https://")):
+        raise WeightsError(
+            f"mirror {mirror!r}: valid is http://... or https://...; copy files of a folder by hand"
+        )
+    return f"{mirror.rstrip('/')}/{quote(checkpoint.name)}"
+
+
 def fetch(
     checkpoint: Checkpoint,
     folder: Path,
-    on_bytes: Callable[[int, int | None], None] = lambda done, total: None,
-) -> Path:
+    mirror: str = "",
+    allow_unpublished: bool = False,
+    on_bytes: OnBytes = lambda done, total: None,
+) -> Checked:
     """Download one checkpoint; readers see the whole file or none, one process fetches at a time.
 
+    A file that is there and right costs neither a lock nor a connection. What a broken transfer
+    has brought stays in `NAME.part` for the next call.
+
     Args:
+        mirror: URL of a folder with the files under their published names, to ask instead.
+        allow_unpublished: take what is in the folder, or what a mirror has, whatever its hash.
         on_bytes: called with the bytes so far and in all.
 
     Raises:
         WeightsError: the server cannot be reached, breaks off, or sends another file.
     """
     path = folder / checkpoint.name
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.is_file() and checkpoint.is_published(sha256_of(path)):
-            return path
-        partial = path.with_name(path.name + ".part")
-        try:
-            digest = _download(checkpoint.url, partial, on_bytes)
-            if not checkpoint.is_published(digest):
-                raise WeightsError(
-                    f"{checkpoint.url} sent a file of sha256 {digest}, published is "
-                    f"{checkpoint.sha256}; nothing was kept"
-                )
-            os.replace(partial, path)
-        except (OSError, ValueError, HTTPException) as error:
-            raise WeightsError(f"{checkpoint.url}: {error}; try again, or copy to {path}") from None
-        finally:
-            partial.unlink(missing_ok=True)
-        fsync_dir(path.parent)
-    return path
+    url = address(checkpoint, mirror)
+    try:
+        found = look(checkpoint, folder)
+        if not found.is_usable(allow_unpublished):
+            make_folder(path.parent)
+            with _alone(path):
+                found = look(checkpoint, folder)  # another process may have fetched it meanwhile
+                if not found.is_usable(allow_unpublished):
+                    accept_any = allow_unpublished and bool(mirror)
+                    found = _fetch(checkpoint, url, path, accept_any, on_bytes)
+    except DownloadError as error:
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{url}: {reason}; try again, or copy to {path}") from None
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be written or read: {error}; make room, or choose another weights_dir"
+        ) from None
+    return found
 
 
-def _download(url: str, path: Path, on_bytes: Callable[[int, int | None], None]) -> str:
-    digest = hashlib.sha256()
-    done = 0
-    with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
-        length = response.headers.get("Content-Length")
-        total = int(length) if length else None
-        while block := response.read(1 << 20):
-            file.write(block)
-            digest.update(block)
-            done += len(block)
-            on_bytes(done, total)
-        if total is not None and done != total:
-            raise OSError(f"the connection broke off after {done} of {total} bytes")
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+def _fetch(
+    checkpoint: Checkpoint, url: str, path: Path, accept_any: bool, on_bytes: OnBytes
+) -> Checked:
+    part = Part(path.with_name(f"{path.name}.part"))
+    resumed = part.size > 0
+    found = Checked(checkpoint, path, download(url, part, on_bytes))
+    if resumed and not found.is_usable(accept_any):  # the beginning may have been another file's
+        part.remove()
+        found = Checked(checkpoint, path, download(url, part, on_bytes))
+    if not found.is_usable(accept_any):
+        part.remove()
+        raise WeightsError(
+            f"{url} sent a file of sha256 {found.sha256}, published is {checkpoint.sha256}; "
+            "nothing was kept (allow_unpublished_weights: true accepts what a mirror has)"
+        )
+    os.replace(part.path, path)
+    part.remove()
+    fsync_dir(path.parent)
+    return found
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time, of all machines that share the folder."""
+    lease = Lease(path.with_name(f"{path.name}.lock"))
+    while not lease.claim():
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lease.release()

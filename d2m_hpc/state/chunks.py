@@ -15,14 +15,16 @@ _OFFSET = struct.Struct("<Q")
 def write_chunks(submission: Submission, chunks: Iterable[Sequence[Shard]]) -> None:
     """Line i of `chunks.jsonl` is what task i is to do; where it begins goes to a file beside it.
 
-    A million shards are 150 MB of lines, and tens of thousands of tasks want one of them each.
+    A million shards are 150 MB of lines, and tens of thousands of tasks want one of them each. The
+    shards of one chunk have the same base, which is written only where there is one.
     """
     offsets, end = bytearray(), 0
 
     def lines() -> Iterator[bytes]:
         nonlocal end
         for chunk in chunks:
-            line = json.dumps(chunk).encode() + b"\n"
+            values = [shard if shard.base else shard[:3] for shard in chunk]
+            line = json.dumps(values).encode() + b"\n"
             offsets.extend(_OFFSET.pack(end))
             end += len(line)
             yield line

@@ -16,11 +16,19 @@ from d2m_hpc.state.rundir import RunDir
 
 
 class Shard(NamedTuple):
-    """One input tar. `stem` names its outputs, `size` is in bytes or None when not known."""
+    """One input tar.
+
+    Attributes:
+        stem: names its outputs.
+        size: in bytes; None when not known.
+        base: the fingerprint of its finished pair, which is to be extended; empty where the shard
+            is to be computed whole.
+    """
 
     stem: str
     url: str
     size: int | None = None
+    base: str = ""
 
 
 class Rejection(NamedTuple):
@@ -43,6 +51,7 @@ class Record:
         fingerprint: of the config that made the outputs.
         npz_sha256, parquet_sha256: of the committed files.
         started, finished: seconds since the epoch.
+        seconds: how long stage, decode, wait, compute and write took; they overlap.
         task: `submission-index-attempt` of the array task.
         error, kind, traceback: why a failed shard failed.
         rebuilt: the record was lost and made again from the parquet's metadata.
@@ -58,6 +67,7 @@ class Record:
     parquet_sha256: str = ""
     started: float = 0.0
     finished: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
     task: str = ""
     host: str = ""
     error: str = ""
@@ -191,11 +201,16 @@ class Outcome(NamedTuple):
         )
 
 
+def gist(reason: str) -> str:
+    """What a reason says before it goes into one sample's particulars."""
+    return reason.split(":", 1)[0].split(";", 1)[0]
+
+
 def _by_reason(rejections: Iterable[Sequence[str]]) -> tuple[tuple[str, int], ...]:
-    """Counts by what a reason says before it goes into one sample's particulars."""
+    """Counts by the gist of a reason."""
     counts: dict[str, int] = {}
     for rejection in rejections:
-        start = rejection[1].split(":", 1)[0].split(";", 1)[0]
+        start = gist(rejection[1])
         counts[start] = counts.get(start, 0) + 1
     return tuple((intern(start), count) for start, count in counts.items())
 
@@ -248,10 +263,11 @@ class Manifest:
     @classmethod
     def load(cls, run: RunDir) -> Manifest:
         """Read every records file of a run, though a submit may be merging them."""
-        return cls.of(_all_values(run))
+        return cls.of(all_values(run))
 
 
-def _all_values(run: RunDir) -> Iterator[Any]:
+def all_values(run: RunDir) -> Iterator[Any]:
+    """What the lines of all records files of a run hold, records or not; some may come twice."""
     for path in listed(run.records):
         with suppress(FileNotFoundError):
             yield from _read_values(path)

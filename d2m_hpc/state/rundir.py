@@ -97,6 +97,11 @@ class Submission:
         return self.folder / "failed" / stem
 
     @property
+    def extended(self) -> Path:
+        """A folder with an empty file for each shard whose finished pair a task has extended."""
+        return self.folder / "extended"
+
+    @property
     def chunks(self) -> Path:
         """JSON lines; line i is the list of shards of array task i."""
         return self.folder / "chunks.jsonl"
@@ -119,9 +124,13 @@ class RunDir:
         return self.root / "config.yml"
 
     @property
-    def fingerprint(self) -> Path:
-        """JSON: the parts that decide what the output is."""
-        return self.root / "fingerprint.json"
+    def fingerprints(self) -> Path:
+        """A JSON file for each config that was ever submitted."""
+        return self.root / "fingerprints"
+
+    def fingerprint(self, name: str) -> Path:
+        """JSON: the parts of a config that decide what the output is; `name` is their hash."""
+        return self.fingerprints / f"{name}.json"
 
     @property
     def shards(self) -> Path:
@@ -153,6 +162,11 @@ class RunDir:
     def hashes(self) -> Path:
         """JSON: sha256 of checkpoints by path, size and mtime, so that each is read once."""
         return self.root / "hashes.json"
+
+    @property
+    def wandb(self) -> Path:
+        """What wandb keeps, with `logging: true`; the name is its own choice."""
+        return self.root / "wandb"
 
     @property
     def submit_lock(self) -> Path:

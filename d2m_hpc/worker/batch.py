@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,16 @@ class Outputs:
     recomputed: int = 0
 
 
-# A batch's values are tensors or arrays with B rows, lists of B items, or tuples of these.
+# A batch's values are tensors or arrays with B rows, lists of B items, or tuples or dicts of these.
+
+
+def each_part(change: Callable[..., Any], *values: Any) -> Any:
+    """A tuple or dict of what `change` makes of the parts of some that are alike."""
+    first = values[0]
+    if isinstance(first, tuple):
+        return tuple(change(*parts) for parts in zip(*values, strict=True))
+    # A dict's own type is kept: outputs of transformers are read by attributes.
+    return type(first)({key: change(*(value[key] for value in values)) for key in first})
 
 
 def collate(samples: Sequence[Any], pin: bool = False) -> Any:
@@ -112,8 +121,8 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
 
 def take(value: Any, rows: Sequence[int]) -> Any:
     """Some rows of a batch's value."""
-    if isinstance(value, tuple):
-        return tuple(take(part, rows) for part in value)
+    if isinstance(value, tuple | dict):
+        return each_part(lambda part: take(part, rows), value)
     if isinstance(value, Tensor):
         return value[torch.as_tensor(rows, dtype=torch.long, device=value.device)]
     if isinstance(value, np.ndarray):
@@ -124,8 +133,8 @@ def take(value: Any, rows: Sequence[int]) -> Any:
 def join(values: Sequence[Any]) -> Any:
     """Values of consecutive parts as one."""
     first = values[0]
-    if isinstance(first, tuple):
-        return tuple(join(parts) for parts in zip(*values, strict=True))
+    if isinstance(first, tuple | dict):
+        return each_part(lambda *parts: join(parts), *values)
     if isinstance(first, Tensor):
         return torch.cat(list(values))
     if isinstance(first, np.ndarray):
@@ -135,9 +144,8 @@ def join(values: Sequence[Any]) -> Any:
 
 def put(value: Any, rows: Sequence[int], replacement: Any) -> Any:
     """A copy with some rows replaced."""
-    if isinstance(value, tuple):
-        pairs = zip(value, replacement, strict=True)
-        return tuple(put(part, rows, new) for part, new in pairs)
+    if isinstance(value, tuple | dict):
+        return each_part(lambda part, new: put(part, rows, new), value, replacement)
     if isinstance(value, Tensor):
         index = torch.as_tensor(rows, dtype=torch.long, device=value.device)
         return value.index_copy(0, index, replacement.to(value))
@@ -149,7 +157,9 @@ def put(value: Any, rows: Sequence[int], replacement: Any) -> Any:
 
 def count(value: Any) -> int:
     """The number of rows."""
-    return count(value[0]) if isinstance(value, tuple) else len(value)
+    if isinstance(value, tuple | dict):
+        return count(next(iter(_parts(value))))
+    return len(value)
 
 
 def non_finite(value: Any) -> list[int]:
@@ -162,8 +172,8 @@ def flags(value: Any) -> list[Tensor]:
 
     They are where the parts are: nothing waits for a device.
     """
-    if isinstance(value, tuple):
-        return [flag for part in value for flag in flags(part)]
+    if isinstance(value, tuple | dict):
+        return [flag for part in _parts(value) for flag in flags(part)]
     if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim:
         bad = ~np.isfinite(value)
         return [torch.from_numpy(bad.any(axis=tuple(range(1, value.ndim))))]
@@ -173,6 +183,10 @@ def flags(value: Any) -> list[Tensor]:
     if isinstance(value, list):
         return [torch.tensor([not _finite_item(item) for item in value], dtype=torch.bool)]
     return []
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def flagged(parts: Sequence[Tensor]) -> list[int]:
@@ -188,4 +202,4 @@ def _finite_item(item: Any) -> bool:
         return bool(torch.isfinite(item).all()) if item.is_floating_point() else True
     if isinstance(item, np.ndarray | np.generic):
         return bool(np.isfinite(item).all()) if item.dtype.kind == "f" else True
-    return all(map(_finite_item, item)) if isinstance(item, list | tuple) else True
+    return all(map(_finite_item, _parts(item))) if isinstance(item, list | tuple | dict) else True

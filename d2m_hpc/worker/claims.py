@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.chunks import Chunks
 from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.manifest import Shard
+from d2m_hpc.state.manifest import Record, Recorder, Shard, read_records
 from d2m_hpc.state.rundir import RunDir, make_folder
 from d2m_hpc.worker.loader import Work
 from d2m_hpc.worker.progress import Reporter
@@ -40,8 +43,12 @@ class TaskName:
 class Claims:
     """Iterate for the shards to do, each claimed at the last moment.
 
+    Attributes:
+        chunk: the task's own shards.
+        base: of all its shards, others' too: the fingerprint of finished pairs that lack the same.
+
     Args:
-        fingerprint: outputs of another one do not count as finished.
+        fingerprint: of the config; outputs of another one do not count as finished.
         clean: removes what a killed attempt at a shard left; called while its lease is held.
         deadline: when the walltime ends, in seconds since the epoch.
     """
@@ -61,9 +68,11 @@ class Claims:
         if name.index >= len(chunks):
             raise D2MError(f"submission {name.submission} of {run.root} has no chunk {name.index}")
         [self.chunk] = chunks.read([name.index])
+        self.base = self.chunk[0].base if self.chunk else ""
         self._chunks, self._index = chunks, name.index
         self._run, self._config, self._fingerprint = run, config, fingerprint
         self._output = OutputDir(config.output_metadata_dir)
+        self._recorder = Recorder(run.record(name.submission, name.index, name.attempt))
         self._report, self._clean, self._deadline = report, clean, deadline
         self._slowest = 0.0
         self._held: dict[str, Work] = {}
@@ -99,7 +108,7 @@ class Claims:
 
     def _steal(self) -> Iterator[Work]:
         """Other tasks' shards, those first that they come to last."""
-        finished = self._output.stems()
+        finished = self._extended() if self.base else self._output.stems()
         for shard in self._others():
             if self.is_late or self._stopped.is_set():
                 return
@@ -111,32 +120,63 @@ class Claims:
                 yield work
 
     def _others(self) -> Iterator[Shard]:
-        """All other chunks' shards from the last to the first, of which one chunk is held."""
+        """All others' shards of the base from the last to the first, of which one chunk is held."""
         numbers = (i for i in reversed(range(len(self._chunks))) if i != self._index)
         for chunk in self._chunks.read(numbers):
-            yield from reversed(chunk)
+            yield from (shard for shard in reversed(chunk) if shard.base == self.base)
+
+    def _extended(self) -> set[str]:
+        """The stems that tasks of this submission have extended; all of them have a parquet."""
+        folder = self._submission.extended
+        return set(os.listdir(folder)) if folder.is_dir() else set()
 
     def _lease(self, shard: Shard) -> Lease:
         return Lease(self._run.lease(shard.stem), self._config.lease_seconds)
 
     def _begin(self, shard: Shard, lease: Lease) -> Work | None:
-        """A shard that was just claimed, or None where somebody settled it meanwhile."""
+        """A shard that was just claimed, or None where there is nothing for this task to do."""
         try:
-            record = self._output.record(shard.stem)
-        except D2MError:
+            why = self._why_not(shard)
+        except BaseException:
             lease.release()
             raise
-        if record is not None and record.fingerprint == self._fingerprint:
-            log.info("%s: already done by task %s", shard.stem, record.task)
-            lease.release()
-            return None
-        if self._submission.failed(shard.stem).exists():
-            log.info("%s: failed in this submission already; the next one tries again", shard.stem)
+        if why:
+            log.info("%s: %s", shard.stem, why)
             lease.release()
             return None
         self._clean(shard.stem)
         self._held[shard.stem] = work = Work(shard, lease)
         return work
+
+    def _why_not(self, shard: Shard) -> str:
+        """Why a shard is not to be computed here; empty where it is."""
+        record = self._output.record(shard.stem)
+        if record is not None and record.fingerprint == self._fingerprint:
+            self._put_back(record)
+            return f"already done by task {record.task}"
+        if not self._is_as_planned(shard, record):
+            return "its outputs are not those of the submit any more; the next one sees to it"
+        if self._submission.failed(shard.stem).exists():
+            return "failed in this submission already; the next one tries again"
+        return ""
+
+    def _is_as_planned(self, shard: Shard, record: Record | None) -> bool:
+        """Whether its pair is still the one to extend; if not, the next submit sees to it.
+
+        One that cannot be read is taken all the same, so that it is found and recorded as damaged.
+        """
+        if self._config.reprocess:
+            return True
+        if record is None and shard.base:
+            return self._output.has(f"{shard.stem}.parquet")
+        return record is None or record.fingerprint == shard.base
+
+    def _put_back(self, record: Record) -> None:
+        """A task was killed between the parquet's rename and its record."""
+        paths = {self._run.records / f"{record.task}.jsonl", self._recorder.path}
+        known = chain.from_iterable(read_records(path) for path in paths if path.exists())
+        if not any(r.shard == record.shard and r.finished == record.finished for r in known):
+            self._recorder.append(self._output.restored(record))
 
     @property
     def is_late(self) -> bool:
@@ -151,12 +191,19 @@ class Claims:
         self._held.pop(work.shard.stem, None)
         work.release()
 
-    def mark_failed(self, work: Work) -> None:
-        """No task of this submission tries the shard again."""
-        path = self._submission.failed(work.shard.stem)
-        make_folder(path.parent)
-        path.touch(mode=0o644)
+    def mark(self, work: Work, state: str) -> None:
+        """Tell the other tasks of this submission what they need not look at."""
+        stem = work.shard.stem
+        if state == "failed":
+            _touch(self._submission.failed(stem))
+        elif work.shard.base:
+            _touch(self._submission.extended / stem)
 
     def let_all_go(self) -> None:
         for work in list(self._held.values()):
             work.release()
+
+
+def _touch(path: Path) -> None:
+    make_folder(path.parent)
+    path.touch(mode=0o644)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError, ShardError
-from d2m_hpc.models import weights
+from d2m_hpc.models import custom, weights
 from d2m_hpc.models.compiled import compile_for
 from d2m_hpc.models.loading import Weights
 from d2m_hpc.models.registry import ModelSpec, in_order
@@ -64,15 +64,17 @@ class Graph:
             self._compile()
 
     def _build(self, spec: ModelSpec, folder: Weights, as_given: int | str) -> Any:
+        made = None if spec.target else self.toolbox.classes[spec.name]
         try:
-            if not spec.target:
-                return self.toolbox.classes[spec.name](as_given)
+            if made is not None:
+                return custom.build(spec, made, as_given)
             return _import(spec.target)(self.device, folder)
         except (D2MError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise ConfigError("models", [f"{spec.name!r} cannot be built: {what}"]) from error
+        except (Exception, SystemExit) as error:
+            which = repr(spec.name) if made is None else f"{spec.name!r} ({custom.origin(made)})"
+            mistake = f"{which} cannot be built: {custom.described(error)}"
+            raise ConfigError("models", [mistake]) from error
 
     def _compile(self) -> None:
         nets = {n: m.image_net for n, m in self.models.items() if hasattr(m, "image_net")}
@@ -84,6 +86,10 @@ class Graph:
 
     def __enter__(self) -> Graph:
         self._kept.__enter__()  # type: ignore[no-untyped-call]
+        if self.device.type == "cuda":
+            # What is left to this thread is little, and all cores decode: threads of torch would
+            # wait for one another, milliseconds a call.
+            torch.set_num_threads(1)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -119,7 +125,7 @@ class Graph:
     # Not `inference_mode`, in which autocast casts the weights anew at each use.
     @torch.no_grad()
     def _compute(self, inputs: Mapping[Input, Any], precise: Collection[str]) -> Pending:
-        rows = count(next(iter(inputs.values())))
+        rows = count(next(iter(inputs.values()), []))  # none where only fields are asked for
         # Searching for the fastest convolutions pays for the size that all but the last ones have.
         torch.backends.cudnn.benchmark = rows == self._batch_size
         finished = self._finished(inputs)
@@ -178,7 +184,7 @@ class Graph:
             if rows < 2:
                 raise
         except Exception as error:
-            raise ShardError(f"{name!r} raised {type(error).__name__}: {error}") from error
+            raise ShardError(f"{name!r} raised {custom.described(error)}") from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         log.warning("%s: out of memory on %d rows; running halves", name, rows)
@@ -199,6 +205,8 @@ def _import(target: str) -> Any:
 
 def _outputs(output: Any, arguments: Sequence[Any]) -> Any:
     """A list of several outputs as a tuple; a list of rows stays one."""
+    if output is None:
+        raise TypeError("its forward returned None; is a `return` missing?")
     if not isinstance(output, list) or not all(isinstance(x, Tensor) for x in output):
         return output
     several = bool(output) and all(row_count(x) == count(arguments[0]) for x in output)

@@ -9,11 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from d2m_hpc.errors import ShardError
+from d2m_hpc.models import custom
 from d2m_hpc.state.manifest import Rejection
-from d2m_hpc.worker.batch import Batch, Input, Outputs, flagged, non_finite, put, take
+from d2m_hpc.worker.batch import Batch, Input, Outputs, each_part, flagged, non_finite, put, take
 from d2m_hpc.worker.toolbox import Post, Toolbox
 
 log = logging.getLogger(__name__)
@@ -106,9 +108,8 @@ class Launched:
         for name, value in (*columns.items(), *features.items()):
             bad = {i: f"{name} is not finite" for i in non_finite(value)}
             rejected = {**bad, **rejected}
-        outputs = Outputs(
-            batch.keys, columns, {k: np.asarray(v) for k, v in features.items()}, batch.fields
-        )
+        arrays = {k: _feature(k, v) for k, v in features.items()}
+        outputs = Outputs(batch.keys, columns, arrays, batch.fields)
         if not rejected:
             return outputs
         keep = [i for i in range(len(batch.keys)) if i not in rejected]
@@ -124,29 +125,38 @@ class Launched:
         try:
             value = post(cache)
         except Exception as error:
-            raise ShardError(f"{name!r} raised {type(error).__name__}: {error}") from error
+            raise ShardError(f"{name!r} raised {custom.described(error)}") from error
         if row_count(value) != len(self._batch.keys):
+            of = f" of {model!r}" if (model := custom.source(post)) else ""
             raise ShardError(
-                f"{name!r} made {_shape(value)} for a batch of {len(self._batch.keys)} samples; "
-                "valid is one item a sample"
+                f"{name!r} made {_shape(value)}{of} for a batch of {len(self._batch.keys)} "
+                "samples; valid is one item a sample"
             )
         return _array(value)
 
 
 def _widened(value: Any) -> Any:
     """Half precision as float32."""
-    if isinstance(value, tuple):
-        return tuple(map(_widened, value))
+    if isinstance(value, tuple | dict):
+        return each_part(_widened, value)
     half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if half else value
 
 
 def row_count(value: Any) -> int | None:
-    """The number of items; None for a single value, a tensor without axes too."""
+    """The number of items; None for a single value, a tensor without axes too, and for several
+    outputs at once."""
     try:
-        return len(value)
+        return None if isinstance(value, tuple | dict) else len(value)
     except TypeError:
         return None
+
+
+def _feature(name: str, value: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise ShardError(f"feature {name!r} has rows of different lengths; valid is one") from None
 
 
 def _array(value: Any) -> Any:
@@ -161,4 +171,5 @@ def _shape(value: Any) -> str:
     shape = getattr(value, "shape", None)
     if shape is not None:
         return f"a tensor of shape {list(shape)}"
-    return f"{len(value)} items" if hasattr(value, "__len__") else type(value).__name__
+    kind = type(value).__name__
+    return f"{kind} of {len(value)} items" if hasattr(value, "__len__") else kind

@@ -1,7 +1,8 @@
 """Shards to batches, in decode threads, ahead of the device.
 
-One reader thread walks the shards: it stages and indexes a tar and hands its samples to the pool.
-Whatever of the next shard is ready waits in a bounded queue while this one is computed.
+One thread claims shards and brings them here; another walks through their tars and hands the
+samples to the pool. Whatever of the next shard is ready waits in a bounded queue while this one is
+computed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any
 
@@ -23,10 +23,12 @@ import torch
 from d2m_hpc.errors import ShardError, TruncatedShard
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Rejection, Shard
+from d2m_hpc.worker.ahead import Coming, Stager
 from d2m_hpc.worker.batch import Batch, collate
+from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.prepare import Ready, Recipe, prepare
+from d2m_hpc.worker.scratch import Scratch
 from d2m_hpc.worker.shard import Archive, Index, Sample
-from d2m_hpc.worker.stage import stage
 
 AHEAD = 4
 """Batches that may wait for the device."""
@@ -45,6 +47,7 @@ class Work:
         lease: released when the shard is done with.
         rejections: complete once the iteration has ended.
         total: samples in the tar, known once the iteration has ended.
+        clock: how long the stages took.
     """
 
     shard: Shard
@@ -52,6 +55,7 @@ class Work:
     rejections: list[Rejection] = field(default_factory=list)
     total: int = 0
     cancelled: bool = False
+    clock: Clock = field(default_factory=Clock)
     _queue: Queue[Any] = field(default_factory=lambda: Queue(AHEAD))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -59,10 +63,15 @@ class Work:
         Raises:
             ShardError, or whatever stopped the reader.
         """
-        while (item := self._queue.get()) is not None:
+        while (batch := self._next()) is not None:
+            yield batch
+
+    def _next(self) -> Batch | None:
+        with self.clock("wait"):
+            item = self._queue.get()
             if isinstance(item, BaseException):
                 raise item
-            yield item.result()
+            return None if item is None else item.result()
 
     def release(self) -> None:
         """Leave the shard to others."""
@@ -91,18 +100,17 @@ class Loader:
     """Reads shards ahead of whoever iterates.
 
     Args:
-        works: the shards to read; it is advanced in the reader thread, so that it may claim each at
-            the last moment.
-        scratch: a folder on this node for copies of remote tars.
+        works: the shards to read; it is advanced in a thread of its own, so that it may claim each
+            at the last moment.
+        scratch: room on this node for copies of remote tars.
         pin: batches are for a GPU, and lie in page-locked memory.
     """
 
     def __init__(
-        self, works: Iterable[Work], recipe: Recipe, scratch: Path, pin: bool = False
+        self, works: Iterable[Work], recipe: Recipe, scratch: Scratch, pin: bool = False
     ) -> None:
-        self._works = iter(works)
+        self._stager = Stager(iter(works), scratch)
         self._recipe = recipe
-        self._scratch = scratch
         self._pin = pin
         self._next: Queue[Work | BaseException | None] = Queue(1)
         self._current: Work | None = None
@@ -114,6 +122,7 @@ class Loader:
         self._reader = threading.Thread(target=self._read_all, name="reader", daemon=True)
 
     def __enter__(self) -> Loader:
+        self._stager.start()
         self._reader.start()
         return self
 
@@ -131,6 +140,7 @@ class Loader:
 
     def _drain(self) -> None:
         """Drop shards that nobody will compute, and their claims."""
+        self._stager.stop()
         while True:
             try:
                 work = self._next.get_nowait()
@@ -149,23 +159,20 @@ class Loader:
     def _read_all(self) -> None:
         end: BaseException | None = None
         try:
-            for work in self._works:
+            for coming in self._stager:
                 if self._stopped:
-                    work.release()
+                    coming.abandon()
                     return
-                self._current = work
-                self._next.put(work)
-                self._read(work)
+                self._current = coming.work
+                self._next.put(coming.work)
+                self._read(coming.work, coming)
         except BaseException as error:
             end = error
         self._next.put(end)
 
-    def _read(self, work: Work) -> None:
+    def _read(self, work: Work, coming: Coming[Work]) -> None:
         try:
-            with (
-                stage(work.shard, self._scratch) as staged,
-                closing(Archive(staged.path)) as archive,
-            ):
+            with coming.arrived() as staged, closing(Archive(staged.path)) as archive:
                 if staged.damage or not archive.ends_in_zeros():
                     self._refuse_cut(work, archive, staged.damage)
                 index = archive.index()
@@ -224,7 +231,7 @@ class Loader:
         samples = iter(samples)
         try:
             while not work.cancelled and (group := list(islice(samples, GROUP))):
-                waiting.append(self._pool.submit(self._prepare, group, archive))
+                waiting.append(self._pool.submit(self._prepare, work, group, archive))
                 if len(waiting) > 2 * self._recipe.threads:
                     yield from waiting.popleft().result()
             while waiting and not work.cancelled:
@@ -237,8 +244,11 @@ class Loader:
                 if not future.cancelled():
                     future.exception()
 
-    def _prepare(self, samples: Sequence[Sample], archive: Archive) -> list[Ready | Rejection]:
-        return [prepare(sample, archive, self._recipe) for sample in samples]
+    def _prepare(
+        self, work: Work, samples: Sequence[Sample], archive: Archive
+    ) -> list[Ready | Rejection]:
+        with work.clock("decode"):
+            return [prepare(sample, archive, self._recipe) for sample in samples]
 
     def _batch(self, ready: Sequence[Ready]) -> Batch:
         inputs = {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from d2m_hpc.config import Config
+from d2m_hpc.models import custom
 from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
 from d2m_hpc.state.manifest import Rejection
 from d2m_hpc.worker import decode
@@ -24,6 +26,8 @@ class Recipe:
         inputs: each distinct (raw input, preprocessor) that a model asks for.
         fields: keys of the samples' JSON that are carried over.
         strict: fail at the first rejection (`warn_and_continue: false`).
+        datacomp_keys: `text` and `uid` are as DataComp's tools need them; a sample for which
+            they cannot be is rejected.
     """
 
     inputs: Mapping[Input, Preprocessor]
@@ -33,17 +37,19 @@ class Recipe:
     threads: int
     allow_truncated: bool
     strict: bool
+    datacomp_keys: bool = False
 
     @classmethod
     def of(cls, config: Config, inputs: Mapping[Input, Preprocessor]) -> Recipe:
         return cls(
             inputs=inputs,
-            fields=config.additional_fields,
+            fields=config.carried,
             options=Options(config.resize == "exact", config.max_image_pixels),
             batch_size=config.batch_size,
             threads=config.nworkers or len(os.sched_getaffinity(0)),
             allow_truncated=config.allow_truncated_shards,
             strict=not config.warn_and_continue,
+            datacomp_keys=config.use_datacomp_keys,
         )
 
     @property
@@ -72,11 +78,41 @@ def prepare(sample: Sample, archive: Archive, recipe: Recipe) -> Ready | Rejecti
             for wanted, made in recipe.inputs.items()
         }
         fields = {name: raw["json"].get(name) for name in recipe.fields}
+        if recipe.datacomp_keys:
+            fields |= _datacomp_fields(raw["json"], sample, archive, recipe)
         for name, value in fields.items():
             _require_unicode(f"field {name!r}", value)
         return Ready(sample.key, inputs, list(fields.values()))
     except Rejected as reason:
         return Rejection(sample.key, str(reason))
+
+
+_UID = re.compile("[0-9a-f]{1,32}")
+
+
+def _datacomp_fields(
+    values: Mapping[str, Any], sample: Sample, archive: Archive, recipe: Recipe
+) -> dict[str, str]:
+    """`text`, and `uid` where it is asked for; a null in either stops every reader of the shard.
+
+    Raises:
+        Rejected: the sample has no caption, or no uid that a subset could name it by.
+    """
+    caption = values.get("caption")
+    if not isinstance(caption, str):
+        caption = _raw("text", sample, archive, recipe.options)
+    fields = {"text": caption}
+    if "uid" in recipe.fields:
+        fields["uid"] = _uid(values.get("uid"))
+    return fields
+
+
+def _uid(value: Any) -> str:
+    """128 bits as 32 lower-case hex digits; the resharder sorts by the texts."""
+    digits = value.lower() if isinstance(value, str) else ""
+    if not _UID.fullmatch(digits):
+        raise Rejected(f"no usable uid: found {str(value)[:40]!r}, valid are up to 32 hex digits")
+    return digits.zfill(32)
 
 
 def _require_unicode(what: str, value: Any) -> None:
@@ -90,12 +126,15 @@ def _require_unicode(what: str, value: Any) -> None:
 
 def _preprocess(wanted: Input, made: Preprocessor, value: Any, options: Options) -> Any:
     try:
-        return made.prepare(value, options)
+        prepared = made.prepare(value, options)
     except Rejected:
         raise
     except Exception as error:  # a custom file's own code: one odd sample must not cost the shard
-        name = type(error).__name__
-        raise Rejected(f"preprocessor {wanted[1]!r} raised {name}: {error}") from error
+        reason = custom.described(error)
+        raise Rejected(f"preprocessor {wanted[1]!r} raised {reason}") from error
+    if prepared is None:
+        raise Rejected(f"preprocessor {wanted[1]!r} returned None; is a `return` missing?")
+    return prepared
 
 
 def _raw(name: str, sample: Sample, archive: Archive, options: Options) -> Any:

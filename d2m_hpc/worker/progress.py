@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from d2m_hpc.state.rundir import overwrite
@@ -37,6 +37,12 @@ class Progress:
     started: float = field(default_factory=time.time)
     updated: float = field(default_factory=time.time)
     state: str = "running"
+
+    def after(self, earlier: Progress) -> Progress:
+        """With the figures of an earlier task of the same process added."""
+        summed = ("shards", "done", "failed", "rows", "rejected")
+        counts = {name: getattr(self, name) + getattr(earlier, name) for name in summed}
+        return replace(self, started=earlier.started, **counts)
 
 
 Listener = Callable[[Progress], None]

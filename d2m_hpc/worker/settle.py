@@ -14,7 +14,8 @@ from d2m_hpc.state.manifest import Record, Recorder
 from d2m_hpc.worker.claims import Claims
 from d2m_hpc.worker.loader import Work
 from d2m_hpc.worker.progress import Reporter
-from d2m_hpc.worker.writer import Committer, Table
+from d2m_hpc.worker.table import Rows
+from d2m_hpc.worker.writer import Committer
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class Result:
 
     work: Work
     record: Record
-    table: Table
+    rows: Rows
     error: BaseException | None = None
 
 
@@ -80,12 +81,13 @@ class Settler:
         try:
             if result.error is not None:
                 raise result.error
-            self._committer.commit(result.table, record)
+            with result.work.clock("write"):
+                self._committer.commit(result.rows, record)
         except Exception as error:
             _fail(record, error)
+        record.seconds = result.work.clock.rounded()
         self._recorder.append(record)
-        if record.state == "failed":
-            self._claims.mark_failed(result.work)
+        self._claims.mark(result.work, record.state)
         self._claims.let_go(result.work, record.finished - record.started)
         self._tell(record)
 

@@ -5,52 +5,59 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import shutil
+import select
+import signal
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import fsspec
-
+from d2m_hpc import stores
 from d2m_hpc.errors import ShardError
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.urls import PIPE, is_local, is_pipe
+from d2m_hpc.worker.scratch import Copy, Scratch
 
 GZIP_MAGIC = b"\x1f\x8b"
+STEP = 1 << 20
 SAID = 2000
 """Bytes of a failed command's last words that go on record."""
+SILENCE = 900.0
+"""Seconds without a byte after which a command hangs; the watchdog would end the whole task."""
+Blocks = Generator[bytes, None, None]
 
 
 @dataclass
 class Staged:
-    """A local, uncompressed tar; `damage` says what is wrong with the stream that it came from."""
+    """A local, uncompressed tar.
+
+    Attributes:
+        damage: what is wrong with the stream that it came from.
+        copied: it lies in scratch.
+    """
 
     path: Path
     damage: str = ""
+    copied: bool = True
 
 
 @contextmanager
-def stage(shard: Shard, scratch: Path) -> Iterator[Staged]:
+def stage(shard: Shard, scratch: Scratch) -> Iterator[Staged]:
     """Bring a shard to this node; a copy in scratch is deleted afterwards.
 
     Raises:
-        ShardError: it cannot be had.
+        ShardError: it cannot be had, or is too large for scratch.
     """
     if is_local(shard.url) and not _is_gzip(shard.url):
-        yield Staged(Path(shard.url))
+        yield Staged(Path(shard.url), copied=False)
         return
-    copy = scratch / f"{shard.stem}.tar"
-    try:
-        with _source(shard.url) as source:
-            damage = _copy(source, copy)
-        yield Staged(copy, damage)
-    finally:
-        copy.unlink(missing_ok=True)
+    with scratch.copy(f"{shard.stem}.tar") as copy:
+        copy.reserve(shard.size or 0)
+        yield Staged(copy.path, _fetch(shard, copy))
 
 
 def _is_gzip(path: str) -> bool:
@@ -61,76 +68,141 @@ def _is_gzip(path: str) -> bool:
         raise ShardError(f"{path}: {error.strerror or error}") from None
 
 
-@contextmanager
-def _source(url: str) -> Iterator[BinaryIO]:
-    if is_pipe(url):
-        with _pipe(url.removeprefix(PIPE)) as stream:
-            yield stream
-        return
-    try:
-        opened = _opened(url)
-    except FileNotFoundError:
-        raise ShardError(f"{url}: no such file") from None
-    except (OSError, ImportError, ValueError) as error:
-        raise ShardError(f"{url}: {type(error).__name__}: {error}") from error
-    with opened as stream:
-        yield stream
+def _fetch(shard: Shard, copy: Copy) -> str:
+    """Returns what is wrong with the stream, if anything.
+
+    Raises:
+        ShardError: it cannot be had.
+    """
+    with open(copy.path, "wb") as file, closing(_blocks(shard)) as blocks:
+        try:
+            return _write(Stream(blocks), file, copy)
+        except ShardError:
+            raise
+        except FileNotFoundError:
+            raise ShardError(f"{shard.url}: no such file") from None
+        except Exception as error:  # each store raises errors of its own
+            where = f"{shard.url}, copied to {copy.path}"
+            raise ShardError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _opened(url: str) -> BinaryIO:
-    if is_local(url):  # fsspec would take `::` in a path for a chain of stores
-        return open(url, "rb")
-    stream: BinaryIO = fsspec.open(url, "rb").open()
-    return stream
+def _blocks(shard: Shard) -> Blocks:
+    """The bytes of a tar, as they come."""
+    if is_pipe(shard.url):
+        return _said(shard.url.removeprefix(PIPE))
+    if is_local(shard.url):  # fsspec would take `::` in a path for a chain of stores
+        return _read(shard.url)
+    return stores.blocks(shard.url, shard.size)
 
 
-@contextmanager
-def _pipe(command: str) -> Iterator[BinaryIO]:
-    """A command's output. The command is the user's own shell line, as webdataset runs it."""
+def _read(path: str) -> Blocks:
+    with open(path, "rb") as file:
+        while block := file.read(STEP):
+            yield block
+
+
+def _said(command: str) -> Blocks:
+    """A command's output. The command is the user's own shell line, as webdataset runs it.
+
+    Raises:
+        ShardError: it ends with another exit code than 0, or says nothing for long.
+    """
     shell = ["/bin/bash", "-o", "pipefail", "-c", command]
     with tempfile.TemporaryFile() as words:
+        # In a session of its own, so that all that it starts can be ended with it.
         process = subprocess.Popen(
-            shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=words
+            shell,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            start_new_session=True,
         )
-        with process:
+        with process, _ending(process):
             assert process.stdout is not None
-            yield process.stdout  # type: ignore[misc]
-            # A reader that stops early must not look like a command that fails.
-            while process.stdout.read(1 << 20):
-                pass
-        words.seek(max(0, words.seek(0, os.SEEK_END) - SAID))
-        said = words.read().decode(errors="replace").strip()
-    if process.returncode:
-        raise ShardError(f"pipe:{command} ended with exit code {process.returncode}: {said}")
+            yield from _patiently(process.stdout.fileno(), command)
+            code = process.wait(SILENCE)
+        if code:
+            said = _last(words)
+            raise ShardError(f"pipe:{command} ended with exit code {code}: {said}")
 
 
-def _copy(source: BinaryIO, path: Path) -> str:
-    """Copy a stream to a file, through gzip where it is compressed; returns what broke it off."""
-    head = source.read(2)
-    with open(path, "wb") as file:
-        if head != GZIP_MAGIC:
-            file.write(head)
-            shutil.copyfileobj(source, file, 1 << 20)
-            return ""
-        try:
-            with gzip.GzipFile(fileobj=_Rejoined(head, source), mode="rb") as plain:
-                shutil.copyfileobj(plain, file, 1 << 16)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            return f"in the gzip stream, after {file.tell()} bytes of tar: {error}"
+@contextmanager
+def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A command that is still there when the block ends is killed, with all that it started."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _patiently(pipe: int, command: str) -> Iterator[bytes]:
+    """
+    Raises:
+        ShardError: nothing comes for `SILENCE` seconds.
+    """
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    while poll.poll(1000 * SILENCE):
+        if not (block := os.read(pipe, STEP)):
+            return
+        yield block
+    raise ShardError(f"pipe:{command} gave nothing for {SILENCE:.0f} s and was killed")
+
+
+def _last(words: BinaryIO) -> str:
+    words.seek(max(0, words.seek(0, os.SEEK_END) - SAID))
+    return words.read().decode(errors="replace").strip()
+
+
+def _write(stream: Stream, file: BinaryIO, copy: Copy) -> str:
+    """Write a stream to a file, through gzip where it is compressed; returns what broke it off."""
+    if not stream.begins_with(GZIP_MAGIC):
+        return _copy(stream, file, copy)
+    try:
+        with gzip.GzipFile(fileobj=stream, mode="rb") as plain:
+            return _copy(plain, file, copy)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        damage = f"in the gzip stream, after {file.tell()} bytes of tar: {error}"
+    stream.drain()
+    return damage
+
+
+def _copy(source: io.BufferedIOBase | io.RawIOBase, file: BinaryIO, copy: Copy) -> str:
+    size = 0
+    while block := source.read(STEP):
+        size += len(block)
+        copy.reserve(size)
+        file.write(block)
     return ""
 
 
-class _Rejoined(io.RawIOBase):
-    """A stream with its first bytes, which were looked at, in front again."""
+class Stream(io.RawIOBase):
+    """Blocks as a file that can be read once."""
 
-    def __init__(self, head: bytes, rest: BinaryIO) -> None:
-        self._head, self._rest = head, rest
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+        self._rest = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
+    def begins_with(self, magic: bytes) -> bool:
+        """Call it before anything is read."""
+        head = b""
+        while len(head) < len(magic) and (block := next(self._blocks, b"")):
+            head += block
+        self._rest = memoryview(head)
+        return head.startswith(magic)
+
     def read(self, size: int = -1) -> bytes:
-        """All that is left for a negative size; else up to `size` bytes."""
-        cut = len(self._head) if size < 0 else size
-        head, self._head = self._head[:cut], self._head[cut:]
-        return head or self._rest.read(size)
+        """Up to `size` bytes, and none at the end."""
+        rest = self._rest or memoryview(next(self._blocks, b""))
+        cut = len(rest) if size < 0 else size
+        self._rest = rest[cut:]
+        return bytes(rest[:cut])
+
+    def drain(self) -> None:
+        """Read to the end: a command that cannot write on would look like one that fails."""
+        while self.read():
+            pass

@@ -9,30 +9,35 @@ import json
 import logging
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from d2m_hpc.config import Config, load
+from d2m_hpc.config.growth import only_new
 from d2m_hpc.errors import NodeError, ShardError
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Record, Recorder
 from d2m_hpc.state.rundir import RunDir
 from d2m_hpc.worker.claims import Claims, TaskName
+from d2m_hpc.worker.extend import Extended, Pair
 from d2m_hpc.worker.graph import Graph
 from d2m_hpc.worker.loader import Loader, Work
 from d2m_hpc.worker.prepare import Recipe
 from d2m_hpc.worker.progress import Listener, Progress, Reporter, Watchdog
+from d2m_hpc.worker.scratch import Scratch, scratch
 from d2m_hpc.worker.settle import Result, Settler
+from d2m_hpc.worker.table import Table
 from d2m_hpc.worker.toolbox import Toolbox
-from d2m_hpc.worker.writer import Committer, Table
+from d2m_hpc.worker.tracking import Tracker
+from d2m_hpc.worker.writer import Committer
 
 log = logging.getLogger(__name__)
 
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 BROKEN: tuple[type[Exception], ...] = (
     (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 )
@@ -82,8 +87,10 @@ def run_task(
         NodeError: the device does not work; no shard is counted as failed for it.
         D2MError: the config cannot be worked with.
     """
-    # Compute nodes have no internet: a library that asks a hub must fail now, not wait.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Compute nodes have no internet: a library that asks a hub must fail now, not wait. They read
+    # these while they are imported, which is when models are built.
+    for switch in OFFLINE:
+        os.environ.setdefault(switch, "1")
     run = RunDir(root)
     name = TaskName(submission, index, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
     config = load(run.submission(submission).config)
@@ -91,8 +98,9 @@ def run_task(
         device = choose_device(config.device, local)
         progress = Progress(str(name), node_name(), _device_name(device))
         report = Reporter(progress, run.progress_of(str(name)), listener)
-        with tempfile.TemporaryDirectory(prefix="d2m-") as scratch:
-            Task(run, name, config, report, Path(scratch)).work(device, deadline)
+        tracker = Tracker(run, config, progress) if config.logging else nullcontext()
+        with tracker, scratch(config.scratch_bytes, config.slurm.tasks_per_node) as room:
+            Task(run, name, config, report, room).work(device, deadline)
     return progress
 
 
@@ -122,20 +130,22 @@ class Task:
     """One array task while it works."""
 
     def __init__(
-        self, run: RunDir, name: TaskName, config: Config, report: Reporter, scratch: Path
+        self, run: RunDir, name: TaskName, config: Config, report: Reporter, scratch: Scratch
     ) -> None:
         self.run, self.name, self.config = run, name, config
         self.report, self.scratch = report, scratch
         intent = run.submission(name.submission).intent.read_bytes()
         self.fingerprint: str = json.loads(intent)["fingerprint"]
+        self.output = OutputDir(config.output_metadata_dir)
+        self.part = config  # what is computed: less than all where finished pairs are extended
 
     def work(self, device: torch.device, deadline: float | None) -> None:
         """Compute all shards that can be claimed until the deadline."""
         run, name, config, report = self.run, self.name, self.config, self.report
-        toolbox = Toolbox.of(config)
-        graph, recipe = Graph(config, toolbox, device), Recipe.of(config, toolbox.inputs)
-        committer = Committer(OutputDir(config.output_metadata_dir), self.scratch)
+        committer = Committer(self.output, self.scratch.folder)
         claims = Claims(run, name, config, self.fingerprint, report, committer.clean, deadline)
+        toolbox = self._toolbox(claims.base)
+        graph, recipe = Graph(self.part, toolbox, device), Recipe.of(self.part, toolbox.inputs)
         recorder = Recorder(run.record(name.submission, name.index, name.attempt))
         log_file = run.log_of(name.submission, name.index)
         report(state="running", shards=len(claims.chunk))
@@ -154,17 +164,31 @@ class Task:
             raise
         report(state="out of time" if claims.is_late else "finished")
 
+    def _toolbox(self, base: str) -> Toolbox:
+        """Of the config, or of what pairs of an earlier one lack."""
+        toolbox = Toolbox.of(self.config)
+        if base:
+            earlier = json.loads(self.run.fingerprint(base).read_bytes())
+            self.part = only_new(self.config, earlier, toolbox.specs)
+        return toolbox.only(self.part)
+
     def _compute(self, work: Work, graph: Graph, claims: Claims) -> Result:
         """All outputs of a shard, or why it failed; lets go of it where the task itself ends."""
-        result = Result(work, self._record(work), Table(self.config))
+        table, record = Table(self.part), self._record(work)
+        result = Result(work, record, table)
         self.report(shard=work.shard.stem)
         try:
-            for outputs in graph.run(work):
-                result.table.add(outputs)
-                result.record.rejections += outputs.rejections
-                result.record.recomputed += outputs.recomputed
-                self.report(rows=len(outputs.keys))
-            self._account(result)
+            finished = Pair.read(self.output, work.shard.stem) if work.shard.base else None
+            with work.clock("compute", besides="wait"):
+                for outputs in graph.run(work):
+                    table.add(outputs)
+                    record.rejections += outputs.rejections
+                    record.recomputed += outputs.recomputed
+                    self.report(rows=len(outputs.keys))
+            record.rows, record.rejections = table.rows, [*work.rejections, *record.rejections]
+            if finished:
+                self._extend(result, finished, table)
+            self._account(work, record)
         except BaseException as error:
             work.cancel()
             if not isinstance(error, Exception) or _is_broken(error):
@@ -183,15 +207,18 @@ class Task:
             host=self.report.progress.host,
         )
 
-    def _account(self, result: Result) -> None:
+    def _extend(self, result: Result, finished: Pair, lacked: Table) -> None:
+        record = result.record
+        result.rows = extended = Extended(self.config, finished, lacked, record.rejections)
+        record.rows, record.rejections = extended.rows, extended.rejections
+        record.recomputed += finished.record.recomputed
+
+    def _account(self, work: Work, record: Record) -> None:
         """Every sample is a row or a rejection, and not too many are rejections.
 
         Raises:
             ShardError: one of the two does not hold.
         """
-        record, work = result.record, result.work
-        record.rows = result.table.rows
-        record.rejections = [*work.rejections, *record.rejections]
         rejected = len(record.rejections)
         if record.rows + rejected != work.total:
             raise ShardError(

@@ -26,7 +26,16 @@ STEPS = {
 def test_every_step_is_measured_and_nothing_is_left(tmp_path: Path) -> None:
     scratch, figures = tmp_path / "scratch", tmp_path / "control.json"
     scratch.mkdir()
-    words = ["--shards", str(SHARDS), "--scratch", str(scratch), "--json", str(figures)]
+    words = [
+        "--lives",
+        "1",
+        "--shards",
+        str(SHARDS),
+        "--scratch",
+        str(scratch),
+        "--json",
+        str(figures),
+    ]
     command = [sys.executable, "-m", "benchmarks.control", *words]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2m_hpc.launch.chunks import balanced
+from d2m_hpc.launch.chunks import balanced, by_base
 from d2m_hpc.state.manifest import Shard
 
 SIZES = st.lists(st.none() | st.integers(0, 10**12), max_size=60)
@@ -61,3 +61,12 @@ def test_a_shard_of_unknown_size_weighs_as_much_as_the_mean() -> None:
 def test_without_any_size_chunks_are_consecutive() -> None:
     chunks = balanced(shards([None] * 3), 2)
     assert [[s.stem for s in c] for c in chunks] == [["00000", "00001"], ["00002"]]
+
+
+def test_shards_of_one_base_are_done_together_in_their_order() -> None:
+    some = [
+        Shard(f"{i}", f"/{i}.tar", None, base) for i, base in enumerate(["", "x", "", "y", "x"])
+    ]
+    groups = by_base(some)
+    assert [[s.stem for s in group] for group in groups] == [["0", "2"], ["1", "4"], ["3"]]
+    assert by_base([]) == []

@@ -47,8 +47,37 @@ def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
     assert f"found no tar for '{tmp_path / 'tars' / '*.tar'}'" in text
     assert "input_tars: memory://none/00000.tar cannot be read" in text
     assert "scrfd_10g.pt is missing" in text
-    assert "custom.py cannot be imported" in text
-    assert "no GPU driver" in text
+    assert "custom.py: custom_pypath: importing it failed" in text
+    assert "RuntimeError: no GPU driver (custom.py, line 2)" in text
+
+
+COMPUTED = """
+import sys
+print("a library's banner", file=sys.stderr)
+
+class Look:
+    raw_inputs = [n for n in ("images",)]
+    preprocessors = ["identity"]
+    dependencies = [n for n in ("other",)]
+
+model_lookup = {"look": Look}
+"""
+
+
+def test_what_only_running_the_custom_file_can_tell_is_told(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1, samples=1)
+    (tmp_path / "custom.py").write_text(COMPUTED)
+    config = write_config(
+        tmp_path / "c.yml",
+        {"models": ["look"]},
+        input_tars=str(tmp_path / "tars" / "*.tar"),
+        output_metadata_dir=str(tmp_path / "out"),
+        custom_pypath=str(tmp_path / "custom.py"),
+    )
+    with pytest.raises(ConfigError, match="'look' needs the output of 'other'") as caught:
+        check(load(config), "c.yml")
+    assert "unknown raw input 'images'; did you mean 'image'" in str(caught.value)
+    assert "banner" not in str(caught.value)
 
 
 def test_folders_are_not_world_writable_and_colons_are_just_a_name(tmp_path: Path) -> None:

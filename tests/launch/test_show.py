@@ -15,7 +15,7 @@ from kit import STATS, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch import show
+from d2m_hpc.launch import live, show, submit
 from d2m_hpc.launch.decide import Decision, decide, inspect
 from d2m_hpc.launch.status import Failure, Summary
 from d2m_hpc.launch.verify import Fault, Report
@@ -143,16 +143,30 @@ def test_a_report_of_a_sample_says_so(file: Screen) -> None:
     assert file.text == "checked 100 of 1,000,000 shards, a random sample, 0 files wrong\n"
 
 
-def test_checkpoints_have_their_urls_whole_in_a_file(file: Screen) -> None:
+def test_checkpoints_have_their_urls_whole_in_a_file(file: Screen, tmp_path: Path) -> None:
     known = list(weights.CHECKPOINTS.values())
-    show.checkpoints(known)
+    (tmp_path / known[1].name).write_bytes(bytes(1500))
+    show.checkpoints(known, tmp_path)
     assert [c.url for c in known if c.url not in file.text] == []
     assert file.text.count("not published") == sum(not c.sha256 for c in known) > 0
+    assert [c.name for c in known if str(tmp_path / c.name) not in file.text] == []
+    assert (file.text.count("1.5 kB"), file.text.count("missing")) == (1, len(known) - 1)
 
 
 def test_a_workload_without_checkpoints_says_so(file: Screen) -> None:
-    show.checked([])
+    show.checked([], False)
     assert file.text == "no checkpoint is needed\n"
+
+
+def test_a_file_of_ones_own_is_accepted_aloud_where_the_config_allows_it(file: Screen) -> None:
+    checkpoint = weights.CHECKPOINTS["scrfd_10g.pt"]
+    found = [weights.Checked(checkpoint, Path(checkpoint.name), "0" * 64)]
+    show.checked(found, False)
+    show.checked(found, True)
+    assert file.text.splitlines() == [
+        "not the published file scrfd_10g.pt",
+        "not the published file scrfd_10g.pt (accepted: allow_unpublished_weights is true)",
+    ]
 
 
 # --- a run ---
@@ -189,7 +203,7 @@ def test_a_run_into_a_file_says_its_last_line(
 ) -> None:
     now = time.time()
     task = Progress("000-0-0", shards=3, done=1, rows=10, started=now - 5, updated=now)
-    with show.progress(decided) as listener:
+    with live.progress(decided) as listener:
         listener(task)
         assert capsys.readouterr().out == ""  # not for every batch
         task.done, task.failed, task.rows, task.state = 2, 1, 20, "finished"
@@ -201,7 +215,7 @@ def test_a_run_into_a_file_says_its_last_line(
 def test_a_run_at_a_terminal_has_a_bar(decided: Decision, terminal: Screen) -> None:
     now = time.time()
     task = Progress("000-0-0", shards=3, done=2, failed=1, rows=20, started=now - 5, updated=now)
-    with show.progress(decided) as listener:
+    with live.progress(decided) as listener:
         listener(task)
     assert "3/3 4 samples/s" in terminal.text
     assert "1 failed" in terminal.text
@@ -210,13 +224,44 @@ def test_a_run_at_a_terminal_has_a_bar(decided: Decision, terminal: Screen) -> N
 def test_warnings_of_a_run_are_seen_once_and_whole(decided: Decision, file: Screen) -> None:
     log = logging.getLogger("d2m_hpc.worker.task")
     for _ in range(2):
-        with show.progress(decided):
+        with live.progress(decided):
             log.warning("%s: out of memory", ODD)
     assert file.text.count("out of memory") == 2
     assert file.text.count(ODD) == 2
 
 
 def test_a_listener_that_fails_takes_its_handler_along(decided: Decision, file: Screen) -> None:
-    with pytest.raises(ConfigError), show.progress(decided):
+    with pytest.raises(ConfigError), live.progress(decided):
         raise ConfigError("c.yml", ["x"])
     assert "3 to do" in file.text
+
+
+def test_a_decision_says_what_finished_shards_gain(tmp_path: Path, file: Screen) -> None:
+    write_shards(tmp_path / "tars", 3)
+    common = {
+        "input_tars": str(tmp_path / "tars" / "*.tar"),
+        "output_metadata_dir": str(tmp_path / "out"),
+    }
+    few = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
+    few |= {"postprocess_features": [], "additional_fields": []}
+    path = write_config(tmp_path / "c.yml", {**STATS, **few}, **common)
+    submit.run_local(inspect(configs.load(path), str(path)), live.progress)
+    config = configs.load(write_config(path, STATS, **common))
+    more = config.model_copy(update={"additional_fields": ["[uid]"]})
+    for asked, lines in (
+        (
+            config,
+            "3 shards gain columns image-brightness, image-phash; features image-histogram; "
+            "fields uid, caption (models run: image-stats)",
+        ),
+        (
+            more.model_copy(update=few | {"additional_fields": ["[uid]"]}),
+            "3 shards gain fields [uid] (models run: none)",
+        ),
+        (
+            more.model_copy(update=few | {"models": ["text-stats", "image-stats"]}),
+            "3 shards gain no column, feature or field (models run: image-stats)",
+        ),
+    ):
+        show.decision(decide(inspect(asked, str(path))))
+        assert file.text.splitlines()[-2:] == ["3 shards: 0 done, 3 to do", lines]

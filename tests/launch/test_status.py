@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from kit import SHARDS, STATS, d2m, jpeg, sample, submit, write_config, write_shards, write_tar
 
-from d2m_hpc.launch import status
+from d2m_hpc.launch import fingerprints, status
 from d2m_hpc.launch.status import find_run, summarise
 from d2m_hpc.state import merge
 from d2m_hpc.state.lease import Lease
@@ -217,13 +217,15 @@ def test_a_run_is_in_one_state(records: dict[str, Any], state: str, run: RunDir)
     pq.write_table(table.from_pylist(rows, schema=table.schema), run.shards)
     recorder = Recorder(run.records / "x.jsonl")
     for stem, kind in records.items():
-        recorder.append(Record(stem, kind, rows=1, started=1.0, finished=2.0))
+        times = {"started": 1.0, "finished": 2.0}
+        recorder.append(Record(stem, kind, rows=1, fingerprint=fingerprints.newest(run), **times))
     assert _summary(run).state == state
 
 
 def test_a_shard_that_was_mended_is_no_failure_any_more(run: RunDir) -> None:
     recorder = Recorder(run.records / "later.jsonl")
-    recorder.append(Record("half", "done", rows=2, started=time.time(), finished=time.time()))
+    ours, now = fingerprints.newest(run), time.time()
+    recorder.append(Record("half", "done", rows=2, fingerprint=ours, started=now, finished=now))
     found = _summary(run)
     assert (found.done, found.failed, found.rows) == (4, 3, 39)
     assert not [g for g in found.failures if "half" in g.shards]

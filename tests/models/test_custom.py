@@ -1,37 +1,48 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_blip2
 import torch
-from kit import SHARDS, photographs, write_config
+from kit import photographs
 
-from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import custom, declared, postprocessors
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
-from d2m_hpc.models.registry import MODELS
-from d2m_hpc.state.manifest import Shard
 from d2m_hpc.worker.batch import collate
-from d2m_hpc.worker.graph import Graph
-from d2m_hpc.worker.loader import Loader, Work
-from d2m_hpc.worker.prepare import Recipe
-from d2m_hpc.worker.toolbox import Toolbox
 
-BLIP2 = Path(__file__).with_name("custom_blip2.py")
-CPU = torch.device("cpu")
+SEED = Path(__file__).parent.parent / "seed" / "custom.py"
+
+LOOK = """
+import torch
+
+class Look(torch.nn.Module):
+    raw_inputs = ('text',)
+    preprocessors = ('identity',)
+    dependencies = ()
+    def __init__(self, device):
+        super().__init__()
+    def forward(self, texts):
+        return torch.tensor([len(text) for text in texts])
+
+model_lookup = {'look': Look}
+"""
 
 
-def _config(tmp_path: Path, **values: Any) -> configs.Config:
-    common = {
-        "input_tars": str(SHARDS / "00000.tar"),
-        "output_metadata_dir": str(tmp_path / "out"),
-        "device": "cpu",
-        "nworkers": 2,
-    }
-    return configs.load(write_config(tmp_path / "config.yml", {**common, **values}))
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A custom file's folder is added to it, in what usually is a process of its own."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def _look(tmp_path: Path, old: str = "", new: str = "") -> custom.Tables:
+    """The tables of a file with one thing changed."""
+    assert old in LOOK
+    return custom.lookups(custom.load(_write(tmp_path, LOOK.replace(old, new))))
 
 
 def _write(tmp_path: Path, text: str) -> Path:
@@ -40,52 +51,19 @@ def _write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_the_seeds_custom_file_runs_unchanged(
-    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_static_reading_of_a_custom_file_agrees_with_what_it_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = _config(
-        tmp_path,
-        models=["oai-clip-vit-b32", "blip2"],
-        postprocess_columns=["oai-clip-vit-b32-score", "blip2-cap"],
-        postprocess_features=["oai-clip-vit-b32-image"],
-        additional_fields=["uid", "caption"],
-        custom_pypath=str(BLIP2),
-        weights_dir=str(checkpoints),
-        batch_size=16,
-    )
-    toolbox = Toolbox.of(config)
-    graph = Graph(config, toolbox, CPU)
-    shard = Shard("00000", str(SHARDS / "00000.tar"), (SHARDS / "00000.tar").stat().st_size)
-    recipe = Recipe.of(config, toolbox.inputs)
-    keys: list[str] = []
-    captions: list[str] = []
-    with Loader([Work(shard)], recipe, tmp_path) as loader:
-        for work in loader:
-            for batch in work:
-                outputs = graph(batch)
-                keys += outputs.keys
-                captions += outputs.columns["blip2-cap"]
-                assert len(outputs.columns["oai-clip-vit-b32-score"]) == len(outputs.keys)
-                assert outputs.features["oai-clip-vit-b32-image"].shape[0] == len(outputs.keys)
-            assert work.rejections == []
-    assert len(keys) == len(set(keys)) == len(captions) == 35
-    model = toolbox.classes["blip2"]("cpu")
-    pixels = [
-        toolbox.preprocessors["blip2-aug"].prepare(Picture(p), Options()) for p in photographs()
-    ]
-    with torch.inference_mode():
-        assert captions == model(torch.stack(pixels))
-    assert all(isinstance(caption, str) and caption for caption in captions)
-    assert "instantiated blip2 on cpu" in capsys.readouterr().out
-
-
-def test_the_static_reading_of_a_custom_file_agrees_with_what_it_makes() -> None:
-    read = declared.names(BLIP2)
-    made = custom.lookups(custom.load(BLIP2))
+    tiny_blip2.save(tmp_path / "Salesforce" / "blip2-opt-2.7b")
+    monkeypatch.chdir(tmp_path)
+    read = declared.names(SEED)
+    made = custom.registry(custom.lookups(custom.load(SEED)))
     assert read.complete
-    assert read.models["blip2"] == custom.spec_of("blip2", made["model_lookup"]["blip2"])
-    assert read.models.keys() - MODELS.keys() == made["model_lookup"].keys()
-    assert made["preprocessor_lookup"].keys() <= read.preprocessors
+    assert made.models == read.models
+    assert made.preprocessors == read.preprocessors
+    assert made.columns == read.columns
+    assert made.features == read.features
+    assert read.models["blip2"].inputs == (("image", "blip2-aug"),)
     assert read.columns["blip2-cap"].model == "blip2"
 
 
@@ -143,8 +121,8 @@ def test_the_seeds_text_preprocessors() -> None:
     ("text", "reason"),
     [
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("raise SystemExit('no licence')", "SystemExit: no licence"),
+        ("\n1 / 0", r"ZeroDivisionError: division by zero \(custom.py, line 2\)"),
+        ("raise SystemExit('no licence')", r"SystemExit: no licence \(custom.py, line 1\)"),
     ],
 )
 def test_a_custom_file_that_fails_on_import_is_the_configs_mistake(
@@ -187,3 +165,90 @@ def test_a_custom_class_can_be_pickled_by_its_module(tmp_path: Path) -> None:
     """As libraries do that start processes, and as `inspect` needs."""
     module = custom.load(_write(tmp_path, "class A:\n    pass\n"))
     assert sys.modules[module.A.__module__] is module
+
+
+def test_modules_beside_a_custom_file_are_found_from_everywhere(tmp_path: Path) -> None:
+    (tmp_path / "a_neighbour.py").write_text("NAME = 'of a neighbour'")
+    module = custom.load(_write(tmp_path, "from a_neighbour import NAME"))
+    assert module.NAME == "of a neighbour"
+
+
+def test_packages_win_over_modules_beside_a_custom_file(tmp_path: Path) -> None:
+    (tmp_path / "graphlib.py").write_text("1 / 0")
+    assert custom.load(_write(tmp_path, "from graphlib import CycleError")).CycleError
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "mistake"),
+    [
+        ("{'look': Look}", "[Look]", "model_lookup: found list; valid is a dict"),
+        ("{'look': Look}", "{'look': Look('cpu')}", r"model_lookup: 'look' is Look\(\)"),
+        ("{'look': Look}", "{'look': 'Look'}", "model_lookup: 'look' is 'Look'"),
+        ("model_lookup =", "postprocess_parquet_lookup = {'c': 'len'}; model_lookup =", "'len'"),
+    ],
+)
+def test_a_lookup_of_other_things_than_classes_and_functions_is_a_mistake(
+    old: str, new: str, mistake: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=mistake) as caught:
+        _look(tmp_path, old, new)
+    assert "custom.py: 1 mistake" in str(caught.value)
+
+
+def test_one_name_may_stand_without_its_list(tmp_path: Path) -> None:
+    """`("text")` is what a tuple of one looks like to most who write it."""
+    for old, new in (("('text',)", "('text')"), ("('identity',)", "'identity'")):
+        made = custom.registry(_look(tmp_path, old, new)).models["look"]
+        read = declared.names(tmp_path / "custom.py").models["look"]
+        assert made.inputs == read.inputs == (("text", "identity"),)
+
+
+def test_the_source_of_a_postprocessor_is_what_its_partial_says() -> None:
+    assert custom.source(partial(postprocessors.identity, model="look")) == "look"
+    assert custom.source(lambda cache: cache["look"]) == ""
+
+
+def _built(tables: custom.Tables) -> Any:
+    made = tables["model_lookup"]["look"]
+    return custom.build(custom.spec_of("look", made), made, "cpu")
+
+
+def test_a_model_is_built_for_a_device(tmp_path: Path) -> None:
+    assert _built(_look(tmp_path))(["a", "bcd"]).tolist() == [1, 3]
+
+
+def test_a_model_that_is_no_module_is_called_all_the_same(tmp_path: Path) -> None:
+    tables = _look(tmp_path, "def forward(", "def __call__(")
+    assert _built(tables)(["a"]).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("class Look(torch.nn.Module)", "class Look", "derive the class from torch.nn.Module"),
+        ("(self, texts)", "(self, texts, y)", r"forward\(texts, y\) is given text: missing .* 'y'"),
+        ("(self, texts)", "(self)", r"forward\(\) is given text: too many"),
+        ("dependencies = ()", "dependencies = ('other',)", "is given text, other: too many"),
+        ("(self, device)", "(self)", "takes 1 positional argument but 2 were given"),
+    ],
+)
+def test_a_model_that_cannot_be_called_with_its_inputs_is_not_built(
+    old: str, new: str, reason: str, tmp_path: Path
+) -> None:
+    tables = _look(tmp_path, old, new)
+    with pytest.raises(TypeError, match=reason):
+        _built(tables)
+
+
+def test_the_line_of_the_custom_file_is_told_that_an_error_came_through(tmp_path: Path) -> None:
+    module = custom.load(_write(tmp_path, "\n\ndef parse(text):\n    return int(text)\n"))
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        module.parse("x")
+    assert custom.described(caught.value).endswith("with base 10: 'x' (custom.py, line 4)")
+
+
+def test_no_line_is_told_of_an_error_that_came_through_no_custom_file() -> None:
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        int("x")
+    assert custom.described(caught.value).startswith("ValueError: invalid literal")
+    assert "line" not in custom.described(caught.value)

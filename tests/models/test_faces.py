@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
 from d2m_hpc.worker.batch import non_finite
 
 SIDE = faces.STRIDES[0] * 28
+Levels = Sequence[faces.Level]
 CPU = torch.device("cpu")
 
 
@@ -54,9 +56,14 @@ class _InsightfaceLayout(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        sizes = [faces.ANCHORS * (SIDE // stride) ** 2 for stride in faces.STRIDES]
-        levels = self.net(images)[0].split(sizes)
-        return (*(x[:, :1].sigmoid() for x in levels), *(x[:, 1:] for x in levels))
+        levels = self.net(images)
+        scores = (_rows(logits, 1).sigmoid() for logits, _ in levels)
+        return (*scores, *(_rows(distances, 4) for _, distances in levels))
+
+
+def _rows(x: Tensor, width: int) -> Tensor:
+    """[1, 2 * width, h, w] to a row an anchor."""
+    return x[0].permute(1, 2, 0).reshape(-1, width)
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +90,13 @@ def _insightface_input(image: Image.Image) -> Tensor:
     return torch.from_numpy((np.asarray(image, np.float32) - 127.5) / 128).permute(2, 0, 1)[None]
 
 
-def _decoded(anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """All anchors of an image as scores [N] and boxes [N, 4]."""
-    return faces.decode(anchors, torch.arange(len(anchors)), SIDE)
+def _decoded(levels: Levels, image: int = 0) -> tuple[Tensor, Tensor]:
+    """All anchors of an image as scores [N] and boxes [N, 4], the two of a cell together."""
+    own = [(logits[image, None], distances[image, None]) for logits, distances in levels]
+    _, scores, boxes = faces.decode(own, SIDE, min_score=1e-30)
+    sizes = [faces.ANCHORS * (SIDE // stride) ** 2 for stride in faces.STRIDES]
+    order = [i.view(2, -1).T.flatten() for i in torch.arange(len(scores)).split(sizes)]
+    return scores[torch.cat(order)], boxes[torch.cat(order)]
 
 
 def test_decoded_boxes_and_scores_are_those_of_insightface(
@@ -96,7 +107,7 @@ def test_decoded_boxes_and_scores_are_those_of_insightface(
         levels = zip(*detector.forward(bgr, faces.MIN_SCORE)[:2], strict=True)
         theirs = [np.hstack([np.clip(b, 0, SIDE), s]) for s, b in levels]
         with torch.inference_mode():
-            scores, boxes = _decoded(net(_insightface_input(image))[0])
+            scores, boxes = _decoded(net(_insightface_input(image)))
         keep = scores >= faces.MIN_SCORE
         ours = torch.cat([boxes[keep], scores[keep, None]], dim=1).numpy()
         assert len(ours) == sum(map(len, theirs))
@@ -112,7 +123,7 @@ def test_suppression_keeps_what_that_of_insightface_keeps(
     candidates, survivors = 0, 0
     for image in _squares():
         with torch.inference_mode():
-            scores, boxes = _decoded(net(_insightface_input(image))[0])
+            scores, boxes = _decoded(net(_insightface_input(image)))
         scores, boxes = (x[scores > faces.MIN_SCORE] for x in (scores, boxes))
         ours = faces.suppress(torch.zeros(len(scores), dtype=torch.long), scores, boxes)
         inclusive = boxes.double() - torch.tensor([0, 0, 1, 1])
@@ -184,32 +195,43 @@ def test_few_suppressions_do_for_a_batch_and_no_image_is_torn() -> None:
 
 
 def test_an_image_without_candidates_has_no_boxes_and_takes_none_from_its_neighbours() -> None:
-    anchors, paddings = _anchors(3, faces=20), torch.zeros(3, 4)
-    anchors[1, :, 0] = -2.0
-    found = faces.detect(anchors, paddings, SIDE)
+    levels, paddings = _levels(3, 20), torch.zeros(3, 4)
+    for logits, _ in levels:
+        logits[1] = -2.0
+    found = faces.detect(levels, paddings, SIDE)
     assert found[1] == []
-    assert found[0] == faces.detect(anchors[:1], paddings[:1], SIDE)[0] != []
-    assert found[2] == faces.detect(anchors[2:], paddings[2:], SIDE)[0] != []
+    for i in (0, 2):
+        own = [(logits[i, None], distances[i, None]) for logits, distances in levels]
+        assert found[i] == faces.detect(own, paddings[:1], SIDE)[0] != []
 
 
 def test_a_batch_without_any_face_gives_empty_lists() -> None:
-    assert faces.detect(torch.full((2, 2058, 5), -1.0), torch.zeros(2, 4), SIDE) == [[], []]
+    assert faces.detect(_levels(2, 0), torch.zeros(2, 4), SIDE) == [[], []]
 
 
-def _anchors(images: int, faces: int) -> Tensor:
+def _levels(images: int, likely_ones: int) -> Levels:
     """What the net gives of images with so many likely anchors each."""
     generator = torch.Generator().manual_seed(images)
-    anchors = torch.rand(images, 2058, 5, generator=generator) * 3
-    likely = torch.rand(images, 2058, generator=generator).argsort(dim=1) < faces
-    anchors[..., 0] = torch.where(likely, anchors[..., 0], -3.0)
-    return anchors
+    logits = torch.rand(images, 2058, generator=generator) * 3
+    likely = torch.rand(images, 2058, generator=generator).argsort(dim=1) < likely_ones
+    logits = torch.where(likely, logits, -3.0)
+    distances = torch.rand(images, 2058 * 4, generator=generator) * 3
+    cells = (28, 14, 7)
+    parts = (
+        logits.split([2 * n * n for n in cells], 1),
+        distances.split([8 * n * n for n in cells], 1),
+    )
+    return [
+        (one.view(images, -1, n, n), four.view(images, -1, n, n))
+        for n, one, four in zip(cells, *parts, strict=True)
+    ]
 
 
-def _one_by_one(anchors: Tensor, paddings: Tensor) -> list[list[list[float]]]:
+def _one_by_one(levels: Levels, paddings: Tensor) -> list[list[list[float]]]:
     """Image by image, every anchor decoded, as detectors usually do it."""
     found = []
-    for own, padding in zip(anchors, paddings, strict=True):
-        scores, boxes = _decoded(own)
+    for i, padding in enumerate(paddings):
+        scores, boxes = _decoded(levels, i)
         over = scores > faces.MIN_SCORE
         kept = boxes[over][nms(boxes[over], scores[over], faces.MAX_IOU)]
         found.append(faces.unpad(kept, padding.expand(len(kept), 4), SIDE).tolist())
@@ -218,10 +240,10 @@ def _one_by_one(anchors: Tensor, paddings: Tensor) -> list[list[list[float]]]:
 
 @pytest.mark.parametrize("likely", [0, 1, 5, 100, 1500])
 def test_the_faces_of_a_batch_are_those_of_its_images_one_by_one(likely: int) -> None:
-    anchors = _anchors(9, likely)
+    levels = _levels(9, likely)
     paddings = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)) / 3
-    found = faces.detect(anchors, paddings, SIDE)
-    assert found == _one_by_one(anchors, paddings)
+    found = faces.detect(levels, paddings, SIDE)
+    assert found == _one_by_one(levels, paddings)
     assert sum(map(len, found)) >= 9 * min(likely, 5) * 0.9
 
 
@@ -252,9 +274,9 @@ def test_a_batch_gives_what_its_images_give_alone(scrfd: faces.Scrfd10G) -> None
 @torch.inference_mode()
 def test_boxes_stand_in_descending_order_of_score(scrfd: faces.Scrfd10G) -> None:
     images, paddings = _batch(photographs(8))
-    anchors = scrfd.net(images)
+    levels = scrfd.net(images)
     for i, found in enumerate(_detected(scrfd, (images, paddings))):
-        scores, boxes = _decoded(anchors[i])
+        scores, boxes = _decoded(levels, i)
         relative = faces.unpad(boxes, paddings[i].expand(len(boxes), 4), SIDE)
         of_found = [
             scores[(relative == torch.tensor(box)).all(dim=1)].max().item() for box in found

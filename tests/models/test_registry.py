@@ -91,8 +91,31 @@ def test_a_custom_file_is_read_and_not_run(tmp_path: Path) -> None:
         to_device=False,
     )
     assert found.columns["caption-text"].model == "caption"
-    assert found.features["caption-feature"].model == ""
+    assert found.features["caption-feature"].model == "caption"
     assert "small" in found.preprocessors
+
+
+@pytest.mark.parametrize(
+    ("expression", "model"),
+    [
+        ('lambda cache: cache["own"]', "own"),
+        ('lambda c: (c["own"][0] * c["own"][1]).sum(1)', "own"),
+        ('lambda c: c["own"] * c["other"]', ""),
+        ("lambda c: helper(c)", ""),
+        ('lambda c: helper(c) + c["own"]', ""),
+        ('lambda c: c.get("own")', ""),
+        ("lambda c: c[NAME]", ""),
+        ('lambda c, d=1: c["own"]', ""),
+        ("helper", ""),
+        ('partial(helper, model="own")', "own"),
+    ],
+)
+def test_a_postprocessors_model_is_read_where_it_can_read_no_other(
+    expression: str, model: str, tmp_path: Path
+) -> None:
+    found = _read(tmp_path, f"postprocess_parquet_lookup = {{'made': {expression}}}")
+    assert found.columns["made"].model == model
+    assert (found.own, Registry().own) == ({"made"}, set())
 
 
 def test_custom_names_come_on_top_of_the_built_in_ones(tmp_path: Path) -> None:

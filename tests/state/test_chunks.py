@@ -12,7 +12,8 @@ from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import RunDir, Submission
 
-SHARDS = st.builds(Shard, st.text(), st.text(), st.none() | st.integers(0, 10**12))
+SIZES = st.none() | st.integers(0, 10**12)
+SHARDS = st.builds(Shard, st.text(), st.text(), SIZES, st.sampled_from(["", "0a1b"]))
 
 
 @pytest.fixture
@@ -51,5 +52,10 @@ def test_no_other_line_is_read(submission: Submission) -> None:
 
 def test_a_line_of_the_file_is_a_tasks_list_of_shards(submission: Submission) -> None:
     """Whoever writes a tool of his own needs no offsets."""
-    write_chunks(submission, [[Shard("a", "/a.tar", 7)], [Shard("b", "/b.tar")]])
-    assert submission.chunks.read_text() == '[["a", "/a.tar", 7]]\n[["b", "/b.tar", null]]\n'
+    made = [[Shard("a", "/a.tar", 7)], [Shard("b", "/b.tar")], [Shard("c", "/c.tar", 1, "0a")]]
+    write_chunks(submission, made)
+    assert submission.chunks.read_text().splitlines() == [
+        '[["a", "/a.tar", 7]]',
+        '[["b", "/b.tar", null]]',
+        '[["c", "/c.tar", 1, "0a"]]',
+    ]

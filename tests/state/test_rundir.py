@@ -95,7 +95,7 @@ def test_a_run_folder_may_be_made_again(tmp_path: Path) -> None:
 def test_every_file_of_a_run_has_a_path_of_its_own(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     submission = run.submission("000")
-    paths = [run.config, run.fingerprint, run.shards, run.hashes]
+    paths = [run.config, run.fingerprint("f"), run.shards, run.hashes]
     paths += [submission.config, submission.intent, submission.chunks]
     paths += [run.record("000", 0, 0), run.record("000", 0, 1), run.record("000", 1, 0)]
     paths += [run.record("001", 0, 0), run.lease("a"), run.lease("b"), run.lease("a.b")]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from d2m_hpc.worker.batch import collate, count, join, non_finite, put, take
 
@@ -36,7 +37,18 @@ def as_tuple(rows: Rows) -> tuple[Any, ...]:
     return (as_tensor(rows), as_list(rows), (as_array(rows), list(map(str, rows))))
 
 
-FORMS = {f.__name__: f for f in (as_tensor, as_array, as_list, as_boxes, as_tuple)}
+def as_dict(rows: Rows) -> dict[str, Any]:
+    return {"a": as_tensor(rows), "b": {"c": as_list(rows)}, "d": (as_array(rows),)}
+
+
+def as_model_output(rows: Rows) -> BaseModelOutputWithPooling:
+    return BaseModelOutputWithPooling(as_tensor(rows), as_tensor(rows)[:, 0])
+
+
+FORMS = {
+    f.__name__: f
+    for f in (as_tensor, as_array, as_list, as_boxes, as_tuple, as_dict, as_model_output)
+}
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 ROWS = st.lists(st.integers(-50, 50).map(float), min_size=1, max_size=8)
 
@@ -50,6 +62,8 @@ def same(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return bool(a == b)
 
 
@@ -129,6 +143,8 @@ NAN = float("nan")
         ([torch.tensor(NAN), torch.tensor(1)], [0]),
         ([np.array(["x"]), np.array([NAN, 1.0])], [1]),
         ([{"a": 1}, "x"], []),
+        ([{"a": 1.0}, {"a": [NAN]}], [1]),
+        ({"a": torch.tensor([1.0, NAN]), "b": ["x", "y"]}, [1]),
         (([1.0, NAN], torch.tensor([NAN, 1.0])), [0, 1]),
         (([1, 2], np.array(["a", "b"])), []),
         ((np.array(["a"]),), []),

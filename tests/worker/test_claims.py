@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
-from d2m_hpc.outputs import OutputDir
+from d2m_hpc.outputs import METADATA, OutputDir
 from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.manifest import Shard
+from d2m_hpc.state.manifest import Record, Shard, read_records
 from d2m_hpc.state.rundir import RunDir, Submission
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.progress import Progress, Reporter
@@ -31,12 +34,15 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def claims(run: RunDir, index: int = 1, steal: bool = True, **more: Any) -> Claims:
+def claims(
+    run: RunDir, index: int = 1, steal: bool = True, reprocess: bool = False, **more: Any
+) -> Claims:
     config = Config(
         models=["image-stats"],
         input_tars=["x.tar"],
         output_metadata_dir=str(run.root.parent / "out"),
         steal=steal,
+        reprocess=reprocess,
     )
     report = Reporter(Progress("000-1-0"), run.progress_of("000-1-0"))
     values = {"clean": lambda stem: None, "deadline": None, **more}
@@ -77,6 +83,77 @@ def test_others_chunks_are_read_one_at_a_time(run: RunDir) -> None:
         next(works)
     for work in taken:
         work.release()
+
+
+def extend(run: RunDir) -> None:
+    """As if the pairs of c, d, f and g, of the fingerprint `old`, were to be extended."""
+    chunks = [
+        [Shard(stem, f"/{stem}.tar", None, "old" if stem in "cdfg" else "") for stem in stems]
+        for stems in CHUNKS
+    ]
+    write_chunks(run.submission("000"), chunks)
+    for stem in "cdfg":
+        table = pa.table({"key": []}).replace_schema_metadata({METADATA: note(stem, "old")})
+        pq.write_table(table, run.root.parent / "out" / f"{stem}.parquet")
+
+
+def note(stem: str, fingerprint: str) -> str:
+    return json.dumps(Record(stem, "done", fingerprint=fingerprint, task="000-9-0").to_dict())
+
+
+def test_only_shards_of_the_same_base_are_taken(run: RunDir) -> None:
+    extend(run)
+    extending = claims(run)
+    assert extending.base == "old"
+    assert stems(extending) == ["c", "d", "g", "f"]
+    assert stems(claims(run, index=2)) == ["e", "b", "a"]
+
+
+def test_what_was_extended_is_not_looked_at_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extend(run)
+    first = claims(run, index=3, steal=False)
+    for work in first:
+        first.mark(work, "done")
+        first.let_go(work)
+    looked, record = [], OutputDir.record
+
+    def counted(output: OutputDir, stem: str) -> Record | None:
+        looked.append(stem)
+        return record(output, stem)
+
+    monkeypatch.setattr(OutputDir, "record", counted)
+    assert stems(claims(run)) == looked == ["c", "d"]
+
+
+def test_a_pair_that_is_gone_or_anothers_is_left_to_the_next_submit(run: RunDir) -> None:
+    extend(run)
+    out = run.root.parent / "out"
+    (out / "c.parquet").unlink()
+    table = pq.read_table(out / "d.parquet").replace_schema_metadata({METADATA: note("d", "new")})
+    pq.write_table(table, out / "d.parquet")
+    (out / "f.parquet").write_bytes(b"damaged")
+    assert stems(claims(run)) == ["g", "f"]
+    assert list(run.leases.iterdir()) == []
+
+
+def test_outputs_that_came_since_the_submit_are_replaced_by_reprocess_only(run: RunDir) -> None:
+    table = pa.table({"key": []}).replace_schema_metadata({METADATA: note("c", "other")})
+    pq.write_table(table, run.root.parent / "out" / "c.parquet")
+    assert stems(claims(run, steal=False)) == ["d"]
+    assert stems(claims(run, steal=False, reprocess=True)) == ["c", "d"]
+
+
+def test_a_record_that_was_lost_is_written_once(run: RunDir) -> None:
+    out = run.root.parent / "out"
+    table = pa.table({"key": []}).replace_schema_metadata({METADATA: note("c", "f")})
+    pq.write_table(table, out / "c.parquet")
+    for _ in range(2):
+        assert stems(claims(run, steal=False)) == ["d"]
+    [found] = read_records(run.record("000", 1, 0))
+    assert (found.shard, found.task, found.rebuilt) == ("c", "000-9-0", True)
+    assert found.parquet_sha256 == OutputDir(str(out)).sha256("c.parquet")
 
 
 def test_what_is_finished_or_held_is_not_taken(run: RunDir) -> None:

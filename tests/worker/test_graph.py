@@ -331,9 +331,11 @@ def test_a_list_of_outputs_is_read_as_a_tuple_of_them(bench: Make, rows: int) ->
     [
         ("x[1:]", r"a tensor of shape \[2, 1\]"),
         ("x.sum()", r"a tensor of shape \[\]"),
-        ("['a', 'b']", "2 items"),
+        ("['a', 'b']", "list of 2 items"),
         ("7", "int"),
-        ("(x, x)", "2 items"),
+        ("(x, x)", "tuple of 2 items"),
+        ("(x, x, x)", "tuple of 3 items"),
+        ("{'a': x, 'b': x, 'c': x}", "dict of 3 items"),
     ],
 )
 def test_a_postprocessor_that_makes_too_few_rows_fails_the_shard(
@@ -353,6 +355,39 @@ postprocess_parquet_lookup = {{'column': post}}
         bench(text, ["some"], ["column"]).run([1, 2, 3])
 
 
+def test_the_model_whose_output_has_too_few_rows_is_named(bench: Make) -> None:
+    text = CHAIN.replace("return 2 * x[:, 0]", "return x[1:, 0]")
+    text = text.replace("model='sum'", "model='double'")
+    what = r"'total' made a tensor of shape \[2\] of 'double' for a batch of 3 samples"
+    with pytest.raises(ShardError, match=what):
+        bench(text, ["double"], ["total"]).run([1, 2, 3])
+
+
+def test_a_feature_whose_rows_are_of_different_lengths_fails_the_shard(bench: Make) -> None:
+    text = """
+class Some(Model):
+    def forward(self, x):
+        return [[1.0] * int(n) for n in x[:, 0]]
+model_lookup = {'some': Some}
+postprocess_feature_lookup = {'ragged': partial(identity, model='some', to_cpu=False)}
+"""
+    made = bench(text, ["some"], [], postprocess_features=["ragged"])
+    with pytest.raises(ShardError, match="'ragged' has rows of different lengths"):
+        made.run([1, 2])
+    assert made.run([2, 2]).features["ragged"].shape == (2, 2)
+
+
+def test_a_forward_without_a_return_is_told(bench: Make) -> None:
+    text = """
+class Some(Model):
+    def forward(self, x):
+        x + 1
+model_lookup = {'some': Some}
+"""
+    with pytest.raises(ShardError, match="'some' raised TypeError: its forward returned None"):
+        bench(text, ["some"], []).run([1])
+
+
 FAILING = """
 class Some(Model):
     def forward(self, x):
@@ -361,32 +396,39 @@ class Some(Model):
         return x[:, 0]
 model_lookup = {'some': Some}
 postprocess_parquet_lookup = {
-    'column': partial(identity, model='some'), 'wrong': lambda cache: cache['other'],
+    'column': partial(identity, model='some'), 'wrong': lambda cache: {}['other'],
 }
 """
 
 
 def test_what_a_model_raises_fails_the_shard_with_its_name_and_reason(bench: Make) -> None:
     made = bench(FAILING, ["some"], ["column"])
-    with pytest.raises(ShardError, match=r"'some' raised ValueError: too large") as caught:
+    line = (HEAD + FAILING).splitlines().index("            raise ValueError('too large')") + 1
+    what = rf"'some' raised ValueError: too large \(custom.py, line {line}\)"
+    with pytest.raises(ShardError, match=what) as caught:
         made.run([1, 9])
     assert isinstance(caught.value.__cause__, ValueError)
     assert made.run([1, 2]).columns["column"].tolist() == [1, 2]
 
 
 def test_what_a_postprocessor_raises_fails_the_shard_with_its_name(bench: Make) -> None:
-    with pytest.raises(ShardError, match=r"'wrong' raised KeyError: 'other'"):
+    with pytest.raises(ShardError, match=r"'wrong' raised KeyError: 'other' \(custom.py"):
         bench(FAILING, ["some"], ["wrong"]).run([1])
 
 
-def test_a_model_that_cannot_be_built_is_named(bench: Make) -> None:
-    text = """
+@pytest.mark.parametrize("error", ["OSError('no such repository')", "SystemExit('no licence')"])
+def test_a_model_that_cannot_be_built_is_named(bench: Make, error: str) -> None:
+    text = f"""
 class Some(Model):
     def __init__(self, device):
-        raise OSError('no such repository')
-model_lookup = {'some': Some}
+        raise {error}
+model_lookup = {{'some': Some}}
 """
-    with pytest.raises(ConfigError, match=r"'some' cannot be built: OSError: no such repository"):
+    name, reason = error.rstrip("')").split("('")
+    what = (
+        rf"'some' \(Some in custom.py\) cannot be built: {name}: {reason} \(custom.py, line \d+\)"
+    )
+    with pytest.raises(ConfigError, match=what):
         bench(text, ["some"], [])
 
 
@@ -470,7 +512,9 @@ def test_gradients_are_never_recorded(bench: Make) -> None:
     [
         ("dependencies = [n for n in ('other',)]", "'other'"),
         ("preprocessors = [n for n in ('number', 'number')]", "1 raw_inputs and 2 preprocessors"),
-        ("preprocessors = [n for n in ('nowhere',)]", "nowhere"),
+        ("preprocessors = [n for n in ('nowhere',)]", "unknown preprocessor 'nowhere'"),
+        ("raw_inputs = [n for n in ('texts',)]", "raw input 'texts'; did you mean 'text'"),
+        ("dependencies = [n for n in ('a',)]", "circle of dependencies, a -> a"),
     ],
 )
 def test_mistakes_that_only_running_the_file_can_tell_are_the_configs(
@@ -478,7 +522,60 @@ def test_mistakes_that_only_running_the_file_can_tell_are_the_configs(
 ) -> None:
     text = f"class A(Model):\n    {fields}\nmodel_lookup = {{'a': A}}\n"
     with pytest.raises(ConfigError, match=mistake):
-        bench(text, ["a"], []).toolbox.inputs  # noqa: B018
+        bench(text, ["a"], [])
+
+
+NAMED = """
+from transformers.modeling_outputs import ModelOutput
+from dataclasses import dataclass
+@dataclass
+class Found(ModelOutput):
+    double: torch.Tensor = None
+    words: list = None
+class Named(Model):
+    def forward(self, x):
+        if len(x) > LIMIT:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        y = 2 * x[:, 0]
+        if torch.is_autocast_enabled('cpu'):
+            y = y.clone()
+            y[x[:, 0] == 5] = torch.nan
+        y[x[:, 0] == 7] = torch.nan
+        return KIND({'double': y, 'words': [f'w{int(n)}' for n in x[:, 0]]})
+class After(Model):
+    raw_inputs = []
+    preprocessors = []
+    dependencies = ['named']
+    def forward(self, found):
+        if len(found['words']) > LIMIT:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return found['double'] + len(found['words'][0])
+model_lookup = {'named': Named, 'after': After}
+postprocess_parquet_lookup = {
+    'double': lambda cache: cache['named']['double'],
+    'words': lambda cache: READ(cache['named']),
+    'after': partial(identity, model='after'),
+}
+"""
+KINDS = {
+    "dict": "KIND, READ = dict, lambda found: found['words']\n",
+    "ModelOutput": "KIND, READ = (lambda parts: Found(**parts)), lambda found: found.words\n",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [2, 100])
+def test_named_outputs_are_split_mended_and_checked_row_by_row(
+    bench: Make, kind: str, limit: int
+) -> None:
+    text = f"LIMIT = {limit}\n" + KINDS[kind] + NAMED
+    made = bench(text, ["named", "after"], ["double", "words", "after"], amp="bfloat16")
+    outputs = made.run([1, 5, 3, 7, 4])
+    assert outputs.columns["double"].tolist() == [2, 10, 6, 8]
+    assert outputs.columns["words"] == ["w1", "w5", "w3", "w4"]
+    assert outputs.columns["after"].tolist() == [4, 12, 8, 10]
+    assert outputs.recomputed == 2
+    assert outputs.rejections == [("k3", "named gives a value that is not finite")]
 
 
 READ = """

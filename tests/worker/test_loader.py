@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from d2m_hpc.worker import loader as module
 from d2m_hpc.worker.batch import Batch, Input
 from d2m_hpc.worker.loader import AHEAD, GROUP, Loader, Work
 from d2m_hpc.worker.prepare import Recipe
+from d2m_hpc.worker.scratch import Scratch
 
 TEXT: dict[Input, Preprocessor] = {("text", "identity"): PREPROCESSORS["identity"]}
 BOTH: dict[Input, Preprocessor] = {("image", "stats-aug"): PREPROCESSORS["stats-aug"], **TEXT}
@@ -39,12 +41,12 @@ def works(*paths: Path) -> list[Work]:
 
 
 @pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Path]:
+def scratch(tmp_path: Path) -> Iterator[Scratch]:
     """Empty after every test, and no thread is left."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     before = set(threading.enumerate())
-    yield folder
+    yield Scratch(folder, sys.maxsize)
     left = set(threading.enumerate()) - before
     assert [t.name for t in left if t.is_alive()] == []
     assert list(folder.iterdir()) == []
@@ -54,7 +56,7 @@ def read(work: Work) -> list[Batch]:
     return list(work)
 
 
-def load(path: Path, made: Recipe, scratch: Path) -> tuple[list[Batch], Work]:
+def load(path: Path, made: Recipe, scratch: Scratch) -> tuple[list[Batch], Work]:
     """All of one shard."""
     with Loader(works(path), made, scratch) as loader:
         ((work, batches),) = [(work, read(work)) for work in loader]
@@ -70,7 +72,7 @@ def keys(batches: Iterable[Batch]) -> list[str]:
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_batches_are_full_and_in_the_tars_order(
-    tmp_path: Path, scratch: Path, threads: int
+    tmp_path: Path, scratch: Scratch, threads: int
 ) -> None:
     def slow_at_times(text: str) -> str:
         time.sleep(0.004 * (int(text.split()[1]) % 3 == 0))
@@ -93,7 +95,7 @@ def test_batches_are_full_and_in_the_tars_order(
             assert (work.total, work.rejections) == (18, [])
 
 
-def test_built_in_inputs_have_a_row_a_sample(tmp_path: Path, scratch: Path) -> None:
+def test_built_in_inputs_have_a_row_a_sample(tmp_path: Path, scratch: Scratch) -> None:
     (path,) = write_shards(tmp_path, 1, samples=3)
     (batch,), _ = load(path, recipe(BOTH), scratch)
     pixels = batch.inputs[("image", "stats-aug")]
@@ -101,20 +103,21 @@ def test_built_in_inputs_have_a_row_a_sample(tmp_path: Path, scratch: Path) -> N
     assert batch.inputs[("text", "identity")] == [f"caption {i}" for i in range(3)]
 
 
-def test_compressed_shards_and_commands_are_read_too(tmp_path: Path, scratch: Path) -> None:
+def test_compressed_shards_and_commands_are_read_too(tmp_path: Path, scratch: Scratch) -> None:
     packed = write_tar(tmp_path / "a.tar.gz", sample("k"), mode="w:gz")
     urls = [str(packed), f"pipe:cat {packed}", packed.as_uri()]
-    with Loader([Work(Shard("a", url)) for url in urls], recipe(BOTH), scratch) as loader:
+    works = [Work(Shard(str(i), url)) for i, url in enumerate(urls)]
+    with Loader(works, recipe(BOTH), scratch) as loader:
         assert [keys(work) for work in loader] == [["k"]] * 3
 
 
-def test_a_shard_without_samples_has_no_batches(tmp_path: Path, scratch: Path) -> None:
+def test_a_shard_without_samples_has_no_batches(tmp_path: Path, scratch: Scratch) -> None:
     batches, work = load(write_tar(tmp_path / "a.tar", {}), recipe(), scratch)
     assert (batches, work.total, work.rejections) == ([], 0, [])
 
 
 def test_a_sample_is_decoded_once_and_each_preprocessor_run_once(
-    tmp_path: Path, scratch: Path
+    tmp_path: Path, scratch: Scratch
 ) -> None:
     calls: Counter[Any] = Counter()
 
@@ -134,7 +137,7 @@ def test_a_sample_is_decoded_once_and_each_preprocessor_run_once(
     assert all(n % 2 == 0 for n in calls.values())
 
 
-def test_custom_preprocessors_get_what_the_seed_gave_them(tmp_path: Path, scratch: Path) -> None:
+def test_custom_preprocessors_get_what_the_seed_gave_them(tmp_path: Path, scratch: Scratch) -> None:
     made = recipe(
         {
             ("image", "pil"): custom(lambda image: (image.mode, *image.size)),
@@ -154,7 +157,7 @@ def test_custom_preprocessors_get_what_the_seed_gave_them(tmp_path: Path, scratc
 # --- rejections ---
 
 
-def test_each_bad_sample_is_rejected_with_its_reason(scratch: Path) -> None:
+def test_each_bad_sample_is_rejected_with_its_reason(scratch: Scratch) -> None:
     made = recipe(BOTH, fields=["uid"], options=Options(max_pixels=10_000_000))
     batches, work = load(SHARDS / "bad.tar", made, scratch)
     assert keys(batches) == ["good-0", "good-1", "no-uid", "good-2"]
@@ -171,13 +174,13 @@ def test_each_bad_sample_is_rejected_with_its_reason(scratch: Path) -> None:
     assert [b.fields["uid"][0] is None for b in batches] == [False]
 
 
-def test_only_what_is_asked_for_must_be_there(scratch: Path) -> None:
+def test_only_what_is_asked_for_must_be_there(scratch: Scratch) -> None:
     batches, work = load(SHARDS / "bad.tar", recipe(TEXT), scratch)
     assert {"garbage", "zero", "bad-json", "text-only", "bomb"} <= set(keys(batches))
     assert [key for key, _ in work.rejections] == ["no-text", "latin1", "dots"]
 
 
-def test_strays_are_counted_with_the_samples(tmp_path: Path, scratch: Path) -> None:
+def test_strays_are_counted_with_the_samples(tmp_path: Path, scratch: Scratch) -> None:
     members = {**sample("a"), "README": b"", **sample("b", 1), "__notes__": b""}
     batches, work = load(write_tar(tmp_path / "a.tar", members), recipe(), scratch)
     assert keys(batches) == ["a", "b"]
@@ -185,7 +188,9 @@ def test_strays_are_counted_with_the_samples(tmp_path: Path, scratch: Path) -> N
     assert work.rejections == [Rejection("README", "a member without an extension")]
 
 
-def test_a_preprocessor_that_raises_costs_that_sample_only(tmp_path: Path, scratch: Path) -> None:
+def test_a_preprocessor_that_raises_costs_that_sample_only(
+    tmp_path: Path, scratch: Scratch
+) -> None:
     def picky(text: str) -> str:
         if text == "caption 2":
             raise KeyError("two")
@@ -198,9 +203,16 @@ def test_a_preprocessor_that_raises_costs_that_sample_only(tmp_path: Path, scrat
     assert work.rejections == [Rejection("000000002", reason)]
 
 
+def test_a_preprocessor_that_returns_nothing_is_told(tmp_path: Path, scratch: Scratch) -> None:
+    (path,) = write_shards(tmp_path, 1, samples=1)
+    _, work = load(path, recipe({("text", "mute"): custom(lambda text: None)}), scratch)
+    [(_, reason)] = work.rejections
+    assert reason == "preprocessor 'mute' returned None; is a `return` missing?"
+
+
 @pytest.mark.parametrize("values", ["\ud800", ["\udfff"], {"\udc00": 1}, {"a": [{"b": "\ud800"}]}])
 def test_a_field_that_no_parquet_can_hold_costs_that_sample_only(
-    tmp_path: Path, scratch: Path, values: Any
+    tmp_path: Path, scratch: Scratch, values: Any
 ) -> None:
     odd = {"odd.txt": b"", "odd.json": json.dumps({"uid": "1", "caption": values}).encode()}
     path = write_tar(tmp_path / "a.tar", {**sample("a"), **odd})
@@ -212,7 +224,7 @@ def test_a_field_that_no_parquet_can_hold_costs_that_sample_only(
 
 
 def test_a_key_that_no_parquet_can_hold_costs_that_sample_only(
-    tmp_path: Path, scratch: Path
+    tmp_path: Path, scratch: Scratch
 ) -> None:
     odd = {os.fsdecode(b"caf\xe9.txt"): b"text"}
     path = write_tar(tmp_path / "a.tar", {**odd, **sample("b")}, format=1)
@@ -224,16 +236,16 @@ def test_a_key_that_no_parquet_can_hold_costs_that_sample_only(
 # --- errors of a shard ---
 
 
-def test_a_strict_recipe_fails_at_the_first_rejection(scratch: Path) -> None:
+def test_a_strict_recipe_fails_at_the_first_rejection(scratch: Scratch) -> None:
     with pytest.raises(ShardError, match=r"bad\.tar: sample 'no-text': no text.*warn_and_continue"):
         load(SHARDS / "bad.tar", recipe(BOTH, strict=True), scratch)
 
 
 @pytest.mark.parametrize(
-    "function", [lambda text: torch.zeros(len(text) % 3), lambda text: None if "1" in text else 1]
+    "function", [lambda text: torch.zeros(len(text) % 3), lambda text: "x" if "1" in text else 1]
 )
 def test_values_that_make_no_batch_fail_the_shard_and_name_the_preprocessor(
-    tmp_path: Path, scratch: Path, function: Any
+    tmp_path: Path, scratch: Scratch, function: Any
 ) -> None:
     members = {**sample("a", 9), **sample("b", 10)}
     path = write_tar(tmp_path / "a.tar", members)
@@ -241,7 +253,7 @@ def test_values_that_make_no_batch_fail_the_shard_and_name_the_preprocessor(
         load(path, recipe({("text", "ragged"): custom(function)}), scratch)
 
 
-def test_a_shard_that_fails_does_not_stop_the_next(tmp_path: Path, scratch: Path) -> None:
+def test_a_shard_that_fails_does_not_stop_the_next(tmp_path: Path, scratch: Scratch) -> None:
     good, late = write_shards(tmp_path, 2, samples=9)
     bad = [tmp_path / "missing.tar", SHARDS / "cut.tar"]
     seen: list[Any] = []
@@ -254,14 +266,14 @@ def test_a_shard_that_fails_does_not_stop_the_next(tmp_path: Path, scratch: Path
     assert seen == [9, ShardError, TruncatedShard, 9]
 
 
-def test_a_truncated_shard_fails_and_says_what_takes_it(scratch: Path) -> None:
+def test_a_truncated_shard_fails_and_says_what_takes_it(scratch: Scratch) -> None:
     with pytest.raises(TruncatedShard, match=r"at byte \d+.*19 samples.*allow_truncated_shards"):
         load(SHARDS / "cut.tar", recipe(), scratch)
 
 
 @pytest.mark.parametrize("zeros", [0, 1024])
 def test_a_truncated_shard_fails_before_or_after_it_is_computed(
-    tmp_path: Path, scratch: Path, zeros: int
+    tmp_path: Path, scratch: Scratch, zeros: int
 ) -> None:
     """One that ends in zeros all the same looks whole until its last header is read."""
     (whole,) = write_shards(tmp_path, 1, samples=9)
@@ -274,7 +286,7 @@ def test_a_truncated_shard_fails_before_or_after_it_is_computed(
     assert bool(seen) == bool(zeros)
 
 
-def test_a_truncated_shard_is_taken_when_that_is_asked_for(scratch: Path) -> None:
+def test_a_truncated_shard_is_taken_when_that_is_asked_for(scratch: Scratch) -> None:
     batches, work = load(SHARDS / "cut.tar", recipe(BOTH, allow_truncated=True), scratch)
     assert keys(batches) == [f"{i:07d}" for i in range(100, 119)]
     assert work.rejections == [Rejection("0000119", "cut off where the archive ends")]
@@ -284,14 +296,14 @@ def test_a_truncated_shard_is_taken_when_that_is_asked_for(scratch: Path) -> Non
 @pytest.mark.parametrize("data", [b"", b"<html>not found</html>" * 50, jpeg()])
 @pytest.mark.parametrize("allow", [False, True])
 def test_what_is_no_tar_is_never_a_finished_shard(
-    tmp_path: Path, scratch: Path, data: bytes, allow: bool
+    tmp_path: Path, scratch: Scratch, data: bytes, allow: bool
 ) -> None:
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(TruncatedShard, match="at byte 0"):
         load(tmp_path / "a.tar", recipe(allow_truncated=allow), scratch)
 
 
-def test_a_broken_gzip_is_named_as_such(tmp_path: Path, scratch: Path) -> None:
+def test_a_broken_gzip_is_named_as_such(tmp_path: Path, scratch: Scratch) -> None:
     path = write_tar(tmp_path / "a.tar.gz", sample("a"), mode="w:gz")
     path.write_bytes(path.read_bytes()[:-6])
     with pytest.raises(TruncatedShard, match="in the gzip stream"):
@@ -299,7 +311,7 @@ def test_a_broken_gzip_is_named_as_such(tmp_path: Path, scratch: Path) -> None:
 
 
 def test_an_error_of_whoever_hands_out_shards_reaches_the_reader_of_batches(
-    tmp_path: Path, scratch: Path
+    tmp_path: Path, scratch: Scratch
 ) -> None:
     def claim() -> Iterator[Work]:
         yield from works(*write_shards(tmp_path, 1))
@@ -316,7 +328,7 @@ def test_an_error_of_whoever_hands_out_shards_reaches_the_reader_of_batches(
 # --- ahead, and stopping ---
 
 
-def test_reading_ahead_is_bounded(tmp_path: Path, scratch: Path) -> None:
+def test_reading_ahead_is_bounded(tmp_path: Path, scratch: Scratch) -> None:
     """Whatever is computed slowly, memory holds some batches and no more."""
     prepared: Counter[str] = Counter()
 
@@ -346,7 +358,7 @@ def claimed(folder: Path, paths: list[Path], taken: list[Path]) -> Iterator[Work
 @pytest.mark.parametrize("after", [0, 1, 2, 7, 8])
 @pytest.mark.parametrize("packed", [False, True])
 def test_closed_while_reading_it_lets_go_of_everything(
-    tmp_path: Path, scratch: Path, after: int, packed: bool
+    tmp_path: Path, scratch: Scratch, after: int, packed: bool
 ) -> None:
     paths = write_shards(tmp_path / "in", 4, samples=30)
     if packed:
@@ -379,7 +391,9 @@ def test_closed_while_reading_it_lets_go_of_everything(
         work.release()
 
 
-def test_closed_before_anyone_asked_it_lets_go_of_everything(tmp_path: Path, scratch: Path) -> None:
+def test_closed_before_anyone_asked_it_lets_go_of_everything(
+    tmp_path: Path, scratch: Scratch
+) -> None:
     paths, taken = write_shards(tmp_path / "in", 3, samples=40), list[Path]()
     leases = tmp_path / "leases"
     leases.mkdir()
@@ -388,7 +402,7 @@ def test_closed_before_anyone_asked_it_lets_go_of_everything(tmp_path: Path, scr
     assert list(leases.iterdir()) == []
 
 
-def test_a_shard_that_is_given_up_makes_way_for_the_next(tmp_path: Path, scratch: Path) -> None:
+def test_a_shard_that_is_given_up_makes_way_for_the_next(tmp_path: Path, scratch: Scratch) -> None:
     """Its batches fill the queue; nobody will take them."""
     paths = write_shards(tmp_path, 3, samples=60)
     counts = []
@@ -418,7 +432,7 @@ def test_closing_does_not_wait_for_a_shard_in_other_hands(
         yield Work(Shard("a", "/no/such.tar"), lease)
         asked_again.append(True)
 
-    with Loader(claim(), recipe(), tmp_path) as loader:
+    with Loader(claim(), recipe(), Scratch(tmp_path, 0)) as loader:
         assert waiting.wait(10)
     assert not other.is_set()
     other.set()
@@ -429,7 +443,9 @@ def test_closing_does_not_wait_for_a_shard_in_other_hands(
     assert not asked_again
 
 
-def test_a_tar_that_shrinks_while_it_is_read_fails_the_shard(tmp_path: Path, scratch: Path) -> None:
+def test_a_tar_that_shrinks_while_it_is_read_fails_the_shard(
+    tmp_path: Path, scratch: Scratch
+) -> None:
     """Someone writes it again: what is left of a member is not the member."""
     (path,) = write_shards(tmp_path, 1, samples=3)
 
@@ -445,4 +461,4 @@ def test_a_tar_that_shrinks_while_it_is_read_fails_the_shard(tmp_path: Path, scr
 def test_a_scratch_folder_that_is_gone_fails_the_shard(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar.gz", sample("k"), mode="w:gz")
     with pytest.raises(OSError, match="gone"):
-        load(path, recipe(), tmp_path / "gone")
+        load(path, recipe(), Scratch(tmp_path / "gone", sys.maxsize))

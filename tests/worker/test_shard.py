@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import io
 import re
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,9 +19,8 @@ from kit import write_tar
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from d2m_hpc.errors import ShardError
-from d2m_hpc.state.manifest import Rejection, Shard
+from d2m_hpc.state.manifest import Rejection
 from d2m_hpc.worker.shard import CUT_OFF, Archive, Index, Sample
-from d2m_hpc.worker.stage import stage
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
 Members = list[tuple[str, bytes]]
@@ -447,146 +443,7 @@ def _original(offsets: list[int]) -> bytes:
     return bytes(_three()[o] for o in offsets)
 
 
-# --- staging ---
-
-
-@pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Path]:
-    """Empty after every test."""
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    yield folder
-    assert list(folder.iterdir()) == []
-
-
-def read_all(url: str, scratch: Path) -> tuple[list[str], str]:
-    """The keys of a shard, and how it is damaged."""
-    with stage(Shard("stem", url), scratch) as staged, closing(Archive(staged.path)) as archive:
-        index = read(archive.index())
-        return [s.key for s in index.samples], staged.damage or index.cut
-
-
-def test_a_plain_local_tar_is_read_in_its_place(tmp_path: Path, scratch: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", THREE)
-    with stage(Shard("a", str(path)), scratch) as staged:
-        assert staged.path == path
-        assert list(scratch.iterdir()) == []
-    assert path.exists()
-
-
-@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar", "a::b.tar.gz", "{x} [y]*.tar.gz"])
-def test_a_compressed_tar_is_known_by_its_content(
-    awkward_path: Path, scratch: Path, name: str
-) -> None:
-    path = write_tar(awkward_path / name, THREE, mode="w:gz")
-    assert read_all(str(path), scratch) == (["a", "b", "c"], "")
-    assert path.exists()
-
-
-def test_a_gzip_of_many_parts_is_read_to_its_end(tmp_path: Path, scratch: Path) -> None:
-    data, path = tar_bytes(THREE), tmp_path / "a.tar.gz"
-    path.write_bytes(gzip.compress(data[:3000]) + gzip.compress(data[3000:]))
-    assert read_all(str(path), scratch) == (["a", "b", "c"], "")
-
-
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
-def test_urls_are_copied(scratch: Path, compress: Any) -> None:
-    fs = fsspec.filesystem("memory")
-    fs.pipe("/bucket/a.tar", compress(tar_bytes(THREE)))
-    assert read_all("memory://bucket/a.tar", scratch) == (["a", "b", "c"], "")
-    fs.rm("/bucket/a.tar")
-
-
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_commands_are_run_in_a_shell(awkward_path: Path, scratch: Path, mode: str) -> None:
-    write_tar(awkward_path / "a.tar", THREE, mode=mode)
-    command = 'pipe:cat "$D/a.tar" | cat'
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("D", str(awkward_path))
-        assert read_all(command, scratch) == (["a", "b", "c"], "")
-
-
-@pytest.mark.parametrize("url", ["/no/such.tar", "/no/such.tar.gz", "memory://no/such.tar"])
-def test_a_missing_file_is_an_error_of_the_shard_that_names_it(scratch: Path, url: str) -> None:
-    with pytest.raises(ShardError, match=r"such\.tar.*[Nn]o such file"):
-        read_all(url, scratch)
-
-
-def test_a_folder_is_an_error_of_the_shard(tmp_path: Path, scratch: Path) -> None:
-    with pytest.raises(ShardError, match="directory"):
-        read_all(str(tmp_path), scratch)
-
-
-@pytest.mark.parametrize(
-    ("command", "says"),
-    [
-        ("false", "exit code 1"),
-        ("exit 7", "exit code 7"),
-        ("no-such-command", "not found"),
-        ("cat {tar}; echo went wrong >&2; exit 3", "exit code 3.*went wrong"),
-        ("(cat {tar}; false) | cat", "exit code 1"),
-        ("gzip -c {tar}; false", "exit code 1"),
-    ],
-)
-def test_a_command_that_fails_fails_the_shard_whatever_it_wrote(
-    tmp_path: Path, scratch: Path, command: str, says: str
-) -> None:
-    tar = write_tar(tmp_path / "a.tar", THREE)
-    with pytest.raises(ShardError, match=says):
-        read_all("pipe:" + command.format(tar=tar), scratch)
-
-
-def test_a_command_may_write_much_to_stderr(tmp_path: Path, scratch: Path) -> None:
-    tar = write_tar(tmp_path / "a.tar", THREE)
-    noise = "yes warning | head -c 300000 >&2"
-    assert read_all(f"pipe:{noise}; cat {tar}", scratch) == (["a", "b", "c"], "")
-    with pytest.raises(ShardError, match=r"the end of it$") as raised:
-        read_all(f"pipe:{noise}; cat {tar}; echo the end of it >&2; exit 5", scratch)
-    assert len(str(raised.value)) < 5000
-
-
-def test_a_plain_tar_cut_in_a_pipe_is_cut(tmp_path: Path, scratch: Path) -> None:
-    tar = write_tar(tmp_path / "a.tar", THREE)
-    keys, cut = read_all(f"pipe:head -c 5000 {tar}", scratch)
-    assert keys == ["a"]
-    assert cut.startswith("at byte")
-
-
-def test_a_gzip_cut_anywhere_is_reported(tmp_path: Path, scratch: Path) -> None:
-    data, path = gzip.compress(tar_bytes(THREE)), tmp_path / "a.tar.gz"
-    for size in range(len(data)):
-        path.write_bytes(data[:size])
-        keys, damage = read_all(str(path), scratch)
-        assert damage, size
-        assert keys == ["a", "b", "c"][: len(keys)]
-
-
-@pytest.mark.parametrize("from_end", [1, 8])
-def test_a_gzip_with_a_wrong_checksum_or_length_is_reported(
-    tmp_path: Path, scratch: Path, from_end: int
-) -> None:
-    data, path = bytearray(gzip.compress(tar_bytes(THREE))), tmp_path / "a.tar.gz"
-    data[-from_end] ^= 1
-    path.write_bytes(data)
-    _, damage = read_all(str(path), scratch)
-    assert damage.startswith("in the gzip stream, after ")
-
-
-def test_a_broken_gzip_from_a_command_is_damage_not_a_failure_of_the_command(
-    tmp_path: Path, scratch: Path
-) -> None:
-    path = tmp_path / "a.tar.gz"
-    path.write_bytes(gzip.compress(tar_bytes(THREE))[:-8] + b"x" * 3_000_000)
-    _, damage = read_all(f"pipe:cat {path}", scratch)
-    assert damage.startswith("in the gzip stream, after ")
-
-
-def test_an_error_while_a_shard_is_used_still_drops_the_copy(tmp_path: Path, scratch: Path) -> None:
-    path = write_tar(tmp_path / "a.tar.gz", THREE, mode="w:gz")
-    staging = stage(Shard("a", str(path)), scratch)
-    assert staging.__enter__().path.parent == scratch
-    error = ZeroDivisionError("of whoever uses it")
-    assert not staging.__exit__(ZeroDivisionError, error, None)
+# --- archives ---
 
 
 def test_many_threads_read_one_archive(tmp_path: Path) -> None:

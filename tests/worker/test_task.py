@@ -25,7 +25,7 @@ from d2m_hpc.models.transfer import Lane
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Manifest, Record, read_records
 from d2m_hpc.state.rundir import RunDir
-from d2m_hpc.worker.task import Progress, choose_device, run_task
+from d2m_hpc.worker.task import OFFLINE, Progress, choose_device, run_task
 
 PICKY = '''
 import torch
@@ -57,7 +57,8 @@ postprocess_parquet_lookup = {"picky-length": lambda cache: cache["picky"]}
 @pytest.fixture(autouse=True)
 def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a task changes of its process, which usually is its own."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for switch in OFFLINE:
+        monkeypatch.setenv(switch, "1")
     package = logging.getLogger("d2m_hpc")
     before, level = list(package.handlers), package.level
     yield

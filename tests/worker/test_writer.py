@@ -25,7 +25,8 @@ from d2m_hpc.errors import ShardError
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Record, Rejection
 from d2m_hpc.worker.batch import Outputs
-from d2m_hpc.worker.writer import Committer, Table, write_pair
+from d2m_hpc.worker.table import Table
+from d2m_hpc.worker.writer import Committer, write_pair
 
 BOXES = pa.list_(pa.list_(pa.float32()))
 RNG = np.random.default_rng(20261122)
@@ -156,9 +157,14 @@ def test_names_are_datacomps_on_demand(tmp_path: Path) -> None:
         use_datacomp_keys=True,
     )
     score, image = np.ones(1, np.float32), np.ones((1, 4), np.float32)
-    outputs = Outputs(["a"], {"oai-clip-vit-b32-score": score}, {"oai-clip-vit-b32-image": image})
+    outputs = Outputs(
+        ["a"],
+        {"oai-clip-vit-b32-score": score},
+        {"oai-clip-vit-b32-image": image},
+        {"text": ["a caption"]},
+    )
     table = _table(config, outputs)
-    assert table.table().schema.names == ["key", "clip_b32_similarity_score"]
+    assert table.table().schema.names == ["key", "clip_b32_similarity_score", "text"]
     assert list(table.features()) == ["b32_img"]
 
 

@@ -1,0 +1,112 @@
+"""What comes after a run: subsets of its samples, and files for DataComp's tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2m_hpc.cli.common import AsJson, Target
+from d2m_hpc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from d2m_hpc.launch.datacomp import Export
+    from d2m_hpc.launch.select import Query, Selection
+
+app = typer.Typer(no_args_is_help=True, help="Files that other tools need beside the outputs.")
+
+
+@app.callback()
+def _commands() -> None:
+    """Without it, a single command would have no name."""
+
+
+def select(
+    target: Target,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="SUBSET.npy")],
+    where: Annotated[str, typer.Option(help="an SQL expression over the columns")] = "true",
+    top: Annotated[
+        float, typer.Option(help="of what --where leaves, the best share, such as 0.3, or so many")
+    ] = 0.0,
+    by: Annotated[str, typer.Option(help="the column whose highest values are the best")] = "",
+    as_json: AsJson = False,
+) -> None:
+    from d2m_hpc.launch.select import Query
+    from d2m_hpc.launch.select import select as choose
+    from d2m_hpc.launch.status import find_run
+
+    if output.suffix != ".npy":
+        raise ConfigError("select", [f"--output: found {str(output)!r}; valid is a name in .npy"])
+    query = Query(where, by, top)
+    with _bar() as on_shards:
+        found = choose(*find_run(target), query, output, on_shards)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        _show_selection(found, query, output)
+    raise typer.Exit(0 if found.chosen else 1)
+
+
+@app.command(help="DataComp's blur map and sizes.json; says which of its tools can run.")
+def datacomp(
+    target: Target,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER")] = Path("datacomp"),
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="though shards are not finished")
+    ] = False,
+) -> None:
+    from d2m_hpc.launch.datacomp import export
+    from d2m_hpc.launch.status import find_run
+
+    _show_export(export(*find_run(target), output, allow_missing))
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """Of the shards that were read; none where nobody sits at a terminal."""
+    from rich.progress import Progress
+
+    from d2m_hpc.launch.show import console
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        row = bar.add_task("shards", total=None)
+        yield lambda read, total: bar.update(row, completed=read, total=total)
+
+
+def _show_selection(found: Selection, query: Query, output: Path) -> None:
+    print(f"{found.rows:,} rows, {found.passed:,} pass")
+    if found.unfinished:
+        print(f"{found.unfinished:,} shards are not finished; their samples are not considered")
+    if found.undecided:
+        print(
+            f"{found.undecided:,} rows lack a value (null or NaN) to decide by; they are left out"
+        )
+    if found.without_uid:
+        print(f"{found.without_uid:,} rows have no usable uid; they are left out")
+    if found.repeated:
+        print(f"{found.repeated:,} rows have the uid of another row; each uid is taken once")
+    share = found.chosen / found.rows
+    if found.chosen:
+        print(f"{found.chosen:,} chosen, {share:.1%} of the rows: {output}")
+    else:
+        print("nothing is chosen; nothing is written")
+
+
+def _show_export(found: Export) -> None:
+    for file in found.files:
+        print(f"wrote {file}")
+    print(f"{found.shards:,} finished shards; {len(found.missing):,} are not finished")
+    if found.repeated:
+        times = "the resharder writes each such sample as often as its uid is in the subset"
+        print(f"{found.repeated:,} rows have the uid of another row; {times}")
+    for tool, names in found.lacking.items():
+        print(f"cannot run: {tool}; it reads {', '.join(names)}")
+    for folder in found.unnamed:
+        print(f"cannot run: resharder.py on {folder}; it finds tars by number: 00000000.tar")
+    for command in found.commands:
+        print(f"\n{command}")

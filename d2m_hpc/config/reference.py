@@ -1,0 +1,27 @@
+"""What a config may hold, for editors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from d2m_hpc.config.schema import Config
+from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+KNOWN = {"models": MODELS, "postprocess_columns": COLUMNS, "postprocess_features": FEATURES}
+"""Names that an editor may offer; a custom file has others, which are as valid."""
+
+
+def json_schema() -> dict[str, Any]:
+    """Of the YAML file: what types can tell of it. `load` knows more, and says it better."""
+    schema = Config.model_json_schema()
+    for key, names in KNOWN.items():
+        for array in _arrays(schema["properties"][key]):
+            array["items"] = {"anyOf": [{"enum": sorted(names)}, {"type": "string"}]}
+    return {"$schema": DIALECT, **schema, "title": "d2m_hpc config"}
+
+
+def _arrays(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    choices: list[dict[str, Any]] = schema.get("anyOf", [schema])
+    return (choice for choice in choices if choice.get("type") == "array")

@@ -1,0 +1,170 @@
+"""The samples of a run's finished shards as one table, which duckdb reads some shards at a time."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import D2MError
+from d2m_hpc.launch import fingerprints, plan
+from d2m_hpc.launch.uncollected import uncollected
+from d2m_hpc.outputs import OutputDir
+from d2m_hpc.state.manifest import Manifest, Outcome
+from d2m_hpc.state.rundir import RunDir
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+GROUP = 256
+"""Shards that are read at once; the footers of all of a large run would fill the memory."""
+MEMORY, THREADS = "2GB", 4
+"""A login node is shared; what does not fit is spilled to a temporary folder."""
+FLOATS = ("FLOAT", "DOUBLE")
+_SIGNED = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
+NUMBERS = (*FLOATS, *_SIGNED, *(f"U{kind}" for kind in _SIGNED))
+DIGITS = "CASE WHEN regexp_full_match(uid, '[0-9a-fA-F]{1,32}') THEN lpad(uid, 32, '0') END"
+UID = f"('0x' || ({DIGITS})[:16])::UBIGINT AS high, ('0x' || ({DIGITS})[17:])::UBIGINT AS low"
+"""A uid's two halves; null where it is none."""
+
+
+@dataclass
+class Pool:
+    """What can be asked of the finished shards.
+
+    Attributes:
+        db: a database of our own, in which no SQL can read other files than the shards.
+        paths: the parquets, the newest that has rows first.
+        columns: each column's type in duckdb's words, as the newest shard has it.
+        rows: in all finished shards together.
+        unfinished: shards whose samples cannot be asked for.
+    """
+
+    db: DuckDBPyConnection
+    paths: list[str]
+    columns: dict[str, str]
+    rows: int
+    unfinished: int
+
+    def groups(self, on_shards: Callable[[int, int], None] | None = None) -> Iterator[None]:
+        """Let the view `pool` show some shards after others, until all were shown.
+
+        Args:
+            on_shards: told how many shards were read, of how many.
+        """
+        for start in range(0, len(self.paths), GROUP):
+            self._show(self.paths[start : start + GROUP])
+            yield
+            if on_shards:
+                on_shards(min(start + GROUP, len(self.paths)), len(self.paths))
+
+    def _show(self, paths: Sequence[str]) -> None:
+        """Values of the types in `columns`, whatever a shard's own; NaN and what is not there are
+        null, for duckdb has a NaN greater than all numbers."""
+        source = f"read_parquet([{', '.join(map(_text, paths))}], union_by_name => true)"
+        there = {row[0] for row in self.db.execute(f"DESCRIBE FROM {source}").fetchall()}
+        columns = [
+            f"{_value(name, kind) if name in there else f'NULL::{kind}'} AS {quoted(name)}"
+            for name, kind in self.columns.items()
+        ]
+        self.db.execute(f"CREATE OR REPLACE VIEW pool AS SELECT {', '.join(columns)} FROM {source}")
+
+
+def quoted(name: str) -> str:
+    """A column's name in SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _value(name: str, kind: str) -> str:
+    value = f"TRY_CAST({quoted(name)} AS {kind})"
+    return f"CASE WHEN NOT isnan({value}) THEN {value} END" if kind in FLOATS else value
+
+
+def outcomes(run: RunDir) -> dict[str, Outcome | None]:
+    """What the records say of each shard of the plan, by stem, in the plan's order.
+
+    None where it is not finished, or lacks what the last submit asked for.
+    """
+    with uncollected():
+        done, asked = Manifest.load(run).done, fingerprints.newest(run)
+        current = {s: o for s, o in done.items() if o.fingerprint == asked}
+        return {s: current.get(s) for s in plan.read_stems(run.shards)}
+
+
+@contextmanager
+def opened(run: RunDir, config: Config) -> Iterator[Pool]:
+    """
+    Raises:
+        D2MError: no shard is finished, or a parquet is missing or cannot be read.
+    """
+    import duckdb
+
+    known = outcomes(run)
+    done = {stem: outcome for stem, outcome in known.items() if outcome}
+    if not any(outcome.rows for outcome in done.values()):
+        raise D2MError(f"{run.root}: no finished shard has rows; `d2m status` says how far it is")
+    output = OutputDir(config.output_metadata_dir)
+    newest = sorted(done, key=lambda s: (bool(done[s].rows), done[s].finished), reverse=True)
+    if lost := sorted(done.keys() - output.stems()):
+        few = ", ".join(lost[:3])
+        what = f"the parquets of {len(lost)} finished shards are missing ({few})"
+        raise D2MError(f"{output.url}: {what}; see `d2m verify`")
+    paths = [output.address(f"{stem}.parquet") for stem in newest]
+    with (
+        tempfile.TemporaryDirectory(prefix="d2m-") as spill,
+        duckdb.connect() as db,
+        explained(output),
+    ):
+        _confine(db, output, paths, spill)
+        found = db.execute(f"DESCRIBE FROM read_parquet({_text(paths[0])})").fetchall()
+        columns = {row[0]: row[1] for row in found}
+        rows = sum(outcome.rows for outcome in done.values())
+        pool = Pool(db, paths, columns, rows, len(known) - len(done))
+        pool._show(paths[:1])
+        yield pool
+
+
+def _confine(db: DuckDBPyConnection, output: OutputDir, paths: Sequence[str], spill: str) -> None:
+    """Bound what duckdb takes of this machine, and what an expression may read or write."""
+    if not output.is_local:
+        db.register_filesystem(output.fs)
+    threads = min(THREADS, len(os.sched_getaffinity(0)))
+    db.execute(f"SET memory_limit = '{MEMORY}'; SET threads = {threads}")
+    db.execute("SET preserve_insertion_order = false")
+    # A parquet's statistics leave NaN out, and duckdb would conclude from them that there is none.
+    db.execute("SET disabled_optimizers = 'statistics_propagation'")
+    db.execute(f"SET temp_directory = {_text(spill)}")
+    db.execute("SET allowed_paths = ?", [paths])
+    db.execute("SET enable_external_access = false; SET lock_configuration = true")
+
+
+def is_of_file(error: Exception) -> bool:
+    """Whether duckdb could not read a shard, rather than evaluate an expression."""
+    import duckdb
+
+    return isinstance(error, duckdb.IOException | OSError) or ".parquet" in str(error)
+
+
+@contextmanager
+def explained(output: OutputDir) -> Iterator[None]:
+    """
+    Raises:
+        D2MError: duckdb cannot read the files.
+    """
+    import duckdb
+
+    try:
+        yield
+    except (duckdb.Error, OSError) as error:
+        if not is_of_file(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise D2MError(f"{output.url} cannot be read: {first}; see `d2m verify`") from error

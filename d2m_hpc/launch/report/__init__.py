@@ -1,0 +1,65 @@
+"""`d2m report`: what a run did and made, as one HTML file that needs nothing besides itself."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import D2MError
+from d2m_hpc.launch import fingerprints, plan
+from d2m_hpc.launch.report import columns, gantt, sheet, timing, values
+from d2m_hpc.launch.report import page as pages
+from d2m_hpc.launch.report.history import History
+from d2m_hpc.launch.status import summarise
+from d2m_hpc.outputs import OutputDir
+from d2m_hpc.state.rundir import RunDir, atomic_write
+
+
+def write(run: RunDir, config: Config, path: Path, score: str | None, each: int) -> None:
+    """Make the page of a run, in whatever state that is.
+
+    Args:
+        path: of the HTML file, which is replaced as a whole.
+        score: the column that the contact sheet is sorted by; None for the first score.
+        each: samples at each end of the score.
+
+    Raises:
+        ConfigError: `score` names no column of numbers.
+        D2MError: the file cannot be written.
+    """
+    found = _find(run, config, score, each)
+    parts = (
+        pages.headline(found),
+        timing.progress(found),
+        gantt.tasks(found),
+        timing.stages(found),
+        values.values(found),
+        values.contact_sheet(found),
+        pages.faults(found),
+        timing.slowest(found),
+    )
+    html = pages.page(f"d2m: {found.summary.output}", parts)
+    try:
+        atomic_write(path.absolute(), html.encode("utf-8"))
+    except OSError as error:
+        raise D2MError(f"{path} cannot be written: {error}; name another file by -o") from error
+
+
+def _find(run: RunDir, config: Config, score: str | None, each: int) -> pages.Found:
+    now = time.time()
+    history = History.read(run)
+    manifest = history.manifest
+    output = OutputDir(config.output_metadata_dir)
+    sampled = columns.sample(output, manifest.done)
+    preferred = [config.renamed(name) for name in config.postprocess_columns]
+    chosen = sheet.choose_score(sampled.columns, score, preferred)
+    made = sheet.Sheet()
+    if chosen and each:
+        urls = {s.stem: s for s in plan.read_shards(run.shards)}
+        shards = [urls[stem] for stem in sampled.shards if stem in urls]
+        made = sheet.make(output, shards, chosen, each, config.max_image_pixels)
+    summary = summarise(run, config, manifest)
+    asked = fingerprints.newest(run)
+    done = {s: o for s, o in manifest.done.items() if o.fingerprint == asked}
+    return pages.Found(summary, config, history, sampled, made, done, now)

@@ -1,0 +1,195 @@
+"""Download a file, going on where an earlier try broke off (RFC 9110, sections 13 and 14)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse, InvalidURL
+from itertools import chain
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+TRIES = 4
+"""Without getting further than before; a transfer that does goes on for as long as it takes."""
+PAUSE_SECONDS = 1.0
+"""Before the second try; twice as long before each later one."""
+TIMEOUT_SECONDS = 60.0
+"""Without a byte."""
+BLOCK = 1 << 20
+PASSING = {408, 425, 429, 500, 502, 503, 504}
+"""Statuses that may be others in a moment."""
+
+OnBytes = Callable[[int, int | None], None]
+"""Told the bytes so far and in all; None where the server does not say."""
+
+
+class DownloadError(Exception):
+    """The server does not give the file."""
+
+
+class Broken(DownloadError):
+    """It did not this time; what has arrived is kept."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The beginning of a file, and which version of it that is; outlives the process."""
+
+    path: Path
+
+    @property
+    def _origin(self) -> Path:
+        """JSON: the URL and the server's name of the version."""
+        return self.path.with_name(f"{self.path.name}.from")
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def begin(self, url: str, version: str) -> None:
+        """Drop what is there. In this order: an empty file is no part of any version."""
+        self.path.write_bytes(b"")
+        self._origin.write_text(json.dumps([url, version]))
+
+    def version(self, url: str) -> str:
+        """Of which this is the beginning; empty where there is none that could be gone on with."""
+        try:
+            known, version = json.loads(self._origin.read_text())
+        except (OSError, ValueError, TypeError):
+            return ""
+        return str(version) if known == url and self.size else ""
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self._origin.unlink(missing_ok=True)
+
+
+def download(url: str, part: Part, on_bytes: OnBytes) -> str:
+    """Complete a part; it is as durable as the disk when this returns.
+
+    Returns:
+        sha256 of the whole file, in hex.
+
+    Raises:
+        DownloadError: why the server does not give the file, or there is no room for it.
+        OSError: the part cannot be written.
+    """
+    furthest, tries = part.size, 0
+    while True:
+        try:
+            return _attempt(url, part, on_bytes)
+        except Broken:
+            tries = 1 if part.size > furthest else tries + 1
+            furthest = max(furthest, part.size)
+            if tries == TRIES:
+                raise
+        time.sleep(PAUSE_SECONDS * 2 ** (tries - 1) * random.uniform(0.5, 1.5))
+
+
+def _attempt(url: str, part: Part, on_bytes: OnBytes) -> str:
+    version = part.version(url)
+    wish = {"Range": f"bytes={part.size}-", "If-Range": version} if version else {}
+    with _open(Request(url, headers=wish), part) as response:
+        first = _read(response)
+        if response.status == 206:
+            _check_continues(response, part, version)
+        elif first.lstrip()[:1] == b"<":  # a gateway's login, an error; no checkpoint begins so
+            raise DownloadError("the server sent a web page instead of the file")
+        else:
+            part.begin(url, _version(response))
+        return _append(part, chain([first], _blocks(response)), _total(response), on_bytes)
+
+
+def _open(request: Request, part: Part) -> HTTPResponse:
+    try:
+        response: HTTPResponse = urlopen(request, timeout=TIMEOUT_SECONDS)
+        return response
+    except HTTPError as error:
+        error.close()
+        if error.code == 416 and request.has_header("Range"):  # it is shorter than the part
+            part.remove()
+            return _open(Request(request.full_url), part)
+        kind = Broken if error.code in PASSING else DownloadError
+        raise kind(f"the server answers {error.code} {error.reason}") from None
+    except URLError as error:
+        # Where nobody listens or the name is unknown, waiting helps little: often there is no way.
+        kind = Broken if isinstance(error.reason, TimeoutError) else DownloadError
+        raise kind(f"the server cannot be reached: {error.reason}") from None
+    except (InvalidURL, ValueError) as error:
+        raise DownloadError(f"this is no URL: {error}") from None
+    except (OSError, HTTPException) as error:
+        raise Broken(f"the server gives no proper answer: {error}") from None
+
+
+def _check_continues(response: HTTPResponse, part: Part, version: str) -> None:
+    """
+    Raises:
+        Broken: what was sent does not follow the part, which is removed.
+    """
+    sent = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    same = version and _version(response) in (version, "")
+    if not same or sent is None or int(sent[1]) != part.size:
+        part.remove()
+        raise Broken("the server sent another part of the file than it was asked for")
+
+
+def _version(response: HTTPResponse) -> str:
+    """What `If-Range` takes: a strong entity tag, or the date; empty where there is neither."""
+    tag = response.headers.get("ETag", "W/")
+    return str(response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag)
+
+
+def _total(response: HTTPResponse) -> int | None:
+    """The whole file's size; None where it is not said."""
+    if response.status == 206:
+        total = response.headers["Content-Range"].rpartition("/")[2]
+    else:
+        total = response.headers.get("Content-Length", "")
+    return int(total) if total.isdecimal() else None
+
+
+def _blocks(response: HTTPResponse) -> Iterator[bytes]:
+    while block := _read(response):
+        yield block
+
+
+def _read(response: HTTPResponse) -> bytes:
+    try:
+        return response.read1(BLOCK)
+    except (OSError, HTTPException) as error:
+        raise Broken(f"the connection broke off: {str(error) or type(error).__name__}") from None
+
+
+def _append(part: Part, blocks: Iterator[bytes], total: int | None, on_bytes: OnBytes) -> str:
+    done = part.size
+    _check_room(part.path.parent, (total or done) - done)
+    with open(part.path, "a+b") as file:
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256")
+        on_bytes(done, total)
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
+            done += len(block)
+            on_bytes(done, total)
+        file.flush()
+        os.fsync(file.fileno())
+    if not done or done != (total or done):
+        raise Broken(f"the connection broke off after {done} of {total or '?'} bytes")
+    return str(digest.hexdigest())
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DownloadError(
+            f"{folder} has {free / 1e9:.1f} GB free of {needed / 1e9:.1f} GB that are needed"
+        )

@@ -1,0 +1,94 @@
+"""A task's figures on Weights & Biases, with `logging: true`; no shard waits or fails for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Any
+
+from d2m_hpc.config import Config
+from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.worker.progress import Progress
+
+log = logging.getLogger(__name__)
+
+PROJECT = "d2m_hpc"
+EVERY_SECONDS = 10.0
+START_SECONDS = 30.0
+"""To log in, or to reach the server."""
+FINISH_SECONDS = 20.0
+"""To send what is left: Slurm usually gives a preempted task 30."""
+
+
+class Tracker:
+    """As a context, a wandb run that is told every few seconds how far a task is.
+
+    All of wandb happens in a thread of its own. Where it fails, that is logged once, and the rest
+    of the task is not shown there.
+
+    Args:
+        run: gets wandb's own files.
+        progress: of one attempt of a task; another attempt is another wandb run.
+    """
+
+    def __init__(self, run: RunDir, config: Config, progress: Progress) -> None:
+        self._run_dir, self._config, self._progress = run, config, progress
+        self._rows, self._told = progress.rows, progress.started
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._track, name="wandb", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(FINISH_SECONDS)
+
+    def _track(self) -> None:
+        progress = self._progress
+        try:
+            tracked = _start(self._run_dir, self._config, progress.task)
+            while not self._over.wait(EVERY_SECONDS):
+                tracked.log(self._figures())
+            tracked.log(self._figures())
+            tracked.summary["state"] = progress.state
+            tracked.finish(exit_code=int(progress.state not in ("finished", "out of time")))
+        except Exception as error:
+            log.warning("wandb failed; nothing more of this task is shown there: %s", error)
+
+    def _figures(self) -> dict[str, float]:
+        """The counts so far, and the speed since the last ones."""
+        progress = self._progress
+        rows, seconds = progress.rows - self._rows, progress.updated - self._told
+        self._rows, self._told = progress.rows, progress.updated
+        return {
+            "rows": progress.rows,
+            "rejected": progress.rejected,
+            "shards_done": progress.done,
+            "shards_failed": progress.failed,
+            "samples_per_second": rows / seconds if seconds > 0 else 0.0,
+        }
+
+
+def _start(run: RunDir, config: Config, task: str) -> Any:
+    """A wandb run; WANDB_MODE, WANDB_PROJECT and the like count as they do elsewhere."""
+    import wandb
+
+    wandb.setup(settings=wandb.Settings(login_timeout=START_SECONDS))  # at a terminal it may ask
+    started = wandb.init(
+        dir=str(run.wandb.parent),  # it makes the folder there
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        group=config.output_metadata_dir.rstrip("/").rpartition("/")[2],
+        name=task,
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(
+            init_timeout=START_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            console="off",  # a task has a log of its own
+            silent=True,
+            disable_git=True,
+        ),
+    )
+    log.info("wandb: run %s, %s, files in %s", started.id, started.settings.mode, started.dir)
+    return started

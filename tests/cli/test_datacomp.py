@@ -1,0 +1,150 @@
+"""From tars to a subset, and to the files for DataComp's tools, by the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import Result
+from kit import STATS, jpeg, write_config, write_tar
+from pools import subset
+from typer.testing import CliRunner
+
+from d2m_hpc.cli import app
+from d2m_hpc.errors import ConfigError, D2MError
+
+UIDS = ["FF", "0" * 31 + "A", "9e3779b97f4a7c15f39cc0605cedc834", "1"]
+"""As pools have them: short, upper-case; in another order as texts than as numbers."""
+STEMS = ["00000000", "00000001"]
+
+
+def _tar(path: Path, uids: list[str | None]) -> None:
+    members = {}
+    for i, uid in enumerate(uids):
+        key = f"{path.stem}{i:04d}"
+        values = {"uid": uid, "original_width": 300 + i, "caption": f"caption {i}" if i else None}
+        members |= {
+            f"{key}.jpg": jpeg(i),
+            f"{key}.json": json.dumps(values).encode(),
+            f"{key}.txt": b"of the txt",
+        }
+    write_tar(path, members)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a finished run over two tars; the second has a sample that has no uid."""
+    folder = tmp_path_factory.mktemp("datacomp")
+    _tar(folder / "tars" / f"{STEMS[0]}.tar", [*UIDS])
+    _tar(folder / "tars" / f"{STEMS[1]}.tar", [f"{i:032x}" for i in range(20, 30)] + [None])
+    path = write_config(
+        folder / "c.yml",
+        STATS,
+        additional_fields=["uid", "original_width"],
+        use_datacomp_keys=True,
+        input_tars=str(folder / "tars" / "*.tar"),
+        output_metadata_dir=str(folder / "out"),
+    )
+    assert _d2m("submit", path, "--local").exit_code == 0
+    return path
+
+
+def _d2m(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_the_outputs_hold_what_the_readers_take_for_granted(config: Path) -> None:
+    tables = [pd.read_parquet(config.parent / "out" / f"{stem}.parquet") for stem in STEMS]
+    assert [len(t) for t in tables] == [4, 10]
+    for table in tables:
+        assert table.uid.str.fullmatch("[0-9a-f]{32}").all()
+        by_text = [int(u, 16) for u in sorted(table.uid)]
+        assert by_text == sorted(by_text)
+        assert table.text.tolist() == [
+            "of the txt",
+            *(f"caption {i}" for i in range(1, len(table))),
+        ]
+    assert [int(u, 16) for u in tables[0].uid] == [int(u, 16) for u in UIDS]
+
+
+def test_a_subset_is_chosen(config: Path, tmp_path: Path) -> None:
+    chosen = _d2m("select", config, "--where", "original_width >= 303", "-o", tmp_path / "s.npy")
+    assert (chosen.exit_code, chosen.stderr) == (0, "")
+    assert chosen.stdout == f"14 rows, 8 pass\n8 chosen, 57.1% of the rows: {tmp_path}/s.npy\n"
+    want = [UIDS[3].zfill(32), *(f"{i:032x}" for i in range(23, 30))]
+    assert np.array_equal(np.load(tmp_path / "s.npy"), subset(want))
+
+
+def test_the_best_are_chosen_and_told_as_json(config: Path, tmp_path: Path) -> None:
+    best = ("--top", "0.5", "--by", "original_width")
+    chosen = _d2m("select", config, *best, "-o", tmp_path / "s.npy", "--json")
+    assert json.loads(chosen.stdout)["chosen"] == 7 == len(np.load(tmp_path / "s.npy"))
+
+
+def test_nothing_chosen_is_exit_code_1(config: Path, tmp_path: Path) -> None:
+    chosen = _d2m("select", config, "--where", "original_width > 9000", "-o", tmp_path / "s.npy")
+    assert chosen.exit_code == 1
+    assert chosen.stdout == "14 rows, 0 pass\nnothing is chosen; nothing is written\n"
+    assert not (tmp_path / "s.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--top", "0.3"), "--top and --by"),
+        (("--by", "original_width"), "--top and --by"),
+        (("--top", "-1", "--by", "original_width"), "--top: found -1; valid is a share"),
+        (("--top", "2.5", "--by", "original_width"), "--top: found 2.5; valid is a share"),
+        (("--top", "nan", "--by", "original_width"), "--top: found nan; valid is a share"),
+        (("--top", "inf", "--by", "original_width"), "--top: found inf; valid is a share"),
+        (("-o", "subset.txt"), "--output: found 'subset.txt'; valid is a name in .npy"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    config: Path, tmp_path: Path, options: tuple[str, ...], says: str
+) -> None:
+    ended = _d2m("select", config, "-o", tmp_path / "s.npy", *options)
+    assert isinstance(ended.exception, ConfigError)
+    assert says in str(ended.exception)
+
+
+def test_an_export_says_what_it_wrote_and_which_tools_cannot_run(
+    config: Path, tmp_path: Path
+) -> None:
+    ended = _d2m("export", "datacomp", config, "-o", tmp_path / "files")
+    assert ended.exit_code == 0
+    assert json.loads((tmp_path / "files" / "sizes.json").read_bytes()) == {
+        "00000000.tar": 4,
+        "00000001.tar": 11,
+    }
+    lines = ended.stdout.splitlines()
+    assert f"wrote {tmp_path}/files/sizes.json" in lines
+    assert "2 finished shards; 0 are not finished" in lines
+    assert "cannot run: baselines.py --name basic_filter; it reads original_height" in lines
+    assert not any("no_filter" in line for line in lines)
+    assert f"-i {config.parent}/tars " in lines[-1]
+
+
+def test_an_export_of_a_run_that_is_not_finished_is_an_error(config: Path, tmp_path: Path) -> None:
+    tars = config.parent / "more"
+    for i in range(2):
+        _tar(tars / f"{i}.tar", [f"{i:x}"])
+    (tars / "1.tar").write_bytes(b"no tar" * 1000)
+    half = write_config(
+        tmp_path / "c.yml",
+        STATS,
+        additional_fields=["uid"],
+        use_datacomp_keys=True,
+        input_tars=str(tars / "*.tar"),
+        output_metadata_dir=str(tmp_path / "out"),
+    )
+    assert _d2m("submit", half, "--local").exit_code == 1
+    ended = _d2m("export", "datacomp", half, "-o", tmp_path / "files")
+    assert isinstance(ended.exception, D2MError)
+    assert ended.exception.exit_code == 1
+    assert (
+        _d2m("export", "datacomp", half, "-o", tmp_path / "files", "--allow-missing").exit_code == 0
+    )

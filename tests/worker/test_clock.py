@@ -1,0 +1,38 @@
+"""Seconds by stage, as records tell them."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from d2m_hpc.worker.clock import Clock
+
+
+def test_what_is_timed_adds_up_whatever_is_raised() -> None:
+    clock = Clock()
+    for _ in range(2):
+        with suppress(KeyError), clock("decode"):
+            time.sleep(0.02)
+            raise KeyError
+    assert clock.seconds["decode"] >= 0.04
+
+
+def test_a_stage_within_another_is_not_counted_twice() -> None:
+    clock = Clock()
+    began = time.perf_counter()
+    with clock("compute", besides="wait"):
+        with clock("wait"):
+            time.sleep(0.1)
+        time.sleep(0.02)
+    whole = time.perf_counter() - began
+    assert clock.seconds["wait"] >= 0.1
+    assert 0.02 <= clock.seconds["compute"] <= whole - clock.seconds["wait"]
+
+
+def test_no_thread_s_seconds_are_lost() -> None:
+    clock = Clock()
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(2000):
+            pool.submit(clock.add, "decode", 0.001)
+    assert clock.rounded() == {"decode": 2.0}
