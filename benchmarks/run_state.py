@@ -54,7 +54,7 @@ def make_inputs(folder: Path, shards: int) -> None:
         name = f"{TARS[i % len(TARS)]}/{i // len(TARS):08d}.tar"
         with open(folder / "tars" / name, "wb") as file:
             file.truncate(sizes.randrange(200_000_000, 300_000_000))
-    urls = f"memory://bucket/tars/{{{0:08d}..{shards - 1:08d}}}.tar"
+    urls = f"https://tars.example/{{{0:08d}..{shards - 1:08d}}}.tar"
     for config, tars in (("c", str(folder / "tars" / "**" / "*.tar")), ("urls", urls)):
         values = {**CONFIG, "input_tars": tars, "output_metadata_dir": str(folder / config)}
         (folder / f"{config}.yml").write_text(yaml.safe_dump(values))

@@ -16,6 +16,15 @@ from pages import TARS
 from d2m_hpc import stores
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers: a file's tests share what they set up, and there is but one Slurm."""
+    here = Path(__file__).parent
+    for item in items:
+        file = item.path.relative_to(here)
+        group = "slurm" if file.parts[0] == "slurm" else str(file)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A weights folder of the golden kit's small checkpoints, in the published formats."""

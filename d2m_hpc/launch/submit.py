@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 
 SHARDS_PER_TASK = 16
-WAIT_SECONDS = 2.0
-PATIENCE = 90
-"""Failures of squeue in a row: a controller that restarts is no reason to give up."""
+SHORTEST_WAIT, LONGEST_WAIT = 2.0, 30.0
+"""Seconds between two looks at the queue: longer for longer runs, as slurmctld serves everybody."""
+PATIENCE = 180.0
+"""Seconds without an answer: a controller that restarts is no reason to give up."""
 
 
 @contextmanager
@@ -242,14 +243,13 @@ def wait(run: RunDir) -> None:
     Raises:
         SlurmError: squeue has failed for minutes.
     """
-    failures = 0
+    began = heard = time.time()
     while True:
         try:
             if not live_jobs(run):
                 return
-            failures = 0
+            heard = time.time()
         except SlurmError:
-            failures += 1
-            if failures > PATIENCE:
+            if time.time() - heard > PATIENCE:
                 raise
-        time.sleep(WAIT_SECONDS)
+        time.sleep(min(LONGEST_WAIT, max(SHORTEST_WAIT, (time.time() - began) / 20)))
