@@ -65,6 +65,9 @@ def _note(row: Result) -> str:
     if seconds := row.get("ours_on_cpu"):
         ratio = median(row["baseline"]) / seconds
         return f" (ratio {_short(ratio)} with our normalising on the CPU)"
+    if alone := row.get("libraries_alone"):
+        ratio = median(row["baseline"]) / median(alone)
+        return f" ({_short(ratio)} if decoding and resizing were all there is)"
     return ""
 
 

@@ -48,6 +48,7 @@ def results(tmp_path: Path) -> Path:
         _ratio("slow", 3.0),
         _ratio("task", 6.0, ours_on_cpu=2.0),
         _ratio("bounded", 1.2, **bound),
+        _ratio("loader", 2.0, libraries_alone=[2.0, 9.0, 1.0]),
     ):
         (folder / f"{result['name']}.json").write_text(json.dumps(result))
     return folder
@@ -58,6 +59,7 @@ def test_every_row_is_in_the_table(results: Path) -> None:
     assert "| `quick` | title of quick | 123 (61.7 to 247) | at least 4.5 | yes |" in text
     assert "| `slow` | title of slow | 3.00 (1.50 to 6.00) | at least 4.5 | **no** |" in text
     assert "title of bounded (conventionally 5.00 to 7.00) | 1.20" in text
+    assert "title of loader (3.00 if decoding and resizing were all there is) | 2.00" in text
     assert "title of task (ratio 3.00 with our normalising on the CPU)" in text
     assert "a CPU, 2 cores, Python 3.12, torch 2.11; 2026-01-02." in text
     assert "at most 0.03 cores" in text
