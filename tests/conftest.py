@@ -7,22 +7,29 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3
 from kit import GOLDEN, SHARDS
 from pages import TARS
+from xdist.scheduler import LoadFileScheduling
 
 from d2m_hpc import stores
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers: a file's tests share what they set up, and there is but one Slurm."""
-    here = Path(__file__).parent
-    for item in items:
-        file = item.path.relative_to(here)
-        group = "slurm" if file.parts[0] == "slurm" else str(file)
-        item.add_marker(pytest.mark.xdist_group(group))
+class _ByFile(LoadFileScheduling):
+    """A file's tests share what they set up, and there is but one Slurm."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "slurm" if file.startswith("tests/slurm/") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
+    """With several workers (`-n 2`)."""
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
