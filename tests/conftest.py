@@ -9,6 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import s3
 from kit import GOLDEN, SHARDS
@@ -16,6 +17,9 @@ from pages import TARS
 from xdist.scheduler import LoadFileScheduling
 
 from d2m_hpc import stores
+
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 class _ByFile(LoadFileScheduling):

@@ -98,10 +98,13 @@ def repair(decision: Decision) -> None:
     recorder = Recorder(run.records / "rebuilt.jsonl")
     for record in decision.lost:
         recorder.append(record)
-    for path in run.leases.glob("*.lock"):
-        if path.stem in decision.done:
-            lease = Lease(path, decision.workload.config.lease_seconds)
+    for path in run.leases.glob("*.lock*"):
+        stem = path.name.rpartition(".lock")[0]
+        if stem in decision.done:
+            lease = Lease(run.lease(stem), decision.workload.config.lease_seconds)
             if lease.claim():
+                if path.suffix != ".lock":  # what a kill left of a take-over
+                    path.unlink(missing_ok=True)
                 lease.release()
 
 

@@ -86,17 +86,14 @@ class Stager(Generic[W]):
     one has been read: what waits here cannot be had by a task that is idle.
 
     Args:
-        works: advanced in a thread of this object.
+        works: advanced in `thread`, which is for the reader to start.
     """
 
     def __init__(self, works: Iterator[W], scratch: Scratch) -> None:
         self._works, self._scratch = works, scratch
         self._queue: Queue[Coming[W] | BaseException | None] = Queue()
         self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="stager", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="stager", daemon=True)
 
     def __iter__(self) -> Iterator[Coming[W]]:
         """

@@ -122,19 +122,24 @@ class Loader:
         self._reader = threading.Thread(target=self._read_all, name="reader", daemon=True)
 
     def __enter__(self) -> Loader:
-        self._stager.start()
-        self._reader.start()
+        try:
+            self._stager.thread.start()
+            self._reader.start()
+        except BaseException:  # an interrupt: a shard may have been claimed already
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop reading; a reader that hangs is left to itself and does nothing more."""
         self._stopped = True
         deadline = time.monotonic() + STOP_SECONDS
-        while self._reader.is_alive() and time.monotonic() < deadline:
+        threads = (self._reader, self._stager.thread)
+        while (alive := [t for t in threads if t.is_alive()]) and time.monotonic() < deadline:
             if self._current is not None:
                 self._current.cancel()
             self._drain()
-            self._reader.join(timeout=0.05)
+            alive[0].join(timeout=0.05)
         self._drain()
         self._pool.shutdown(wait=not self._reader.is_alive(), cancel_futures=True)
 

@@ -162,6 +162,8 @@ class Task:
         except BaseException:
             report(state="stopped")
             raise
+        finally:
+            claims.let_all_go()  # an interrupt may come between a claim and the work on it
         report(state="out of time" if claims.is_late else "finished")
 
     def _toolbox(self, base: str) -> Toolbox:

@@ -119,3 +119,14 @@ def test_a_submit_reads_records_and_inputs_once(
         cli.main()
     assert ended.value.code == 0
     assert counts == {"load": 1, "expand": 1}
+
+
+def test_leases_that_kills_left_on_finished_shards_go(workload: decide.Workload) -> None:
+    """Also the name under which one is set aside while it is taken over; others' stay."""
+    run = workload.run
+    run.create()
+    left = [Path(f"{run.lease(stem)}.break.7.aa") for stem in "01"]
+    for path in left:
+        path.touch()
+    submit.repair(decide.Decision(workload, [], done={"0"}))
+    assert list(run.leases.iterdir()) == left[1:]

@@ -56,7 +56,7 @@ def stager(urls: list[str], room: Scratch, claimed: list[Claim]) -> Stager[Claim
             yield claimed[-1]
 
     started = Stager(claims(), room)
-    started.start()
+    started.thread.start()
     return started
 
 
@@ -144,6 +144,6 @@ def test_what_stops_the_claims_is_told(room: Scratch) -> None:
         yield
 
     started = Stager(claims(), room)
-    started.start()
+    started.thread.start()
     with pytest.raises(ZeroDivisionError):
         next(iter(started))
