@@ -153,11 +153,8 @@ class OutputDir:
         return call() if self.is_local else stores.retrying(call)
 
     def sha256(self, name: str) -> str:
-        digest = hashlib.sha256()
         with self.fs.open(self.path(name), "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def record(self, stem: str) -> Record | None:
         """The record in a parquet's metadata; None where there is no such parquet, or not ours.

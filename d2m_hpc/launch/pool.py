@@ -94,9 +94,8 @@ def outcomes(run: RunDir) -> dict[str, Outcome | None]:
     None where it is not finished, or lacks what the last submit asked for.
     """
     with uncollected():
-        done, asked = Manifest.load(run).done, fingerprints.newest(run)
-        current = {s: o for s, o in done.items() if o.fingerprint == asked}
-        return {s: current.get(s) for s in plan.read_stems(run.shards)}
+        done = fingerprints.as_asked(run, Manifest.load(run).done)
+        return {s: done.get(s) for s in plan.read_stems(run.shards)}
 
 
 @contextmanager

@@ -43,7 +43,8 @@ def _output(config: Config) -> Iterator[str]:
     try:
         output = OutputDir(config.output_metadata_dir)
         output.make()
-        output.probe()
+        if output.is_local:  # a store was asked already
+            output.probe()
     except ConfigError as error:
         yield from error.mistakes
 

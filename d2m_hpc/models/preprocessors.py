@@ -1,7 +1,8 @@
 """Raw inputs to model inputs: a CPU half for the decode threads, a device half for whole batches.
 
-Pixels travel as uint8; the device half normalises them. `fast` resizes with torchvision's uint8
-kernels, `exact` with PIL, bit for bit as the reference program does.
+Pixels travel as uint8; the device half normalises them. `fast` resizes with torch's uint8 kernels,
+`exact` with PIL, both bit for bit as torchvision's transforms do, whose import takes as long as
+torch's own.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torch.nn import functional as F
 
 from d2m_hpc.models.tokens import clip_tokens
 
@@ -44,7 +44,7 @@ class Picture:
 
     @cached_property
     def tensor(self) -> Tensor:
-        """uint8 [3, H, W], channels last in memory, where torchvision's kernels are fastest."""
+        """uint8 [3, H, W], channels last in memory, where torch's kernels are fastest."""
         return _tensor(self._source)
 
     @property
@@ -89,17 +89,13 @@ class Preprocessor:
     finish: Callable[[Any], Any] = lambda batch: batch
 
 
-def _resize(
-    picture: Picture, size: list[int], options: Options, how: InterpolationMode
-) -> Image.Image | Tensor:
-    image: Image.Image | Tensor = picture.form(options.exact)
-    resized: Image.Image | Tensor = F.resize(image, size, interpolation=how, antialias=True)
-    return resized
-
-
-def _bytes(image: Image.Image | Tensor) -> Tensor:
-    """uint8 [3, H, W], channels last in memory, as conv nets on the device want it too."""
-    return _tensor(image) if isinstance(image, Image.Image) else image
+def _resize(image: Image.Image | Tensor, width: int, height: int, how: str) -> Tensor:
+    """uint8 [3, height, width], channels last in memory, as conv nets on the device want it too."""
+    if isinstance(image, Image.Image):
+        return _tensor(image.resize((width, height), Image.Resampling[how.upper()]))
+    # The batch's stride tells a batch of one from one whose channels come first.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(batch, (height, width), mode=how, antialias=True)[0]
 
 
 def _limit(pixels: int, options: Options, what: str) -> None:
@@ -112,10 +108,12 @@ def _limit(pixels: int, options: Options, what: str) -> None:
 def clip_image(picture: Picture, options: Options) -> Tensor:
     """uint8 [3, 224, 224]: short side to 224 (bicubic), centre crop (OpenAI CLIP)."""
     width, height = picture.size
-    short, long = sorted((width, height))
-    _limit(CLIP_SIZE * CLIP_SIZE * long // short, options, f"resizing {width}x{height} for CLIP")
-    resized = _resize(picture, [CLIP_SIZE], options, InterpolationMode.BICUBIC)
-    return _bytes(F.center_crop(resized, [CLIP_SIZE, CLIP_SIZE]))
+    short = min(width, height)
+    wide, high = (int(CLIP_SIZE * side / short) for side in (width, height))
+    _limit(wide * high, options, f"resizing {width}x{height} for CLIP")
+    resized = _resize(picture.form(options.exact), wide, high, "bicubic")
+    left, top = (round((side - CLIP_SIZE) / 2) for side in (wide, high))
+    return resized[:, top : top + CLIP_SIZE, left : left + CLIP_SIZE]
 
 
 def faces_image(picture: Picture, options: Options) -> tuple[Tensor, Tensor]:
@@ -131,33 +129,28 @@ def faces_image(picture: Picture, options: Options) -> tuple[Tensor, Tensor]:
     left, top = (side - width) // 2, (side - height) // 2
     padding = [left, top, side - width - left, side - height - top]
     padded = _pad(picture.form(options.exact), padding, side)
-    resized = F.resize(
-        padded, [FACES_SIZE], interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
-    return _bytes(resized), torch.tensor(padding, dtype=torch.float32) / side
+    resized = _resize(padded, FACES_SIZE, FACES_SIZE, "bicubic")
+    return resized, torch.tensor(padding, dtype=torch.float32) / side
 
 
 def _pad(image: Image.Image | Tensor, padding: list[int], side: int) -> Image.Image | Tensor:
-    """In white; tensors by hand, as torchvision's `pad` takes a pixel's channels apart."""
-    if isinstance(image, Image.Image):
-        padded: Image.Image = F.pad(image, padding, fill=255)
-        return padded
-    square = torch.full((side, side, 3), 255, dtype=torch.uint8).permute(2, 0, 1)
+    """In white; tensors by hand, as torch's `pad` takes a pixel's channels apart."""
     left, top, right, bottom = padding
+    if isinstance(image, Image.Image):
+        return ImageOps.expand(image, (left, top, right, bottom), "white")
+    square = torch.full((side, side, 3), 255, dtype=torch.uint8).permute(2, 0, 1)
     square[:, top : side - bottom, left : side - right] = image
     return square
 
 
 def dedup_image(picture: Picture, options: Options) -> Tensor:
     """uint8 [3, 512, 512], whatever the aspect (bilinear)."""
-    size = [DEDUP_SIZE, DEDUP_SIZE]
-    return _bytes(_resize(picture, size, options, InterpolationMode.BILINEAR))
+    return _resize(picture.form(options.exact), DEDUP_SIZE, DEDUP_SIZE, "bilinear")
 
 
 def stats_image(picture: Picture, options: Options) -> Tensor:
     """uint8 [3, 256, 256], whatever the aspect (bilinear)."""
-    size = [STATS_SIZE, STATS_SIZE]
-    return _bytes(_resize(picture, size, options, InterpolationMode.BILINEAR))
+    return _resize(picture.form(options.exact), STATS_SIZE, STATS_SIZE, "bilinear")
 
 
 def identity(value: Any, options: Options) -> Any:

@@ -25,6 +25,15 @@ class Claimed(Protocol):
 
 
 W = TypeVar("W", bound=Claimed)
+T = TypeVar("T")
+
+
+def received(queue: Queue[T | BaseException | None]) -> Iterator[T]:
+    """What another thread puts in until it puts None; an error that it puts is raised here."""
+    while (item := queue.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
 
 
 class Coming(Generic[W]):
@@ -100,10 +109,7 @@ class Stager(Generic[W]):
         Raises:
             whatever stopped the claims.
         """
-        while (coming := self._queue.get()) is not None:
-            if isinstance(coming, BaseException):
-                raise coming
-            yield coming
+        yield from received(self._queue)
 
     def stop(self) -> None:
         """Let go of what nobody took; a copy that hangs is left to itself."""

@@ -23,7 +23,7 @@ import torch
 from d2m_hpc.errors import ShardError, TruncatedShard
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Rejection, Shard
-from d2m_hpc.worker.ahead import Coming, Stager
+from d2m_hpc.worker.ahead import Coming, Stager, received
 from d2m_hpc.worker.batch import Batch, collate
 from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.prepare import Ready, Recipe, prepare
@@ -156,10 +156,7 @@ class Loader:
                 work.release()
 
     def __iter__(self) -> Iterator[Work]:
-        while (work := self._next.get()) is not None:
-            if isinstance(work, BaseException):
-                raise work
-            yield work
+        yield from received(self._next)
 
     def _read_all(self) -> None:
         end: BaseException | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from d2m_hpc.errors import ShardError
+from d2m_hpc.models.weights import sha256_of
 from d2m_hpc.outputs import METADATA, OutputDir
 from d2m_hpc.state.manifest import Record
 from d2m_hpc.state.rundir import fsync_dir, make_folder
@@ -34,11 +34,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _owned(path: str, flags: int) -> int:
@@ -64,14 +59,14 @@ def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
     npz, parquet = folder / f"{record.shard}.npz", folder / f"{record.shard}.parquet"
     with _durable(npz) as file:
         np.savez(file, **made.features())  # type: ignore[arg-type]
-    record.npz_sha256 = _sha256(npz)
+    record.npz_sha256 = sha256_of(npz)
     rows = made.table()
     note = json.dumps({**record.to_dict(), "versions": versions()})
     with _durable(parquet) as file:
         noted = rows.replace_schema_metadata({METADATA: note})
         # With a CRC of every page, for a later config may add columns to what is read back.
         pq.write_table(noted, file, compression="zstd", write_page_checksum=True)
-    record.parquet_sha256 = _sha256(parquet)
+    record.parquet_sha256 = sha256_of(parquet)
     _check(npz, parquet, record)
     return npz, parquet
 

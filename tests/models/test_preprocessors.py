@@ -11,6 +11,7 @@ from kit import photographs
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
+from torchvision.transforms import v2
 
 from d2m_hpc.models import preprocessors
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture, Rejected
@@ -77,6 +78,20 @@ def test_exact_is_what_the_reference_computes(name: str) -> None:
         ours = _finished(name, image, exact=True)
         assert ours.dtype == torch.float32
         np.testing.assert_allclose(ours.numpy(), expected.numpy(), atol=1e-6, err_msg=image.size)
+
+
+FAST = {
+    "clip-aug": v2.Compose([v2.Resize(224, interpolation=BICUBIC), v2.CenterCrop(224)]),
+    "dedup-aug": v2.Resize((512, 512)),
+    "stats-aug": v2.Resize((256, 256)),
+}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_is_torchvisions_resizing_of_bytes_bit_for_bit(name: str) -> None:
+    for image in [*photographs(6), *_odd_sizes()]:
+        expected = FAST[name](TF.pil_to_tensor(image))
+        assert torch.equal(_prepared(name, image, exact=False), expected)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +162,8 @@ def test_an_extreme_aspect_is_rejected_with_a_reason_and_not_resized(
     size: tuple[int, int], name: str, what: str, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = Picture(Image.new("RGB", size))
-    monkeypatch.setattr(preprocessors.F, "resize", None)  # a call would be another error
-    monkeypatch.setattr(preprocessors.F, "pad", None)
+    for name_of_step in ("_resize", "_pad"):
+        monkeypatch.setattr(preprocessors, name_of_step, None)  # a call would be another error
     options = Options(exact=exact, max_pixels=50_000_000)
     reason = rf"{size[0]}x{size[1]} .*{what}.* takes \d+ pixels, over max_image_pixels \(50000000\)"
     with pytest.raises(Rejected, match=reason):

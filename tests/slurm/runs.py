@@ -206,7 +206,7 @@ class Run:
             found = [h for h in self.held() if h.attempt == attempt]
             return found if len(found) >= count else []
 
-        return wait_until(enough, 60)
+        return wait_until(enough)
 
     # --- what came of it ---
 
@@ -219,9 +219,9 @@ class Run:
             if line.split()[2][:4] == "d2m-"
         ]
 
-    def wait_over(self, seconds: float = 90) -> None:
+    def wait_over(self) -> None:
         """Until Slurm has no task of the run any more."""
-        wait_until(lambda: not self.live(), seconds)
+        wait_until(lambda: not self.live())
 
     def job_ids(self) -> list[str]:
         """Of all arrays, by the run's own records."""

@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -166,13 +165,11 @@ def test_accounting(cluster: Cluster) -> None:
     wait_until(lambda: set(cluster.run(*sacct).stdout.split()) == expected)
 
 
-def test_up_twice_changes_nothing_and_is_fast(cluster: Cluster) -> None:
+def test_up_twice_changes_nothing(cluster: Cluster) -> None:
     job = cluster.submit("touch running; exec sleep 600")
     wait_until((cluster.folder / "running").exists)
     before = slurm_daemons()
-    start = time.monotonic()
     cluster.up()
-    assert time.monotonic() - start < 5
     assert slurm_daemons() == before
     assert cluster.field(job, "JobState") == "RUNNING"
 

@@ -10,7 +10,7 @@ import sys
 import time
 from datetime import datetime
 
-from slurm.cluster import Cluster, wait_until
+from slurm.cluster import PATIENCE, Cluster, wait_until
 from slurm.runs import Run, Tars
 
 
@@ -84,7 +84,7 @@ def test_a_task_that_stands_still_until_its_lease_is_taken_over(
     # Its element runs again elsewhere, as when Slurm lost sight of a node that lives on.
     worker = shlex.join([sys.executable, "-m", "d2m_hpc.worker", str(run.run_dir), "000", "0", "1"])
     again = cluster.submit(f"SLURM_RESTART_COUNT=1 {worker}")
-    assert cluster.wait_state(again, "COMPLETED", "FAILED", seconds=60) == "COMPLETED"
+    assert cluster.wait_state(again, "COMPLETED", "FAILED") == "COMPLETED"
     assert run.status()["done"] == 2
     victim.signal(signal.SIGCONT)
     run.finish()
@@ -93,12 +93,14 @@ def test_a_task_that_stands_still_until_its_lease_is_taken_over(
 
 
 def test_a_walltime_that_ends_in_mid_run(cluster: Cluster, tars: Tars) -> None:
-    """Slurm's signal comes 120 s before the end: within half a minute of one minute's walltime."""
-    run = Run(cluster, tars, 3, slurm={"time": 1})
+    """Slurm's signal comes 120 s before the end, and it looks twice a minute."""
+    run = Run(cluster, tars, 3, slurm={"time": 60})
     run.hold(after=1)
     run.submit()
     [victim] = run.wait_held()
-    cluster.wait_state(victim.element, "PENDING", seconds=60)
+    cluster.set_time(victim.element, 1)
+    cluster.wait_state(victim.element, "PENDING")
+    cluster.set_time(victim.element, 60)
     run.finish()
     assert len(run.submissions()) == 1
     assert run.computed_by("000-0-0") == {"00000"}
@@ -119,7 +121,7 @@ def test_a_walltime_too_short_for_a_shard_ends_the_task(cluster: Cluster, tars: 
 def test_a_task_begins_no_shard_that_its_walltime_has_no_room_for(
     cluster: Cluster, tars: Tars
 ) -> None:
-    seconds = 15
+    seconds = 45
     early = 'test -n "$SLURM_RESTART_COUNT" || '
     early += f"export SLURM_JOB_END_TIME=$(( $(date +%s) + {seconds} ))"
     run = Run(cluster, tars, 6, slurm={"setup": [early]})
@@ -176,7 +178,7 @@ def test_two_submits_at_once_are_one_array(cluster: Cluster, tars: Tars) -> None
     run = Run(cluster, tars, 2)
     run.hold()
     both = [run.start_submit() for _ in range(2)]
-    said = [p.communicate(timeout=60)[0] for p in both]
+    said = [p.communicate(timeout=PATIENCE)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert sum("0 to do, 2 with live tasks" in words for words in said) == 1
     assert len(run.submissions()) == len(run.live()) == 1

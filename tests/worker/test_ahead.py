@@ -42,7 +42,7 @@ def tar(tmp_path: Path) -> Path:
     return write_tar(tmp_path / "a.tar", sample("a"))
 
 
-def wait_for(happens: Callable[[], bool], seconds: float = 10.0) -> bool:
+def wait_for(happens: Callable[[], bool], seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while not happens() and time.monotonic() < end:
         time.sleep(0.01)
@@ -129,9 +129,9 @@ def test_stopping_does_not_wait_for_a_copy_that_hangs(room: Scratch, tmp_path: P
     url = f"pipe:until [ -e {go} ]; do sleep 0.02; done"
     started = stager([url, url], room, claimed)
     assert wait_for(lambda: (room.folder / "0.tar").exists())
-    began = time.monotonic()
-    started.stop()
-    assert time.monotonic() - began < 5
+    stopping = threading.Thread(target=started.stop, daemon=True)
+    stopping.start()
+    assert wait_for(lambda: not stopping.is_alive())
     assert claimed[0].released
     go.touch()
     assert wait_for(lambda: "stager" not in {t.name for t in threading.enumerate()})

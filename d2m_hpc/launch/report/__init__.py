@@ -60,6 +60,5 @@ def _find(run: RunDir, config: Config, score: str | None, each: int) -> pages.Fo
         shards = [urls[stem] for stem in sampled.shards if stem in urls]
         made = sheet.make(output, shards, chosen, each, config.max_image_pixels)
     summary = summarise(run, config, manifest)
-    asked = fingerprints.newest(run)
-    done = {s: o for s, o in manifest.done.items() if o.fingerprint == asked}
+    done = fingerprints.as_asked(run, manifest.done)
     return pages.Found(summary, config, history, sampled, made, done, now)
