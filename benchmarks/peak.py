@@ -1,6 +1,6 @@
 """Run one task in this process and print the peak of its memory in MB.
 
-python -m benchmarks.peak JSON, a config's keys
+python -m benchmarks.peak SECONDS JSON, what a batch takes on the device, and a config's keys
 """
 
 from __future__ import annotations
@@ -12,5 +12,6 @@ import sys
 from benchmarks import workload
 
 if __name__ == "__main__":
-    workload.run_task(json.loads(sys.argv[1]))
+    with workload.made_up_device(float(sys.argv[1])):
+        workload.run_task(json.loads(sys.argv[2]))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

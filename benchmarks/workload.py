@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from d2m_hpc.launch.decide import inspect
 from d2m_hpc.launch.submit import run_local
 from d2m_hpc.models.preprocessors import PREPROCESSORS
 from d2m_hpc.models.registry import COLUMNS, FEATURES
+from d2m_hpc.models.transfer import Lane
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.loader import Loader, Work
@@ -67,13 +68,21 @@ def batches(config: configs.Config, scratch: Path) -> Iterator[Batch]:
 
 
 @contextmanager
-def free_device() -> Iterator[None]:
-    """Leave out what is done on the device besides the models: normalising, and its copies.
+def made_up_device(seconds: float = 0.0) -> Iterator[None]:
+    """One that takes so long for a batch, and none of the loader's cores.
 
-    On a node that has no GPU it would take the loader's cores.
+    As CUDA's, it computes batches one after the other while the host goes on, until that asks for
+    their outputs. Normalising and its copies, which are a device's too, are left out.
     """
     bare = {name: replace(made, finish=_as_it_is) for name, made in PREPROCESSORS.items()}
-    with patch.dict(PREPROCESSORS, bare):
+    free = time.monotonic()
+
+    def mark(lane: Lane) -> Callable[[], None]:
+        nonlocal free
+        free = done = max(free, time.monotonic()) + seconds
+        return lambda: time.sleep(max(0.0, done - time.monotonic()))
+
+    with patch.dict(PREPROCESSORS, bare), patch.object(Lane, "mark", mark):
         yield
 
 

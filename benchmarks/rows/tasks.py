@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from torch import Tensor
 
@@ -40,7 +38,7 @@ def whole_task(setting: Setting) -> Iterator[Sides]:
     rows = len(paths) * setting.size(500, 6)
 
     def ours(tars: Sequence[Path]) -> float:
-        with workload.free_device():
+        with workload.made_up_device():
             return workload.run_task(workload.no_op_keys(tars, setting.workers))
 
     def conventional(tars: Sequence[Path]) -> float:
@@ -115,10 +113,7 @@ def overlap(setting: Setting, share: float) -> Iterator[Sides]:
 
 def _with_device(keys: dict[str, Any], seconds: float) -> float:
     """A task's time with a device that takes so long for a batch."""
-    with (
-        patch.dict(os.environ, {noop_models.BATCH_SECONDS: str(seconds)}),
-        workload.free_device(),
-    ):
+    with workload.made_up_device(seconds):
         return workload.run_task(keys)
 
 
@@ -129,11 +124,9 @@ def memory(setting: Setting) -> Iterator[Sides]:
 
     def peak(count: int) -> float:
         keys = workload.no_op_keys(tars[:count], setting.workers, batch_size=64)
-        command = [sys.executable, "-m", "benchmarks.peak", json.dumps(keys)]
-        device = {noop_models.BATCH_SECONDS: str(setting.size(1, 0) * DEVICE_SECONDS)}
-        ended = subprocess.run(
-            command, env=os.environ | device, check=True, stdout=subprocess.PIPE, text=True
-        )
+        seconds = str(setting.size(1, 0) * DEVICE_SECONDS)
+        command = [sys.executable, "-m", "benchmarks.peak", seconds, json.dumps(keys)]
+        ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         return float(ended.stdout.splitlines()[-1])
 
     yield Sides(lambda: peak(len(tars)), lambda: peak(2), warm_up=lambda: None)
