@@ -15,7 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from queue import Empty, Full, Queue
+from queue import Empty, Queue
+from threading import Semaphore
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Work:
         rejections: complete once the iteration has ended.
         total: samples in the tar, known once the iteration has ended.
         clock: how long the stages took.
+        room: for batches that wait for the device; one for all works of a loader.
     """
 
     shard: Shard
@@ -56,7 +58,8 @@ class Work:
     total: int = 0
     cancelled: bool = False
     clock: Clock = field(default_factory=Clock)
-    _queue: Queue[Any] = field(default_factory=lambda: Queue(AHEAD))
+    room: Semaphore = field(default_factory=lambda: Semaphore(AHEAD))
+    _queue: Queue[Any] = field(default_factory=Queue)
 
     def __iter__(self) -> Iterator[Batch]:
         """
@@ -69,6 +72,7 @@ class Work:
     def _next(self) -> Batch | None:
         with self.clock("wait"):
             item = self._queue.get()
+            self.room.release()
             if isinstance(item, BaseException):
                 raise item
             return None if item is None else item.result()
@@ -80,11 +84,12 @@ class Work:
 
     def put(self, item: Future[Batch] | BaseException | None) -> None:
         """Hand over a batch, an error or the end (None); gives up once nobody listens."""
-        while not self.cancelled:
-            try:
-                return self._queue.put(item, timeout=0.2)
-            except Full:
-                continue
+        while not self.room.acquire(timeout=0.2):
+            if self.cancelled:
+                return
+        self._queue.put(item)
+        if self.cancelled:
+            self.cancel()
 
     def cancel(self) -> None:
         """No more batches are wanted."""
@@ -94,6 +99,7 @@ class Work:
                 self._queue.get_nowait()
             except Empty:
                 return
+            self.room.release()
 
 
 class Loader:
@@ -115,6 +121,7 @@ class Loader:
         self._next: Queue[Work | BaseException | None] = Queue(1)
         self._current: Work | None = None
         self._stopped = False
+        self._room = Semaphore(AHEAD)
         # One thread of torch in each decode thread: they already are as many as the cores.
         self._pool = ThreadPoolExecutor(
             recipe.threads, "decode", initializer=torch.set_num_threads, initargs=(1,)
@@ -166,6 +173,7 @@ class Loader:
                     coming.abandon()
                     return
                 self._current = coming.work
+                coming.work.room = self._room
                 self._next.put(coming.work)
                 self._read(coming.work, coming)
         except BaseException as error:

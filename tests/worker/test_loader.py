@@ -347,6 +347,31 @@ def test_reading_ahead_is_bounded(tmp_path: Path, scratch: Scratch) -> None:
         assert [len(keys(work)) for work in loader] == [150, 150]
 
 
+def test_the_bound_is_one_for_all_shards(
+    tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GROUP", 1)
+    prepared: list[str] = []
+
+    def count(text: str) -> str:
+        prepared.append(text)
+        return text
+
+    paths = [
+        write_tar(tmp_path / f"{n}.tar", {f"{i:02d}.txt": b"1" for i in range(n)}) for n in (20, 40)
+    ]
+    most = 4 * (2 + AHEAD + 1) + 2 * 2 + 2
+    with Loader(works(*paths), recipe({("text", "count"): custom(count)}), scratch) as loader:
+        batches = iter(next(iter(loader)))
+        for _ in range(2):
+            next(batches)
+        deadline = time.monotonic() + 60
+        while len(prepared) <= 4 * AHEAD and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert 4 * AHEAD < len(prepared) <= most
+
+
 def claimed(folder: Path, paths: list[Path], taken: list[Path]) -> Iterator[Work]:
     for path in paths:
         lease = Lease(folder / f"{path.stem}.lock")
