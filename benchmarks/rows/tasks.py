@@ -24,8 +24,8 @@ SHARDS = 20
 TARS_A_WORKER = 5
 """Of a group in the baseline: enough that its processes seldom idle, few enough that a group is
 written while the next is loaded."""
-DEVICE_SECONDS = 0.15
-"""A batch of the row of memory: slower than the loader, so that what may wait for it does."""
+DEVICE_SECONDS = 0.4
+"""A batch of the row of memory: so slow that in two shards already all waits that may."""
 
 
 @contextmanager
