@@ -111,8 +111,8 @@ def summarise(run: RunDir, config: Config, known: Manifest | None = None) -> Sum
     """
     manifest = known or Manifest.load(run)
     stems = plan.read_stems(run.shards)
-    finished = fingerprints.as_asked(run, manifest.done)
-    by_stem = {s: r for s in stems if (r := finished.get(s))}
+    finished, current = manifest.done, fingerprints.as_asked(run, manifest.done)
+    by_stem = {s: r for s in stems if (r := current.get(s))}
     done = list(by_stem.values())
     failed = {s: f for s in stems if (f := manifest.failures.get(s)) and s not in by_stem}
     running = (_held(run, config.lease_seconds) - by_stem.keys()).intersection(stems)
