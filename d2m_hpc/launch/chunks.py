@@ -18,6 +18,11 @@ def by_base(shards: Iterable[Shard]) -> list[list[Shard]]:
     return list(groups.values())
 
 
+def count(shards: Sequence[Shard], per_task: int) -> int:
+    """The fewest chunks of at most `per_task` shards that these fit into."""
+    return -(-len(shards) // per_task)
+
+
 def balanced(shards: Sequence[Shard], per_task: int) -> list[list[Shard]]:
     """As few chunks of at most `per_task` shards as can be, of about the same number of bytes.
 
@@ -30,7 +35,7 @@ def balanced(shards: Sequence[Shard], per_task: int) -> list[list[Shard]]:
     mean = sum(known) / len(known)
     weights = np.array([mean if s.size is None else s.size for s in shards])
     heaviest_first = np.argsort(-weights, kind="stable")
-    heap = [(0.0, i) for i in range(-(-len(shards) // per_task))]
+    heap = [(0.0, i) for i in range(count(shards, per_task))]
     chosen: list[list[int]] = [[] for _ in heap]
     for i, weight in zip(heaviest_first.tolist(), weights[heaviest_first].tolist(), strict=True):
         total, lightest = heap[0]

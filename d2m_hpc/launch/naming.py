@@ -60,31 +60,47 @@ def name_shards(urls: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
     left = [(i, *_stem_parts(url)) for i, url in enumerate(urls)]
     depth = 0
     while left:
-        tried = ["_".join((*_last(folders, depth), name)) for _, folders, name in left]
-        times = Counter(tried)
-        for (i, folders, name), stem in zip(left, tried, strict=True):
-            collides = times[stem] > 1 or stem in used
-            if len(stem.encode()) > _LONGEST or (collides and depth >= len(folders)):
+        fronts = _Fronts(depth)
+        tried = [fronts[folders] + name for _, folders, name in left]
+        free = {stem for stem, times in Counter(tried).items() if times == 1} - used
+        later = []
+        for parts, stem in zip(left, tried, strict=True):
+            i, folders, name = parts
+            if not _fits(stem) or (stem not in free and depth >= len(folders)):
                 stems[i] = _cut(name) + "_" + _short_hash(urls[i])
-            elif not collides:
+                used.add(stems[i])
+            elif stem in free:
                 stems[i] = stem
-        left = [parts for parts in left if not stems[parts[0]]]
-        used.update(filter(None, stems) if left else ())
-        depth += 1
+            else:
+                later.append(parts)
+        used |= free
+        left, depth = later, depth + 1
     return stems
+
+
+class _Fronts(dict[tuple[str, ...], str]):
+    """What stands in front of the names of a folder's tars at some depth."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+
+    def __missing__(self, folders: tuple[str, ...]) -> str:
+        last = folders[-self._depth :] if self._depth else ()
+        return self.setdefault(folders, "".join(f"{folder}_" for folder in last))
+
+
+def _fits(stem: str) -> bool:
+    return len(stem) * 4 <= _LONGEST or len(stem.encode()) <= _LONGEST
 
 
 def _cut(name: str) -> str:
     return name.encode()[:_LONGEST].decode(errors="ignore")
 
 
-def _last(folders: tuple[str, ...], count: int) -> tuple[str, ...]:
-    return folders[-count:] if count else ()
-
-
 def _stem_parts(url: str) -> tuple[tuple[str, ...], str]:
     folder, _, name = location(url).rstrip("/").rpartition("/")
-    return _folders(folder), _ARCHIVE.sub("", name) or name or "shard"
+    stem = name[:-4] if name.endswith(".tar") else _ARCHIVE.sub("", name)
+    return _folders(folder), stem or name or "shard"
 
 
 @lru_cache(maxsize=1000)

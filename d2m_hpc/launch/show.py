@@ -105,9 +105,7 @@ def _gained(lacked: Config) -> str:
 
 def proposal(proposed: Proposal) -> None:
     """Chunks, arrays and sbatch's options, as they would be."""
-    console.print(
-        f"{len(proposed.chunks)} tasks of at most {max(map(len, proposed.chunks))} shards"
-    )
+    console.print(f"{proposed.tasks} tasks of at most {proposed.most} shards")
     for array in proposed.arrays:
         line = f"array {array.name}: elements 0-{array.elements - 1}"
         line += f", {array.parallel} at once" if array.parallel else ""

@@ -55,9 +55,17 @@ class Array:
 
 @dataclass
 class Proposal:
-    """What a submit would hand to Slurm."""
+    """What a submit would hand to Slurm.
 
-    chunks: list[list[Shard]]
+    Attributes:
+        groups: shards that one task can do together.
+        most: the most shards of a task.
+        tasks: how many there will be, of as many chunks.
+    """
+
+    groups: list[list[Shard]]
+    most: int
+    tasks: int
     arrays: list[Array]
     options: dict[str, Any]
 

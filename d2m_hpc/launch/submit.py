@@ -168,21 +168,22 @@ def _tell(listener: Listener, before: Progress, now: Progress) -> None:
 
 @uncollected()
 def propose(workload: Workload, decision: Decision, submission: str) -> slurm.Proposal:
-    """The chunks and arrays that a submit would make; asks Slurm only for its MaxArraySize."""
+    """The arrays that a submit would make; asks Slurm only for its MaxArraySize."""
     config = workload.config
     per_task = config.shards_per_task or config.tars_per_wds or SHARDS_PER_TASK
     groups = chunking.by_base(decision.pending)
-    chunks = [chunk for group in groups for chunk in chunking.balanced(group, per_task)]
+    most = min(per_task, max(map(len, groups)))
+    tasks = sum(chunking.count(group, most) for group in groups)
     token = slurm.token(workload.run.root)
     arrays = slurm.split(
-        len(chunks),
+        tasks,
         slurm.max_array_size(),
         config.slurm.tasks_per_node,
         config.slurm.max_parallel,
         f"d2m-{token}-{submission}",
     )
     excluded = nodes.to_exclude(workload.run, decision.last_finished, config.max_node_failures)
-    return slurm.Proposal(chunks, arrays, sbatch.options(config.slurm, excluded))
+    return slurm.Proposal(groups, most, tasks, arrays, sbatch.options(config.slurm, excluded))
 
 
 def run_slurm(workload: Workload, on_decision: Callable[[Decision], None]) -> list[slurm.Array]:
@@ -209,7 +210,8 @@ def _intend(workload: Workload, decision: Decision) -> tuple[Submission, slurm.P
     """Put on disk what Slurm will be asked for; a job is found again by its array's name."""
     submission = workload.run.new_submission()
     proposal = propose(workload, decision, submission.name)
-    write(submission, decision, proposal.chunks)
+    chunks = [c for group in proposal.groups for c in chunking.balanced(group, proposal.most)]
+    write(submission, decision, chunks)
     slurm.write_arrays(submission, proposal.arrays)
     return submission, proposal
 

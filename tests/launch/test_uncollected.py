@@ -40,3 +40,13 @@ def test_whoever_had_it_off_keeps_it_off() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_what_was_made_meanwhile_is_not_gone_through_later() -> None:
+    with uncollected():
+        made = [[i] for i in range(1000)]
+    try:
+        assert not {id(one) for one in made} & set(map(id, gc.get_objects()))
+    finally:
+        gc.unfreeze()
+    assert {id(one) for one in made} < set(map(id, gc.get_objects()))
