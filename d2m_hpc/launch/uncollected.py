@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# What is frozen still is not torn down, of which compiled libraries complain for pages.
+atexit.register(gc.unfreeze)
 
 
 @contextmanager

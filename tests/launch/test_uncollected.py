@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
@@ -50,3 +52,23 @@ def test_what_was_made_meanwhile_is_not_gone_through_later() -> None:
     finally:
         gc.unfreeze()
     assert {id(one) for one in made} < set(map(id, gc.get_objects()))
+
+
+CYCLE = """
+from d2m_hpc.launch.uncollected import uncollected
+
+class Last:
+    def __del__(self):
+        print("gone")
+
+with uncollected():
+    last = Last()
+    last.itself = last
+del last
+"""
+
+
+def test_at_exit_it_is_torn_down_as_all_else_is() -> None:
+    """Libraries of compiled code, triton's for one, print pages of what they think is leaked."""
+    done = subprocess.run([sys.executable, "-c", CYCLE], capture_output=True, text=True, check=True)
+    assert done.stdout == "gone\n"
