@@ -16,8 +16,7 @@ def uncollected() -> Iterator[None]:
     """Also a decorator: run without the garbage collector.
 
     A plan is millions of objects that stay, in no cycle. The collector would go through all of them
-    each time that they are a quarter more, and once more at the
-    end, which together took half of a submit's time.
+    each time that they are a quarter more, and once more at the end: half of a submit's time.
     """
     enabled = gc.isenabled()
     gc.disable()
