@@ -25,6 +25,8 @@ CLIP_SIZE = 224
 FACES_SIZE = 224
 DEDUP_SIZE = 512
 STATS_SIZE = 256
+Pixels = Image.Image | Tensor
+"""An RGB image, as PIL for exact resizing or as uint8 [3, H, W]."""
 
 
 class Rejected(Exception):
@@ -54,12 +56,14 @@ class Picture:
             return self._source.size
         return self._source.shape[1], self._source.shape[0]
 
-    def form(self, exact: bool) -> Image.Image | Tensor:
+    def form(self, exact: bool) -> Pixels:
         return self.pil if exact else self.tensor
 
 
-def _tensor(source: Image.Image | NDArray[np.uint8]) -> Tensor:
+def _tensor(source: Pixels | NDArray[np.uint8]) -> Tensor:
     """uint8 [3, H, W] of an RGB image; a pixel's channels lie together, as they came."""
+    if isinstance(source, Tensor):
+        return source
     pixels = np.array(source) if isinstance(source, Image.Image) else source
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -89,10 +93,10 @@ class Preprocessor:
     finish: Callable[[Any], Any] = lambda batch: batch
 
 
-def _resize(image: Image.Image | Tensor, width: int, height: int, how: str) -> Tensor:
-    """uint8 [3, height, width], channels last in memory, as conv nets on the device want it too."""
+def _resize(image: Pixels, width: int, height: int, how: str) -> Pixels:
+    """Tensors stay channels last in memory, as conv nets on the device want them too."""
     if isinstance(image, Image.Image):
-        return _tensor(image.resize((width, height), Image.Resampling[how.upper()]))
+        return image.resize((width, height), Image.Resampling[how.upper()])
     # The batch's stride tells a batch of one from one whose channels come first.
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(batch, (height, width), mode=how, antialias=True)[0]
@@ -111,7 +115,7 @@ def clip_image(picture: Picture, options: Options) -> Tensor:
     short = min(width, height)
     wide, high = (int(CLIP_SIZE * side / short) for side in (width, height))
     _limit(wide * high, options, f"resizing {width}x{height} for CLIP")
-    resized = _resize(picture.form(options.exact), wide, high, "bicubic")
+    resized = _tensor(_resize(picture.form(options.exact), wide, high, "bicubic"))
     left, top = (round((side - CLIP_SIZE) / 2) for side in (wide, high))
     return resized[:, top : top + CLIP_SIZE, left : left + CLIP_SIZE]
 
@@ -127,30 +131,34 @@ def faces_image(picture: Picture, options: Options) -> tuple[Tensor, Tensor]:
     side = max(width, height)
     _limit(side * side, options, f"padding {width}x{height} to a square")
     left, top = (side - width) // 2, (side - height) // 2
-    padding = [left, top, side - width - left, side - height - top]
-    padded = _pad(picture.form(options.exact), padding, side)
-    resized = _resize(padded, FACES_SIZE, FACES_SIZE, "bicubic")
-    return resized, torch.tensor(padding, dtype=torch.float32) / side
+    padding = (left, top, side - width - left, side - height - top)
+    image = picture.form(options.exact)
+    if height < side:  # what is white above and below is so after the first of resizing's passes
+        image = _resize(image, FACES_SIZE, height, "bicubic")
+    resized = _resize(_pad(image, padding), FACES_SIZE, FACES_SIZE, "bicubic")
+    return _tensor(resized), torch.tensor(padding, dtype=torch.float32) / side
 
 
-def _pad(image: Image.Image | Tensor, padding: list[int], side: int) -> Image.Image | Tensor:
+def _pad(image: Pixels, padding: tuple[int, int, int, int]) -> Pixels:
     """In white; tensors by hand, as torch's `pad` takes a pixel's channels apart."""
-    left, top, right, bottom = padding
     if isinstance(image, Image.Image):
-        return ImageOps.expand(image, (left, top, right, bottom), "white")
-    square = torch.full((side, side, 3), 255, dtype=torch.uint8).permute(2, 0, 1)
-    square[:, top : side - bottom, left : side - right] = image
-    return square
+        return ImageOps.expand(image, padding, "white")
+    left, top, right, bottom = padding
+    _, height, width = image.shape
+    shape = (top + height + bottom, left + width + right, 3)
+    padded = torch.full(shape, 255, dtype=torch.uint8).permute(2, 0, 1)
+    padded[:, top : top + height, left : left + width] = image
+    return padded
 
 
 def dedup_image(picture: Picture, options: Options) -> Tensor:
     """uint8 [3, 512, 512], whatever the aspect (bilinear)."""
-    return _resize(picture.form(options.exact), DEDUP_SIZE, DEDUP_SIZE, "bilinear")
+    return _tensor(_resize(picture.form(options.exact), DEDUP_SIZE, DEDUP_SIZE, "bilinear"))
 
 
 def stats_image(picture: Picture, options: Options) -> Tensor:
     """uint8 [3, 256, 256], whatever the aspect (bilinear)."""
-    return _resize(picture.form(options.exact), STATS_SIZE, STATS_SIZE, "bilinear")
+    return _tensor(_resize(picture.form(options.exact), STATS_SIZE, STATS_SIZE, "bilinear"))
 
 
 def identity(value: Any, options: Options) -> Any:
