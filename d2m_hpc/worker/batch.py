@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2m_hpc.state.manifest import Rejection
+from d2m_hpc.worker.memory import Allocate, plain
 
 Input = tuple[str, str]
 """A raw input and its preprocessor."""
@@ -64,38 +64,38 @@ def each_part(change: Callable[..., Any], *values: Any) -> Any:
     return type(first)({key: change(*(value[key] for value in values)) for key in first})
 
 
-def collate(samples: Sequence[Any], pin: bool = False) -> Any:
+def collate(samples: Sequence[Any], allocate: Allocate = plain) -> Any:
     """Preprocessed samples to a batch: numbers, arrays and tensors are stacked, tuples transposed,
     the rest is a list.
 
     Args:
-        pin: stack tensors in page-locked memory, from which a GPU copies while others compute.
+        allocate: makes the tensors that others are stacked in.
 
     Raises:
         ValueError: they are of different shapes or kinds.
     """
     try:
-        return _collate(samples, pin)
+        return _collate(samples, allocate)
     except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"a preprocessor made values that do not match: {error}") from None
 
 
-def _collate(samples: Sequence[Any], pin: bool) -> Any:
+def _collate(samples: Sequence[Any], allocate: Allocate) -> Any:
     first = samples[0]
     if isinstance(first, Tensor):
-        return _stack(samples, pin)
+        return _stack(samples, allocate)
     if isinstance(first, np.ndarray | np.generic):
         # torch warns of arrays that may not be written and refuses some; a fresh one is neither.
         stacked = np.stack(list(samples))
         return torch.from_numpy(stacked) if stacked.dtype.kind in "biuf" else list(samples)
     if isinstance(first, tuple):
-        return tuple(_collate(parts, pin) for parts in zip(*samples, strict=True))
+        return tuple(_collate(parts, allocate) for parts in zip(*samples, strict=True))
     if isinstance(first, bool | int | float):
         return torch.tensor(samples)
     return list(samples)
 
 
-def _stack(tensors: Sequence[Tensor], pin: bool) -> Tensor:
+def _stack(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:
     """As `torch.stack`, with the axes in memory as the first tensor has them.
 
     Pictures stay channels last; to take their channels apart costs more than to resize them.
@@ -108,15 +108,7 @@ def _stack(tensors: Sequence[Tensor], pin: bool) -> Tensor:
     ordered = [t.permute(order) for t in tensors]
     shape = (len(tensors), *ordered[0].shape)
     back = [order.index(axis) + 1 for axis in range(first.dim())]
-    return torch.stack(ordered, out=_empty(shape, first.dtype, pin)).permute(0, *back)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
-    if pin:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
-    # NumPy asks for huge pages: a batch of 70 MB in small ones takes longer than its resizing.
-    size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
+    return torch.stack(ordered, out=allocate(shape, first.dtype)).permute(0, *back)
 
 
 def take(value: Any, rows: Sequence[int]) -> Any:

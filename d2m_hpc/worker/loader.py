@@ -27,6 +27,7 @@ from d2m_hpc.state.manifest import Rejection, Shard
 from d2m_hpc.worker.ahead import Coming, Stager, received
 from d2m_hpc.worker.batch import Batch, collate
 from d2m_hpc.worker.clock import Clock
+from d2m_hpc.worker.memory import Allocate, Reused, pinned
 from d2m_hpc.worker.prepare import Ready, Recipe, prepare
 from d2m_hpc.worker.scratch import Scratch
 from d2m_hpc.worker.shard import Archive, Index, Sample
@@ -117,7 +118,7 @@ class Loader:
     ) -> None:
         self._stager = Stager(iter(works), scratch)
         self._recipe = recipe
-        self._pin = pin
+        self._allocate: Allocate = pinned if pin else Reused(recipe.batch_size)
         self._next: Queue[Work | BaseException | None] = Queue(1)
         self._current: Work | None = None
         self._stopped = False
@@ -264,7 +265,7 @@ class Loader:
         inputs = {}
         for wanted in self._recipe.inputs:
             try:
-                inputs[wanted] = collate([r.inputs[wanted] for r in ready], self._pin)
+                inputs[wanted] = collate([r.inputs[wanted] for r in ready], self._allocate)
             except ValueError as error:
                 raise ShardError(f"preprocessor {wanted[1]!r}: {error}") from None
         columns = zip(*(r.fields for r in ready), strict=True)

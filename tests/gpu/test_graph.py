@@ -17,6 +17,7 @@ from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
 from d2m_hpc.models.transfer import Lane
 from d2m_hpc.worker.batch import Batch, Outputs, collate
 from d2m_hpc.worker.graph import Graph
+from d2m_hpc.worker.memory import pinned
 from d2m_hpc.worker.toolbox import Toolbox
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -49,7 +50,7 @@ def _batches(toolbox: Toolbox, size: int = 8) -> list[Batch]:
     return [
         Batch(
             keys=[str(i) for i in range(start, start + size)],
-            inputs={w: collate(v[start : start + size], pin=True) for w, v in made.items()},
+            inputs={w: collate(v[start : start + size], pinned) for w, v in made.items()},
             fields={},
         )
         for start in range(0, len(pictures), size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from kit import write_tar
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -425,13 +426,30 @@ def test_headers_made_to_trip_the_reader_are_cuts(tmp_path: Path, name: str, res
 @given(
     st.lists(st.tuples(st.integers(0, 9 * 1024 + 511), st.integers(1, 255)), min_size=1, max_size=6)
 )
+@example([(0, 8), (5, 253), (6, 251)])
 def test_whatever_bytes_flip_nothing_raises(flips: list[tuple[int, int]]) -> None:
     data = bytearray(tar_bytes(THREE, tarfile.GNU_FORMAT))
     for offset, mask in flips:
         data[offset] ^= mask
+    assume(not _unnoticed(data))
     index = index_of(bytes(data))
     in_headers = [o for o, _ in flips if o % 1024 < 512 or o >= 9 * 1024]
     assert bool(index.cut) == (bytes(data[o] for o in in_headers) != _original(in_headers))
+
+
+def _unnoticed(data: bytearray) -> bool:
+    """Flips in some header cancel out in its checksum, which may be of signed bytes, too."""
+    starts = range(0, 9 * 1024, 1024)
+    return any(
+        _is_header(h) and h != _three()[s : s + 512] for s in starts if (h := data[s : s + 512])
+    )
+
+
+def _is_header(block: bytearray) -> bool:
+    with contextlib.suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(bytes(block), tarfile.ENCODING, "surrogateescape")
+        return True
+    return False
 
 
 @functools.cache
