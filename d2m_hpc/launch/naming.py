@@ -60,13 +60,12 @@ def name_shards(urls: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
     left = [(i, *_stem_parts(url)) for i, url in enumerate(urls)]
     depth = 0
     while left:
-        fronts = _Fronts(depth)
-        tried = [fronts[folders] + name for _, folders, name in left]
+        tried = [_front(folders, depth) + name for _, folders, name in left]
         free = {stem for stem, times in Counter(tried).items() if times == 1} - used
         later = []
         for parts, stem in zip(left, tried, strict=True):
             i, folders, name = parts
-            if not _fits(stem) or (stem not in free and depth >= len(folders)):
+            if len(stem.encode()) > _LONGEST or (stem not in free and depth >= len(folders)):
                 stems[i] = _cut(name) + "_" + _short_hash(urls[i])
                 used.add(stems[i])
             elif stem in free:
@@ -78,19 +77,10 @@ def name_shards(urls: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
     return stems
 
 
-class _Fronts(dict[tuple[str, ...], str]):
+@lru_cache(maxsize=1000)
+def _front(folders: tuple[str, ...], depth: int) -> str:
     """What stands in front of the names of a folder's tars at some depth."""
-
-    def __init__(self, depth: int) -> None:
-        self._depth = depth
-
-    def __missing__(self, folders: tuple[str, ...]) -> str:
-        last = folders[-self._depth :] if self._depth else ()
-        return self.setdefault(folders, "".join(f"{folder}_" for folder in last))
-
-
-def _fits(stem: str) -> bool:
-    return len(stem) * 4 <= _LONGEST or len(stem.encode()) <= _LONGEST
+    return "".join(f"{folder}_" for folder in folders[max(0, len(folders) - depth) :])
 
 
 def _cut(name: str) -> str:
@@ -99,8 +89,7 @@ def _cut(name: str) -> str:
 
 def _stem_parts(url: str) -> tuple[tuple[str, ...], str]:
     folder, _, name = location(url).rstrip("/").rpartition("/")
-    stem = name[:-4] if name.endswith(".tar") else _ARCHIVE.sub("", name)
-    return _folders(folder), stem or name or "shard"
+    return _folders(folder), _ARCHIVE.sub("", name) or name or "shard"
 
 
 @lru_cache(maxsize=1000)

@@ -210,7 +210,7 @@ def _intend(workload: Workload, decision: Decision) -> tuple[Submission, slurm.P
     """Put on disk what Slurm will be asked for; a job is found again by its array's name."""
     submission = workload.run.new_submission()
     proposal = propose(workload, decision, submission.name)
-    chunks = [c for group in proposal.groups for c in chunking.balanced(group, proposal.most)]
+    chunks = (c for group in proposal.groups for c in chunking.balanced(group, proposal.most))
     write(submission, decision, chunks)
     slurm.write_arrays(submission, proposal.arrays)
     return submission, proposal
