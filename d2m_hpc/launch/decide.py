@@ -82,7 +82,7 @@ def inspect(config: Config, where: str, expansion: plan.Expansion | None = None)
     """
     config = absolute(config)
     run = run_dir(config)
-    expansion = expansion or plan.expand(config.input_tars)
+    expansion = expansion or plan.expand(config.input_tars, sized=not run.shards.exists())
     plan.check(expansion, where)
     if missing := missing_extras(config):
         raise ConfigError(where, missing)

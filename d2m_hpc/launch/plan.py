@@ -73,18 +73,19 @@ def _is_utf8(text: str) -> bool:
 
 
 @uncollected()
-def expand(patterns: Iterable[str]) -> Expansion:
+def expand(patterns: Iterable[str], sized: bool = True) -> Expansion:
     """List the tars that patterns name.
 
     Args:
         patterns: local paths, fsspec URLs or `pipe:` commands, each with braces (nested,
             zero-padded ranges) and, but for commands, globs.
+        sized: local tars are asked for their sizes, which is most of the work.
     """
     found = Expansion()
-    sizes = _LocalSizes()
+    disk = _Disk(sized)
     for pattern in patterns:
         try:
-            matched = found.take(_expand_one(pattern, sizes))
+            matched = found.take(_expand_one(pattern, disk))
         except D2MError as error:
             found.mistakes.append(f"input_tars: {error}")
             continue
@@ -97,55 +98,61 @@ def expand(patterns: Iterable[str]) -> Expansion:
     return found
 
 
-class _LocalSizes:
-    """Sizes of local files, by one listing of each folder: a look-up each is slow on Lustre."""
+class _Disk:
+    """Local files, by one listing of each folder: a look-up each is slow on Lustre.
 
-    def __init__(self) -> None:
-        self._folders: dict[str, dict[str, int]] = {}
+    Args:
+        sized: with their sizes, asked for in the folder's own order, which Lustre reads ahead.
+    """
 
-    def __getitem__(self, path: str) -> int:
+    def __init__(self, sized: bool) -> None:
+        self._sized = sized
+        self._folders: dict[str, dict[str, int | None]] = {}
+
+    def __getitem__(self, path: str) -> int | None:
         folder = path.rpartition("/")[0]
         if folder not in self._folders:
-            self._folders[folder] = dict(_list(f"{folder}/", lambda name: True))
+            self._folders[folder] = dict(self._list(f"{folder}/", lambda name: True))
         return self._folders[folder].get(path, MISSING)
 
+    def glob(self, pattern: str) -> list[tuple[str, int | None]]:
+        """All that a pattern names, but for folders, sorted."""
+        folder, _, name = pattern.rpartition("/")
+        if name == "**":
+            folder, name = pattern, "*"
+        folders = glob.glob(f"{folder}/", recursive=True) if GLOB.search(folder) else [f"{folder}/"]
+        # As in a shell, what begins with a dot is named only by a pattern that does.
+        visible = "" if name.startswith(".") else r"(?!\.)"
+        matches = re.compile(visible + fnmatch.translate(name)).match
+        return sorted(chain.from_iterable(self._list(f, matches) for f in sorted(folders)))
 
-def _list(folder: str, matches: Callable[[str], object]) -> list[tuple[str, int]]:
-    """The paths in a folder whose names match, but for folders, sorted, with their sizes.
+    def _list(self, folder: str, matches: Callable[[str], object]) -> list[tuple[str, int | None]]:
+        """The paths in a folder whose names match, but for folders, sorted.
 
-    Nothing else is asked for its size: beside tars lie as many files that are none.
-    """
-    found = []
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        found = [(e.name, _size(e)) for e in entries if matches(e.name) and not e.is_dir()]
-    found.sort()
-    # Made in the order in which all that follows goes through them, paths lie so in memory, too.
-    return [(folder + name, size) for name, size in found]
+        Nothing else is asked for its size: beside tars lie as many files that are none.
+        """
+        found, sized = [], self._sized
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            files = (e for e in entries if matches(e.name) and not e.is_dir())
+            found = [(e.name, _size(e, sized)) for e in files]
+        found.sort()
+        # Made in the order in which all that follows goes through them, paths lie so in memory.
+        return [(folder + name, size) for name, size in found]
 
 
-def _size(entry: os.DirEntry[str]) -> int:
+def _size(entry: os.DirEntry[str], sized: bool) -> int | None:
     try:
-        return entry.stat().st_size if entry.is_file() else MISSING
+        if entry.is_file():
+            return entry.stat().st_size if sized else None
     except OSError:  # it was there a moment ago
-        return MISSING
+        pass
+    return MISSING
 
 
-def _glob(pattern: str) -> list[tuple[str, int]]:
-    """All that a pattern names, but for folders, sorted, with sizes."""
-    folder, _, name = pattern.rpartition("/")
-    if name == "**":
-        folder, name = pattern, "*"
-    folders = glob.glob(f"{folder}/", recursive=True) if GLOB.search(folder) else [f"{folder}/"]
-    # As in a shell, what begins with a dot is named only by a pattern that does.
-    visible = "" if name.startswith(".") else r"(?!\.)"
-    matches = re.compile(visible + fnmatch.translate(name)).match
-    return sorted(chain.from_iterable(_list(folder, matches) for folder in sorted(folders)))
-
-
-def _expand_one(pattern: str, sizes: _LocalSizes) -> Iterator[tuple[str, int | None]]:
+def _expand_one(pattern: str, disk: _Disk) -> Iterator[tuple[str, int | None]]:
     pattern = pattern.removeprefix("file://")
     if is_local(pattern) and os.path.isfile(path := _absolute(pattern)):
-        yield path, sizes[path]  # a file's own name may hold braces and brackets
+        yield path, disk[path]  # a file's own name may hold braces and brackets
         return
     if is_remote(pattern):
         yield from remote.expand(list(_braces(pattern)))
@@ -156,7 +163,7 @@ def _expand_one(pattern: str, sizes: _LocalSizes) -> Iterator[tuple[str, int | N
         else:
             path = _absolute(name)
             wild = GLOB.search(path) and not os.path.isfile(path)
-            yield from _glob(path) if wild else [(path, sizes[path])]
+            yield from disk.glob(path) if wild else [(path, disk[path])]
 
 
 def _absolute(path: str) -> str:
@@ -171,14 +178,29 @@ def _braces(pattern: str) -> Iterator[str]:
 
 
 def plan_shards(sizes: Mapping[str, int | None], known: Sequence[Shard] = ()) -> list[Shard]:
-    """All shards of a run: those planned before, in their order, then the new ones."""
+    """All shards of a run: those planned before, in their order, then the new ones.
+
+    Args:
+        sizes: of all tars that the patterns name, by url; of new local ones that are not known
+            they are asked for.
+    """
     planned = {s.url for s in known}
     kept = [
-        s if (size := sizes.get(s.url, s.size)) == s.size else s._replace(size=size) for s in known
+        s if (size := sizes.get(s.url)) in (None, s.size) else s._replace(size=size) for s in known
     ]
     new = [url for url in sizes if url not in planned]
     stems = name_shards(new, (s.stem for s in known)) if new else []
-    return kept + [Shard(stem, url, sizes[url]) for stem, url in zip(stems, new, strict=True)]
+    return kept + [
+        Shard(stem, url, _size_now(url) if (size := sizes[url]) is None else size)
+        for stem, url in zip(stems, new, strict=True)
+    ]
+
+
+def _size_now(url: str) -> int | None:
+    try:
+        return os.path.getsize(url) if is_local(url) else None
+    except OSError:  # it is not there
+        return None
 
 
 _SCHEMA = pa.schema([("stem", pa.string()), ("url", pa.string()), ("size", pa.int64())])

@@ -31,7 +31,7 @@ def check(config: Config, where: str) -> plan.Expansion:
     """
     config = absolute(config)
     run = run_dir(config)
-    inputs = plan.expand(config.input_tars)
+    inputs = plan.expand(config.input_tars, sized=not run.shards.exists())
     problems = [*_output(config), *_leases(run), *_inputs(inputs)]
     problems += [*_weights(config, run, where), *_custom_file(config), *missing_extras(config)]
     if problems:

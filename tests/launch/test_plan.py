@@ -167,9 +167,19 @@ def test_only_what_matches_is_asked_for_its_size(
     touch(tmp_path, "0.tar", "0_stats.json", "0.parquet")
     asked = []
     real = plan._size
-    monkeypatch.setattr(plan, "_size", lambda entry: asked.append(entry.name) or real(entry))
+    monkeypatch.setattr(plan, "_size", lambda e, sized: asked.append(e.name) or real(e, sized))
     assert len(expand([f"{tmp_path}/*.tar"]).sizes) == 1
     assert asked == ["0.tar"]
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "{0..4}.tar"])
+def test_sizes_are_left_out_where_they_are_not_wanted(tmp_path: Path, pattern: str) -> None:
+    """What is no file is seen all the same."""
+    paths = touch(tmp_path, "0.tar", "1.tar", "2.tar")
+    (tmp_path / "3.tar").symlink_to("nowhere")
+    missing = [f"{tmp_path}/3.tar", *[f"{tmp_path}/4.tar"] * ("{" in pattern)]
+    found = expand([f"{tmp_path}/{pattern}"], sized=False)
+    assert found == Expansion(dict.fromkeys([*paths, *missing]), missing=missing)
 
 
 def test_a_list_keeps_its_order_and_counts_what_is_named_again(tmp_path: Path) -> None:
@@ -334,6 +344,13 @@ def test_a_shard_that_matches_no_pattern_now_keeps_its_size_and_place() -> None:
         Shard("1", "/x/1.tar", 10),
         Shard("2", "/x/2.tar", 9),
     ]
+
+
+def test_only_new_tars_whose_sizes_are_not_known_are_asked(tmp_path: Path) -> None:
+    old, new, told = touch(tmp_path, "old.tar", "new.tar", "told.tar")
+    sizes = {old: None, new: None, told: 3, "s3://b/a.tar": None, f"{tmp_path}/gone.tar": None}
+    planned = plan_shards(sizes, [Shard("old", old, 1)])
+    assert [s.size for s in planned] == [1, 7, 3, None, None]
 
 
 # --- the plan on disk ---

@@ -108,9 +108,9 @@ def test_a_submit_reads_records_and_inputs_once(
         counts["load"] += 1
         return load(run)
 
-    def counted_expand(patterns: list[str]) -> plan.Expansion:
+    def counted_expand(patterns: list[str], sized: bool) -> plan.Expansion:
         counts["expand"] += 1
-        return expand(patterns)
+        return expand(patterns, sized)
 
     monkeypatch.setattr(Manifest, "load", counted_load)
     monkeypatch.setattr(plan, "expand", counted_expand)
