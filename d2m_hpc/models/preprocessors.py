@@ -38,6 +38,7 @@ class Picture:
 
     def __init__(self, source: Image.Image | NDArray[np.uint8]) -> None:
         self._source = source
+        self._resized: dict[tuple[int, int, str, bool], Pixels] = {}
 
     @cached_property
     def pil(self) -> Image.Image:
@@ -58,6 +59,13 @@ class Picture:
 
     def form(self, exact: bool) -> Pixels:
         return self.pil if exact else self.tensor
+
+    def resized(self, width: int, height: int, how: str, exact: bool) -> Pixels:
+        """Resized once for all that ask alike: of a square, CLIP and the faces want the same."""
+        key = width, height, how, exact
+        if key not in self._resized:
+            self._resized[key] = _resize(self.form(exact), width, height, how)
+        return self._resized[key]
 
 
 def _tensor(source: Pixels | NDArray[np.uint8]) -> Tensor:
@@ -115,7 +123,7 @@ def clip_image(picture: Picture, options: Options) -> Tensor:
     short = min(width, height)
     wide, high = (int(CLIP_SIZE * side / short) for side in (width, height))
     _limit(wide * high, options, f"resizing {width}x{height} for CLIP")
-    resized = _tensor(_resize(picture.form(options.exact), wide, high, "bicubic"))
+    resized = _tensor(picture.resized(wide, high, "bicubic", options.exact))
     left, top = (round((side - CLIP_SIZE) / 2) for side in (wide, high))
     return resized[:, top : top + CLIP_SIZE, left : left + CLIP_SIZE]
 
@@ -132,11 +140,17 @@ def faces_image(picture: Picture, options: Options) -> tuple[Tensor, Tensor]:
     _limit(side * side, options, f"padding {width}x{height} to a square")
     left, top = (side - width) // 2, (side - height) // 2
     padding = (left, top, side - width - left, side - height - top)
-    image = picture.form(options.exact)
-    if height < side:  # what is white above and below is so after the first of resizing's passes
+    resized = _tensor(_in_square(picture, padding, options.exact))
+    return resized, torch.tensor(padding, dtype=torch.float32) / side
+
+
+def _in_square(picture: Picture, padding: tuple[int, int, int, int], exact: bool) -> Pixels:
+    if not any(padding):
+        return picture.resized(FACES_SIZE, FACES_SIZE, "bicubic", exact)
+    image, (_, height) = picture.form(exact), picture.size
+    if padding[1] + padding[3]:  # white rows are white after the first of resizing's passes, too
         image = _resize(image, FACES_SIZE, height, "bicubic")
-    resized = _resize(_pad(image, padding), FACES_SIZE, FACES_SIZE, "bicubic")
-    return _tensor(resized), torch.tensor(padding, dtype=torch.float32) / side
+    return _resize(_pad(image, padding), FACES_SIZE, FACES_SIZE, "bicubic")
 
 
 def _pad(image: Pixels, padding: tuple[int, int, int, int]) -> Pixels:
@@ -153,12 +167,12 @@ def _pad(image: Pixels, padding: tuple[int, int, int, int]) -> Pixels:
 
 def dedup_image(picture: Picture, options: Options) -> Tensor:
     """uint8 [3, 512, 512], whatever the aspect (bilinear)."""
-    return _tensor(_resize(picture.form(options.exact), DEDUP_SIZE, DEDUP_SIZE, "bilinear"))
+    return _tensor(picture.resized(DEDUP_SIZE, DEDUP_SIZE, "bilinear", options.exact))
 
 
 def stats_image(picture: Picture, options: Options) -> Tensor:
     """uint8 [3, 256, 256], whatever the aspect (bilinear)."""
-    return _tensor(_resize(picture.form(options.exact), STATS_SIZE, STATS_SIZE, "bilinear"))
+    return _tensor(picture.resized(STATS_SIZE, STATS_SIZE, "bilinear", options.exact))
 
 
 def identity(value: Any, options: Options) -> Any:
