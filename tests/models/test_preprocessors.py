@@ -155,6 +155,22 @@ def test_faces_padding_is_told_in_fractions_of_the_square(
     assert white == pytest.approx(sum(padding), abs=0.02)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_square_is_resized_once_for_clip_and_the_faces(
+    exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    real = preprocessors._resize
+    monkeypatch.setattr(
+        preprocessors, "_resize", lambda *given: sizes.append(given[1:]) or real(*given)
+    )
+    picture, options = Picture(photographs(1)[0].resize((300, 300))), Options(exact=exact)
+    for_clip = preprocessors.clip_image(picture, options)
+    for_faces, _ = preprocessors.faces_image(picture, options)
+    assert torch.equal(for_clip, for_faces)
+    assert sizes == [(224, 224, "bicubic")]
+
+
 @pytest.mark.parametrize("size", [(1, 9000), (9000, 1)])
 @pytest.mark.parametrize(("name", "what"), [("clip-aug", "CLIP"), ("faces-aug", "square")])
 @pytest.mark.parametrize("exact", [True, False])
