@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2m_hpc.state.manifest import Manifest, Outcome, Record, Recorder, Rejection, read_records
+from d2m_hpc.state.manifest import (
+    Manifest,
+    Outcome,
+    Record,
+    Recorder,
+    Rejection,
+    encode,
+    read_records,
+)
 from d2m_hpc.state.rundir import RunDir
 
 STEM = "döner \udcff\n☃"
@@ -113,6 +121,23 @@ def test_a_line_that_is_no_record_costs_no_other(tmp_path: Path, junk: bytes) ->
     whole = path.read_bytes()
     path.write_bytes(whole + junk + b"\n" + whole)
     assert list(read_records(path)) == [other, other]
+
+
+def test_lines_that_make_json_only_together_cost_no_other(tmp_path: Path) -> None:
+    path, other = tmp_path / "r.jsonl", Record("s", "done")
+    Recorder(path).append(other)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"[1\n" + whole + b"2]\n" + whole)
+    assert list(read_records(path)) == [other] * 3
+
+
+def test_records_that_fill_more_than_is_read_at_once_are_all_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    names = [Rejection("k" * 1000, f"no json {i}") for i in range(1000)]
+    records = [Record(f"s{i}", "done", rejections=names) for i in range(5)]
+    path.write_bytes(b"".join(map(encode, records)))
+    assert path.stat().st_size > 4 << 20
+    assert list(read_records(path)) == records
 
 
 @pytest.mark.parametrize(
