@@ -72,8 +72,20 @@ def _tensor(source: Pixels | NDArray[np.uint8]) -> Tensor:
     """uint8 [3, H, W] of an RGB image; a pixel's channels lie together, as they came."""
     if isinstance(source, Tensor):
         return source
-    pixels = np.array(source) if isinstance(source, Image.Image) else source
+    pixels = np.asarray(_Copied(source)) if isinstance(source, Image.Image) else source
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class _Copied:
+    """A PIL image's pixels as PIL copies them out, for nobody else: torch need not copy them again.
+
+    NumPy takes them for read-only, as they come in `bytes`, and torch warns of that.
+    """
+
+    def __init__(self, image: Image.Image) -> None:
+        self._pixels = np.asarray(image)
+        given = self._pixels.__array_interface__
+        self.__array_interface__ = given | {"data": (given["data"][0], False)}
 
 
 @dataclass(frozen=True)
@@ -123,9 +135,18 @@ def clip_image(picture: Picture, options: Options) -> Tensor:
     short = min(width, height)
     wide, high = (int(CLIP_SIZE * side / short) for side in (width, height))
     _limit(wide * high, options, f"resizing {width}x{height} for CLIP")
-    resized = _tensor(picture.resized(wide, high, "bicubic", options.exact))
     left, top = (round((side - CLIP_SIZE) / 2) for side in (wide, high))
+    if options.exact and wide > CLIP_SIZE:
+        return _tensor(_landscape(picture.pil, wide, left))
+    resized = _tensor(picture.resized(wide, high, "bicubic", options.exact))
     return resized[:, top : top + CLIP_SIZE, left : left + CLIP_SIZE]
+
+
+def _landscape(image: Image.Image, wide: int, left: int) -> Image.Image:
+    """The columns that a crop takes away go before the second of resizing's passes."""
+    first = image.resize((wide, image.height), Image.Resampling.BICUBIC)
+    cropped = first.crop((left, 0, left + CLIP_SIZE, image.height))
+    return cropped.resize((CLIP_SIZE, CLIP_SIZE), Image.Resampling.BICUBIC)
 
 
 def faces_image(picture: Picture, options: Options) -> tuple[Tensor, Tensor]:

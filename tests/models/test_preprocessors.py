@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,22 @@ def test_pixels_travel_as_bytes_of_one_size_channels_last(name: str, exact: bool
     pixels = _prepared(name, _odd_sizes()[0], exact)
     assert pixels.dtype == torch.uint8
     assert pixels.stride(0) == 1
+
+
+def test_a_pictures_tensor_is_its_own_to_write_in() -> None:
+    image = photographs(1)[0]
+    before = image.copy()
+    pixels = Picture(image).tensor
+    pixels.zero_()
+    assert image == before
+    assert torch.equal(Picture(before).tensor, TF.pil_to_tensor(image))
+
+
+def test_a_pictures_tensor_outlives_it() -> None:
+    expected = [TF.pil_to_tensor(image) for image in photographs(6)]
+    kept = [Picture(image).tensor for image in photographs(6)]
+    gc.collect()
+    assert all(map(torch.equal, kept, expected))
 
 
 @pytest.mark.parametrize("exact", [True, False])
