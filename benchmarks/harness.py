@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.table import Table
 from benchmarks.machine import Watch, warning
 
 Direction = Literal["at least", "at most"]
+Pair = tuple[float, float]
 REPETITIONS = 5
 
 
@@ -96,7 +97,7 @@ def measure(row: Row, setting: Setting, command: str) -> dict[str, Any]:
         if not setting.smoke:
             (sides.warm_up or (lambda: (sides.ours(), sides.baseline())))()
         watch = Watch()
-        pairs = list(_in_turns(sides, 1 if setting.smoke else setting.repetitions))
+        pairs, disturbed = _in_turns(sides, setting)
         machine = watch.describe()
     ours, baseline = map(list, zip(*pairs, strict=True))
     ratios = [row.ratio(*pair) for pair in pairs]
@@ -111,6 +112,7 @@ def measure(row: Row, setting: Setting, command: str) -> dict[str, Any]:
         "met": row.is_met(median(ratios)),
         "ours": ours,
         "baseline": baseline,
+        "disturbed": disturbed,
         "unit": row.unit,
         "against": "reference program" if setting.reference else "baseline",
         **sides.more,
@@ -120,9 +122,25 @@ def measure(row: Row, setting: Setting, command: str) -> dict[str, Any]:
     }
 
 
-def _in_turns(sides: Sides, repetitions: int) -> Iterator[tuple[float, float]]:
-    for _ in range(repetitions):
-        yield sides.ours(), sides.baseline()
+def _in_turns(sides: Sides, setting: Setting) -> tuple[list[Pair], list[Pair]]:
+    """What ours and the baseline cost, and the pairs that others spoiled and that were taken again.
+
+    There are at most as many of those as of the others.
+    """
+    pairs: list[Pair] = []
+    disturbed: list[Pair] = []
+    repetitions = 1 if setting.smoke else setting.repetitions
+    while len(pairs) < repetitions:
+        (ours, spoiled), (baseline, spoiled_too) = map(_watched, (sides.ours, sides.baseline))
+        again = (spoiled or spoiled_too) and len(disturbed) < repetitions and not setting.smoke
+        (disturbed if again else pairs).append((ours, baseline))
+    return pairs, disturbed
+
+
+def _watched(side: Callable[[], float]) -> tuple[float, bool]:
+    """What a side cost, and whether others had too much of the machine meanwhile."""
+    watch = Watch()
+    return side(), watch.disturbed()
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -151,5 +169,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"ratio {ratio['median']:.3g} ({ratio['min']:.3g} to {ratio['max']:.3g}), "
         f"{result['direction']} {result['target']:g}: {verdict}"
     )
+    if again := result["disturbed"]:
+        console.print(f"{len(again)} more were taken again, as others used the machine meanwhile")
     if doubt := warning(result["machine"]):
         console.print(f"[bold red]{doubt}")

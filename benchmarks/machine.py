@@ -27,17 +27,25 @@ class Watch:
 
         `others` is the mean number of cores that other programs used since the watch began.
         """
-        seconds = time.monotonic() - self._started
-        others = (_busy_seconds() - self._all) - (_own_seconds() - self._own)
         return {
             "cpu": _cpu(),
             "cores": len(os.sched_getaffinity(0)),
             "load_before": round(self._load, 2),
             "load_after": round(os.getloadavg()[0], 2),
-            "others": round(max(0.0, others / seconds), 2),
+            "others": round(self._others(), 2),
             "python": platform.python_version(),
             "torch": version("torch"),
         }
+
+    def disturbed(self) -> bool:
+        """Others had too much of the machine; within a second, the kernel's ticks do not tell."""
+        elapsed = time.monotonic() - self._started
+        return elapsed >= 1 and self._others() > BUSY * len(os.sched_getaffinity(0))
+
+    def _others(self) -> float:
+        seconds = time.monotonic() - self._started
+        others = (_busy_seconds() - self._all) - (_own_seconds() - self._own)
+        return max(0.0, others / seconds)
 
 
 def warning(machine: dict[str, Any]) -> str:
