@@ -29,7 +29,7 @@ class Watch:
         """
         return {
             "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": _cores(),
             "load_before": round(self._load, 2),
             "load_after": round(os.getloadavg()[0], 2),
             "others": round(self._others(), 2),
@@ -39,18 +39,27 @@ class Watch:
 
     def disturbed(self) -> bool:
         """Others had too much of the machine; within a second, the kernel's ticks do not tell."""
-        elapsed = time.monotonic() - self._started
-        return elapsed >= 1 and self._others() > BUSY * len(os.sched_getaffinity(0))
+        return self._seconds() >= 1 and _too_much(self._others(), _cores())
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
 
     def _others(self) -> float:
-        seconds = time.monotonic() - self._started
         others = (_busy_seconds() - self._all) - (_own_seconds() - self._own)
-        return max(0.0, others / seconds)
+        return max(0.0, others / self._seconds())
+
+
+def _too_much(used: float, cores: int) -> bool:
+    return used > BUSY * cores
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def warning(machine: dict[str, Any]) -> str:
     """Why figures taken on a machine are doubtful; empty where they are not."""
-    if machine["others"] > BUSY * machine["cores"]:
+    if _too_much(machine["others"], machine["cores"]):
         return (
             f"other programs used {machine['others']} of {machine['cores']} cores meanwhile: "
             "the figures are not to be trusted; stop them and run this again"
@@ -60,8 +69,8 @@ def warning(machine: dict[str, Any]) -> str:
 
 def load_warning() -> str:
     """Why it is no good moment to begin; empty where it is."""
-    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    if load > BUSY * cores:
+    load, cores = os.getloadavg()[0], _cores()
+    if _too_much(load, cores):
         return f"the load average is {load:.2f} on {cores} cores: wait until the machine is quiet"
     return ""
 

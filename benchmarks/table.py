@@ -63,7 +63,7 @@ def _note(row: Result) -> str:
     if found := row.get("conventional"):
         return f" (conventionally {_short(min(found))} to {_short(max(found))})"
     if seconds := row.get("ours_on_cpu"):
-        ratio = median(row["baseline"]) / seconds
+        ratio = median(row["baseline"]) / median(seconds)
         return f" (ratio {_short(ratio)} with our normalising on the CPU)"
     if alone := row.get("libraries_alone"):
         ratio = median(row["baseline"]) / median(alone)
