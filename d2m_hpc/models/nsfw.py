@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from d2m_hpc.models.loading import Weights
 
 CHECKPOINT = "nsfw_torch.pt"
+EPSILON = torch.finfo(torch.float32).tiny
+"""None, to a float32 variance of any size that is met; torch 2.10 and 2.11 refuse 0 itself."""
 
 
 class NsfwImage(nn.Module):
@@ -39,7 +41,7 @@ def head() -> nn.Sequential:
     """The net, named as its checkpoint's keys are."""
     return nn.Sequential(
         OrderedDict(
-            norm=nn.BatchNorm1d(768, eps=0.0),
+            norm=nn.BatchNorm1d(768, eps=EPSILON),
             dense=nn.Linear(768, 64),
             relu=nn.ReLU(),
             dense1=nn.Linear(64, 512),

@@ -38,9 +38,6 @@ from d2m_hpc.worker.writer import Committer
 log = logging.getLogger(__name__)
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-BROKEN: tuple[type[Exception], ...] = (
-    (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
-)
 
 
 def choose_device(configured: int | str, local: bool) -> torch.device:
@@ -239,7 +236,8 @@ class Task:
 def _is_broken(error: BaseException) -> bool:
     """CUDA itself is in error: no later shard can be computed by this process."""
     cause = error.__cause__ or error
-    return isinstance(cause, BROKEN) and not isinstance(cause, torch.OutOfMemoryError)
+    out_of_memory = isinstance(cause, torch.OutOfMemoryError)
+    return isinstance(cause, torch.AcceleratorError) and not out_of_memory
 
 
 def _raise(error: BaseException) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.loading import Weights
-from d2m_hpc.models.nsfw import CHECKPOINT, NsfwImage
+from d2m_hpc.models.nsfw import CHECKPOINT, NsfwImage, head
 
 CPU = torch.device("cpu")
 
@@ -49,6 +49,20 @@ def test_batch_norm_has_no_epsilon(checkpoints: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         scores = NsfwImage(CPU, Weights(tmp_path))((features, features))
     np.testing.assert_allclose(scores.numpy(), _by_hand(state, features), atol=1e-5)
+
+
+def test_the_epsilon_that_every_torch_takes_changes_no_bit() -> None:
+    norm, drawn = head().norm.eval(), torch.Generator().manual_seed(2)
+    assert norm.eps > 0  # torch 2.10 and 2.11 raise at 0
+    norm.running_var = 10.0 ** torch.linspace(-28, 8, 768)
+    norm.running_mean = torch.randn(768, generator=drawn)
+    features = torch.randn(9, 768, generator=drawn)
+    mean, variance = norm.running_mean, norm.running_var
+    at_zero = torch.batch_norm(
+        features, norm.weight, norm.bias, mean, variance, False, 0.0, 0.0, False
+    )
+    assert torch.equal(norm(features), at_zero)
+    assert at_zero.isfinite().all()
 
 
 @torch.inference_mode()

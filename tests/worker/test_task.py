@@ -190,7 +190,6 @@ def test_a_model_that_raises_fails_its_shard_with_its_traceback(tmp_path: Path) 
     assert _outputs(tmp_path) == ["00000.npz", "00000.parquet", "00002.npz", "00002.parquet"]
 
 
-@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="torch tells it by no type")
 def test_a_device_that_fails_while_it_computes_ends_the_task_and_fails_no_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
