@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from d2m_hpc.state.merge import listed
 from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.state.texts import escaped, json_escaped
 
 
 class Shard(NamedTuple):
@@ -96,9 +97,9 @@ _RECORD_FIELDS = frozenset(f.name for f in fields(Record))
 
 
 def encode(record: Record) -> bytes:
-    """A record's line."""
-    line = json.dumps(record.to_dict(), ensure_ascii=False, separators=(",", ":")) + "\n"
-    return line.encode("utf-8", "surrogatepass")
+    """A record's line: valid UTF-8 without raw control characters, its texts escaped and cut."""
+    line = json.dumps(escaped(record.to_dict()), ensure_ascii=False, separators=(",", ":"))
+    return json_escaped(line).encode() + b"\n"
 
 
 APPENDS = 3

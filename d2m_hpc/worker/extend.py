@@ -23,6 +23,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import ShardError
 from d2m_hpc.outputs import METADATA, OutputDir
 from d2m_hpc.state.manifest import Record, Rejection
+from d2m_hpc.state.texts import safe
 from d2m_hpc.worker.table import Table
 
 
@@ -96,8 +97,9 @@ class Extended:
         shared = [(place[name], row) for row, name in enumerate(_numbered(new)) if name in place]
         self._old_rows, self._new_rows = [pair[0] for pair in shared], [pair[1] for pair in shared]
         self.rows = len(shared)
-        known = {rejection.key for rejection in before.record.rejections}
-        self.rejections = before.record.rejections + [r for r in rejected if r.key not in known]
+        known = {safe(rejection.key) for rejection in before.record.rejections}
+        fresh = [r for r in rejected if safe(r.key) not in known]
+        self.rejections = before.record.rejections + fresh
 
     def features(self) -> dict[str, NDArray[Any]]:
         """As a `Table`'s; kept ones are the old npz's values, to the bit."""
@@ -140,9 +142,10 @@ def _require_same_samples(
         ShardError: the tar has changed, or which of several samples of one key a row is of cannot
             be told.
     """
-    rows, rows_now = Counter(old), Counter(new)
-    samples = rows + Counter(r.key for r in record.rejections)
-    samples_now = rows_now + Counter(r.key for r in rejected)
+    # Keys of rejections are on record as `safe` leaves them.
+    rows, rows_now = Counter(map(safe, old)), Counter(map(safe, new))
+    samples = rows + Counter(safe(r.key) for r in record.rejections)
+    samples_now = rows_now + Counter(safe(r.key) for r in rejected)
     again = _again(record.shard)
     if changed := sorted({*(samples - samples_now), *(samples_now - samples)}):
         raise ShardError(

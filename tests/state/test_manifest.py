@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +22,14 @@ from d2m_hpc.state.manifest import (
     read_records,
 )
 from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.state.texts import safe
 
 STEM = "döner \udcff\n☃"
 FULL = Record(
     STEM,
     "failed",
     rows=3,
-    rejections=[Rejection("a\udce9/b", "nö"), Rejection("", "x\ny")],
+    rejections=[Rejection("a\\xe9/b", "nö"), Rejection("", "x y")],
     recomputed=1,
     fingerprint="f" * 16,
     npz_sha256="0" * 64,
@@ -35,7 +37,7 @@ FULL = Record(
     started=1.25,
     finished=2.5,
     task="000-1-0",
-    host="node\u2028one",
+    host="node one",
     error="bröken",
     kind="ShardError",
     traceback='File "x"\n',
@@ -81,7 +83,24 @@ def test_any_record_is_read_back(tmp_path_factory: pytest.TempPathFactory, made:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.unlink(missing_ok=True)
     Recorder(path).append(made)
-    assert list(read_records(path)) == [made]
+    shown = [Rejection(safe(key), safe(reason)) for key, reason in made.rejections]
+    assert list(read_records(path)) == [replace(made, rejections=shown, error=safe(made.error))]
+    path.read_bytes().decode()
+
+
+def test_texts_on_record_are_escaped_and_bounded() -> None:
+    odd = "\udce9\x1b[2J\u2028\n" * 10_000
+    made = Record("s\u0085\udcff", "failed", rejections=[Rejection(odd, odd)], host=odd, kind=odd)
+    made.error = made.traceback = odd
+    line = encode(made)
+    assert len(line) < 60_000
+    (text,) = line.decode().splitlines()
+    assert text.isprintable()
+    values = json.loads(text)
+    assert values["shard"] == made.shard
+    assert values["rejections"][0][0].startswith("\\xe9\\x1b[2J\\u2028\\n")
+    assert "\n" in values["traceback"]
+    assert "\n" not in values["error"]
 
 
 def test_every_torn_line_is_dropped_and_the_next_append_is_whole(tmp_path: Path) -> None:
