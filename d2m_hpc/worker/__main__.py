@@ -114,11 +114,25 @@ def _own_log(path: Path) -> None:
 
 
 def _own_device(rank: int, tasks_per_node: int) -> None:
-    """One task, one GPU: of those that the element has, the rank's."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if visible and tasks_per_node > 1:
-        devices = visible.split(",")
+    """One task, one GPU: the rank's, of those that Slurm gave the element, or of all the node's.
+
+    Where whole nodes are given out, Slurm knows of no GPUs and sets no CUDA_VISIBLE_DEVICES. One
+    that is set and empty means that there are none.
+    """
+    if tasks_per_node == 1:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        devices = [str(i) for i in range(_gpu_count() or tasks_per_node)]
+    else:
+        devices = [name for name in visible.split(",") if name]
+    if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[rank % len(devices)]
+
+
+def _gpu_count() -> int:
+    """NVIDIA GPUs of this node, by their device files: CUDA reads its variable only once."""
+    return sum(p.name[6:].isdecimal() for p in Path("/dev").glob("nvidia*"))
 
 
 def _deadline(element: Element) -> float | None:

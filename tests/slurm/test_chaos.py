@@ -36,7 +36,7 @@ class Chaos:
         return min(self.done[kind] for kind in ("kill", "preempt", "cancel")) > 0
 
     def kill(self) -> bool:
-        command = f"^{sys.executable} -u -m d2m_hpc.worker {re.escape(str(self.run.run_dir))} "
+        command = f"^{sys.executable} -P -u -m d2m_hpc.worker {re.escape(str(self.run.run_dir))} "
         found = subprocess.run(["pgrep", "-f", command], capture_output=True, check=False).stdout
         if not found:
             return False

@@ -1,0 +1,79 @@
+"""Where a task stands in its array, and which device is its own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from kit import STATS, d2m, write_config, write_shards
+
+from d2m_hpc.launch import sbatch
+from d2m_hpc.launch.slurm import Array
+from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.worker import __main__ as main
+
+
+def own(rank: int, tasks_per_node: int) -> str | None:
+    """What a rank then sees; the variable is put back."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    main._own_device(rank, tasks_per_node)
+    seen = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if before is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = before
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "expected"),
+    [
+        (None, 0, ["0", "1", "2"]),
+        (None, 8, ["0", "1", "2"]),
+        (None, 2, ["0", "1", "0"]),
+        ("", 8, ["", "", ""]),
+        ("5,7", 8, ["5", "7", "5"]),
+        ("MIG-a,MIG-b,MIG-c", 1, ["MIG-a", "MIG-b", "MIG-c"]),
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own_while_there_are_enough(
+    visible: str | None, gpus: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(main, "_gpu_count", lambda: gpus)
+    assert [own(rank, 3) for rank in range(3)] == expected
+
+
+def test_a_task_alone_keeps_all_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert own(0, 1) is None
+
+
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("name", ["json", "torch", "logging", "tokenizers"])
+def test_a_strangers_file_in_the_folder_is_not_imported(
+    name: str, template: bool, tmp_path: Path
+) -> None:
+    """Where sbatch was called; by the command of `d2m-submit`, and by that of the template."""
+    write_shards(tmp_path / "tars", 1, 2)
+    tars, out = str(tmp_path / "tars" / "*.tar"), str(tmp_path / "out")
+    config = write_config(tmp_path / "c.yml", STATS, input_tars=tars, output_metadata_dir=out)
+    assert d2m("submit", config, "--no-sbatch", "--no-preflight").returncode == 0
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / f"{name}.py").write_text("open('RAN', 'w').close()\nraise SystemExit('shadowed')\n")
+    run = RunDir(tmp_path / "out" / ".d2m")
+    words = shlex.split(sbatch.command(run, run.submission("000"), Array("a", 0, 1), {}))
+    python = words[words.index("-m") - 3 :]
+    if template:
+        path = Path(__file__).parents[2] / "slurm" / "array.sbatch"
+        flags = path.read_text().partition('"${PYTHON:-python}" ')[2].split()[:4]
+        python = [python[0], *flags, *python[5:]]
+    environment = {**os.environ, "SLURM_JOB_END_TIME": "4102444800"}
+    ended = subprocess.run(python, cwd=here, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, (here / "RAN").exists()) == (0, False), ended.stderr
+    assert (tmp_path / "out" / "00000.parquet").exists()
