@@ -33,17 +33,23 @@ class Reused:
     A kernel zeroes each page that it hands out, which takes a tenth of the loader's time where
     every batch of 140 MB is a new one. What lay in batches at the same time is kept.
 
+    A batch takes as much memory as the largest one so far, that blocks may be of one size: not as
+    `batch_size` says, which may be far above what a shard has.
+
     Args:
-        rows: the most that a batch has; one with fewer takes as much memory.
+        rows: the most that a batch has.
     """
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
+        self._most = 0
         self._free: dict[int, list[NDArray[np.uint8]]] = {}
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         needed = math.prod(shape) * dtype.itemsize
-        size = max(needed, self._rows * math.prod(shape[1:]) * dtype.itemsize)
+        if shape:
+            self._most = max(self._most, min(shape[0], self._rows))
+        size = max(needed, self._most * math.prod(shape[1:]) * dtype.itemsize)
         if size not in self._free and len(self._free) >= SIZES:
             self._free = {}
         free = self._free.setdefault(size, [])

@@ -15,6 +15,18 @@ from typing import BinaryIO, NamedTuple
 BLOCK = tarfile.BLOCKSIZE
 _TIME_ONLY = re.compile(rb"(\d+) mtime=[0-9.]+\n")
 """The PAX header that webdataset puts before every member."""
+LONGEST_HEADER = 1 << 20
+"""Bytes of a long name or a PAX header; Linux' own limit for a path is 4096."""
+MOST_HEADERS = 100
+"""Headers before one member that say more of it; there are two or three in practice."""
+_EXTENDED = (*b"xgX", *b"LK")
+_RECORD = re.compile(rb"(\d{1,20}) [^=]+=")
+_DIGITS = re.compile(rb"\d{100}")
+PADDING = tarfile.RECORDSIZE + BLOCK
+"""Zeros that any archive may end in: the two blocks that end it, and the rest of a record of the
+usual 10,240 bytes, which is one more where there is but one block left in the record before."""
+RECORDS = [BLOCK << power for power in range(5, 12)]
+"""Larger records, 16 KiB to 1 MiB, that archives for tapes and fast disks are padded to."""
 _UNREADABLE = (
     *(tarfile.HeaderError, ValueError, ArithmeticError, LookupError),
     *(MemoryError, RecursionError),
@@ -117,6 +129,7 @@ class _SlowReader:
 
     def read(self, offset: int) -> tuple[Member, int]:
         """The member, and where the next one's header stands."""
+        _require_bounded(self._file, offset)
         self._file.seek(offset)
         info = tarfile.TarInfo.fromtarfile(self._tar)
         following = self._tar.offset
@@ -129,6 +142,46 @@ class _SlowReader:
         return Member(info.name, info.offset_data, size, kind), following
 
 
+def _require_bounded(file: BinaryIO, offset: int) -> None:
+    """Refuse what the standard library would take for ever, or all memory, to read.
+
+    Its regular expressions need quadratic time for a header of digits (CVE-2024-6232), and hold the
+    interpreter while they do.
+
+    Raises:
+        HeaderError: a header is too long or out of form.
+    """
+    for _ in range(MOST_HEADERS):
+        file.seek(offset)
+        block = file.read(BLOCK)
+        if len(block) < BLOCK or block[156] not in _EXTENDED:
+            return
+        size = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape").size
+        if not 0 <= size <= LONGEST_HEADER:
+            raise tarfile.HeaderError(f"a header of {size} bytes, over {LONGEST_HEADER}")
+        if block[156] in b"xgX":
+            _require_records(file.read(size))
+        offset += BLOCK + -(-size // BLOCK) * BLOCK
+    raise tarfile.HeaderError(f"over {MOST_HEADERS} headers before one member")
+
+
+def _require_records(data: bytes) -> None:
+    """A PAX header's records are as POSIX and the newer versions of the standard library want them.
+
+    Raises:
+        HeaderError: they are not.
+    """
+    position = 0
+    while position < len(data) and data[position]:
+        found = _RECORD.match(data, position)
+        end = position + int(found[1]) if found else 0
+        if not found or found.end() >= end or data[end - 1 : end] != b"\n":
+            raise tarfile.HeaderError("invalid header")
+        position = end
+    if _DIGITS.search(data):
+        raise tarfile.HeaderError("a number of over 100 digits in a header")
+
+
 def _cut_at(error: Exception, file: BinaryIO, offset: int, size: int) -> str:
     """Empty for the end-of-archive mark, zeros to the end."""
     kind = type(error).__name__
@@ -136,9 +189,11 @@ def _cut_at(error: Exception, file: BinaryIO, offset: int, size: int) -> str:
     if kind == "EmptyHeaderError":
         reason = "the end-of-archive mark is missing"
     elif kind == "EOFHeaderError":
-        if _only_zeros(file, offset):
-            return ""
         reason = "zeros, and more data after them"  # what a lost write leaves
+        if _only_zeros(file, offset):
+            if _is_padding(offset, size):
+                return ""
+            reason = "zeros to the end, far more than padding: a write that never finished"
     return f"at byte {offset} of {size}: {reason}"
 
 
@@ -148,3 +203,18 @@ def _only_zeros(file: BinaryIO, offset: int) -> bool:
         if block.count(0) < len(block):
             return False
     return True
+
+
+def _is_padding(offset: int, size: int) -> bool:
+    """Whether so many zeros end an archive, or are what a download or a crash did not write.
+
+    A file is made as long as it will be before it is downloaded, and a filesystem may come back
+    from a crash with zeros for what was not on disk yet.
+
+    Args:
+        offset: where the zeros begin.
+    """
+    zeros = size - offset
+    if not offset:  # an archive of nothing
+        return zeros <= tarfile.RECORDSIZE
+    return zeros <= max([PADDING, *(r + BLOCK for r in RECORDS if size % r == 0)])

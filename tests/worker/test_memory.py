@@ -61,6 +61,20 @@ def test_a_shards_last_batch_takes_the_memory_of_a_whole_one() -> None:
     assert batch(memory, 3).data_ptr() == where
 
 
+def test_a_bound_far_above_what_comes_takes_no_memory() -> None:
+    memory = Reused(10**19)
+    tracemalloc.start()
+    try:
+        first = batch(memory, 1, rows=2)
+        larger = batch(memory, 2, rows=3)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (first == 1).all()
+    assert (larger == 2).all()
+    assert held < 6 * 8 * 1000
+
+
 def test_batches_of_other_types_and_shapes_come_out_right() -> None:
     memory = Reused(ROWS)
     for dtype in (torch.uint8, torch.float32, torch.bool, torch.float16, torch.int64):

@@ -363,9 +363,44 @@ def test_blocks_of_zeros_with_members_after_them_are_no_end(blocks: int) -> None
     assert [s.key for s in index.samples] == ["a", "b"]
 
 
-def test_an_archive_padded_with_any_number_of_zeros_is_whole() -> None:
-    data = tar_bytes(THREE) + bytes(3_000_001)
-    assert index_of(data).cut == ""
+@pytest.mark.parametrize("record", [512, 1024, 10_240, 1 << 14, 1 << 18, 1 << 20])
+@pytest.mark.parametrize("spare", [0, 512, 1024])
+def test_an_archive_padded_to_a_record_is_whole(record: int, spare: int) -> None:
+    """By the records of tar's `-b`; the end mark may need another one."""
+    members = tar_bytes(THREE, tarfile.GNU_FORMAT)[: 9 * 1024]
+    filler = -(len(members) + 512 + spare) % record
+    members += tar_bytes([("f.txt", bytes(filler))])[: 512 + filler]
+    assert (len(members) + spare) % record == 0
+    data = members + bytes(1024)
+    index = index_of(data + bytes(-len(data) % record))
+    assert (index.cut, len(index.samples)) == ("", 4)
+
+
+@pytest.mark.parametrize("zeros", [10_753, 16_385, 100_001, 3_000_001, 1 << 22])
+def test_zeros_beyond_any_padding_are_a_write_that_never_finished(zeros: int) -> None:
+    """A file is made as long as it will be, and its download breaks off between two members."""
+    data = tar_bytes(THREE)[: 9 * 1024]
+    index = index_of(data + bytes(zeros))
+    assert index.cut.startswith(
+        f"at byte {len(data)} of {len(data) + zeros}: zeros to the end, far"
+    )
+    assert [s.key for s in index.samples] == ["a", "b", "c"]
+
+
+def test_zeros_from_within_a_member_on_are_no_padding_either() -> None:
+    data = tar_bytes([*triple("a"), ("b.jpg", b"x" * 50000)])
+    assert "far more than padding" in index_of(data[:20_000] + bytes(200_000)).cut
+
+
+@pytest.mark.parametrize(
+    ("size", "whole"), [(512, 1), (1024, 1), (10_240, 1), (10_752, 0), (1 << 20, 0)]
+)
+def test_nothing_but_zeros_is_an_empty_tar_only_where_it_is_as_short_as_one(
+    size: int, whole: int
+) -> None:
+    index = index_of(bytes(size))
+    assert (index.cut == "") == bool(whole)
+    assert (index.samples, index.strays) == ([], [])
 
 
 @pytest.mark.parametrize("junk", [b"", b"x", b"<html>" * 200, b"\xff" * 1024, bytes(511)])
@@ -404,6 +439,26 @@ HOSTILE = {
     ),
     "sparse map cut": gnu_sparse("a.jpg", 9)[:482],
     "pax sparse map of no numbers": pax_sparse("a.jpg", 9)[:-1024] + b"x" * 1024,
+}
+DIGITS = b"1" * 200_000
+
+
+def pax(records: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    """A PAX header of these bytes."""
+    block = bytearray(special("p", kind, size=len(records)).tobuf(tarfile.USTAR_FORMAT))
+    return with_checksum(block) + records.ljust(-(-len(records) // 512) * 512, b"\0")
+
+
+HOSTILE |= {
+    "digits without end": pax(DIGITS),
+    "digits in a global header": pax(DIGITS, tarfile.XGLTYPE),
+    "digits in a value": pax(b"%d comment=%b\n" % (200_016, DIGITS)),
+    "a record that reaches too far": pax(b"40 path=a\n"),
+    "a record without a line's end": pax(b"9 path=ab"),
+    "a record without a keyword": pax(b"6 =ab\n"),
+    "a header over the bound": pax(b"2000020 comment=%b\n" % (b"x" * 2_000_003)),
+    "a long name over the bound": pax(b"x" * 2_000_000, tarfile.GNUTYPE_LONGNAME),
+    "headers without end": pax(b"13 comment=a\n") * 200,
 }
 _endless = bytearray(gnu_sparse("a.jpg", 9)[:512])
 _endless[482] = 1
