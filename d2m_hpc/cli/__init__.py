@@ -14,6 +14,10 @@ from d2m_hpc.errors import D2MError
 SUBMIT_HELP = (
     "Compute what is left of a config's shards. The same command again goes on from there."
 )
+VERIFY_HELP = (
+    "Check every output against its record. Exit 0: all shards are finished and right; 1: a file "
+    "is wrong, or shards are not finished; 2: there is no such run."
+)
 
 app = typer.Typer(
     name="d2m",
@@ -27,7 +31,7 @@ app.command(help="Show what a submit would do; the same as submit --dry-run.")(p
 app.command(help="How far a run is.")(run.status)
 app.command(help="Cancel a run's pending and running array tasks.")(run.cancel)
 app.command(help="The log of the task that worked on a shard last.")(run.logs)
-app.command(help="Check every output against its record; exit 1 when one is wrong.")(run.verify)
+app.command(help=VERIFY_HELP)(run.verify)
 app.command(help="What a run did and made, as one HTML file.")(report)
 app.command(help="The config's JSON schema, for editors.")(schema.schema)
 app.command(help="The uids of the best samples, as a subset for DataComp's tools.")(datacomp.select)

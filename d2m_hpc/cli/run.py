@@ -49,6 +49,9 @@ def verify(
         int | None, typer.Option(min=1, metavar="N", help="only N shards, drawn at random")
     ] = None,
     seed: Annotated[int, typer.Option(help="of the draw")] = 0,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="shards that are not finished are no fault")
+    ] = False,
 ) -> None:
     from d2m_hpc.launch import show
     from d2m_hpc.launch.status import find_run
@@ -57,8 +60,7 @@ def verify(
     report = check(*find_run(target), sample, seed)
     if as_json:
         faults = [vars(f) for f in report.faults]
-        told = {"checked": report.checked, "done": report.done, "faults": faults}
-        print(json.dumps(told, indent=1))
+        print(json.dumps({**vars(report), "faults": faults}, indent=1))
     else:
         show.report(report)
-    raise typer.Exit(1 if report.faults else 0)
+    raise typer.Exit(1 if report.faults or (report.unfinished and not partial) else 0)

@@ -17,7 +17,8 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.launch import plan
 from d2m_hpc.launch.naming import location
-from d2m_hpc.launch.pool import UID, opened, outcomes
+from d2m_hpc.launch.pool import UID, opened
+from d2m_hpc.launch.standing import Standings, standings
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Outcome, Shard
 from d2m_hpc.state.rundir import RunDir, atomic_write
@@ -75,13 +76,12 @@ def export(run: RunDir, config: Config, folder: Path, allow_missing: bool = Fals
         ConfigError: the outputs do not have DataComp's names.
         D2MError: shards are not finished, unless that is allowed.
     """
-    known = outcomes(run)
-    missing = [stem for stem, outcome in known.items() if outcome is None]
-    _require_ready(run, config, missing, len(known), allow_missing)
-    repeated, folder, lacks = _repeated(run, config), folder.absolute(), lacking(config)
-    done = {stem: outcome for stem, outcome in known.items() if outcome}
-    there = [s for s in plan.read_shards(run.shards) if s.stem in done]
-    sizes = _write_sizes(folder, there, done)
+    found = standings(run, config)
+    missing = found.unfinished
+    _require_ready(run, config, missing, len(found.stems), allow_missing)
+    repeated, folder, lacks = _repeated(run, config, found), folder.absolute(), lacking(config)
+    there = [s for s in plan.read_shards(run.shards) if s.stem in found.done]
+    sizes = _write_sizes(folder, there, found.done)
     blur = [] if BLUR in lacks else [_write_blur_map(folder, there, config)]
     commands = {where: _command(where, table, blur) for where, table in sizes.items()}
     return Export(
@@ -160,8 +160,8 @@ def _write_blur_map(folder: Path, shards: Iterable[Shard], config: Config) -> Pa
     return path
 
 
-def _repeated(run: RunDir, config: Config) -> int:
-    with opened(run, config) as pool:
+def _repeated(run: RunDir, config: Config, known: Standings) -> int:
+    with opened(run, config, known) as pool:
         if "uid" not in pool.columns:
             return 0
         pool.db.execute("CREATE TABLE uids (high UBIGINT, low UBIGINT)")

@@ -17,6 +17,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.config.growth import only_new, with_own_names
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.launch import fingerprints, nodes, plan
+from d2m_hpc.launch.standing import Standings, stand
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.models import weights
 from d2m_hpc.outputs import OutputDir
@@ -221,31 +222,41 @@ def _earlier(decision: Decision) -> dict[str, dict[str, Any]]:
 def _read_state(decision: Decision) -> None:
     """Fill in how far each shard is, by the records and by what lies in the output."""
     workload = decision.workload
-    manifest = Manifest.load(workload.run)
-    output = OutputDir(workload.config.output_metadata_dir)
-    ours, foreign = workload.fingerprint_id, []
-    present, seconds = output.stems(), 0.0
-    for stem in (s.stem for s in decision.shards if s.stem in present):
-        found = manifest.done.get(stem) or _rebuild(output, stem)
-        if found is None:
-            foreign.append(stem)
-        elif found.fingerprint == ours:
-            decision.done.add(stem)
-            seconds += found.finished - found.started
-        elif not workload.config.reprocess:
-            decision.bases[stem] = found.fingerprint
-        if isinstance(found, Record):
-            decision.lost.append(found)
+    config, ours = workload.config, workload.fingerprint_id
+    manifest, output = Manifest.load(workload.run), OutputDir(config.output_metadata_dir)
+    stems = [s.stem for s in decision.shards]
+    found = stand(stems, manifest, output.stems(), ours, config.max_attempts)
+    foreign = _take_back(decision, found, output)
+    decision.done |= found.done.keys()
+    decision.exhausted = found.given_up - decision.done
+    if not config.reprocess:
+        decision.bases |= {stem: made.fingerprint for stem, made in found.outdated.items()}
+        _refuse_foreign(workload, foreign)
     if decision.done:
+        seconds = sum(o.finished - o.started for o in found.done.values())
+        seconds += sum(r.finished - r.started for r in decision.lost if r.shard in decision.done)
         decision.shard_seconds = seconds / len(decision.done)
     decision.last_finished = nodes.last_finished(manifest)
-    if not workload.config.reprocess:
-        _refuse_foreign(workload, foreign)
-    decision.exhausted = {
-        stem
-        for stem, failed in manifest.failures.items()
-        if sum(r.fingerprint == ours for r in failed) >= workload.config.max_attempts
-    } - decision.done
+
+
+def _take_back(decision: Decision, found: Standings, output: OutputDir) -> list[str]:
+    """Read the records of finished pairs back that killed tasks could not write any more.
+
+    Returns:
+        The stems of parquets that are not ours.
+    """
+    workload, foreign = decision.workload, []
+    for stem in found.unrecorded:
+        record = _rebuild(output, stem)
+        if record is None:
+            foreign.append(stem)
+            continue
+        decision.lost.append(record)
+        if record.fingerprint == workload.fingerprint_id:
+            decision.done.add(stem)
+        elif not workload.config.reprocess:
+            decision.bases[stem] = record.fingerprint
+    return foreign
 
 
 def _refuse_foreign(workload: Workload, stems: list[str]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from d2m_hpc.config.growth import Fingerprint, obstacles
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.state.manifest import Outcome
 from d2m_hpc.state.rundir import RunDir
 
 
@@ -19,12 +18,6 @@ def newest(run: RunDir) -> str:
         with suppress(FileNotFoundError):  # its submit was killed
             return str(json.loads(submission.intent.read_bytes())["fingerprint"])
     return ""
-
-
-def as_asked(run: RunDir, done: Mapping[str, Outcome]) -> dict[str, Outcome]:
-    """Of finished shards, by stem, those that have all that the last submit asked for."""
-    asked = newest(run)
-    return {stem: outcome for stem, outcome in done.items() if outcome.fingerprint == asked}
 
 
 def require_growth(

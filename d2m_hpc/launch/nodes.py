@@ -49,6 +49,11 @@ def in_a_row(run: RunDir, finished: Mapping[str, float]) -> dict[str, list[NodeF
     return dict(rows)
 
 
+def broken(run: RunDir, manifest: Manifest) -> dict[str, str]:
+    """Why each node that finished nothing since could not start its last task."""
+    return {n: row[-1].why for n, row in in_a_row(run, last_finished(manifest)).items()}
+
+
 def to_exclude(run: RunDir, finished: Mapping[str, float], most: int) -> list[str]:
     """Nodes that failed more than `most` tasks in a row, while another node finished shards.
 

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
-from d2m_hpc.launch import fingerprints, plan
-from d2m_hpc.launch.uncollected import uncollected
+from d2m_hpc.launch.standing import Standings, standings
 from d2m_hpc.outputs import OutputDir
-from d2m_hpc.state.manifest import Manifest, Outcome
 from d2m_hpc.state.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -88,31 +86,24 @@ def _value(name: str, kind: str) -> str:
     return f"CASE WHEN NOT isnan({value}) THEN {value} END" if kind in FLOATS else value
 
 
-def outcomes(run: RunDir) -> dict[str, Outcome | None]:
-    """What the records say of each shard of the plan, by stem, in the plan's order.
-
-    None where it is not finished, or lacks what the last submit asked for.
-    """
-    with uncollected():
-        done = fingerprints.as_asked(run, Manifest.load(run).done)
-        return {s: done.get(s) for s in plan.read_stems(run.shards)}
-
-
 @contextmanager
-def opened(run: RunDir, config: Config) -> Iterator[Pool]:
+def opened(run: RunDir, config: Config, known: Standings | None = None) -> Iterator[Pool]:
     """
+    Args:
+        known: where the run's shards stand, if that was asked already.
+
     Raises:
-        D2MError: no shard is finished, or a parquet is missing or cannot be read.
+        D2MError: no shard is finished, or a parquet cannot be read.
     """
     import duckdb
 
-    known = outcomes(run)
-    done = {stem: outcome for stem, outcome in known.items() if outcome}
+    found = known or standings(run, config)
+    done = found.done
     if not any(outcome.rows for outcome in done.values()):
         raise D2MError(f"{run.root}: no finished shard has rows; `d2m status` says how far it is")
     output = OutputDir(config.output_metadata_dir)
     newest = sorted(done, key=lambda s: (bool(done[s].rows), done[s].finished), reverse=True)
-    if lost := sorted(done.keys() - output.stems()):
+    if lost := sorted(s for s, o in found.removed.items() if o.fingerprint == found.asked):
         few = ", ".join(lost[:3])
         what = f"the parquets of {len(lost)} finished shards are missing ({few})"
         raise D2MError(f"{output.url}: {what}; see `d2m verify`")
@@ -123,10 +114,10 @@ def opened(run: RunDir, config: Config) -> Iterator[Pool]:
         explained(output),
     ):
         _confine(db, output, paths, spill)
-        found = db.execute(f"DESCRIBE FROM read_parquet({_text(paths[0])})").fetchall()
-        columns = {row[0]: row[1] for row in found}
+        described = db.execute(f"DESCRIBE FROM read_parquet({_text(paths[0])})").fetchall()
+        columns = {row[0]: row[1] for row in described}
         rows = sum(outcome.rows for outcome in done.values())
-        pool = Pool(db, paths, columns, rows, len(known) - len(done))
+        pool = Pool(db, paths, columns, rows, len(found.stems) - len(done))
         pool._show(paths[:1])
         yield pool
 

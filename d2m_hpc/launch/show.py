@@ -142,6 +142,10 @@ def summary(found: Summary) -> None:
         rows["GPU-hours"] = f"{found.gpu_hours:,.1f}"
     if found.outdated:
         rows["finished by an earlier config"] = f"{found.outdated}"
+    if found.removed:
+        rows["finished, and removed since"] = f"{found.removed}"
+    if found.given_up:
+        rows["given up"] = f"{found.given_up}"
     if found.recomputed:
         rows["run again in float32"] = f"{found.recomputed:,}"
     _pairs(rows, found.state)
@@ -179,6 +183,9 @@ def report(found: Report) -> None:
     if found.checked < found.done:
         checked = f"checked {found.checked:,} of {found.done:,} shards, a random sample"
     console.print(f"{checked}, {wrong} files wrong")
+    if found.unfinished:
+        left = f"{found.unfinished:,} of {found.shards:,} shards are not finished"
+        console.print(f"{left}; `d2m status` says why, and `d2m-submit` goes on", style="yellow")
 
 
 def checkpoints(known: Sequence[Checkpoint], folder: Path) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 from d2m_hpc.config import Config, load
 from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
-from d2m_hpc.launch import fingerprints, nodes, plan, slurm
+from d2m_hpc.launch import nodes, slurm
 from d2m_hpc.launch.decide import run_dir
+from d2m_hpc.launch.standing import Standings, standings
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.state.manifest import Manifest, Outcome
 from d2m_hpc.state.merge import listed
@@ -42,7 +43,9 @@ class Summary:
     """A run in figures.
 
     `done` are the shards that have all that the last submit asked for. `outdated` are those that
-    have what an earlier one asked for; they are among the pending, running and failed ones.
+    have what an earlier one asked for, `removed` those that are done on record and whose parquet is
+    not there; both are among the pending, running and failed ones. `given_up` are those of the
+    failed ones that the next submit does not try again.
     `eta_seconds` is None where nothing runs or nothing is known of its speed. `tasks` counts array
     elements by what Slurm says of them; it is empty where Slurm says nothing.
     """
@@ -66,6 +69,8 @@ class Summary:
     failures: list[Failure] = field(default_factory=list)
     rejections: dict[str, int] = field(default_factory=dict)
     outdated: int = 0
+    removed: int = 0
+    given_up: int = 0
 
     @property
     def complete(self) -> bool:
@@ -103,19 +108,19 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
 
 
 @uncollected()
-def summarise(run: RunDir, config: Config, known: Manifest | None = None) -> Summary:
-    """Read records, leases and progress files; asks nobody else.
+def summarise(
+    run: RunDir, config: Config, manifest: Manifest | None = None, found: Standings | None = None
+) -> Summary:
+    """Read records, leases and progress files, and list the outputs.
 
     Args:
-        known: the run's manifest, where it was read already.
+        manifest: where it was read already.
+        found: where the shards stand, likewise.
     """
-    manifest = known or Manifest.load(run)
-    stems = plan.read_stems(run.shards)
-    finished, current = manifest.done, fingerprints.as_asked(run, manifest.done)
-    by_stem = {s: r for s in stems if (r := current.get(s))}
-    done = list(by_stem.values())
-    failed = {s: f for s in stems if (f := manifest.failures.get(s)) and s not in by_stem}
-    running = (_held(run, config.lease_seconds) - by_stem.keys()).intersection(stems)
+    manifest = manifest or Manifest.load(run)
+    found = found or standings(run, config, manifest)
+    stems, done, failed = found.stems, list(found.done.values()), found.failed
+    running = (_held(run, config.lease_seconds) - found.done.keys()).intersection(stems)
     tasks = attempts(run)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     rows = sum(r.rows for r in done)
@@ -140,12 +145,12 @@ def summarise(run: RunDir, config: Config, known: Manifest | None = None) -> Sum
         gpu_hours=round(sum(t["updated"] - t["started"] for t in tasks if _has_gpu(t)) / 3600, 3),
         tasks=_queued(run),
         stragglers=_stragglers(active),
-        broken_nodes={
-            n: row[-1].why for n, row in nodes.in_a_row(run, nodes.last_finished(manifest)).items()
-        },
+        broken_nodes=nodes.broken(run, manifest),
         failures=_grouped(run, failed),
         rejections=rejections,
-        outdated=sum(s in finished and s not in by_stem for s in stems),
+        outdated=len(found.outdated),
+        removed=len(found.removed),
+        given_up=len(found.given_up),
     )
 
 

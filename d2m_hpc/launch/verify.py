@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
+from d2m_hpc.launch.standing import standings
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Manifest, Outcome
@@ -32,11 +33,21 @@ class Fault:
 
 @dataclass
 class Report:
-    """How many of the finished shards were checked, and what was found."""
+    """What was checked, and what was found.
+
+    Attributes:
+        checked: how many shards' files were looked at.
+        done: how many are done on record.
+        faults: what is wrong with files.
+        shards: of the run, done or not.
+        unfinished: how many are not done; what is removed or failed since counts.
+    """
 
     checked: int
     done: int
     faults: list[Fault]
+    shards: int
+    unfinished: int
 
 
 def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0) -> Report:
@@ -48,7 +59,9 @@ def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0
     """
     output = OutputDir(config.output_metadata_dir)
     with uncollected():
-        done = Manifest.load(run).done
+        manifest = Manifest.load(run)
+        found = standings(run, config, manifest)
+    done = manifest.done
     stems = sorted(done)
     if sample is not None and sample < len(stems):
         stems = sorted(random.Random(seed).sample(stems, sample))
@@ -57,7 +70,7 @@ def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0
     for suffix in (".npz", ".parquet"):
         strays = sorted(output.stems(suffix) - done.keys())
         faults += [Fault(f"{s}{suffix}", "has no record; run d2m-submit again") for s in strays]
-    return Report(len(stems), len(done), faults)
+    return Report(len(stems), len(done), faults, len(found.stems), len(found.unfinished))
 
 
 def check_shard(

@@ -129,7 +129,7 @@ def test_a_complete_run_has_no_time_left(file: Screen) -> None:
 
 def test_a_report_names_files_and_counts_each_once(file: Screen) -> None:
     faults = [Fault("[a].npz", "is missing"), Fault("b.npz", "x"), Fault("b.npz", "y")]
-    show.report(Report(3, 3, faults))
+    show.report(Report(3, 3, faults, shards=3, unfinished=0))
     assert file.text.splitlines() == [
         "[a].npz is missing",
         "b.npz x",
@@ -139,7 +139,7 @@ def test_a_report_names_files_and_counts_each_once(file: Screen) -> None:
 
 
 def test_a_report_of_a_sample_says_so(file: Screen) -> None:
-    show.report(Report(100, 1_000_000, []))
+    show.report(Report(100, 1_000_000, [], shards=1_000_000, unfinished=0))
     assert file.text == "checked 100 of 1,000,000 shards, a random sample, 0 files wrong\n"
 
 

@@ -72,9 +72,9 @@ def _plan_more(run: RunDir, count: int) -> None:
 
 @pytest.fixture
 def run(ended: Path, tmp_path: Path) -> RunDir:
-    """A copy of its run folder."""
-    shutil.copytree(ended / "out" / ".d2m", tmp_path / "run")
-    return RunDir(tmp_path / "run")
+    """A copy of its outputs, with the run folder beside them."""
+    shutil.copytree(ended / "out", tmp_path / "out")
+    return RunDir(tmp_path / "out" / ".d2m")
 
 
 def _summary(run: RunDir) -> status.Summary:
@@ -219,6 +219,7 @@ def test_a_run_is_in_one_state(records: dict[str, Any], state: str, run: RunDir)
     for stem, kind in records.items():
         times = {"started": 1.0, "finished": 2.0}
         recorder.append(Record(stem, kind, rows=1, fingerprint=fingerprints.newest(run), **times))
+        (run.root.parent / f"{stem}.parquet").touch()
     assert _summary(run).state == state
 
 
@@ -226,6 +227,7 @@ def test_a_shard_that_was_mended_is_no_failure_any_more(run: RunDir) -> None:
     recorder = Recorder(run.records / "later.jsonl")
     ours, now = fingerprints.newest(run), time.time()
     recorder.append(Record("half", "done", rows=2, fingerprint=ours, started=now, finished=now))
+    (run.root.parent / "half.parquet").touch()
     found = _summary(run)
     assert (found.done, found.failed, found.rows) == (4, 3, 39)
     assert not [g for g in found.failures if "half" in g.shards]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
-from d2m_hpc.launch import fingerprints, plan
+from d2m_hpc.launch import plan
 from d2m_hpc.launch.report import columns, gantt, sheet, timing, values
 from d2m_hpc.launch.report import page as pages
 from d2m_hpc.launch.report.history import History
+from d2m_hpc.launch.standing import standings
 from d2m_hpc.launch.status import summarise
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.rundir import RunDir, atomic_write
@@ -51,7 +52,8 @@ def _find(run: RunDir, config: Config, score: str | None, each: int) -> pages.Fo
     history = History.read(run)
     manifest = history.manifest
     output = OutputDir(config.output_metadata_dir)
-    sampled = columns.sample(output, manifest.done)
+    stood = standings(run, config, manifest)
+    sampled = columns.sample(output, [*stood.done, *stood.outdated])
     preferred = [config.renamed(name) for name in config.postprocess_columns]
     chosen = sheet.choose_score(sampled.columns, score, preferred)
     made = sheet.Sheet()
@@ -59,6 +61,5 @@ def _find(run: RunDir, config: Config, score: str | None, each: int) -> pages.Fo
         urls = {s.stem: s for s in plan.read_shards(run.shards)}
         shards = [urls[stem] for stem in sampled.shards if stem in urls]
         made = sheet.make(output, shards, chosen, each, config.max_image_pixels)
-    summary = summarise(run, config, manifest)
-    done = fingerprints.as_asked(run, manifest.done)
-    return pages.Found(summary, config, history, sampled, made, done, now)
+    summary = summarise(run, config, manifest, stood)
+    return pages.Found(summary, config, history, sampled, made, stood.done, now)
