@@ -14,17 +14,24 @@ of torch. The parent itself never runs an operation of torch.
     forker.py task-steps CONFIG OUT BEFORE
         likewise, but only before the operations of the task; each folder is a copy of BEFORE
 
+    forker.py freeze CONFIG OUT TAKER [BEFORE]
+        SIGSTOP before the first file operation of the thread that commits and records; its leases
+        are taken for expired, TAKER is run to the end, the first goes on, and TAKER is run once
+        more; and so on
+
 Prints how each run ended, `killed` or its exit code.
 """
 
 from __future__ import annotations
 
+import glob
 import itertools
 import os
 import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -96,6 +103,42 @@ def die_in_task_at(step: int) -> None:
     task.run_task = counted
 
 
+def stop_in_writer_at(step: int) -> None:
+    """SIGSTOP this process before the step-th file operation of its writer thread."""
+    steps = itertools.count(1)
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            writes = threading.current_thread().name == "writer"
+            if writes and next(steps) == step:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("open", "replace", "rename", "fsync", "unlink", "write", "rmdir", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def freeze_at_every_step(config: str, out: str, taker: str, before: str = "") -> None:
+    for step in itertools.count(1):
+        folder = f"{out}/{step}"
+        if before:
+            shutil.copytree(before, folder)
+        frozen = fork(config, folder, partial(stop_in_writer_at, step))
+        if not os.WIFSTOPPED(os.waitpid(frozen, os.WUNTRACED)[1]):
+            return
+        for lease in glob.glob(f"{folder}/.d2m/leases/*"):
+            os.unlink(lease)
+        print("taker ", end="", flush=True)
+        wait(fork(taker, folder))
+        os.kill(frozen, signal.SIGCONT)
+        print("frozen ", end="", flush=True)
+        wait(frozen)
+        print("again ", end="", flush=True)
+        wait(fork(taker, folder))
+
+
 def kill_at_every_step(
     config: str, out: str, die: Callable[[int], None] = die_at, before: str = ""
 ) -> None:
@@ -139,6 +182,8 @@ if __name__ == "__main__":
         kill_at_random(config, out, int(rest[0]), int(rest[1]), float(rest[2]))
     elif kind == "task-steps":
         kill_at_every_step(config, out, die_in_task_at, *rest)
+    elif kind == "freeze":
+        freeze_at_every_step(config, out, *rest)
     elif kind == "requests":
         kill_at_every_request(config, out)
     else:

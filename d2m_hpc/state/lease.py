@@ -7,6 +7,8 @@ from pathlib import Path
 
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
+from d2m_hpc.state.rundir import FILE_MODE
+
 OWNERLESS_SECONDS = 2.0
 """A live holder writes its name within milliseconds of making the file."""
 
@@ -29,7 +31,7 @@ class Lease:
         self._path = path
         self._ownerless: tuple[int, int, float] | None = None
         self._lock = SoftFileLease(
-            path, lease_duration=seconds, timeout=0, thread_local=False, mode=0o644
+            path, lease_duration=seconds, timeout=0, thread_local=False, mode=FILE_MODE
         )
 
     def claim(self) -> bool:

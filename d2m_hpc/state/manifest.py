@@ -12,7 +12,7 @@ from sys import intern
 from typing import Any, Literal, NamedTuple
 
 from d2m_hpc.state.merge import listed
-from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.state.rundir import FILE_MODE, RunDir
 from d2m_hpc.state.texts import escaped, json_escaped
 
 
@@ -121,7 +121,7 @@ class Recorder:
     def _append(self, data: bytes) -> bool:
         """Write a line; False where the file has moved since it was opened."""
         # One write of one line on O_APPEND; what a kill leaves of it has no newline.
-        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, FILE_MODE)
         try:
             size = os.fstat(fd).st_size
             if size and os.pread(fd, 1, size - 1) != b"\n":

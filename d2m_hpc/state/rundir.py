@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+FILE_MODE, FOLDER_MODE = 0o664, 0o775
+"""Before the umask: groups share runs by umask 002 and the setgid bit; nobody shares with all."""
+
 
 def fsync_dir(folder: Path) -> None:
     """Make the renames in a folder durable."""
@@ -19,17 +22,18 @@ def fsync_dir(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents; none is world-writable, whatever the umask.
+    """Make a folder and its parents by the umask; none is world-writable, whatever it is.
 
     `Path.mkdir(mode, parents=True)` gives the mode to the last one only.
     """
     if not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(mode=0o755, exist_ok=True)
+        folder.mkdir(FOLDER_MODE, exist_ok=True)
 
 
-def _owned(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o644)
+def owned(path: str, flags: int) -> int:
+    """An opener for `open`, of files that are not world-writable, whatever the umask."""
+    return os.open(path, flags, FILE_MODE)
 
 
 def atomic_write(path: Path, data: bytes | Iterable[bytes], durable: bool = True) -> None:
@@ -43,7 +47,7 @@ def atomic_write(path: Path, data: bytes | Iterable[bytes], durable: bool = True
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb", opener=_owned) as file:
+        with open(temporary, "wb", opener=owned) as file:
             file.writelines([data] if isinstance(data, bytes) else data)
             if durable:
                 file.flush()
@@ -61,7 +65,7 @@ def overwrite(path: Path, data: bytes) -> None:
 
     Unlike `atomic_write` it leaves nothing behind when it is killed; readers may see a part.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, FILE_MODE)
     try:
         os.ftruncate(fd, os.pwrite(fd, data, 0))
     finally:
@@ -203,7 +207,7 @@ class RunDir:
         while True:
             submission = self.submission(f"{number:03d}")
             try:
-                submission.folder.mkdir(mode=0o755)
+                submission.folder.mkdir(FOLDER_MODE)
                 return submission
             except FileExistsError:
                 number += 1

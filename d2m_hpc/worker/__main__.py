@@ -19,7 +19,7 @@ from types import FrameType
 
 from d2m_hpc.errors import D2MError, NodeError
 from d2m_hpc.state.chunks import Chunks
-from d2m_hpc.state.rundir import RunDir, atomic_write
+from d2m_hpc.state.rundir import FILE_MODE, RunDir, atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _own_log(path: Path) -> None:
     """Everything this task and its libraries print goes to its own file."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)

@@ -17,7 +17,7 @@ from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.chunks import Chunks
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Record, Recorder, Shard, read_records
-from d2m_hpc.state.rundir import RunDir, make_folder
+from d2m_hpc.state.rundir import FILE_MODE, RunDir, make_folder
 from d2m_hpc.worker.loader import Work
 from d2m_hpc.worker.progress import Reporter
 
@@ -136,6 +136,7 @@ class Claims:
     def _begin(self, shard: Shard, lease: Lease) -> Work | None:
         """A shard that was just claimed, or None where there is nothing for this task to do."""
         try:
+            self._clean(shard.stem)  # from here on no earlier attempt changes what lies there
             why = self._why_not(shard)
         except BaseException:
             lease.release()
@@ -144,7 +145,6 @@ class Claims:
             log.info("%s: %s", shard.stem, why)
             lease.release()
             return None
-        self._clean(shard.stem)
         self._held[shard.stem] = work = Work(shard, lease)
         return work
 
@@ -206,4 +206,4 @@ class Claims:
 
 def _touch(path: Path) -> None:
     make_folder(path.parent)
-    path.touch(mode=0o644)
+    path.touch(FILE_MODE)

@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from queue import Queue
 
 from d2m_hpc.errors import D2MError
@@ -15,7 +16,7 @@ from d2m_hpc.worker.claims import Claims
 from d2m_hpc.worker.loader import Work
 from d2m_hpc.worker.progress import Reporter
 from d2m_hpc.worker.table import Rows
-from d2m_hpc.worker.writer import Committer
+from d2m_hpc.worker.writer import Committer, TakenOver
 
 log = logging.getLogger(__name__)
 
@@ -73,16 +74,19 @@ class Settler:
 
     def _settle(self, result: Result) -> None:
         record = result.record
-        if result.work.lease is not None and result.work.lease.lost:
-            log.warning("%s: another task took it over; nothing is written", record.shard)
-            self._claims.let_go(result.work)
-            return
         record.finished = time.time()
         try:
+            if not _is_held(result.work):
+                raise TakenOver
             if result.error is not None:
                 raise result.error
             with result.work.clock("write"):
-                self._committer.commit(result.rows, record)
+                held = partial(_is_held, result.work)
+                self._committer.commit(result.rows, record, held)
+        except TakenOver:
+            log.warning("%s: another task took it over; nothing is written", record.shard)
+            self._claims.let_go(result.work)
+            return
         except Exception as error:
             _fail(record, error)
         record.seconds = result.work.clock.rounded()
@@ -98,6 +102,10 @@ class Settler:
         else:
             log.info("%s: %d rows, %d rejected", record.shard, record.rows, len(record.rejections))
             self._report(done=1, rejected=len(record.rejections))
+
+
+def _is_held(work: Work) -> bool:
+    return work.lease is None or not work.lease.lost
 
 
 def _fail(record: Record, error: BaseException) -> None:

@@ -21,7 +21,7 @@ from d2m_hpc.config.growth import only_new
 from d2m_hpc.errors import NodeError, ShardError
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Record, Recorder
-from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.state.rundir import FILE_MODE, RunDir
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.extend import Extended, Pair
 from d2m_hpc.worker.graph import Graph
@@ -110,7 +110,7 @@ def _device_name(device: torch.device) -> str:
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
     """Append this program's log to the task's file."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
     package = logging.getLogger("d2m_hpc")
     package.setLevel(logging.INFO)
     with open(fd, "a", encoding="utf-8", errors="backslashreplace") as file:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow.parquet as pq
 
-from d2m_hpc.errors import ShardError
+from d2m_hpc.errors import D2MError, ShardError
 from d2m_hpc.models.weights import sha256_of
 from d2m_hpc.outputs import METADATA, OutputDir
 from d2m_hpc.state.manifest import Record
-from d2m_hpc.state.rundir import fsync_dir, make_folder
+from d2m_hpc.state.rundir import fsync_dir, owned
+from d2m_hpc.state.staging import STAGING, Staging, remove
 from d2m_hpc.worker.table import Rows
 
 VERSIONED = ("d2m_hpc", "torch", "torchvision", "open_clip_torch", "timm", "transformers")
@@ -36,15 +36,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _owned(path: str, flags: int) -> int:
-    """Not world-writable, whatever the umask."""
-    return os.open(path, flags, 0o644)
-
-
 @contextmanager
 def _durable(path: Path) -> Iterator[BinaryIO]:
     """A new file that is on disk when the block ends."""
-    with open(path, "wb", opener=_owned) as file:
+    with open(path, "wb", opener=owned) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -91,6 +86,10 @@ def _lengths(npz: Path, parquet: Path) -> set[int]:
     return lengths | {pq.read_metadata(parquet).num_rows}
 
 
+class TakenOver(Exception):
+    """Another task has taken the shard over, and the pair in its place is that task's to write."""
+
+
 class Committer:
     """The only writer into the output folder."""
 
@@ -100,36 +99,49 @@ class Committer:
             scratch: where files are written before they are sent to an object store.
         """
         self.output = output
-        # On the outputs' filesystem, so that a rename commits; their readers list no folders.
-        self.staging = Path(output.path(".d2m-tmp")) if output.is_local else scratch
+        # Beside the outputs, for a rename commits; their readers list no folders.
+        beside = Path(output.root) if output.is_local else scratch
+        self.staging = Staging(beside / STAGING)
         output.make()
 
-    def commit(self, made: Rows, record: Record) -> None:
+    def commit(self, made: Rows, record: Record, held: Callable[[], bool] = lambda: True) -> None:
         """Publish a shard's pair: the npz first, the parquet last.
 
         A parquet in its place is a finished shard; until then there is none, also where an older
         pair is replaced.
 
+        Args:
+            held: whether the shard's lease is still this task's. A task that takes the lease fences
+                this one's folder, so that whoever has made that before asking is safe ever after.
+
         Raises:
+            TakenOver: it was not, or is not any more.
             ShardError: the values cannot be written, or the disk or store does not take them.
         """
-        self.clean(record.shard)
-        folder = self.staging / f"{record.shard}.{record.task}"
         try:
-            make_folder(folder)
-            npz, parquet = write_pair(made, record, folder)
-            publish = self._rename if self.output.is_local else self._upload
-            publish(npz, parquet)
-        except OSError as error:
+            folder = self.staging.make(record.shard, 0)
+            try:
+                if not held():
+                    raise TakenOver
+                npz, parquet = write_pair(made, record, folder)
+                publish = self._rename if self.output.is_local else self._upload
+                publish(npz, parquet)
+            finally:
+                with suppress(OSError):
+                    remove(folder)
+        except Exception as error:
+            if not held():
+                raise TakenOver from error
+            if not isinstance(error, OSError):
+                raise
             where = f"{self.output.url}: {record.shard} cannot be written"
             raise ShardError(f"{where}: {error}") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _rename(self, npz: Path, parquet: Path) -> None:
-        folder = Path(self.output.root)
-        if (folder / parquet.name).exists():
-            (folder / parquet.name).unlink()
+        """Each step is a rename into or out of the attempt's own folder, which is its fence."""
+        folder, earlier = Path(self.output.root), parquet.with_name("earlier")
+        with suppress(FileNotFoundError):
+            os.rename(folder / parquet.name, earlier)
             fsync_dir(folder)
         os.replace(npz, folder / npz.name)
         fsync_dir(folder)
@@ -142,12 +154,17 @@ class Committer:
         self.output.put(parquet)
 
     def clean(self, stem: str) -> None:
-        """Remove what a killed attempt at this shard left; call it while its lease is held."""
-        for left in self.staging.glob("*.*") if self.staging.is_dir() else ():
-            if left.name.rpartition(".")[0] == stem:
-                shutil.rmtree(left, ignore_errors=True)
+        """Take from earlier attempts at a shard what they need to commit; its lease is held.
+
+        Raises:
+            D2MError: they could still commit.
+        """
+        try:
+            self.staging.fence(stem)
+        except OSError as error:
+            what = f"{self.staging.root}: what an earlier attempt at {stem} left cannot be removed"
+            raise D2MError(f"{what}: {error}; remove it and run the same command again") from error
 
     def close(self) -> None:
         """Drop the staging folder when nobody uses it."""
-        with suppress(OSError):
-            self.staging.rmdir()
+        self.staging.close()

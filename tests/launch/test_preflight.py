@@ -95,4 +95,4 @@ def test_folders_are_not_world_writable_and_colons_are_just_a_name(tmp_path: Pat
     finally:
         os.umask(before)
     made = [tmp_path / "new", *(tmp_path / "new").rglob("*")]
-    assert [p for p in made if p.stat().st_mode & 0o022] == []
+    assert [p for p in made if p.stat().st_mode & 0o002] == []

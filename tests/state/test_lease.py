@@ -114,5 +114,5 @@ def test_a_lease_file_is_not_world_writable(path: Path) -> None:
         assert lease.claim()
     finally:
         os.umask(old)
-    assert path.stat().st_mode & 0o022 == 0
+    assert path.stat().st_mode & 0o002 == 0
     lease.release()

@@ -251,4 +251,4 @@ def test_records_files_are_not_world_writable(tmp_path: Path) -> None:
         Recorder(tmp_path / "r.jsonl").append(FULL)
     finally:
         os.umask(old)
-    assert (tmp_path / "r.jsonl").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "r.jsonl").stat().st_mode & 0o777 == 0o664

@@ -11,7 +11,7 @@ from threading import Barrier
 
 import pytest
 
-from d2m_hpc.state.rundir import RunDir, atomic_write
+from d2m_hpc.state.rundir import RunDir, atomic_write, overwrite
 
 
 @pytest.fixture
@@ -19,6 +19,40 @@ def open_umask() -> Iterator[None]:
     old = os.umask(0)
     yield
     os.umask(old)
+
+
+@pytest.mark.parametrize(
+    ("umask", "folder", "file"),
+    [(0o022, 0o755, 0o644), (0o002, 0o775, 0o664), (0o077, 0o700, 0o600), (0, 0o775, 0o664)],
+)
+def test_folders_and_files_follow_the_umask_and_are_never_world_writable(
+    umask: int, folder: int, file: int, tmp_path: Path
+) -> None:
+    old = os.umask(umask)
+    try:
+        run = RunDir(tmp_path / "a" / "run")
+        run.create()
+        atomic_write(run.new_submission().intent, b"{}")
+        overwrite(run.progress_of("000-0-0"), b"{}")
+    finally:
+        os.umask(old)
+    made = list((tmp_path / "a").rglob("*"))
+    assert {stat.S_IMODE(p.stat().st_mode) for p in made if p.is_dir()} == {folder}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in made if p.is_file()} == {file}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to give a folder to another group")
+def test_what_is_made_in_a_groups_folder_is_the_groups(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    os.chown(shared, -1, 4321)
+    shared.chmod(0o2775)
+    run = RunDir(shared / "out" / ".d2m")
+    run.create()
+    atomic_write(run.config, b"x: 1")
+    made = list(shared.rglob("*"))
+    assert {p.stat().st_gid for p in made} == {4321}
+    assert {bool(p.stat().st_mode & stat.S_ISGID) for p in made if p.is_dir()} == {True}
 
 
 def writable_by_all(folder: Path) -> list[Path]:

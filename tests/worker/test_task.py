@@ -291,7 +291,7 @@ def test_no_file_of_a_run_is_world_writable_under_umask_0(tmp_path: Path) -> Non
     made = [p for top in ("run", "out") for p in (tmp_path / top).rglob("*")]
     assert run.log_of("000", 0) in made
     modes = {str(p.relative_to(tmp_path)): stat.S_IMODE(p.stat().st_mode) for p in made}
-    assert {name for name, mode in modes.items() if mode & 0o022} == set()
+    assert {name for name, mode in modes.items() if mode & 0o002} == set()
 
 
 def test_a_task_without_time_for_a_shard_touches_none(tmp_path: Path) -> None:

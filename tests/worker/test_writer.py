@@ -405,14 +405,15 @@ def test_what_a_killed_attempt_left_is_swept_for_this_shard_alone(
 ) -> None:
     output = OutputDir(config.output_metadata_dir)
     committer = Committer(output, tmp_path)
+    staging = committer.staging.root
     for name in ("00000.000-7-0", "00001.000-8-0", "00000.x.000-9-0"):
-        (committer.staging / name).mkdir(parents=True)
-        (committer.staging / name / "half.npz").write_bytes(b"x")
+        (staging / name).mkdir(parents=True)
+        (staging / name / "half.npz").write_bytes(b"x")
     committer.clean("00000")
-    left = sorted(p.name for p in committer.staging.iterdir())
+    left = sorted(p.name for p in staging.iterdir())
     assert left == ["00000.x.000-9-0", "00001.000-8-0"]
     committer.close()  # others use it still
-    assert committer.staging.is_dir()
+    assert staging.is_dir()
 
 
 def test_nothing_is_world_writable_under_umask_0(config: configs.Config, tmp_path: Path) -> None:
@@ -427,7 +428,7 @@ def test_nothing_is_world_writable_under_umask_0(config: configs.Config, tmp_pat
     assert len(made) == 7
     modes = {str(p.relative_to(tmp_path)): oct(stat.S_IMODE(p.stat().st_mode)) for p in made}
     assert "a/b/.d2m-tmp" in modes
-    assert {p for p, mode in modes.items() if int(mode, 8) & 0o022} == set(), modes
+    assert {p for p, mode in modes.items() if int(mode, 8) & 0o002} == set(), modes
 
 
 # --- a full disk ---
@@ -465,7 +466,7 @@ def _assert_refused(output: OutputDir, table: Table, record: Record, scratch: Pa
         committer.commit(table, record)
     assert output.url in str(caught.value)
     committer.close()
-    assert not committer.staging.exists()
+    assert not committer.staging.root.exists()
     assert output.stems() == output.stems(".npz") == {"00000"}
 
 
