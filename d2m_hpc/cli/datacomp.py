@@ -90,6 +90,8 @@ def _show_selection(found: Selection, query: Query, output: Path) -> None:
         print(f"{found.without_uid:,} rows have no usable uid; they are left out")
     if found.repeated:
         print(f"{found.repeated:,} rows have the uid of another row; each uid is taken once")
+    for notice in found.notices:
+        print(f"note: {notice}")
     share = found.chosen / found.rows
     if found.chosen:
         print(f"{found.chosen:,} chosen, {share:.1%} of the rows: {output}")

@@ -6,12 +6,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
 from d2m_hpc.launch.standing import Standings, standings
+from d2m_hpc.launch.widest import FLOATS, Layout, Widest, is_lossy, listed, literal, quoted, text
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.rundir import RunDir
 
@@ -22,9 +23,6 @@ GROUP = 256
 """Shards that are read at once; the footers of all of a large run would fill the memory."""
 MEMORY, THREADS = "2GB", 4
 """A login node is shared; what does not fit is spilled to a temporary folder."""
-FLOATS = ("FLOAT", "DOUBLE")
-_SIGNED = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT")
-NUMBERS = (*FLOATS, *_SIGNED, *(f"U{kind}" for kind in _SIGNED))
 DIGITS = "CASE WHEN regexp_full_match(uid, '[0-9a-fA-F]{1,32}') THEN lpad(uid, 32, '0') END"
 UID = f"('0x' || ({DIGITS})[:16])::UBIGINT AS high, ('0x' || ({DIGITS})[17:])::UBIGINT AS low"
 """A uid's two halves; null where it is none."""
@@ -37,16 +35,22 @@ class Pool:
     Attributes:
         db: a database of our own, in which no SQL can read other files than the shards.
         paths: the parquets, the newest that has rows first.
-        columns: each column's type in duckdb's words, as the newest shard has it.
+        columns: each column's type in duckdb's words, the widest that any shard has.
+        layouts: of each group of shards.
         rows: in all finished shards together.
         unfinished: shards whose samples cannot be asked for.
+        notices: what casting to the widest types means for conditions.
+        rounded: by column, integers that a cast to floats changed, in the groups shown so far.
     """
 
     db: DuckDBPyConnection
     paths: list[str]
     columns: dict[str, str]
+    layouts: list[list[Layout]]
     rows: int
     unfinished: int
+    notices: list[str] = field(default_factory=list)
+    rounded: dict[str, int] = field(default_factory=dict)
 
     def groups(self, on_shards: Callable[[int, int], None] | None = None) -> Iterator[None]:
         """Let the view `pool` show some shards after others, until all were shown.
@@ -54,31 +58,47 @@ class Pool:
         Args:
             on_shards: told how many shards were read, of how many.
         """
-        for start in range(0, len(self.paths), GROUP):
-            self._show(self.paths[start : start + GROUP])
+        for number, paths in enumerate(_grouped(self.paths)):
+            self._show(self.layouts[number])
+            self._count_rounded(self.layouts[number])
             yield
             if on_shards:
-                on_shards(min(start + GROUP, len(self.paths)), len(self.paths))
+                on_shards(number * GROUP + len(paths), len(self.paths))
 
-    def _show(self, paths: Sequence[str]) -> None:
+    def _show(self, layouts: Sequence[Layout]) -> None:
         """Values of the types in `columns`, whatever a shard's own; NaN and what is not there are
         null, for duckdb has a NaN greater than all numbers."""
-        source = f"read_parquet([{', '.join(map(_text, paths))}], union_by_name => true)"
-        there = {row[0] for row in self.db.execute(f"DESCRIBE FROM {source}").fetchall()}
+        parts = " UNION ALL ".join(map(self._cast, layouts))
+        self.db.execute(f"CREATE OR REPLACE VIEW pool AS {parts}")
+
+    def _cast(self, layout: Layout) -> str:
+        """Apart from files of other types: duckdb would make one type of them first."""
         columns = [
-            f"{_value(name, kind) if name in there else f'NULL::{kind}'} AS {quoted(name)}"
+            f"{_value(name, kind) if name in layout.kinds else f'NULL::{kind}'} AS {quoted(name)}"
             for name, kind in self.columns.items()
         ]
-        self.db.execute(f"CREATE OR REPLACE VIEW pool AS SELECT {', '.join(columns)} FROM {source}")
+        return f"SELECT {', '.join(columns)} FROM read_parquet({listed(layout.paths)})"
+
+    def _count_rounded(self, layouts: Sequence[Layout]) -> None:
+        for kinds, paths in layouts:
+            for name in (n for n, kind in kinds.items() if is_lossy(kind, self.columns[n])):
+                beyond = f"count(*) FILTER (abs({quoted(name)}::HUGEINT) > 2**53)"
+                found = self.db.execute(f"SELECT {beyond} FROM read_parquet({listed(paths)})")
+                (count,) = found.fetchone() or (0,)
+                self.rounded[name] = self.rounded.get(name, 0) + count
+
+    def roundings(self) -> list[str]:
+        """What the groups shown so far lost, a line a column."""
+        return [
+            f"{count:,} integers of {name!r} are beyond 2**53 and were rounded: it has fractions "
+            "in other shards"
+            for name, count in self.rounded.items()
+            if count
+        ]
 
 
-def quoted(name: str) -> str:
-    """A column's name in SQL."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
+def _grouped(paths: Sequence[str]) -> list[Sequence[str]]:
+    return [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
 
 
 def _value(name: str, kind: str) -> str:
@@ -114,11 +134,12 @@ def opened(run: RunDir, config: Config, known: Standings | None = None) -> Itera
         explained(output),
     ):
         _confine(db, output, paths, spill)
-        described = db.execute(f"DESCRIBE FROM read_parquet({_text(paths[0])})").fetchall()
-        columns = {row[0]: row[1] for row in described}
+        groups, widest = _grouped(paths), Widest(db)
+        layouts = [widest.add(group) for group in groups]
         rows = sum(outcome.rows for outcome in done.values())
-        pool = Pool(db, paths, columns, rows, len(found.stems) - len(done))
-        pool._show(paths[:1])
+        columns, notices = widest.columns(), widest.notices()
+        pool = Pool(db, paths, columns, layouts, rows, len(found.stems) - len(done), notices)
+        pool._show(layouts[0])
         yield pool
 
 
@@ -131,8 +152,8 @@ def _confine(db: DuckDBPyConnection, output: OutputDir, paths: Sequence[str], sp
     db.execute("SET preserve_insertion_order = false")
     # A parquet's statistics leave NaN out, and duckdb would conclude from them that there is none.
     db.execute("SET disabled_optimizers = 'statistics_propagation'")
-    db.execute(f"SET temp_directory = {_text(spill)}")
-    db.execute("SET allowed_paths = ?", [paths])
+    db.execute(f"SET temp_directory = {text(spill)}")
+    db.execute("SET allowed_paths = ?", [list({*paths, *map(literal, paths)})])
     db.execute("SET enable_external_access = false; SET lock_configuration = true")
 
 

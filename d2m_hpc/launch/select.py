@@ -16,7 +16,8 @@ import pyarrow as pa
 from d2m_hpc.config import Config
 from d2m_hpc.config.mistakes import nearest
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch.pool import NUMBERS, UID, Pool, is_of_file, opened, quoted
+from d2m_hpc.launch.pool import UID, Pool, is_of_file, opened
+from d2m_hpc.launch.widest import NUMBERS, quoted
 from d2m_hpc.state.rundir import RunDir, atomic_write
 
 WHERE = "select"
@@ -75,6 +76,7 @@ class Selection:
         repeated: rows of `passed` beyond the first of each uid.
         chosen: uids in the subset.
         unfinished: shards that were not looked at.
+        notices: what came of types that differ between shards.
     """
 
     rows: int
@@ -84,6 +86,7 @@ class Selection:
     repeated: int
     chosen: int
     unfinished: int = 0
+    notices: tuple[str, ...] = ()
 
 
 def select(
@@ -177,8 +180,16 @@ def _choose(pool: Pool, query: Query) -> Selection:
         "CREATE TABLE chosen AS SELECT high, low FROM samples "
         f"ORDER BY score DESC, high, low LIMIT {chosen}"
     )
-    repeated = passed - without_uid - samples
-    return Selection(pool.rows, undecided, passed, without_uid, repeated, chosen, pool.unfinished)
+    return Selection(
+        rows=pool.rows,
+        undecided=undecided,
+        passed=passed,
+        without_uid=without_uid,
+        repeated=passed - without_uid - samples,
+        chosen=chosen,
+        unfinished=pool.unfinished,
+        notices=(*pool.notices, *pool.roundings()),
+    )
 
 
 def _row(pool: Pool, query: str) -> tuple[int, ...]:

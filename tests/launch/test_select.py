@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import s3
 from pools import CLIP, finish, make_run, subset, table, uid
@@ -141,11 +142,91 @@ def test_shards_that_lack_what_the_last_submit_asked_for_are_not_read(tmp_path: 
 def test_shards_may_differ_in_types_and_columns(tmp_path: Path) -> None:
     """A field that a shard has no value of is text there; an older shard may lack a column."""
     old = table([uid(0)], [0.5]).drop_columns(["original_width"])
-    void = table([uid(1)], [0.5], original_width=np.array([None], object).astype("str"))
+    void = table([uid(1)], [0.5], original_width=pa.array([None], pa.string()))
     empty = table([], []).drop_columns(["original_width"])
     new = table([uid(2)], [0.5], original_width=[500])
     shards = {"a": old, "b": void, "c": new, "d": empty}
     assert _select(tmp_path, shards, Query("original_width > 200")) == Selection(3, 2, 1, 0, 0, 1)
+
+
+def _widths(folder: Path, group: int, *columns: pa.Array, by: str = "") -> Selection:
+    """What `original_width > 5` chooses of shards with these columns, read so many at once."""
+    shards = {
+        f"{i}": table([uid(10 * i + j) for j in range(len(c))], [0.5] * len(c), original_width=c)
+        for i, c in enumerate(columns)
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pools, "GROUP", group)
+        return _select(folder, shards, Query("original_width > 5", by, 1.0 if by else 0.0))
+
+
+@pytest.mark.parametrize("group", [1, 2, 256])
+@pytest.mark.parametrize("last", [0, 1])
+def test_the_widest_type_decides_and_not_the_newest_shards(
+    tmp_path: Path, group: int, last: int
+) -> None:
+    """5.4 is more than 5; cast to the integers of the other shard it is not."""
+    columns = [pa.array([5.4, 4.9, None]), pa.array([5, 6], pa.int64())]
+    found = _widths(tmp_path, group, *(columns if last else columns[::-1]))
+    assert (found.passed, found.chosen, found.undecided, found.notices) == (2, 2, 1, ())
+
+
+def test_float32_and_large_integers_meet_in_float64(tmp_path: Path) -> None:
+    numbers = [pa.array([5.5], pa.float32()), pa.array([2**24 + 1, 5], pa.int32())]
+    assert _widths(tmp_path, 1, *numbers).passed == 2
+    chosen = _select_by(tmp_path / "again", "original_width = 16777217", numbers)
+    assert chosen.passed == 1
+
+
+def _select_by(folder: Path, where: str, columns: list[pa.Array]) -> Selection:
+    folder.mkdir()
+    rows = {f"{i}": table([uid(i)], [0.5], original_width=c[:1]) for i, c in enumerate(columns)}
+    return _select(folder, rows, Query(where))
+
+
+@pytest.mark.parametrize("group", [1, 256])
+def test_integers_that_a_cast_rounds_are_told(tmp_path: Path, group: int) -> None:
+    columns = [pa.array([2**60 + 1, 7, None], pa.int64()), pa.array([0.5])]
+    found = _widths(tmp_path, group, *columns)
+    [notice] = found.notices
+    assert "1 integers of 'original_width' are beyond 2**53 and were rounded" in notice
+    assert found.passed == 2
+
+
+def test_numbers_that_are_text_elsewhere_are_told(tmp_path: Path) -> None:
+    columns = [pa.array(["n/a", "7"]), pa.array([6, 3], pa.int64()), pa.array([], pa.int64())]
+    with pytest.raises(ConfigError, match="VARCHAR"):
+        _widths(tmp_path, 2, *columns)
+    query = Query("TRY_CAST(original_width AS DOUBLE) > 5")
+    shards = {
+        f"{i}": table([uid(10 * i), uid(10 * i + 1)], [0.5] * 2, original_width=c)
+        for i, c in enumerate(columns[:2])
+    }
+    (tmp_path / "again").mkdir()
+    found = _select(tmp_path / "again", shards, query)
+    assert (found.passed, found.undecided) == (2, 1)
+    [notice] = found.notices
+    assert notice == (
+        "'original_width' is text in some shards and bigint in others; conditions see it as text"
+    )
+
+
+@pytest.mark.parametrize("folder", ["out[1]", "o?t", "*", "[a-z]", "o[[]1]"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_names_are_no_patterns(tmp_path: Path, folder: str, remote: bool) -> None:
+    """Each of these shards' names, taken for a pattern, matches the others' or nothing."""
+    names = ["?", "a", "*", "[ab]", "b", "part[1]", "part1"]
+    shards = {name: table([uid(i)], [0.5]) for i, name in enumerate(names)}
+    root = f"memory://{tmp_path.name}" if remote else str(tmp_path)
+    if not remote:
+        (tmp_path / folder).mkdir()
+    run, config = make_run(tmp_path, shards, url=f"{root}/{folder}")
+    try:
+        found = select(run, config, Query(), tmp_path / "subset.npy")
+    finally:
+        if remote:
+            fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+    assert (found.rows, found.passed, found.repeated, found.chosen) == (7, 7, 0, 7)
 
 
 def test_shards_are_read_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
