@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from d2m_hpc.urls import PIPE, is_pipe, is_remote, scheme
 
-_ARCHIVE = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
+_ARCHIVE = re.compile(r"\.(tar(\.(gz|xz|bz2|zst))?|tgz|txz|tbz2?|tzst)$", re.IGNORECASE)
 _LONGEST = 200
 """Bytes of a stem: a file name has 255, and temporary names are made from it."""
 

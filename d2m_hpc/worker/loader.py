@@ -184,6 +184,8 @@ class Loader:
     def _read(self, work: Work, coming: Coming[Work]) -> None:
         try:
             with coming.arrived() as staged, closing(Archive(staged.path)) as archive:
+                if not staged.damage:
+                    self._require_tar(work, archive)
                 if staged.damage or not archive.ends_in_zeros():
                     self._refuse_cut(work, archive, staged.damage)
                 index = archive.index()
@@ -217,6 +219,10 @@ class Loader:
         self._require_whole(work, index, cut)
         work.total = index.count + len(index.strays)
         self._reject(work, index.strays)
+
+    def _require_tar(self, work: Work, archive: Archive) -> None:
+        if what := archive.nature():
+            raise ShardError(f"{work.shard.url} is no tar: {what}")
 
     def _require_whole(self, work: Work, index: Index, cut: str) -> None:
         whole = index.count

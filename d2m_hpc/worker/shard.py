@@ -13,6 +13,7 @@ from webdataset.tariterators import base_plus_ext
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.state.manifest import Rejection
+from d2m_hpc.worker.nature import HEAD, nature
 from d2m_hpc.worker.tar import BLOCK, Member, TarCut, members
 
 CUT_OFF = "cut off where the archive ends"
@@ -48,6 +49,12 @@ class Archive:
         if len(data) < size:
             raise ShardError(f"{self._file.name}: the file changed while it was read")
         return data
+
+    def nature(self) -> str:
+        """What the file is if it is no tar."""
+        fd = self._file.fileno()
+        begins_well = not nature(os.pread(fd, BLOCK, 0), self.size)
+        return "" if begins_well else nature(os.pread(fd, HEAD, 0), self.size)
 
     def ends_in_zeros(self) -> bool:
         """As every whole tar does; the last block of one that was cut off seldom happens to."""

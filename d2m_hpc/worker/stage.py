@@ -1,15 +1,13 @@
-"""Bring a tar to this node: from a shared disk, an object store or a command, through gzip."""
+"""Bring a tar to this node: from a shared disk, an object store or a command, decompressed."""
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import select
 import signal
 import subprocess
 import tempfile
-import zlib
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,9 +18,9 @@ from d2m_hpc import stores
 from d2m_hpc.errors import ShardError
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.urls import PIPE, is_local, is_pipe
+from d2m_hpc.worker.compressed import BROKEN, HEAD, Readable, codec_of
 from d2m_hpc.worker.scratch import Copy, Scratch
 
-GZIP_MAGIC = b"\x1f\x8b"
 STEP = 1 << 20
 SAID = 2000
 """Bytes of a failed command's last words that go on record."""
@@ -52,7 +50,7 @@ def stage(shard: Shard, scratch: Scratch) -> Iterator[Staged]:
     Raises:
         ShardError: it cannot be had, or is too large for scratch.
     """
-    if is_local(shard.url) and not _is_gzip(shard.url):
+    if is_local(shard.url) and not _is_compressed(shard.url):
         yield Staged(Path(shard.url), copied=False)
         return
     with scratch.copy(f"{shard.stem}.tar") as copy:
@@ -60,10 +58,10 @@ def stage(shard: Shard, scratch: Scratch) -> Iterator[Staged]:
         yield Staged(copy.path, _fetch(shard, copy))
 
 
-def _is_gzip(path: str) -> bool:
+def _is_compressed(path: str) -> bool:
     try:
         with open(path, "rb") as file:
-            return file.read(2) == GZIP_MAGIC
+            return codec_of(file.read(HEAD)) is not None
     except OSError as error:
         raise ShardError(f"{path}: {error.strerror or error}") from None
 
@@ -156,51 +154,77 @@ def _last(words: BinaryIO) -> str:
 
 
 def _write(stream: Stream, file: BinaryIO, copy: Copy) -> str:
-    """Write a stream to a file, through gzip where it is compressed; returns what broke it off."""
-    if not stream.begins_with(GZIP_MAGIC):
+    """Write a stream to a file, decompressed; returns what broke it off."""
+    codec = codec_of(stream.head(HEAD))
+    if codec is None:
         return _copy(stream, file, copy)
-    try:
-        with gzip.GzipFile(fileobj=stream, mode="rb") as plain:
-            return _copy(plain, file, copy)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        damage = f"in the gzip stream, after {file.tell()} bytes of tar: {error}"
-    stream.drain()
+    with codec.open(stream) as plain:
+        damage = _copy(plain, file, copy, stream)
+    if damage:
+        damage = f"in the {codec.name} stream, after {file.tell()} bytes of tar: {damage}"
+        stream.drain()
     return damage
 
 
-def _copy(source: io.BufferedIOBase | io.RawIOBase, file: BinaryIO, copy: Copy) -> str:
+def _copy(source: Readable, file: BinaryIO, copy: Copy, behind: Stream | None = None) -> str:
+    """
+    Args:
+        behind: the compressed stream; what goes wrong while it is read is no damage to it.
+
+    Returns:
+        what is wrong with the compressed stream, if anything.
+    """
     size = 0
-    while block := source.read(STEP):
+    while True:
+        try:
+            block = source.read(STEP)
+        except BROKEN as error:
+            if behind is None or behind.failed:
+                raise
+            return str(error)
+        if not block:
+            return ""
         size += len(block)
         copy.reserve(size)
         file.write(block)
-    return ""
 
 
 class Stream(io.RawIOBase):
-    """Blocks as a file that can be read once."""
+    """Blocks as a file that can be read once.
+
+    Attributes:
+        failed: whoever hands out the blocks has raised an error.
+    """
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks
         self._rest = memoryview(b"")
+        self.failed = False
 
     def readable(self) -> bool:
         return True
 
-    def begins_with(self, magic: bytes) -> bool:
-        """Call it before anything is read."""
+    def head(self, size: int) -> bytes:
+        """The first bytes, which are read again afterwards; call it before anything is read."""
         head = b""
-        while len(head) < len(magic) and (block := next(self._blocks, b"")):
+        while len(head) < size and (block := self._more()):
             head += block
         self._rest = memoryview(head)
-        return head.startswith(magic)
+        return head[:size]
 
     def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes, and none at the end."""
-        rest = self._rest or memoryview(next(self._blocks, b""))
+        rest = self._rest or memoryview(self._more())
         cut = len(rest) if size < 0 else size
         self._rest = rest[cut:]
         return bytes(rest[:cut])
+
+    def _more(self) -> bytes:
+        try:
+            return next(self._blocks, b"")
+        except BaseException:
+            self.failed = True
+            raise
 
     def drain(self) -> None:
         """Read to the end: a command that cannot write on would look like one that fails."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import sys
@@ -293,14 +294,25 @@ def test_a_truncated_shard_is_taken_when_that_is_asked_for(scratch: Scratch) -> 
     assert work.total == 20
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>not found</html>" * 50, jpeg()])
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "it is empty"),
+        (b"<html>not found</html>" * 50, "it is an HTML page"),
+        (jpeg(), "it is a JPEG picture"),
+        (bytes(30_000), "zeros"),
+    ],
+)
 @pytest.mark.parametrize("allow", [False, True])
-def test_what_is_no_tar_is_never_a_finished_shard(
-    tmp_path: Path, scratch: Scratch, data: bytes, allow: bool
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_what_is_no_tar_is_named_and_never_a_finished_shard(
+    tmp_path: Path, scratch: Scratch, data: bytes, says: str, allow: bool, compress: Any
 ) -> None:
-    (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(TruncatedShard, match="at byte 0"):
+    """No `TruncatedShard`: there is nothing in it to be taken."""
+    (tmp_path / "a.tar").write_bytes(compress(data))
+    with pytest.raises(ShardError, match=rf"a\.tar is no tar: .*{says}") as raised:
         load(tmp_path / "a.tar", recipe(allow_truncated=allow), scratch)
+    assert type(raised.value) is ShardError
 
 
 def test_a_broken_gzip_is_named_as_such(tmp_path: Path, scratch: Scratch) -> None:

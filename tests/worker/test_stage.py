@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
+import re
 import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pytest
 import s3
 from kit import write_tar
@@ -41,6 +45,12 @@ def tar_bytes(members: Members) -> bytes:
     return buffer.getvalue()
 
 
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "xz": lzma.compress,
+    "bzip2": bz2.compress,
+    "zstd": partial(pa.compress, codec="zstd", asbytes=True),
+}
 THREE = [(f"{k}.{e}", f"{k}{e}".encode() * 5) for k in "abc" for e in ("jpg", "json", "txt")]
 
 
@@ -70,21 +80,34 @@ def test_a_plain_local_tar_is_read_in_its_place(tmp_path: Path, scratch: Scratch
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar", "a::b.tar.gz", "{x} [y]*.tar.gz"])
+@pytest.mark.parametrize("codec", COMPRESS)
 def test_a_compressed_tar_is_known_by_its_content(
-    awkward_path: Path, scratch: Scratch, name: str
+    awkward_path: Path, scratch: Scratch, name: str, codec: str
 ) -> None:
-    path = write_tar(awkward_path / name, THREE, mode="w:gz")
+    path = awkward_path / name
+    path.write_bytes(COMPRESS[codec](tar_bytes(THREE)))
     assert read_all(str(path), scratch) == (["a", "b", "c"], "")
     assert path.exists()
 
 
-def test_a_gzip_of_many_parts_is_read_to_its_end(tmp_path: Path, scratch: Scratch) -> None:
-    data, path = tar_bytes(THREE), tmp_path / "a.tar.gz"
-    path.write_bytes(gzip.compress(data[:3000]) + gzip.compress(data[3000:]))
+@pytest.mark.parametrize("codec", COMPRESS)
+def test_a_stream_of_many_parts_is_read_to_its_end(
+    tmp_path: Path, scratch: Scratch, codec: str
+) -> None:
+    data, path, compress = tar_bytes(THREE), tmp_path / "a.tar.gz", COMPRESS[codec]
+    path.write_bytes(compress(data[:3000]) + compress(data[3000:]))
     assert read_all(str(path), scratch) == (["a", "b", "c"], "")
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("first", ["BZh9", "BZh91AY&S", "(", "\x1fx"])
+def test_a_tar_may_begin_with_a_name_like_a_compressed_one(
+    tmp_path: Path, scratch: Scratch, first: str
+) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{first}.txt": b"x"})
+    assert read_all(str(path), scratch) == ([first], "")
+
+
+@pytest.mark.parametrize("compress", [bytes, *COMPRESS.values()])
 def test_urls_are_copied(scratch: Scratch, compress: Any) -> None:
     fs = fsspec.filesystem("memory")
     fs.pipe("/bucket/a.tar", compress(tar_bytes(THREE)))
@@ -147,13 +170,35 @@ def test_a_plain_tar_cut_in_a_pipe_is_cut(tmp_path: Path, scratch: Scratch) -> N
     assert cut.startswith("at byte")
 
 
-def test_a_gzip_cut_anywhere_is_reported(tmp_path: Path, scratch: Scratch) -> None:
-    data, path = gzip.compress(tar_bytes(THREE)), tmp_path / "a.tar.gz"
+@pytest.mark.parametrize("codec", COMPRESS)
+def test_a_stream_cut_anywhere_is_reported(tmp_path: Path, scratch: Scratch, codec: str) -> None:
+    data, path = COMPRESS[codec](tar_bytes(THREE)), tmp_path / "a.tar.gz"
     for size in range(len(data)):
         path.write_bytes(data[:size])
         keys, damage = read_all(str(path), scratch)
         assert damage, size
         assert keys == ["a", "b", "c"][: len(keys)]
+
+
+@pytest.mark.parametrize("codec", ["gzip", "xz", "bzip2"])  # zstd's checksum is an option
+def test_a_stream_with_a_flipped_byte_is_reported(
+    tmp_path: Path, scratch: Scratch, codec: str
+) -> None:
+    data, path = bytearray(COMPRESS[codec](tar_bytes(THREE))), tmp_path / "a.tar"
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+    _, damage = read_all(str(path), scratch)
+    assert re.match(f"in the {codec} stream, after \\d+ bytes of tar: .", damage)
+
+
+@pytest.mark.parametrize("codec", COMPRESS)
+def test_a_command_that_fails_behind_a_compressed_stream_is_its_own_error(
+    tmp_path: Path, scratch: Scratch, codec: str
+) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(COMPRESS[codec](tar_bytes(THREE)))
+    with pytest.raises(ShardError, match="exit code 9"):
+        read_all(f"pipe:cat {path}; exit 9", scratch)
 
 
 @pytest.mark.parametrize("from_end", [1, 8])
