@@ -11,6 +11,12 @@ D2MError                 exit 1: the command could not do all that was asked
 Their messages say what is wrong, where, and what to do next; they are printed without a traceback.
 """
 
+from collections.abc import Sequence
+from textwrap import indent
+
+MOST = 100
+"""Mistakes that are told; a machine that wrote a config may have made thousands."""
+
 
 class D2MError(Exception):
     """Base of all errors below; `exit_code` is what a command ends with."""
@@ -23,10 +29,13 @@ class ConfigError(D2MError):
 
     exit_code = 2
 
-    def __init__(self, where: str, mistakes: list[str]) -> None:
-        self.mistakes = mistakes
+    def __init__(self, where: str, mistakes: Sequence[str]) -> None:
+        self.mistakes = [*mistakes]
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        super().__init__("\n".join([f"{where}: {count}", *(f"  {m}" for m in mistakes)]))
+        told = [indent(m, "  ") for m in mistakes[:MOST]]
+        if left := len(mistakes) - len(told):
+            told.append(f"  and {left:,} more")
+        super().__init__("\n".join([f"{where}: {count}", *told]))
 
 
 class WeightsError(D2MError):

@@ -38,11 +38,24 @@ slurm:
 ```
 
 Every key can be set on the command line, where values are YAML too, and every key of `slurm:` is
-also an option. All mistakes in a config are told at once, each with its key and what is valid.
+also an option. All mistakes in a config are told at once, each with its key, its line and what is
+valid.
 
 ```bash
 d2m plan configs/quickstart.yml --set batch_size=32 --set slurm.mem=16G
 d2m-submit configs/quickstart.yml --mem 16G --dry-run
+```
+
+`$NAME` and `${NAME}` in paths, patterns and URLs are taken from the environment of the command, but
+not in `pipe:` commands, which their shell expands; one that is not set is a mistake, and `$$` is a
+plain `$`. A key may be given once. Keys that begin with `x-` are for the file's own use: a YAML
+anchor in one can be repeated elsewhere.
+
+```yaml
+x-nodes: &nodes {partition: gpu, mem: 64G}
+slurm:
+  <<: *nodes
+  time: 4:00:00
 ```
 
 Editors that know JSON schemas complete keys and mark mistakes. `d2m schema` prints it; name the
@@ -120,8 +133,11 @@ def valid(schema: dict[str, Any]) -> str:
 
 
 def _bounds(schema: dict[str, Any]) -> Iterator[str]:
+    """A maximum that only keeps numbers within a machine's own is left out."""
     words = {"minimum": "from", "exclusiveMinimum": "over", "maximum": "to"}
-    yield from (f"{word} {schema[key]}" for key, word in words.items() if key in schema)
+    for key, word in words.items():
+        if key in schema and schema[key] < 1e9:
+            yield f"{word} {schema[key]}"
 
 
 def main(path: Path) -> None:

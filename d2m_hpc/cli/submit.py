@@ -72,8 +72,13 @@ def _slurm_options(given: dict[str, Any]) -> dict[str, Any]:
     options = {key: given[key] for key in Slurm.model_fields if key in given}
     if options["extra"] is not None:
         pairs = (text.partition("=") for text in options["extra"])
-        options["extra"] = {key: value if equals else True for key, equals, value in pairs}
+        options["extra"] = {key: _plain(value) if equals else True for key, equals, value in pairs}
     return options
+
+
+def _plain(value: str) -> Any:
+    """As in the config: `true`, `false` and `null` are no texts."""
+    return {"true": True, "false": False, "null": None}.get(value, value)
 
 
 def _inspect(config: Config, path: Path, preflight: bool = False) -> Workload:

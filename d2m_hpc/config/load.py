@@ -2,109 +2,202 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from d2m_hpc.config.mistakes import nearest, one_line, semantic_mistakes
+from d2m_hpc.config.document import Document
+from d2m_hpc.config.mistakes import nearest, semantic_mistakes
+from d2m_hpc.config.places import Loc, Mistake, dotted
 from d2m_hpc.config.schema import Config, Slurm
+from d2m_hpc.config.variables import with_variables
 from d2m_hpc.errors import ConfigError
 
+APART = "x-"
+"""How a key begins that is for the file's own use: YAML anchors to repeat elsewhere."""
+REQUIRED: dict[str, Any] = {"models": [" "], "input_tars": [" "], "output_metadata_dir": " "}
+"""Any values that are valid."""
+BLANK: dict[str, Any] = {"models": [], "input_tars": [], "output_metadata_dir": ""}
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
 
-def load(path: Path, overrides: Iterable[str] = (), options: Mapping[str, Any] = {}) -> Config:
+
+def load(
+    path: Path,
+    overrides: Iterable[str] = (),
+    options: Mapping[str, Any] = {},
+    frozen: bool = False,
+) -> Config:
     """Read a config file.
 
     Args:
         path: the YAML file.
         overrides: `key=value`, with dots for keys of a section; the value is YAML.
         options: values of `slurm:` keys from the command line; None means not given.
+        frozen: a submission's copy, in whose paths variables have been expanded.
 
     Raises:
         ConfigError: with every mistake that was found.
     """
-    values = _read_yaml(path)
-    mistakes = [m for text in overrides if (m := _override(values, text))]
-    section = values.get("slurm")
-    given = {k: v for k, v in options.items() if v is not None}
-    if given and (section is None or isinstance(section, dict)):
-        values["slurm"] = {**(section or {}), **given}
-    config, invalid = _validate(values)
-    mistakes += invalid
-    mistakes += semantic_mistakes(config)
-    if mistakes:
+    document = _read(path)
+    source = _Source(document, options)
+    for text in overrides:
+        source.override(text)
+    config = _validate(source)
+    if not frozen:
+        config, unset = with_variables(config)
+        source.mistakes += unset
+    source.mistakes += semantic_mistakes(config)
+    if mistakes := [*document.mistakes, *map(source.shown, source.mistakes)]:
         raise ConfigError(str(path), mistakes)
     return config
 
 
-class _Loader(yaml.SafeLoader):
-    """Leaves `4:00:00` a text, which YAML 1.1 reads as a number of base 60."""
-
-    def construct_count(self, node: Any) -> int | str:
-        return str(node.value) if ":" in node.value else int(super().construct_yaml_int(node))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_count)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+def located(path: str, mistakes: Iterable[str]) -> list[str]:
+    """Mistakes that were found after a config was read, with their lines where it has them."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        document = _read(Path(path))
+    except ConfigError:
+        return [*mistakes]
+    return [_with_place(document, m) if isinstance(m, Mistake) else m for m in mistakes]
+
+
+def _with_place(document: Document, mistake: Mistake) -> str:
+    frame = document.place(mistake.loc, mistake.item)
+    return f"{mistake}\n{frame}" if frame else mistake
+
+
+def _read(path: Path) -> Document:
+    """
+    Raises:
+        ConfigError: it holds no mapping of keys.
+    """
+    try:
+        document = Document(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ConfigError(str(path), ["no such file; give the path of a YAML config"]) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        what = f"cannot be read: byte {error.start} is not UTF-8; save the file as UTF-8"
+        raise ConfigError(str(path), [what]) from None
+    except (OSError, ValueError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), [f"is not valid YAML: {one_line(error)}"]) from None
-    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
-        found = type(values).__name__
-        raise ConfigError(
-            str(path), [f"found {found} at the top; valid is a mapping of keys such as `models:`"]
-        )
-    return values
+    if not isinstance(document.value, dict):
+        found = type(document.value).__name__
+        top = f"found {found} at the top; valid is a mapping of keys such as `models:`"
+        raise ConfigError(str(path), [*document.mistakes] or [top])
+    return document
 
 
-def _override(values: dict[str, Any], text: str) -> str | None:
-    """Apply one `key=value`; returns what is wrong with it."""
-    dotted, equals, value = text.partition("=")
-    *parents, key = dotted.strip().split(".")
-    if not equals or not key:
-        return f"--set {text}: found no `key=value`; valid is for example --set batch_size=64"
-    for parent in parents:
-        if values.get(parent) is None:
-            values[parent] = {}
-        values = values[parent]
-        if not isinstance(values, dict):
-            return f"--set {dotted}: `{parent}` is not a section; valid is slurm.<key>"
+class _Source:
+    """Where a config's values come from.
+
+    Attributes:
+        values: those of the file, of `--set` and of the command line's own options.
+        origins: where values come from that the file does not have.
+        left_out: values that are given, but not valid YAML.
+    """
+
+    def __init__(self, document: Document, options: Mapping[str, Any]) -> None:
+        self.document = document
+        self.values = _without_apart(document.value)
+        self.left_out = set(document.left_out)
+        self.origins: dict[Loc, str] = {}
+        self.mistakes: list[Mistake] = []
+        section = self.values.get("slurm")
+        given = {k: v for k, v in options.items() if v is not None}
+        if given and (section is None or isinstance(section, dict)):
+            self.values["slurm"] = {**(section or {}), **given}
+            self.origins |= {("slurm", k): f"--{k.replace('_', '-')}" for k in given}
+
+    def override(self, text: str) -> None:
+        """Apply one `key=value`."""
+        key, equals, value = text.partition("=")
+        loc: Loc = tuple(key.strip().split("."))
+        if not equals or not loc[-1]:
+            what = "found no `key=value`; valid is for example --set batch_size=64"
+            self.mistakes.append(Mistake((), f"--set {text}: {what}"))
+            return
+        values = self.values
+        for parent in loc[:-1]:
+            if values.get(str(parent)) is None:
+                values[str(parent)] = {}
+            values = values[str(parent)]
+            if not isinstance(values, dict):
+                what = f"`{parent}` is not a section; valid is slurm.<key>"
+                self.mistakes.append(Mistake((), f"--set {dotted(loc)}: {what}"))
+                return
+        made = Document(value)
+        for mistake in made.mistakes:
+            what = f"found {_short.repr(value)}: {mistake}"
+            self.mistakes.append(Mistake((), f"--set {dotted(loc)}: {what}"))
+        self.origins[loc] = f"--set {dotted(loc)}"
+        if made.mistakes:
+            self.left_out.add(loc)
+            values.pop(str(loc[-1]), None)
+        else:
+            values[str(loc[-1])] = made.value
+
+    def shown(self, mistake: Mistake) -> str:
+        """With where it comes from."""
+        for loc, origin in self.origins.items():
+            if mistake.loc[: len(loc)] == loc:
+                return f"{mistake}\n  --> {origin}"
+        return _with_place(self.document, mistake)
+
+
+def _without_apart(values: dict[str, Any]) -> dict[str, Any]:
+    """Also in sections, but not in `extra`, whose keys are sbatch's."""
+    kept = {k: v for k, v in values.items() if not k.startswith(APART)}
+    if isinstance(section := kept.get("slurm"), dict):
+        kept["slurm"] = {k: v for k, v in section.items() if not k.startswith(APART)}
+    return kept
+
+
+def _validate(source: _Source) -> Config:
+    """The config, or what is valid of it."""
+    values = source.values
     try:
-        values[key] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        return f"--set {dotted}: found {value!r}, which is not valid YAML: {one_line(error)}"
-    return None
-
-
-def _validate(values: dict[str, Any]) -> tuple[Config, list[str]]:
-    """The config, or what is valid of it, and the mistakes."""
-    try:
-        return Config.model_validate(values), []
+        return Config.model_validate(values)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
+        errors = error.errors(include_url=False, include_context=False)
     wrong = {str(e["loc"][0]) for e in errors}
     rest = {k: v for k, v in values.items() if k not in wrong}
-    blank: dict[str, Any] = {"models": [], "input_tars": [], "output_metadata_dir": ""}
-    partial = Config.model_construct(**{**blank, **rest})
-    return partial, [_describe(e) for e in errors]
+    partial = Config.model_validate({**REQUIRED, **rest})
+    source.mistakes += _described(errors, values, source.left_out)
+    blank = {k: v for k, v in BLANK.items() if k not in rest}
+    return partial.model_copy(update=blank)
 
 
-def _describe(error: Any) -> str:
-    loc = [str(part) for part in error["loc"]]
-    key = ".".join(loc)
-    if error["type"] == "extra_forbidden":
+def _described(errors: Iterable[Any], values: Any, left_out: set[Loc]) -> list[Mistake]:
+    """Of a value that fits none of several types, one mistake."""
+    found: dict[Loc, list[Any]] = {}
+    for error in errors:
+        loc = error["loc"] if error["type"] == "missing" else _within(values, error["loc"])
+        if loc not in left_out:
+            found.setdefault(loc, []).append(error)
+    return [_describe(loc, same) for loc, same in found.items()]
+
+
+def _within(values: Any, loc: Loc) -> Loc:
+    """As much of a place as a config has: pydantic adds the types that it tried."""
+    for i, part in enumerate(loc):
+        is_key = isinstance(values, dict) and part in values
+        if not is_key and not (isinstance(values, list) and part in range(len(values))):
+            return loc[:i]
+        values = values[part]
+    return loc
+
+
+def _describe(loc: Loc, errors: list[Any]) -> Mistake:
+    first = errors[0]
+    if first["type"] == "extra_forbidden":
         section = Slurm if loc[0] == "slurm" else Config
-        return f"{key}: unknown key{nearest(loc[-1], section.model_fields)}"
-    if error["type"] == "missing":
-        return f"{key}: found nothing; the key is required"
-    valid = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key}: found {error['input']!r}; {valid}"
+        return Mistake(loc, f"unknown key{nearest(str(loc[-1]), section.model_fields)}")
+    if first["type"] == "missing":
+        return Mistake(loc, "found nothing; the key is required")
+    valid = dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in errors)
+    text = ", or ".join(v[0].lower() + v[1:] for v in valid)
+    return Mistake(loc, f"found {_short.repr(first['input'])}; {text}")

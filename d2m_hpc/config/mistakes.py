@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from graphlib import CycleError
 
+from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import Config
 from d2m_hpc.models import declared
 from d2m_hpc.models.registry import RAW_INPUTS, ModelSpec, Post, Registry, in_order
+from d2m_hpc.state.texts import BRIEF, safe
+
+MANY = 20
+"""Wrong names in a list that are told one by one."""
 
 
 def one_line(error: object) -> str:
@@ -18,28 +24,30 @@ def one_line(error: object) -> str:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`; did you mean ...?` and all valid names."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name[:BRIEF], names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} valid: {', '.join(names)}"
 
 
-def semantic_mistakes(config: Config) -> list[str]:
+def quoted(name: str) -> str:
+    return repr(safe(name, BRIEF))
+
+
+def semantic_mistakes(config: Config) -> list[Mistake]:
     """What types cannot tell; works on a config of which parts are missing."""
     try:
         registry = declared.names(config.custom_file)
     except OSError as error:
         reason = error.strerror or error
         path = config.custom_file and config.custom_file.absolute()
-        return [
-            f"custom_pypath: found {config.custom_pypath!r}: {reason}: {path}; valid is a readable "
-            "Python file, by its path from the folder in which the command is called",
-            *_device_mistakes(config),
-        ]
+        what = (
+            f"found {config.custom_pypath!r}: {reason}: {path}; valid is a readable "
+            "Python file, by its path from the folder in which the command is called"
+        )
+        return [Mistake(("custom_pypath",), what), *_device_mistakes(config)]
     except (SyntaxError, ValueError) as error:
-        return [
-            f"custom_pypath: {one_line(error)}; valid is a Python file",
-            *_device_mistakes(config),
-        ]
+        what = f"{one_line(error)}; valid is a Python file"
+        return [Mistake(("custom_pypath",), what), *_device_mistakes(config)]
     return [
         *_device_mistakes(config),
         *registry_mistakes(config, registry),
@@ -47,7 +55,7 @@ def semantic_mistakes(config: Config) -> list[str]:
     ]
 
 
-def registry_mistakes(config: Config, registry: Registry) -> list[str]:
+def registry_mistakes(config: Config, registry: Registry) -> list[Mistake]:
     """Models, columns and features that a registry does not have or cannot connect."""
     return [
         *_model_mistakes(config, registry),
@@ -56,51 +64,71 @@ def registry_mistakes(config: Config, registry: Registry) -> list[str]:
     ]
 
 
-def _device_mistakes(config: Config) -> list[str]:
+def _device_mistakes(config: Config) -> list[Mistake]:
     device = str(config.device)
-    if device == "cpu" or device.removeprefix("cuda:").isdigit():
+    number = device.removeprefix("cuda:")
+    if device == "cpu" or (number.isascii() and number.isdecimal() and len(number) < 5):
         return []
-    return [f"device: found {config.device!r}; valid: a CUDA index such as 0, cuda:0, or cpu"]
+    what = f"found {config.device!r}; valid: a CUDA index such as 0, cuda:0, or cpu"
+    return [Mistake(("device",), what)]
 
 
-def _model_mistakes(config: Config, registry: Registry) -> list[str]:
+def _model_mistakes(config: Config, registry: Registry) -> list[Mistake]:
     mistakes = _duplicates("models", config.models)
-    for name in config.models:
-        if name not in registry.models:
-            if registry.complete:
-                mistakes.append(f"models: unknown model {name!r}{nearest(name, registry.models)}")
-            continue
-        spec = registry.models[name]
+    known = {n: registry.models[n] for n in config.models if n in registry.models}
+    if registry.complete:
+        unknown = [name for name in config.models if name not in known]
         mistakes += [
-            f"models: {name!r} needs the output of {needed!r}, which is not listed; add it"
-            for needed in spec.dependencies
-            if needed not in config.models
+            _listed(f"unknown model {quoted(n)}{nearest(n, registry.models)}", n)
+            for n in unknown[:MANY]
         ]
-        mistakes += _input_mistakes(spec, registry)
-    listed = {n: registry.models[n] for n in config.models if n in registry.models}
+        mistakes += _more("models", unknown)
+    for name, spec in known.items():
+        mistakes += [
+            Mistake(
+                ("models",),
+                f"{name!r} needs the output of {d!r}, which is not listed; add it",
+                name,
+            )
+            for d in spec.dependencies
+            if d not in config.models
+        ]
+        mistakes += (_listed(what, name) for what in _input_mistakes(spec, registry))
     try:
-        in_order(listed)
+        in_order(known)
     except CycleError as error:
         circle = " -> ".join(error.args[1])
-        mistakes.append(f"models: found a circle of dependencies, {circle}; valid is none")
+        what = f"found a circle of dependencies, {circle}; valid is none"
+        mistakes.append(_listed(what, error.args[1][0]))
     return mistakes
+
+
+def _listed(what: str, name: str) -> Mistake:
+    """What is wrong with a model that is listed."""
+    return Mistake(("models",), what, name)
+
+
+def _more(key: str, wrong: Sequence[str]) -> list[Mistake]:
+    """What stands for the wrong names of a list that are not told one by one."""
+    left = len(wrong) - MANY
+    return [Mistake((key,), f"found {left:,} more unknown names")] if left > 0 else []
 
 
 def _input_mistakes(spec: ModelSpec, registry: Registry) -> list[str]:
     if len(spec.raw_inputs) != len(spec.preprocessors):
         return [
-            f"models: {spec.name!r} has {len(spec.raw_inputs)} raw_inputs and "
+            f"{spec.name!r} has {len(spec.raw_inputs)} raw_inputs and "
             f"{len(spec.preprocessors)} preprocessors; valid is one preprocessor for each raw input"
         ]
     unknown = [
-        f"models: {spec.name!r} asks for the unknown raw input {name!r}{nearest(name, RAW_INPUTS)}"
+        f"{spec.name!r} asks for the unknown raw input {name!r}{nearest(name, RAW_INPUTS)}"
         for name in spec.raw_inputs
         if name not in RAW_INPUTS
     ]
     if not registry.complete:
         return unknown
     return unknown + [
-        f"models: {spec.name!r} asks for the unknown preprocessor {name!r}"
+        f"{spec.name!r} asks for the unknown preprocessor {name!r}"
         f"{nearest(name, registry.preprocessors)}"
         for name in spec.preprocessors
         if name not in registry.preprocessors
@@ -109,18 +137,23 @@ def _input_mistakes(spec: ModelSpec, registry: Registry) -> list[str]:
 
 def _post_mistakes(
     config: Config, key: str, known: Mapping[str, Post], registry: Registry
-) -> list[str]:
+) -> list[Mistake]:
     names: list[str] = getattr(config, key) or []
     mistakes = _duplicates(key, names)
-    for name in names:
-        if name not in known:
-            if registry.complete:
-                mistakes.append(f"{key}: unknown name {name!r}{_other_list(key, name, registry)}")
-        elif known[name].model and known[name].model not in config.models:
-            mistakes.append(
-                f"{key}: {name!r} is made of {known[name].model!r}, which is not in models; "
+    unknown = [name for name in names if name not in known] if registry.complete else []
+    mistakes += [
+        Mistake((key,), f"unknown name {quoted(name)}{_other_list(key, name, registry)}", name)
+        for name in unknown[:MANY]
+    ]
+    mistakes += _more(key, unknown)
+    listed = set(config.models)
+    for name in dict.fromkeys(names):
+        if name in known and known[name].model and known[name].model not in listed:
+            what = (
+                f"{name!r} is made of {known[name].model!r}, which is not in models; "
                 f"add it there or drop {name!r}"
             )
+            mistakes.append(Mistake((key,), what, name))
     return mistakes
 
 
@@ -133,18 +166,20 @@ def _other_list(key: str, name: str, registry: Registry) -> str:
     return nearest(name, valid)
 
 
-def _duplicates(key: str, names: list[str]) -> list[str]:
-    twice = sorted({n for n in names if names.count(n) > 1})
-    return [f"{key}: found {n!r} more than once; valid is once" for n in twice]
+def _duplicates(key: str, names: Iterable[str]) -> list[Mistake]:
+    twice = sorted(_repeated(names))
+    return [
+        Mistake((key,), f"found {quoted(n)} more than once; valid is once", n) for n in twice[:MANY]
+    ]
 
 
-def _name_mistakes(config: Config) -> list[str]:
+def _repeated(names: Iterable[str]) -> set[str]:
+    return {name for name, times in Counter(names).items() if times > 1}
+
+
+def _name_mistakes(config: Config) -> list[Mistake]:
     """Two columns of one name would make a parquet that nobody can read."""
     names = ["key", *map(config.renamed, config.postprocess_columns), *config.carried]
-    twice = {n for n in names if names.count(n) > 1} - {
-        n for n in config.postprocess_columns if config.postprocess_columns.count(n) > 1
-    }
-    return [
-        f"additional_fields: found {n!r}, another column's name; valid is a name of its own"
-        for n in sorted(twice)
-    ]
+    twice = sorted(_repeated(names) - _repeated(config.postprocess_columns))
+    what = "another column's name; valid is a name of its own"
+    return [Mistake(("additional_fields",), f"found {quoted(n)}, {what}", n) for n in twice[:MANY]]

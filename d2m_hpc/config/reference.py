@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from d2m_hpc.config.load import APART
 from d2m_hpc.config.schema import Config
 from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS
 
@@ -19,6 +20,8 @@ def json_schema() -> dict[str, Any]:
     for key, names in KNOWN.items():
         for array in _arrays(schema["properties"][key]):
             array["items"] = {"anyOf": [{"enum": sorted(names)}, {"type": "string"}]}
+    for section in (schema, *schema["$defs"].values()):
+        section["patternProperties"] = {f"^{APART}": {}}
     return {"$schema": DIALECT, **schema, "title": "d2m_hpc config"}
 
 

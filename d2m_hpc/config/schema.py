@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from d2m_hpc.config.slurm_values import no_switch, one_line, options, walltime
 from d2m_hpc.models import declared
 from d2m_hpc.models.registry import DATACOMP_KEYS, ModelSpec
 
@@ -30,35 +31,43 @@ def _off_as_text(value: object) -> object:
 Precision = Literal["auto", "float16", "bfloat16", "off"]
 Names = Annotated[list[str], BeforeValidator(_as_list, list[str] | None)]
 Tars = Annotated[list[str], BeforeValidator(_tars_as_list, list[str] | str), Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
+NoSwitch = BeforeValidator(no_switch)
+Count = Annotated[int, Field(ge=1, le=2**31 - 1), NoSwitch]
+Bytes = Annotated[int, Field(ge=1), NoSwitch]
+Seconds = Annotated[float, Field(gt=0, le=1e9), NoSwitch]
+Line = Annotated[str, AfterValidator(one_line)]
+Amount = Annotated[Line | int | None, NoSwitch]
 
 
 class Section(BaseModel):
     """A mapping in which an unknown key is a mistake; the text below a key describes it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Slurm(Section):
     """How array tasks are submitted; each key is also an option of `d2m-submit`."""
 
-    partition: str | None = None
+    partition: Line | None = None
     """sbatch's `--partition`"""
-    account: str | None = None
+    account: Line | None = None
     """sbatch's `--account`"""
-    qos: str | None = None
+    qos: Line | None = None
     """sbatch's `--qos`"""
-    time: str | int | None = None
-    """walltime of an array element, as sbatch takes it: `4:00:00`, or a number of minutes"""
+    time: Annotated[str | int | None, BeforeValidator(walltime)] = None
+    """walltime of an array element, as sbatch takes it: `4:00:00`, `1-12` (days and hours), or a
+    number of minutes"""
     cpus_per_task: Count | None = None
     """cores of a task"""
-    mem: str | int | None = None
+    mem: Amount = None
     """memory of an array element, as sbatch takes it: `64G`, or a number of MiB"""
-    gres: str | None = None
+    gres: Line | None = None
     """devices of an array element, such as `gpu:1`"""
-    constraint: str | None = None
+    constraint: Line | None = None
     """node features"""
-    exclude: str | None = None
+    exclude: Line | None = None
     """nodes to leave out; those that `max_node_failures` finds broken come on top"""
     max_parallel: Count | None = None
     """tasks that may run at once, over all arrays of a submission"""
@@ -68,8 +77,9 @@ class Slurm(Section):
     """`--requeue`, so that Slurm starts preempted tasks again, or `--no-requeue`"""
     setup: Names = []
     """shell lines before a task, such as `module load cuda`; one that fails ends it with code 4"""
-    extra: dict[str, Any] = {}
-    """any other long option of sbatch, without its dashes, to its value or `true`"""
+    extra: Annotated[dict[str, str | int | float | bool | None], BeforeValidator(options)] = {}
+    """any other long option of sbatch, without its dashes, to its value; `true` for one that takes
+    none, `false` or null to leave it out"""
 
 
 class Config(Section):
@@ -87,7 +97,7 @@ class Config(Section):
     """decode threads of a task; by default as many as it has cores"""
     batch_size: Count = 512
     """samples that the models get at once"""
-    device: int | str = 0
+    device: Annotated[int | str, NoSwitch] = 0
     """a CUDA index, `cuda:N` or `cpu`; with `--local`, a machine without CUDA takes the CPU"""
     input_tars: Tars
     """one pattern, or a list: paths, URLs, `pipe:` commands; braces, and globs but in commands"""
@@ -124,17 +134,17 @@ class Config(Section):
     """share of a tar's samples that may be rejected before the tar counts as failed"""
     allow_truncated_shards: bool = False
     """take the whole samples of a tar that was cut off, instead of failing it"""
-    max_image_pixels: Count = 178_956_970
+    max_image_pixels: Bytes = 178_956_970
     """an image of more pixels, by its header, is rejected"""
     max_attempts: Count = 3
     """submits that try a failing tar before it is given up"""
-    max_node_failures: Annotated[int, Field(ge=0)] = 3
+    max_node_failures: Annotated[int, Field(ge=0), NoSwitch] = 3
     """tasks in a row that a node may fail to start before the next submit leaves it out"""
-    lease_seconds: Annotated[float, Field(gt=0)] = 120.0
+    lease_seconds: Seconds = 120.0
     """seconds without a sign of life after which a task's tar is taken over"""
-    stall_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    stall_seconds: Seconds = 1800.0
     """seconds without any progress after which a task ends itself"""
-    scratch_bytes: Count | None = None
+    scratch_bytes: Bytes | None = None
     """bytes that copies of remote or compressed tars may take at once on a node's own disk
     (`$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`); by default half of what is free, shared by the tasks of
     an array element"""

@@ -20,7 +20,7 @@ USR2_SECONDS = 120
 
 
 def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
-    """sbatch's options, by their long names; `extra` wins over all."""
+    """sbatch's options, by their long names; `extra` wins over all, also by `false` and null."""
     exclude = ",".join(filter(None, [config.exclude or "", *excluded])) or None
     chosen = {
         "partition": config.partition,
@@ -39,7 +39,7 @@ def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
         "signal": f"USR2@{USR2_SECONDS}",
         **config.extra,
     }
-    return {k: v for k, v in chosen.items() if v is not None}
+    return {k: v for k, v in chosen.items() if v is not None and v is not False}
 
 
 def script_lines(config: Slurm, failures: Path) -> list[str]:

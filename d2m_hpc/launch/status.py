@@ -100,7 +100,7 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
         raise ConfigError(
             str(path), [f"there is no run in {run.root}; start one with `d2m-submit CONFIG`"]
         )
-    config = load(run.config)
+    config = load(run.config, frozen=True)
     if config.run_dir is None and is_local(config.output_metadata_dir):
         # Beside its outputs, a run may have been moved with them.
         config = config.model_copy(update={"output_metadata_dir": str(run.root.parent)})

@@ -90,7 +90,7 @@ def run_task(
         os.environ.setdefault(switch, "1")
     run = RunDir(root)
     name = TaskName(submission, index, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
-    config = load(run.submission(submission).config)
+    config = load(run.submission(submission).config, frozen=True)
     with _logging_to(run.log_of(submission, index)):
         device = choose_device(config.device, local)
         progress = Progress(str(name), node_name(), _device_name(device))

@@ -1,0 +1,80 @@
+"""Values that mean something else to Slurm than they say, told before Slurm is asked."""
+
+from __future__ import annotations
+
+import re
+
+WALLTIME = re.compile(
+    r"\d+(:\d+){0,2}"  # minutes, minutes:seconds, hours:minutes:seconds
+    r"|\d+-\d+(:\d+){0,2}"  # days-hours, days-hours:minutes, days-hours:minutes:seconds
+    r"|unlimited|infinite",
+    re.IGNORECASE,
+)
+FORMS = "4:00:00, 1-12 (days and hours), 1-12:30:00, or a number of minutes"
+_UNITS = re.compile(r"(\d+) ?(s|m|min|h|hours?|d|days?)", re.IGNORECASE)
+_OPTION = re.compile("[a-z][a-z0-9-]*")
+_CONTROL = re.compile("[\0-\x1f\x7f]")
+
+
+def no_switch(value: object) -> object:
+    """`true` is no number, though Python takes it for 1.
+
+    Raises:
+        ValueError: it is `true` or `false`.
+    """
+    if isinstance(value, bool):
+        raise ValueError("valid is a value, not `true` or `false`")
+    return value
+
+
+def one_line(text: str) -> str:
+    """
+    Raises:
+        ValueError: it has line ends or other control characters.
+    """
+    if _CONTROL.search(text):
+        raise ValueError("valid is one line without control characters")
+    return text
+
+
+def walltime(value: object) -> object:
+    """One of the forms that sbatch knows; `010` stays ten minutes, as Slurm reads it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if value is None or (isinstance(value, str) and WALLTIME.fullmatch(value)):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"valid is {FORMS}{_meant(value)}")
+
+
+def _meant(value: object) -> str:
+    """What was probably meant by a number with a unit."""
+    match = _UNITS.fullmatch(value) if isinstance(value, str) and len(value) < 20 else None
+    if not match:
+        return ""
+    number, unit = match.groups()
+    form = {"s": f"0:{number}", "m": number, "h": f"{number}:00:00", "d": f"{number}-0"}
+    return f"; did you mean {form[unit[0].lower()]!r}?"
+
+
+def options(value: object) -> object:
+    """Options of sbatch to their values.
+
+    Raises:
+        ValueError: one is no option's name, or has no plain value.
+    """
+    if value is None:
+        return {}
+    for name, given in value.items() if isinstance(value, dict) else ():
+        if not isinstance(name, str) or not _OPTION.fullmatch(name):
+            raise ValueError(f"{name!r} is no long option without its dashes, such as `exclusive`")
+        if not isinstance(given, str | int | float | None):
+            raise ValueError(f"the value of {name!r} is a {type(given).__name__}; valid is a text")
+        if isinstance(given, str):
+            one_line(given)
+        if name == "time":
+            walltime(given)
+    return value

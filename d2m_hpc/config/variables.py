@@ -1,0 +1,71 @@
+"""`$NAME` and `~` in the paths of a config, replaced where the command is called.
+
+A task may run in another environment, or as nobody's home; it gets what was meant at submit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from d2m_hpc.config.places import Mistake
+from d2m_hpc.config.schema import Config
+from d2m_hpc.urls import is_local, is_pipe, scheme
+
+PATHS = ("output_metadata_dir", "custom_pypath", "run_dir", "weights_dir")
+_VARIABLE = re.compile(r"\$(?:(\$)|\{(\w+)\}|([A-Za-z_]\w*))", re.ASCII)
+
+
+def with_variables(config: Config) -> tuple[Config, list[Mistake]]:
+    """The config with its paths expanded, and what of them cannot be."""
+    mistakes: list[Mistake] = []
+
+    def of(key: str, text: str, item: str | None = None) -> str:
+        try:
+            return expanded(text)
+        except ValueError as error:
+            mistakes.append(Mistake((key,), f"found {text!r}; {error}", item))
+            return text
+
+    given = ((key, getattr(config, key)) for key in PATHS)
+    update: dict[str, Any] = {key: of(key, text) for key, text in given if text}
+    update["input_tars"] = [of("input_tars", p, p) for p in config.input_tars]
+    return config.model_copy(update=update), mistakes
+
+
+def expanded(text: str) -> str:
+    """A path, pattern or URL with its variables; a file of that very name is taken as it is.
+
+    A command (`pipe:`) is left to the shell that runs it, the query of a web address to its
+    server. `$$` stands for one `$`.
+
+    Raises:
+        ValueError: a variable is not set, or the home folder of `~` is not known.
+    """
+    if is_pipe(text) or (is_local(text) and os.path.lexists(text)):
+        return text
+    head, query = text, ""
+    if scheme(text) in ("http", "https"):
+        head, mark, rest = text.partition("?")
+        query = mark + rest
+    unset = dict.fromkeys(
+        n for m in _VARIABLE.finditer(head) if (n := m[2] or m[3]) and n not in os.environ
+    )
+    if unset:
+        names = ", ".join(f"${name}" for name in unset)
+        raise ValueError(f"{names} is not set; export it, or write `$$` for a `$` in a name")
+    head = _VARIABLE.sub(lambda m: "$" if m[1] else os.environ[m[2] or m[3]], head)
+    if not (made := _home(head) + query).strip():
+        raise ValueError("with its variables it is empty")
+    if any("\ud800" <= c <= "\udfff" for c in made):
+        raise ValueError("with its variables it is not UTF-8")
+    return made
+
+
+def _home(text: str) -> str:
+    if not text.startswith("~") or not is_local(text):
+        return text
+    if (path := os.path.expanduser(text)) == text and not os.path.lexists(text.split("/")[0]):
+        raise ValueError("the home folder is not known; set HOME, or give the whole path")
+    return path
