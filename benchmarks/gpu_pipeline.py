@@ -15,9 +15,9 @@ from d2m_hpc.models.transfer import Lane
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.graph import Graph
 from d2m_hpc.worker.launched import Launched
-from d2m_hpc.worker.loader import Work
 from d2m_hpc.worker.settle import Settler
 from d2m_hpc.worker.task import Task
+from d2m_hpc.worker.work import Work
 
 
 class Stopwatch:

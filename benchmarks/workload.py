@@ -22,11 +22,12 @@ from d2m_hpc.models.registry import COLUMNS, FEATURES
 from d2m_hpc.models.transfer import Lane
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.worker.batch import Batch
-from d2m_hpc.worker.loader import Loader, Work
+from d2m_hpc.worker.loader import Loader
 from d2m_hpc.worker.prepare import Recipe
 from d2m_hpc.worker.progress import Progress
 from d2m_hpc.worker.scratch import Scratch
 from d2m_hpc.worker.toolbox import Toolbox
+from d2m_hpc.worker.work import Work
 
 DATACOMP = yaml.safe_load((Path(__file__).parents[1] / "configs" / "datacomp.yml").read_text())
 MODELS: list[str] = DATACOMP["models"]

@@ -11,11 +11,18 @@ from d2m_hpc.state.manifest import Shard
 
 
 def by_base(shards: Iterable[Shard]) -> list[list[Shard]]:
-    """Shards that a task can do with the same models: those with the same base, in their order."""
+    """Shards that a task can do with the same models: those with the same base, in their order.
+
+    A shard at which a process died comes last, and has a task of its own.
+    """
     groups: dict[str, list[Shard]] = {}
+    alone = []
     for shard in shards:
-        groups.setdefault(shard.base, []).append(shard)
-    return list(groups.values())
+        if shard.alone:
+            alone.append([shard])
+        else:
+            groups.setdefault(shard.base, []).append(shard)
+    return [*groups.values(), *alone]
 
 
 def count(shards: Sequence[Shard], per_task: int) -> int:

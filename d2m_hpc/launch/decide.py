@@ -18,6 +18,7 @@ from d2m_hpc.config.growth import only_new, with_own_names
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.launch import fingerprints, nodes, plan
 from d2m_hpc.launch.standing import Standings, stand
+from d2m_hpc.launch.tried import Tried, told, tried
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.models import weights
 from d2m_hpc.outputs import OutputDir
@@ -103,6 +104,7 @@ class Decision:
         bases: stems of shards that lack only what was added to the config since they were
             finished, with the fingerprints of their pairs.
         earlier: those fingerprints' values, by their short hashes.
+        tried: of stems that were tried before, what a `Shard` says of that.
         exhausted: stems that failed `max_attempts` times.
         lost: records that are missing and were read back from finished parquets.
         in_flight: stems that pending or running array tasks will do.
@@ -116,6 +118,7 @@ class Decision:
     done: set[str] = field(default_factory=set)
     bases: dict[str, str] = field(default_factory=dict)
     earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tried: dict[str, Tried] = field(default_factory=dict)
     exhausted: set[str] = field(default_factory=set)
     lost: list[Record] = field(default_factory=list)
     in_flight: set[str] = field(default_factory=set)
@@ -127,8 +130,7 @@ class Decision:
     def pending(self) -> list[Shard]:
         """Computed once: all else has to be known before it is asked for."""
         settled = self.done | self.exhausted | self.in_flight
-        left, bases = [s for s in self.shards if s.stem not in settled], self.bases
-        return [Shard(*s[:3], base=bases.get(s.stem, "")) for s in left] if bases else left
+        return told([s for s in self.shards if s.stem not in settled], self.bases, self.tried)
 
     def gains(self) -> list[tuple[int, Config]]:
         """How many of the pending shards are to be extended, and the config of what they lack."""
@@ -237,6 +239,7 @@ def _read_state(decision: Decision) -> None:
         seconds += sum(r.finished - r.started for r in decision.lost if r.shard in decision.done)
         decision.shard_seconds = seconds / len(decision.done)
     decision.last_finished = nodes.last_finished(manifest)
+    decision.tried = tried(manifest, found.removed, workload.run, ours)
 
 
 def _take_back(decision: Decision, found: Standings, output: OutputDir) -> list[str]:

@@ -19,6 +19,7 @@ from d2m_hpc.launch import chunks as chunking
 from d2m_hpc.launch import fingerprints, nodes, plan, sbatch, slurm
 from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
 from d2m_hpc.launch.uncollected import uncollected
+from d2m_hpc.state.attempts import Attempts
 from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Recorder, Shard
@@ -50,7 +51,14 @@ def submitting(workload: Workload) -> Iterator[None]:
         time.sleep(0.2)
     try:
         submissions = (s.folder for s in run.submissions())
-        for folder in (run.root, run.fingerprints, run.records, run.progress, *submissions):
+        for folder in (
+            run.root,
+            run.fingerprints,
+            run.records,
+            run.progress,
+            run.attempts,
+            *submissions,
+        ):
             for left in folder.glob(".*.tmp"):
                 left.unlink(missing_ok=True)
         merge_silent(run, 2 * workload.config.stall_seconds)
@@ -88,7 +96,7 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shar
 
 
 def repair(decision: Decision) -> None:
-    """Put lost records back, and drop the leases that killed tasks left on finished shards.
+    """Put lost records back, and drop leases and attempts that killed tasks left of done shards.
 
     Where an earlier config is taken up again and all is done by it, that is put on record too.
     """
@@ -98,6 +106,7 @@ def repair(decision: Decision) -> None:
     recorder = Recorder(run.records / "rebuilt.jsonl")
     for record in decision.lost:
         recorder.append(record)
+    Attempts(run.attempts).drop(decision.done)
     for path in run.leases.glob("*.lock*"):
         stem = path.name.rpartition(".lock")[0]
         if stem in decision.done:

@@ -109,7 +109,7 @@ def _is_replaced(output: OutputDir, stem: str, record: Outcome) -> bool:
         own = output.record(stem)
     except D2MError:
         return False
-    return own is not None and own.finished > record.finished
+    return own is not None and own.order > record.order
 
 
 def _problems(data: bytes, suffix: str, rows: int, carried: Collection[str]) -> list[str]:

@@ -10,20 +10,21 @@ from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import Submission, atomic_write
 
 _OFFSET = struct.Struct("<Q")
+_UNTRIED = Shard("", "")
 
 
 def write_chunks(submission: Submission, chunks: Iterable[Sequence[Shard]]) -> None:
     """Line i of `chunks.jsonl` is what task i is to do; where it begins goes to a file beside it.
 
     A million shards are 150 MB of lines, and tens of thousands of tasks want one of them each. The
-    shards of one chunk have the same base, which is written only where there is one.
+    shards of one chunk have the same base. What is the same of all untried shards is not written.
     """
     offsets, end = bytearray(), 0
 
     def lines() -> Iterator[bytes]:
         nonlocal end
         for chunk in chunks:
-            values = [shard if shard.base else shard[:3] for shard in chunk]
+            values = [_short(shard) for shard in chunk]
             line = json.dumps(values).encode() + b"\n"
             offsets.extend(_OFFSET.pack(end))
             end += len(line)
@@ -31,6 +32,13 @@ def write_chunks(submission: Submission, chunks: Iterable[Sequence[Shard]]) -> N
 
     atomic_write(submission.chunks, lines())
     atomic_write(submission.chunk_offsets, bytes(offsets))
+
+
+def _short(shard: Shard) -> tuple[object, ...]:
+    """Without the last fields that are as in an untried shard."""
+    if shard[4:] != _UNTRIED[4:]:
+        return shard
+    return shard[:4] if shard.base else shard[:3]
 
 
 class Chunks:

@@ -150,6 +150,11 @@ class RunDir:
         return self.root / "leases"
 
     @property
+    def attempts(self) -> Path:
+        """A JSON file for each shard that is in hand, or that no attempt has finished."""
+        return self.root / "attempts"
+
+    @property
     def progress(self) -> Path:
         return self.root / "progress"
 
@@ -218,6 +223,7 @@ class RunDir:
             self.root,
             self.records,
             self.leases,
+            self.attempts,
             self.progress,
             self.logs,
             self.node_failures,

@@ -14,12 +14,14 @@ from pathlib import Path
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
 from d2m_hpc.outputs import OutputDir
+from d2m_hpc.state.attempts import Attempt, Attempts
 from d2m_hpc.state.chunks import Chunks
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Record, Recorder, Shard, read_records
 from d2m_hpc.state.rundir import FILE_MODE, RunDir, make_folder
-from d2m_hpc.worker.loader import Work
+from d2m_hpc.worker.held import Held
 from d2m_hpc.worker.progress import Reporter
+from d2m_hpc.worker.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ class Claims:
         clean: Callable[[str], None],
         deadline: float | None,
     ) -> None:
+        self._name = name
+        self._attempts = Attempts(run.attempts)
         self._submission = run.submission(name.submission)
         chunks = Chunks(self._submission)
         if name.index >= len(chunks):
@@ -137,7 +141,8 @@ class Claims:
         """A shard that was just claimed, or None where there is nothing for this task to do."""
         try:
             self._clean(shard.stem)  # from here on no earlier attempt changes what lies there
-            why = self._why_not(shard)
+            last, record = self._attempts.last(shard.stem), self._output.record(shard.stem)
+            why = self._why_not(shard, record)
         except BaseException:
             lease.release()
             raise
@@ -145,12 +150,14 @@ class Claims:
             log.info("%s: %s", shard.stem, why)
             lease.release()
             return None
-        self._held[shard.stem] = work = Work(shard, lease)
+        known = max(shard.attempt, last.number if last else 0, record.attempt if record else 0)
+        attempt = Attempt(known + 1, str(self._name), self._report.progress.host)
+        held = Held(lease, self._attempts, shard.stem, attempt, last)
+        self._held[shard.stem] = work = Work(shard, lease, held)
         return work
 
-    def _why_not(self, shard: Shard) -> str:
+    def _why_not(self, shard: Shard, record: Record | None) -> str:
         """Why a shard is not to be computed here; empty where it is."""
-        record = self._output.record(shard.stem)
         if record is not None and record.fingerprint == self._fingerprint:
             self._put_back(record)
             return f"already done by task {record.task}"
@@ -192,16 +199,25 @@ class Claims:
         work.release()
 
     def mark(self, work: Work, state: str) -> None:
-        """Tell the other tasks of this submission what they need not look at."""
+        """The shard is on record; tell the other tasks what they need not look at."""
         stem = work.shard.stem
+        if work.held is not None:
+            work.held.settled(state)
         if state == "failed":
             _touch(self._submission.failed(stem))
         elif work.shard.base:
             _touch(self._submission.extended / stem)
 
     def let_all_go(self) -> None:
+        """Give back what is not settled."""
         for work in list(self._held.values()):
             work.release()
+
+    def desert(self) -> None:
+        """Leave all to others; the attempts that were begun count as ones that never ended."""
+        for work in list(self._held.values()):
+            if work.held is not None:
+                work.held.desert()
 
 
 def _touch(path: Path) -> None:

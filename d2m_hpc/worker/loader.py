@@ -12,95 +12,28 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing
 from itertools import islice
 from queue import Empty, Queue
 from threading import Semaphore
-from typing import Any
 
 import torch
 
 from d2m_hpc.errors import ShardError, TruncatedShard
-from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.manifest import Rejection, Shard
+from d2m_hpc.state.manifest import Rejection
 from d2m_hpc.worker.ahead import Coming, Stager, received
 from d2m_hpc.worker.batch import Batch, collate
-from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.memory import Allocate, Reused, pinned
 from d2m_hpc.worker.prepare import Ready, Recipe, prepare
 from d2m_hpc.worker.scratch import Scratch
 from d2m_hpc.worker.shard import Archive, Index, Sample
+from d2m_hpc.worker.work import AHEAD, Work
 
-AHEAD = 4
-"""Batches that may wait for the device."""
 GROUP = 8
 """Samples that a decode thread takes at a time: few enough to share them out evenly, and enough to
 make little of what handing them over costs."""
 STOP_SECONDS = 10.0
 """How long closing waits for the reader, which may hang in a download or a claim."""
-
-
-@dataclass
-class Work:
-    """One shard on its way through the task; iterate over its batches.
-
-    Attributes:
-        lease: released when the shard is done with.
-        rejections: complete once the iteration has ended.
-        total: samples in the tar, known once the iteration has ended.
-        clock: how long the stages took.
-        room: for batches that wait for the device; one for all works of a loader.
-    """
-
-    shard: Shard
-    lease: Lease | None = None
-    rejections: list[Rejection] = field(default_factory=list)
-    total: int = 0
-    cancelled: bool = False
-    clock: Clock = field(default_factory=Clock)
-    room: Semaphore = field(default_factory=lambda: Semaphore(AHEAD))
-    _queue: Queue[Any] = field(default_factory=Queue)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """
-        Raises:
-            ShardError, or whatever stopped the reader.
-        """
-        while (batch := self._next()) is not None:
-            yield batch
-
-    def _next(self) -> Batch | None:
-        with self.clock("wait"):
-            item = self._queue.get()
-            self.room.release()
-            if isinstance(item, BaseException):
-                raise item
-            return None if item is None else item.result()
-
-    def release(self) -> None:
-        """Leave the shard to others."""
-        if self.lease is not None:
-            self.lease.release()
-
-    def put(self, item: Future[Batch] | BaseException | None) -> None:
-        """Hand over a batch, an error or the end (None); gives up once nobody listens."""
-        while not self.room.acquire(timeout=0.2):
-            if self.cancelled:
-                return
-        self._queue.put(item)
-        if self.cancelled:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """No more batches are wanted."""
-        self.cancelled = True
-        while True:
-            try:
-                self._queue.get_nowait()
-            except Empty:
-                return
-            self.room.release()
 
 
 class Loader:
@@ -183,7 +116,10 @@ class Loader:
 
     def _read(self, work: Work, coming: Coming[Work]) -> None:
         try:
-            with coming.arrived() as staged, closing(Archive(staged.path)) as archive:
+            with ExitStack() as stack:
+                staged = stack.enter_context(coming.arrived())
+                work.begin()
+                archive = stack.enter_context(closing(Archive(staged.path)))
                 if not staged.damage:
                     self._require_tar(work, archive)
                 if staged.damage or not archive.ends_in_zeros():

@@ -13,9 +13,9 @@ from queue import Queue
 from d2m_hpc.errors import D2MError
 from d2m_hpc.state.manifest import Record, Recorder
 from d2m_hpc.worker.claims import Claims
-from d2m_hpc.worker.loader import Work
 from d2m_hpc.worker.progress import Reporter
 from d2m_hpc.worker.table import Rows
+from d2m_hpc.worker.work import Work
 from d2m_hpc.worker.writer import Committer, TakenOver
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from d2m_hpc.state.rundir import FILE_MODE, RunDir
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.extend import Extended, Pair
 from d2m_hpc.worker.graph import Graph
-from d2m_hpc.worker.loader import Loader, Work
+from d2m_hpc.worker.loader import Loader
 from d2m_hpc.worker.prepare import Recipe
 from d2m_hpc.worker.progress import Listener, Progress, Reporter, Watchdog
 from d2m_hpc.worker.scratch import Scratch, scratch
@@ -33,6 +33,7 @@ from d2m_hpc.worker.settle import Result, Settler
 from d2m_hpc.worker.table import Table
 from d2m_hpc.worker.toolbox import Toolbox
 from d2m_hpc.worker.tracking import Tracker
+from d2m_hpc.worker.work import Work
 from d2m_hpc.worker.writer import Committer
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ class Task:
         try:
             with (
                 graph,
-                Watchdog(report.progress, config.stall_seconds, log_file, claims.let_all_go),
+                Watchdog(report.progress, config.stall_seconds, log_file, claims.desert),
                 Settler(committer, recorder, claims, report) as settler,
                 Loader(claims, recipe, self.scratch, pin=device.type == "cuda") as loader,
                 claims,
@@ -200,6 +201,7 @@ class Task:
         return Record(
             work.shard.stem,
             "done",
+            attempt=work.attempt,
             fingerprint=self.fingerprint,
             started=time.time(),
             task=str(self.name),

@@ -119,7 +119,7 @@ class Committer:
             ShardError: the values cannot be written, or the disk or store does not take them.
         """
         try:
-            folder = self.staging.make(record.shard, 0)
+            folder = self.staging.make(record.shard, record.attempt)
             try:
                 if not held():
                     raise TakenOver

@@ -109,9 +109,9 @@ def test_failures_of_different_kinds_stay_apart(run: RunDir) -> None:
     for stem, error in (("cut-a", "No space left on device"), ("cut-b", "Permission denied")):
         last = failed[stem][-1]
         text = f"/x/{stem}.tar: {error}"
-        later = last.finished + 1
+        again = last.attempt + 1
         recorder.append(
-            Record(stem, "failed", finished=later, task=last.task, kind="ShardError", error=text)
+            Record(stem, "failed", attempt=again, task=last.task, kind="ShardError", error=text)
         )
     later = [g.shards for g in _summary(run).failures]
     assert sorted(later) == [["cut-a"], ["cut-b"], ["cut-c"], ["half"]]

@@ -101,7 +101,7 @@ def _believe(folder: Path) -> None:
         known.rows,
         parquet_sha256=hashes[0],
         npz_sha256=hashes[1],
-        finished=known.finished + 1,
+        attempt=known.attempt + 1,
     )
     Recorder(run.records / "test.jsonl").append(newer)
 

@@ -217,6 +217,38 @@ def test_the_newest_done_record_counts_in_whatever_order_they_are_read() -> None
     assert of([old, new]).done == of([new, old]).done == {"s": outcome(new)}
 
 
+def test_the_shards_own_attempts_tell_what_is_later_and_not_the_clocks_of_nodes() -> None:
+    """The second node's clock is a day slow; the third one's an hour fast."""
+    first = record("s", "failed", 90_000.0, attempt=1, task="000-0-0")
+    second = record("s", "done", 3_600.0, attempt=2, task="001-4-0")
+    third = record("s", "failed", 99_000.0, attempt=3, task="001-2-0")
+    for records in ([first, second], [second, first]):
+        assert of(records) == Manifest({"s": outcome(second)})
+    for records in ([first, third, second], [third, second, first]):
+        assert of(records) == Manifest({"s": outcome(second)}, {"s": [outcome(third)]})
+    assert (
+        of([second, replace(second, attempt=3, task="010-0-0", finished=1.0)]).done["s"].attempt
+        == 3
+    )
+
+
+def test_records_without_attempts_are_told_apart_by_submission_and_are_older() -> None:
+    old = record("s", "done", 500.0, task="002-0-0", rows=1)
+    slow = record("s", "done", 20.0, task="010-0-0", rows=2)
+    assert of([slow, old]).done["s"].rows == 2
+    counted = record("s", "done", 10.0, task="003-0-0", attempt=1, rows=3)
+    assert of([counted, slow, old]).done["s"].rows == 3
+    rebuilt = record("s", "done", 20.0, task="rebuilt")
+    assert of([rebuilt, old]).done["s"].rows == 1
+
+
+def test_an_attempt_that_is_done_was_not_lost_with_its_process() -> None:
+    """Killed between the rename and the record, it is read back after it was counted as died."""
+    died = record("s", "failed", 9.0, attempt=2, task="000-0-0")
+    done = record("s", "done", 5.0, attempt=2, task="000-0-0")
+    assert of([died, done]).failures == of([done, died]).failures == {}
+
+
 def test_a_later_success_settles_failures() -> None:
     records = [record("s", "failed", 1), record("s", "failed", 2), record("s", "done", 3)]
     for order in (records, records[::-1]):

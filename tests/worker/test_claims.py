@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import D2MError
+from d2m_hpc.errors import D2MError, ShardError
 from d2m_hpc.outputs import METADATA, OutputDir
+from d2m_hpc.state.attempts import Attempt, Attempts
 from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Record, Shard, read_records
@@ -193,3 +194,68 @@ def test_a_chunk_that_is_not_there_is_an_error(run: RunDir) -> None:
     assert len(Chunks(run.submission("000"))) == 4
     with pytest.raises(D2MError, match="has no chunk 4"):
         claims(run, index=4)
+
+
+# --- attempts ---
+
+
+def numbers(claimed: Claims, state: str = "") -> dict[str, int]:
+    """The attempt at each shard, begun, and settled where a state is given."""
+    found = {}
+    for work in claimed:
+        work.begin()
+        found[work.shard.stem] = work.attempt
+        if state:
+            claimed.mark(work, state)
+        claimed.let_go(work)
+    return found
+
+
+def test_an_attempt_is_on_disk_from_the_first_byte_that_is_read(run: RunDir) -> None:
+    attempts, claimed = Attempts(run.attempts), claims(run, steal=False)
+    work = next(iter(claimed))
+    assert attempts.unended() == {}  # it is only brought here as yet
+    work.begin()
+    assert attempts.unended() == {"c": Attempt(1, "000-1-0", claimed._report.progress.host)}
+    claimed.mark(work, "done")
+    assert list(run.attempts.iterdir()) == []
+    claimed.let_all_go()
+
+
+def test_each_attempt_has_a_larger_number_than_all_before(run: RunDir) -> None:
+    """Known of the submit, of what was given back or failed, and of the finished pair."""
+    chunk = [Shard("c", "/c.tar", attempt=4), Shard("d", "/d.tar")]
+    write_chunks(run.submission("000"), [[], chunk])
+    assert numbers(claims(run, steal=False)) == {"c": 5, "d": 1}  # given back
+    assert numbers(claims(run, steal=False), "failed") == {"c": 6, "d": 2}
+    for stem in "cd":
+        run.submission("000").failed(stem).unlink()
+    assert numbers(claims(run, steal=False), "done") == {"c": 7, "d": 3}
+    made = Record("d", "done", fingerprint="old", task="000-9-0", attempt=8).to_dict()
+    table = pa.table({"key": []}).replace_schema_metadata({METADATA: json.dumps(made)})
+    pq.write_table(table, run.root.parent / "out" / "d.parquet")
+    assert numbers(claims(run, steal=False, reprocess=True)) == {"c": 5, "d": 9}
+
+
+def test_a_task_that_lost_its_lease_does_not_touch_the_others_attempt(run: RunDir) -> None:
+    slow, fast = claims(run, steal=False), claims(run, steal=False)
+    work = next(iter(slow))
+    run.lease("c").unlink()  # as who finds it stale does
+    other = next(iter(fast))
+    other.begin()
+    with pytest.raises(ShardError, match="another task has begun"):
+        work.begin()
+    slow.let_all_go()
+    assert Attempts(run.attempts).unended().keys() == {"c"}
+    fast.let_all_go()
+    assert Attempts(run.attempts).unended() == {}
+
+
+def test_what_a_task_deserts_is_there_for_the_next_one_to_see(run: RunDir) -> None:
+    claimed = claims(run, steal=False)
+    works = iter(claimed)
+    next(works).begin()
+    next(works)
+    claimed.desert()
+    assert list(run.leases.iterdir()) == []
+    assert Attempts(run.attempts).unended().keys() == {"c"}
