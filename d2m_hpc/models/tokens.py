@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from functools import lru_cache
 from typing import Any
 
@@ -10,11 +11,19 @@ import regex
 import torch
 from torch import Tensor
 
+from d2m_hpc.models.bpe import Bpe
+
 CONTEXT = 77
 WORDS = 1 << 16
 """Distinct words whose tokens are remembered."""
+LETTERS = 64
+"""Of such a word, at most."""
+SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _PLAIN = re.compile("[ -%'-~]*")
 """Printable ASCII but for `&`: in such a text there is nothing to mend and nothing to unescape."""
+
+_MARKS = regex.compile(r"\P{ccc=0}{32,}")
+"""More marks on one letter than any script has."""
 
 
 def clip_tokens(text: str) -> Tensor:
@@ -22,7 +31,7 @@ def clip_tokens(text: str) -> Tensor:
     tokenizer = _tokenizer()
     tokens = [tokenizer.sot_token_id]
     for word in tokenizer.pat.finditer(clean(text)):
-        tokens += _of_word(word[0])
+        tokens += _of_word(word[0]) if word.end() - word.start() <= LETTERS else _encoded(word[0])
         if len(tokens) >= CONTEXT:
             break
     tokens = [*tokens[: CONTEXT - 1], tokenizer.eot_token_id]
@@ -33,22 +42,33 @@ def clean(text: str) -> str:
     """As open_clip does: encoding mended, HTML unescaped, white space collapsed, lower case."""
     if _PLAIN.fullmatch(text):
         return " ".join(text.split()).lower()
-    cleaned: str = _tokenizer().clean_fn(text)
+    # Normalising puts a letter's marks in order, in square time where they come in none.
+    cleaned: str = _tokenizer().clean_fn(_MARKS.sub(_in_order, text))
     return cleaned
+
+
+def _in_order(marks: regex.Match[str]) -> str:
+    return "".join(sorted(marks[0], key=unicodedata.combining))
 
 
 @lru_cache(maxsize=WORDS)
 def _of_word(word: str) -> tuple[int, ...]:
+    return _encoded(word)
+
+
+def _encoded(word: str) -> tuple[int, ...]:
+    """A word's tokens, or the first of them where they are more than are kept."""
     tokenizer = _tokenizer()
-    letters = "".join(tokenizer.byte_encoder[b] for b in word.encode())
-    return tuple(tokenizer.encoder[part] for part in tokenizer.bpe(letters).split(" "))
+    if word in SPECIAL:
+        return (tokenizer.encoder[word],)
+    letters = "".join(map(tokenizer.byte_encoder.__getitem__, word.encode()))
+    return tuple(tokenizer.encoder[part] for part in _bpe().first(letters, CONTEXT))
 
 
-class _Fixed(dict[str, str]):
-    """Holds what it was made with and nothing more."""
-
-    def __setitem__(self, key: str, value: str) -> None:
-        """Words are remembered by `_of_word`, which forgets."""
+@lru_cache(maxsize=1)
+def _bpe() -> Bpe:
+    tokenizer = _tokenizer()
+    return Bpe(tokenizer.bpe_ranks, set(tokenizer.encoder) - set(SPECIAL))
 
 
 @lru_cache(maxsize=1)
@@ -61,13 +81,11 @@ def _tokenizer() -> Any:
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer(context_length=CONTEXT)
-    names = ("<|startoftext|>", "<|endoftext|>")
-    for name, token in zip(names, tokenizer.all_special_ids, strict=True):
+    for name, token in zip(SPECIAL, tokenizer.all_special_ids, strict=True):
         del tokenizer.encoder[tokenizer.decoder[token]]
         tokenizer.encoder[name] = token
         tokenizer.decoder[token] = name
-    tokenizer.cache = _Fixed((name, name) for name in names)
-    special = "|".join(map(regex.escape, names))
+    special = "|".join(map(regex.escape, SPECIAL))
     rest = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     tokenizer.pat = regex.compile(f"{special}|{rest}", regex.IGNORECASE)
     return tokenizer

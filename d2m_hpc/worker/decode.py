@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import warnings
 from typing import Any
 
 import simplejpeg
-from PIL import Image, ImageFile, UnidentifiedImageError
 
+from d2m_hpc.models import formats
 from d2m_hpc.models.preprocessors import Picture, Rejected
 
-EXTENSIONS = {
-    "image": ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm"),
-    "text": ("txt",),
-    "json": ("json",),
-}
-
-# The reference program decodes what is there of a truncated image, and so do we.
-ImageFile.LOAD_TRUNCATED_IMAGES = True
-# `max_image_pixels` is checked before decoding, in place of PIL's own limit.
-Image.MAX_IMAGE_PIXELS = None
+EXTENSIONS = {"image": formats.EXTENSIONS, "text": ("txt",), "json": ("json",)}
 
 
 def image(data: bytes, max_pixels: int) -> Picture:
@@ -32,19 +22,24 @@ def image(data: bytes, max_pixels: int) -> Picture:
     """
     if not data:
         raise Rejected("the image file is empty")
-    if data[:2] == b"\xff\xd8" and (picture := _jpeg(data, max_pixels)) is not None:
-        return picture
-    return _by_pil(data, max_pixels)
+    try:
+        if data[:2] == b"\xff\xd8" and (picture := _jpeg(data, max_pixels)) is not None:
+            return picture
+        return _by_pil(data, max_pixels)
+    except formats.TooLarge as error:
+        raise Rejected(str(error)) from None
 
 
 def _jpeg(data: bytes, max_pixels: int) -> Picture | None:
     """None where PIL should try: CMYK, truncated, or not quite a JPEG."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        _limit(width, height, max_pixels)
+        formats.require_size(width, height, max_pixels)
         if colours in ("CMYK", "YCCK"):
             return None
         return Picture(simplejpeg.decode_jpeg(data, "RGB"))
+    except formats.TooLarge:
+        raise
     except ValueError:
         return None
 
@@ -54,25 +49,13 @@ def _by_pil(data: bytes, max_pixels: int) -> Picture:
         with warnings.catch_warnings():
             # Odd metadata is no reason to reject pixels that can be read.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as opened:
-                _limit(*opened.size, max_pixels)
-                if opened.format == "EPS":  # loading it would run Ghostscript on a stranger's code
-                    raise UnidentifiedImageError
+            with formats.opened(data, max_pixels) as opened:
                 opened.load()
                 return Picture(opened.convert("RGB"))
-    except Rejected:
+    except formats.TooLarge:
         raise
-    except UnidentifiedImageError:
-        raise Rejected("the image cannot be decoded: its format is not known") from None
     except Exception as error:  # PIL's plugins raise whatever their formats trip over
         raise Rejected(f"the image cannot be decoded: {error}") from None
-
-
-def _limit(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise Rejected(
-            f"the image has {width}x{height} pixels, over max_image_pixels ({max_pixels})"
-        )
 
 
 def text(data: bytes) -> str:

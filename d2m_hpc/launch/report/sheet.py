@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageFile
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.launch.report.columns import Column, kind_of, numbers, read
+from d2m_hpc.models import formats
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.urls import is_local
@@ -29,11 +29,7 @@ SIDE = 176
 """Longest side of a thumbnail, in pixels."""
 CAPTION = 400
 """Characters of a caption that are shown."""
-PICTURES = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 ENDS = ("lowest", "middle", "highest")
-
-# Rows were made of truncated pictures too.
-ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 
 @dataclass
@@ -195,7 +191,7 @@ def _named(member: str) -> tuple[str, str]:
 
 
 def _draw(sample: Sample, members: Mapping[str, bytes], max_pixels: int) -> None:
-    data = next((members[e] for e in PICTURES if e in members), None)
+    data = next((members[e] for e in formats.EXTENSIONS if e in members), None)
     if data is None:
         sample.fault = "has no picture"
         return
@@ -209,18 +205,13 @@ def thumbnail(data: bytes, max_pixels: int) -> str:
     """A picture of at most `SIDE` pixels a side, EXIF orientation ignored, as a data URL.
 
     Raises:
-        ValueError: it has more than `max_pixels` pixels, or its format is not safe to decode.
+        TooLarge: it has more than `max_pixels` pixels.
         Exception: it cannot be decoded.
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata, large pictures below our own limit
-        with Image.open(io.BytesIO(data)) as opened:
-            width, height = opened.size
-            if width * height > max_pixels:
-                raise ValueError(f"{width}x{height} pixels are over max_image_pixels")
-            if opened.format == "EPS":  # loading it would run Ghostscript on a stranger's code
-                raise ValueError("EPS is a program, not a picture")
+        with formats.opened(data, max_pixels) as opened:
             opened.draft("RGB", (2 * SIDE, 2 * SIDE))
             small = opened.convert("RGB")
     small.thumbnail((SIDE, SIDE))
