@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
@@ -189,19 +189,22 @@ class Document:
         except ValueError as error:
             return self._add(loc, str(error), Place.of(node))
 
-    def place(self, loc: Loc, item: object = None) -> str:
-        """The line that a mistake is in, with its number, or what comes next to it; may be empty.
+    def place(self, loc: Loc, item: object = None, read: Callable[[str], str] = str) -> str:
+        """The line that a mistake is in, with its number; empty where the text has it not.
 
         Args:
-            item: the value in the list at `loc`, where it is one of a list.
+            item: the value in the list at `loc`, or the only one there, where it is about one.
+            read: what a text in the file means.
         """
         node, found = self._root, None
         for part in loc:
             found, node = _child(node, part)
             if node is None:
                 return ""
-        if isinstance(node, yaml.SequenceNode) and item is not None:
-            found = next((Place.of(n) for n in node.value if n.value == str(item)), found)
+        if item is not None and node is not None:
+            items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+            same = (n for n in items if isinstance(n.value, str) and read(n.value) == str(item))
+            found = Place.of(node) if (node := next(same, None)) else None
         return self._lines.frame(found) if found else ""
 
 

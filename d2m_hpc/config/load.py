@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from d2m_hpc.config.document import Document
 from d2m_hpc.config.mistakes import nearest, semantic_mistakes
 from d2m_hpc.config.places import Loc, Mistake, dotted
 from d2m_hpc.config.schema import Config, Slurm
-from d2m_hpc.config.variables import with_variables
+from d2m_hpc.config.variables import expanded, with_variables
 from d2m_hpc.errors import ConfigError
 
 APART = "x-"
@@ -62,12 +63,19 @@ def located(path: str, mistakes: Iterable[str]) -> list[str]:
         document = _read(Path(path))
     except ConfigError:
         return [*mistakes]
-    return [_with_place(document, m) if isinstance(m, Mistake) else m for m in mistakes]
+    return [_with_place(document, m, _read_path) if isinstance(m, Mistake) else m for m in mistakes]
 
 
-def _with_place(document: Document, mistake: Mistake) -> str:
-    frame = document.place(mistake.loc, mistake.item)
+def _with_place(document: Document, mistake: Mistake, read: Callable[[str], str] = str) -> str:
+    frame = document.place(mistake.loc, mistake.item, read)
     return f"{mistake}\n{frame}" if frame else mistake
+
+
+def _read_path(text: str) -> str:
+    """What a path in the file means; where nothing is known of it, it means itself."""
+    with suppress(ValueError):
+        return expanded(text)
+    return text
 
 
 def _read(path: Path) -> Document:

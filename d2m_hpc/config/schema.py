@@ -100,7 +100,8 @@ class Config(Section):
     device: Annotated[int | str, NoSwitch] = 0
     """a CUDA index, `cuda:N` or `cpu`; with `--local`, a machine without CUDA takes the CPU"""
     input_tars: Tars
-    """one pattern, or a list: paths, URLs, `pipe:` commands; braces, and globs but in commands"""
+    """one pattern, or a list: paths, URLs, `pipe:` commands; braces, and globs but in commands; a
+    folder stands for the tars in it"""
     output_metadata_dir: Annotated[str, Field(min_length=1)]
     """folder or URL for a parquet and an npz a tar"""
     custom_pypath: str | None = None

@@ -16,6 +16,11 @@ _LONGEST = 200
 """Bytes of a stem: a file name has 255, and temporary names are made from it."""
 
 
+def is_archive(name: str) -> bool:
+    """Whether a path or URL is named as a tar, compressed or not; a command may do as it likes."""
+    return is_pipe(name) or _ARCHIVE.search(location(name)) is not None
+
+
 def location(url: str) -> str:
     """The path-like part of a url that names the tar: for a command, its word that ends in .tar."""
     if is_pipe(url):

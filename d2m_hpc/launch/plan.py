@@ -6,27 +6,32 @@ import fnmatch
 import glob
 import os
 import re
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
-from pathlib import Path
-from typing import Any
+from itertools import chain
 
-import braceexpand
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from d2m_hpc.config.load import located
+from d2m_hpc.config.places import Mistake
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.launch import remote
-from d2m_hpc.launch.naming import name_shards
+from d2m_hpc.launch import braces, remote
+from d2m_hpc.launch.naming import is_archive, name_shards
+from d2m_hpc.launch.oddities import Oddities
 from d2m_hpc.launch.remote import MISSING
+from d2m_hpc.launch.shards import read_shards, read_stems, write_shards
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.state.manifest import Shard
-from d2m_hpc.state.rundir import atomic_write
 from d2m_hpc.urls import GLOB, is_local, is_pipe, is_remote
+
+__all__ = [
+    "Expansion",
+    "check",
+    "expand",
+    "plan_shards",
+    "read_shards",
+    "read_stems",
+    "write_shards",
+]
 
 
 @dataclass
@@ -37,22 +42,28 @@ class Expansion:
         sizes: url to size in bytes, or None where it is not known, in the order of the patterns.
         duplicates: how many times a url was named again.
         missing: local files that a pattern names and that are not there.
-        mistakes: patterns that name nothing.
+        mistakes: patterns that name nothing, or what is no tar.
     """
 
     sizes: dict[str, int | None] = field(default_factory=dict)
     duplicates: int = 0
     missing: list[str] = field(default_factory=list)
-    mistakes: list[str] = field(default_factory=list)
+    mistakes: list[Mistake] = field(default_factory=list)
 
-    def take(self, named: Iterable[tuple[str, int | None]]) -> int:
-        """Take what a pattern names; how many of it are there."""
+    def take(self, named: Iterable[tuple[str, int | None]], odd: Oddities) -> int:
+        """Take what a pattern names; how many of it are there.
+
+        Args:
+            odd: takes what is not named as a tar.
+        """
         count = 0
         for url, size in named:
             count += 1
+            if not (url.endswith(".tar") or is_archive(url)) and size != MISSING:
+                odd.add(url)
             if not (url.isascii() or _is_utf8(url)):  # no parquet can hold it
                 name = os.fsencode(url).decode(errors="backslashreplace")
-                self.mistakes.append(f"input_tars: the name '{name}' is not UTF-8; rename the file")
+                self.wrong(f"the name '{name}' is not UTF-8; rename the file")
             elif url in self.sizes:
                 self.duplicates += 1
             elif size == MISSING:
@@ -62,6 +73,9 @@ class Expansion:
             else:
                 self.sizes[url] = size
         return count
+
+    def wrong(self, what: str, pattern: str | None = None) -> None:
+        self.mistakes.append(Mistake(("input_tars",), what, pattern))
 
 
 def _is_utf8(text: str) -> bool:
@@ -78,23 +92,27 @@ def expand(patterns: Iterable[str], sized: bool = True) -> Expansion:
 
     Args:
         patterns: local paths, fsspec URLs or `pipe:` commands, each with braces (nested,
-            zero-padded ranges) and, but for commands, globs.
+            zero-padded ranges) and, but for commands, globs; a folder stands for the tars in it.
         sized: local tars are asked for their sizes, which is most of the work.
     """
     found = Expansion()
     disk = _Disk(sized)
+    left = braces.MOST
     for pattern in patterns:
+        odd = Oddities(pattern)
         try:
-            matched = found.take(_expand_one(pattern, disk))
+            left -= braces.require_few(pattern, left)
+            matched = found.take(_expand_one(pattern, disk), odd)
         except D2MError as error:
-            found.mistakes.append(f"input_tars: {error}")
+            found.wrong(str(error), pattern)
             continue
         except Exception as error:  # a store's own library raises what it likes
-            what = f"{type(error).__name__}: {error}"
-            found.mistakes.append(f"input_tars: cannot list {pattern!r}: {what}")
+            found.wrong(f"cannot list {pattern!r}: {type(error).__name__}: {error}", pattern)
             continue
         if not matched:
-            found.mistakes.append(f"input_tars: found no tar for {pattern!r}; check the path")
+            found.wrong(f"found no tar for {pattern!r}; check the path", pattern)
+        elif what := odd.told():
+            found.wrong(what, pattern)
     return found
 
 
@@ -108,6 +126,10 @@ class _Disk:
     def __init__(self, sized: bool) -> None:
         self._sized = sized
         self._folders: dict[str, dict[str, int | None]] = {}
+
+    def tars(self, folder: str) -> list[tuple[str, int | None]]:
+        """All files in a folder that are named as tars are, sorted."""
+        return self._list(f"{folder.rstrip('/')}/", is_archive)
 
     def __getitem__(self, path: str) -> int | None:
         folder = path.rpartition("/")[0]
@@ -154,27 +176,30 @@ def _expand_one(pattern: str, disk: _Disk) -> Iterator[tuple[str, int | None]]:
     if is_local(pattern) and os.path.isfile(path := _absolute(pattern)):
         yield path, disk[path]  # a file's own name may hold braces and brackets
         return
-    if is_remote(pattern):
-        yield from remote.expand(list(_braces(pattern)))
+    if is_local(pattern) and pattern and os.path.isdir(path):
+        yield from disk.tars(path)
         return
-    for name in _braces(pattern):
+    if is_remote(pattern):
+        yield from remote.expand(list(braces.expand(pattern)))
+        return
+    for name in braces.expand(pattern):
         if is_pipe(name):
             yield name, None
-        else:
-            path = _absolute(name)
-            wild = GLOB.search(path) and not os.path.isfile(path)
-            yield from disk.glob(path) if wild else [(path, disk[path])]
+        elif name:  # the path of an empty one would be this folder's
+            yield from _named(_absolute(name), disk)
+
+
+def _named(path: str, disk: _Disk) -> Iterable[tuple[str, int | None]]:
+    """What a path without braces names."""
+    if GLOB.search(path) and not os.path.isfile(path):
+        return disk.glob(path)
+    if (size := disk[path]) == MISSING and not is_archive(path) and os.path.isdir(path):
+        return disk.tars(path)
+    return [(path, size)]
 
 
 def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    try:
-        yield from braceexpand.braceexpand(pattern, escape=False)
-    except ValueError:
-        yield pattern
 
 
 def plan_shards(sizes: Mapping[str, int | None], known: Sequence[Shard] = ()) -> list[Shard]:
@@ -203,54 +228,6 @@ def _size_now(url: str) -> int | None:
         return None
 
 
-_SCHEMA = pa.schema([("stem", pa.string()), ("url", pa.string()), ("size", pa.int64())])
-
-
-def write_shards(path: Path, shards: Sequence[Shard]) -> None:
-    stems, urls = _strings(s.stem for s in shards), _strings(s.url for s in shards)
-    columns = [stems, urls, _integers([s.size for s in shards])]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=_SCHEMA), sink)
-    atomic_write(path, sink.getvalue().to_pybytes())
-
-
-# By their buffers (Arrow's columnar format): `pyarrow.array`, like `read_table`, imports pandas
-# where it is installed, and that takes up to a second.
-
-
-def _strings(texts: Iterable[str]) -> pa.Array:
-    encoded = [text.encode() for text in texts]
-    offsets = array("i", accumulate(map(len, encoded), initial=0))
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
-    return pa.Array.from_buffers(pa.string(), len(encoded), buffers)
-
-
-def _integers(values: Sequence[int | None]) -> pa.Array:
-    known = np.packbits(np.array([v is not None for v in values], bool), bitorder="little")
-    numbers = array("q", (v or 0 for v in values))
-    buffers = [pa.py_buffer(known), pa.py_buffer(numbers)]
-    return pa.Array.from_buffers(pa.int64(), len(values), buffers)
-
-
-def read_shards(path: Path) -> list[Shard]:
-    return list(map(Shard, *_read(path, _SCHEMA.names)))
-
-
-def read_stems(path: Path) -> list[str]:
-    """Of all shards of a plan, in its order."""
-    [stems] = _read(path, ["stem"])
-    return stems
-
-
-def _read(path: Path, columns: Sequence[str]) -> list[list[Any]]:
-    """Each column's values; none where there is no plan yet."""
-    if not path.exists():
-        return [[] for _ in columns]
-    with pq.ParquetFile(path) as file:
-        table = file.read(columns)
-    return [table[name].to_pylist() for name in columns]
-
-
 def check(expansion: Expansion, where: str) -> None:
     """Refuse patterns that name nothing.
 
@@ -258,4 +235,4 @@ def check(expansion: Expansion, where: str) -> None:
         ConfigError: with every such pattern.
     """
     if expansion.mistakes:
-        raise ConfigError(where, expansion.mistakes)
+        raise ConfigError(where, located(where, expansion.mistakes))

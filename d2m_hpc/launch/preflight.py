@@ -11,6 +11,7 @@ from pathlib import Path
 
 from d2m_hpc import stores
 from d2m_hpc.config import Config
+from d2m_hpc.config.load import located
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.launch import plan
 from d2m_hpc.launch.decide import absolute, checkpoint_hashes, missing_extras, run_dir
@@ -35,7 +36,8 @@ def check(config: Config, where: str) -> plan.Expansion:
     problems = [*_output(config), *_leases(run), *_inputs(inputs)]
     problems += [*_weights(config, run, where), *_custom_file(config), *missing_extras(config)]
     if problems:
-        raise ConfigError(f"{where}, preflight (--no-preflight skips it)", problems)
+        told = located(where, problems)
+        raise ConfigError(f"{where}, preflight (--no-preflight skips it)", told)
     return inputs
 
 
@@ -93,6 +95,7 @@ def _weights(config: Config, run: RunDir, where: str) -> Iterator[str]:
 IMPORT = """
 import sys
 from d2m_hpc.config import Config
+from d2m_hpc.config.load import located
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.worker.toolbox import Toolbox
 try:

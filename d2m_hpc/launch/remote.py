@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from d2m_hpc import stores
-from d2m_hpc.launch.naming import location
+from d2m_hpc.launch.naming import is_archive, location
 from d2m_hpc.urls import GLOB, scheme
 
 MISSING = -1
 WORTH_LISTING = 8
 """Named tars in a folder for which it is listed: a folder may hold a million others."""
+FEW = 100
+"""Names of no tar for which a store is asked whether they are folders."""
 
 
 def expand(urls: Sequence[str]) -> Iterator[tuple[str, int | None]]:
@@ -27,12 +29,32 @@ def expand(urls: Sequence[str]) -> Iterator[tuple[str, int | None]]:
         Exception: the store's own.
     """
     named = [url for url in urls if not GLOB.search(location(url))]
-    sizes = _sizes(named)
+    folders = {url for url in named if _is_folder(url, asked=len(named) <= FEW)}
+    sizes = _sizes([url for url in named if url not in folders])
     for url in urls:
         if url in sizes:
             yield url, sizes[url]
+        elif url in folders:
+            yield from _tars(url)
         else:
             yield from _glob(url)
+
+
+def _is_folder(url: str, asked: bool) -> bool:
+    """Whether a URL names a folder of tars; the store is asked where its name is no tar's."""
+    if scheme(url) in stores.WEB or is_archive(url):
+        return False
+    fs, path = stores.filesystem(url)
+    return url.endswith("/") or (asked and bool(stores.retrying(lambda: fs.isdir(path))))
+
+
+def _tars(folder: str) -> Iterator[tuple[str, int | None]]:
+    """All in a folder that are named as tars are."""
+    fs, path = stores.filesystem(folder)
+    infos: list[dict[str, Any]] = stores.retrying(lambda: fs.ls(path, detail=True))
+    for info in sorted(infos, key=lambda info: str(info["name"])):
+        if info.get("type") != "directory" and is_archive(info["name"]):
+            yield fs.unstrip_protocol(info["name"]), info.get("size")
 
 
 def _glob(url: str) -> Iterator[tuple[str, int | None]]:

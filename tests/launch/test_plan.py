@@ -14,9 +14,11 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit import STATS, d2m, write_config, write_tar
+from kit import write_shards as write_shards_of_samples
 
-from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch import plan
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.launch import braces, plan
 from d2m_hpc.launch.chunks import chunk
 from d2m_hpc.launch.naming import name_shards
 from d2m_hpc.launch.plan import (
@@ -317,6 +319,115 @@ def test_braces_in_commands_expand_and_globs_do_not(tmp_path: Path) -> None:
     found = expand([f"pipe:cat {tmp_path}/{{0..1}}.tar | head -c 5?*[a]"])
     assert found.sizes == {f"pipe:cat {tmp_path}/{i}.tar | head -c 5?*[a]": None for i in range(2)}
     assert not found.mistakes
+
+
+# --- folders, and what is no tar ---
+
+
+def test_a_folder_means_the_tars_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a/1.tar", "a/0.tgz", "a/0_stats.json", "a/b/2.tar", "c/3.TAR", "a/x.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert names(expand(["a"])) == ["0.tgz", "1.tar"]
+    assert names(expand([f"{tmp_path}/a/"])) == ["0.tgz", "1.tar"]
+    assert names(expand(["{a,c}"])) == ["0.tgz", "1.tar", "3.TAR"]
+    assert names(expand(["file://" + str(tmp_path / "c")])) == ["3.TAR"]
+
+
+def test_a_folder_of_a_store_means_the_tars_in_it(memory: Any) -> None:
+    for name in ("d/1.tar", "d/0.tar.xz", "d/0.json", "d/sub/2.tar"):
+        memory.pipe(f"/bucket/{name}", b"12345")
+    for folder in ("memory://bucket/d", "memory://bucket/d/"):
+        assert names(expand([folder])) == ["0.tar.xz", "1.tar"]
+
+
+def test_files_that_are_no_tars_are_told_with_what_they_are(tmp_path: Path) -> None:
+    """As img2dataset leaves them beside its tars."""
+    touch(tmp_path, *(f"{i:05d}.tar" for i in range(6)))
+    for i in range(6):
+        (tmp_path / f"{i:05d}.parquet").write_bytes(b"PAR1" + bytes(50))
+        (tmp_path / f"{i:05d}_stats.json").write_text('{"count": 1}')
+    [mistake] = expand([f"{tmp_path}/*"]).mistakes
+    assert mistake.startswith(f"input_tars: '{tmp_path}/*' names 12 files that are no tars: ")
+    assert f"6 with .parquet ({tmp_path}/00000.parquet: it is a parquet file)" in mistake
+    assert f"6 with .json ({tmp_path}/00000_stats.json: it is JSON" in mistake
+    assert mistake.endswith(f"valid is for example '{tmp_path}/*.tar'")
+    [named] = expand([f"{tmp_path}/00003.parquet"]).mistakes
+    assert "1 with .parquet" in named
+    assert "for example" not in named
+
+
+def test_tars_may_have_names_of_any_kind(tmp_path: Path) -> None:
+    for i in range(5):
+        write_tar(tmp_path / f"part-{i:04d}", {"a.txt": b"1"})
+        write_tar(tmp_path / f"shard.{i}", {"a.txt": b"1"})
+    write_tar(tmp_path / "packed.gz", {"a.txt": b"1"}, mode="w:gz")
+    found = expand([f"{tmp_path}/*"])
+    assert (len(found.sizes), found.mistakes) == (11, [])
+
+
+def test_what_is_no_tar_on_a_store_is_told(memory: Any) -> None:
+    memory.pipe("/bucket/d/0.tar", b"0")
+    memory.pipe("/bucket/d/0.html", b"<!DOCTYPE html><html>")
+    [mistake] = expand(["memory://bucket/d/*"]).mistakes
+    assert "1 with .html (memory:///bucket/d/0.html: it is an HTML page" in mistake
+
+
+def test_a_wrong_glob_is_told_with_its_line_and_nothing_is_planned(tmp_path: Path) -> None:
+    write_shards_of_samples(tmp_path / "wds", 2, samples=2)
+    (tmp_path / "wds" / "00000.parquet").write_bytes(b"PAR1")
+    values = {**STATS, "input_tars": ["wds/*"], "output_metadata_dir": "out"}
+    config = write_config(tmp_path / "c.yml", values)
+    for arguments in (("--dry-run",), ("--no-preflight",), ()):
+        ended = d2m("submit", config, "--local", *arguments, cwd=tmp_path)
+        assert ended.returncode == 2, ended.stderr
+        assert "1 with .parquet" in ended.stderr
+        assert "| - wds/*" in ended.stderr
+    assert not (tmp_path / "out").exists()
+    ended = d2m("submit", config, "--local", "--set", "input_tars=wds", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert {p.stem for p in (tmp_path / "out").glob("*.parquet")} == {"00000", "00001"}
+
+
+# --- braces ---
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "/x/{0..99999}::/y/{0..99999}.tar",
+        "/x/{00000000..20000000}.tar",
+        "{0..999}{0..999}{0..999}",
+        "a{{0..9999},{a..z}}{0..99999}",
+        "{0..1" + "0" * 4000 + "}",
+        "{a,b}" * 5000,
+        "s3://bucket/{0..99999999}.tar",
+        "pipe:cat {0..99999999}.tar",
+        "{" * 45 + "a,b" + "}" * 45,
+        "{0..99999}" + "x" * 100_000,
+    ],
+)
+def test_a_product_of_braces_is_counted_before_it_is_expanded(pattern: str) -> None:
+    found = expand([pattern])
+    [mistake] = found.mistakes
+    assert not found.sizes
+    assert "stand for" in mistake or "nested more than" in mistake
+    assert ("entries of a list" in mistake) == ("::" in pattern)
+    assert len(mistake) < 500
+
+
+def test_all_patterns_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(braces, "MOST", 15)
+    assert len(expand(["/a/{0..9}.tar", "/b/{0..4}.tar"]).sizes) == 15
+    assert "valid are 5 at most" in expand(["/a/{0..9}.tar", "/b/{0..9}.tar"]).mistakes[1]
+
+
+@given(st.text(alphabet="{},.-09az", max_size=24))
+def test_braces_are_counted_as_they_are_expanded(pattern: str) -> None:
+    try:
+        count = braces.require_few(pattern, 10_000)
+    except D2MError:
+        return
+    assert count == len(list(braces.expand(pattern)))
 
 
 # --- shards ---
