@@ -253,3 +253,24 @@ def test_all_checkpoints_are_listed_without_a_config(folder: Path) -> None:
         assert checkpoint.url in ended.stdout
     few = d2m("weights", "list", folder / "c.yml")
     assert (few.returncode, "ViT-B-32.pt" in few.stdout) == (0, False)
+
+
+@pytest.mark.parametrize("command", ["submit", "status", "logs"])
+def test_names_that_a_terminal_cannot_show_are_escaped(command: str, tmp_path: Path) -> None:
+    """Under PYTHONIOENCODING=ascii, as some schedulers and cron set it."""
+    folder = tmp_path / "Größe"
+    (broken := folder / "tars" / "é.tar").parent.mkdir(parents=True)
+    broken.write_bytes(b"not a tar" * 100)
+    config = write_config(
+        folder / "c.yml",
+        STATS,
+        input_tars=str(folder / "tars" / "*.tar"),
+        output_metadata_dir=str(folder / "out"),
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = submit(config, env=environment)
+    if command != "submit":
+        ended = d2m(command, config, *(["é"] if command == "logs" else []), env=environment)
+    assert "Traceback (most recent call last)" not in ended.stderr
+    assert ended.returncode == (1 if command == "submit" else 0), ended.stderr
+    assert "\\xe9" in ended.stdout

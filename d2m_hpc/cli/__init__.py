@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -54,6 +55,10 @@ def main_submit() -> None:
 
 def _run(command: typer.Typer) -> None:
     """Print our errors without a traceback, and end with their exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or a PYTHONIOENCODING of ASCII: what it cannot show is escaped.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command()
     except D2MError as error:

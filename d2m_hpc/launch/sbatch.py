@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 from d2m_hpc.config import Slurm
 from d2m_hpc.errors import SlurmError
+from d2m_hpc.launch.commands import callers
 from d2m_hpc.launch.slurm import Array, Proposal
 from d2m_hpc.state.rundir import RunDir, Submission
 
@@ -42,26 +44,52 @@ def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
     return {k: v for k, v in chosen.items() if v is not None and v is not False}
 
 
+SHELL = """\
+# Without a trap a batch shell dies of the signal that is meant for its task.
+d2m_told=
+trap d2m_told=told TERM
+cd "${SLURM_SUBMIT_DIR:-.}"
+d2m_nodes=%s
+d2m_me="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+d2m_broken() {
+    printf '{"node": "%%s", "why": "%%s", "time": %%s}\\n' "${SLURMD_NODENAME:-$HOSTNAME}" "$1" \
+        "$(date +%%s)" > "$d2m_nodes/$d2m_me.json"
+    exit 4
+}
+d2m_setup() {
+    eval "$2" && return
+    d2m_broken "setup line $1 failed"
+}
+d2m_task() {
+    local starting="$d2m_nodes/.$d2m_me.tmp" code
+    : > "$starting" # the task removes it when it has begun
+    "$@"
+    code=$?
+    if [ -e "$starting" ]; then
+        rm -f "$starting"
+        case $d2m_told$code in
+        told* | 0) ;;
+        129 | 130 | 137 | 138 | 140 | 143) ;; # by a signal that is no fault of the node's
+        *) d2m_broken "the task did not start there (srun ended with code $code)" ;;
+        esac
+    fi
+    exit $code
+}"""
+
+
 def script_lines(config: Slurm, failures: Path) -> list[str]:
-    """The shell before the task: `setup`, each item checked, and a mark where one fails."""
-    lines = [
-        # Without a trap a batch shell dies of the signal that is meant for its task.
-        "trap : TERM",
-        'cd "${SLURM_SUBMIT_DIR:-.}"',
-        "d2m_setup() {",
-        '    eval "$2" && return',
-        '    printf \'{"node": "%s", "why": "setup line %s failed", "time": %s}\\n\' '
-        '"${SLURMD_NODENAME:-$HOSTNAME}" "$1" "$(date +%s)" '
-        f"> {shlex.quote(str(failures))}/" + '"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.json"',
-        "    exit 4",
-        "}",
-    ]
+    """The shell before the task: `setup`, each item checked, and a mark where the node is broken.
+
+    A node is, where a setup line fails or srun ends before the task has begun: its Python is not
+    there, or cannot load what it needs.
+    """
+    lines = (SHELL % shlex.quote(str(failures))).splitlines()
     return lines + [f"d2m_setup {i} {shlex.quote(s)}" for i, s in enumerate(config.setup, 1)]
 
 
 def command(run: RunDir, submission: Submission, array: Array, options: dict[str, Any]) -> str:
-    """What an element runs: one process for each of its tasks."""
-    srun = ["srun", "--kill-on-bad-exit=0", "--unbuffered"]
+    """What an element runs, after `script_lines`: one process for each of its tasks."""
+    srun = ["d2m_task", "srun", "--kill-on-bad-exit=0", "--unbuffered"]
     if cpus := options.get("cpus-per-task"):
         srun.append(f"--cpus-per-task={cpus}")  # from 22.05 on srun does not take sbatch's
     # -P: a json.py in the folder where sbatch was called must not take the place of Python's own.
@@ -84,8 +112,13 @@ def submit(
     class Executor(SlurmExecutor):
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
             # A folder in an #SBATCH line would be read for quotes and %, and SBATCH_* variables
-            # of the user's win over these lines; the command line is free of both.
-            return ["sbatch", f"--chdir={run.logs}", *_flags(extra), str(submission_file_path)]
+            # win over these lines; the command line is free of both.
+            script = str(submission_file_path)
+            return [*_without_callers(), "sbatch", f"--chdir={run.logs}", *_flags(extra), script]
+
+        @staticmethod
+        def _get_job_id_from_submission_command(string: bytes | str) -> str:
+            return job_id(string if isinstance(string, str) else string.decode(errors="replace"))
 
     extra = _array_options(array, proposal)
     executor = Executor(run.logs)
@@ -107,6 +140,28 @@ def submit(
             array.job_id = executor._submit_command(words).job_id
     except FailedJobError as error:
         raise SlurmError(_refusal(str(error))) from None
+
+
+def _without_callers() -> list[str]:
+    """The start of a command that runs without the variables of whoever calls us."""
+    gone = sorted(callers(os.environ))
+    return ["env", *(word for name in gone for word in ("-u", name))] if gone else []
+
+
+def job_id(said: str) -> str:
+    """Of the job that sbatch says it has started: `Submitted batch job 7`, `7` or `7;cluster`.
+
+    Raises:
+        SlurmError: it names none.
+    """
+    found = re.search(r"job (\d+)|^\s*(\d+)(?:;.*)?$", said, re.MULTILINE)
+    if found is None:
+        raise SlurmError(
+            f"sbatch answered {said.strip()[:200]!r}, which names no job: see whether `squeue "
+            "--me` shows it, and whether sbatch is a wrapper here, or slurm.extra has `test-only`; "
+            "the same command goes on from here"
+        )
+    return found[1] or found[2]
 
 
 def _array_options(array: Array, proposal: Proposal) -> dict[str, Any]:
@@ -138,6 +193,7 @@ HINTS = {
     "QOS": "check slurm.qos, or submit fewer tasks at once with a larger shards_per_task",
     "limit": "submit fewer tasks at once: a larger shards_per_task",
     "array": "`scontrol show config` says what MaxArraySize is",
+    "node name": "check slurm.exclude against `sinfo -N`",
     "node configuration": "no node has what slurm.gres, mem and cpus_per_task ask for",
 }
 

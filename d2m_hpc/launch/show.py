@@ -153,6 +153,10 @@ def summary(found: Summary) -> None:
     console.print()
     for reason, number in found.rejections.items():
         console.print(f"rejected {number:,}: {reason}")
+    for wait in found.waiting:
+        console.print(str(wait), style="red" if wait.never else "yellow")
+    if found.unasked:
+        console.print(f"Slurm cannot be asked: {found.unasked}", style="yellow")
     if found.stragglers:
         console.print(f"slower than the others: {', '.join(found.stragglers)}", style="yellow")
     for node, why in found.broken_nodes.items():

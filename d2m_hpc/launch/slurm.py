@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from d2m_hpc.errors import SlurmError
+from d2m_hpc.launch.commands import ask
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
 
@@ -26,6 +26,8 @@ OVER = {"CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILED", "TIMEOUT"}
     "BOOT_FAIL",
     "NODE_FAIL",
     "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
 }
 
 
@@ -104,37 +106,28 @@ def is_here() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def _ask(*words: str) -> str:
-    """
-    Raises:
-        SlurmError: the command is not here or failed, with its words.
-    """
-    # A user's SQUEUE_PARTITION or SQUEUE_STATES would hide live tasks.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
-    try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=120, env=environment
-        )
-    except FileNotFoundError:
-        raise SlurmError(f"there is no {words[0]} here; go to a login node") from None
-    if done.returncode:
-        raise SlurmError(f"{words[0]} failed: {done.stderr.strip()}")
-    return done.stdout
-
-
 def max_array_size() -> int:
     """Of this cluster; Slurm's default where there is none to ask, or it does not answer.
 
     A plan can be looked at without Slurm; a submit asks for the queue first.
+
+    Raises:
+        SlurmError: the cluster takes no job arrays.
     """
     try:
-        return parse_max_array_size(_ask("scontrol", "show", "config"))
+        shown = ask("scontrol", "show", "config")
     except SlurmError:
         return DEFAULT_MAX_ARRAY_SIZE
+    return parse_max_array_size(shown)
 
 
 def parse_max_array_size(shown: str) -> int:
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+    if found and not int(found[1]):
+        raise SlurmError(
+            "this cluster takes no job arrays: its MaxArraySize is 0; ask its administrators for "
+            "another one, or run with --local in a job of your own"
+        )
     return int(found[1]) if found else DEFAULT_MAX_ARRAY_SIZE
 
 
@@ -180,6 +173,12 @@ class Queue:
 
 _FORMAT = "%F|%K|%T|%r|%N|%j"
 """The name last: it is the only field that may hold a `|`."""
+_ENDS = "%F|%K|%T|%e"
+
+COMPLETING, REQUEUED = "COMPLETING", "REQUEUED"
+
+AT_ONCE = 500
+"""Jobs on a command line: the system bounds its length."""
 
 
 def queue() -> Queue:
@@ -187,11 +186,16 @@ def queue() -> Queue:
     Raises:
         SlurmError: squeue failed; without it live tasks cannot be told from dead ones.
     """
-    return parse_queue(_ask("squeue", "--me", "--noheader", "--array", f"--format={_FORMAT}"))
+    words = ("squeue", "--me", "--noheader", "--array")
+    found = parse_queue(ask(*words, f"--format={_FORMAT}"))
+    if not any(element.state == COMPLETING for element in found.all):
+        return found
+    return with_requeued(found, ask(*words, f"--format={_ENDS}"), datetime.now())
 
 
 def parse_queue(shown: str) -> Queue:
-    rows = (line.split("|", 5) for line in shown.splitlines() if line.strip())
+    """Lines that are no jobs, such as those that name a cluster, are left out."""
+    rows = (line.split("|", 5) for line in shown.splitlines() if line.count("|") >= 5)
     return Queue(
         [
             Element(job, int(index), state, name, reason, node)
@@ -201,9 +205,54 @@ def parse_queue(shown: str) -> Queue:
     )
 
 
-def cancel(job_ids: Sequence[str]) -> None:
-    if job_ids:
-        _ask("scancel", *job_ids)
+def with_requeued(found: Queue, ends: str, now: datetime) -> Queue:
+    """Tell those that will run again from those that are over, of elements in their epilog.
+
+    squeue says COMPLETING of both. It gives a task that was requeued the end that it would have if
+    it started again, and one that is over the end that it had.
+
+    Args:
+        ends: what squeue says by `_ENDS`, asked for later.
+    """
+    rows = (line.split("|") for line in ends.splitlines() if line.count("|") == 3)
+    later = {(job, index): (state, end) for job, index, state, end in rows}
+
+    def seen(element: Element) -> Element:
+        known = later.get((element.job_id, str(element.index)))
+        if element.state != COMPLETING or known is None:
+            return element
+        state, end = known
+        if state == COMPLETING:
+            state = COMPLETING if _is_past(end, now) else REQUEUED
+        return replace(element, state=state)
+
+    return Queue([seen(element) for element in found.all])
+
+
+def _is_past(end: str, now: datetime) -> bool:
+    """Whether a time of squeue's has come; where it is none (`N/A`, without a walltime), no."""
+    try:
+        return datetime.fromisoformat(end) <= now
+    except ValueError:
+        return False
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Cancel jobs, arrays or elements.
+
+    Raises:
+        SlurmError: scancel failed, with its words.
+    """
+    for start in range(0, len(jobs), AT_ONCE):
+        ask("scancel", *jobs[start : start + AT_ONCE])
+
+
+def node_names() -> set[str]:
+    """All nodes of the cluster; none where it cannot be asked."""
+    try:
+        return set(ask("sinfo", "--noheader", "--Node", "--format=%N").split())
+    except SlurmError:
+        return set()
 
 
 def read_arrays(submission: Submission) -> list[Array]:

@@ -19,6 +19,7 @@ from d2m_hpc.launch import nodes, slurm
 from d2m_hpc.launch.decide import run_dir
 from d2m_hpc.launch.standing import Standings, standings
 from d2m_hpc.launch.uncollected import uncollected
+from d2m_hpc.launch.waiting import Waiting, why
 from d2m_hpc.state.manifest import Manifest, Outcome
 from d2m_hpc.state.merge import listed
 from d2m_hpc.state.rundir import RunDir
@@ -47,7 +48,8 @@ class Summary:
     not there; both are among the pending, running and failed ones. `given_up` are those of the
     failed ones that the next submit does not try again.
     `eta_seconds` is None where nothing runs or nothing is known of its speed. `tasks` counts array
-    elements by what Slurm says of them; it is empty where Slurm says nothing.
+    elements by what Slurm says of them; it is empty where Slurm says nothing. `waiting` are the
+    reasons why some of them do not run; `unasked` is why Slurm could not be asked.
     """
 
     run_dir: str
@@ -71,6 +73,8 @@ class Summary:
     outdated: int = 0
     removed: int = 0
     given_up: int = 0
+    waiting: list[Waiting] = field(default_factory=list)
+    unasked: str = ""
 
     @property
     def complete(self) -> bool:
@@ -143,7 +147,7 @@ def summarise(
         samples_per_second=round(speed or _past_speed(done), 2),
         eta_seconds=round(left * mean / speed, 1) if speed and mean else None,
         gpu_hours=round(sum(t["updated"] - t["started"] for t in tasks if _has_gpu(t)) / 3600, 3),
-        tasks=_queued(run),
+        **_queued(run),
         stragglers=_stragglers(active),
         broken_nodes=nodes.broken(run, manifest),
         failures=_grouped(run, failed),
@@ -195,16 +199,17 @@ def _has_gpu(task: dict[str, Any]) -> bool:
     return str(task.get("device")).startswith("cuda")
 
 
-def _queued(run: RunDir) -> dict[str, int]:
-    """Array elements by state; where Slurm cannot be asked, none."""
+def _queued(run: RunDir) -> dict[str, Any]:
+    """Array elements by state, and why some wait; where there is no Slurm to ask, nothing."""
     arrays = slurm.all_arrays(run)
     if not arrays or not slurm.is_here():
         return {}
     try:
         queue = slurm.queue()
-    except SlurmError:
-        return {}
-    return dict(Counter(e.state.lower() for a in arrays for e in queue.of(a)))
+    except SlurmError as error:
+        return {"unasked": str(error)}
+    tasks = dict(Counter(e.state.lower() for a in arrays for e in queue.of(a)))
+    return {"tasks": tasks, "waiting": why(queue, arrays)}
 
 
 def _stragglers(active: list[dict[str, Any]]) -> list[str]:

@@ -6,8 +6,8 @@ import getpass
 import json
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,14 @@ import yaml
 from d2m_hpc import __version__
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch import chunks as chunking
-from d2m_hpc.launch import fingerprints, nodes, plan, sbatch, slurm
+from d2m_hpc.launch import fingerprints, nodes, plan, sbatch, slurm, waiting
+from d2m_hpc.launch.alone import submitting
 from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.state.attempts import Attempts
 from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Recorder, Shard
-from d2m_hpc.state.merge import merge_silent
 from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
 
 if TYPE_CHECKING:
@@ -33,38 +33,10 @@ if TYPE_CHECKING:
 SHARDS_PER_TASK = 16
 SHORTEST_WAIT, LONGEST_WAIT = 2.0, 30.0
 """Seconds between two looks at the queue: longer for longer runs, as slurmctld serves everybody."""
-PATIENCE = 180.0
+PATIENCE = 900.0
 """Seconds without an answer: a controller that restarts is no reason to give up."""
-
-
-@contextmanager
-def submitting(workload: Workload) -> Iterator[None]:
-    """One submit at a time in a run.
-
-    What a killed one left half-written is swept away, and the many small files of tasks that the
-    watchdog would have ended twice over become few.
-    """
-    run = workload.run
-    run.create()
-    lease = Lease(run.submit_lock)
-    while not lease.claim():
-        time.sleep(0.2)
-    try:
-        submissions = (s.folder for s in run.submissions())
-        for folder in (
-            run.root,
-            run.fingerprints,
-            run.records,
-            run.progress,
-            run.attempts,
-            *submissions,
-        ):
-            for left in folder.glob(".*.tmp"):
-                left.unlink(missing_ok=True)
-        merge_silent(run, 2 * workload.config.stall_seconds)
-        yield
-    finally:
-        lease.release()
+STUCK_SECONDS = 10.0
+"""How long nothing may be able to start before `wait` gives up: some reasons pass by themselves."""
 
 
 def commit(decision: Decision, chunks: Iterable[list[Shard]]) -> Submission:
@@ -134,11 +106,16 @@ def _stems(submission: Submission, numbers: Iterable[int]) -> set[str]:
     return {s.stem for chunk in chunks.read(i for i in numbers if i < count) for s in chunk}
 
 
-def look(workload: Workload) -> Decision:
+def look(workload: Workload, queue: slurm.Queue | None = None) -> Decision:
     """Decide, with Slurm's word where array tasks were ever submitted and it can be had."""
     run = workload.run
-    asked = slurm.is_here() and any(s.arrays.exists() for s in run.submissions())
-    return decide(workload, in_flight(run, slurm.queue()) if asked else ())
+    if queue is None:
+        if not slurm.is_here() or not any(s.arrays.exists() for s in run.submissions()):
+            return decide(workload)
+        queue = slurm.queue()
+    decision = decide(workload, in_flight(run, queue))
+    decision.notices += map(str, waiting.why(queue, slurm.all_arrays(run)))
+    return decision
 
 
 def run_local(
@@ -191,7 +168,9 @@ def propose(workload: Workload, decision: Decision, submission: str) -> slurm.Pr
         config.slurm.max_parallel,
         f"d2m-{token}-{submission}",
     )
-    excluded = nodes.to_exclude(workload.run, decision.last_finished, config.max_node_failures)
+    excluded = nodes.to_exclude(
+        workload.run, decision.last_finished, config.max_node_failures, slurm.node_names()
+    )
     return slurm.Proposal(groups, most, tasks, arrays, sbatch.options(config.slurm, excluded))
 
 
@@ -203,7 +182,7 @@ def run_slurm(workload: Workload, on_decision: Callable[[Decision], None]) -> li
     """
     run = workload.run
     with submitting(workload):
-        decision = decide(workload, in_flight(run, slurm.queue()))
+        decision = look(workload, slurm.queue())
         repair(decision)
         on_decision(decision)
         if not decision.pending:
@@ -245,25 +224,47 @@ def live_jobs(run: RunDir) -> list[str]:
 
 
 def cancel(run: RunDir) -> int:
-    """Cancel all of a run's array tasks; returns how many there were."""
-    jobs = live_jobs(run)
-    slurm.cancel(jobs)
-    return len(jobs)
+    """Cancel all of a run's array tasks, array by array; returns how many there were.
+
+    Raises:
+        SlurmError: scancel failed, and tasks are still there.
+    """
+    live = live_jobs(run)
+    try:
+        slurm.cancel(list(dict.fromkeys(job.partition("_")[0] for job in live)))
+    except SlurmError:
+        if live_jobs(run):  # else they ended meanwhile
+            raise
+    return len(live)
 
 
 def wait(run: RunDir) -> None:
-    """Until no array task of the run is pending or running.
+    """Until no array task of the run is pending or running; says why, where none can start.
 
     Raises:
-        SlurmError: squeue has failed for minutes.
+        SlurmError: nothing that is left can start, or squeue has failed for minutes.
     """
-    began = heard = time.time()
+    began = heard = moved = time.monotonic()
     while True:
         try:
-            if not live_jobs(run):
+            queue, arrays = slurm.queue(), slurm.all_arrays(run)
+            if not any(queue.live(array) for array in arrays):
                 return
-            heard = time.time()
+            heard = time.monotonic()
+            if not (reasons := waiting.stuck(queue, arrays)):
+                moved = heard
+            elif heard - moved > STUCK_SECONDS:
+                raise Stuck(reasons)
+        except Stuck:
+            raise
         except SlurmError:
-            if time.time() - heard > PATIENCE:
+            if time.monotonic() - heard > PATIENCE:
                 raise
-        time.sleep(min(LONGEST_WAIT, max(SHORTEST_WAIT, (time.time() - began) / 20)))
+        time.sleep(min(LONGEST_WAIT, max(SHORTEST_WAIT, (time.monotonic() - began) / 20)))
+
+
+class Stuck(SlurmError):
+    """What is left of a run cannot start until somebody does something."""
+
+    def __init__(self, reasons: Sequence[waiting.Waiting]) -> None:
+        super().__init__("nothing that is left can start: " + "; ".join(map(str, reasons)))

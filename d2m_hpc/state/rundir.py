@@ -163,6 +163,10 @@ class RunDir:
         """A JSON file for each task that its node could not start."""
         return self.root / "nodes"
 
+    def starting(self, job: str, attempt: int) -> Path:
+        """There until an array element's task has begun; made by its batch script."""
+        return self.node_failures / f".{job}-{attempt}.tmp"
+
     @property
     def logs(self) -> Path:
         return self.root / "logs"

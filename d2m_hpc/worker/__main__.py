@@ -25,6 +25,13 @@ log = logging.getLogger(__name__)
 
 STOPPED = 143
 
+REQUEUE_SECONDS = 1200.0
+"""How long a task asks for its requeue, while slurmctld restarts."""
+LONGEST_PAUSE = 5.0
+"""Seconds between two tries: slurmctld looks for ended walltimes half a minute after its start."""
+REFUSED = re.compile("disabled|nvalid job|denied|not permitted|already", re.IGNORECASE)
+"""What will not become another answer, as that the job is not to be requeued."""
+
 
 class Stopped(BaseException):
     """A signal asked this task to end."""
@@ -80,11 +87,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _work(run: RunDir, submission: str, index: int, element: Element) -> int:
-    from d2m_hpc.worker.task import run_task
-
+    try:
+        from d2m_hpc.worker.task import run_task
+    except (ImportError, OSError) as error:  # a library of this node's is missing, or too old
+        raise NodeError(f"d2m_hpc cannot be loaded on {element.node}: {error}") from error
+    job, attempt = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+    run.starting(job, int(attempt)).unlink(missing_ok=True)
     if index >= len(Chunks(run.submission(submission))):
         return 0  # the last element of an array may have fewer chunks than ranks
-    record = run.record(submission, index, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    record = run.record(submission, index, int(attempt))
     try:
         progress = run_task(run.root, submission, index, deadline=_deadline(element))
     except Stopped as stopped:
@@ -139,7 +150,9 @@ def _deadline(element: Element) -> float | None:
     """When the walltime ends, in seconds since the epoch; None where Slurm does not say."""
     if given := os.environ.get("SLURM_JOB_END_TIME"):
         return float(given)
-    shown = _scontrol("show", "job", "--oneliner", element.name)
+    shown, why = _scontrol("show", "job", "--oneliner", element.name)
+    if why:
+        log.warning("when the walltime ends is not known: scontrol: %s", why)
     found = re.search(r"EndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", shown)
     return time.mktime(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S")) if found else None
 
@@ -154,14 +167,40 @@ def _requeue(element: Element, record: Path) -> None:
         raise D2MError(
             "no shard was finished in this walltime; raise slurm.time if one takes longer"
         )
-    _scontrol("requeue", element.name)
+    _ask_for_requeue(element)
 
 
-def _scontrol(*words: str) -> str:
-    done = subprocess.run(["scontrol", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        log.warning("scontrol %s: %s", " ".join(words), done.stderr.strip())
-    return done.stdout
+def _ask_for_requeue(element: Element) -> None:
+    """Until slurmctld has heard it: while it is away, no walltime ends either.
+
+    Raises:
+        D2MError: it refuses, or is away for too long.
+    """
+    end, pause = time.monotonic() + REQUEUE_SECONDS, 1.0
+    while why := _scontrol("requeue", element.name)[1]:
+        if REFUSED.search(why) or time.monotonic() + pause > end:
+            raise D2MError(
+                f"this task's walltime ends, and it could not be requeued ({why}); the same "
+                "d2m-submit command goes on with its shards"
+            )
+        log.warning("slurmctld does not take the requeue; asking again: %s", why)
+        print(f"warning: scontrol requeue: {why}; asking again", flush=True)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _scontrol(*words: str) -> tuple[str, str]:
+    """What it prints, and why it failed; in Slurm's own format of time."""
+    environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+    done = subprocess.run(
+        ["scontrol", *words],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        env=environment,
+    )
+    return done.stdout, done.stderr.strip() or "no reason given" if done.returncode else ""
 
 
 def _record_failure(run: RunDir, element: Element, submission: str, index: int, why: str) -> None:

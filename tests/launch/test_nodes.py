@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,13 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def fail(run: RunDir, node: str, time: float, why: str = "device 0 is not usable") -> None:
-    text = json.dumps({"node": node, "why": why, "time": time})
-    (run.node_failures / f"{node}-{time}.json").write_text(text)
+def fail(run: RunDir, node: str, when: float, why: str = "device 0 is not usable") -> None:
+    text = json.dumps({"node": node, "why": why, "time": when})
+    (run.node_failures / f"{node}-{when:g}.json").write_text(text)
 
 
-def finish(run: RunDir, node: str, time: float) -> None:
-    record = Record(f"{time}", "done", host=node, finished=time)
+def finish(run: RunDir, node: str, when: float) -> None:
+    record = Record(f"{when}", "done", host=node, finished=when)
     Recorder(run.records / "000-0-0.jsonl").append(record)
 
 
@@ -44,8 +46,8 @@ def test_nothing_is_left_out_of_a_new_run(run: RunDir, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("most", "expected"), [(0, ["n1", "n2"]), (1, ["n1"]), (2, [])])
 def test_a_node_may_fail_so_many_times(run: RunDir, most: int, expected: list[str]) -> None:
-    for node, time in (("n1", 10.0), ("n1", 11.0), ("n2", 12.0)):
-        fail(run, node, time)
+    for node, when in (("n1", 10.0), ("n1", 11.0), ("n2", 12.0)):
+        fail(run, node, when)
     finish(run, "n3", 20)
     assert to_exclude(run, most) == expected
 
@@ -77,3 +79,31 @@ def test_a_failure_that_is_being_written_is_not_read(run: RunDir) -> None:
     fail(run, "n1", 10)
     (run.node_failures / "half.json").write_text('{"node": "n')
     assert [f.node for f in nodes.failures(run)] == ["n1"]
+
+
+def test_what_is_no_failure_is_not_read(run: RunDir) -> None:
+    fail(run, "n1", 10)
+    for name, text in (("list", "[]"), ("words", '{"node": "n2", "why": "x", "time": "soon"}')):
+        (run.node_failures / f"{name}.json").write_text(text)
+    assert [f.node for f in nodes.failures(run)] == ["n1"]
+
+
+def test_a_failure_of_long_ago_leaves_nobody_out(run: RunDir) -> None:
+    """By the filesystem's clock: the node's own may have been wrong."""
+    fail(run, "n1", 10)
+    fail(run, "n2", 10)
+    finish(run, "n3", 20)
+    assert to_exclude(run, 0) == ["n1", "n2"]
+    long_ago = time.time() - 1.1 * nodes.FORGOTTEN_SECONDS
+    os.utime(run.node_failures / "n2-10.json", (long_ago, long_ago))
+    assert to_exclude(run, 0) == ["n1"]
+    assert sorted(in_a_row(run)) == ["n1"]
+
+
+def test_a_node_that_is_gone_from_the_cluster_is_not_named_to_sbatch(run: RunDir) -> None:
+    fail(run, "n1", 10)
+    fail(run, "n2", 10)
+    finish(run, "n3", 20)
+    finished = nodes.last_finished(Manifest.load(run))
+    assert nodes.to_exclude(run, finished, 0, {"n1", "n3"}) == ["n1"]
+    assert nodes.to_exclude(run, finished, 0, ()) == ["n1", "n2"]  # nobody could be asked

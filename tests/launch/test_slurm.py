@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from d2m_hpc.config import Slurm
 from d2m_hpc.errors import SlurmError
-from d2m_hpc.launch import sbatch, slurm
+from d2m_hpc.launch import commands, sbatch, slurm
 from d2m_hpc.launch.slurm import Array, Element
 from d2m_hpc.state.rundir import RunDir
 
@@ -97,9 +98,11 @@ def test_broken_nodes_are_excluded_with_the_users_own(
     assert sbatch.options(Slurm(exclude=said), broken).get("exclude") == expected
 
 
-def run_script(folder: Path, setup: list[str]) -> subprocess.CompletedProcess[str]:
+def run_script(
+    folder: Path, setup: list[str], task: str = 'echo "DONE $GREETING"'
+) -> subprocess.CompletedProcess[str]:
     """The lines before the task, run by bash as an element would, and a task that says DONE."""
-    lines = [*sbatch.script_lines(Slurm(setup=setup), folder / "nodes"), 'echo "DONE $GREETING"']
+    lines = [*sbatch.script_lines(Slurm(setup=setup), folder / "nodes"), task]
     (folder / "nodes").mkdir(exist_ok=True)
     environment = {
         "PATH": "/usr/bin:/bin",
@@ -135,6 +138,57 @@ def test_a_failed_setup_line_ends_the_element_and_is_written_down(
     assert said["time"] > 1.7e9
 
 
+BEGIN = 'rm "nodes/.$SLURM_JOB_ID-0.tmp"; '
+"""What a task does when it has begun."""
+
+
+@pytest.mark.parametrize(
+    ("task", "code", "marked"),
+    [
+        ("exit 0", 0, False),
+        ("exit 127", 4, True),  # no such Python
+        ("exit 1", 4, True),  # a Python without this package
+        ("kill -ILL $$", 4, True),  # a library for another processor
+        ("kill -KILL $$", 137, False),
+        ("kill -USR2 $$", 140, False),
+        (BEGIN + "exit 1", 1, False),  # a shard failed
+        (BEGIN + "exit 127", 127, False),
+        ("kill -TERM $PPID; exit 1", 1, False),  # cancelled before it began
+    ],
+)
+def test_a_node_on_which_the_task_does_not_begin_is_written_down(
+    awkward_path: Path, task: str, code: int, marked: bool
+) -> None:
+    ran = run_script(awkward_path, [], f"d2m_task bash -c {shlex.quote(task)}")
+    assert ran.returncode == code, ran.stderr
+    left = [p.name for p in (awkward_path / "nodes").iterdir()]
+    assert left == (["12-0.json"] if marked else [])
+    if marked:
+        said = json.loads((awkward_path / "nodes" / "12-0.json").read_text())
+        assert said["node"] == "n7"
+        assert said["why"].startswith("the task did not start there (srun ended with code ")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Submitted batch job 4242\n", "4242"),
+        ("Submitted batch job 4242 on cluster alpha\n", "4242"),
+        ("4242\n", "4242"),
+        ("4242;alpha\n", "4242"),
+        ("welcome to alpha\n4242;alpha\n", "4242"),
+    ],
+)
+def test_a_job_id_is_found_in_what_sbatch_says(said: str, expected: str) -> None:
+    assert sbatch.job_id(said) == expected
+
+
+@pytest.mark.parametrize("said", ["", "ok\n", "queued, thank you\n"])
+def test_an_answer_without_a_job_is_told(said: str) -> None:
+    with pytest.raises(SlurmError, match="which names no job: see whether `squeue --me`"):
+        sbatch.job_id(said)
+
+
 def test_the_command_survives_the_shell(awkward_path: Path) -> None:
     run = RunDir(awkward_path)
     array = Array("d2m-x-1", first=40, elements=3, tasks_per_node=2)
@@ -154,6 +208,8 @@ def test_max_array_size_is_read_from_scontrol() -> None:
     shown = "MailProg = /bin/true\nMaxArraySize            = 4\nMaxJobCount = 10\n"
     assert slurm.parse_max_array_size(shown) == 4
     assert slurm.parse_max_array_size("nothing") == 1001
+    with pytest.raises(SlurmError, match="takes no job arrays: its MaxArraySize is 0"):
+        slurm.parse_max_array_size("MaxArraySize = 0\n")
 
 
 @pytest.mark.parametrize("script", [None, "#!/bin/sh\necho no controller >&2\nexit 1\n"])
@@ -167,7 +223,7 @@ def test_without_a_controller_a_plan_has_slurms_own_limit(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm.max_array_size() == 1001
     with pytest.raises(SlurmError, match="no controller" if script else "no squeue here"):
-        slurm._ask("scontrol" if script else "squeue")
+        commands.ask("scontrol" if script else "squeue")
 
 
 SQUEUE = """\
@@ -186,6 +242,30 @@ def test_the_queue_holds_array_elements_whatever_other_jobs_are_called() -> None
     assert queue.all[0] == Element("17", 0, "RUNNING", "d2m-x-0", "None", "n1")
     assert queue.all[-1] == Element("20", 3, "PENDING", "a|b", "Priority", "")
     assert len(queue.all) == 5
+
+
+def test_lines_that_are_no_jobs_are_left_out() -> None:
+    shown = "CLUSTER: alpha\n" + SQUEUE + "slurm_load_jobs: retrying\n"
+    assert slurm.parse_queue(shown) == slurm.parse_queue(SQUEUE)
+
+
+def test_a_task_that_was_requeued_is_live_in_its_epilog_already() -> None:
+    """Of one that is over squeue gives the end that it had, of others the one to come."""
+    rows = {0: "COMPLETING", 1: "COMPLETING", 2: "COMPLETING", 3: "COMPLETING", 4: "RUNNING"}
+    shown = "\n".join(f"7|{i}|{state}|None|n1|a" for i, state in rows.items())
+    ends = [
+        "7|0|COMPLETING|2026-03-01T11:59:58",
+        "7|1|COMPLETING|2026-03-01T13:00:00",
+        "7|2|COMPLETING|N/A",
+        "7|3|PENDING|2026-03-02T12:00:00",  # the epilog ended between the two questions
+        "7|4|COMPLETING|2026-03-01T11:59:59",
+        "7|N/A|RUNNING|2026-03-01T13:00:00",
+    ]
+    now = datetime(2026, 3, 1, 12)
+    found = slurm.with_requeued(slurm.parse_queue(shown), "\n".join(ends), now)
+    states = {e.index: e.state for e in found.all}
+    assert states == {0: "COMPLETING", 1: "REQUEUED", 2: "REQUEUED", 3: "PENDING", 4: "RUNNING"}
+    assert found.elements(Array("a", 0, 5, job_id="7")) == [1, 2, 3, 4]
 
 
 def test_an_array_is_found_by_its_id_or_by_its_name() -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from kit import STATS, write_config
 
 from d2m_hpc import cli
 from d2m_hpc import config as configs
-from d2m_hpc.launch import decide, plan, slurm, submit
+from d2m_hpc.errors import D2MError, SlurmError
+from d2m_hpc.launch import alone, decide, plan, slurm, submit
 from d2m_hpc.launch.slurm import Element, Queue
+from d2m_hpc.launch.status import summarise
 from d2m_hpc.state import merge
 from d2m_hpc.state.chunks import Chunks
+from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Manifest, Record, Recorder
 from d2m_hpc.state.rundir import RunDir
 
@@ -130,3 +135,92 @@ def test_leases_that_kills_left_on_finished_shards_go(workload: decide.Workload)
         path.touch()
     submit.repair(decide.Decision(workload, [], done={"0"}))
     assert list(run.leases.iterdir()) == left[1:]
+
+
+def held_elsewhere(run: RunDir, host: str = "login9") -> None:
+    """A submit that was killed on another login node, as it leaves its lock."""
+    run.create()
+    lease = Lease(run.submit_lock)
+    assert lease.claim()
+    text = run.submit_lock.read_text()
+    lease.release()
+    run.submit_lock.write_text(re.sub("host=.*", f"host={host}", text))
+
+
+def test_a_submit_that_waits_for_another_says_so_and_gives_up_in_the_end(
+    workload: decide.Workload, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(alone, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(alone, "SUBMIT_SECONDS", 1.0)
+    held_elsewhere(workload.run)
+    with pytest.raises(D2MError, match=r"has worked for 1 s \(pid=\d+, host=login9\); end it"):
+        prepare(workload)
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith("note: another submit of this run has its lock (pid=")
+    assert "120 s for a sign of life" in said
+
+
+SQUEUE = """#!/bin/bash
+[[ "$*" = *%T* ]] && cat {queue}
+exit 0
+"""
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, workload: decide.Workload, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file from which `squeue` answers, of a run whose array is submitted."""
+    prepare(workload)
+    monkeypatch.setattr(slurm, "is_here", lambda: True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text(SQUEUE.format(queue=tmp_path / "queue"))
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return tmp_path / "queue"
+
+
+def rows(workload: decide.Workload, state: str, *elements: int) -> str:
+    name = f"d2m-{slurm.token(workload.run.root)}-000-0"
+    return "".join(f"19|{i}|{state}||{name}\n" for i in elements)
+
+
+def test_a_submit_tells_why_live_tasks_do_not_run(workload: decide.Workload, squeue: Path) -> None:
+    squeue.write_text(rows(workload, "PENDING|JobHeldUser", 0, 1, 2, 3, 4))
+    [decision] = prepare(workload)
+    assert decision.pending == []
+    [notice] = decision.notices
+    assert notice.startswith("5 array tasks do not run (JobHeldUser): held by their user")
+
+
+def test_status_tells_why_tasks_wait_and_what_slurm_did_not_say(
+    workload: decide.Workload, squeue: Path
+) -> None:
+    squeue.write_text(
+        rows(workload, "RUNNING|None", 0) + rows(workload, "PENDING|QOSMaxGRESPerUser", 1, 2)
+    )
+    found = summarise(workload.run, workload.config)
+    assert found.tasks == {"running": 1, "pending": 2}
+    assert [(w.reason, w.tasks) for w in found.waiting] == [("QOSMaxGRESPerUser", 2)]
+    assert found.to_dict()["waiting"][0]["help"].startswith("they start as other jobs end")
+    squeue.with_name("bin").joinpath("squeue").write_text("#!/bin/sh\necho away >&2\nexit 1\n")
+    found = summarise(workload.run, workload.config)
+    assert (found.tasks, found.waiting) == ({}, [])
+    assert found.unasked == "squeue failed: away"
+
+
+def test_wait_ends_when_nothing_can_start(
+    workload: decide.Workload, squeue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "SHORTEST_WAIT", 0.05)
+    monkeypatch.setattr(submit, "STUCK_SECONDS", 0.5)
+    held = rows(workload, "PENDING|BadConstraints", 1, 2)
+    squeue.write_text(held + rows(workload, "RUNNING|None", 0))
+    ended = Thread(target=lambda: (time.sleep(1), squeue.write_text(held)))
+    ended.start()
+    began = time.monotonic()
+    with pytest.raises(SlurmError, match="nothing that is left can start: 2 array tasks") as error:
+        submit.wait(workload.run)
+    assert 1.3 <= time.monotonic() - began < 30
+    assert error.value.exit_code == 3
+    ended.join()
+    squeue.write_text("")
+    submit.wait(workload.run)
