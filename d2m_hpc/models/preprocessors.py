@@ -19,14 +19,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2m_hpc.models import extremes
+from d2m_hpc.models.pixels import Pixels, in_memory, size_of, tensor_of
 from d2m_hpc.models.tokens import clip_tokens
 
 CLIP_SIZE = 224
 FACES_SIZE = 224
 DEDUP_SIZE = 512
 STATS_SIZE = 256
-Pixels = Image.Image | Tensor
-"""An RGB image, as PIL for exact resizing or as uint8 [3, H, W]."""
+SQUARE = 178_956_970
+"""Pixels of the largest square that the faces' white is made for, some rows at a time."""
 
 
 class Rejected(Exception):
@@ -48,7 +50,7 @@ class Picture:
     @cached_property
     def tensor(self) -> Tensor:
         """uint8 [3, H, W], channels last in memory, where torch's kernels are fastest."""
-        return _tensor(self._source)
+        return tensor_of(self._source)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -57,35 +59,26 @@ class Picture:
             return self._source.size
         return self._source.shape[1], self._source.shape[0]
 
+    @property
+    def source(self) -> Image.Image | NDArray[np.uint8]:
+        return self._source
+
     def form(self, exact: bool) -> Pixels:
         return self.pil if exact else self.tensor
+
+    @cached_property
+    def short(self) -> Picture:
+        """The same, without sides that are too long to be resized at once."""
+        if max(self.size) <= extremes.LONGEST:
+            return self
+        return Picture(extremes.shortened(self.pil))
 
     def resized(self, width: int, height: int, how: str, exact: bool) -> Pixels:
         """Resized once for all that ask alike: of a square, CLIP and the faces want the same."""
         key = width, height, how, exact
         if key not in self._resized:
-            self._resized[key] = _resize(self.form(exact), width, height, how)
+            self._resized[key] = _resize(self.short.form(exact), width, height, how)
         return self._resized[key]
-
-
-def _tensor(source: Pixels | NDArray[np.uint8]) -> Tensor:
-    """uint8 [3, H, W] of an RGB image; a pixel's channels lie together, as they came."""
-    if isinstance(source, Tensor):
-        return source
-    pixels = np.asarray(_Copied(source)) if isinstance(source, Image.Image) else source
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-class _Copied:
-    """A PIL image's pixels as PIL copies them out, for nobody else: torch need not copy them again.
-
-    NumPy takes them for read-only, as they come in `bytes`, and torch warns of that.
-    """
-
-    def __init__(self, image: Image.Image) -> None:
-        self._pixels = np.asarray(image)
-        given = self._pixels.__array_interface__
-        self.__array_interface__ = given | {"data": (given["data"][0], False)}
 
 
 @dataclass(frozen=True)
@@ -114,6 +107,14 @@ class Preprocessor:
 
 
 def _resize(image: Pixels, width: int, height: int, how: str) -> Pixels:
+    """Both ways go along the rows first; where that alone takes too much, along the columns."""
+    given = size_of(image)
+    if width > given[0] and width * given[1] > extremes.LARGE:
+        image = _resize_once(image, given[0], height, how)
+    return _resize_once(image, width, height, how)
+
+
+def _resize_once(image: Pixels, width: int, height: int, how: str) -> Pixels:
     """Tensors stay channels last in memory, as conv nets on the device want them too."""
     if isinstance(image, Image.Image):
         return image.resize((width, height), Image.Resampling[how.upper()])
@@ -122,24 +123,20 @@ def _resize(image: Pixels, width: int, height: int, how: str) -> Pixels:
     return F.interpolate(batch, (height, width), mode=how, antialias=True)[0]
 
 
-def _limit(pixels: int, options: Options, what: str) -> None:
-    if pixels > options.max_pixels:
-        raise Rejected(
-            f"{what} takes {pixels} pixels, over max_image_pixels ({options.max_pixels})"
-        )
-
-
 def clip_image(picture: Picture, options: Options) -> Tensor:
     """uint8 [3, 224, 224]: short side to 224 (bicubic), centre crop (OpenAI CLIP)."""
     width, height = picture.size
     short = min(width, height)
     wide, high = (int(CLIP_SIZE * side / short) for side in (width, height))
-    _limit(wide * high, options, f"resizing {width}x{height} for CLIP")
+    if wide * high > extremes.LARGE:
+        return tensor_of(extremes.centre(picture.source, wide, high, CLIP_SIZE))
     left, top = (round((side - CLIP_SIZE) / 2) for side in (wide, high))
     if options.exact and wide > CLIP_SIZE:
-        return _tensor(_landscape(picture.pil, wide, left))
-    resized = _tensor(picture.resized(wide, high, "bicubic", options.exact))
-    return resized[:, top : top + CLIP_SIZE, left : left + CLIP_SIZE]
+        return tensor_of(_landscape(picture.pil, wide, left))
+    resized = tensor_of(picture.resized(wide, high, "bicubic", options.exact))
+    crop = resized[:, top : top + CLIP_SIZE, left : left + CLIP_SIZE]
+    # A view holds all of what was resized until its batch is made.
+    return crop if wide * high <= 4 * CLIP_SIZE**2 else in_memory(crop)
 
 
 def _landscape(image: Image.Image, wide: int, left: int) -> Image.Image:
@@ -156,13 +153,14 @@ def faces_image(picture: Picture, options: Options) -> tuple[Tensor, Tensor]:
         uint8 [3, 224, 224], and float32 [4]: the padding at left, top, right and bottom as
         fractions of the square's side.
     """
+    picture = picture.short
     width, height = picture.size
     side = max(width, height)
-    _limit(side * side, options, f"padding {width}x{height} to a square")
     left, top = (side - width) // 2, (side - height) // 2
     padding = (left, top, side - width - left, side - height - top)
-    resized = _tensor(_in_square(picture, padding, options.exact))
-    return resized, torch.tensor(padding, dtype=torch.float32) / side
+    make = _in_square if side * side <= SQUARE else _in_endless_square
+    told = torch.tensor(padding, dtype=torch.float32) / side
+    return tensor_of(make(picture, padding, options.exact)), told
 
 
 def _in_square(picture: Picture, padding: tuple[int, int, int, int], exact: bool) -> Pixels:
@@ -170,8 +168,41 @@ def _in_square(picture: Picture, padding: tuple[int, int, int, int], exact: bool
         return picture.resized(FACES_SIZE, FACES_SIZE, "bicubic", exact)
     image, (_, height) = picture.form(exact), picture.size
     if padding[1] + padding[3]:  # white rows are white after the first of resizing's passes, too
-        image = _resize(image, FACES_SIZE, height, "bicubic")
-    return _resize(_pad(image, padding), FACES_SIZE, FACES_SIZE, "bicubic")
+        image = _pad(_resize(image, FACES_SIZE, height, "bicubic"), padding)
+    elif height * height <= extremes.LARGE:
+        image = _pad(image, padding)
+    else:
+        image = _narrowed(image, padding)
+    return _resize(image, FACES_SIZE, FACES_SIZE, "bicubic")
+
+
+def _narrowed(image: Pixels, padding: tuple[int, int, int, int]) -> Tensor | Image.Image:
+    """The first of resizing's passes over a square, whose rows are padded some at a time."""
+    width, height = size_of(image)
+    rows = extremes.LARGE // (4 * height)
+    parts = []
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        if isinstance(image, Image.Image):
+            part: Pixels = image.crop((0, top, width, bottom))
+        else:
+            part = image[:, top:bottom]
+        part = _resize(_pad(part, padding), FACES_SIZE, bottom - top, "bicubic")
+        parts.append(tensor_of(part).permute(1, 2, 0))
+    narrow = torch.cat(parts)
+    if isinstance(image, Image.Image):
+        return Image.fromarray(narrow.numpy())
+    return narrow.permute(2, 0, 1)
+
+
+def _in_endless_square(picture: Picture, padding: tuple[int, int, int, int], exact: bool) -> Pixels:
+    """Along the long side first, and across without making the white."""
+    image, (width, height), side = picture.form(exact), picture.size, max(picture.size)
+    tall = height > width
+    size = (width, FACES_SIZE) if tall else (FACES_SIZE, height)
+    strip = tensor_of(_resize(image, *size, "bicubic"))
+    before = padding[0] if tall else padding[1]
+    return extremes.in_white(strip, before, side, axis=2 if tall else 1)
 
 
 def _pad(image: Pixels, padding: tuple[int, int, int, int]) -> Pixels:
@@ -188,12 +219,12 @@ def _pad(image: Pixels, padding: tuple[int, int, int, int]) -> Pixels:
 
 def dedup_image(picture: Picture, options: Options) -> Tensor:
     """uint8 [3, 512, 512], whatever the aspect (bilinear)."""
-    return _tensor(picture.resized(DEDUP_SIZE, DEDUP_SIZE, "bilinear", options.exact))
+    return tensor_of(picture.resized(DEDUP_SIZE, DEDUP_SIZE, "bilinear", options.exact))
 
 
 def stats_image(picture: Picture, options: Options) -> Tensor:
     """uint8 [3, 256, 256], whatever the aspect (bilinear)."""
-    return _tensor(picture.resized(STATS_SIZE, STATS_SIZE, "bilinear", options.exact))
+    return tensor_of(picture.resized(STATS_SIZE, STATS_SIZE, "bilinear", options.exact))
 
 
 def identity(value: Any, options: Options) -> Any:

@@ -15,7 +15,7 @@ from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
 from d2m_hpc.models import preprocessors
-from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture, Rejected
+from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
 
 BICUBIC = T.InterpolationMode.BICUBIC
 HALF = ([0.5] * 3, [0.5] * 3)
@@ -186,21 +186,6 @@ def test_a_square_is_resized_once_for_clip_and_the_faces(
     for_faces, _ = preprocessors.faces_image(picture, options)
     assert torch.equal(for_clip, for_faces)
     assert sizes == [(224, 224, "bicubic")]
-
-
-@pytest.mark.parametrize("size", [(1, 9000), (9000, 1)])
-@pytest.mark.parametrize(("name", "what"), [("clip-aug", "CLIP"), ("faces-aug", "square")])
-@pytest.mark.parametrize("exact", [True, False])
-def test_an_extreme_aspect_is_rejected_with_a_reason_and_not_resized(
-    size: tuple[int, int], name: str, what: str, exact: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture = Picture(Image.new("RGB", size))
-    for name_of_step in ("_resize", "_pad"):
-        monkeypatch.setattr(preprocessors, name_of_step, None)  # a call would be another error
-    options = Options(exact=exact, max_pixels=50_000_000)
-    reason = rf"{size[0]}x{size[1]} .*{what}.* takes \d+ pixels, over max_image_pixels \(50000000\)"
-    with pytest.raises(Rejected, match=reason):
-        PREPROCESSORS[name].prepare(picture, options)
 
 
 @pytest.mark.parametrize("name", ["dedup-aug", "stats-aug"])
