@@ -31,6 +31,9 @@ app.command(help=SUBMIT_HELP)(submit)
 app.command(help="Show what a submit would do; the same as submit --dry-run.")(plan)
 app.command(help="How far a run is.")(run.status)
 app.command(help="Cancel a run's pending and running array tasks.")(run.cancel)
+app.command(help="Take shards out of a run's plan: a wrong pattern's, or tars to do without.")(
+    run.forget
+)
 app.command(help="The log of the task that worked on a shard last.")(run.logs)
 app.command(help=VERIFY_HELP)(run.verify)
 app.command(help="What a run did and made, as one HTML file.")(report)

@@ -35,6 +35,30 @@ def cancel(target: Target) -> None:
     print(f"cancelled {cancel_all(run)} array tasks")
 
 
+def forget(
+    target: Target,
+    shards: Annotated[
+        list[str], typer.Argument(metavar="PATTERN|STEM...", help="of stems, paths or URLs")
+    ],
+    undo: Annotated[bool, typer.Option("--undo", help="put them back into the plan")] = False,
+) -> None:
+    from d2m_hpc.launch import forget as forgetting
+    from d2m_hpc.launch.status import find_run
+    from d2m_hpc.launch.submit import live_stems
+    from d2m_hpc.outputs import OutputDir
+
+    run, config = find_run(target)
+    if undo:
+        found = forgetting.remember(run, shards)
+        print(f"put {len(found)} shards back into the plan")
+        return
+    found = forgetting.forget(run, shards, live_stems(run))
+    print(f"took {len(found)} shards out of the plan: {', '.join(s.stem for s in found[:3])}")
+    present = OutputDir(config.output_metadata_dir).stems()
+    if kept := [s.stem for s in found if s.stem in present]:
+        print(f"the outputs of {len(kept)} of them stay where they are: {', '.join(kept[:3])}")
+
+
 def logs(target: Target, shard: Annotated[str, typer.Argument(metavar="SHARD")]) -> None:
     from d2m_hpc.launch.status import find_run, log_of
 

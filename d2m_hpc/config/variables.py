@@ -21,16 +21,17 @@ def with_variables(config: Config) -> tuple[Config, list[Mistake]]:
     """The config with its paths expanded, and what of them cannot be."""
     mistakes: list[Mistake] = []
 
-    def of(key: str, text: str, item: str | None = None) -> str:
+    def of(key: str, text: str, item: str | None = None) -> str | None:
         try:
             return expanded(text)
         except ValueError as error:
             mistakes.append(Mistake((key,), f"found {text!r}; {error}", item))
-            return text
+            return None  # nobody may look at what it stands for
 
     given = ((key, getattr(config, key)) for key in PATHS)
     update: dict[str, Any] = {key: of(key, text) for key, text in given if text}
-    update["input_tars"] = [of("input_tars", p, p) for p in config.input_tars]
+    update["output_metadata_dir"] = update.get("output_metadata_dir") or ""
+    update["input_tars"] = [t for p in config.input_tars if (t := of("input_tars", p, p))]
     return config.model_copy(update=update), mistakes
 
 

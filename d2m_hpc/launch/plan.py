@@ -202,19 +202,22 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def plan_shards(sizes: Mapping[str, int | None], known: Sequence[Shard] = ()) -> list[Shard]:
+def plan_shards(
+    sizes: Mapping[str, int | None], known: Sequence[Shard] = (), taken: Iterable[str] = ()
+) -> list[Shard]:
     """All shards of a run: those planned before, in their order, then the new ones.
 
     Args:
         sizes: of all tars that the patterns name, by url; of new local ones that are not known
             they are asked for.
+        taken: stems that no new shard may have.
     """
     planned = {s.url for s in known}
     kept = [
         s if (size := sizes.get(s.url)) in (None, s.size) else s._replace(size=size) for s in known
     ]
     new = [url for url in sizes if url not in planned]
-    stems = name_shards(new, (s.stem for s in known)) if new else []
+    stems = name_shards(new, chain((s.stem for s in known), taken)) if new else []
     return kept + [
         Shard(stem, url, _size_now(url) if (size := sizes[url]) is None else size)
         for stem, url in zip(stems, new, strict=True)

@@ -106,6 +106,12 @@ def _stems(submission: Submission, numbers: Iterable[int]) -> set[str]:
     return {s.stem for chunk in chunks.read(i for i in numbers if i < count) for s in chunk}
 
 
+def live_stems(run: RunDir) -> set[str]:
+    """Of shards with live array tasks; Slurm is asked only where such tasks were submitted."""
+    asked = slurm.is_here() and any(s.arrays.exists() for s in run.submissions())
+    return in_flight(run, slurm.queue()) if asked else set()
+
+
 def look(workload: Workload, queue: slurm.Queue | None = None) -> Decision:
     """Decide, with Slurm's word where array tasks were ever submitted and it can be had."""
     run = workload.run

@@ -79,6 +79,7 @@ class Record:
         seconds: how long stage, decode, wait, compute and write took; they overlap.
         task: `submission-index-attempt` of the array task.
         error, kind, traceback: why a failed shard failed.
+        tar_size, tar_mtime_ns: of the local tar that was read, in bytes and nanoseconds.
         rebuilt: the record was lost and made again from the parquet's metadata.
     """
 
@@ -98,6 +99,8 @@ class Record:
     error: str = ""
     kind: str = ""
     traceback: str = ""
+    tar_size: int = 0
+    tar_mtime_ns: int = 0
     rebuilt: bool = False
     attempt: int = 0
     notices: list[str] = field(default_factory=list)

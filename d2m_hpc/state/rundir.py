@@ -138,8 +138,13 @@ class RunDir:
 
     @property
     def shards(self) -> Path:
-        """Parquet: stem, url, size of every shard that was ever planned."""
+        """Parquet: stem, url, size of every shard that was planned and not forgotten."""
         return self.root / "shards.parquet"
+
+    @property
+    def forgotten(self) -> Path:
+        """JSON lines: shards that were taken out of the plan, and those that were put back."""
+        return self.root / "forgotten.jsonl"
 
     @property
     def records(self) -> Path:

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -20,8 +20,9 @@ from d2m_hpc.config import Config, load
 from d2m_hpc.config.growth import only_new
 from d2m_hpc.errors import NodeError, ShardError
 from d2m_hpc.outputs import OutputDir
-from d2m_hpc.state.manifest import Record, Recorder
+from d2m_hpc.state.manifest import Record, Recorder, Shard
 from d2m_hpc.state.rundir import FILE_MODE, RunDir
+from d2m_hpc.urls import is_local
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.extend import Extended, Pair
 from d2m_hpc.worker.graph import Graph
@@ -198,6 +199,7 @@ class Task:
         return result
 
     def _record(self, work: Work) -> Record:
+        size, mtime_ns = _evidence(work.shard)
         return Record(
             work.shard.stem,
             "done",
@@ -206,6 +208,8 @@ class Task:
             started=time.time(),
             task=str(self.name),
             host=self.report.progress.host,
+            tar_size=size,
+            tar_mtime_ns=mtime_ns,
         )
 
     def _extend(self, result: Result, finished: Pair, lacked: Table) -> None:
@@ -233,6 +237,15 @@ class Task:
                 f"{work.shard.url}: {rejected} of {work.total} samples are rejected, over "
                 f"max_rejected_fraction ({limit}); the first: {key!r}, {reason}"
             )
+
+
+def _evidence(shard: Shard) -> tuple[int, int]:
+    """The tar's size and time, which tell later whether it is still the one that was read."""
+    if is_local(shard.url):
+        with suppress(OSError):
+            there = os.stat(shard.url)
+            return there.st_size, there.st_mtime_ns
+    return shard.size or 0, 0
 
 
 def _is_broken(error: BaseException) -> bool:
