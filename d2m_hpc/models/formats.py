@@ -15,6 +15,9 @@ EXTENSIONS = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif",
 """Of a sample's pictures, in the order in which one is looked for."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """The same by PIL's names, in the order in which they are tried."""
+BYTES = {"JPEG": 6, "TIFF": 12, "AVIF": 13, "WEBP": 19, "JPEG2000": 20}
+"""What a pixel takes while it is decoded and resized, as measured; of other formats, `OTHERS`."""
+OTHERS = 12
 
 # The reference program decodes what is there of a truncated image, and so do we.
 ImageFile.LOAD_TRUNCATED_IMAGES = True
@@ -51,3 +54,8 @@ def opened(data: bytes, max_pixels: int) -> Image.Image:
         raise UnidentifiedImageError("its format is not known") from None
     require_size(*image.size, max_pixels)
     return image
+
+
+def cost(kind: str | None, width: int, height: int) -> int:
+    """The bytes that decoding takes."""
+    return BYTES.get(kind or "", OTHERS) * width * height

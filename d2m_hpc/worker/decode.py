@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import simplejpeg
@@ -14,8 +15,11 @@ from d2m_hpc.models.preprocessors import Picture, Rejected
 EXTENSIONS = {"image": formats.EXTENSIONS, "text": ("txt",), "json": ("json",)}
 
 
-def image(data: bytes, max_pixels: int) -> Picture:
+def image(data: bytes, max_pixels: int, need: Callable[[int], None] = lambda size: None) -> Picture:
     """Decode to RGB, EXIF orientation ignored.
+
+    Args:
+        need: told how many bytes decoding takes, before it does; it may wait.
 
     Raises:
         Rejected: not an image, or one of more than `max_pixels` by its header.
@@ -23,20 +27,21 @@ def image(data: bytes, max_pixels: int) -> Picture:
     if not data:
         raise Rejected("the image file is empty")
     try:
-        if data[:2] == b"\xff\xd8" and (picture := _jpeg(data, max_pixels)) is not None:
+        if data[:2] == b"\xff\xd8" and (picture := _jpeg(data, max_pixels, need)) is not None:
             return picture
-        return _by_pil(data, max_pixels)
+        return _by_pil(data, max_pixels, need)
     except formats.TooLarge as error:
         raise Rejected(str(error)) from None
 
 
-def _jpeg(data: bytes, max_pixels: int) -> Picture | None:
+def _jpeg(data: bytes, max_pixels: int, need: Callable[[int], None]) -> Picture | None:
     """None where PIL should try: CMYK, truncated, or not quite a JPEG."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         formats.require_size(width, height, max_pixels)
         if colours in ("CMYK", "YCCK"):
             return None
+        need(formats.cost("JPEG", width, height))
         return Picture(simplejpeg.decode_jpeg(data, "RGB"))
     except formats.TooLarge:
         raise
@@ -44,14 +49,18 @@ def _jpeg(data: bytes, max_pixels: int) -> Picture | None:
         return None
 
 
-def _by_pil(data: bytes, max_pixels: int) -> Picture:
+def _by_pil(data: bytes, max_pixels: int, need: Callable[[int], None]) -> Picture:
     try:
         with warnings.catch_warnings():
             # Odd metadata is no reason to reject pixels that can be read.
             warnings.simplefilter("ignore")
             with formats.opened(data, max_pixels) as opened:
+                # In four colours a JPEG takes as much as the others.
+                kind = None if opened.mode == "CMYK" else opened.format
+                need(formats.cost(kind, *opened.size))
                 opened.load()
-                return Picture(opened.convert("RGB"))
+                # Converting copies what is RGB already.
+                return Picture(opened if opened.mode == "RGB" else opened.convert("RGB"))
     except formats.TooLarge:
         raise
     except Exception as error:  # PIL's plugins raise whatever their formats trip over

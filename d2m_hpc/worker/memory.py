@@ -1,8 +1,11 @@
-"""Memory for batches: page-locked for a GPU to copy from, or that of batches that are done with."""
+"""Memory for batches: page-locked for a GPU to copy from, or that of batches that are done with;
+and how much decoding may take at a time."""
 
 from __future__ import annotations
 
 import math
+import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -70,3 +73,58 @@ class _Lent:
 
     def __del__(self) -> None:
         self._free.append(self._block)
+
+
+class Budget:
+    """Lets threads in while what they hold together is within a bound; first come, first served.
+
+    Args:
+        most: the bound; who asks for more waits until nobody else holds anything.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = self._free = most
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    def take(self, amount: int) -> int:
+        """Wait for it; returns what is to be given back."""
+        amount = min(amount, self._most)
+        with self._changed:
+            if self._waiting or self._free < amount:
+                me = object()
+                self._waiting.append(me)
+                self._changed.wait_for(lambda: self._waiting[0] is me and self._free >= amount)
+                self._waiting.popleft()
+                self._changed.notify_all()  # there may be enough for the next one, too
+            self._free -= amount
+        return amount
+
+    def give(self, amount: int) -> None:
+        with self._changed:
+            self._free += amount
+            if self._waiting:
+                self._changed.notify_all()
+
+
+class Held:
+    """What one sample holds of a budget, until the context ends.
+
+    Never more than once at a time: who held some and waited for more could wait for ever.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget, self._amount = budget, 0
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.give(self._amount)
+        self._amount = 0
+
+    def need(self, amount: int) -> None:
+        """Wait until the sample may hold as much."""
+        if amount > self._amount:
+            self.__exit__()
+            self._amount = self._budget.take(amount)

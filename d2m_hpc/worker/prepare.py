@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from d2m_hpc.config import Config
@@ -15,7 +15,12 @@ from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
 from d2m_hpc.state.manifest import Rejection
 from d2m_hpc.worker import decode
 from d2m_hpc.worker.batch import Input
+from d2m_hpc.worker.memory import Budget, Held
 from d2m_hpc.worker.shard import Archive, Sample
+
+IN_FLIGHT = 2 << 30
+"""Bytes that all decode threads together may take for pictures: for 29 JPEGs of 12 megapixels at a
+time, whatever the number of threads. A picture that takes more is decoded alone."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Recipe:
         strict: fail at the first rejection (`warn_and_continue: false`).
         datacomp_keys: `text` and `uid` are as DataComp's tools need them; a sample for which
             they cannot be is rejected.
+        budget: of bytes for pictures that are decoded, for all threads together.
     """
 
     inputs: Mapping[Input, Preprocessor]
@@ -38,6 +44,7 @@ class Recipe:
     allow_truncated: bool
     strict: bool
     datacomp_keys: bool = False
+    budget: Budget = field(default_factory=lambda: Budget(IN_FLIGHT), compare=False)
 
     @classmethod
     def of(cls, config: Config, inputs: Mapping[Input, Preprocessor]) -> Recipe:
@@ -72,11 +79,13 @@ def prepare(sample: Sample, archive: Archive, recipe: Recipe) -> Ready | Rejecti
     """Decode one sample once and run every distinct preprocessor on it once."""
     try:
         _require_unicode("the key", sample.key)
-        raw = {name: _raw(name, sample, archive, recipe.options) for name in recipe.raw_inputs}
-        inputs = {
-            wanted: _preprocess(wanted, made, raw[wanted[0]], recipe.options)
-            for wanted, made in recipe.inputs.items()
-        }
+        with Held(recipe.budget) as held:
+            raw = {name: _raw(name, sample, archive, recipe, held) for name in recipe.raw_inputs}
+            inputs = {
+                wanted: _preprocess(wanted, made, raw[wanted[0]], recipe.options)
+                for wanted, made in recipe.inputs.items()
+            }
+            raw.pop("image", None)
         fields = {name: raw["json"].get(name) for name in recipe.fields}
         if recipe.datacomp_keys:
             fields |= _datacomp_fields(raw["json"], sample, archive, recipe)
@@ -100,7 +109,7 @@ def _datacomp_fields(
     """
     caption = values.get("caption")
     if not isinstance(caption, str):
-        caption = _raw("text", sample, archive, recipe.options)
+        caption = _text(sample, archive)
     fields = {"text": caption}
     if "uid" in recipe.fields:
         fields["uid"] = _uid(values.get("uid"))
@@ -137,12 +146,20 @@ def _preprocess(wanted: Input, made: Preprocessor, value: Any, options: Options)
     return prepared
 
 
-def _raw(name: str, sample: Sample, archive: Archive, options: Options) -> Any:
+def _raw(name: str, sample: Sample, archive: Archive, recipe: Recipe, held: Held) -> Any:
+    data = _member(name, sample, archive)
+    if name == "image":
+        return decode.image(data, recipe.options.max_pixels, held.need)
+    return decode.text(data) if name == "text" else decode.json_object(data)
+
+
+def _text(sample: Sample, archive: Archive) -> str:
+    return decode.text(_member("text", sample, archive))
+
+
+def _member(name: str, sample: Sample, archive: Archive) -> bytes:
     extension = next((e for e in decode.EXTENSIONS[name] if e in sample.members), None)
     if extension is None:
         has = ", ".join(sample.members)
         raise Rejected(f"no {name} ({' or '.join(decode.EXTENSIONS[name][:4])}); it has {has}")
-    data = archive.read(*sample.members[extension])
-    if name == "image":
-        return decode.image(data, options.max_pixels)
-    return decode.text(data) if name == "text" else decode.json_object(data)
+    return archive.read(*sample.members[extension])

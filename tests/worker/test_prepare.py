@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kit import write_tar
+from PIL import Image, ImageFile
 
 from d2m_hpc import config as configs
+from d2m_hpc.models import formats
+from d2m_hpc.models.preprocessors import PREPROCESSORS, Rejected
 from d2m_hpc.state.manifest import Rejection
+from d2m_hpc.worker import decode
+from d2m_hpc.worker.memory import Budget
 from d2m_hpc.worker.prepare import Ready, Recipe, prepare
 from d2m_hpc.worker.shard import Archive
 
@@ -93,3 +103,59 @@ def test_a_sample_without_a_usable_uid_is_rejected(tmp_path: Path, uid: Any) -> 
 
 def test_a_uid_that_nobody_asked_for_is_not_looked_at(tmp_path: Path) -> None:
     assert _prepared(tmp_path, {}, additional_fields=[]) == {"text": "of the txt"}
+
+
+def _picture(kind: str, size: tuple[int, int] = (300, 200), mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, 90).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_threads_decode_no_more_at_a_time_than_the_budget_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight threads, and room for three of these pictures."""
+    lock, real = threading.Lock(), ImageFile.ImageFile.load
+    now, seen = 0, []
+
+    def load(image: ImageFile.ImageFile) -> Any:
+        nonlocal now
+        with lock:
+            now += 1
+            seen.append(now)
+        time.sleep(0.002)
+        with lock:
+            now -= 1
+        return real(image)
+
+    members = {f"{i:03d}.png": _picture("PNG") for i in range(40)}
+    config = configs.Config(models=["m"], input_tars=["unused"], output_metadata_dir="unused")
+    recipe = Recipe.of(config, {("image", "stats-aug"): PREPROCESSORS["stats-aug"]})
+    cost = formats.cost("PNG", 300, 200)
+    recipe = dataclasses.replace(recipe, budget=Budget(3 * cost + 1))
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with closing(Archive(write_tar(tmp_path / "a.tar", members))) as archive:
+        samples = list(archive.index())
+        with ThreadPoolExecutor(8) as pool:
+            made = list(pool.map(lambda sample: prepare(sample, archive, recipe), samples))
+    assert all(isinstance(m, Ready) for m in made)
+    assert 2 <= max(seen) <= 3
+    assert recipe.budget.take(3 * cost + 1) == 3 * cost + 1
+
+
+@pytest.mark.parametrize("kind", formats.FORMATS)
+def test_what_decoding_takes_is_asked_for_before_it_is_taken(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    data = _picture(kind)
+
+    def refuse(size: int) -> None:
+        asked.append(size)
+        raise Rejected("not now")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)  # a call would be another error
+    monkeypatch.setattr("simplejpeg.decode_jpeg", None)
+    with pytest.raises(Rejected, match="not now"):
+        decode.image(data, 10**6, refuse)
+    assert asked == [formats.cost(kind, 300, 200)]
