@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from d2m_hpc.errors import D2MError
 from d2m_hpc.launch.decide import Workload
+from d2m_hpc.outputs import OutputDir
+from d2m_hpc.owner import require_own
 from d2m_hpc.state.lease import LEASE_SECONDS, Lease
 from d2m_hpc.state.merge import merge_silent
 from d2m_hpc.state.rundir import RunDir
@@ -25,7 +27,9 @@ def submitting(workload: Workload) -> Iterator[None]:
     What a killed one left half-written is swept away, and the many small files of tasks that the
     watchdog would have ended twice over become few.
     """
-    run = workload.run
+    run, output = workload.run, OutputDir(workload.config.output_metadata_dir)
+    output.make()
+    require_own(output, run, take=True)
     run.create()
     lease = Lease(run.submit_lock)
     _take(lease, run)

@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from d2m_hpc.launch import fingerprints, nodes, plan, sbatch, slurm, waiting
 from d2m_hpc.launch.alone import submitting
 from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
 from d2m_hpc.launch.uncollected import uncollected
+from d2m_hpc.outputs import OutputDir
+from d2m_hpc.owner import require_own
 from d2m_hpc.state.attempts import Attempts
 from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.lease import Lease
@@ -115,6 +117,7 @@ def live_stems(run: RunDir) -> set[str]:
 def look(workload: Workload, queue: slurm.Queue | None = None) -> Decision:
     """Decide, with Slurm's word where array tasks were ever submitted and it can be had."""
     run = workload.run
+    require_own(OutputDir(workload.config.output_metadata_dir), run, take=False)
     if queue is None:
         if not slurm.is_here() or not any(s.arrays.exists() for s in run.submissions()):
             return decide(workload)
@@ -134,14 +137,17 @@ def run_local(
         on_decision: told what will be done; gives the listener to the tasks' progress.
     """
     run = workload.run
-    with submitting(workload):
-        decision = look(workload)
-        repair(decision)
-        chunks = chunking.by_base(decision.pending)
-        submission = commit(decision, chunks) if chunks else None
-    with on_decision(decision) as listener:
-        if submission:
-            _run_here(run, submission, len(chunks), listener)
+    with ExitStack() as working:
+        with submitting(workload):
+            decision = look(workload)
+            repair(decision)
+            chunks = chunking.by_base(decision.pending)
+            submission = commit(decision, chunks) if chunks else None
+            if submission:
+                working.enter_context(fingerprints.working(submission))
+        with on_decision(decision) as listener:
+            if submission:
+                _run_here(run, submission, len(chunks), listener)
 
 
 def _run_here(run: RunDir, submission: Submission, tasks: int, listener: Listener) -> None:

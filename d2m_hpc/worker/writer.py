@@ -7,6 +7,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import BinaryIO
@@ -124,8 +125,10 @@ class Committer:
                 if not held():
                     raise TakenOver
                 npz, parquet = write_pair(made, record, folder)
-                publish = self._rename if self.output.is_local else self._upload
-                publish(npz, parquet)
+                if self.output.is_local:
+                    self._rename(npz, parquet)
+                else:
+                    self._upload(npz, parquet, held)
             finally:
                 with suppress(OSError):
                     remove(folder)
@@ -148,10 +151,14 @@ class Committer:
         os.replace(parquet, folder / parquet.name)
         fsync_dir(folder)
 
-    def _upload(self, npz: Path, parquet: Path) -> None:
-        self.output.remove(parquet.name)
-        self.output.put(npz)
-        self.output.put(parquet)
+    def _upload(self, npz: Path, parquet: Path, held: Callable[[], bool]) -> None:
+        """Stores have no rename: the lease is asked for before each step, and a put replaces
+        nothing that came since, where the store knows conditions."""
+        put = (partial(self.output.put, file, held) for file in (npz, parquet))
+        for step in (partial(self.output.remove, parquet.name), *put):
+            if not held():
+                raise TakenOver
+            step()
 
     def clean(self, stem: str) -> None:
         """Take from earlier attempts at a shard what they need to commit; its lease is held.
