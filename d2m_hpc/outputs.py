@@ -62,12 +62,15 @@ class OutputDir:
             ConfigError: it cannot be made, or written into.
         """
         with self._writing():
-            if self.is_local:
-                make_folder(Path(self.root))
-                return
-            if scheme(self.url) not in BUCKETS:
-                self.fs.makedirs(self.root, exist_ok=True)
-        self.probe()
+            self._make()
+        if not self.is_local:
+            self.probe()
+
+    def _make(self) -> None:
+        if self.is_local:
+            make_folder(Path(self.root))
+        elif scheme(self.url) not in BUCKETS:
+            self.fs.makedirs(self.root, exist_ok=True)
 
     def probe(self) -> None:
         """
@@ -132,28 +135,19 @@ class OutputDir:
     def has(self, name: str) -> bool:
         return bool(self._ask(lambda: self.fs.exists(self.path(name))))
 
-    def put(self, file: Path, held: Callable[[], bool] = lambda: True) -> None:
+    def put(self, file: Path) -> None:
         """Send a file to the store; it appears whole or not at all, by the file's own name.
 
-        Args:
-            held: whether a file that is there already may be replaced. Where the store knows
-                conditions, one that comes between this question and the answer is not.
-
         Raises:
-            FileExistsError: there is one, and it may not be replaced.
+            FileExistsError: there is one, and the store knows conditions.
             OSError: the store does not take it, or has less than it was sent.
         """
         path, size = self.path(file.name), file.stat().st_size
         send = partial(self.fs.put_file, str(file), path)
         try:
             self._ask(partial(send, mode="create") if stores.knows_create(self.fs) else send)
-        except FileExistsError:  # an earlier attempt's, or this one's, by a put without an answer
-            if not held():
-                raise
-            self.remove(file.name)
-            self._ask(partial(send, mode="create"))
         except Exception as error:
-            if "implemented" not in str(error).lower():
+            if isinstance(error, FileExistsError) or "implemented" not in str(error).lower():
                 raise
             self._ask(send)  # a store that knows no conditions
         if (kept := self._ask(lambda: self.fs.info(path)["size"])) != size:
@@ -167,6 +161,7 @@ class OutputDir:
             ConfigError: it cannot be written.
         """
         with self._writing(), suppress(FileExistsError):
+            self._make()
             if self.is_local:
                 with open(self.path(name), "xb", opener=owned) as file:
                     file.write(data)

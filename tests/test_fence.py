@@ -195,7 +195,7 @@ def test_a_folder_that_vanishes_under_a_held_lease_is_a_failure(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("scheme", ["memory", "s3"])
-@pytest.mark.parametrize("frozen_after", [1, 2, 3, 4])
+@pytest.mark.parametrize("frozen_after", range(1, 7))
 def test_on_a_store_no_pair_is_ever_mixed(
     frozen_after: int, scheme: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -218,7 +218,7 @@ def test_on_a_store_no_pair_is_ever_mixed(
     with pytest.raises(TakenOver):
         first.commit(_Rows("a"), Record("s", "done", rows=1, task="000-1-0"), held)
     found = output.record("s")
-    if frozen_after == 2:  # what it did next was to remove the older parquet
+    if frozen_after in (2, 4):  # what it did next was to remove the older parquet, and npz
         assert found is None
     else:
         assert found is not None

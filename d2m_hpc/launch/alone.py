@@ -28,7 +28,6 @@ def submitting(workload: Workload) -> Iterator[None]:
     watchdog would have ended twice over become few.
     """
     run, output = workload.run, OutputDir(workload.config.output_metadata_dir)
-    output.make()
     require_own(output, run, take=True)
     run.create()
     lease = Lease(run.submit_lock)

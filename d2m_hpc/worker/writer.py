@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +23,7 @@ from d2m_hpc.state.rundir import fsync_dir, owned
 from d2m_hpc.state.staging import STAGING, Staging, remove
 from d2m_hpc.worker.table import Rows
 
+ROUNDS = 3
 VERSIONED = ("d2m_hpc", "torch", "torchvision", "open_clip_torch", "timm", "transformers")
 
 
@@ -154,20 +155,41 @@ class Committer:
     def _upload(self, npz: Path, parquet: Path, held: Callable[[], bool]) -> None:
         """Stores have no rename: the lease is asked for before each step, and a put replaces
         nothing that came since, where the store knows conditions."""
-        put = (partial(self.output.put, file, held) for file in (npz, parquet))
-        for step in (partial(self.output.remove, parquet.name), *put):
-            if not held():
-                raise TakenOver
-            step()
+        removed = [parquet.name]
+        for _ in range(ROUNDS):
+            steps = [
+                partial(self._remove, removed),
+                *(partial(self.output.put, f) for f in (npz, parquet)),
+            ]
+            with suppress(FileExistsError):
+                for step in steps:
+                    if not held():
+                        raise TakenOver
+                    step()
+                return
+            # An older pair's, or this one's, sent without an answer. The npz goes first: there is
+            # no parquet, but of a task that took the shard over; of its pair nothing must stay.
+            removed = [npz.name, parquet.name]
+        raise OSError("another program writes it too")
 
-    def clean(self, stem: str) -> None:
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.output.remove(name)
+
+    def clean(self, stem: str, attempt: int | None = None) -> bool:
         """Take from earlier attempts at a shard what they need to commit; its lease is held.
+
+        Args:
+            attempt: the number before which one is an earlier one; None for all of them.
+
+        Returns:
+            whether there were any.
 
         Raises:
             D2MError: they could still commit.
         """
         try:
-            self.staging.fence(stem)
+            return self.staging.fence(stem, attempt)
         except OSError as error:
             what = f"{self.staging.root}: what an earlier attempt at {stem} left cannot be removed"
             raise D2MError(f"{what}: {error}; remove it and run the same command again") from error
