@@ -20,8 +20,6 @@ from d2m_hpc.launch import fingerprints, nodes, plan, sbatch, slurm, waiting
 from d2m_hpc.launch.alone import submitting
 from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
 from d2m_hpc.launch.uncollected import uncollected
-from d2m_hpc.outputs import OutputDir
-from d2m_hpc.owner import require_own
 from d2m_hpc.state.attempts import Attempts
 from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.lease import Lease
@@ -117,7 +115,6 @@ def live_stems(run: RunDir) -> set[str]:
 def look(workload: Workload, queue: slurm.Queue | None = None) -> Decision:
     """Decide, with Slurm's word where array tasks were ever submitted and it can be had."""
     run = workload.run
-    require_own(OutputDir(workload.config.output_metadata_dir), run, take=False)
     if queue is None:
         if not slurm.is_here() or not any(s.arrays.exists() for s in run.submissions()):
             return decide(workload)

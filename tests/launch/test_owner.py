@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import STATS, submit, write_config, write_shards
+from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc import owner
@@ -51,10 +51,11 @@ def test_another_run_folder_is_refused_and_leaves_nothing(tmp_path: Path) -> Non
     run(workload(tmp_path))
     before = sorted(os.listdir(tmp_path / "out"))
     other = workload(tmp_path, run_dir=str(tmp_path / "other"))
-    for attempt in (run, look):
-        with pytest.raises(ConfigError) as caught:
-            attempt(other)
-        told = str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        run(other)
+    planned = d2m("plan", tmp_path / "c.yml")
+    assert planned.returncode == 2
+    for told in (str(caught.value), planned.stderr):
         assert f"{tmp_path}/out belongs to the run in {tmp_path}/out/.d2m (on " in told
         assert f"Set `run_dir: {tmp_path}/out/.d2m` to go on" in told
         assert f"delete {tmp_path}/out/{OWNER}" in told
