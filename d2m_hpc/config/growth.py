@@ -11,6 +11,8 @@ from typing import Any
 from d2m_hpc.config.schema import Config
 from d2m_hpc.models import declared
 from d2m_hpc.models.registry import MODELS, ModelSpec, Post
+from d2m_hpc.models.types import misfit, split
+from d2m_hpc.state.manifest import gist
 
 LISTS = ("models", "postprocess_columns", "postprocess_features", "additional_fields")
 """The keys of a fingerprint whose lists may grow."""
@@ -45,12 +47,17 @@ def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
         *(
             f"{key}: {name!r} is no longer listed"
             for key in LISTS
-            for name in old[key]
-            if name not in new[key]
+            for name in _names(key, old[key])
+            if name not in _names(key, new[key])
         ),
         *_other_checkpoints(old["checkpoints"], new["checkpoints"]),
         *_other_code(old, new),
     ]
+
+
+def _names(key: str, entries: Iterable[str]) -> list[str]:
+    """Of fields without their types: one of another type is read again, by itself."""
+    return [split(entry)[0] if key == "additional_fields" else entry for entry in entries]
 
 
 def _other_checkpoints(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -80,6 +87,15 @@ def _used(fingerprint: Fingerprint) -> list[str]:
     made = (name for model in models if model in MODELS for name in MODELS[model].preprocessors)
     posts = (*fingerprint["postprocess_columns"], *fingerprint["postprocess_features"])
     return list(dict.fromkeys((*models, *made, *posts)))
+
+
+def refits(reasons: Iterable[str], config: Config) -> bool:
+    """Whether rejected samples may be rows now, as the config declares the type of their field.
+
+    A finished pair has no values of them, so that it cannot be extended by these rows.
+    """
+    retyped = {gist(misfit(name)) for name in config.field_types}
+    return not retyped.isdisjoint(map(gist, reasons))
 
 
 def only_new(config: Config, old: Fingerprint, specs: Mapping[str, ModelSpec]) -> Config:

@@ -9,7 +9,7 @@ from graphlib import CycleError
 
 from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import Config
-from d2m_hpc.models import declared
+from d2m_hpc.models import declared, types
 from d2m_hpc.models.registry import RAW_INPUTS, ModelSpec, Post, Registry, in_order
 from d2m_hpc.state.texts import BRIEF, safe
 
@@ -182,4 +182,13 @@ def _name_mistakes(config: Config) -> list[Mistake]:
     names = ["key", *map(config.renamed, config.postprocess_columns), *config.carried]
     twice = sorted(_repeated(names) - _repeated(config.postprocess_columns))
     what = "another column's name; valid is a name of its own"
-    return [Mistake(("additional_fields",), f"found {quoted(n)}, {what}", n) for n in twice[:MANY]]
+    key = "additional_fields"
+    found = [Mistake((key,), f"found {quoted(n)}, {what}", n) for n in twice[:MANY]]
+    split = list(dict.fromkeys(config.asked_fields))
+    found += _duplicates(key, [name for name, _ in split])
+    odd = [(name, kind) for name, kind in split if kind and not types.is_field_type(kind)]
+    valid = f"valid: {', '.join(types.FIELD_TYPES)}, and list<...> and map<...> of these"
+    return found + [
+        Mistake((key,), f"{quoted(name)} has the unknown type {quoted(kind)}; {valid}", name)
+        for name, kind in odd[:MANY]
+    ]

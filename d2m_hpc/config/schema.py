@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from d2m_hpc.config.slurm_values import no_switch, one_line, options, walltime
-from d2m_hpc.models import declared
+from d2m_hpc.models import declared, types
 from d2m_hpc.models.registry import DATACOMP_KEYS, ModelSpec
 
 
@@ -23,6 +23,21 @@ def _tars_as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _fields_as_list(value: Any) -> Any:
+    """`{score: float64}` as the text `score: float64`, in a list or for the whole of it."""
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list):
+        return _as_list(value)
+    entries: list[Any] = []
+    for entry in value:
+        if isinstance(entry, Mapping):
+            entries += [name if kind is None else f"{name}: {kind}" for name, kind in entry.items()]
+        else:
+            entries.append(entry)
+    return entries
+
+
 def _off_as_text(value: object) -> object:
     """YAML reads a bare `off` as false."""
     return "off" if value is False else value
@@ -30,6 +45,12 @@ def _off_as_text(value: object) -> object:
 
 Precision = Literal["auto", "float16", "bfloat16", "off"]
 Names = Annotated[list[str], BeforeValidator(_as_list, list[str] | None)]
+Fields = Annotated[
+    list[str],
+    BeforeValidator(
+        _fields_as_list, list[str | dict[str, str | None]] | dict[str, str | None] | None
+    ),
+]
 Tars = Annotated[list[str], BeforeValidator(_tars_as_list, list[str] | str), Field(min_length=1)]
 NoSwitch = BeforeValidator(no_switch)
 Count = Annotated[int, Field(ge=1, le=2**31 - 1), NoSwitch]
@@ -91,8 +112,12 @@ class Config(Section):
     """outputs that become columns of the parquet"""
     postprocess_features: Names = []
     """outputs that become arrays of the npz"""
-    additional_fields: Names = []
-    """keys of the samples' JSON that become columns of the parquet"""
+    additional_fields: Fields = []
+    """keys of the samples' JSON that become columns of the parquet, each with a type if need be:
+    `[uid, score: float64]`; valid are `bool`, `int64`, `uint64`, `float64`, `string`, `json` (its
+    text) and `list<...>` and `map<...>` of these"""
+    allow_missing_fields: bool = False
+    """take fields that no sample of a run's first tar has, as columns of nulls"""
     nworkers: Count | None = None
     """decode threads of a task; by default as many as it has cores"""
     batch_size: Count = 512
@@ -170,9 +195,27 @@ class Config(Section):
 
     @property
     def carried(self) -> list[str]:
-        """The columns that hold the samples' own values, in their order."""
+        """The columns that hold the samples' own values, in their order.
+
+        `key` is none of them: it is the first column whether it is asked for or not.
+        """
         text = ["text"] if self.use_datacomp_keys else []
-        return list(dict.fromkeys([*self.additional_fields, *text]))
+        named = [name for name, _ in self.asked_fields]
+        return [name for name in dict.fromkeys([*named, *text]) if name != "key"]
+
+    @property
+    def asked_fields(self) -> list[tuple[str, str]]:
+        """The additional fields' names and declared types; no type is an empty text."""
+        entries = _fields_as_list(
+            self.additional_fields
+        )  # as YAML has them, where others are wrong
+        return [types.split(entry) for entry in entries if isinstance(entry, str)]
+
+    @property
+    def field_types(self) -> dict[str, str]:
+        """The types that the config declares, by field."""
+        text = {"text": "string"} if self.use_datacomp_keys else {}
+        return text | {name: kind for name, kind in self.asked_fields if kind}
 
     def renamed(self, name: str) -> str:
         """A column's or feature's name in the output files."""

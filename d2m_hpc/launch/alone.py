@@ -9,8 +9,6 @@ from contextlib import contextmanager
 
 from d2m_hpc.errors import D2MError
 from d2m_hpc.launch.decide import Workload
-from d2m_hpc.outputs import OutputDir
-from d2m_hpc.owner import require_own
 from d2m_hpc.state.lease import LEASE_SECONDS, Lease
 from d2m_hpc.state.merge import merge_silent
 from d2m_hpc.state.rundir import RunDir
@@ -27,8 +25,7 @@ def submitting(workload: Workload) -> Iterator[None]:
     What a killed one left half-written is swept away, and the many small files of tasks that the
     watchdog would have ended twice over become few.
     """
-    run, output = workload.run, OutputDir(workload.config.output_metadata_dir)
-    require_own(output, run, take=True)
+    run = workload.run
     run.create()
     lease = Lease(run.submit_lock)
     _take(lease, run)
@@ -39,6 +36,7 @@ def submitting(workload: Workload) -> Iterator[None]:
             run.records,
             run.progress,
             run.node_failures,
+            run.schema,
             run.attempts,
         ]
         for folder in (*folders, *(s.folder for s in run.submissions())):

@@ -125,11 +125,9 @@ def _earlier(decision: Decision) -> dict[str, dict[str, Any]]:
     stems: dict[str, list[str]] = {}
     for stem, name in decision.bases.items():
         stems.setdefault(name, []).append(stem)
-    live = fingerprints.of_local_submits(run)
-    if decision.in_flight:
-        live.add(fingerprints.newest(run))
-    for name in live - {"", workload.fingerprint_id}:
-        stems.setdefault(name, [])
+    live = fingerprints.newest(run) if decision.in_flight else ""
+    if live not in ("", workload.fingerprint_id):
+        stems.setdefault(live, [])
     return {
         name: fingerprints.require_growth(run, name, made, workload.document, workload.where)
         for name, made in stems.items()
@@ -147,7 +145,7 @@ def _read_state(decision: Decision) -> None:
     decision.done |= found.done.keys()
     decision.exhausted = found.given_up - decision.done
     if not config.reprocess:
-        decision.bases |= {stem: made.fingerprint for stem, made in found.outdated.items()}
+        decision.bases |= fingerprints.extendable(found.outdated, config)
         _refuse_foreign(workload, foreign)
     if decision.done:
         seconds = sum(o.finished - o.started for o in found.done.values())

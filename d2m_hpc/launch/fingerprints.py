@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from d2m_hpc.config.growth import Fingerprint, obstacles
+from d2m_hpc.config import Config
+from d2m_hpc.config.growth import Fingerprint, obstacles, refits
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.rundir import RunDir, Submission
-
-
-@contextmanager
-def working(submission: Submission) -> Iterator[None]:
-    """Tell other submits that this `--local` one is at work, for as long as the block lasts."""
-    lease = Lease(submission.local)
-    lease.claim()
-    try:
-        yield
-    finally:
-        lease.release()
-
-
-def of_local_submits(run: RunDir) -> set[str]:
-    """The short hashes of the configs that `--local` submits work by now."""
-    names = set()
-    for submission in run.submissions():
-        if submission.local.exists():
-            lease = Lease(submission.local)
-            if lease.claim():  # it was killed
-                lease.release()
-            else:
-                names.add(str(json.loads(submission.intent.read_bytes())["fingerprint"]))
-    return names
+from d2m_hpc.state.manifest import Outcome
+from d2m_hpc.state.rundir import RunDir
 
 
 def newest(run: RunDir) -> str:
@@ -43,6 +20,15 @@ def newest(run: RunDir) -> str:
         with suppress(FileNotFoundError):  # its submit was killed
             return str(json.loads(submission.intent.read_bytes())["fingerprint"])
     return ""
+
+
+def extendable(outdated: Mapping[str, Outcome], config: Config) -> dict[str, str]:
+    """Of finished shards, by stem, the fingerprints of those that need not be computed whole."""
+    return {
+        stem: made.fingerprint
+        for stem, made in outdated.items()
+        if not refits((reason for reason, _ in made.rejected), config)
+    }
 
 
 def require_growth(
@@ -64,7 +50,7 @@ def require_growth(
         mistakes = [f"{path} is not there: nobody knows by what config some shards were made"]
     elif not (mistakes := obstacles(earlier := json.loads(path.read_bytes()), now)):
         return dict(earlier)
-    few = f"{len(stems)} shards ({', '.join(stems[:3])})" if stems else "what live tasks make"
+    few = f"{len(stems)} shards ({', '.join(stems[:3])})" if stems else "the shards of live tasks"
     advice = (
         f"{few} of the run in {run.root} were made with other values, and take additional models, "
         "columns, features and fields only; restore the rest, take another output_metadata_dir, "

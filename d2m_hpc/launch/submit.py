@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -134,17 +134,14 @@ def run_local(
         on_decision: told what will be done; gives the listener to the tasks' progress.
     """
     run = workload.run
-    with ExitStack() as working:
-        with submitting(workload):
-            decision = look(workload)
-            repair(decision)
-            chunks = chunking.by_base(decision.pending)
-            submission = commit(decision, chunks) if chunks else None
-            if submission:
-                working.enter_context(fingerprints.working(submission))
-        with on_decision(decision) as listener:
-            if submission:
-                _run_here(run, submission, len(chunks), listener)
+    with submitting(workload):
+        decision = look(workload)
+        repair(decision)
+        chunks = chunking.by_base(decision.pending)
+        submission = commit(decision, chunks) if chunks else None
+    with on_decision(decision) as listener:
+        if submission:
+            _run_here(run, submission, len(chunks), listener)
 
 
 def _run_here(run: RunDir, submission: Submission, tasks: int, listener: Listener) -> None:

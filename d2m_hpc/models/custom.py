@@ -20,6 +20,7 @@ from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import declared, postprocessors
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture, Preprocessor
 from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, MODELS, ModelSpec, Post, Registry
+from d2m_hpc.models.types import is_column_type
 
 SEED = "dataset2metadata"
 MODULE = "d2m_custom_"
@@ -117,6 +118,28 @@ def lookups(module: ModuleType) -> Tables:
     if mistakes:
         raise ConfigError(str(module.__file__), mistakes)
     return {table: dict(entries) for table, entries in tables.items()}
+
+
+def output_types(module: ModuleType) -> dict[str, Any]:
+    """What a custom file's `output_types` declares: columns' types and features' shapes of a row.
+
+    Raises:
+        ConfigError: one is neither.
+    """
+    declared = getattr(module, "output_types", {})
+    odd = [
+        f"output_types: found {name!r}: {kind!r}; valid are a column's type such as 'float32' or "
+        "'list<string>', and a feature's shape such as [512]"
+        for name, kind in (declared.items() if isinstance(declared, Mapping) else [("", declared)])
+        if not (is_column_type(kind) if isinstance(kind, str) else _is_shape(kind))
+    ]
+    if odd:
+        raise ConfigError(str(module.__file__), odd)
+    return dict(declared)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(n, int) and n > 0 for n in value)
 
 
 def registry(tables: Tables) -> Registry:

@@ -45,12 +45,17 @@ class ModelSpec:
 class Post:
     """A column or feature: a function of `models.postprocessors` applied to a model's output.
 
-    `model` is empty where a custom file does not say it as a literal.
+    Attributes:
+        model: empty where a custom file does not say it as a literal.
+        type: of a built-in column, in the words of `models.types`.
+        shape: of a row of a built-in feature.
     """
 
     model: str = ""
     function: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    type: str = ""
+    shape: tuple[int, ...] = ()
 
 
 _IMAGE_TEXT: dict[str, Any] = {
@@ -128,41 +133,61 @@ PREPROCESSORS = frozenset(
 )
 
 
-def _select(model: str, index: int) -> Post:
-    return Post(model, "select", {"index": index})
+def _score(model: str, function: str = "identity") -> Post:
+    return Post(model, function, type="float32")
 
 
-def _fields(model: str, prefix: str, *names: str) -> dict[str, Post]:
-    return {f"{prefix}-{name}": _select(model, i) for i, name in enumerate(names)}
+def _column(model: str, index: int, kind: str = "float32") -> Post:
+    return Post(model, "select", {"index": index}, type=kind)
+
+
+def _vector(model: str, index: int, width: int) -> Post:
+    return Post(model, "select", {"index": index}, shape=(width,))
+
+
+def _fields(model: str, prefix: str, **kinds: str) -> dict[str, Post]:
+    names = (name.replace("_", "-") for name in kinds)
+    return {
+        f"{prefix}-{name}": _column(model, i, kind)
+        for i, (name, kind) in enumerate(zip(names, kinds.values(), strict=True))
+    }
 
 
 COLUMNS: Mapping[str, Post] = {
-    "oai-clip-vit-b32-score": Post("oai-clip-vit-b32", "batched_dot_product"),
-    "oai-clip-vit-l14-score": Post("oai-clip-vit-l14", "batched_dot_product"),
-    "nsfw-detoxify-score": Post("nsfw-detoxify", "identity"),
-    "nsfw-image-score": Post("nsfw-image-oai-clip-vit-l-14", "identity"),
-    "face-boxes": Post("faces-scrfd10g", "identity", {"to_cpu": False}),
-    "dedup-isc-ft-v107-score": _select("dedup-isc-ft-v107", 1),
-    **_fields("image-stats", "image", "brightness", "contrast", "sharpness", "entropy", "phash"),
+    "oai-clip-vit-b32-score": _score("oai-clip-vit-b32", "batched_dot_product"),
+    "oai-clip-vit-l14-score": _score("oai-clip-vit-l14", "batched_dot_product"),
+    "nsfw-detoxify-score": _score("nsfw-detoxify"),
+    "nsfw-image-score": _score("nsfw-image-oai-clip-vit-l-14"),
+    "face-boxes": Post("faces-scrfd10g", "identity", {"to_cpu": False}, type="list<list<float32>>"),
+    "dedup-isc-ft-v107-score": _column("dedup-isc-ft-v107", 1),
+    **_fields(
+        "image-stats",
+        "image",
+        brightness="float32",
+        contrast="float32",
+        sharpness="float32",
+        entropy="float32",
+        phash="string",
+    ),
     **_fields(
         "text-stats",
         "text",
-        "characters",
-        "words",
-        "alphanumeric-ratio",
-        "uppercase-ratio",
-        "digit-ratio",
-        "unique-word-ratio",
+        characters="int64",
+        words="int64",
+        alphanumeric_ratio="float32",
+        uppercase_ratio="float32",
+        digit_ratio="float32",
+        unique_word_ratio="float32",
     ),
 }
 
 FEATURES: Mapping[str, Post] = {
-    "oai-clip-vit-b32-image": _select("oai-clip-vit-b32", 0),
-    "oai-clip-vit-b32-text": _select("oai-clip-vit-b32", 1),
-    "oai-clip-vit-l14-image": _select("oai-clip-vit-l14", 0),
-    "oai-clip-vit-l14-text": _select("oai-clip-vit-l14", 1),
-    "dedup-isc-ft-v107-image": _select("dedup-isc-ft-v107", 0),
-    "image-histogram": _select("image-stats", 5),
+    "oai-clip-vit-b32-image": _vector("oai-clip-vit-b32", 0, 512),
+    "oai-clip-vit-b32-text": _vector("oai-clip-vit-b32", 1, 512),
+    "oai-clip-vit-l14-image": _vector("oai-clip-vit-l14", 0, 768),
+    "oai-clip-vit-l14-text": _vector("oai-clip-vit-l14", 1, 768),
+    "dedup-isc-ft-v107-image": _vector("dedup-isc-ft-v107", 0, 256),
+    "image-histogram": _vector("image-stats", 5, 48),
 }
 
 DATACOMP_KEYS: Mapping[str, str] = {

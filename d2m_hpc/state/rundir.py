@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterable
@@ -106,11 +107,6 @@ class Submission:
         return self.folder / "extended"
 
     @property
-    def local(self) -> Path:
-        """A lease that a `--local` submit holds while it works."""
-        return self.folder / "local.lock"
-
-    @property
     def chunks(self) -> Path:
         """JSON lines; line i is the list of shards of array task i."""
         return self.folder / "chunks.jsonl"
@@ -140,6 +136,16 @@ class RunDir:
     def fingerprint(self, name: str) -> Path:
         """JSON: the parts of a config that decide what the output is; `name` is their hash."""
         return self.fingerprints / f"{name}.json"
+
+    @property
+    def schema(self) -> Path:
+        """Types that no config or model declares, as the run's first tasks found them."""
+        return self.root / "schema"
+
+    def agreed(self, what: str, name: str) -> Path:
+        """JSON: the type of one field, column or feature; never changed once it is there."""
+        digest = hashlib.sha256(f"{what}/{name}".encode("utf-8", "surrogatepass")).hexdigest()
+        return self.schema / f"{digest[:24]}.json"
 
     @property
     def shards(self) -> Path:

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from d2m_hpc.config import Config
+from d2m_hpc.config.growth import refits
 from d2m_hpc.errors import D2MError
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.attempts import Attempt, Attempts
@@ -51,7 +52,7 @@ class Claims:
 
     Args:
         fingerprint: of the config; outputs of another one do not count as finished.
-        clean: fences the attempts at a shard before a number; called while its lease is held.
+        clean: removes what a killed attempt at a shard left; called while its lease is held.
         deadline: when the walltime ends, in seconds since the epoch.
     """
 
@@ -62,7 +63,7 @@ class Claims:
         config: Config,
         fingerprint: str,
         report: Reporter,
-        clean: Callable[[str, int], bool],
+        clean: Callable[[str], None],
         deadline: float | None,
     ) -> None:
         self._name = name
@@ -140,10 +141,8 @@ class Claims:
     def _begin(self, shard: Shard, lease: Lease) -> Work | None:
         """A shard that was just claimed, or None where there is nothing for this task to do."""
         try:
+            self._clean(shard.stem)  # from here on no earlier attempt changes what lies there
             last, record = self._attempts.last(shard.stem), self._output.record(shard.stem)
-            known = max(shard.attempt, last.number if last else 0, record.attempt if record else 0)
-            if self._clean(shard.stem, known + 1):  # now no earlier attempt changes what lies there
-                record = self._output.record(shard.stem)
             why = self._why_not(shard, record)
         except BaseException:
             lease.release()
@@ -152,6 +151,7 @@ class Claims:
             log.info("%s: %s", shard.stem, why)
             lease.release()
             return None
+        known = max(shard.attempt, last.number if last else 0, record.attempt if record else 0)
         attempt = Attempt(known + 1, str(self._name), self._report.progress.host)
         held = Held(lease, self._attempts, shard.stem, attempt, last)
         self._held[shard.stem] = work = Work(shard, lease, held)
@@ -177,7 +177,9 @@ class Claims:
             return True
         if record is None and shard.base:
             return self._output.has(f"{shard.stem}.parquet")
-        return record is None or record.fingerprint == shard.base
+        if record is None or record.fingerprint == shard.base:
+            return True
+        return not shard.base and refits((r.reason for r in record.rejections), self._config)
 
     def _put_back(self, record: Record) -> None:
         """A task was killed between the parquet's rename and its record."""

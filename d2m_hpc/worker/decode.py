@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +75,25 @@ def text(data: bytes) -> str:
         raise Rejected(f"the text is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
+DEEPEST_JSON = 400
+"""Lists and objects within each other; the JSON library is recursive, and so is what writes it."""
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+def _depth(data: bytes) -> int:
+    """How deep a JSON nests, as far as it need be known."""
+    if data.count(b"[") + data.count(b"{") <= DEEPEST_JSON:
+        return 0
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(data):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(found[0], 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def json_object(data: bytes) -> dict[str, Any]:
+    if _depth(data) > DEEPEST_JSON:
+        raise Rejected(f"the JSON cannot be parsed: it nests more than {DEEPEST_JSON} deep")
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -101,6 +101,11 @@ class Extended:
         fresh = [r for r in rejected if safe(r.key) not in known]
         self.rejections = before.record.rejections + fresh
 
+    @property
+    def undecided(self) -> list[str]:
+        """As a `Table`'s, of what is new."""
+        return self._lacked.undecided
+
     def features(self) -> dict[str, NDArray[Any]]:
         """As a `Table`'s; kept ones are the old npz's values, to the bit."""
         part = self._lacked.config
@@ -118,7 +123,7 @@ class Extended:
         made = self._lacked.table().take(pa.array(self._new_rows, pa.int64()))
         kept = self._before.table.take(pa.array(self._old_rows, pa.int64()))
         new = {config.renamed(name): made[part.renamed(name)] for name in part.postprocess_columns}
-        new |= {name: made[name] for name in part.additional_fields}
+        new |= {name: made[name] for name, _ in part.asked_fields if name != "key"}
         names = ["key", *map(config.renamed, config.postprocess_columns), *config.carried]
         columns = {name: new[name] if name in new else kept[name] for name in names}
         return pa.table({name: values.combine_chunks() for name, values in columns.items()})

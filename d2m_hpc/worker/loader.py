@@ -201,7 +201,7 @@ class Loader:
         self, work: Work, samples: Sequence[Sample], archive: Archive
     ) -> list[Ready | Rejection]:
         with work.clock("decode"):
-            return [prepare(sample, archive, self._recipe) for sample in samples]
+            return [prepare(sample, archive, self._recipe, work.seen) for sample in samples]
 
     def _batch(self, ready: Sequence[Ready]) -> Batch:
         inputs = {}

@@ -16,6 +16,7 @@ from d2m_hpc.state.manifest import Rejection
 from d2m_hpc.worker import decode
 from d2m_hpc.worker.batch import Input
 from d2m_hpc.worker.memory import Budget, Held
+from d2m_hpc.worker.seen import Seen
 from d2m_hpc.worker.shard import Archive, Sample
 
 IN_FLIGHT = 2 << 30
@@ -31,6 +32,7 @@ class Recipe:
         inputs: each distinct (raw input, preprocessor) that a model asks for.
         fields: keys of the samples' JSON that are carried over.
         strict: fail at the first rejection (`warn_and_continue: false`).
+        asked: the additional fields, as the config has them.
         datacomp_keys: `text` and `uid` are as DataComp's tools need them; a sample for which
             they cannot be is rejected.
         budget: of bytes for pictures that are decoded, for all threads together.
@@ -45,6 +47,7 @@ class Recipe:
     strict: bool
     datacomp_keys: bool = False
     budget: Budget = field(default_factory=lambda: Budget(IN_FLIGHT), compare=False)
+    asked: Sequence[str] = ()
 
     @classmethod
     def of(cls, config: Config, inputs: Mapping[Input, Preprocessor]) -> Recipe:
@@ -57,6 +60,7 @@ class Recipe:
             allow_truncated=config.allow_truncated_shards,
             strict=not config.warn_and_continue,
             datacomp_keys=config.use_datacomp_keys,
+            asked=[name for name, _ in config.asked_fields],
         )
 
     @property
@@ -75,12 +79,20 @@ class Ready:
     fields: list[Any]
 
 
-def prepare(sample: Sample, archive: Archive, recipe: Recipe) -> Ready | Rejection:
-    """Decode one sample once and run every distinct preprocessor on it once."""
+def prepare(
+    sample: Sample, archive: Archive, recipe: Recipe, seen: Seen | None = None
+) -> Ready | Rejection:
+    """Decode one sample once and run every distinct preprocessor on it once.
+
+    Args:
+        seen: is told which fields the sample's JSON has.
+    """
     try:
         _require_unicode("the key", sample.key)
         with Held(recipe.budget) as held:
             raw = {name: _raw(name, sample, archive, recipe, held) for name in recipe.raw_inputs}
+            if seen is not None and "json" in raw:
+                seen.add(sample.key, raw["json"], recipe.asked)
             inputs = {
                 wanted: _preprocess(wanted, made, raw[wanted[0]], recipe.options)
                 for wanted, made in recipe.inputs.items()

@@ -20,7 +20,6 @@ from d2m_hpc.config import Config, load
 from d2m_hpc.config.growth import only_new
 from d2m_hpc.errors import NodeError, ShardError
 from d2m_hpc.outputs import OutputDir
-from d2m_hpc.owner import require_own
 from d2m_hpc.state.manifest import Record, Recorder, Shard
 from d2m_hpc.state.rundir import FILE_MODE, RunDir
 from d2m_hpc.urls import is_local
@@ -28,13 +27,16 @@ from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.extend import Extended, Pair
 from d2m_hpc.worker.graph import Graph
 from d2m_hpc.worker.loader import Loader
+from d2m_hpc.worker.peek import schema_of
 from d2m_hpc.worker.prepare import Recipe
 from d2m_hpc.worker.progress import Listener, Progress, Reporter, Watchdog
+from d2m_hpc.worker.schema import Schema
 from d2m_hpc.worker.scratch import Scratch, scratch
 from d2m_hpc.worker.settle import Result, Settler
 from d2m_hpc.worker.table import Table
 from d2m_hpc.worker.toolbox import Toolbox
 from d2m_hpc.worker.tracking import Tracker
+from d2m_hpc.worker.undecided import last_if_undecided
 from d2m_hpc.worker.work import Work
 from d2m_hpc.worker.writer import Committer
 
@@ -137,15 +139,16 @@ class Task:
         intent = run.submission(name.submission).intent.read_bytes()
         self.fingerprint: str = json.loads(intent)["fingerprint"]
         self.output = OutputDir(config.output_metadata_dir)
+        self.schema = Schema.of(config)
         self.part = config  # what is computed: less than all where finished pairs are extended
 
     def work(self, device: torch.device, deadline: float | None) -> None:
         """Compute all shards that can be claimed until the deadline."""
         run, name, config, report = self.run, self.name, self.config, self.report
         committer = Committer(self.output, self.scratch.folder)
-        require_own(self.output, run, take=False)
         claims = Claims(run, name, config, self.fingerprint, report, committer.clean, deadline)
         toolbox = self._toolbox(claims.base)
+        self.schema = schema_of(run, config, self.part, self.output, toolbox)
         graph, recipe = Graph(self.part, toolbox, device), Recipe.of(self.part, toolbox.inputs)
         recorder = Recorder(run.record(name.submission, name.index, name.attempt))
         log_file = run.log_of(name.submission, name.index)
@@ -158,8 +161,9 @@ class Task:
                 Loader(claims, recipe, self.scratch, pin=device.type == "cuda") as loader,
                 claims,
             ):
-                for work in loader:
-                    settler.put(self._compute(work, graph, claims))
+                results = (self._compute(work, graph, claims) for work in loader)
+                for result in last_if_undecided(results, claims.chunk):
+                    settler.put(result)
         except BaseException:
             report(state="stopped")
             raise
@@ -177,7 +181,7 @@ class Task:
 
     def _compute(self, work: Work, graph: Graph, claims: Claims) -> Result:
         """All outputs of a shard, or why it failed; lets go of it where the task itself ends."""
-        table, record = Table(self.part), self._record(work)
+        table, record = Table(self.part, self.schema), self._record(work)
         result = Result(work, record, table)
         self.report(shard=work.shard.stem)
         try:
@@ -188,7 +192,9 @@ class Task:
                     record.rejections += outputs.rejections
                     record.recomputed += outputs.recomputed
                     self.report(rows=len(outputs.keys))
-            record.rows, record.rejections = table.rows, [*work.rejections, *record.rejections]
+            record.notices += work.seen.missed(self.part, self.schema)
+            record.rejections = [*work.rejections, *record.rejections, *table.settle()]
+            record.rows = table.rows
             if finished:
                 self._extend(result, finished, table)
             self._account(work, record)

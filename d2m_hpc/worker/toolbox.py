@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from d2m_hpc.config import Config
@@ -27,6 +27,8 @@ class Toolbox:
     preprocessors: dict[str, Preprocessor]
     columns: dict[str, Post]
     features: dict[str, Post]
+    types: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config) -> Toolbox:
@@ -36,17 +38,29 @@ class Toolbox:
                 config's own check cannot see what a file makes only when it is run.
         """
         file = config.custom_file
-        tables = custom.lookups(custom.load(file)) if file else {name: {} for name in LOOKUPS}
+        module = custom.load(file) if file else None
+        tables = custom.lookups(module) if module else {name: {} for name in LOOKUPS}
         known = custom.registry(tables)
         if mistakes := registry_mistakes(config, known):
             raise ConfigError(str(file or "models"), mistakes)
         models, made, columns, features = (tables[name] for name in LOOKUPS)
+        declared = custom.output_types(module) if module else {}
         return cls(
             specs={name: known.models[name] for name in config.models},
             classes=models,
             preprocessors={**PREPROCESSORS, **{k: as_preprocessor(v) for k, v in made.items()}},
             columns=_posts(config.postprocess_columns, columns, COLUMNS),
             features=_posts(config.postprocess_features, features, FEATURES),
+            types={
+                name: kind
+                for name in config.postprocess_columns
+                if (kind := declared.get(name) if name in columns else COLUMNS[name].type)
+            },
+            shapes={
+                name: tuple(shape)
+                for name in config.postprocess_features
+                if (shape := declared.get(name) if name in features else FEATURES[name].shape)
+            },
         )
 
     def only(self, config: Config) -> Toolbox:

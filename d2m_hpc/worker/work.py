@@ -14,6 +14,7 @@ from d2m_hpc.state.manifest import Rejection, Shard
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.held import Held
+from d2m_hpc.worker.seen import Seen
 
 AHEAD = 4
 """Batches that may wait for the device."""
@@ -28,6 +29,7 @@ class Work:
         held: the attempt, which is on disk from before the shard is read.
         rejections: complete once the iteration has ended.
         total: samples in the tar, known once the iteration has ended.
+        seen: which fields the samples have, known once the iteration has ended.
         clock: how long the stages took.
         room: for batches that wait for the device; one for all works of a loader.
     """
@@ -38,6 +40,7 @@ class Work:
     rejections: list[Rejection] = field(default_factory=list)
     total: int = 0
     cancelled: bool = False
+    seen: Seen = field(default_factory=Seen)
     clock: Clock = field(default_factory=Clock)
     room: Semaphore = field(default_factory=lambda: Semaphore(AHEAD))
     _queue: Queue[Any] = field(default_factory=Queue)

@@ -1,0 +1,144 @@
+"""A look at other shards of a run: at their JSON, or at what became of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.models.preprocessors import Rejected
+from d2m_hpc.outputs import OutputDir
+from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.urls import is_local
+from d2m_hpc.worker import decode, values
+from d2m_hpc.worker.schema import Schema, untold
+from d2m_hpc.worker.seen import Seen
+from d2m_hpc.worker.shard import Archive
+from d2m_hpc.worker.toolbox import Toolbox
+
+SHARDS = 16
+SAMPLES = 64
+"""Of the first shards of a run, so many samples of each are looked at."""
+
+
+class Peek:
+    """The first tars of a run's plan that lie on a disk, and pairs that earlier tasks made."""
+
+    def __init__(self, run: RunDir, output: OutputDir) -> None:
+        self._run, self._output = run, output
+
+    @cached_property
+    def _tars(self) -> list[Path]:
+        with pq.ParquetFile(self._run.shards) as plan:
+            first = next(plan.iter_batches(batch_size=SHARDS, columns=["url"]), None)
+        urls = first["url"].to_pylist() if first is not None else []
+        return [Path(url) for url in urls if is_local(url)]
+
+    @cached_property
+    def _some(self) -> list[list[dict[str, Any]]]:
+        """The JSON of the first samples of each tar."""
+        return [[values for _, values in islice(_samples(tar), SAMPLES)] for tar in self._tars]
+
+    def values(self, name: str) -> Iterator[Sequence[Any]]:
+        """Values of a field, one shard's after another's."""
+        for samples in self._some:
+            yield [sample.get(name) for sample in samples]
+
+    def kept(self, name: str) -> str:
+        """The type that a field has in finished pairs; empty where none tells it."""
+        for parquet in self._parquets:
+            schema = parquet.schema.to_arrow_schema()
+            if name not in schema.names or (kind := values.name_of(schema.field(name).type)) == "":
+                continue
+            if kind != "string" or not _is_null(parquet, name):
+                return kind
+        return ""
+
+    @cached_property
+    def _parquets(self) -> list[pq.FileMetaData]:
+        folder = Path(self._output.root) if self._output.is_local else None
+        found = []
+        for path in islice(folder.glob("*.parquet") if folder else (), SHARDS):
+            try:
+                found.append(pq.read_metadata(path))
+            except (OSError, ValueError):  # damaged; others will tell of it
+                continue
+        return found
+
+    def require(self, config: Config, schema: Schema) -> None:
+        """Look for each field in the run's first shard, once in a run.
+
+        Raises:
+            ConfigError: no sample of it has one of them.
+        """
+        wanted = [name for name, _ in config.asked_fields if name != "key"]
+        wanted = [name for name in wanted if not schema.is_seen(name)]
+        for tar in self._tars if wanted and not config.allow_missing_fields else ():
+            seen = Seen()
+            for key, sample in _samples(tar):
+                seen.add(key, sample, wanted)
+                if len(seen.present) == len(wanted):
+                    break
+            for name in seen.present:
+                schema.mark_seen(name)
+            if missing := seen.missing(wanted):
+                where = f"{tar}, the run's first shard with samples,"
+                advice = "`allow_missing_fields: true` takes it as nulls"
+                told = [f"additional_fields: {seen.told(n, where)}; {advice}" for n in missing]
+                raise ConfigError(str(self._run.config), told)
+            if seen.samples:
+                return
+
+
+def schema_of(
+    run: RunDir, config: Config, part: Config, output: OutputDir, toolbox: Toolbox
+) -> Schema:
+    """The types that a run's outputs have, for one of its tasks.
+
+    Args:
+        part: of the config, what the task computes.
+
+    Raises:
+        ConfigError: the run's first shard lacks a field, which is told before anything is computed.
+    """
+    peek, file = Peek(run, output), config.custom_file
+    schema = Schema(
+        fields=config.field_types,
+        columns=toolbox.types,
+        shapes=toolbox.shapes,
+        version=hashlib.sha256(file.read_bytes()).hexdigest() if file else "",
+        run=run,
+        ahead=peek.values,
+        kept=untold if config.reprocess else peek.kept,
+    )
+    peek.require(part, schema)
+    return schema
+
+
+def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Keys and JSON of a tar's samples, as far as it can be read; nobody is told here if not."""
+    try:
+        with closing(Archive(tar)) as archive:
+            for sample in archive.index():
+                if place := sample.members.get("json"):
+                    try:
+                        yield sample.key, decode.json_object(archive.read(*place))
+                    except Rejected:
+                        continue
+    except Exception:  # whatever is wrong with it, the task that reads it whole says it
+        return
+
+
+def _is_null(parquet: pq.FileMetaData, name: str) -> bool:
+    """Whether a column has no value, by the footer."""
+    column = next(i for i in range(parquet.num_columns) if parquet.schema.column(i).path == name)
+    found = [parquet.row_group(i).column(column) for i in range(parquet.num_row_groups)]
+    return all(c.statistics and c.statistics.null_count == c.num_values for c in found)
