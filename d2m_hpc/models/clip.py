@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 import zipfile
 from typing import Any
@@ -11,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m_hpc.models.buckets import run_by_length
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.loading import Weights, state_of
 from d2m_hpc.models.transfer import conv_layout, to_device
+
+log = logging.getLogger(__name__)
 
 
 class OpenAIClip(nn.Module):
@@ -73,7 +76,8 @@ class ClipL14(OpenAIClip):
 
 
 def load(weights: Weights, name: str) -> Any:
-    """Build the net from a published TorchScript archive or a plain state dict, in float32."""
+    """Build the net from a published TorchScript archive, a plain state dict or a training
+    checkpoint, in float32."""
     from open_clip.model import build_model_from_openai_state_dict
 
     with weights.used(name):
@@ -89,7 +93,14 @@ def _state_dict(weights: Weights, name: str) -> dict[str, Tensor]:
             warnings.simplefilter("ignore", FutureWarning)
             archive = torch.jit.load(str(weights.path(name)), map_location="cpu")  # type: ignore[no-untyped-call]
         return dict(archive.state_dict())
-    return dict(weights.load(name))
+    content = weights.load(name)
+    if isinstance(content, dict) and "state_dict" in content:
+        log.warning(
+            "%s is a training checkpoint: its state_dict is taken for a net like OpenAI's, "
+            "which has QuickGELU",
+            weights.path(name),
+        )
+    return state_of(content)
 
 
 def is_torchscript(weights: Weights, name: str) -> bool:

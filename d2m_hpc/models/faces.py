@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.loading import Weights, state_of
 from d2m_hpc.models.preprocessors import FACES_SIZE
 from d2m_hpc.models.scrfd import ANCHORS, STRIDES, Level, ScrfdNet
 from d2m_hpc.models.transfer import conv_layout
@@ -148,6 +148,6 @@ class Scrfd10G(nn.Module):
 def load(weights: Weights) -> ScrfdNet:
     net = ScrfdNet()
     with weights.used(CHECKPOINT):
-        state = weights.load(CHECKPOINT)["state_dict"].items()
+        state = state_of(weights.load(CHECKPOINT)).items()
         net.load_state_dict({k: v for k, v in state if not k.startswith(UNUSED)})
     return net

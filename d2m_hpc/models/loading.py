@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from d2m_hpc.errors import WeightsError
+
+WRAPPERS = ("_orig_mod.", "module.")
+"""What torch.compile and DistributedDataParallel put before the names of a net's tensors."""
 
 
 @dataclass(frozen=True)
@@ -53,3 +57,21 @@ class Weights:
         except Exception as error:  # whatever a net trips over in a file of another kind
             what = f"{type(error).__name__}: {error}"
             raise WeightsError(f"{self.path(name)} cannot be used: {what}") from error
+
+
+def state_of(content: Any) -> dict[str, Tensor]:
+    """A net's tensors by name, out of a training checkpoint too, which has them in `state_dict`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError("it holds no state dict")
+    if others := [str(n) for n, v in content.items() if not isinstance(v, Tensor)]:
+        raise ValueError(f"it holds no state dict, but {', '.join(others[:4])}")
+    state = dict(content)
+    while wrapper := next((w for w in WRAPPERS if all(n.startswith(w) for n in state)), None):
+        state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    return state

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.loading import Weights, state_of
 
 CHECKPOINT = "nsfw_torch.pt"
 EPSILON = torch.finfo(torch.float32).tiny
@@ -19,7 +19,7 @@ class NsfwImage(nn.Module):
         super().__init__()
         self.head = head()
         with weights.used(CHECKPOINT):
-            self.head.load_state_dict(weights.load(CHECKPOINT))
+            self.head.load_state_dict(state_of(weights.load(CHECKPOINT)))
         self.head.to(device).eval()
 
     def forward(self, clip_l14: tuple[Tensor, Tensor]) -> Tensor:

@@ -140,3 +140,23 @@ def test_a_file_that_is_something_else_is_named(tmp_path: Path, write: object) -
     write(tmp_path / NAME)
     with pytest.raises(WeightsError, match=r"ViT-B-32\.pt"):
         clip.load(Weights(tmp_path), NAME)
+
+
+@torch.inference_mode()
+def test_a_training_checkpoint_is_taken_for_the_net_in_it(
+    model: clip.ClipB32, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As open_clip's trainer saves them, several GPUs and all."""
+    state = {f"module.{name}": tensor for name, tensor in model.clip.state_dict().items()}
+    torch.save({"epoch": 7, "name": "run", "state_dict": state, "optimizer": {}}, tmp_path / NAME)
+    trained, tokens = clip.ClipB32(CPU, Weights(tmp_path)), _tokens(captions()[:3])
+    assert "ViT-B-32.pt is a training checkpoint" in caplog.text
+    assert "QuickGELU" in caplog.text
+    for ours, expected in zip(trained(_images(3), tokens), model(_images(3), tokens), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_a_checkpoint_without_a_net_is_named(tmp_path: Path) -> None:
+    torch.save({"epoch": 7, "optimizer": {}}, tmp_path / NAME)
+    with pytest.raises(WeightsError, match=r"ViT-B-32\.pt .*no state dict, but epoch"):
+        clip.ClipB32(CPU, Weights(tmp_path))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.loading import Weights, state_of
 
 
 class _Evil:
@@ -45,3 +45,29 @@ def test_a_file_that_is_no_checkpoint_is_named(content: bytes, tmp_path: Path) -
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(WeightsError, match=r"a\.pt"):
         Weights(tmp_path).load("a.pt")["state_dict"]
+
+
+A_NET = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_nets_tensors_are_found_in_a_training_checkpoint(prefix: str, wrapped: bool) -> None:
+    state = {prefix + name: tensor for name, tensor in A_NET.items()}
+    content = {"epoch": 3, "state_dict": state, "optimizer": {"lr": 1e-3}} if wrapped else state
+    found = state_of(content)
+    assert found.keys() == A_NET.keys()
+    assert all(found[name] is tensor for name, tensor in A_NET.items())
+
+
+def test_a_prefix_that_not_all_have_is_part_of_the_name() -> None:
+    state = {"module.a": torch.ones(1), "b": torch.ones(1)}
+    assert state_of(state).keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    "content", [[], 3, {}, {"state_dict": {}}, {"model": {"a": torch.ones(1)}}]
+)
+def test_what_holds_no_state_dict_is_said(content: object) -> None:
+    with pytest.raises(ValueError, match="it holds no state dict"):
+        state_of(content)
