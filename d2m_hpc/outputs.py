@@ -98,6 +98,15 @@ class OutputDir:
         """The stems of all files with a suffix, by one listing; a finished shard has a parquet."""
         return {n.removesuffix(suffix) for n in self._names() if n.endswith(suffix)}
 
+    def pairs(self) -> dict[str, set[str]]:
+        """The stems by suffix of all outputs, by one listing."""
+        found: dict[str, set[str]] = {".npz": set(), ".parquet": set()}
+        for name in self._names():
+            stem, dot, suffix = name.rpartition(".")
+            if stem and dot + suffix in found:
+                found[dot + suffix].add(stem)
+        return found
+
     def _names(self) -> Iterator[str]:
         """Of everything in the folder.
 
@@ -173,7 +182,7 @@ class OutputDir:
         try:
             note = (pq.read_metadata(pa.BufferReader(footer)).metadata or {}).get(METADATA)
             return Record.from_dict(json.loads(note)) if note else None
-        except (OSError, pa.ArrowInvalid, ValueError, TypeError):
+        except Exception:  # arrow raises whatever a damaged byte makes it trip over
             return None
 
     def restored(self, record: Record) -> Record:

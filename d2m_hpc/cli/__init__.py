@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import typer
@@ -10,7 +11,7 @@ import typer
 from d2m_hpc.cli import datacomp, run, schema, weights
 from d2m_hpc.cli.report import report
 from d2m_hpc.cli.submit import plan, submit
-from d2m_hpc.errors import D2MError
+from d2m_hpc.cli.trouble import explained
 
 SUBMIT_HELP = (
     "Compute what is left of a config's shards. The same command again goes on from there."
@@ -57,13 +58,20 @@ def main_submit() -> None:
 
 
 def _run(command: typer.Typer) -> None:
-    """Print our errors without a traceback, and end with their exit codes."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal or a PYTHONIOENCODING of ASCII: what it cannot show is escaped.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    """Print errors as lines without a traceback, and end with their exit codes."""
+    _escape_what_cannot_be_encoded()
     try:
         command()
-    except D2MError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get("D2M_TRACEBACK"):
+            raise
+        words, code = explained(error)
+        print(f"error: {words}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _escape_what_cannot_be_encoded() -> None:
+    """Names of files may hold any bytes, and a terminal may be able to show ASCII only."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2m_hpc.cli.common import AsJson, Target
+from d2m_hpc.cli.common import AsJson, Target, echo, print_json
 from d2m_hpc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def select(
     with _bar() as on_shards:
         found = choose(*find_run(target), query, output, on_shards)
     if as_json:
-        print(json.dumps(asdict(found), indent=1))
+        print_json(asdict(found))
     else:
         _show_selection(found, query, output)
     raise typer.Exit(0 if found.chosen else 1)
@@ -79,36 +78,36 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def _show_selection(found: Selection, query: Query, output: Path) -> None:
-    print(f"{found.rows:,} rows, {found.passed:,} pass")
+    echo(f"{found.rows:,} rows, {found.passed:,} pass")
     if found.unfinished:
-        print(f"{found.unfinished:,} shards are not finished; their samples are not considered")
+        echo(f"{found.unfinished:,} shards are not finished; their samples are not considered")
     if found.undecided:
         print(
             f"{found.undecided:,} rows lack a value (null or NaN) to decide by; they are left out"
         )
     if found.without_uid:
-        print(f"{found.without_uid:,} rows have no usable uid; they are left out")
+        echo(f"{found.without_uid:,} rows have no usable uid; they are left out")
     if found.repeated:
-        print(f"{found.repeated:,} rows have the uid of another row; each uid is taken once")
+        echo(f"{found.repeated:,} rows have the uid of another row; each uid is taken once")
     for notice in found.notices:
-        print(f"note: {notice}")
+        echo(f"note: {notice}")
     share = found.chosen / found.rows
     if found.chosen:
-        print(f"{found.chosen:,} chosen, {share:.1%} of the rows: {output}")
+        echo(f"{found.chosen:,} chosen, {share:.1%} of the rows: {output}")
     else:
-        print("nothing is chosen; nothing is written")
+        echo("nothing is chosen; nothing is written")
 
 
 def _show_export(found: Export) -> None:
     for file in found.files:
-        print(f"wrote {file}")
-    print(f"{found.shards:,} finished shards; {len(found.missing):,} are not finished")
+        echo(f"wrote {file}")
+    echo(f"{found.shards:,} finished shards; {len(found.missing):,} are not finished")
     if found.repeated:
         times = "the resharder writes each such sample as often as its uid is in the subset"
-        print(f"{found.repeated:,} rows have the uid of another row; {times}")
+        echo(f"{found.repeated:,} rows have the uid of another row; {times}")
     for tool, names in found.lacking.items():
-        print(f"cannot run: {tool}; it reads {', '.join(names)}")
+        echo(f"cannot run: {tool}; it reads {', '.join(names)}")
     for folder in found.unnamed:
-        print(f"cannot run: resharder.py on {folder}; it finds tars by number: 00000000.tar")
+        echo(f"cannot run: resharder.py on {folder}; it finds tars by number: 00000000.tar")
     for command in found.commands:
-        print(f"\n{command}")
+        echo(f"\n{command}")

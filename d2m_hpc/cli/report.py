@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2m_hpc.cli.common import Target
+from d2m_hpc.cli.common import Target, echo
 
 
 def report(
@@ -26,4 +26,4 @@ def report(
     from d2m_hpc.launch.status import find_run
 
     write(*find_run(target), output, score, samples)
-    print(f"wrote {output}")
+    echo(f"wrote {output}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from d2m_hpc.cli.common import AsJson, Target
+from d2m_hpc.cli.common import AsJson, Target, echo, print_json
 
 
 def status(
@@ -20,7 +19,7 @@ def status(
 
     run, config = find_run(target)
     if as_json:
-        print(json.dumps(summarise(run, config).to_dict(), indent=1))
+        print_json(summarise(run, config).to_dict())
     elif watch:
         show.watch(lambda: summarise(run, config))
     else:
@@ -63,7 +62,9 @@ def logs(target: Target, shard: Annotated[str, typer.Argument(metavar="SHARD")])
     from d2m_hpc.launch.status import find_run, log_of
 
     run, _ = find_run(target)
-    print(log_of(run, shard).read_text(encoding="utf-8", errors="replace"), end="")
+    with open(log_of(run, shard), encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            echo(line.removesuffix("\n"))
 
 
 def verify(
@@ -84,7 +85,7 @@ def verify(
     report = check(*find_run(target), sample, seed)
     if as_json:
         faults = [vars(f) for f in report.faults]
-        print(json.dumps({**vars(report), "faults": faults}, indent=1))
+        print_json({**vars(report), "faults": faults})
     else:
         show.report(report)
     raise typer.Exit(1 if report.faults or (report.unfinished and not partial) else 0)

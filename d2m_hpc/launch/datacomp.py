@@ -16,6 +16,7 @@ from pathlib import Path
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.launch import plan
+from d2m_hpc.launch.asked_for import require_writable, writing
 from d2m_hpc.launch.naming import location
 from d2m_hpc.launch.pool import UID, opened
 from d2m_hpc.launch.standing import Standings, standings
@@ -73,16 +74,18 @@ def export(run: RunDir, config: Config, folder: Path, allow_missing: bool = Fals
     The resharder takes the tars of one folder; those of several get a `sizes-N.json` each.
 
     Raises:
-        ConfigError: the outputs do not have DataComp's names.
+        ConfigError: the outputs do not have DataComp's names, or the folder cannot be written.
         D2MError: shards are not finished, unless that is allowed.
     """
     found = standings(run, config)
     missing = found.unfinished
     _require_ready(run, config, missing, len(found.stems), allow_missing)
+    require_writable(folder / "sizes.json")
     repeated, folder, lacks = _repeated(run, config, found), folder.absolute(), lacking(config)
     there = [s for s in plan.read_shards(run.shards) if s.stem in found.done]
-    sizes = _write_sizes(folder, there, found.done)
-    blur = [] if BLUR in lacks else [_write_blur_map(folder, there, config)]
+    with writing(folder):
+        sizes = _write_sizes(folder, there, found.done)
+        blur = [] if BLUR in lacks else [_write_blur_map(folder, there, config)]
     commands = {where: _command(where, table, blur) for where, table in sizes.items()}
     return Export(
         files=[*sizes.values(), *blur],

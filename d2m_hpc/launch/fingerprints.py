@@ -10,15 +10,22 @@ from typing import Any
 from d2m_hpc.config import Config
 from d2m_hpc.config.growth import Fingerprint, obstacles, refits
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.state.damage import undamaged
 from d2m_hpc.state.manifest import Outcome
 from d2m_hpc.state.rundir import RunDir
 
 
 def newest(run: RunDir) -> str:
-    """The short hash of the last submit's fingerprint; empty where there was none."""
+    """The short hash of the last submit's fingerprint; empty where there was none.
+
+    Raises:
+        D2MError: what tells it is damaged.
+    """
     for submission in reversed(run.submissions()):
-        with suppress(FileNotFoundError):  # its submit was killed
-            return str(json.loads(submission.intent.read_bytes())["fingerprint"])
+        path = submission.intent
+        advice = "remove it and submit again with the config that the run has now"
+        with suppress(FileNotFoundError), undamaged(path, advice):  # its submit was killed
+            return str(json.loads(path.read_bytes())["fingerprint"])
     return ""
 
 
@@ -48,8 +55,12 @@ def require_growth(
     path = run.fingerprint(name)
     if not path.exists():
         mistakes = [f"{path} is not there: nobody knows by what config some shards were made"]
-    elif not (mistakes := obstacles(earlier := json.loads(path.read_bytes()), now)):
-        return dict(earlier)
+    else:
+        with undamaged(path, "nobody knows by what config some shards were made; restore it"):
+            earlier = json.loads(path.read_bytes())
+            mistakes = obstacles(earlier, now)
+        if not mistakes:
+            return dict(earlier)
     few = f"{len(stems)} shards ({', '.join(stems[:3])})" if stems else "the shards of live tasks"
     advice = (
         f"{few} of the run in {run.root} were made with other values, and take additional models, "

@@ -101,6 +101,20 @@ def _grouped(paths: Sequence[str]) -> list[Sequence[str]]:
     return [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
 
 
+@contextmanager
+def _of_files() -> Iterator[None]:
+    """
+    Raises:
+        OSError: a file is damaged; of that duckdb says whatever it tripped over.
+    """
+    import duckdb
+
+    try:
+        yield
+    except duckdb.Error as error:
+        raise OSError(str(error).split("LINE 1:")[0].strip()) from error
+
+
 def _value(name: str, kind: str) -> str:
     value = f"TRY_CAST({quoted(name)} AS {kind})"
     return f"CASE WHEN NOT isnan({value}) THEN {value} END" if kind in FLOATS else value
@@ -135,9 +149,10 @@ def opened(run: RunDir, config: Config, known: Standings | None = None) -> Itera
     ):
         _confine(db, output, paths, spill)
         groups, widest = _grouped(paths), Widest(db)
-        layouts = [widest.add(group) for group in groups]
+        with _of_files():
+            layouts = [widest.add(group) for group in groups]
+            columns, notices = widest.columns(), widest.notices()
         rows = sum(outcome.rows for outcome in done.values())
-        columns, notices = widest.columns(), widest.notices()
         pool = Pool(db, paths, columns, layouts, rows, len(found.stems) - len(done), notices)
         pool._show(layouts[0])
         yield pool

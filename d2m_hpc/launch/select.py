@@ -16,6 +16,7 @@ import pyarrow as pa
 from d2m_hpc.config import Config
 from d2m_hpc.config.mistakes import nearest
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.launch.asked_for import require_writable, writing
 from d2m_hpc.launch.pool import UID, Pool, is_of_file, opened
 from d2m_hpc.launch.widest import NUMBERS, quoted
 from d2m_hpc.state.rundir import RunDir, atomic_write
@@ -105,18 +106,20 @@ def select(
         on_shards: told how many shards were read, of how many.
 
     Raises:
-        ConfigError: the condition or the column cannot be evaluated.
+        ConfigError: the condition or the column cannot be evaluated, or the file not be written.
         D2MError: no shard is finished, or a parquet cannot be read.
     """
     if query.mistakes:
         raise ConfigError(WHERE, query.mistakes)
+    require_writable(path)
     with opened(run, config) as pool:
         _check(pool, query)
         with _explained(pool, query):
             _keep(pool, query, on_shards)
         selection = _choose(pool, query)
         if selection.chosen:
-            atomic_write(path, _npy(pool, selection.chosen))
+            with writing(path):
+                atomic_write(path, _npy(pool, selection.chosen))
     return selection
 
 

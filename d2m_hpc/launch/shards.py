@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from d2m_hpc.state.damage import undamaged
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import atomic_write
 
@@ -22,7 +23,7 @@ def write_shards(path: Path, shards: Sequence[Shard]) -> None:
     stems, urls = _strings(s.stem for s in shards), _strings(s.url for s in shards)
     columns = [stems, urls, _integers([s.size for s in shards])]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=_SCHEMA), sink)
+    pq.write_table(pa.table(columns, schema=_SCHEMA), sink, write_page_checksum=True)
     atomic_write(path, sink.getvalue().to_pybytes())
 
 
@@ -58,6 +59,7 @@ def _read(path: Path, columns: Sequence[str]) -> list[list[Any]]:
     """Each column's values; none where there is no plan yet."""
     if not path.exists():
         return [[] for _ in columns]
-    with pq.ParquetFile(path) as file:
+    advice = "remove it and submit again: it is made anew, and what is done stays done"
+    with undamaged(path, advice), pq.ParquetFile(path, page_checksum_verification=True) as file:
         table = file.read(columns)
-    return [table[name].to_pylist() for name in columns]
+        return [table[name].to_pylist() for name in columns]

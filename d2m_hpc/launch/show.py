@@ -20,6 +20,9 @@ from rich.progress import (
 )
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
+
+from d2m_hpc.state.texts import safe
 
 if TYPE_CHECKING:
     from d2m_hpc.config import Config
@@ -31,6 +34,16 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 3.0
 WIDE = 10_000
+LONGEST = 20_000
+"""Characters of a text that are printed."""
+
+
+class Screen(Console):
+    """Escapes what names, captions and errors hold that would move a terminal's cursor."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every text that is printed, in a table's cells too, comes by here."""
+        return super().render_str(safe(text, LONGEST, lines=True), **options)
 
 
 def new_console(file: IO[str] | None = None, terminal: bool | None = None) -> Console:
@@ -40,7 +53,7 @@ def new_console(file: IO[str] | None = None, terminal: bool | None = None) -> Co
         file: instead of standard output.
         terminal: instead of what the file says of itself.
     """
-    made = Console(file=file, force_terminal=terminal, highlight=False, markup=False, emoji=False)
+    made = Screen(file=file, force_terminal=terminal, highlight=False, markup=False, emoji=False)
     if not made.is_terminal:
         made.soft_wrap, made.width = True, WIDE
     return made
@@ -187,6 +200,8 @@ def report(found: Report) -> None:
     if found.checked < found.done:
         checked = f"checked {found.checked:,} of {found.done:,} shards, a random sample"
     console.print(f"{checked}, {wrong} files wrong")
+    if wrong:
+        console.print("to compute a shard again, delete its parquet and run d2m-submit")
     if found.unfinished:
         left = f"{found.unfinished:,} of {found.shards:,} shards are not finished"
         console.print(f"{left}; `d2m status` says why, and `d2m-submit` goes on", style="yellow")

@@ -16,6 +16,7 @@ from typing import Any
 
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch.commands import ask
+from d2m_hpc.state.damage import undamaged
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
 
@@ -259,7 +260,9 @@ def read_arrays(submission: Submission) -> list[Array]:
     """The arrays that a submission meant to start, with the job ids that were written down."""
     if not submission.arrays.exists():
         return []
-    return [Array(**values) for values in json.loads(submission.arrays.read_bytes())]
+    advice = "look for its array tasks by `squeue --me`; where there are none, remove it"
+    with undamaged(submission.arrays, advice):
+        return [Array(**values) for values in json.loads(submission.arrays.read_bytes())]
 
 
 def all_arrays(run: RunDir) -> list[Array]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d2m_hpc.config import Config
+from d2m_hpc.errors import D2MError
 from d2m_hpc.launch import fingerprints, plan
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.outputs import OutputDir
@@ -100,16 +101,25 @@ def stand(
 
 
 @uncollected()
-def standings(run: RunDir, config: Config, known: Manifest | None = None) -> Standings:
+def standings(
+    run: RunDir,
+    config: Config,
+    known: Manifest | None = None,
+    present: Collection[str] | None = None,
+) -> Standings:
     """Where every shard of a run stands, as the newest submission asks; one listing of the output.
 
     Args:
         known: the run's manifest, where it was read already.
+        present: the stems of all parquets, where the output was listed already.
 
     Raises:
-        D2MError: the output cannot be listed.
+        D2MError: the plan is missing or damaged, or the output cannot be listed.
     """
+    if not run.shards.exists():
+        raise D2MError(f"{run.shards} is missing; submit again, and the plan is made anew")
     manifest = known or Manifest.load(run)
-    present = OutputDir(config.output_metadata_dir).stems()
+    if present is None:
+        present = OutputDir(config.output_metadata_dir).stems()
     asked = fingerprints.newest(run)
     return stand(plan.read_stems(run.shards), manifest, present, asked, config.max_attempts)

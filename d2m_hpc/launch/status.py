@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,13 @@ from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
 from d2m_hpc.launch import nodes, slurm
 from d2m_hpc.launch.decide import run_dir
 from d2m_hpc.launch.standing import Standings, standings
+from d2m_hpc.launch.tasks import attempts, has_gpu, is_active, log_file
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.launch.waiting import Waiting, why
 from d2m_hpc.state.manifest import Manifest, Outcome
-from d2m_hpc.state.merge import listed
 from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.state.texts import ERROR, safe
 from d2m_hpc.urls import is_local
-
-ACTIVE_SECONDS = 60.0
-"""A task that said nothing for so long does not count as running."""
 
 
 @dataclass
@@ -128,7 +124,7 @@ def summarise(
     tasks = attempts(run)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     rows = sum(r.rows for r in done)
-    active = [t for t in tasks if _is_active(t)]
+    active = [t for t in tasks if is_active(t)]
     speed = sum(t["rows"] / max(t["updated"] - t["started"], 1e-9) for t in active)
     left = len(stems) - len(done) - len(failed.keys() - running)
     mean = rows / len(done) if done else 0
@@ -146,7 +142,7 @@ def summarise(
         recomputed=sum(r.recomputed for r in done),
         samples_per_second=round(speed or _past_speed(done), 2),
         eta_seconds=round(left * mean / speed, 1) if speed and mean else None,
-        gpu_hours=round(sum(t["updated"] - t["started"] for t in tasks if _has_gpu(t)) / 3600, 3),
+        gpu_hours=round(sum(t["updated"] - t["started"] for t in tasks if has_gpu(t)) / 3600, 3),
         **_queued(run),
         stragglers=_stragglers(active),
         broken_nodes=nodes.broken(run, manifest),
@@ -170,33 +166,6 @@ def _mtime(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def attempts(run: RunDir) -> list[dict[str, Any]]:
-    """What every attempt of every task last said of itself."""
-    last: dict[str, dict[str, Any]] = {}
-    for told in _all_told(run):
-        known = last.setdefault(told["task"], told)
-        if told["updated"] > known["updated"]:
-            last[told["task"]] = told
-    return list(last.values())
-
-
-def _all_told(run: RunDir) -> Iterator[dict[str, Any]]:
-    for path in listed(run.progress):
-        with suppress(FileNotFoundError):
-            for line in path.read_bytes().splitlines():
-                with suppress(ValueError):  # it is being written
-                    yield json.loads(line)
-
-
-def _is_active(task: dict[str, Any]) -> bool:
-    recent: bool = time.time() - task["updated"] < ACTIVE_SECONDS
-    return recent and task["state"] == "running"
-
-
-def _has_gpu(task: dict[str, Any]) -> bool:
-    return str(task.get("device")).startswith("cuda")
 
 
 def _queued(run: RunDir) -> dict[str, Any]:
@@ -227,18 +196,25 @@ def _past_speed(done: list[Outcome]) -> float:
     return sum(r.rows for r in done) / seconds if seconds > 0 else 0.0
 
 
-_ITS_OWN = re.compile(r"\S*/\S*|'[^']*'|\S*\d\S*")
-"""What tells one shard's message from another's of the same kind: paths, names and figures."""
+_WORD = re.compile(r"'[^']*'|[^\s']+")
+
+
+def _alike(error: str) -> str:
+    """A message without what tells one shard's from another's: paths, names and figures.
+
+    By words: one pattern for all of it takes a time that grows with a word's length squared.
+    """
+    return _WORD.sub(lambda word: "#" if re.search(r"['/\d]", word[0]) else word[0], error)
 
 
 def _grouped(run: RunDir, failed: dict[str, list[Outcome]]) -> list[Failure]:
     groups: dict[tuple[str, str], Failure] = {}
     for stem, outcomes in failed.items():
         last = outcomes[-1]
-        alike = "" if last.kind == TruncatedShard.__name__ else _ITS_OWN.sub("#", last.error)
-        key = (last.kind, alike)
-        log = str(_log_file(run, last.task)) if last.task else ""
-        group = groups.setdefault(key, Failure(last.kind, last.error, [], log))
+        error = safe(last.error, ERROR)  # that of an earlier version may be of any length
+        alike = "" if last.kind == TruncatedShard.__name__ else _alike(error)
+        log = str(log_file(run, last.task) or "")
+        group = groups.setdefault((last.kind, alike), Failure(last.kind, error, [], log))
         group.shards.append(stem)
     return sorted(groups.values(), key=lambda g: -len(g.shards))
 
@@ -265,11 +241,7 @@ def log_of(run: RunDir, stem: str) -> Path:
     manifest = Manifest.load(run)
     outcomes = manifest.failures.get(stem, []) + [r for r in [manifest.done.get(stem)] if r]
     newest |= {r.task: r.finished for r in outcomes}
-    if not newest:
+    logs = {path: newest[task] for task in newest if (path := log_file(run, task))}
+    if not logs:
         raise ConfigError(str(run.root), [f"no task has worked on shard {stem!r} yet"])
-    return _log_file(run, max(newest, key=lambda task: newest[task]))
-
-
-def _log_file(run: RunDir, task: str) -> Path:
-    submission, index, _ = task.split("-")
-    return run.log_of(submission, int(index))
+    return max(logs, key=lambda path: logs[path])

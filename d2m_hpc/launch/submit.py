@@ -70,10 +70,14 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shar
 def repair(decision: Decision) -> None:
     """Put lost records back, and drop leases and attempts that killed tasks left of done shards.
 
-    Where an earlier config is taken up again and all is done by it, that is put on record too.
+    Where an earlier config is taken up again and all is done by it, that is put on record too, and
+    likewise a plan that was lost.
     """
     run, left = decision.workload.run, decision.pending or decision.in_flight
-    if not left and fingerprints.newest(run) != decision.workload.fingerprint_id:
+    as_before = decision.is_planned and (
+        fingerprints.newest(run) == decision.workload.fingerprint_id
+    )
+    if not left and not as_before:
         commit(decision, [])
     recorder = Recorder(run.records / "rebuilt.jsonl")
     for record in decision.lost:

@@ -6,8 +6,9 @@ import hashlib
 import io
 import random
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +51,19 @@ class Report:
     unfinished: int
 
 
+class Owners:
+    """Whose file is whose, by hashes; read only where some file is not as its record says."""
+
+    def __init__(self, done: Mapping[str, Outcome]) -> None:
+        self._done = done
+
+    @cached_property
+    def of_hash(self) -> dict[str, str]:
+        """The names of all files on record."""
+        names = {o.npz_sha256: f"{stem}.npz" for stem, o in self._done.items()}
+        return names | {o.parquet_sha256: f"{stem}.parquet" for stem, o in self._done.items()}
+
+
 def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0) -> Report:
     """Check every finished shard's files, and that the folder holds no others.
 
@@ -59,28 +73,33 @@ def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0
     """
     output = OutputDir(config.output_metadata_dir)
     with uncollected():
-        manifest = Manifest.load(run)
-        found = standings(run, config, manifest)
+        manifest, there = Manifest.load(run), output.pairs()
+        found = standings(run, config, manifest, there[".parquet"])
     done = manifest.done
     stems = sorted(done)
     if sample is not None and sample < len(stems):
         stems = sorted(random.Random(seed).sample(stems, sample))
-    carried = config.carried
-    faults = [f for stem in stems for f in check_shard(output, stem, done[stem], carried)]
-    for suffix in (".npz", ".parquet"):
-        strays = sorted(output.stems(suffix) - done.keys())
+    check = partial(check_shard, output, carried=config.carried, owners=Owners(done))
+    faults = [f for stem in stems for f in check(stem, done[stem])]
+    for suffix, present in there.items():
+        strays = sorted(present - done.keys())
         faults += [Fault(f"{s}{suffix}", "has no record; run d2m-submit again") for s in strays]
     return Report(len(stems), len(done), faults, len(found.stems), len(found.unfinished))
 
 
 def check_shard(
-    output: OutputDir, stem: str, record: Outcome, carried: Collection[str] = ()
+    output: OutputDir,
+    stem: str,
+    record: Outcome,
+    carried: Collection[str] = (),
+    owners: Owners | None = None,
 ) -> list[Fault]:
     """What is wrong with one shard's pair.
 
     Args:
         record: what its newest record says.
         carried: columns with the samples' own values, which may be anything.
+        owners: tells whose file it is that lies in the wrong place.
     """
     faults = []
     for suffix, sha256 in ((".parquet", record.parquet_sha256), (".npz", record.npz_sha256)):
@@ -90,26 +109,37 @@ def check_shard(
         except FileNotFoundError:
             faults.append(Fault(name, "is missing"))
             continue
-        except OSError as error:
+        except Exception as error:  # each store raises errors of its own
             faults.append(Fault(name, f"cannot be read: {error}"))
             continue
-        problems = _problems(data, suffix, record.rows, carried)
-        if hashlib.sha256(data).hexdigest() != sha256:
-            problems.append(f"has another sha256 than its record ({sha256[:12]}...)")
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256 and owners and (whose := owners.of_hash.get(found)):
+            problems = [f"is {whose}, under another name; rename it back"]
+        else:
+            problems = _problems(data, suffix, record.rows, carried)
+            if found != sha256:
+                problems.append(f"has another sha256 than its record ({sha256[:12]}...)")
         faults += [Fault(name, p) for p in problems]
-    if faults and _is_replaced(output, stem, record):
-        why = "has replaced the pair that its record tells of; run d2m-submit again"
+    if faults and (why := _is_replaced(output, stem, record)):
         return [Fault(f"{stem}.parquet", why)]
     return faults
 
 
-def _is_replaced(output: OutputDir, stem: str, record: Outcome) -> bool:
-    """A task was killed after it committed a pair anew, and before it wrote the record."""
+def _is_replaced(output: OutputDir, stem: str, record: Outcome) -> str:
+    """What to do where a task was killed after it committed a pair anew, and before its record.
+
+    Empty where that is not what happened.
+    """
     try:
         own = output.record(stem)
     except D2MError:
-        return False
-    return own is not None and own.order > record.order
+        return ""
+    if own is None or own.shard != stem or own.order <= record.order:
+        return ""
+    why = "has replaced the pair that its record tells of"
+    if own.fingerprint != record.fingerprint:
+        return f"{why}; run d2m-submit again"
+    return f"{why}; delete it, and run d2m-submit again"  # by the records, nothing is left to do
 
 
 def _problems(data: bytes, suffix: str, rows: int, carried: Collection[str]) -> list[str]:
@@ -123,7 +153,8 @@ def _problems(data: bytes, suffix: str, rows: int, carried: Collection[str]) -> 
 
 def _check_parquet(data: bytes, rows: int, carried: Collection[str]) -> list[str]:
     # Arrow's threads would hold on to `data`, and abort a process that ends before they let go.
-    with pq.ParquetFile(io.BytesIO(data), pre_buffer=False) as file:
+    options = {"pre_buffer": False, "page_checksum_verification": True}
+    with pq.ParquetFile(io.BytesIO(data), **options) as file:
         table = file.read(use_threads=False)
     problems = [f"has {table.num_rows} rows, its record {rows}"] if table.num_rows != rows else []
     for name in table.column_names:

@@ -42,7 +42,10 @@ class _CustomFile:
     """A custom file's lookup tables and its classes' static fields, by its syntax tree."""
 
     def __init__(self, path: Path) -> None:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        try:
+            tree = ast.parse(path.read_bytes(), filename=str(path))
+        except (RecursionError, MemoryError):
+            raise ValueError(f"{path} is nested too deeply") from None
         self.classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
         self.assigned = dict(_assignments(tree.body))
         mentions = Counter(_mentions(tree))
@@ -66,22 +69,28 @@ class _CustomFile:
     def model(self, name: str, value: ast.expr) -> ModelSpec:
         return spec(name, self._static(value) or {})
 
-    def _static(self, value: ast.expr) -> dict[str, Any] | None:
-        """A class's static fields, inherited ones included; None when one is not a literal."""
-        node = self.classes.get(value.id) if isinstance(value, ast.Name) else None
+    def _static(self, value: ast.expr, below: frozenset[str] = frozenset()) -> Any:
+        """A class's static fields, inherited ones included; None when one is not a literal.
+
+        Args:
+            below: the classes that inherit from it. `class M(M)` means an `M` of before.
+        """
+        name = value.id if isinstance(value, ast.Name) and value.id not in below else ""
+        node = self.classes.get(name)
         if node is None:
             return {}
         found: dict[str, Any] = {}
         for base in reversed(node.bases):
-            inherited = self._static(base)
+            inherited = self._static(base, below | {name})
             if inherited is None:
                 return None
             found |= inherited
         try:
-            own = [(k, v) for k, v in _assignments(node.body) if k in STATIC_FIELDS]
-            return found | {k: ast.literal_eval(v) for k, v in own}
-        except ValueError:
+            pairs = [(k, v) for k, v in _assignments(node.body) if k in STATIC_FIELDS]
+            own = {k: ast.literal_eval(v) for k, v in pairs}
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             return None
+        return found | own if all(map(_is_static, own.items())) else None
 
     def posts(self, lookup: str) -> dict[str, Post]:
         table = self.table(lookup) or {}
@@ -91,6 +100,14 @@ class _CustomFile:
     def own(self) -> frozenset[str]:
         """Every name in the lookups."""
         return frozenset(name for lookup in LOOKUPS for name in self.table(lookup) or ())
+
+
+def _is_static(field: tuple[str, Any]) -> bool:
+    """Whether a value is one that such a field may have; running the file tells the others."""
+    name, value = field
+    names = value if isinstance(value, list | tuple) else ()
+    known = value is None or isinstance(value, str | list | tuple)
+    return name == "to_device" or (known and all(isinstance(n, str) for n in names))
 
 
 def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
@@ -143,7 +160,7 @@ def names(path: Path | None) -> Registry:
     """The built-in names and those that a custom file declares.
 
     Raises:
-        OSError, SyntaxError: the file cannot be read or parsed.
+        OSError, SyntaxError, ValueError: the file cannot be read or parsed.
     """
     if path is None:
         return Registry()

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 
+from d2m_hpc.state.damage import undamaged
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import Submission, atomic_write
 
@@ -55,12 +56,18 @@ class Chunks:
 
         Args:
             numbers: of tasks, each from 0 to `len` - 1.
+
+        Raises:
+            D2MError: one of the two files is damaged.
         """
         with (
             open(self._submission.chunk_offsets, "rb") as offsets,
             open(self._submission.chunks, "rb") as lines,
         ):
             for number in numbers:
-                offsets.seek(number * _OFFSET.size)
-                lines.seek(*_OFFSET.unpack(offsets.read(_OFFSET.size)))
-                yield [Shard(*shard) for shard in json.loads(lines.readline())]
+                advice = "submit again once none of this submission's tasks is at work"
+                with undamaged(self._submission.chunks, advice):
+                    offsets.seek(number * _OFFSET.size)
+                    lines.seek(*_OFFSET.unpack(offsets.read(_OFFSET.size)))
+                    shards = [Shard(*shard) for shard in json.loads(lines.readline())]
+                yield shards

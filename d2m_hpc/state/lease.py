@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
-from d2m_hpc.state.rundir import FILE_MODE
+from d2m_hpc.state.rundir import FILE_MODE, named
 
 OWNERLESS_SECONDS = 2.0
 """A live holder writes its name within milliseconds of making the file."""
@@ -37,7 +37,8 @@ class Lease:
     def claim(self) -> bool:
         """Take the shard; False when a live task holds it."""
         try:
-            self._lock.acquire()
+            with named(self._path):
+                self._lock.acquire()
         except (Timeout, LeaseSettingsMismatch):
             self._drop_ownerless()
             return False

@@ -39,6 +39,10 @@ __all__ = [
 ]
 
 
+FAR = 1e13
+"""More than any count or time that a record may have; a damaged one may have any."""
+
+
 class Outcome(NamedTuple):
     """What is held of a record in memory: all but the names of its samples and its traceback.
 
@@ -77,19 +81,26 @@ class Outcome(NamedTuple):
         """
         get = values.get
         rejections = get("rejections")
+        rows, recomputed = get("rows", 0), get("recomputed", 0)
+        finished, started = float(get("finished", 0.0)), float(get("started", 0.0))
+        npz, parquet = get("npz_sha256", ""), get("parquet_sha256", "")
+        if not (0 <= rows + recomputed < FAR and 0 <= started + finished < FAR):
+            raise ValueError("no counts or no times")
+        if not (npz.isascii() and parquet.isascii()):
+            raise ValueError("no hashes")
         return cls(
-            finished=float(get("finished", 0.0)),
-            started=float(get("started", 0.0)),
-            rows=get("rows", 0),
-            recomputed=get("recomputed", 0),
+            finished=finished,
+            started=started,
+            rows=rows,
+            recomputed=recomputed,
             rejected=_by_reason(rejections) if rejections else (),
             fingerprint=intern(get("fingerprint", "")),
             task=intern(get("task", "")),
             host=intern(get("host", "")),
-            npz_sha256=get("npz_sha256", ""),
-            parquet_sha256=get("parquet_sha256", ""),
+            npz_sha256=npz,
+            parquet_sha256=parquet,
             kind=intern(get("kind", "")),
-            error=get("error", ""),
+            error=intern(get("error", "")),
             attempt=int(get("attempt", 0)),
         )
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from d2m_hpc.state.rundir import FILE_MODE
+from d2m_hpc.state.rundir import FILE_MODE, named
 from d2m_hpc.state.texts import escaped, json_escaped
 
 DIED = "ProcessDied"
@@ -160,9 +160,10 @@ class Recorder:
             size = os.fstat(fd).st_size
             if size and os.pread(fd, 1, size - 1) != b"\n":
                 data = b"\n" + data
-            while data:
-                data = data[os.write(fd, data) :]
-            os.fsync(fd)
+            with named(self.path):
+                while data:
+                    data = data[os.write(fd, data) :]
+                os.fsync(fd)
             return os.path.samestat(os.stat(self.path), os.fstat(fd))
         except FileNotFoundError:
             return False
@@ -187,7 +188,7 @@ def read_values(path: Path) -> Iterator[Any]:
 def _parsed(lines: Sequence[bytes]) -> list[Any]:
     """In one go, which takes two thirds of the time; one by one where any is no JSON."""
     text = b"[%b]" % b",".join(lines)
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         values: list[Any] = json.loads(text.decode("utf-8", "surrogatepass"))
         if len(values) == len(lines):
             return values

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def owned(path: str, flags: int) -> int:
     return os.open(path, flags, FILE_MODE)
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name the file in errors of the system that name none, as those of full disks."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def atomic_write(path: Path, data: bytes | Iterable[bytes], durable: bool = True) -> None:
     """Replace a file so that readers see the old content or the new, never a part.
 
@@ -48,7 +60,7 @@ def atomic_write(path: Path, data: bytes | Iterable[bytes], durable: bool = True
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb", opener=owned) as file:
+        with named(path), open(temporary, "wb", opener=owned) as file:
             file.writelines([data] if isinstance(data, bytes) else data)
             if durable:
                 file.flush()
@@ -68,7 +80,8 @@ def overwrite(path: Path, data: bytes) -> None:
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT, FILE_MODE)
     try:
-        os.ftruncate(fd, os.pwrite(fd, data, 0))
+        with named(path):
+            os.ftruncate(fd, os.pwrite(fd, data, 0))
     finally:
         os.close(fd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -14,7 +15,6 @@ TRACEBACK = 20_000
 GAP = " ... "
 _ODD = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Controls (C0, DEL, C1), line and paragraph separators, changes of direction, surrogates."""
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -32,11 +32,6 @@ def safe(text: str, limit: int = LIMIT, lines: bool = False) -> str:
     if not _ODD.search(text):
         return text
     return _cut(_ODD.sub(_kept if lines else _escaped, text), limit)
-
-
-def valid(text: str) -> str:
-    """Escape what is no UTF-8, and nothing else: for names that are data."""
-    return _SURROGATE.sub(_escaped, text)
 
 
 def escaped(record: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +57,20 @@ def json_escaped(line: str) -> str:
         line: JSON without line ends between its values.
     """
     return _ODD.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+
+
+def as_json(values: Any) -> str:
+    """Indented JSON in ASCII; a surrogate alone, which strict parsers refuse, becomes visible."""
+    text = json.dumps(_paired(values), indent=1, default=str)
+    return text.replace("\x7f", "\\u007f")
+
+
+def _paired(values: Any) -> Any:
+    if isinstance(values, str):
+        return re.sub("[\ud800-\udfff]", _escaped, values)
+    if isinstance(values, dict):
+        return {_paired(key): _paired(value) for key, value in values.items()}
+    return [_paired(v) for v in values] if isinstance(values, list | tuple) else values
 
 
 def _cut(text: str, limit: int) -> str:

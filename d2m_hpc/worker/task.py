@@ -23,7 +23,6 @@ from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Record, Recorder, Shard
 from d2m_hpc.state.rundir import FILE_MODE, RunDir
 from d2m_hpc.urls import is_local
-from d2m_hpc.worker import refusal
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.extend import Extended, Pair
 from d2m_hpc.worker.graph import Graph
@@ -196,10 +195,9 @@ class Task:
             record.notices += work.seen.missed(self.part, self.schema)
             record.rejections = [*work.rejections, *record.rejections, *table.settle()]
             record.rows = table.rows
-            _require_all(work, record)
             if finished:
                 self._extend(result, finished, table)
-            self._judge(work, record)
+            self._account(work, record)
         except BaseException as error:
             work.cancel()
             if not isinstance(error, Exception) or _is_broken(error):
@@ -228,34 +226,25 @@ class Task:
         record.rows, record.rejections = extended.rows, extended.rejections
         record.recomputed += finished.record.recomputed
 
-    def _judge(self, work: Work, record: Record) -> None:
-        """Fail a shard of which too much is rejected; note what the others' tars hold besides.
+    def _account(self, work: Work, record: Record) -> None:
+        """Every sample is a row or a rejection, and not too many are rejections.
 
         Raises:
-            ShardError: too many samples are rejected.
+            ShardError: one of the two does not hold.
         """
-        rejected, limit = record.rejections, self.config.max_rejected_fraction
-        total = record.rows + len(rejected)
-        if len(rejected) > limit * total:
-            cause = work.causes.foremost(len(rejected) / 2)
-            raise refusal.too_many(work.shard.url, rejected, total, limit, cause)
-        record.notices += work.notices + work.causes.texts()
-        for notice in record.notices:
-            log.info("%s: %s", record.shard, notice)
-
-
-def _require_all(work: Work, record: Record) -> None:
-    """Every sample is a row or a rejection.
-
-    Raises:
-        ShardError: it is not so.
-    """
-    rejected = len(record.rejections)
-    if record.rows + rejected != work.total:
-        raise ShardError(
-            f"{work.shard.url}: {record.rows} rows and {rejected} rejections of {work.total} "
-            "samples; please report this"
-        )
+        rejected = len(record.rejections)
+        if record.rows + rejected != work.total:
+            raise ShardError(
+                f"{work.shard.url}: {record.rows} rows and {rejected} rejections of {work.total} "
+                "samples; please report this"
+            )
+        limit = self.config.max_rejected_fraction
+        if rejected > limit * work.total:
+            key, reason = record.rejections[0]
+            raise ShardError(
+                f"{work.shard.url}: {rejected} of {work.total} samples are rejected, over "
+                f"max_rejected_fraction ({limit}); the first: {key!r}, {reason}"
+            )
 
 
 def _evidence(shard: Shard) -> tuple[int, int]:

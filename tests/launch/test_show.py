@@ -135,6 +135,7 @@ def test_a_report_names_files_and_counts_each_once(file: Screen) -> None:
         "b.npz x",
         "b.npz y",
         "3 shards checked, 2 files wrong",
+        "to compute a shard again, delete its parquet and run d2m-submit",
     ]
 
 

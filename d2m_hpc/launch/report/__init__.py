@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import D2MError
 from d2m_hpc.launch import plan
+from d2m_hpc.launch.asked_for import require_writable, writing
 from d2m_hpc.launch.report import columns, gantt, sheet, timing, values
 from d2m_hpc.launch.report import page as pages
 from d2m_hpc.launch.report.history import History
@@ -26,9 +26,9 @@ def write(run: RunDir, config: Config, path: Path, score: str | None, each: int)
         each: samples at each end of the score.
 
     Raises:
-        ConfigError: `score` names no column of numbers.
-        D2MError: the file cannot be written.
+        ConfigError: `score` names no column of numbers, or the file cannot be written.
     """
+    require_writable(path)
     found = _find(run, config, score, each)
     parts = (
         pages.headline(found),
@@ -41,10 +41,8 @@ def write(run: RunDir, config: Config, path: Path, score: str | None, each: int)
         timing.slowest(found),
     )
     html = pages.page(f"d2m: {found.summary.output}", parts)
-    try:
+    with writing(path):
         atomic_write(path.absolute(), html.encode("utf-8"))
-    except OSError as error:
-        raise D2MError(f"{path} cannot be written: {error}; name another file by -o") from error
 
 
 def _find(run: RunDir, config: Config, score: str | None, each: int) -> pages.Found:

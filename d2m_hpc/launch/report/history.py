@@ -6,13 +6,14 @@ import heapq
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2m_hpc.launch.status import ACTIVE_SECONDS, attempts
+from d2m_hpc.launch.tasks import ACTIVE_SECONDS, attempts
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.state.manifest import Manifest, all_values, gist
 from d2m_hpc.state.rundir import RunDir
@@ -124,7 +125,7 @@ class Work:
     rows: int = 0
 
     def add(self, values: Mapping[str, Any]) -> None:
-        self.seconds.update(values.get("seconds", {}))
+        self.seconds.update({k: float(v) for k, v in values.get("seconds", {}).items()})
         self.shards += 1
         self.rows += values.get("rows", 0)
 
@@ -153,7 +154,8 @@ class History:
         drawn = {lane.name: lane for lane in history.shown}
         for values in all_values(run):
             if history._add(values):
-                history._count(values, drawn)
+                with suppress(LookupError, TypeError, ValueError, AttributeError):  # damaged
+                    history._count(values, drawn)
         history.manifest.settle()
         return history
 
