@@ -55,6 +55,11 @@ class Cluster:
     def down(self) -> subprocess.CompletedProcess[str]:
         return self.run(DEVCLUSTER / "down")
 
+    def controllers(self) -> list[int]:
+        """The slurmctld that is up, or none."""
+        path = Path("/etc/slurm/slurm.conf").resolve().parents[1] / "run" / "slurmctld.pid"
+        return [int(path.read_text())] if path.exists() and is_up() else []
+
     def submit(self, script: str, *options: object) -> str:
         """The id of a batch job that runs `script`; its output goes to <id>_<index>.out."""
         path = self.folder / "job.sh"

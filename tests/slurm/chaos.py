@@ -1,0 +1,384 @@
+"""Faults of many kinds done to a run, by a seed, and the account of what came of it."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kit import d2m, submit
+from slurm.cluster import PATIENCE, Cluster, is_up
+from slurm.runs import Run, Tars, config_of
+from test_resume import contents
+
+from d2m_hpc.launch.status import find_run
+from d2m_hpc.launch.verify import verify
+from d2m_hpc.state.manifest import read_records
+
+LEASE_SECONDS = 4.0
+NEW_COLUMNS = ["text-characters", "image-contrast", "image-sharpness", "image-entropy"]
+DISK_MIB = 24
+
+
+@dataclass
+class Account:
+    """What faults did to one or more runs.
+
+    Attributes:
+        faults: how many of each kind were done.
+        lost: shards that stayed undone after all faults were over.
+        doubled: shards that two attempts put on record by one config, with the attempts.
+        wrong: outputs that are missing, or other than those of an undisturbed run.
+        tracebacks: what a command printed where it should have said a line.
+    """
+
+    faults: Counter[str] = field(default_factory=Counter)
+    shards: int = 0
+    lost: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    tracebacks: list[str] = field(default_factory=list)
+
+    def add(self, other: Account) -> None:
+        self.faults += other.faults
+        self.shards += other.shards
+        for name in ("lost", "doubled", "wrong", "tracebacks"):
+            getattr(self, name).extend(getattr(other, name))
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.faults.items()))
+        bad = {k: getattr(self, k) for k in ("lost", "doubled", "wrong", "tracebacks")}
+        told = "; ".join(f"{len(v)} {k}" for k, v in bad.items())
+        why = "".join(f"\n  {k}: {item}" for k, v in bad.items() for item in v)
+        return f"{self.faults.total()} faults ({kinds}): {self.shards} shards, {told}{why}"
+
+
+class Disk:
+    """A small filesystem for a run's outputs and its folder, which can be filled up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        options = f"size={DISK_MIB}m"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+
+    def fill(self) -> None:
+        with suppress(OSError), open(self.folder / "filler", "wb", buffering=0) as file:
+            while file.write(b"\0" * 4096):
+                pass
+        assert os.statvfs(self.folder).f_bavail == 0
+
+    def free(self) -> None:
+        (self.folder / "filler").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        subprocess.run(["umount", "--lazy", self.folder], check=True)
+
+
+class Chaos:
+    """Does harm to a run; each fault says whether there was anything to harm.
+
+    Most faults end after some seconds, while others are done.
+    """
+
+    def __init__(self, cluster: Cluster, tars: Tars, shards: int, folder: Path, seed: int) -> None:
+        self.cluster, self.tars, self.folder = cluster, tars, folder
+        self.random = random.Random(seed)
+        self.disk = Disk(folder / "disk")
+        self.columns = 0
+        self.run = self._run(shards)
+        self.account = Account(shards=shards)
+        self._undo: list[tuple[float, Callable[[], object]]] = []
+        self.run.pace(0.5)
+
+    def _run(self, shards: int) -> Run:
+        return Run(self.cluster, self.tars, shards, self.folder, **self._values())
+
+    def _values(self) -> dict[str, object]:
+        columns = ["image-brightness", "image-phash", "text-words", "gated-length"]
+        return {
+            "output_metadata_dir": str(self.folder / "disk" / "out"),
+            "run_dir": str(self.folder / "disk" / "out" / ".d2m"),
+            "postprocess_columns": [*columns, *NEW_COLUMNS[: self.columns]],
+            "shards_per_task": 4,
+            "lease_seconds": LEASE_SECONDS,
+            "max_attempts": 1000,
+            "slurm": {"cpus_per_task": 2},
+        }
+
+    # --- one after another ---
+
+    def go(self, kinds: Iterator[str], most: int) -> None:
+        """Do so many faults while the run lasts, submitting again whenever it has no task left."""
+        self.submit()
+        while self.account.faults.total() < most:
+            self._wait_for_tasks()
+            if self.is_done():
+                break
+            kind = next(kinds)
+            fault: Callable[[], bool] = getattr(self, kind)
+            if fault():
+                self.account.faults[kind] += 1
+            self._sleep(self.random.uniform(0.2, 2.0))
+
+    def is_done(self) -> bool:
+        out = self.folder / "disk" / "out"
+        done = {p.stem for p in out.glob("*.parquet")}
+        return len(done) == self.run.shards and not self.live()
+
+    def _wait_for_tasks(self) -> None:
+        """Until some task is at work that can be harmed."""
+        end = time.monotonic() + 60
+        while not self.workers() and time.monotonic() < end and not self.is_done():
+            if not self.live():
+                self.submit()
+            self._sleep(0.5)
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while True:
+            now = time.monotonic()
+            due = [item for item in self._undo if item[0] <= now]
+            self._undo = [item for item in self._undo if item[0] > now]
+            for _, undo in due:
+                undo()
+            if now >= end:
+                return
+            time.sleep(0.05)
+
+    def _later(self, low: float, high: float, undo: Callable[[], object]) -> None:
+        self._undo.append((time.monotonic() + self.random.uniform(low, high), undo))
+
+    # --- what there is to harm ---
+
+    def live(self) -> list[str]:
+        """`element state` of the run's tasks; none while slurmctld is away."""
+        asked = ("squeue", "-h", "-r", "-o", "%i %T %j")
+        lines = self.cluster.run(*asked, check=False).stdout.splitlines()
+        return [" ".join(x.split()[:2]) for x in lines if " d2m-" in x]
+
+    def workers(self) -> list[int]:
+        command = f"^{sys.executable} -P -u -m d2m_hpc.worker {re.escape(str(self.run.run_dir))} "
+        found = subprocess.run(["pgrep", "-f", command], capture_output=True, check=False).stdout
+        return [int(pid) for pid in found.split()]
+
+    def _signal(self, pid: int, number: signal.Signals) -> bool:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _worker(self, number: signal.Signals) -> int:
+        """One that got the signal; 0 where there is none."""
+        pids = self.workers()
+        pid = self.random.choice(pids) if pids else 0
+        return pid if pid and self._signal(pid, number) else 0
+
+    def _element(self, state: str = "") -> str:
+        found = [x.split()[0] for x in self.live() if x.endswith(state)]
+        return self.random.choice(found) if found else ""
+
+    def _slurm(self, *words: str) -> bool:
+        return self.cluster.run(*words, check=False).returncode == 0
+
+    # --- what a user does ---
+
+    def _said(self, ended: subprocess.CompletedProcess[str]) -> None:
+        if "Traceback (most recent call last)" in ended.stdout + ended.stderr:
+            self.account.tracebacks.append((ended.stdout + ended.stderr)[-2000:])
+
+    def submit(self, *options: str) -> int:
+        ended = d2m("submit", self.run.config, "--no-preflight", *options, timeout=PATIENCE)
+        self._said(ended)
+        return ended.returncode
+
+    def two_submits(self) -> bool:
+        both = [self.run.start_submit() for _ in range(2)]
+        for each in both:
+            said = each.communicate(timeout=PATIENCE)[0]
+            self._said(subprocess.CompletedProcess("", each.returncode, said, ""))
+        return True
+
+    def new_column(self) -> bool:
+        if self.columns == len(NEW_COLUMNS):
+            return False
+        self.columns += 1
+        self._run(self.run.shards)  # writes the config
+        self.submit()
+        return True
+
+    # --- what becomes of processes ---
+
+    def kill(self) -> bool:
+        return self._worker(signal.SIGKILL) > 0
+
+    def freeze(self) -> bool:
+        """For longer than its lease."""
+        pid = self._worker(signal.SIGSTOP)
+        if pid:
+            thaw = lambda: self._signal(pid, signal.SIGCONT)  # noqa: E731
+            self._later(1.5 * LEASE_SECONDS, 3 * LEASE_SECONDS, thaw)
+        return pid > 0
+
+    def poison(self) -> bool:
+        """A shard kills every process that touches it, until somebody mends it."""
+        path, shard = self.folder / "poison", self.random.randrange(self.run.shards)
+        number = self.random.choice([signal.SIGSEGV, signal.SIGKILL])
+        path.write_text(f"{int(number)} {shard}")
+        self._later(5, 12, lambda: path.unlink(missing_ok=True))
+        return True
+
+    # --- what Slurm does ---
+
+    def preempt(self) -> bool:
+        where = ["--partition=high", "--exclusive", f"--nodelist={self._node()}"]
+        return self._slurm("sbatch", "--output=/dev/null", *where, "--wrap=true")
+
+    def requeue(self) -> bool:
+        element = self._element(" RUNNING")
+        return bool(element) and self._slurm("scontrol", "requeue", element)
+
+    def hold(self) -> bool:
+        element = self._element(" RUNNING")
+        if not element or not self._slurm("scontrol", "requeuehold", element):
+            return False
+        self._later(3, 10, lambda: self._slurm("scontrol", "release", element))
+        return True
+
+    def suspend(self) -> bool:
+        element = self._element(" RUNNING")
+        if not element or not self._slurm("scontrol", "suspend", element):
+            return False
+        self._later(2, 10, lambda: self._slurm("scontrol", "resume", element))
+        return True
+
+    def walltime(self) -> bool:
+        """What Slurm sends before it ends."""
+        element = self._element(" RUNNING")
+        return bool(element) and self._slurm("scancel", "--signal=USR2", element)
+
+    def cancel_element(self) -> bool:
+        element = self._element()
+        return bool(element) and self._slurm("scancel", element)
+
+    def cancel_array(self) -> bool:
+        element = self._element()
+        return bool(element) and self._slurm("scancel", element.partition("_")[0])
+
+    # --- what becomes of machines ---
+
+    def _node(self) -> str:
+        return self.random.choice(["n1", "n2"])
+
+    def _set_node(self, state: str) -> bool:
+        node = self._node()
+        words = ("scontrol", "update", f"nodename={node}", "reason=chaos")
+        self._later(2, 8, lambda: self._slurm(*words[:3], "state=resume"))
+        return self._slurm(*words, f"state={state}")
+
+    def node_down(self) -> bool:
+        return self._set_node("down")
+
+    def node_drain(self) -> bool:
+        return self._set_node("drain")
+
+    def controller(self) -> bool:
+        """slurmctld dies, now and then while a task's walltime ends, and starts again."""
+        for pid in self.cluster.controllers():
+            self._signal(pid, signal.SIGKILL)
+        if self.random.random() < 0.5:
+            self._worker(signal.SIGUSR2)
+        self._later(1, 5, self.cluster.up)
+        return True
+
+    def full_disk(self) -> bool:
+        self.disk.fill()
+        self._later(1, 4, self.disk.free)
+        return True
+
+    # --- the end ---
+
+    def heal(self) -> None:
+        """End all faults, and let a user submit until the run is complete."""
+        for _, undo in self._undo:
+            undo()
+        self._undo = []
+        if not is_up():
+            self.cluster.up()
+        for node in ("n1", "n2"):
+            self._slurm("scontrol", "update", f"nodename={node}", "state=resume")
+        self.run.pace(0)
+        for _ in range(8):
+            if self.submit("--wait") == 0:
+                return
+
+    def close(self, truth: Callable[[int, int], dict[str, object]]) -> Account:
+        """Compare with an undisturbed run's outputs.
+
+        Args:
+            truth: those, by the numbers of shards and of columns that were added.
+        """
+        want = truth(self.run.shards, self.columns)
+        out = self.folder / "disk" / "out"
+        found, account = contents(out), self.account
+        stems = {f"{i:05d}" for i in range(self.run.shards)}
+        account.lost += sorted(stems - {name[:5] for name in found})
+        account.wrong += sorted(
+            k for k in want.keys() | found.keys() if want.get(k) != found.get(k)
+        )
+        account.wrong += [f"{f.file} {f.what}" for f in verify(*find_run(self.run.run_dir)).faults]
+        account.doubled += self._doubled()
+        self.disk.close()
+        return account
+
+    def _doubled(self) -> list[str]:
+        by: dict[tuple[str, str], list[str]] = {}
+        for path in sorted((self.run.run_dir / "records").glob("*.jsonl")):
+            for record in read_records(path):
+                if record.state == "done":
+                    key = (record.shard, record.fingerprint)
+                    by.setdefault(key, []).append(f"{record.task} on {record.host} ({path.name})")
+        return [f"{shard}: {', '.join(who)}" for (shard, _), who in by.items() if len(who) > 1]
+
+
+KINDS = """
+    kill freeze poison preempt requeue hold suspend walltime cancel_element cancel_array
+    node_down node_drain controller full_disk two_submits new_column
+""".split()  # noqa: SIM905 - a list of names reads better
+
+
+def order(seed: int) -> Iterator[str]:
+    """Kinds for ever, all in turn before one comes again."""
+    shuffled = random.Random(seed)
+    while True:
+        yield from shuffled.sample(KINDS, len(KINDS))
+
+
+class Truth:
+    """What undisturbed `--local` runs make of a config, each computed once."""
+
+    def __init__(self, tars: Tars, folder: Path) -> None:
+        self.tars, self.folder = tars, folder
+        self._known: dict[tuple[int, int], dict[str, object]] = {}
+
+    def __call__(self, shards: int, columns: int) -> dict[str, object]:
+        key = (shards, columns)
+        if key not in self._known:
+            folder = self.folder / f"truth-{shards}-{columns}"
+            base = ["image-brightness", "image-phash", "text-words", "gated-length"]
+            names = [*base, *NEW_COLUMNS[:columns]]
+            config = config_of(folder, self.tars.folder, shards, postprocess_columns=names)
+            ended = submit(config)
+            assert ended.returncode == 0, ended.stdout + ended.stderr
+            self._known[key] = contents(folder / "out")
+        return self._known[key]
