@@ -74,9 +74,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     counts: dict[str, int] = {}
     image, run = decode.image, Graph._run
 
-    def counted_image(data: bytes, max_pixels: int) -> Any:
+    def counted_image(*arguments: Any) -> Any:
         counts["images"] = counts.get("images", 0) + 1
-        return image(data, max_pixels)
+        return image(*arguments)
 
     def counted_run(graph: Graph, name: str, arguments: list[Any], dtype: Any) -> Any:
         counts[name] = counts.get(name, 0) + len(arguments[0])
