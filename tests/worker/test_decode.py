@@ -52,7 +52,7 @@ def assert_pils_pixels(data: bytes) -> None:
 
 def saved(mode: str, kind: str, **options: Any) -> bytes:
     pixels = np.random.default_rng(7).integers(0, 256, (5, 9, 4), dtype=np.uint8)
-    image = Image.fromarray(pixels, "RGBA") if mode == "RGBA" else Image.fromarray(pixels[..., :3])
+    image = Image.fromarray(pixels) if mode == "RGBA" else Image.fromarray(pixels[..., :3])
     buffer = io.BytesIO()
     image.resize((67, 43), Image.Resampling.BICUBIC).convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
