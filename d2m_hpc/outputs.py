@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from d2m_hpc import stores
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.state.manifest import Record
-from d2m_hpc.state.rundir import make_folder
+from d2m_hpc.state.rundir import make_folder, owned
 from d2m_hpc.urls import is_local, scheme
 
 METADATA = b"d2m"
@@ -62,12 +62,15 @@ class OutputDir:
             ConfigError: it cannot be made, or written into.
         """
         with self._writing():
-            if self.is_local:
-                make_folder(Path(self.root))
-                return
-            if scheme(self.url) not in BUCKETS:
-                self.fs.makedirs(self.root, exist_ok=True)
-        self.probe()
+            self._make()
+        if not self.is_local:
+            self.probe()
+
+    def _make(self) -> None:
+        if self.is_local:
+            make_folder(Path(self.root))
+        elif scheme(self.url) not in BUCKETS:
+            self.fs.makedirs(self.root, exist_ok=True)
 
     def probe(self) -> None:
         """
@@ -145,13 +148,37 @@ class OutputDir:
         """Send a file to the store; it appears whole or not at all, by the file's own name.
 
         Raises:
+            FileExistsError: there is one, and the store knows conditions.
             OSError: the store does not take it, or has less than it was sent.
         """
         path, size = self.path(file.name), file.stat().st_size
-        self._ask(lambda: self.fs.put_file(str(file), path))
+        send = partial(self.fs.put_file, str(file), path)
+        try:
+            self._ask(partial(send, mode="create") if stores.knows_create(self.fs) else send)
+        except Exception as error:
+            if isinstance(error, FileExistsError) or "implemented" not in str(error).lower():
+                raise
+            self._ask(send)  # a store that knows no conditions
         if (kept := self._ask(lambda: self.fs.info(path)["size"])) != size:
             self.remove(file.name)  # a broken parquet would be taken for another program's
             raise OSError(f"{path} has {kept} bytes in the store, {size} were sent")
+
+    def create(self, name: str, data: bytes) -> None:
+        """Make a file unless there is one; a store that knows no conditions overwrites it.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        with self._writing(), suppress(FileExistsError):
+            self._make()
+            if self.is_local:
+                with open(self.path(name), "xb", opener=owned) as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            else:
+                put = partial(self.fs.pipe_file, self.path(name), data)
+                self._ask(partial(put, mode="create") if stores.knows_create(self.fs) else put)
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import inspect
 import logging
 import random
 import time
@@ -39,6 +40,7 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 PERMANENT = (
     D2MError,
     FileNotFoundError,
+    FileExistsError,
     PermissionError,
     IsADirectoryError,
     NotADirectoryError,
@@ -75,6 +77,12 @@ def _patient() -> Any:
     """aiohttp's own limit is five minutes for a file, however well it comes."""
     timeout = importlib.import_module("aiohttp").ClientTimeout
     return timeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+
+
+def knows_create(fs: Any) -> bool:
+    """Whether a filesystem takes `mode="create"`: write a file only if there is none."""
+    writes = getattr(fs, "_pipe_file", fs.pipe_file)
+    return "mode" in inspect.signature(writes).parameters
 
 
 def is_transient(error: Exception) -> bool:

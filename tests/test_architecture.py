@@ -30,9 +30,10 @@ LEVELS = {
     "d2m_hpc.models": 2,
     "d2m_hpc.config": 3,
     "d2m_hpc.outputs": 3,
-    "d2m_hpc.worker": 4,
-    "d2m_hpc.launch": 5,
-    "d2m_hpc.cli": 6,
+    "d2m_hpc.owner": 4,
+    "d2m_hpc.worker": 5,
+    "d2m_hpc.launch": 6,
+    "d2m_hpc.cli": 7,
 }
 """A module imports from its own room and from lower ones."""
 
@@ -40,6 +41,7 @@ WITHOUT_TORCH = (
     "d2m_hpc.cli.*",
     "d2m_hpc.config",
     "d2m_hpc.outputs",
+    "d2m_hpc.owner",
     "d2m_hpc.stores",
     "d2m_hpc.models.registry",
     "d2m_hpc.models.weights",

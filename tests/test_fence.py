@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from kit import write_shards
@@ -82,7 +83,7 @@ class _Rows:
         self._keys = keys
 
     def features(self) -> dict[str, Any]:
-        return {}
+        return {"number": np.array([float(sum(map(ord, key))) for key in self._keys])}
 
     def table(self) -> pa.Table:
         return pa.table({"key": list(self._keys)})
@@ -191,3 +192,35 @@ def test_a_folder_that_vanishes_under_a_held_lease_is_a_failure(tmp_path: Path) 
     committer = Committer(OutputDir(str(tmp_path / "out")), tmp_path)
     with pytest.raises(D2MError, match=r"s cannot be written.*No such file"):
         committer.commit(_Fenced(tmp_path / "out"), Record("s", "done", rows=1, task="000-0-0"))
+
+
+@pytest.mark.parametrize("scheme", ["memory", "s3"])
+@pytest.mark.parametrize("frozen_after", range(1, 7))
+def test_on_a_store_no_pair_is_ever_mixed(
+    frozen_after: int, scheme: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The task is frozen after it has asked for its lease, before what it does next."""
+    if scheme == "s3":
+        request.getfixturevalue("bucket")
+    output, asked = OutputDir(f"{scheme}://bucket/{tmp_path.name}"), 0
+    first, second = (Committer(output, tmp_path / name) for name in "ab")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first.commit(_Rows("old"), Record("s", "done", rows=1, task="000-0-0"))
+
+    def held() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == frozen_after:
+            second.commit(_Rows("b", "c"), Record("s", "done", rows=2, task="000-2-0"))
+        return asked <= frozen_after
+
+    with pytest.raises(TakenOver):
+        first.commit(_Rows("a"), Record("s", "done", rows=1, task="000-1-0"), held)
+    found = output.record("s")
+    if frozen_after in (2, 4):  # what it did next was to remove the older parquet, and npz
+        assert found is None
+    else:
+        assert found is not None
+        assert found.task == "000-2-0"
+        assert found.npz_sha256 == output.sha256("s.npz")

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from kit import STATS, d2m, submit, write_config, write_shards
 
+from d2m_hpc.owner import OWNER
+
 FORKER = Path(__file__).with_name("forker.py")
 
 SLOW = '''
@@ -81,7 +83,7 @@ def leftovers(out: Path) -> set[str]:
     run = out / ".d2m"
     files = {p for p in out.rglob("*") if p.is_file()}
     known = {p for p in files if p.parent == out and p.suffix in (".npz", ".parquet")}
-    known |= {run / name for name in memory}
+    known |= {run / name for name in memory} | {out / OWNER}
     known |= {p for p in files if any(run / name in p.parents for name in folders)}
     temporary = {p for p in files if p.name.endswith(".tmp")}
     return {str(p.relative_to(out)) for p in (files - known) | temporary}

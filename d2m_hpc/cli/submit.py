@@ -98,7 +98,10 @@ def _require_slurm() -> None:
 
 def _dry_run(workload: Workload, local: bool) -> None:
     from d2m_hpc.launch import show, submit
+    from d2m_hpc.outputs import OutputDir
+    from d2m_hpc.owner import require_own
 
+    require_own(OutputDir(workload.config.output_metadata_dir), workload.run, take=False)
     decision = submit.look(workload)
     show.decision(decision)
     if decision.pending and not local:

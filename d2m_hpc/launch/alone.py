@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from d2m_hpc.errors import D2MError
 from d2m_hpc.launch.decide import Workload
+from d2m_hpc.outputs import OutputDir
+from d2m_hpc.owner import require_own
 from d2m_hpc.state.lease import LEASE_SECONDS, Lease
 from d2m_hpc.state.merge import merge_silent
 from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.state.staging import STAGING, Staging
 from d2m_hpc.state.texts import safe
 
 SILENT_SECONDS, SUBMIT_SECONDS = 3.0, 600.0
@@ -25,7 +29,8 @@ def submitting(workload: Workload) -> Iterator[None]:
     What a killed one left half-written is swept away, and the many small files of tasks that the
     watchdog would have ended twice over become few.
     """
-    run = workload.run
+    run, output = workload.run, OutputDir(workload.config.output_metadata_dir)
+    require_own(output, run, take=True)
     run.create()
     lease = Lease(run.submit_lock)
     _take(lease, run)
@@ -42,10 +47,24 @@ def submitting(workload: Workload) -> Iterator[None]:
         for folder in (*folders, *(s.folder for s in run.submissions())):
             for left in folder.glob(".*.tmp"):
                 left.unlink(missing_ok=True)
+        _sweep(workload, output)
         merge_silent(run, 2 * workload.config.stall_seconds)
         yield
     finally:
         lease.release()
+
+
+def _sweep(workload: Workload, output: OutputDir) -> None:
+    """Remove what killed tasks left of commits, of whatever shard nobody has in hand."""
+    staging = Staging(Path(output.root) / STAGING) if output.is_local else None
+    for stem in staging.stems() if staging else ():
+        lease = Lease(workload.run.lease(stem), workload.config.lease_seconds)
+        if staging and lease.claim():
+            with suppress(OSError):
+                staging.fence(stem)
+            lease.release()
+    if staging:
+        staging.close()
 
 
 def _take(lease: Lease, run: RunDir) -> None:

@@ -125,9 +125,11 @@ def _earlier(decision: Decision) -> dict[str, dict[str, Any]]:
     stems: dict[str, list[str]] = {}
     for stem, name in decision.bases.items():
         stems.setdefault(name, []).append(stem)
-    live = fingerprints.newest(run) if decision.in_flight else ""
-    if live not in ("", workload.fingerprint_id):
-        stems.setdefault(live, [])
+    live = fingerprints.of_local_submits(run)
+    if decision.in_flight:
+        live.add(fingerprints.newest(run))
+    for name in live - {"", workload.fingerprint_id}:
+        stems.setdefault(name, [])
     return {
         name: fingerprints.require_growth(run, name, made, workload.document, workload.where)
         for name, made in stems.items()

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from d2m_hpc.config import Config
 from d2m_hpc.config.growth import Fingerprint, obstacles, refits
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.state.damage import undamaged
+from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Outcome
-from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.state.rundir import RunDir, Submission
+
+
+@contextmanager
+def working(submission: Submission) -> Iterator[None]:
+    """Tell other submits that this `--local` one is at work, for as long as the block lasts."""
+    lease = Lease(submission.local)
+    lease.claim()
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def of_local_submits(run: RunDir) -> set[str]:
+    """The short hashes of the configs that `--local` submits work by now."""
+    names = set()
+    for submission in run.submissions():
+        if submission.local.exists():
+            lease = Lease(submission.local)
+            if lease.claim():  # it was killed
+                lease.release()
+            else:
+                names.add(str(json.loads(submission.intent.read_bytes())["fingerprint"]))
+    return names
 
 
 def newest(run: RunDir) -> str:
@@ -61,7 +86,7 @@ def require_growth(
             mistakes = obstacles(earlier, now)
         if not mistakes:
             return dict(earlier)
-    few = f"{len(stems)} shards ({', '.join(stems[:3])})" if stems else "the shards of live tasks"
+    few = f"{len(stems)} shards ({', '.join(stems[:3])})" if stems else "what live tasks make"
     advice = (
         f"{few} of the run in {run.root} were made with other values, and take additional models, "
         "columns, features and fields only; restore the rest, take another output_metadata_dir, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import getpass
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.launch import braces, plan
+from d2m_hpc.launch.user import user_name
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Shard
 from d2m_hpc.state.rundir import RunDir
@@ -174,6 +174,6 @@ def _put_down(run: RunDir, shards: Iterable[Shard], forgotten: bool) -> None:
 
 def _user() -> str:
     try:
-        return getpass.getuser()
+        return user_name()
     except (KeyError, OSError):  # a container without the user
         return str(os.getuid())

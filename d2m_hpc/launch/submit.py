@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from d2m_hpc.launch import fingerprints, nodes, plan, sbatch, slurm, waiting
 from d2m_hpc.launch.alone import submitting
 from d2m_hpc.launch.decide import Decision, Workload, canonical, decide
 from d2m_hpc.launch.uncollected import uncollected
+from d2m_hpc.launch.user import user_name
 from d2m_hpc.state.attempts import Attempts
 from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.lease import Lease
@@ -54,7 +54,7 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shar
     intent = {
         "fingerprint": workload.fingerprint_id,
         "created": time.time(),
-        "user": getpass.getuser(),
+        "user": user_name(),
         "host": socket.gethostname(),
         "version": __version__,
     }
@@ -134,18 +134,18 @@ def run_local(
 ) -> None:
     """Do all pending shards in this process: as one task, and one for each base of others.
 
-    Args:
-        on_decision: told what will be done; gives the listener to the tasks' progress.
+    `on_decision` is told what will be done, and gives the listener to the tasks' progress.
     """
-    run = workload.run
-    with submitting(workload):
-        decision = look(workload)
-        repair(decision)
-        chunks = chunking.by_base(decision.pending)
-        submission = commit(decision, chunks) if chunks else None
-    with on_decision(decision) as listener:
-        if submission:
-            _run_here(run, submission, len(chunks), listener)
+    with ExitStack() as working:
+        with submitting(workload):
+            decision = look(workload)
+            repair(decision)
+            if chunks := chunking.by_base(decision.pending):
+                submission = commit(decision, chunks)
+                working.enter_context(fingerprints.working(submission))
+        with on_decision(decision) as listener:
+            if chunks:
+                _run_here(workload.run, submission, len(chunks), listener)
 
 
 def _run_here(run: RunDir, submission: Submission, tasks: int, listener: Listener) -> None:

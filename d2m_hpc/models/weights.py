@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,7 +91,10 @@ CHECKPOINTS = {
 def default_dir() -> Path:
     """`$D2M_WEIGHTS`, or a folder in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("D2M_WEIGHTS") or f"{cache}/d2m_hpc").expanduser()
+    folder = os.path.expanduser(os.environ.get("D2M_WEIGHTS") or f"{cache}/d2m_hpc")
+    if folder.startswith("~"):  # a container's user without a home
+        folder = os.path.join(tempfile.gettempdir(), f"d2m_hpc-{os.getuid()}")
+    return Path(folder)
 
 
 def weights_dir(configured: str | None) -> Path:

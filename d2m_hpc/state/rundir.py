@@ -120,6 +120,11 @@ class Submission:
         return self.folder / "extended"
 
     @property
+    def local(self) -> Path:
+        """A lease that a `--local` submit holds while it works."""
+        return self.folder / "local.lock"
+
+    @property
     def chunks(self) -> Path:
         """JSON lines; line i is the list of shards of array task i."""
         return self.folder / "chunks.jsonl"

@@ -49,23 +49,29 @@ class Staging:
                     raise
         return folder
 
-    def fence(self, stem: str, attempt: int | None = None) -> None:
+    def fence(self, stem: str, attempt: int | None = None) -> bool:
         """Take their folders from earlier attempts at a shard, whose lease the caller holds.
 
         Args:
             attempt: the caller's own; later ones are left alone, for the caller itself may have
                 been frozen. None for all of them.
 
+        Returns:
+            whether there were any.
+
         Raises:
             OSError: one of them is still in its place.
         """
+        found = False
         for name in self._names():
             number = _attempt(name)
             is_earlier = attempt is None or number is None or number < attempt
             if name.startswith(DOOMED):
                 shutil.rmtree(self.root / name, ignore_errors=True)
             elif _stem(name) == stem and is_earlier:
+                found = True
                 remove(self.root / name)
+        return found
 
     def stems(self) -> set[str]:
         """Of the shards that attempts have folders for."""

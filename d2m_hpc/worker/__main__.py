@@ -84,6 +84,10 @@ def main(arguments: list[str]) -> int:
     except D2MError as error:
         print(f"error: {error}", flush=True)
         return error.exit_code
+    except OSError as error:  # what records, leases and logs need: a full disk, a lost mount
+        advice = "see to it, and run the same submit again"
+        print(f"error: the run folder {root} cannot be used: {error}; {advice}", flush=True)
+        return D2MError.exit_code
 
 
 def _work(run: RunDir, submission: str, index: int, element: Element) -> int:

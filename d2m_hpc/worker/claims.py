@@ -52,7 +52,7 @@ class Claims:
 
     Args:
         fingerprint: of the config; outputs of another one do not count as finished.
-        clean: removes what a killed attempt at a shard left; called while its lease is held.
+        clean: fences the attempts at a shard before a number; called while its lease is held.
         deadline: when the walltime ends, in seconds since the epoch.
     """
 
@@ -63,7 +63,7 @@ class Claims:
         config: Config,
         fingerprint: str,
         report: Reporter,
-        clean: Callable[[str], None],
+        clean: Callable[[str, int], bool],
         deadline: float | None,
     ) -> None:
         self._name = name
@@ -141,8 +141,10 @@ class Claims:
     def _begin(self, shard: Shard, lease: Lease) -> Work | None:
         """A shard that was just claimed, or None where there is nothing for this task to do."""
         try:
-            self._clean(shard.stem)  # from here on no earlier attempt changes what lies there
             last, record = self._attempts.last(shard.stem), self._output.record(shard.stem)
+            known = max(shard.attempt, last.number if last else 0, record.attempt if record else 0)
+            if self._clean(shard.stem, known + 1):  # now no earlier attempt changes what lies there
+                record = self._output.record(shard.stem)
             why = self._why_not(shard, record)
         except BaseException:
             lease.release()
@@ -151,7 +153,6 @@ class Claims:
             log.info("%s: %s", shard.stem, why)
             lease.release()
             return None
-        known = max(shard.attempt, last.number if last else 0, record.attempt if record else 0)
         attempt = Attempt(known + 1, str(self._name), self._report.progress.host)
         held = Held(lease, self._attempts, shard.stem, attempt, last)
         self._held[shard.stem] = work = Work(shard, lease, held)

@@ -59,7 +59,7 @@ class Reporter:
     def __init__(self, progress: Progress, path: Path, listener: Listener | None = None) -> None:
         self.progress = progress
         self._path, self._listener = path, listener
-        self._written = 0.0
+        self._written, self._failed = 0.0, False
         self._lock = threading.Lock()
 
     def __call__(self, state: str = "", shard: str = "", **more: int) -> None:
@@ -72,9 +72,19 @@ class Reporter:
             progress.updated = time.time()
             if state or shard or progress.updated - self._written > EVERY_SECONDS:
                 self._written = progress.updated
-                overwrite(self._path, json.dumps(asdict(progress)).encode())
+                self._write(json.dumps(asdict(progress)).encode())
             if self._listener:
                 self._listener(progress)
+
+    def _write(self, data: bytes) -> None:
+        """Progress is for who looks on: a disk that is full or in error ends no task for it."""
+        try:
+            overwrite(self._path, data)
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s cannot be written: %s", self._path, error)
+            self._failed = True
 
 
 class Watchdog:

@@ -20,6 +20,7 @@ from d2m_hpc.config import Config, load
 from d2m_hpc.config.growth import only_new
 from d2m_hpc.errors import NodeError, ShardError
 from d2m_hpc.outputs import OutputDir
+from d2m_hpc.owner import require_own
 from d2m_hpc.state.manifest import Record, Recorder, Shard
 from d2m_hpc.state.rundir import FILE_MODE, RunDir
 from d2m_hpc.urls import is_local
@@ -146,6 +147,7 @@ class Task:
         """Compute all shards that can be claimed until the deadline."""
         run, name, config, report = self.run, self.name, self.config, self.report
         committer = Committer(self.output, self.scratch.folder)
+        require_own(self.output, run, take=False)
         claims = Claims(run, name, config, self.fingerprint, report, committer.clean, deadline)
         toolbox = self._toolbox(claims.base)
         self.schema = schema_of(run, config, self.part, self.output, toolbox)

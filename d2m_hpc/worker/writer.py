@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +23,7 @@ from d2m_hpc.state.rundir import fsync_dir, owned
 from d2m_hpc.state.staging import STAGING, Staging, remove
 from d2m_hpc.worker.table import Rows
 
+ROUNDS = 3
 VERSIONED = ("d2m_hpc", "torch", "torchvision", "open_clip_torch", "timm", "transformers")
 
 
@@ -103,6 +105,8 @@ class Committer:
         beside = Path(output.root) if output.is_local else scratch
         self.staging = Staging(beside / STAGING)
         output.make()
+        if output.is_local:  # a store was asked already
+            output.probe()
 
     def commit(self, made: Rows, record: Record, held: Callable[[], bool] = lambda: True) -> None:
         """Publish a shard's pair: the npz first, the parquet last.
@@ -124,8 +128,10 @@ class Committer:
                 if not held():
                     raise TakenOver
                 npz, parquet = write_pair(made, record, folder)
-                publish = self._rename if self.output.is_local else self._upload
-                publish(npz, parquet)
+                if self.output.is_local:
+                    self._rename(npz, parquet)
+                else:
+                    self._upload(npz, parquet, held)
             finally:
                 with suppress(OSError):
                     remove(folder)
@@ -148,19 +154,44 @@ class Committer:
         os.replace(parquet, folder / parquet.name)
         fsync_dir(folder)
 
-    def _upload(self, npz: Path, parquet: Path) -> None:
-        self.output.remove(parquet.name)
-        self.output.put(npz)
-        self.output.put(parquet)
+    def _upload(self, npz: Path, parquet: Path, held: Callable[[], bool]) -> None:
+        """Stores have no rename: the lease is asked for before each step, and a put replaces
+        nothing that came since, where the store knows conditions."""
+        removed = [parquet.name]
+        for _ in range(ROUNDS):
+            steps = [
+                partial(self._remove, removed),
+                *(partial(self.output.put, f) for f in (npz, parquet)),
+            ]
+            with suppress(FileExistsError):
+                for step in steps:
+                    if not held():
+                        raise TakenOver
+                    step()
+                return
+            # An older pair's, or this one's, sent without an answer. The npz goes first: there is
+            # no parquet, but of a task that took the shard over; of its pair nothing must stay.
+            removed = [npz.name, parquet.name]
+        raise OSError("another program writes it too")
 
-    def clean(self, stem: str) -> None:
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.output.remove(name)
+
+    def clean(self, stem: str, attempt: int | None = None) -> bool:
         """Take from earlier attempts at a shard what they need to commit; its lease is held.
+
+        Args:
+            attempt: the number before which one is an earlier one; None for all of them.
+
+        Returns:
+            whether there were any.
 
         Raises:
             D2MError: they could still commit.
         """
         try:
-            self.staging.fence(stem)
+            return self.staging.fence(stem, attempt)
         except OSError as error:
             what = f"{self.staging.root}: what an earlier attempt at {stem} left cannot be removed"
             raise D2MError(f"{what}: {error}; remove it and run the same command again") from error

@@ -46,7 +46,7 @@ def claims(
         reprocess=reprocess,
     )
     report = Reporter(Progress("000-1-0"), run.progress_of("000-1-0"))
-    values = {"clean": lambda stem: None, "deadline": None, **more}
+    values = {"clean": lambda stem, attempt: False, "deadline": None, **more}
     return Claims(run, TaskName("000", index, 0), config, "f", report, **values)
 
 

@@ -1,0 +1,107 @@
+"""Users without a name or a home, places that cannot be written, what kills leave there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kit import STATS, submit, write_config, write_shards
+
+from d2m_hpc import config as configs
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.launch.alone import submitting
+from d2m_hpc.launch.decide import inspect
+from d2m_hpc.outputs import OutputDir
+from d2m_hpc.state.lease import Lease
+from d2m_hpc.worker.progress import Progress, Reporter
+from d2m_hpc.worker.writer import Committer
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that any user reaches, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root to be another user"
+)
+def test_a_user_without_name_and_home_runs_to_the_end(open_folder: Path) -> None:
+    """As in containers that are started with any user's number."""
+    write_shards(open_folder / "tars", 1)
+    config = write_config(
+        open_folder / "c.yml",
+        STATS,
+        input_tars=f"{open_folder}/tars/*.tar",
+        output_metadata_dir=f"{open_folder}/out",
+    )
+    # With root's rights to files: this Python may lie where other users cannot read.
+    rights = "+dac_override,+dac_read_search"
+    another = ["setpriv", "--reuid=54321", f"--inh-caps={rights}", f"--ambient-caps={rights}"]
+    command = [*another, str(Path(sys.executable).with_name("d2m-submit")), str(config), "--local"]
+    ended = subprocess.run(
+        command,
+        env={"PATH": os.environ["PATH"]},
+        cwd=open_folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert OutputDir(f"{open_folder}/out").stems() == {"00000"}
+    [intent] = (open_folder / "out" / ".d2m" / "submissions").glob("*/intent.json")
+    assert '"user": "uid 54321"' in intent.read_text()
+
+
+def test_progress_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "progress" / "000-0-0.json"
+    report = Reporter(Progress("000-0-0"), path)
+    for _ in range(3):
+        report(state="running", done=1)
+    assert report.progress.done == 3
+    assert len([r for r in caplog.records if "cannot be written" in r.message]) == 1
+    path.parent.mkdir()
+    report(state="finished")
+    assert b"finished" in path.read_bytes()
+
+
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_computed(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "out" / ".d2m-probe").mkdir(parents=True)  # root may write to read-only folders
+    with pytest.raises(ConfigError, match=f"{tmp_path}/out cannot be written"):
+        Committer(OutputDir(str(tmp_path / "out")), tmp_path)
+
+
+def test_what_kills_left_of_commits_goes_with_the_next_submit(tmp_path: Path) -> None:
+    """But nothing of a shard that is in somebody's hands."""
+    write_shards(tmp_path / "tars", 2)
+    config = write_config(
+        tmp_path / "c.yml",
+        STATS,
+        input_tars=f"{tmp_path}/tars/*.tar",
+        output_metadata_dir=f"{tmp_path}/out",
+    )
+    assert submit(config).returncode == 0
+    workload = inspect(configs.load(config), str(config))
+    staging = tmp_path / "out" / ".d2m-tmp"
+    for name in ("00000.2-0123abcd", "00001.1-0123abcd", ".removed-0123"):
+        (staging / name).mkdir(parents=True)
+        (staging / name / "half.npz").write_bytes(b"x")
+    lease = Lease(workload.run.lease("00001"), workload.config.lease_seconds)
+    assert lease.claim()
+    with submitting(workload):
+        assert [p.name for p in staging.iterdir()] == ["00001.1-0123abcd"]
+    lease.release()
+    assert submit(config).returncode == 0
+    assert not staging.exists()
