@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kit import d2m, submit
 from slurm.cluster import PATIENCE, Cluster, is_up
@@ -29,6 +30,9 @@ NEW_COLUMNS = ["text-characters", "image-contrast", "image-sharpness", "image-en
 DISK_MIB = 24
 
 
+BAD = ("lost", "doubled", "wrong", "unfinished", "tracebacks")
+
+
 @dataclass
 class Account:
     """What faults did to one or more runs.
@@ -38,6 +42,7 @@ class Account:
         lost: shards that stayed undone after all faults were over.
         doubled: shards that two attempts put on record by one config, with the attempts.
         wrong: outputs that are missing, or other than those of an undisturbed run.
+        unfinished: what the last submit said, where the run did not become complete.
         tracebacks: what a command printed where it should have said a line.
     """
 
@@ -46,17 +51,18 @@ class Account:
     lost: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
     tracebacks: list[str] = field(default_factory=list)
 
     def add(self, other: Account) -> None:
         self.faults += other.faults
         self.shards += other.shards
-        for name in ("lost", "doubled", "wrong", "tracebacks"):
+        for name in BAD:
             getattr(self, name).extend(getattr(other, name))
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.faults.items()))
-        bad = {k: getattr(self, k) for k in ("lost", "doubled", "wrong", "tracebacks")}
+        bad = {k: getattr(self, k) for k in BAD}
         told = "; ".join(f"{len(v)} {k}" for k, v in bad.items())
         why = "".join(f"\n  {k}: {item}" for k, v in bad.items() for item in v)
         return f"{self.faults.total()} faults ({kinds}): {self.shards} shards, {told}{why}"
@@ -97,6 +103,7 @@ class Chaos:
         self.columns = 0
         self.run = self._run(shards)
         self.account = Account(shards=shards)
+        self.last = ""
         self._undo: list[tuple[float, Callable[[], object]]] = []
         self.run.pace(0.5)
 
@@ -200,6 +207,7 @@ class Chaos:
     def submit(self, *options: str) -> int:
         ended = d2m("submit", self.run.config, "--no-preflight", *options, timeout=PATIENCE)
         self._said(ended)
+        self.last = ended.stdout + ended.stderr
         return ended.returncode
 
     def two_submits(self) -> bool:
@@ -319,8 +327,12 @@ class Chaos:
             self._slurm("scontrol", "update", f"nodename={node}", "state=resume")
         self.run.pace(0)
         for _ in range(8):
+            for element in (line.split()[0] for line in self.live()):
+                self._slurm("scontrol", "release", element)
+                self._slurm("scontrol", "resume", element)
             if self.submit("--wait") == 0:
                 return
+        self.account.unfinished.append(self.last[-2000:])
 
     def close(self, truth: Callable[[int, int], dict[str, object]]) -> Account:
         """Compare with an undisturbed run's outputs.
@@ -362,6 +374,13 @@ def order(seed: int) -> Iterator[str]:
     shuffled = random.Random(seed)
     while True:
         yield from shuffled.sample(KINDS, len(KINDS))
+
+
+def _unlike(want: Any, found: Any) -> str:
+    """In which columns or arrays two outputs differ."""
+    if want is None or found is None:
+        return "is missing" if found is None else "should not be there"
+    return ", ".join(k for k in want.keys() | found.keys() if want.get(k) != found.get(k))
 
 
 class Truth:

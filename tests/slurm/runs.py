@@ -53,11 +53,21 @@ class Gated(torch.nn.Module):
         self.batches += 1
         if (HERE / "pace").exists():
             time.sleep(float((HERE / "pace").read_text()))
+        self.poison(texts)
         if self.batches % 2 == 0 and self.closed():
             self.say()
             while self.closed():
                 time.sleep(0.02)
         return torch.tensor([float(len(t)) for t in texts])
+
+    def poison(self, texts):
+        """Die of a signal at a shard's captions, while the file `poison` names both."""
+        try:
+            number, shard = map(int, (HERE / "poison").read_text().split())
+        except (FileNotFoundError, ValueError):
+            return
+        if any(int(text.split()[-1]) // 1000 == shard for text in texts):
+            os.kill(os.getpid(), number)
 
     def closed(self):
         for path in (HERE / "hold", HERE / f"hold-{ELEMENT}"):
