@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     "d2m_hpc": 0,  # the version
     "d2m_hpc.errors": 0,
+    "d2m_hpc.stopping": 0,
     "d2m_hpc.urls": 0,
     "d2m_hpc.state": 1,
     "d2m_hpc.stores": 1,

@@ -56,6 +56,7 @@ def slow_config(folder: Path, shards: int, samples: int) -> Path:
         output_metadata_dir=str(folder / "undisturbed"),
         custom_pypath=str(folder / "slow.py"),
         batch_size=5,
+        max_attempts=100,  # each kill of a whole run counts for the shard in hand
     )
 
 

@@ -9,6 +9,7 @@ import sys
 import typer
 
 from d2m_hpc.cli import datacomp, run, schema, weights
+from d2m_hpc.cli.common import ending
 from d2m_hpc.cli.report import report
 from d2m_hpc.cli.submit import plan, submit
 from d2m_hpc.cli.trouble import explained
@@ -60,14 +61,15 @@ def main_submit() -> None:
 def _run(command: typer.Typer) -> None:
     """Print errors as lines without a traceback, and end with their exit codes."""
     _escape_what_cannot_be_encoded()
-    try:
-        command()
-    except Exception as error:
-        if os.environ.get("D2M_TRACEBACK"):
-            raise
-        words, code = explained(error)
-        print(f"error: {words}", file=sys.stderr)
-        sys.exit(code)
+    with ending():
+        try:
+            command()
+        except Exception as error:
+            if os.environ.get("D2M_TRACEBACK"):
+                raise
+            words, code = explained(error)
+            print(f"error: {words}", file=sys.stderr)
+            sys.exit(code)
 
 
 def _escape_what_cannot_be_encoded() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,3 +39,14 @@ def echo(text: str) -> None:
     from d2m_hpc.state.texts import TRACEBACK, safe
 
     print(safe(text, TRACEBACK, lines=True))
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Let a process that is watched by another end at once, whatever threads a model left."""
+    try:
+        yield
+    except BaseException as error:
+        if supervise := sys.modules.get("d2m_hpc.worker.supervise"):
+            supervise.leave_by(error)
+        raise

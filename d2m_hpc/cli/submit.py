@@ -12,8 +12,12 @@ from d2m_hpc.cli.common import ConfigFile, Overrides, load
 from d2m_hpc.errors import SlurmError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from d2m_hpc.config import Config
     from d2m_hpc.launch.decide import Workload
+    from d2m_hpc.worker.board import Board
+    from d2m_hpc.worker.supervise import Past
 
 
 def _slurm(help_text: str) -> Any:
@@ -53,7 +57,7 @@ def submit(
     if dry_run:
         _dry_run(_inspect(loaded, config), local)
     elif local:
-        raise typer.Exit(_run_local(_inspect(loaded, config)))
+        raise typer.Exit(_supervised(loaded, config))
     elif no_sbatch:
         _write_only(_inspect(loaded, config, preflight))
     else:
@@ -128,14 +132,31 @@ def _write_only(workload: Workload) -> None:
         print(command)
 
 
-def _run_local(workload: Workload) -> int:
+def _supervised(loaded: Config, path: Path) -> int:
+    """Run in a child of this process, which tells what becomes of it."""
+    from d2m_hpc.stopping import interrupt_once
+    from d2m_hpc.worker.supervise import supervised
+
+    def unfit(why: str) -> int:
+        print(f"error: {why}", file=sys.stderr)
+        return 1
+
+    def work(board: Board | None, past: Past) -> int:
+        if board is not None:
+            interrupt_once()
+        return _run_local(_inspect(loaded, path), board, past.blamed)
+
+    return supervised(work, unfit)
+
+
+def _run_local(workload: Workload, board: Board | None, left_out: Collection[str]) -> int:
     """Run, show how it ended; 1 when a shard failed, now or before."""
     from d2m_hpc.launch import live, show
     from d2m_hpc.launch.status import summarise
     from d2m_hpc.launch.submit import run_local
 
     try:
-        run_local(workload, live.progress)
+        run_local(workload, live.progress, board, left_out)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

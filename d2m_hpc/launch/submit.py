@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,7 +27,8 @@ from d2m_hpc.state.manifest import Recorder, Shard
 from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
 
 if TYPE_CHECKING:
-    from d2m_hpc.worker.progress import Listener, Progress
+    from d2m_hpc.worker.board import Board
+    from d2m_hpc.worker.progress import Listener
 
 
 SHARDS_PER_TASK = 16
@@ -131,35 +132,40 @@ def look(workload: Workload, queue: slurm.Queue | None = None) -> Decision:
 def run_local(
     workload: Workload,
     on_decision: Callable[[Decision], AbstractContextManager[Listener]],
+    board: Board | None = None,
+    left_out: Collection[str] = (),
 ) -> None:
     """Do all pending shards in this process: as one task, and one for each base of others.
 
-    `on_decision` is told what will be done, and gives the listener to the tasks' progress.
+    Args:
+        on_decision: told what will be done; gives the listener to the tasks' progress.
+        board: read by the process that watches this one.
+        left_out: stems of shards that are not to be tried.
     """
     with ExitStack() as working:
         with submitting(workload):
             decision = look(workload)
             repair(decision)
-            if chunks := chunking.by_base(decision.pending):
+            pending = (s for s in decision.pending if s.stem not in left_out)
+            if chunks := chunking.by_base(pending):
                 submission = commit(decision, chunks)
                 working.enter_context(fingerprints.working(submission))
         with on_decision(decision) as listener:
             if chunks:
-                _run_here(workload.run, submission, len(chunks), listener)
+                _run_here(workload.run, submission, len(chunks), listener, board)
 
 
-def _run_here(run: RunDir, submission: Submission, tasks: int, listener: Listener) -> None:
+def _run_here(
+    run: RunDir, submission: Submission, tasks: int, listener: Listener, board: Board | None
+) -> None:
     from d2m_hpc.worker.progress import Progress
     from d2m_hpc.worker.task import run_task
 
     before = Progress("")
     for index in range(tasks):
-        tell = partial(_tell, listener, before)
-        before = run_task(run.root, submission.name, index, local=True, listener=tell).after(before)
-
-
-def _tell(listener: Listener, before: Progress, now: Progress) -> None:
-    listener(now.after(before))
+        earlier = before
+        task = partial(run_task, run.root, submission.name, index, local=True, board=board)
+        before = task(listener=lambda now: listener(now.after(earlier))).after(before)  # noqa: B023
 
 
 @uncollected()
@@ -264,17 +270,10 @@ def wait(run: RunDir) -> None:
             if not (reasons := waiting.stuck(queue, arrays)):
                 moved = heard
             elif heard - moved > STUCK_SECONDS:
-                raise Stuck(reasons)
-        except Stuck:
+                raise waiting.Stuck(reasons)
+        except waiting.Stuck:
             raise
         except SlurmError:
             if time.monotonic() - heard > PATIENCE:
                 raise
         time.sleep(min(LONGEST_WAIT, max(SHORTEST_WAIT, (time.monotonic() - began) / 20)))
-
-
-class Stuck(SlurmError):
-    """What is left of a run cannot start until somebody does something."""
-
-    def __init__(self, reasons: Sequence[waiting.Waiting]) -> None:
-        super().__init__("nothing that is left can start: " + "; ".join(map(str, reasons)))

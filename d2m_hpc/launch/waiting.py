@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch.slurm import Array, Element, Queue
 
 WAITING = {"PENDING", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT", "STOPPED", "RESV_DEL_HOLD"}
@@ -168,3 +169,10 @@ def stuck(queue: Queue, arrays: Iterable[Array]) -> list[Waiting]:
     live = sum(len(queue.live(array)) for array in arrays)
     never = [w for w in why(queue, arrays) if w.never]
     return never if sum(w.tasks for w in never) == live else []
+
+
+class Stuck(SlurmError):
+    """What is left of a run cannot start until somebody does something."""
+
+    def __init__(self, reasons: Sequence[Waiting]) -> None:
+        super().__init__("nothing that is left can start: " + "; ".join(map(str, reasons)))

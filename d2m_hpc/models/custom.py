@@ -21,6 +21,7 @@ from d2m_hpc.models import declared, postprocessors
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture, Preprocessor
 from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, MODELS, ModelSpec, Post, Registry
 from d2m_hpc.models.types import is_column_type
+from d2m_hpc.stopping import is_asked
 
 SEED = "dataset2metadata"
 MODULE = "d2m_custom_"
@@ -82,7 +83,9 @@ def load(path: Path) -> ModuleType:
         sys.path.append(folder)  # last, so that it hides no package
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if is_asked(error):
+            raise
         mistake = f"custom_pypath: importing it failed: {described(error)}"
         raise ConfigError(str(path), [mistake]) from error
     return module

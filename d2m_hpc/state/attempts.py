@@ -25,6 +25,7 @@ class Attempt:
         number: of the newest attempt; 1 is the first one.
         task: `submission-index-attempt` of the array task.
         ended: it failed, or was given back on purpose; the number is kept.
+        died: a process died while it had the shard in hand.
         lost: how many attempts ended with their whole node, and were not counted as failed.
     """
 
@@ -32,6 +33,7 @@ class Attempt:
     task: str = ""
     host: str = ""
     ended: bool = False
+    died: bool = False
     lost: int = 0
 
 

@@ -13,17 +13,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from d2m_hpc.errors import D2MError, NodeError
 from d2m_hpc.state.chunks import Chunks
 from d2m_hpc.state.rundir import FILE_MODE, RunDir, atomic_write
+from d2m_hpc.stopping import Stopped, interrupt_once, stop_on_signals
+from d2m_hpc.worker.board import Board
+from d2m_hpc.worker.supervise import Past, leave, supervised
 
 log = logging.getLogger(__name__)
 
 STOPPED = 143
+INTERRUPTED = 130
 
 REQUEUE_SECONDS = 1200.0
 """How long a task asks for its requeue, while slurmctld restarts."""
@@ -31,13 +36,6 @@ LONGEST_PAUSE = 5.0
 """Seconds between two tries: slurmctld looks for ended walltimes half a minute after its start."""
 REFUSED = re.compile("disabled|nvalid job|denied|not permitted|already", re.IGNORECASE)
 """What will not become another answer, as that the job is not to be requeued."""
-
-
-class Stopped(BaseException):
-    """A signal asked this task to end."""
-
-    def __init__(self, number: int) -> None:
-        self.signal = signal.Signals(number)
 
 
 @dataclass(frozen=True)
@@ -71,26 +69,48 @@ def main(arguments: list[str]) -> int:
     index = int(first) + element.array_index * int(tasks_per_node) + element.rank
     _own_log(run.log_of(submission, index))
     _own_device(element.rank, int(tasks_per_node))
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, _stop)
+    unfit = partial(_unfit, run, element, submission, index)
+    return supervised(partial(_as_task, run, submission, index, element), unfit)
+
+
+def _unfit(run: RunDir, element: Element, submission: str, index: int, why: str) -> int:
+    """The node cannot work: no shard is to blame."""
+    _record_failure(run, element, submission, index, why)
+    print(f"error: {why}", flush=True)
+    return NodeError.exit_code
+
+
+def _as_task(
+    run: RunDir, submission: str, index: int, element: Element, board: Board | None, past: Past
+) -> int:
+    """In a process of its own, as `past` tells after others died."""
+    stop_on_signals()
+    interrupt_once()
     try:
-        return _work(run, submission, index, element)
+        return _work(run, submission, index, element, board, past.alone)
     except Stopped:
         return STOPPED
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except NodeError as error:
-        _record_failure(run, element, submission, index, str(error))
-        print(f"error: {error}", flush=True)
-        return error.exit_code
+        return _unfit(run, element, submission, index, str(error))
     except D2MError as error:
         print(f"error: {error}", flush=True)
         return error.exit_code
     except OSError as error:  # what records, leases and logs need: a full disk, a lost mount
         advice = "see to it, and run the same submit again"
-        print(f"error: the run folder {root} cannot be used: {error}; {advice}", flush=True)
+        print(f"error: the run folder {run.root} cannot be used: {error}; {advice}", flush=True)
         return D2MError.exit_code
 
 
-def _work(run: RunDir, submission: str, index: int, element: Element) -> int:
+def _work(
+    run: RunDir,
+    submission: str,
+    index: int,
+    element: Element,
+    board: Board | None,
+    alone: Collection[str],
+) -> int:
     try:
         from d2m_hpc.worker.task import run_task
     except (ImportError, OSError) as error:  # a library of this node's is missing, or too old
@@ -101,7 +121,9 @@ def _work(run: RunDir, submission: str, index: int, element: Element) -> int:
         return 0  # the last element of an array may have fewer chunks than ranks
     record = run.record(submission, index, int(attempt))
     try:
-        progress = run_task(run.root, submission, index, deadline=_deadline(element))
+        progress = run_task(
+            run.root, submission, index, deadline=_deadline(element), board=board, alone=alone
+        )
     except Stopped as stopped:
         # Slurm itself requeues what it preempts; SIGUSR2 comes before the walltime ends.
         if stopped.signal == signal.SIGUSR2:
@@ -111,13 +133,6 @@ def _work(run: RunDir, submission: str, index: int, element: Element) -> int:
         _requeue(element, record)
         return 0
     return 1 if progress.failed else 0
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Once: under srun the same signal arrives twice."""
-    for each in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(each, signal.SIG_IGN)
-    raise Stopped(number)
 
 
 def _own_log(path: Path) -> None:
@@ -215,4 +230,6 @@ def _record_failure(run: RunDir, element: Element, submission: str, index: int, 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    leave(code)
+    sys.exit(code)

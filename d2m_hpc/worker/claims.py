@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,8 @@ from d2m_hpc.state.chunks import Chunks
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Record, Recorder, Shard, read_records
 from d2m_hpc.state.rundir import FILE_MODE, RunDir, make_folder
+from d2m_hpc.worker.board import Board
+from d2m_hpc.worker.evidence import Evidence
 from d2m_hpc.worker.held import Held
 from d2m_hpc.worker.progress import Reporter
 from d2m_hpc.worker.work import Work
@@ -27,6 +29,7 @@ from d2m_hpc.worker.work import Work
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+SETTLED_SECONDS = 0.05
 MARGIN = 1.2
 """A shard may take so much longer than the slowest one so far."""
 
@@ -54,6 +57,8 @@ class Claims:
         fingerprint: of the config; outputs of another one do not count as finished.
         clean: fences the attempts at a shard before a number; called while its lease is held.
         deadline: when the walltime ends, in seconds since the epoch.
+        board: tells the process that watches this one what is in hand.
+        alone: stems that are tried last and one at a time, as one of them kills processes.
     """
 
     def __init__(
@@ -65,6 +70,8 @@ class Claims:
         report: Reporter,
         clean: Callable[[str, int], bool],
         deadline: float | None,
+        board: Board | None = None,
+        alone: Collection[str] = (),
     ) -> None:
         self._name = name
         self._attempts = Attempts(run.attempts)
@@ -78,7 +85,11 @@ class Claims:
         self._run, self._config, self._fingerprint = run, config, fingerprint
         self._output = OutputDir(config.output_metadata_dir)
         self._recorder = Recorder(run.record(name.submission, name.index, name.attempt))
-        self._report, self._clean, self._deadline = report, clean, deadline
+        self._report, self._clean, self._board = report, clean, board or Board()
+        # Slurm tells a time of day. From here on it is a time that no clock's correction changes.
+        self._deadline = None if deadline is None else _now() + deadline - time.time()
+        self._evidence = Evidence(run, str(name), fingerprint, self._recorder)
+        self._alone, self._put_off = set(alone), set[str]()
         self._slowest = 0.0
         self._held: dict[str, Work] = {}
         self._stopped = threading.Event()
@@ -91,8 +102,24 @@ class Claims:
         self._stopped.set()
 
     def __iter__(self) -> Iterator[Work]:
-        """Shards of the chunk that are in other hands are come back to until they are settled."""
-        waiting = [(shard, self._lease(shard)) for shard in self.chunk]
+        """Yield the chunk's shards, last and one at a time those at which a process died; then what
+        others have not begun."""
+        self._alone |= {shard.stem for shard in self.chunk if shard.alone}
+        yield from self._own([s for s in self.chunk if s.stem not in self._alone])
+        for shard in [s for s in self.chunk if s.stem in self._alone]:
+            self._wait_for_settled()
+            yield from self._own([shard])
+            self._wait_for_settled()
+        if self._config.steal:
+            yield from self._steal()
+
+    def _wait_for_settled(self) -> None:
+        while self._held and not self._stopped.wait(SETTLED_SECONDS):
+            pass
+
+    def _own(self, shards: Iterable[Shard]) -> Iterator[Work]:
+        """Those that are in other hands are come back to until they are settled."""
+        waiting = [(shard, self._lease(shard)) for shard in shards]
         while waiting:
             busy = []
             for shard, lease in waiting:
@@ -102,14 +129,12 @@ class Claims:
                     busy.append((shard, lease))
                 elif work := self._begin(shard, lease):
                     yield work
-                else:
+                elif shard.stem not in self._put_off:
                     self._report(done=1)
             waiting = busy
             if waiting:
                 self._report()
                 self._stopped.wait(POLL_SECONDS)
-        if self._config.steal:
-            yield from self._steal()
 
     def _steal(self) -> Iterator[Work]:
         """Other tasks' shards, those first that they come to last."""
@@ -117,9 +142,11 @@ class Claims:
         for shard in self._others():
             if self.is_late or self._stopped.is_set():
                 return
-            if shard.stem in finished or not (lease := self._lease(shard)).claim():
+            if shard.alone or shard.stem in finished:
                 continue
-            if work := self._begin(shard, lease):
+            if not (lease := self._lease(shard)).claim():
+                continue
+            if work := self._begin(shard, lease, own=False):
                 log.info("%s: taken from a slower task", shard.stem)
                 self._report(shards=1)
                 yield work
@@ -138,7 +165,7 @@ class Claims:
     def _lease(self, shard: Shard) -> Lease:
         return Lease(self._run.lease(shard.stem), self._config.lease_seconds)
 
-    def _begin(self, shard: Shard, lease: Lease) -> Work | None:
+    def _begin(self, shard: Shard, lease: Lease, own: bool = True) -> Work | None:
         """A shard that was just claimed, or None where there is nothing for this task to do."""
         try:
             last, record = self._attempts.last(shard.stem), self._output.record(shard.stem)
@@ -146,6 +173,8 @@ class Claims:
             if self._clean(shard.stem, known + 1):  # now no earlier attempt changes what lies there
                 record = self._output.record(shard.stem)
             why = self._why_not(shard, record)
+            if not why and last and (last.died or not last.ended):
+                why = self._after_death(shard, last) if own else "a process may have died of it"
         except BaseException:
             lease.release()
             raise
@@ -153,10 +182,25 @@ class Claims:
             log.info("%s: %s", shard.stem, why)
             lease.release()
             return None
-        attempt = Attempt(known + 1, str(self._name), self._report.progress.host)
-        held = Held(lease, self._attempts, shard.stem, attempt, last)
+        before = last or Attempt(0)
+        host = self._report.progress.host
+        attempt = Attempt(known + 1, str(self._name), host, died=before.died, lost=before.lost)
+        held = Held(lease, self._attempts, shard.stem, attempt, last, self._board)
         self._held[shard.stem] = work = Work(shard, lease, held)
         return work
+
+    def _after_death(self, shard: Shard, last: Attempt) -> str:
+        """Why a shard whose last attempt never ended is not computed now; empty where it is."""
+        if not last.ended and self._evidence.weigh(shard, last) >= self._config.max_attempts:
+            self._put_off.add(shard.stem)
+            _touch(self._submission.failed(shard.stem))
+            self._report(failed=1)
+            return "given up"
+        if shard.stem in self._alone:
+            return ""
+        self._put_off.add(shard.stem)
+        self._alone.add(shard.stem)
+        return "put off: it is tried last and alone"
 
     def _why_not(self, shard: Shard, record: Record | None) -> str:
         """Why a shard is not to be computed here; empty where it is."""
@@ -192,9 +236,7 @@ class Claims:
     @property
     def is_late(self) -> bool:
         """Too little walltime is left for another shard like the slowest one so far."""
-        return self._deadline is not None and (
-            time.time() + MARGIN * self._slowest > self._deadline
-        )
+        return self._deadline is not None and (_now() + MARGIN * self._slowest > self._deadline)
 
     def let_go(self, work: Work, seconds: float = 0.0) -> None:
         """The shard is settled, or left to others; it took so many seconds."""
@@ -222,6 +264,11 @@ class Claims:
         for work in list(self._held.values()):
             if work.held is not None:
                 work.held.desert()
+
+
+def _now() -> float:
+    """Seconds that also pass while the machine is suspended, as a walltime does."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _touch(path: Path) -> None:

@@ -17,6 +17,7 @@ from d2m_hpc.models.compiled import compile_for
 from d2m_hpc.models.loading import Weights
 from d2m_hpc.models.registry import ModelSpec, in_order
 from d2m_hpc.models.transfer import Lane
+from d2m_hpc.stopping import is_asked
 from d2m_hpc.worker.batch import Batch, Input, Outputs, count, flags, join, take
 from d2m_hpc.worker.launched import Launched, Pending, row_count
 from d2m_hpc.worker.toolbox import Toolbox
@@ -71,7 +72,9 @@ class Graph:
             return _import(spec.target)(self.device, folder)
         except (D2MError, torch.OutOfMemoryError):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if is_asked(error):
+                raise
             which = repr(spec.name) if made is None else f"{spec.name!r} ({custom.origin(made)})"
             mistake = f"{which} cannot be built: {custom.described(error)}"
             raise ConfigError("models", [mistake]) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from d2m_hpc.errors import ShardError
 from d2m_hpc.state.attempts import Attempt, Attempts
 from d2m_hpc.state.lease import Lease
+from d2m_hpc.worker.board import Board
 
 
 class Held:
@@ -12,14 +13,22 @@ class Held:
 
     Args:
         last: what was on disk when the lease was claimed.
+        board: tells the process that watches this one what is in hand.
     """
 
     def __init__(
-        self, lease: Lease, attempts: Attempts, stem: str, attempt: Attempt, last: Attempt | None
+        self,
+        lease: Lease,
+        attempts: Attempts,
+        stem: str,
+        attempt: Attempt,
+        last: Attempt | None,
+        board: Board,
     ) -> None:
         self.lease, self.attempt = lease, attempt
         self._attempts, self._stem, self._last = attempts, stem, last
         self._open = False
+        self._board, self._slot = board, board.claim(stem, attempt.number)
 
     def begin(self) -> None:
         """Put the attempt on disk, for whoever finds that it never ended.
@@ -32,22 +41,30 @@ class Held:
         except FileExistsError:
             raise ShardError(f"{self._stem}: another task has begun with it") from None
         self._open = True
+        self._board.begin(self._slot)
 
     def settled(self, state: str) -> None:
         """The shard is on record as `done` or `failed`."""
         self._open = False
         if state == "done":
             self._attempts.done(self._stem)
+            self._board.finished_one()
         else:
             self._attempts.end(self._stem, self.attempt)
+        self._free()
 
     def release(self) -> None:
         """Leave the shard to others; what is not settled is given back, which is no failure."""
         if self._open and not self.lease.lost:
             self._attempts.end(self._stem, self.attempt)
         self._open = False
+        self._free()
         self.lease.release()
 
     def desert(self) -> None:
         """Leave the shard to others as one that the process cannot finish."""
         self.lease.release()
+
+    def _free(self) -> None:
+        self._board.free(self._slot)
+        self._slot = -1

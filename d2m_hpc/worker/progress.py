@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from d2m_hpc.state.rundir import overwrite
+from d2m_hpc.worker.death import STALLED
 
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 2.0
-STALLED = 5
-"""Exit code of a task that the watchdog ended."""
 
 
 @dataclass
@@ -54,10 +53,18 @@ class Reporter:
     Args:
         path: rewritten every few seconds with the progress as JSON.
         listener: told of every change.
+        beat: likewise.
     """
 
-    def __init__(self, progress: Progress, path: Path, listener: Listener | None = None) -> None:
-        self.progress = progress
+    def __init__(
+        self,
+        progress: Progress,
+        path: Path,
+        listener: Listener | None = None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.progress, self._beat = progress, beat
+        self.beats = 0
         self._path, self._listener = path, listener
         self._written, self._failed = 0.0, False
         self._lock = threading.Lock()
@@ -66,6 +73,8 @@ class Reporter:
         """Set the state or the shard, and add to the counts."""
         with self._lock:
             progress = self.progress
+            self.beats += 1
+            self._beat()
             progress.state, progress.shard = state or progress.state, shard or progress.shard
             for name, value in more.items():
                 setattr(progress, name, getattr(progress, name) + value)
@@ -90,6 +99,9 @@ class Reporter:
 class Watchdog:
     """Ends the process when it has told nothing for long: a hung mount, a dead GPU.
 
+    Time in which the process stood still itself, stopped by a signal, by Slurm or with its whole
+    machine, is no silence.
+
     Args:
         seconds: the longest silence.
         path: the log file, which gets the stacks of all threads.
@@ -97,9 +109,9 @@ class Watchdog:
     """
 
     def __init__(
-        self, progress: Progress, seconds: float, path: Path, let_go: Callable[[], None]
+        self, report: Reporter, seconds: float, path: Path, let_go: Callable[[], None]
     ) -> None:
-        self._progress, self._seconds, self._path, self._let_go = progress, seconds, path, let_go
+        self._report, self._seconds, self._path, self._let_go = report, seconds, path, let_go
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -110,8 +122,15 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(self._seconds / 4, 10)):
-            if time.time() - self._progress.updated > self._seconds:
+        step, silent, heard = min(self._seconds / 4, 10.0), 0.0, -1
+        before = time.monotonic()
+        while not self._over.wait(step):
+            now = time.monotonic()
+            silent += min(now - before, 2 * step)
+            before = now
+            if self._report.beats != heard:
+                heard, silent = self._report.beats, 0.0
+            elif silent > self._seconds:
                 self._end()
 
     def _end(self) -> None:

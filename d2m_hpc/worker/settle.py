@@ -74,7 +74,8 @@ class Settler:
 
     def _settle(self, result: Result) -> None:
         record = result.record
-        record.finished = time.time()
+        seconds = time.monotonic() - result.work.began
+        record.finished = record.started + seconds  # whatever was done to the clock meanwhile
         try:
             if not _is_held(result.work):
                 raise TakenOver
@@ -92,7 +93,7 @@ class Settler:
         record.seconds = result.work.clock.rounded()
         self._recorder.append(record)
         self._claims.mark(result.work, record.state)
-        self._claims.let_go(result.work, record.finished - record.started)
+        self._claims.let_go(result.work, seconds)
         self._tell(record)
 
     def _tell(self, record: Record) -> None:

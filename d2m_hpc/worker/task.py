@@ -10,8 +10,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,11 +21,13 @@ from d2m_hpc.config.growth import only_new
 from d2m_hpc.errors import NodeError, ShardError
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.owner import require_own
-from d2m_hpc.state.manifest import Record, Recorder, Shard
-from d2m_hpc.state.rundir import FILE_MODE, RunDir
-from d2m_hpc.urls import is_local
+from d2m_hpc.state.awake import Awake
+from d2m_hpc.state.manifest import Record, Recorder
+from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.extend import Extended, Pair
+from d2m_hpc.worker.faults import guarded, is_broken, logging_to
 from d2m_hpc.worker.graph import Graph
 from d2m_hpc.worker.loader import Loader
 from d2m_hpc.worker.peek import schema_of
@@ -38,7 +40,7 @@ from d2m_hpc.worker.table import Table
 from d2m_hpc.worker.toolbox import Toolbox
 from d2m_hpc.worker.tracking import Tracker
 from d2m_hpc.worker.undecided import last_if_undecided
-from d2m_hpc.worker.work import Work
+from d2m_hpc.worker.work import Work, size_and_time
 from d2m_hpc.worker.writer import Committer
 
 log = logging.getLogger(__name__)
@@ -78,13 +80,17 @@ def run_task(
     local: bool = False,
     listener: Listener | None = None,
     deadline: float | None = None,
+    board: Board | None = None,
+    alone: Collection[str] = (),
 ) -> Progress:
     """Work through one chunk; returns when each of its shards is done, failed or someone else's.
 
     Args:
         local: in the user's own process, where a missing GPU is no fault of a node.
         listener: told of every change.
-        deadline: when the walltime ends, in seconds since the epoch.
+        deadline: when the walltime ends, by `time.monotonic`.
+        board: read by the process that watches this one.
+        alone: stems that are tried last and one at a time, as one of them kills processes.
 
     Raises:
         NodeError: the device does not work; no shard is counted as failed for it.
@@ -97,13 +103,15 @@ def run_task(
     run = RunDir(root)
     name = TaskName(submission, index, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
     config = load(run.submission(submission).config, frozen=True)
-    with _logging_to(run.log_of(submission, index)):
+    with logging_to(run.log_of(submission, index), crashes=board is not None):
         device = choose_device(config.device, local)
         progress = Progress(str(name), node_name(), _device_name(device))
-        report = Reporter(progress, run.progress_of(str(name)), listener)
+        report = Reporter(
+            progress, run.progress_of(str(name)), listener, (board := board or Board()).beat
+        )
         tracker = Tracker(run, config, progress) if config.logging else nullcontext()
         with tracker, scratch(config.scratch_bytes, config.slurm.tasks_per_node) as room:
-            Task(run, name, config, report, room).work(device, deadline)
+            Task(run, name, config, report, room, board).work(device, deadline, alone)
     return progress
 
 
@@ -113,52 +121,49 @@ def _device_name(device: torch.device) -> str:
     return f"{device} of {visible}" if visible else str(device)
 
 
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Append this program's log to the task's file."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
-    package = logging.getLogger("d2m_hpc")
-    package.setLevel(logging.INFO)
-    with open(fd, "a", encoding="utf-8", errors="backslashreplace") as file:
-        handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        package.addHandler(handler)
-        try:
-            yield
-        finally:
-            package.removeHandler(handler)
-
-
 class Task:
     """One array task while it works."""
 
     def __init__(
-        self, run: RunDir, name: TaskName, config: Config, report: Reporter, scratch: Scratch
+        self,
+        run: RunDir,
+        name: TaskName,
+        config: Config,
+        report: Reporter,
+        scratch: Scratch,
+        board: Board,
     ) -> None:
         self.run, self.name, self.config = run, name, config
-        self.report, self.scratch = report, scratch
+        self.report, self.scratch, self.board = report, scratch, board
         intent = run.submission(name.submission).intent.read_bytes()
         self.fingerprint: str = json.loads(intent)["fingerprint"]
         self.output = OutputDir(config.output_metadata_dir)
         self.schema = Schema.of(config)
         self.part = config  # what is computed: less than all where finished pairs are extended
 
-    def work(self, device: torch.device, deadline: float | None) -> None:
+    def work(
+        self, device: torch.device, deadline: float | None, alone: Collection[str] = ()
+    ) -> None:
         """Compute all shards that can be claimed until the deadline."""
         run, name, config, report = self.run, self.name, self.config, self.report
+        board = self.board
         committer = Committer(self.output, self.scratch.folder)
         require_own(self.output, run, take=False)
-        claims = Claims(run, name, config, self.fingerprint, report, committer.clean, deadline)
+        claims = Claims(
+            run, name, config, self.fingerprint, report, committer.clean, deadline, board, alone
+        )
         toolbox = self._toolbox(claims.base)
         self.schema = schema_of(run, config, self.part, self.output, toolbox)
         graph, recipe = Graph(self.part, toolbox, device), Recipe.of(self.part, toolbox.inputs)
         recorder = Recorder(run.record(name.submission, name.index, name.attempt))
         log_file = run.log_of(name.submission, name.index)
         report(state="running", shards=len(claims.chunk))
+        board.set_scene(self._scene())
         try:
             with (
                 graph,
-                Watchdog(report.progress, config.stall_seconds, log_file, claims.desert),
+                Awake(),
+                Watchdog(report, config.stall_seconds, log_file, claims.desert),
                 Settler(committer, recorder, claims, report) as settler,
                 Loader(claims, recipe, self.scratch, pin=device.type == "cuda") as loader,
                 claims,
@@ -171,7 +176,20 @@ class Task:
             raise
         finally:
             claims.let_all_go()  # an interrupt may come between a claim and the work on it
+            board.set_scene(None)
         report(state="out of time" if claims.is_late else "finished")
+
+    def _scene(self) -> Scene:
+        return Scene(
+            root=str(self.run.root.absolute()),
+            submission=self.name.submission,
+            index=self.name.index,
+            attempt=self.name.attempt,
+            host=self.report.progress.host,
+            fingerprint=self.fingerprint,
+            lease_seconds=self.config.lease_seconds,
+            stall_seconds=self.config.stall_seconds,
+        )
 
     def _toolbox(self, base: str) -> Toolbox:
         """Of the config, or of what pairs of an earlier one lack."""
@@ -183,13 +201,14 @@ class Task:
 
     def _compute(self, work: Work, graph: Graph, claims: Claims) -> Result:
         """All outputs of a shard, or why it failed; lets go of it where the task itself ends."""
+        work.began = time.monotonic()
         table, record = Table(self.part, self.schema), self._record(work)
         result = Result(work, record, table)
         self.report(shard=work.shard.stem)
         try:
             finished = Pair.read(self.output, work.shard.stem) if work.shard.base else None
             with work.clock("compute", besides="wait"):
-                for outputs in graph.run(work):
+                for outputs in guarded(graph.run(work)):
                     table.add(outputs)
                     record.rejections += outputs.rejections
                     record.recomputed += outputs.recomputed
@@ -202,14 +221,16 @@ class Task:
             self._account(work, record)
         except BaseException as error:
             work.cancel()
-            if not isinstance(error, Exception) or _is_broken(error):
+            if not isinstance(error, Exception) or is_broken(error):
                 claims.let_go(work)
-                _raise(error)
+                if isinstance(error, Exception):
+                    raise NodeError(f"CUDA failed on {node_name()}: {error}") from error
+                raise
             result.error = error
         return result
 
     def _record(self, work: Work) -> Record:
-        size, mtime_ns = _evidence(work.shard)
+        size, mtime_ns = size_and_time(work.shard)
         return Record(
             work.shard.stem,
             "done",
@@ -247,25 +268,3 @@ class Task:
                 f"{work.shard.url}: {rejected} of {work.total} samples are rejected, over "
                 f"max_rejected_fraction ({limit}); the first: {key!r}, {reason}"
             )
-
-
-def _evidence(shard: Shard) -> tuple[int, int]:
-    """The tar's size and time, which tell later whether it is still the one that was read."""
-    if is_local(shard.url):
-        with suppress(OSError):
-            there = os.stat(shard.url)
-            return there.st_size, there.st_mtime_ns
-    return shard.size or 0, 0
-
-
-def _is_broken(error: BaseException) -> bool:
-    """CUDA itself is in error: no later shard can be computed by this process."""
-    cause = error.__cause__ or error
-    out_of_memory = isinstance(cause, torch.OutOfMemoryError)
-    return isinstance(cause, torch.AcceleratorError) and not out_of_memory
-
-
-def _raise(error: BaseException) -> None:
-    if isinstance(error, Exception):
-        raise NodeError(f"CUDA failed on {node_name()}: {error}") from error
-    raise error

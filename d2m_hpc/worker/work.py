@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from threading import Semaphore
@@ -11,6 +14,7 @@ from typing import Any
 
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Rejection, Shard
+from d2m_hpc.urls import is_local
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.held import Held
@@ -31,6 +35,7 @@ class Work:
         total: samples in the tar, known once the iteration has ended.
         seen: which fields the samples have, known once the iteration has ended.
         clock: how long the stages took.
+        began: when, by `time.monotonic`, its computation did; till then, when it was claimed.
         room: for batches that wait for the device; one for all works of a loader.
     """
 
@@ -42,6 +47,7 @@ class Work:
     cancelled: bool = False
     seen: Seen = field(default_factory=Seen)
     clock: Clock = field(default_factory=Clock)
+    began: float = field(default_factory=time.monotonic)
     room: Semaphore = field(default_factory=lambda: Semaphore(AHEAD))
     _queue: Queue[Any] = field(default_factory=Queue)
 
@@ -96,3 +102,12 @@ class Work:
             except Empty:
                 return
             self.room.release()
+
+
+def size_and_time(shard: Shard) -> tuple[int, int]:
+    """The tar's size and time, which tell later whether it is still the one that was read."""
+    if is_local(shard.url):
+        with suppress(OSError):
+            there = os.stat(shard.url)
+            return there.st_size, there.st_mtime_ns
+    return shard.size or 0, 0

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,3 +117,75 @@ def test_a_lease_file_is_not_world_writable(path: Path) -> None:
         os.umask(old)
     assert path.stat().st_mode & 0o002 == 0
     lease.release()
+
+
+def lost_holder(path: Path, seconds: float) -> None:
+    """What a holder on a machine that is gone leaves."""
+    path.write_text(
+        f"filelock/2\npid=77\nhost=gone\nmode=lease\ntoken={'0f' * 16}\nduration={seconds}\n"
+    )
+
+
+@pytest.mark.parametrize("before", [0.5, 1e-1, 2.0])
+def test_a_lease_of_another_length_is_taken_over_when_its_own_time_is_up(
+    path: Path, before: float
+) -> None:
+    lost_holder(path, before)
+    lease, began = Lease(path, 60.0), time.monotonic()
+    while not lease.claim():
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+    assert time.monotonic() - began >= before
+    lease.release()
+
+
+def test_a_live_lease_of_another_length_is_kept(path: Path) -> None:
+    holder, other = Lease(path, 1.5), Lease(path, 0.3)
+    assert holder.claim()
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:
+        assert not other.claim()
+        time.sleep(0.1)
+    holder.release()
+    assert other.claim()
+    other.release()
+
+
+def test_whoever_stood_still_has_not_watched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tasks of a suspended job, of which one wakes before the other."""
+    frozen = [0.0]
+    monkeypatch.setattr("d2m_hpc.state.lease.frozen_seconds", lambda: frozen[0])
+    lost_holder(path, 0.5)
+    lease = Lease(path, 0.5)
+    assert not lease.claim()
+    time.sleep(0.6)
+    frozen[0] = 0.6
+    assert not lease.claim()
+    time.sleep(0.6)
+    assert lease.claim()
+    lease.release()
+
+
+SUSPENDED = """
+import sys, time
+from d2m_hpc.state.awake import Awake, frozen_seconds
+with Awake():
+    print(frozen_seconds(), flush=True)
+    sys.stdin.readline()
+    time.sleep(1.5)
+    print(frozen_seconds(), flush=True)
+"""
+
+
+def test_a_process_knows_how_long_it_was_stopped() -> None:
+    command = [sys.executable, "-c", SUSPENDED]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "0.0\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(7)
+        process.send_signal(signal.SIGCONT)
+        said = process.communicate("go on\n")[0]
+    assert float(said) > 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from d2m_hpc.outputs import METADATA, OutputDir
 from d2m_hpc.state.attempts import Attempt, Attempts
 from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.manifest import Record, Shard, read_records
+from d2m_hpc.state.manifest import DIED, Record, Shard, read_records
 from d2m_hpc.state.rundir import RunDir, Submission
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.progress import Progress, Reporter
@@ -80,7 +81,7 @@ def test_others_chunks_are_read_one_at_a_time(run: RunDir) -> None:
     works = iter(claims(run))
     taken = [next(works) for _ in range(5)]
     assert [work.shard.stem for work in taken] == ["c", "d", "g", "f", "e"]
-    with pytest.raises(UnicodeDecodeError):
+    with pytest.raises(D2MError, match="is damaged"):
         next(works)
     for work in taken:
         work.release()
@@ -259,3 +260,82 @@ def test_what_a_task_deserts_is_there_for_the_next_one_to_see(run: RunDir) -> No
     claimed.desert()
     assert list(run.leases.iterdir()) == []
     assert Attempts(run.attempts).unended().keys() == {"c"}
+
+
+def died(run: RunDir, stem: str, number: int, task: str = "000-3-0") -> None:
+    """An attempt whose process and watcher are gone."""
+    Attempts(run.attempts).begin(stem, Attempt(number, task, "n7"), anew=True)
+
+
+def test_an_attempt_that_never_ended_is_counted_and_its_shard_tried_last(run: RunDir) -> None:
+    died(run, "c", 1)
+    assert numbers(claims(run, steal=False), "done") == {"d": 1, "c": 2}
+    [failed] = read_records(run.record("000", 1, 0))
+    assert (failed.shard, failed.state, failed.kind) == ("c", "failed", DIED)
+    assert (failed.attempt, failed.task, failed.host) == (1, "000-3-0", "n7")
+    assert "lost with n7" in failed.error
+
+
+def test_nobody_steals_a_shard_at_which_a_process_died(run: RunDir) -> None:
+    died(run, "g", 1)
+    chunks = [[Shard("a", "/a.tar")], [Shard("c", "/c.tar")]]
+    chunks += [[Shard("g", "/g.tar")], [Shard("h", "/h.tar", alone=True)]]
+    write_chunks(run.submission("000"), chunks)
+    assert stems(claims(run)) == ["c", "a"]
+    assert list(run.leases.iterdir()) == []
+
+
+def test_a_death_that_is_on_record_keeps_thieves_away_and_is_counted_once(run: RunDir) -> None:
+    """Two that were in hand together were recorded by who watched; both are tried alone."""
+    for stem in "cg":
+        Attempts(run.attempts).begin(stem, Attempt(1, "000-9-0", "n7", True, True), anew=True)
+    assert "g" not in stems(claims(run))
+    assert list(claims(run, index=3, steal=False)._alone) == []
+    assert numbers(claims(run, index=3, steal=False), "done") == {"f": 1, "g": 2}
+    assert not run.record("000", 1, 0).exists()
+
+
+def test_the_last_attempt_that_is_allowed_gives_a_shard_up(run: RunDir) -> None:
+    chunk = [Shard("c", "/c.tar", None, "", 2, 2, True), Shard("d", "/d.tar")]
+    write_chunks(run.submission("000"), [[], chunk])
+    died(run, "c", 3)
+    assert numbers(claims(run, steal=False), "done") == {"d": 1}
+    assert run.submission("000").failed("c").exists()
+    assert Attempts(run.attempts).last("c") == Attempt(3, "000-3-0", "n7", True, True)
+
+
+def test_the_first_loss_of_a_node_with_its_task_counts_for_nothing(run: RunDir) -> None:
+    died(run, "c", 1, task="000-1-4")  # the same task, which Slurm has started again
+    assert numbers(claims(run, steal=False)) == {"d": 1, "c": 2}
+    assert not run.record("000", 1, 0).exists()
+    Attempts(run.attempts).begin("c", Attempt(3, "000-1-4", lost=1), anew=False)
+    assert numbers(claims(run, steal=False)) == {"d": 2, "c": 4}
+    [failed] = read_records(run.record("000", 1, 0))
+    assert failed.attempt == 3
+
+
+def test_a_shard_that_is_tried_alone_waits_until_nothing_else_is_in_hand(run: RunDir) -> None:
+    claimed = claims(run, steal=False, alone={"c"})
+    works = iter(claimed)
+    first = next(works)
+    assert first.shard.stem == "d"
+    came: list[str] = []
+    thread = threading.Thread(target=lambda: came.extend(w.shard.stem for w in works))
+    thread.start()
+    time.sleep(0.3)
+    assert came == []
+    claimed.let_go(first)
+    while not came:
+        time.sleep(0.01)
+    assert came == ["c"]
+    claimed.let_all_go()
+    with claimed:
+        pass
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_a_clock_that_jumps_ends_no_task(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    claimed = claims(run, steal=False, deadline=time.time() + 600)
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() + 3600)
+    assert not claimed.is_late

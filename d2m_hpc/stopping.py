@@ -1,0 +1,50 @@
+"""Signals that ask a task to end."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+STOPS = (signal.SIGTERM, signal.SIGUSR2)
+
+
+class Stopped(BaseException):
+    """A signal asked this task to end."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; what user code raises by itself is a plain `KeyboardInterrupt`."""
+
+
+def stop_on_signals() -> None:
+    """Raise `Stopped` in the main thread, once: under srun the same signal arrives twice."""
+    for number in STOPS:
+        signal.signal(number, _stop)
+
+
+def interrupt_once() -> None:
+    """Raise `Interrupted` at the first Ctrl-C; more of them do not disturb what ends the task."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def is_asked(error: BaseException) -> bool:
+    """Whether somebody asked the task to end, by a signal, and not the code that it runs."""
+    if isinstance(error, KeyboardInterrupt):
+        ours = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, _interrupt)
+        return isinstance(error, Interrupted) or not ours
+    return isinstance(error, Stopped)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    for each in STOPS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise Interrupted

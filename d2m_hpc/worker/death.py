@@ -1,0 +1,165 @@
+"""How a process died, and what of its shards is put on record for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from resource import struct_rusage
+
+from d2m_hpc.state.attempts import Attempt, Attempts
+from d2m_hpc.state.lease import Lease
+from d2m_hpc.state.manifest import DIED, Record, Recorder
+from d2m_hpc.state.rundir import RunDir, make_folder
+from d2m_hpc.worker.board import Board, Entry, Scene
+
+CGROUPS = Path("/sys/fs/cgroup")
+STALLED = 5
+"""Exit code of a task that its own watchdog ended."""
+GB = 1e9
+
+
+def told(status: int, usage: struct_rusage, oom_kills: int, stalled: float) -> str:
+    """How a process ended, for people.
+
+    Args:
+        status: as `os.wait4` gives it.
+        oom_kills: how often the system had killed for memory since the process began.
+        stalled: the seconds without a sign of life after which it was ended; 0 where it was not.
+    """
+    if stalled:
+        return f"stalled: nothing happened for {stalled:.0f} s"
+    if not os.WIFSIGNALED(status):
+        return f"was ended with exit code {os.waitstatus_to_exitcode(status)} by the code it ran"
+    name = signal.Signals(os.WTERMSIG(status)).name
+    if name != "SIGKILL":
+        return f"was killed by {name}"
+    limit = memory_limit()
+    of = f" of {limit / GB:.1f} GB" if limit else ""
+    peak = f"{usage.ru_maxrss * 1024 / GB:.1f} GB{of}"
+    if oom_kills:
+        return f"was killed by SIGKILL, out of memory: it took {peak}"
+    return f"was killed by SIGKILL, as where memory runs out: it took {peak}"
+
+
+def oom_kills() -> int:
+    """How often the system has killed for memory in this cgroup; 0 where it does not say."""
+    return sum(_figure(folder, ("memory.events", "memory.oom_control")) for folder in _folders())
+
+
+def memory_limit() -> int:
+    """The least limit of this process's cgroups in bytes; 0 where there is none."""
+    limits = [
+        int(text)
+        for folder in _folders()
+        for name in ("memory.max", "memory.limit_in_bytes")
+        if (text := _text(folder / name).strip()).isdigit()
+    ]
+    return min((limit for limit in limits if limit < 1 << 60), default=0)
+
+
+def _folders() -> Iterator[Path]:
+    """Of this process's memory cgroup and those above, in versions 1 and 2."""
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        folder = CGROUPS / ("memory" if kinds else "") / path.lstrip("/")
+        yield folder
+        yield from (f for f in folder.parents if CGROUPS in f.parents)
+
+
+def _figure(folder: Path, names: tuple[str, ...]) -> int:
+    for name in names:
+        for line in _text(folder / name).splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _text(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text()
+    return ""
+
+
+def record(board: Board, how: str) -> list[Entry]:
+    """Put the attempts of a process that died on record, and leave its shards to others.
+
+    Returns:
+        The shards that were in hand; one of them is to blame.
+    """
+    scene, entries = board.scene, board.entries()
+    if scene is None:
+        return []
+    begun = [entry for entry in entries if entry.begun]
+    for entry in entries:
+        with suppress(OSError), _claimed(scene, entry) as free:
+            if free and entry.begun:
+                _fail(scene, entry, how, [e.stem for e in begun if e != entry])
+    return begun
+
+
+def give_back(board: Board) -> None:
+    """Leave the shards of a process that was told to end to others; that is no failure."""
+    if (scene := board.scene) is None:
+        return
+    for entry in board.entries():
+        with suppress(OSError), _claimed(scene, entry) as free:
+            if free and entry.begun:
+                _end(scene, entry, died=False)
+
+
+class _claimed:
+    """A dead process's shard, where nobody has taken it over yet."""
+
+    def __init__(self, scene: Scene, entry: Entry) -> None:
+        run = RunDir(Path(scene.root))
+        self._lease = Lease(run.lease(entry.stem), scene.lease_seconds)
+
+    def __enter__(self) -> bool:
+        return self._lease.claim()
+
+    def __exit__(self, *_: object) -> None:
+        self._lease.release()
+
+
+def _end(scene: Scene, entry: Entry, died: bool) -> None:
+    attempt = Attempt(entry.attempt, _task(scene), scene.host, died=died)
+    Attempts(RunDir(Path(scene.root)).attempts).end(entry.stem, attempt)
+
+
+def _task(scene: Scene) -> str:
+    return f"{scene.submission}-{scene.index}-{scene.attempt}"
+
+
+def _fail(scene: Scene, entry: Entry, how: str, others: list[str]) -> None:
+    """The attempt is on record as failed; where it was alone in hand, this submission is done
+    with the shard."""
+    run = RunDir(Path(scene.root))
+    beside = f"; it may have been {' or '.join(others)}, which it had in hand too" if others else ""
+    error = f"the process that worked on {entry.stem} {how}{beside}"
+    recorder = Recorder(run.record(scene.submission, scene.index, scene.attempt))
+    recorder.append(failure(entry.stem, entry.attempt, error, scene, _task(scene)))
+    _end(scene, entry, died=True)
+    if not others:
+        path = run.submission(scene.submission).failed(entry.stem)
+        make_folder(path.parent)
+        path.touch()
+
+
+def failure(stem: str, number: int, error: str, scene: Scene, task: str) -> Record:
+    return Record(
+        stem,
+        "failed",
+        attempt=number,
+        fingerprint=scene.fingerprint,
+        task=task,
+        host=scene.host,
+        kind=DIED,
+        error=error,
+        finished=time.time(),
+    )

@@ -1,0 +1,63 @@
+"""What user code and devices do to a task, and where it is told."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from d2m_hpc.errors import ShardError
+from d2m_hpc.models.custom import described
+from d2m_hpc.state.rundir import FILE_MODE
+from d2m_hpc.stopping import is_asked
+from d2m_hpc.worker.batch import Outputs
+
+
+@contextmanager
+def logging_to(path: Path, crashes: bool) -> Iterator[None]:
+    """Append this program's log to the task's file, and where it crashes, what it was doing."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
+    package = logging.getLogger("d2m_hpc")
+    package.setLevel(logging.INFO)
+    with open(fd, "a", encoding="utf-8", errors="backslashreplace") as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        package.addHandler(handler)
+        if crashes:
+            faulthandler.enable(file)
+        try:
+            yield
+        finally:
+            package.removeHandler(handler)
+            if crashes:
+                faulthandler.disable()
+
+
+def guarded(outputs: Iterator[Outputs]) -> Iterator[Outputs]:
+    """Outputs of models; what they raise to end the process ends their shard only.
+
+    Raises:
+        ShardError: a model called `sys.exit`, or raised an error that is no `Exception`.
+    """
+    while True:
+        try:
+            made = next(outputs)
+        except StopIteration:
+            return
+        except BaseException as error:
+            if isinstance(error, Exception) or is_asked(error):
+                raise
+            raise ShardError(f"a model or preprocessor raised {described(error)}") from error
+        yield made
+
+
+def is_broken(error: BaseException) -> bool:
+    """CUDA itself is in error: no later shard can be computed by this process."""
+    cause = error.__cause__ or error
+    out_of_memory = isinstance(cause, torch.OutOfMemoryError)
+    return isinstance(cause, torch.AcceleratorError) and not out_of_memory

@@ -1,0 +1,239 @@
+"""A small process that watches the one that computes.
+
+What kills a process leaves it no time to say so: a segfault in a decoder, memory that runs out, a
+call that holds the interpreter's lock for ever. So a task is computed by a child; this process
+waits, says on record how the child ended, and starts another one for what is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from resource import struct_rusage
+
+from d2m_hpc.worker import death
+from d2m_hpc.worker.board import Board
+
+TICK = 1.0
+GRACE = 15.0
+"""Seconds more than `stall_seconds`, for the task's own watchdog says more."""
+STOP_SECONDS = 100.0
+"""How long a child that was told to stop may take; Slurm gives it 30 s, before a walltime 120."""
+DUMP_SECONDS = 5.0
+IDLE = 3
+"""So many children one after the other that died without a shard done, and it is not the shards."""
+WATCHED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+KERNEL = 0x80
+"""`si_code` of a signal that a terminal sends to all its processes."""
+SIGNALLED = 128
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Watch:
+    """What is known of a child while it is watched, and how it ended."""
+
+    pid: int
+    status: int = 0
+    usage: struct_rusage | None = None
+    asked: int = 0
+    asked_at: float = 0.0
+    silent: float = 0.0
+    beats: int = 0
+    stalled: float = 0.0
+    last: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Past:
+    """What earlier children died of.
+
+    Attributes:
+        alone: stems that were in hand together; they are to be tried last, one at a time.
+        blamed: stems that were alone in hand; they are for another submit.
+    """
+
+    alone: set[str] = field(default_factory=set)
+    blamed: set[str] = field(default_factory=set)
+
+    def learn(self, begun: Sequence[str], how: str) -> None:
+        """A child died with these stems in hand."""
+        self.alone -= set(begun)
+        if len(begun) == 1:
+            self.blamed |= set(begun)
+            _say(f"the process that worked on {begun[0]} {how}; the rest goes on without it")
+        else:
+            self.alone |= set(begun)
+            _say(
+                f"the process {how}, with {', '.join(begun)} in hand; they come last, one at a time"
+            )
+
+
+Work = Callable[[Board | None, Past], int]
+_board: Board | None = None
+
+
+def is_possible() -> bool:
+    """Whether this process can be forked: it runs no other threads, nor is torch's memory in it."""
+    return "torch" not in sys.modules and threading.active_count() == 1
+
+
+def supervised(work: Work, unfit: Callable[[str], int]) -> int:
+    """Have work done by a child, and by another one where that dies.
+
+    In the child it returns what the work does, and `leave` is to be called with it.
+
+    Args:
+        unfit: told how a child died that had no shard in hand; gives the exit code.
+
+    Returns:
+        The exit code: the work's own; 1 where a shard was to blame for a death.
+    """
+    if not is_possible():
+        return work(None, Past())
+    board, past, idle = Board(), Past(), 0
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*WATCHED, signal.SIGCHLD})
+    while True:
+        board.clear()
+        killed = death.oom_kills()
+        pid = _fork()
+        if not pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return _as_child(board, work, past)
+        watch = _watched(pid, board)
+        if board.left:
+            code = os.waitstatus_to_exitcode(watch.status)
+            return code or int(bool(past.blamed))
+        if watch.asked:
+            death.give_back(board)
+            return SIGNALLED + watch.asked
+        how = _how(board, watch, death.oom_kills() - killed)
+        begun = [entry.stem for entry in death.record(board, how)]
+        if not begun:
+            return unfit(f"the process {how} before it had a shard in hand")
+        if board.done:
+            idle = 0
+        elif not past.alone.issuperset(begun) or len(begun) > 1:
+            idle += 1  # of a shard that is tried alone, a death was to be expected
+        past.learn(begun, how)
+        if idle >= IDLE:
+            _say(f"{IDLE} processes died one after the other with no shard done; the rest is left")
+            return 1
+
+
+def leave(code: int) -> None:
+    """End a child at once, whatever threads a model has left; in any other process do nothing."""
+    if _board is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _board.leave()
+    os._exit(code)
+
+
+def leave_by(error: BaseException) -> None:
+    """End a child as the interpreter does at an error that nobody has caught."""
+    if _board is None:
+        return
+    if isinstance(error, SystemExit):
+        leave(error.code if isinstance(error.code, int) else int(error.code is not None))
+    traceback.print_exception(error)
+    leave(1)
+
+
+def _as_child(board: Board, work: Work, past: Past) -> int:
+    global _board
+    _board = board
+    return work(board, past)
+
+
+def _fork() -> int:
+    """A child dies with this process, as who holds the shards must not be left alone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    if pid := os.fork():
+        return pid
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    return 0
+
+
+def _watched(pid: int, board: Board) -> Watch:
+    """Wait for a child, hand signals on to it, and end it where it hangs."""
+    watch = Watch(pid)
+    while True:
+        info = signal.sigtimedwait({*WATCHED, signal.SIGCHLD}, TICK)
+        # One that a stop has interrupted may return what is no signal.
+        if info is not None and info.si_signo in WATCHED:
+            _hand_on(watch, info)
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        if done:
+            watch.status, watch.usage = status, usage
+            return watch
+        _look(watch, board)
+
+
+def _hand_on(watch: Watch, info: signal.struct_siginfo) -> None:
+    now = time.monotonic()
+    if info.si_signo == signal.SIGINT and watch.asked and now - watch.asked_at > 1:
+        os.kill(watch.pid, signal.SIGKILL)  # the user insists
+    elif info.si_signo != signal.SIGINT or info.si_code != KERNEL:
+        os.kill(watch.pid, info.si_signo)
+    if not watch.asked:
+        watch.asked, watch.asked_at = info.si_signo, now
+
+
+def _look(watch: Watch, board: Board) -> None:
+    """Count the seconds without a sign of life; those in which either process stood still do not
+    count."""
+    now = time.monotonic()
+    passed, watch.last = min(now - watch.last, 2 * TICK), now
+    if watch.asked and now - watch.asked_at > STOP_SECONDS:
+        os.kill(watch.pid, signal.SIGKILL)
+        return
+    scene = board.scene
+    if scene is None or board.beats != watch.beats:
+        watch.beats, watch.silent = board.beats, 0.0
+    elif not _is_frozen(watch.pid):
+        watch.silent += passed
+    if scene and watch.silent > scene.stall_seconds + min(GRACE, scene.stall_seconds):
+        _end_stalled(watch)
+
+
+def _is_frozen(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state in "Tt"
+
+
+def _end_stalled(watch: Watch) -> None:
+    """With all stacks in the log, which faulthandler writes without the interpreter's lock."""
+    if not watch.stalled:
+        watch.stalled = watch.silent
+        os.kill(watch.pid, signal.SIGABRT)
+    elif watch.silent > watch.stalled + DUMP_SECONDS:
+        os.kill(watch.pid, signal.SIGKILL)
+
+
+def _how(board: Board, watch: Watch, oom_kills: int) -> str:
+    scene, stalled = board.scene, watch.stalled
+    if scene and os.WIFEXITED(watch.status) and os.WEXITSTATUS(watch.status) == death.STALLED:
+        stalled = scene.stall_seconds
+    assert watch.usage is not None
+    return death.told(watch.status, watch.usage, oom_kills, stalled)
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)

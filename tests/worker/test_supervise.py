@@ -1,0 +1,195 @@
+"""Models that take their process down, in real runs: what becomes of the shards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kit import STATS, d2m, submit, write_config, write_shards
+
+from d2m_hpc.state.attempts import Attempts
+from d2m_hpc.state.manifest import DIED, Manifest, Record, read_records
+from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.worker.board import Board, Entry, Scene
+from d2m_hpc.worker.death import memory_limit, oom_kills
+
+FATAL = """
+import ctypes, os, signal, sys, threading, time
+import torch
+
+HOW = {how!r}
+
+class Fatal(torch.nn.Module):
+    name = "fatal"
+    raw_inputs = ["text"]
+    preprocessors = ["identity"]
+    dependencies = []
+    to_device = False
+
+    def __init__(self, device):
+        super().__init__()
+
+    def forward(self, texts):
+        for text in texts:
+            shard, sample = divmod(int(text.split()[-1]), 1000)
+            if sample == 3 and shard in {shards!r}:
+                exec(HOW)
+        return torch.tensor([float(len(text)) for text in texts])
+
+model_lookup = {{"fatal": Fatal}}
+postprocess_parquet_lookup = {{"fatal-length": lambda cache: cache["fatal"]}}
+"""
+
+
+def fatal_config(folder: Path, how: str, shards: set[int], count: int = 5, **more: Any) -> Path:
+    write_shards(folder / "tars", count)
+    (folder / "fatal.py").write_text(FATAL.format(how=how, shards=shards))
+    values = {
+        **STATS,
+        "models": [*STATS["models"], "fatal"],
+        "postprocess_columns": ["fatal-length"],
+        "input_tars": str(folder / "tars" / "*.tar"),
+        "output_metadata_dir": str(folder / "out"),
+        "custom_pypath": str(folder / "fatal.py"),
+        **more,
+    }
+    return write_config(folder / "c.yml", values)
+
+
+def records(folder: Path) -> list[Record]:
+    run = RunDir(folder / "out" / ".d2m")
+    return [r for path in sorted(run.records.iterdir()) for r in read_records(path)]
+
+
+def done(folder: Path) -> set[str]:
+    return {path.stem for path in (folder / "out").glob("*.parquet")}
+
+
+def test_a_crash_is_counted_at_once_and_costs_no_other_shard(tmp_path: Path) -> None:
+    """And it is given up after max_attempts, by numbers that only grow."""
+    config = fatal_config(tmp_path, "ctypes.string_at(8)", {1, 3}, max_attempts=2)
+    ended = submit(config)
+    assert ended.returncode == 1
+    assert "SIGSEGV" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert done(tmp_path) == {"00000", "00002", "00004"}
+    submit(config)
+    failures = Manifest.load(RunDir(tmp_path / "out" / ".d2m")).failures
+    assert failures.keys() == {"00001", "00003"}
+    for failed in failures.values():
+        numbers = [f.attempt for f in failed]
+        assert len(failed) >= 2
+        assert numbers == sorted(set(numbers))
+        assert {f.kind for f in failed} == {DIED}
+        assert "was killed by SIGSEGV" in failed[-1].error
+    last = submit(config)
+    assert "2 given up" in last.stdout
+    assert last.returncode == 1
+    assert list((tmp_path / "out" / ".d2m" / "leases").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("os._exit(0)", "was ended with exit code 0 by the code it ran"),
+        ("os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
+        ("ctypes.PyDLL(None).sleep(1000)", "stalled: nothing happened for"),
+    ],
+)
+def test_how_a_process_ended_is_on_record(tmp_path: Path, how: str, said: str) -> None:
+    config = fatal_config(tmp_path, how, {1}, count=2, stall_seconds=4)
+    assert submit(config).returncode == 1
+    assert done(tmp_path) == {"00000"}
+    assert all(said in r.error for r in records(tmp_path) if r.kind == DIED)
+    assert "00001" in {r.shard for r in records(tmp_path) if r.kind == DIED}
+
+
+@pytest.mark.parametrize("how", ["sys.exit(0)", "raise KeyboardInterrupt", "raise GeneratorExit"])
+def test_what_is_raised_to_end_the_process_fails_its_shard_only(tmp_path: Path, how: str) -> None:
+    ended = submit(fatal_config(tmp_path, how, {0}, count=2))
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert done(tmp_path) == {"00001"}
+    [failed] = [r for r in records(tmp_path) if r.state == "failed"]
+    assert (failed.shard, failed.kind) == ("00000", "ShardError")
+    assert "a model or preprocessor raised" in failed.error
+
+
+def test_a_thread_that_a_model_left_does_not_keep_the_run(tmp_path: Path) -> None:
+    how = "threading.Thread(target=time.sleep, args=(10_000,)).start()"
+    assert submit(fatal_config(tmp_path, how, {0}, count=1), timeout=120).returncode == 0
+    assert done(tmp_path) == {"00000"}
+
+
+def test_an_array_task_goes_on_after_a_crash_and_its_neighbour_does_not_steal_it(
+    tmp_path: Path,
+) -> None:
+    config = fatal_config(tmp_path, "os.abort()", {1}, shards_per_task=2, count=4)
+    assert d2m("submit", config, "--no-sbatch", "--no-preflight").returncode == 0
+    run = RunDir(tmp_path / "out" / ".d2m")
+    command = [sys.executable, "-m", "d2m_hpc.worker", str(run.root), "000", "0", "1"]
+    codes = []
+    for index in range(2):
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(index)}
+        environment["SLURM_JOB_END_TIME"] = str(time.time() + 3600)
+        codes.append(subprocess.run(command, env=environment, check=False).returncode)
+    assert codes == [0, 1]  # the first one leaves what it had stolen to its owner
+    assert done(tmp_path) == {"00000", "00002", "00003"}
+    assert "Fatal Python error: Aborted" in run.log_of("000", 1).read_text()
+    died = [r.task for r in records(tmp_path) if (r.shard, r.kind) == ("00001", DIED)]
+    assert len(died) <= 2
+    assert died[-1] == "000-1-0"
+
+
+def test_a_run_that_is_killed_with_its_watcher_is_found_by_the_next(tmp_path: Path) -> None:
+    config = fatal_config(tmp_path, "os.kill(os.getppid(), 9); time.sleep(60)", {0}, count=2)
+    assert submit(config).returncode == -signal.SIGKILL
+    run = RunDir(tmp_path / "out" / ".d2m")
+    assert Attempts(run.attempts).unended().keys() >= {"00000"}
+    (tmp_path / "fatal.py").write_text(FATAL.format(how="", shards={9}))
+    assert submit(config, "--set", "reprocess=true").returncode == 0
+    assert done(tmp_path) == {"00000", "00001"}
+    assert list(run.attempts.iterdir()) == []
+
+
+# --- the board ---
+
+
+def test_a_board_tells_what_is_held_and_what_is_begun() -> None:
+    board = Board()
+    first, second = board.claim("a[1]", 7), board.claim("d\udcff", 1)
+    board.begin(second)
+    assert board.entries() == [Entry("a[1]", 7, False), Entry("d\udcff", 1, True)]
+    board.free(first)
+    assert board.entries() == [Entry("d\udcff", 1, True)]
+    assert board.claim("next", 2) == first
+    board.clear()
+    assert (board.entries(), board.beats, board.scene, board.left) == ([], 0, None, False)
+
+
+def test_a_full_board_tells_of_no_more() -> None:
+    board = Board()
+    slots = [board.claim(str(i), 1) for i in range(70)]
+    assert slots[-1] == -1
+    board.begin(-1)
+    board.free(-1)
+    assert len(board.entries()) == 64
+
+
+def test_a_scene_is_read_back_and_taken_down() -> None:
+    board, scene = Board(), Scene("/r", "000", 3, 0, "n1", "f", 120.0, 1800.0)
+    board.set_scene(scene)
+    assert board.scene == scene
+    board.set_scene(None)
+    assert board.scene is None
+
+
+def test_what_the_system_says_of_memory_is_a_figure_or_nothing() -> None:
+    assert memory_limit() >= 0
+    assert oom_kills() >= 0
