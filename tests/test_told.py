@@ -53,7 +53,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(folder / "tars" / "bad.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         for number in range(2):
             name = f"caf\udce9{CLEARS}<u>{number}"
-            for extension, data in (("jpg", b"none"), ("txt", b"x"), ("json", b"{}")):
+            values = b'{"uid": "0", "caption": ""}'
+            for extension, data in (("jpg", b"none"), ("txt", b"x"), ("json", values)):
                 _add(tar, f"{name}.{extension}", data)
     config = write_config(
         folder / "c.yml",
