@@ -342,6 +342,24 @@ def test_a_tar_that_changed_since_is_not_merged_with_what_it_was(tmp_path: Path)
     assert "the tar has other samples than when its finished pair was made" in failed.error
 
 
+def test_odd_members_count_by_what_is_computed_and_stop_no_extension(tmp_path: Path) -> None:
+    """For words, `clip` lacks a text, and for pictures it lacks pictures: other members count."""
+    odd = {f"clip.{i}.jpg": b"" for i in range(3)}
+    odd |= {"clip.txt": b"words", "clip.json": b'{"uid": "1", "caption": "words"}'}
+    good = [member for i in range(40) for member in sample(f"{i:03d}", i).items()]
+    write_tar(tmp_path / "tars" / "00000.tar", [*good, *odd.items(), ("README", b"")])
+    run(workload(tmp_path, "out", TEXT))
+    first = record_of(tmp_path / "out", "00000")
+    assert (first.rows, first.rejections) == (41, [])
+    assert first.notices == ["foreign members are not read: README"]
+    run(workload(tmp_path, "out", {**TEXT, **MORE}))
+    record = record_of(tmp_path / "out", "00000")
+    assert (record.state, record.rows) == ("done", 40)
+    assert {r.key for r in record.rejections} == {"clip", "clip.1.jpg", "clip.2.jpg"}
+    run(workload(tmp_path, "full", {**TEXT, **MORE}))
+    assert_same(tmp_path / "out", tmp_path / "full")
+
+
 def test_rejections_of_both_count_towards_the_limit(tmp_path: Path) -> None:
     odd_tars(tmp_path)
     run(workload(tmp_path, "out", TEXT))

@@ -156,8 +156,8 @@ def test_a_failed_shard_is_exit_code_1_with_its_reason(
 ) -> None:
     assert ran.returncode == 1
     assert "3/3 shards, 10 rows" in ran.stdout
-    assert "failed 1 (broken): TruncatedShard: " in ran.stdout
-    assert f"{folder}/tars/broken.tar is truncated at byte 0" in ran.stdout
+    assert "failed 1 (broken): ShardError: " in ran.stdout
+    assert f"{folder}/tars/broken.tar is no tar: it is text: " in ran.stdout
     assert "Traceback" not in ran.stdout + ran.stderr
 
 

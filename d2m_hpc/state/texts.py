@@ -15,6 +15,7 @@ TRACEBACK = 20_000
 GAP = " ... "
 _ODD = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Controls (C0, DEL, C1), line and paragraph separators, changes of direction, surrogates."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -32,6 +33,11 @@ def safe(text: str, limit: int = LIMIT, lines: bool = False) -> str:
     if not _ODD.search(text):
         return text
     return _cut(_ODD.sub(_kept if lines else _escaped, text), limit)
+
+
+def valid(text: str) -> str:
+    """Escape what is no UTF-8, and nothing else: for names that are data."""
+    return _SURROGATE.sub(_escaped, text)
 
 
 def escaped(record: dict[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from threading import Semaphore
 
 import torch
 
-from d2m_hpc.errors import ShardError, TruncatedShard
+from d2m_hpc.errors import ShardError
 from d2m_hpc.state.manifest import Rejection
+from d2m_hpc.worker import refusal
 from d2m_hpc.worker.ahead import Coming, Stager, received
 from d2m_hpc.worker.batch import Batch, collate
 from d2m_hpc.worker.memory import Allocate, Reused, pinned
@@ -120,11 +121,11 @@ class Loader:
                 staged = stack.enter_context(coming.arrived())
                 work.begin()
                 archive = stack.enter_context(closing(Archive(staged.path)))
-                if not staged.damage:
-                    self._require_tar(work, archive)
+                if not staged.damage and (what := archive.nature()):
+                    raise refusal.no_tar(work.shard.url, what)
                 if staged.damage or not archive.ends_in_zeros():
                     self._refuse_cut(work, archive, staged.damage)
-                index = archive.index()
+                index = archive.index(self._recipe.raw_inputs)
                 self._emit(work, index, archive)
                 self._end(work, index, staged.damage or index.cut)
             work.put(None)
@@ -154,27 +155,17 @@ class Loader:
         """What is known of a tar once its last header has been read."""
         self._require_whole(work, index, cut)
         work.total = index.count + len(index.strays)
+        work.notices, work.causes = index.ledger.notes.texts(), index.ledger.causes
         self._reject(work, index.strays)
 
-    def _require_tar(self, work: Work, archive: Archive) -> None:
-        if what := archive.nature():
-            raise ShardError(f"{work.shard.url} is no tar: {what}")
-
     def _require_whole(self, work: Work, index: Index, cut: str) -> None:
-        whole = index.count
-        if cut and not (whole and self._recipe.allow_truncated):
-            advice = " (allow_truncated_shards: true takes them)" if whole else ""
-            raise TruncatedShard(
-                f"{work.shard.url} is truncated {cut}; {whole} samples before it are whole{advice}"
-            )
+        if cut and not (index.count and self._recipe.allow_truncated):
+            raise refusal.truncated(work.shard.url, cut, index.count)
 
     def _reject(self, work: Work, rejections: Sequence[Rejection]) -> None:
         work.rejections.extend(rejections)
         if rejections and self._recipe.strict:
-            key, reason = rejections[0]
-            raise ShardError(
-                f"{work.shard.url}: sample {key!r}: {reason} (warn_and_continue: true goes on)"
-            )
+            raise refusal.rejected(work.shard.url, rejections[0])
 
     def _prepared(
         self, work: Work, samples: Iterable[Sample], archive: Archive

@@ -13,6 +13,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.models import custom
 from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
 from d2m_hpc.state.manifest import Rejection
+from d2m_hpc.state.texts import safe
 from d2m_hpc.worker import decode
 from d2m_hpc.worker.batch import Input
 from d2m_hpc.worker.memory import Budget, Held
@@ -22,6 +23,8 @@ from d2m_hpc.worker.shard import Archive, Sample
 IN_FLIGHT = 2 << 30
 """Bytes that all decode threads together may take for pictures: for 29 JPEGs of 12 megapixels at a
 time, whatever the number of threads. A picture that takes more is decoded alone."""
+SHOWN = 5
+"""Extensions of a sample that are named where it lacks one."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,6 @@ def prepare(
         seen: is told which fields the sample's JSON has.
     """
     try:
-        _require_unicode("the key", sample.key)
         with Held(recipe.budget) as held:
             raw = {name: _raw(name, sample, archive, recipe, held) for name in recipe.raw_inputs}
             if seen is not None and "json" in raw:
@@ -172,6 +174,16 @@ def _text(sample: Sample, archive: Archive) -> str:
 def _member(name: str, sample: Sample, archive: Archive) -> bytes:
     extension = next((e for e in decode.EXTENSIONS[name] if e in sample.members), None)
     if extension is None:
-        has = ", ".join(sample.members)
-        raise Rejected(f"no {name} ({' or '.join(decode.EXTENSIONS[name][:4])}); it has {has}")
+        wanted = " or ".join(decode.EXTENSIONS[name][:4])
+        raise Rejected(f"no {name} ({wanted}); it has {_described(sample)}")
     return archive.read(*sample.members[extension])
+
+
+def _described(sample: Sample) -> str:
+    """A sample's members by their extensions, and what about them is odd."""
+    shown = ", ".join(safe(extension, 30) for extension in list(sample.members)[:SHOWN])
+    others = len(sample.members) - SHOWN
+    text = shown + (f" and {others} more" if others > 0 else "")
+    if sample.links:
+        text += f"; {safe(', '.join(sample.links), 30)} is a link, and links are not followed"
+    return text

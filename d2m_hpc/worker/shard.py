@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -13,19 +12,28 @@ from webdataset.tariterators import base_plus_ext
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.state.manifest import Rejection
+from d2m_hpc.state.texts import valid
+from d2m_hpc.worker.decode import EXTENSIONS
+from d2m_hpc.worker.members import Ledger, is_foreign, is_reserved
 from d2m_hpc.worker.nature import HEAD, nature
 from d2m_hpc.worker.tar import BLOCK, Member, TarCut, members
 
 CUT_OFF = "cut off where the archive ends"
-_META = re.compile("__[^/]*__($|/)")
 
 
 @dataclass
 class Sample:
-    """A key and where its members lie in the tar: lower-case extension to (offset, size)."""
+    """A key and where its members lie in the tar: lower-case extension to (offset, size).
+
+    Attributes:
+        links: extensions of members that are links, which are not followed.
+        again: the key has been there before, with other keys in between.
+    """
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    links: list[str] = field(default_factory=list)
+    again: bool = False
 
 
 class Archive:
@@ -60,8 +68,8 @@ class Archive:
         """As every whole tar does; the last block of one that was cut off seldom happens to."""
         return not any(os.pread(self._file.fileno(), BLOCK, max(0, self.size - BLOCK)))
 
-    def index(self) -> Index:
-        return Index(self._file, self.size)
+    def index(self, needed: Collection[str] = tuple(EXTENSIONS)) -> Index:
+        return Index(self._file, self.size, needed)
 
     def close(self) -> None:
         self._file.close()
@@ -71,26 +79,35 @@ class Index:
     """Iterate, once, for the samples of a tar in its order, while its headers are read.
 
     webdataset's rule: consecutive members of one key form a sample, and a repeated extension starts
-    the next one.
+    the next one. Every member is in a sample or in the ledger.
 
     Attributes:
         count: samples so far.
-        strays: members that belong to none, so far.
+        ledger: what else there is.
         cut: how the archive ends too early; empty for a whole one, and until the iteration ends.
     """
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(
+        self, file: BinaryIO, size: int, needed: Collection[str] = tuple(EXTENSIONS)
+    ) -> None:
         """
         Args:
             file: a plain tar, seekable; only the iteration moves its position.
             size: its size in bytes.
+            needed: the kinds of members that make a sample a row.
         """
         self.count = 0
-        self.strays: list[Rejection] = []
+        self.ledger = Ledger(needed)
         self.cut = ""
         self._members = members(file, size)
         self._open: Sample | None = None
         self._first: frozenset[str] = frozenset()
+        self._keys: set[int] = set()  # hashes, which take less memory
+
+    @property
+    def strays(self) -> list[Rejection]:
+        """What is no sample and should be one, so far."""
+        return self.ledger.strays
 
     def __iter__(self) -> Iterator[Sample]:
         try:
@@ -102,25 +119,20 @@ class Index:
             self._lose(cut.member)
         if self._open:
             yield self._closed(self._open)
-
-    def _closed(self, sample: Sample) -> Sample:
-        if not self.count:
-            self._first = frozenset(sample.members)
-        self.count += 1
-        return sample
+        self.ledger.finish(self.count)
 
     def _add(self, member: Member) -> Sample | None:
         """Take a member; returns the sample that ends before it, if one does."""
-        if member.kind == "folder" or _is_meta(member.name):
+        if member.kind == "folder":
             return None
         key, extension = base_plus_ext(member.name)
-        if key is None:
-            self._stray(member.name, "a member without an extension")
+        is_file = member.kind == "file"
+        if is_file and self._open and key is not None and self._continues(key, extension):
+            self._open.members[extension.lower()] = (member.offset, member.size)
             return None
-        if member.kind != "file":
-            self._stray(member.name, "a link or a special file")
+        if self.ledger.takes(member.name, key, extension, is_file):
             return None
-        closed = None if self._continues(key, extension) else self._begin(key)
+        closed = self._begin(key)
         assert self._open is not None
         self._open.members[extension.lower()] = (member.offset, member.size)
         return closed
@@ -131,11 +143,20 @@ class Index:
         return last is not None and last.key == key and extension.lower() not in last.members
 
     def _begin(self, key: str) -> Sample | None:
-        closed, self._open = self._open, Sample(key)
+        closed = self._open
+        again = hash(key) in self._keys and (closed is None or closed.key != key)
+        self._open = Sample(key, again=again)
+        self._keys.add(hash(key))
         return closed
 
-    def _stray(self, name: str, reason: str) -> None:
-        self.strays.append(Rejection(name, reason))
+    def _closed(self, sample: Sample) -> Sample:
+        if not self.count:
+            self._first = frozenset(sample.members)
+        self.count += 1
+        sample.links = self.ledger.settle(sample.key, sample.members, sample.again)
+        if not sample.key.isascii():
+            sample.key = valid(sample.key)
+        return sample
 
     def _lose(self, member: str) -> None:
         """Give up what a cut leaves in doubt.
@@ -144,19 +165,13 @@ class Index:
             member: the one that the archive ends in, or empty where it ends between two.
         """
         key, extension = base_plus_ext(member)
-        if member:
-            self._stray(key or member, CUT_OFF)
-        if key is not None and not _is_meta(member):
+        aside = is_foreign(member) or is_reserved(member)
+        if member and not aside:
+            self.ledger.stray(key or member, CUT_OFF)
+        if key is not None and not aside:
             # The cut-off member belongs to the open sample, or shows that this one is whole.
             self._open = None if self._continues(key, extension) else self._open
         elif self._open and not (self._first and self._first <= self._open.members.keys()):
             # A sample after which nothing stands is whole if it has all that the first has.
-            self._stray(self._open.key, CUT_OFF)
+            self.ledger.stray(self._open.key, CUT_OFF)
             self._open = None
-
-
-def _is_meta(name: str) -> bool:
-    """webdataset's own notes in a tar, as it tells them."""
-    if "/" not in name and name.startswith("__") and name.endswith("__"):
-        return True
-    return _META.match(name) is not None

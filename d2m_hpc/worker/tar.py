@@ -12,6 +12,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from d2m_hpc.state.texts import BRIEF, safe
+
 BLOCK = tarfile.BLOCKSIZE
 _TIME_ONLY = re.compile(rb"(\d+) mtime=[0-9.]+\n")
 """The PAX header that webdataset puts before every member."""
@@ -74,7 +76,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
                 raise TarCut(where) from None
             return
         if (end := member.offset + member.size) > size:
-            where = f"at byte {size}: {member.name} should reach byte {end}"
+            where = f"at byte {size}: {safe(member.name, BRIEF)} should reach byte {end}"
             raise TarCut(where, member.name)
         yield member
         offset = following

@@ -24,6 +24,7 @@ from d2m_hpc.owner import require_own
 from d2m_hpc.state.awake import Awake
 from d2m_hpc.state.manifest import Record, Recorder
 from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.worker import refusal
 from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.extend import Extended, Pair
@@ -146,19 +147,17 @@ class Task:
     ) -> None:
         """Compute all shards that can be claimed until the deadline."""
         run, name, config, report = self.run, self.name, self.config, self.report
-        board = self.board
         committer = Committer(self.output, self.scratch.folder)
         require_own(self.output, run, take=False)
-        claims = Claims(
-            run, name, config, self.fingerprint, report, committer.clean, deadline, board, alone
-        )
+        clean, marks = committer.clean, self.fingerprint
+        claims = Claims(run, name, config, marks, report, clean, deadline, self.board, alone)
         toolbox = self._toolbox(claims.base)
         self.schema = schema_of(run, config, self.part, self.output, toolbox)
         graph, recipe = Graph(self.part, toolbox, device), Recipe.of(self.part, toolbox.inputs)
         recorder = Recorder(run.record(name.submission, name.index, name.attempt))
         log_file = run.log_of(name.submission, name.index)
         report(state="running", shards=len(claims.chunk))
-        board.set_scene(self._scene())
+        self.board.set_scene(self._scene())
         try:
             with (
                 graph,
@@ -176,7 +175,7 @@ class Task:
             raise
         finally:
             claims.let_all_go()  # an interrupt may come between a claim and the work on it
-            board.set_scene(None)
+            self.board.set_scene(None)
         report(state="out of time" if claims.is_late else "finished")
 
     def _scene(self) -> Scene:
@@ -216,9 +215,10 @@ class Task:
             record.notices += work.seen.missed(self.part, self.schema)
             record.rejections = [*work.rejections, *record.rejections, *table.settle()]
             record.rows = table.rows
+            _require_all(work, record)
             if finished:
                 self._extend(result, finished, table)
-            self._account(work, record)
+            self._judge(work, record)
         except BaseException as error:
             work.cancel()
             if not isinstance(error, Exception) or is_broken(error):
@@ -249,22 +249,31 @@ class Task:
         record.rows, record.rejections = extended.rows, extended.rejections
         record.recomputed += finished.record.recomputed
 
-    def _account(self, work: Work, record: Record) -> None:
-        """Every sample is a row or a rejection, and not too many are rejections.
+    def _judge(self, work: Work, record: Record) -> None:
+        """Fail a shard of which too much is rejected; note what the others' tars hold besides.
 
         Raises:
-            ShardError: one of the two does not hold.
+            ShardError: too many samples are rejected.
         """
-        rejected = len(record.rejections)
-        if record.rows + rejected != work.total:
-            raise ShardError(
-                f"{work.shard.url}: {record.rows} rows and {rejected} rejections of {work.total} "
-                "samples; please report this"
-            )
-        limit = self.config.max_rejected_fraction
-        if rejected > limit * work.total:
-            key, reason = record.rejections[0]
-            raise ShardError(
-                f"{work.shard.url}: {rejected} of {work.total} samples are rejected, over "
-                f"max_rejected_fraction ({limit}); the first: {key!r}, {reason}"
-            )
+        rejected, limit = record.rejections, self.config.max_rejected_fraction
+        total = record.rows + len(rejected)
+        if len(rejected) > limit * total:
+            cause = work.causes.foremost(len(rejected) / 2)
+            raise refusal.too_many(work.shard.url, rejected, total, limit, cause)
+        record.notices += work.notices + work.causes.texts()
+        for notice in record.notices:
+            log.info("%s: %s", record.shard, notice)
+
+
+def _require_all(work: Work, record: Record) -> None:
+    """Every sample is a row or a rejection.
+
+    Raises:
+        ShardError: it is not so.
+    """
+    rejected = len(record.rejections)
+    if record.rows + rejected != work.total:
+        raise ShardError(
+            f"{work.shard.url}: {record.rows} rows and {rejected} rejections of {work.total} "
+            "samples; please report this"
+        )

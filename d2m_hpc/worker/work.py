@@ -18,6 +18,7 @@ from d2m_hpc.urls import is_local
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.held import Held
+from d2m_hpc.worker.members import Notes
 from d2m_hpc.worker.seen import Seen
 
 AHEAD = 4
@@ -32,8 +33,10 @@ class Work:
         lease: released when the shard is done with.
         held: the attempt, which is on disk from before the shard is read.
         rejections: complete once the iteration has ended.
-        total: samples in the tar, known once the iteration has ended.
-        seen: which fields the samples have, known once the iteration has ended.
+        total: samples in the tar, known once the iteration has ended, as are the next three.
+        notices: what is to be said of members that are no samples.
+        causes: why samples of the tar lack something, as far as it tells, and what to do.
+        seen: which fields the samples have.
         clock: how long the stages took.
         began: when, by `time.monotonic`, its computation did; till then, when it was claimed.
         room: for batches that wait for the device; one for all works of a loader.
@@ -44,6 +47,8 @@ class Work:
     held: Held | None = None
     rejections: list[Rejection] = field(default_factory=list)
     total: int = 0
+    notices: list[str] = field(default_factory=list)
+    causes: Notes = field(default_factory=Notes)
     cancelled: bool = False
     seen: Seen = field(default_factory=Seen)
     clock: Clock = field(default_factory=Clock)

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import sys
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -182,11 +183,16 @@ def test_only_what_is_asked_for_must_be_there(scratch: Scratch) -> None:
 
 
 def test_strays_are_counted_with_the_samples(tmp_path: Path, scratch: Scratch) -> None:
-    members = {**sample("a"), "README": b"", **sample("b", 1), "__notes__": b""}
+    notes = {"README": b"", "__notes__": b""}
+    members = {**sample("a"), "picture": b"", **sample("b", 1), **notes}
     batches, work = load(write_tar(tmp_path / "a.tar", members), recipe(), scratch)
     assert keys(batches) == ["a", "b"]
     assert work.total == 3
-    assert work.rejections == [Rejection("README", "a member without an extension")]
+    assert work.rejections == [Rejection("picture", "a member without an extension")]
+    assert work.notices == [
+        "foreign members are not read: README",
+        "members with a reserved name (__...__) are not read: __notes__",
+    ]
 
 
 def test_a_preprocessor_that_raises_costs_that_sample_only(
@@ -224,14 +230,33 @@ def test_a_field_that_no_parquet_can_hold_costs_that_sample_only(
     assert (keys(batches), work.rejections) == (["a", "odd"], [])
 
 
-def test_a_key_that_no_parquet_can_hold_costs_that_sample_only(
+def test_a_key_that_is_no_utf8_keeps_its_row_and_is_escaped(
     tmp_path: Path, scratch: Scratch
 ) -> None:
-    odd = {os.fsdecode(b"caf\xe9.txt"): b"text"}
+    odd = {os.fsdecode(b"na\xefve.txt"): b"text", os.fsdecode(b"\xe5.json"): b"{}"}
     path = write_tar(tmp_path / "a.tar", {**odd, **sample("b")}, format=1)
     batches, work = load(path, recipe(), scratch)
-    assert keys(batches) == ["b"]
-    assert work.rejections == [Rejection("caf\udce9", "the key is not valid Unicode")]
+    assert keys(batches) == ["na\\xefve", "b"]
+    assert work.rejections == [Rejection("\\xe5", "no text (txt); it has json")]
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_sample_that_lacks_a_link_counts_once_and_says_so(
+    tmp_path: Path, scratch: Scratch, kind: bytes
+) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for key in "ab":
+            tar.addfile(tarfile.TarInfo(f"{key}.jpg"))
+            link = tarfile.TarInfo(f"{key}.txt")
+            link.type, link.linkname = (kind, "z.txt") if key == "a" else (tarfile.REGTYPE, "")
+            tar.addfile(link)
+    batches, work = load(path, recipe(), scratch)
+    assert (keys(batches), work.total) == (["b"], 2)
+    [(key, reason)] = work.rejections
+    assert key == "a"
+    assert reason == "no text (txt); it has jpg; txt is a link, and links are not followed"
+    assert "--dereference" in work.causes.foremost()
 
 
 # --- errors of a shard ---

@@ -167,6 +167,33 @@ def test_too_many_rejections_fail_a_shard(tmp_path: Path) -> None:
     assert _outputs(tmp_path) == []
 
 
+def test_samples_merged_into_one_fail_the_shard_in_a_line_that_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    """Without them 20 of 21 samples were rows, and hundreds were in no count."""
+    folder = tmp_path / ("long" * 20)
+    members = [m for i in range(20) for m in sample(f"{i:03d}", i).items()]
+    members += [m for i in range(300) for m in sample(f"take.{i}", 0).items()]
+    run = _planned(tmp_path, str(write_tar(folder / "odd.tar", members)))
+    assert run_task(run.root, "000", 0).failed == 1
+    record = _records(run)["odd"]
+    assert "300 of 320 samples are rejected" in record.error
+    assert "rename so that only the extension has one" in record.error
+    assert len(record.error) < 300
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+def test_what_is_noted_of_a_shard_is_no_rejection(tmp_path: Path, count: int) -> None:
+    members = [*sample("a").items(), *((f"._{i}.jpg", b"") for i in range(count))]
+    run = _planned(tmp_path, str(write_tar(tmp_path / "mac.tar", members)))
+    assert run_task(run.root, "000", 0).done == 1
+    record = _records(run)["mac"]
+    assert (record.rows, record.rejections) == (1, [])
+    [notice] = record.notices
+    assert notice.startswith("foreign members are not read: ._0.jpg")
+    assert len(notice) < 300
+
+
 def test_a_model_that_raises_fails_its_shard_with_its_traceback(tmp_path: Path) -> None:
     write_shards(tmp_path / "tars", 3)
     (tmp_path / "picky.py").write_text(PICKY)

@@ -18,6 +18,7 @@ from d2m_hpc.launch.report.columns import Column, kind_of, numbers, read
 from d2m_hpc.models import formats
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Shard
+from d2m_hpc.state.texts import valid
 from d2m_hpc.urls import is_local
 
 SHARDS = 12
@@ -187,7 +188,7 @@ def _named(member: str) -> tuple[str, str]:
     """A member's key, which ends at the first dot of the file's name, and its extension."""
     folder, slash, name = member.rpartition("/")
     start, _, extension = name.partition(".")
-    return folder + slash + start, extension.lower()
+    return valid(folder + slash + start), extension.lower()
 
 
 def _draw(sample: Sample, members: Mapping[str, bytes], max_pixels: int) -> None:
