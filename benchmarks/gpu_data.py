@@ -69,7 +69,8 @@ def _scrfd() -> dict[str, Tensor]:
     net, images = ScrfdNet(), torch.rand(8, 3, 224, 224) * 2 - 1
     _calibrated(net, images)
     with torch.no_grad():
-        fifth = net.eval()(images)[..., 0].topk(5, dim=1).values[:, -1].mean()
+        scores = torch.cat([scores.flatten(1) for scores, _ in net.eval()(images)], dim=1)
+        fifth = scores.topk(5, dim=1).values[:, -1].mean()
         net.bbox_head.stride_cls[0].bias -= fifth - math.log(0.3 / 0.7)
     return net.state_dict()
 

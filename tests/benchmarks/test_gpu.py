@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kit import DATACOMP
+
+from benchmarks import gpu_data
+from d2m_hpc.models.scrfd import ScrfdNet
 
 ROOT = Path(__file__).parents[2]
 IMAGE_MODELS = {
@@ -71,3 +75,13 @@ def test_the_conventional_loop_stands_beside_it(result: dict[str, Any]) -> None:
     [row] = _rows(result, "conventional loop")
     assert row["rows"] > 0
     assert {"device", "machine", "command", "date", "batch_size"} <= result.keys()
+
+
+def test_full_size_faces_have_about_five_likely_anchors_an_image() -> None:
+    net = ScrfdNet()
+    net.load_state_dict(gpu_data._scrfd())
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        levels = net.eval()(torch.rand(8, 3, 224, 224) * 2 - 1)
+    likely = sum(int((scores.sigmoid() > 0.3).sum()) for scores, _ in levels)
+    assert 1 <= likely / 8 <= 20
