@@ -112,6 +112,11 @@ class Board:
         if slot >= 0:
             self._map[self._at(slot)] = _BEGUN
 
+    def rest(self, slot: int) -> None:
+        """The shard is computed, and waits to be written."""
+        if slot >= 0:
+            self._map[self._at(slot)] = _CLAIMED
+
     def free(self, slot: int) -> None:
         """The shard is settled, or left to others."""
         if slot >= 0:

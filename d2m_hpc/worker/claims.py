@@ -114,8 +114,10 @@ class Claims:
             yield from self._steal()
 
     def _wait_for_settled(self) -> None:
-        while self._held and not self._stopped.wait(SETTLED_SECONDS):
-            pass
+        """Until nothing is in hand but results that wait for all others to be written."""
+        while any(w.held is not None and not w.held.rests for w in list(self._held.values())):
+            if self._stopped.wait(SETTLED_SECONDS):
+                return
 
     def _own(self, shards: Iterable[Shard]) -> Iterator[Work]:
         """Those that are in other hands are come back to until they are settled."""

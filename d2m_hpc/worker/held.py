@@ -27,7 +27,7 @@ class Held:
     ) -> None:
         self.lease, self.attempt = lease, attempt
         self._attempts, self._stem, self._last = attempts, stem, last
-        self._open = False
+        self._open = self.rests = False
         self._board, self._slot = board, board.claim(stem, attempt.number)
 
     def begin(self) -> None:
@@ -41,6 +41,16 @@ class Held:
         except FileExistsError:
             raise ShardError(f"{self._stem}: another task has begun with it") from None
         self._open = True
+        self._board.begin(self._slot)
+
+    def rest(self) -> None:
+        """The shard is computed and waits; nothing that happens meanwhile is its doing."""
+        self.rests = True
+        self._board.rest(self._slot)
+
+    def resume(self) -> None:
+        """The shard is written from now on."""
+        self.rests = False
         self._board.begin(self._slot)
 
     def settled(self, state: str) -> None:

@@ -26,9 +26,13 @@ def last_if_undecided(results: Iterable[Result], chunk: Sequence[Shard]) -> Iter
         if waits and result.rows.rows <= left and result.rows.undecided:
             left -= result.rows.rows
             waiting.append(result)
+            if result.work.held is not None:
+                result.work.held.rest()
         else:
             yield result
     for result in waiting:
+        if result.work.held is not None:
+            result.work.held.resume()
         result.record.notices += [
             f"{name!r} has no value that tells its type, neither here nor in the shards so far"
             for name in result.rows.undecided

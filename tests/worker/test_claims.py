@@ -20,6 +20,7 @@ from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import DIED, Record, Shard, read_records
 from d2m_hpc.state.rundir import RunDir, Submission
+from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.progress import Progress, Reporter
 
@@ -339,3 +340,21 @@ def test_a_clock_that_jumps_ends_no_task(run: RunDir, monkeypatch: pytest.Monkey
     claimed = claims(run, steal=False, deadline=time.time() + 600)
     monkeypatch.setattr(time, "time", lambda real=time.time: real() + 3600)
     assert not claimed.is_late
+
+
+def test_results_that_wait_for_the_last_shard_do_not_keep_it_waiting(run: RunDir) -> None:
+    board = Board()
+    claimed = claims(run, steal=False, alone={"d"}, board=board)
+    works = iter(claimed)
+    first = next(works)
+    assert first.held is not None
+    first.begin()
+    first.held.rest()
+    second = next(works)
+    second.begin()
+    assert second.shard.stem == "d"
+    assert [e.stem for e in board.entries() if e.begun] == ["d"]
+    first.held.resume()
+    assert {e.stem for e in board.entries() if e.begun} == {"c", "d"}
+    claimed.let_all_go()
+    assert board.entries() == []
