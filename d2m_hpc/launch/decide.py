@@ -144,7 +144,7 @@ def _read_state(decision: Decision) -> None:
     stems = [s.stem for s in decision.shards]
     found = stand(stems, manifest, output.stems(), ours, config.max_attempts)
     foreign = _take_back(decision, found, output)
-    decision.done |= found.done.keys()
+    decision.done.update(found.done)
     decision.exhausted = found.given_up - decision.done
     if not config.reprocess:
         decision.bases |= fingerprints.extendable(found.outdated, config)

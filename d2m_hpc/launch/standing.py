@@ -5,7 +5,7 @@ Status, submit, verify, select, export and every exit code ask here, so that all
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,6 +54,8 @@ class Standings:
 
     @property
     def unfinished(self) -> list[str]:
+        if self.is_complete:
+            return []
         return [stem for stem in self.stems if stem not in self.done]
 
     def state(self, stem: str) -> State:
@@ -79,25 +81,36 @@ def stand(
         asked: the fingerprint of what is asked for.
         max_attempts: so many failures by that fingerprint, and a shard is given up.
     """
+    recorded, known = manifest.done, manifest.done.get
     found = Standings(list(stems), asked)
-    recorded, failures = manifest.done, manifest.failures
-    for stem in found.stems:
-        failed = failures.get(stem)
-        if failed:
-            found.failed[stem] = failed
-            if sum(f.fingerprint == asked for f in failed) >= max_attempts:
-                found.given_up.add(stem)
-        outcome = recorded.get(stem)
+    found.done = {
+        stem: outcome
+        for stem in found.stems
+        if (outcome := known(stem)) and outcome.fingerprint == asked and stem in present
+    }
+    for stem in found.unfinished:
         if stem not in present:
-            if outcome:
-                found.removed[stem] = outcome
-        elif outcome is None:
+            if stem in recorded:
+                found.removed[stem] = recorded[stem]
+        elif stem in recorded:
+            found.outdated[stem] = recorded[stem]
+        else:
             found.unrecorded.append(stem)
-        elif outcome.fingerprint != asked:
-            found.outdated[stem] = outcome
-        elif not failed:
-            found.done[stem] = outcome
+    _set_failed_apart(found, manifest.failures, max_attempts)
     return found
+
+
+def _set_failed_apart(
+    found: Standings, failures: Mapping[str, list[Outcome]], max_attempts: int
+) -> None:
+    """Take shards that failed since out of those that are done; few shards fail."""
+    planned = set(found.stems) if failures else ()
+    for stem, failed in failures.items():
+        if stem in planned:
+            found.done.pop(stem, None)
+            found.failed[stem] = failed
+            if sum(f.fingerprint == found.asked for f in failed) >= max_attempts:
+                found.given_up.add(stem)
 
 
 @uncollected()

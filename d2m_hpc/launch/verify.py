@@ -60,8 +60,8 @@ class Owners:
     @cached_property
     def of_hash(self) -> dict[str, str]:
         """The names of all files on record."""
-        names = {o.npz_sha256: f"{stem}.npz" for stem, o in self._done.items()}
-        return names | {o.parquet_sha256: f"{stem}.parquet" for stem, o in self._done.items()}
+        names = {str(o.npz_sha256): f"{stem}.npz" for stem, o in self._done.items()}
+        return names | {str(o.parquet_sha256): f"{stem}.parquet" for stem, o in self._done.items()}
 
 
 def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0) -> Report:
@@ -118,7 +118,7 @@ def check_shard(
         else:
             problems = _problems(data, suffix, record.rows, carried)
             if found != sha256:
-                problems.append(f"has another sha256 than its record ({sha256[:12]}...)")
+                problems.append(f"has another sha256 than its record ({str(sha256)[:12]}...)")
         faults += [Fault(name, p) for p in problems]
     if faults and (why := _is_replaced(output, stem, record)):
         return [Fault(f"{stem}.parquet", why)]

@@ -83,11 +83,8 @@ class Outcome(NamedTuple):
         rejections = get("rejections")
         rows, recomputed = get("rows", 0), get("recomputed", 0)
         finished, started = float(get("finished", 0.0)), float(get("started", 0.0))
-        npz, parquet = get("npz_sha256", ""), get("parquet_sha256", "")
         if not (0 <= rows + recomputed < FAR and 0 <= started + finished < FAR):
             raise ValueError("no counts or no times")
-        if not (npz.isascii() and parquet.isascii()):
-            raise ValueError("no hashes")
         return cls(
             finished=finished,
             started=started,
@@ -97,8 +94,8 @@ class Outcome(NamedTuple):
             fingerprint=intern(get("fingerprint", "")),
             task=intern(get("task", "")),
             host=intern(get("host", "")),
-            npz_sha256=npz,
-            parquet_sha256=parquet,
+            npz_sha256=get("npz_sha256", ""),
+            parquet_sha256=get("parquet_sha256", ""),
             kind=intern(get("kind", "")),
             error=intern(get("error", "")),
             attempt=int(get("attempt", 0)),
