@@ -39,7 +39,7 @@ class Owner:
         try:
             note = json.loads(output.read(OWNER))
             return cls(str(note["run_dir"]), str(note["host"]))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # of a file, whoever makes the folder tells
             return None
         except (ValueError, TypeError, LookupError):
             return cls()

@@ -226,7 +226,8 @@ def test_a_run_is_in_one_state(records: dict[str, Any], state: str, run: RunDir)
 def test_a_shard_that_was_mended_is_no_failure_any_more(run: RunDir) -> None:
     recorder = Recorder(run.records / "later.jsonl")
     ours, now = fingerprints.newest(run), time.time()
-    recorder.append(Record("half", "done", rows=2, fingerprint=ours, started=now, finished=now))
+    later = {"started": now, "finished": now, "attempt": 2, "task": "001-0-0"}
+    recorder.append(Record("half", "done", rows=2, fingerprint=ours, **later))
     (run.root.parent / "half.parquet").touch()
     found = _summary(run)
     assert (found.done, found.failed, found.rows) == (4, 3, 39)
