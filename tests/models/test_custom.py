@@ -252,3 +252,24 @@ def test_no_line_is_told_of_an_error_that_came_through_no_custom_file() -> None:
         int("x")
     assert custom.described(caught.value).startswith("ValueError: invalid literal")
     assert "line" not in custom.described(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class M(M):\n    pass\n",
+        "class M(B):\n    pass\nclass B(C):\n    raw_inputs = ('text',)\nclass C(B):\n    pass\n",
+        "class M:\n    raw_inputs = 5\n",
+        "class M:\n    dependencies = {[]: 1}\n",
+        "class M:\n    preprocessors = ('a', 3)\n",
+    ],
+)
+def test_classes_that_no_python_would_make_are_read_all_the_same(text: str, tmp_path: Path) -> None:
+    """Running the file tells what is wrong with it; reading it ends, and without an error."""
+    read = declared.names(_write(tmp_path, text + "model_lookup = {'m': M}\n"))
+    assert read.models["m"].name == "m"
+
+
+def test_a_file_that_is_nested_too_deeply_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises((ValueError, SyntaxError)):
+        declared.names(_write(tmp_path, "x = " + "(" * 20_000 + ")" * 20_000))
