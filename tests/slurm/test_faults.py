@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 
 from slurm.cluster import PATIENCE, Cluster, wait_until
 from slurm.runs import Run, Tars
@@ -22,12 +24,35 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def test_a_killed_process(cluster: Cluster, tars: Tars) -> None:
+def parent(pid: int) -> int:
+    """The process that watches a task's own."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_killed_process_is_followed_by_another(cluster: Cluster, tars: Tars) -> None:
+    """In the same element: a parent, which computes nothing, sees it die."""
     run = Run(cluster, tars, 2)
     run.hold()
     run.submit()
     [victim] = run.wait_held()
     victim.signal(signal.SIGKILL)
+    wait_until(lambda: not is_alive(victim.pid))
+    run.let_go()
+    run.wait_over()
+    run.assert_complete()
+    assert len(run.submissions()) == 1
+    assert "SIGKILL" in run.logs()
+
+
+def test_a_killed_task(cluster: Cluster, tars: Tars) -> None:
+    """With the process that watches it, as where a node runs out of memory."""
+    run = Run(cluster, tars, 2)
+    run.hold()
+    run.submit()
+    [victim] = run.wait_held()
+    os.kill(parent(victim.pid), signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        victim.signal(signal.SIGKILL)
     assert cluster.wait_state(victim.element, "FAILED", "COMPLETED") == "FAILED"
     run.finish()
     assert len(run.submissions()) == 2
