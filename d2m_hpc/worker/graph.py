@@ -19,6 +19,7 @@ from d2m_hpc.models.registry import ModelSpec, in_order
 from d2m_hpc.models.transfer import Lane
 from d2m_hpc.stopping import is_asked
 from d2m_hpc.worker.batch import Batch, Input, Outputs, count, flags, join, take
+from d2m_hpc.worker.heap import Heap
 from d2m_hpc.worker.launched import Launched, Pending, row_count
 from d2m_hpc.worker.toolbox import Toolbox
 
@@ -105,11 +106,13 @@ class Graph:
             ShardError: a model or postprocessor failed, on a batch whose turn is at most next.
         """
         before: Launched | None = None
+        heap = Heap()
         for batch in batches:
             launched = self.launch(batch)
             if before is not None:
                 yield before.outputs()
             before = launched
+            heap.tidy()
         if before is not None:
             yield before.outputs()
 
