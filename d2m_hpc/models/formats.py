@@ -15,9 +15,12 @@ EXTENSIONS = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif",
 """Of a sample's pictures, in the order in which one is looked for."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """The same by PIL's names, in the order in which they are tried."""
-BYTES = {"JPEG": 6, "TIFF": 12, "AVIF": 13, "WEBP": 19, "JPEG2000": 20}
+BYTES = {"JPEG": 9, "TIFF": 12, "AVIF": 13, "WEBP": 19, "JPEG2000": 20}
 """What a pixel takes while it is decoded and resized, as measured; of other formats, `OTHERS`."""
 OTHERS = 12
+GRANTED = 2 << 30
+"""Bytes that decoding one picture may take at any `max_image_pixels`: what the default allows a
+picture of most formats. The others reach it with fewer pixels."""
 
 # The reference program decodes what is there of a truncated image, and so do we.
 ImageFile.LOAD_TRUNCATED_IMAGES = True
@@ -26,7 +29,7 @@ Image.MAX_IMAGE_PIXELS = None
 
 
 class TooLarge(ValueError):
-    """A picture has more pixels than are allowed."""
+    """A picture has more pixels than are allowed, or takes more memory."""
 
 
 def require_size(width: int, height: int, max_pixels: int) -> None:
@@ -56,6 +59,17 @@ def opened(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def cost(kind: str | None, width: int, height: int) -> int:
-    """The bytes that decoding takes."""
-    return BYTES.get(kind or "", OTHERS) * width * height
+def cost(kind: str | None, width: int, height: int, max_pixels: int) -> int:
+    """The bytes that decoding takes.
+
+    Raises:
+        TooLarge: more than `max_pixels` of most formats, and more than `GRANTED`.
+    """
+    each = BYTES.get(kind or "", OTHERS)
+    needed, granted = each * width * height, max(GRANTED, OTHERS * max_pixels)
+    if needed > granted:
+        raise TooLarge(
+            f"the {kind} image of {width}x{height} pixels takes {needed / 1e9:.1f} GB to decode, "
+            f"over {granted / 1e9:.1f} GB; max_image_pixels from {-(-needed // OTHERS)} allows it"
+        )
+    return needed

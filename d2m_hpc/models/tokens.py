@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from functools import lru_cache
 from typing import Any
 
+import ftfy
 import regex
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ LETTERS = 64
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _PLAIN = re.compile("[ -%'-~]*")
 """Printable ASCII but for `&`: in such a text there is nothing to mend and nothing to unescape."""
+
+_NUMBER = re.compile("&#0*([0-9]{1,8})[0-9]*")
+"""A character by its number; one of eight digits is none, and nor is one of more."""
 
 _MARKS = regex.compile(r"\P{ccc=0}{32,}")
 """More marks on one letter than any script has."""
@@ -43,8 +48,11 @@ def clean(text: str) -> str:
     if _PLAIN.fullmatch(text):
         return " ".join(text.split()).lower()
     # Normalising puts a letter's marks in order, in square time where they come in none.
-    cleaned: str = _tokenizer().clean_fn(_MARKS.sub(_in_order, text))
-    return cleaned
+    mended = ftfy.fix_text(_MARKS.sub(_in_order, text))
+    for _ in range(2):
+        # Python refuses to read numbers of more than 4,300 digits.
+        mended = html.unescape(_NUMBER.sub(r"&#\1", mended))
+    return " ".join(mended.split()).lower()
 
 
 def _in_order(marks: regex.Match[str]) -> str:

@@ -23,7 +23,8 @@ def image(data: bytes, max_pixels: int, need: Callable[[int], None] = lambda siz
         need: told how many bytes decoding takes, before it does; it may wait.
 
     Raises:
-        Rejected: not an image, or one of more than `max_pixels` by its header.
+        Rejected: not an image, or one of more than `max_pixels` by its header, or one that takes
+            more memory than such a picture may.
     """
     if not data:
         raise Rejected("the image file is empty")
@@ -42,7 +43,7 @@ def _jpeg(data: bytes, max_pixels: int, need: Callable[[int], None]) -> Picture 
         formats.require_size(width, height, max_pixels)
         if colours in ("CMYK", "YCCK"):
             return None
-        need(formats.cost("JPEG", width, height))
+        need(formats.cost("JPEG", width, height, max_pixels))
         return Picture(simplejpeg.decode_jpeg(data, "RGB"))
     except formats.TooLarge:
         raise
@@ -58,7 +59,7 @@ def _by_pil(data: bytes, max_pixels: int, need: Callable[[int], None]) -> Pictur
             with formats.opened(data, max_pixels) as opened:
                 # In four colours a JPEG takes as much as the others.
                 kind = None if opened.mode == "CMYK" else opened.format
-                need(formats.cost(kind, *opened.size))
+                need(formats.cost(kind, *opened.size, max_pixels))
                 opened.load()
                 # Converting copies what is RGB already.
                 return Picture(opened if opened.mode == "RGB" else opened.convert("RGB"))

@@ -21,7 +21,7 @@ from d2m_hpc.worker.seen import Seen
 from d2m_hpc.worker.shard import Archive, Sample
 
 IN_FLIGHT = 2 << 30
-"""Bytes that all decode threads together may take for pictures: for 29 JPEGs of 12 megapixels at a
+"""Bytes that all decode threads together may take for pictures: for 19 JPEGs of 12 megapixels at a
 time, whatever the number of threads. A picture that takes more is decoded alone."""
 SHOWN = 5
 """Extensions of a sample that are named where it lacks one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from d2m_hpc.launch.report import sheet
 from d2m_hpc.models import formats
-from d2m_hpc.models.preprocessors import Rejected
+from d2m_hpc.models.preprocessors import Options, Rejected
 from d2m_hpc.worker import decode
 
 LIMIT = 1_000_000
@@ -90,6 +91,39 @@ def test_every_format_tells_its_size_before_it_is_decoded(
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)  # a call would be another error
     with pytest.raises(Rejected, match=r"1200x900 pixels, over max_image_pixels \(1000000\)"):
         decode.image(_saved(kind, (1200, 900)), LIMIT)
+
+
+@pytest.mark.parametrize("kind", formats.FORMATS)
+def test_what_takes_more_memory_than_the_limit_stands_for_is_not_decoded(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason names the limit that would do, and that one does."""
+    data, asked = _saved(kind, (300, 200)), list[int]()
+    monkeypatch.setattr(formats, "GRANTED", 0)
+    dear = kind in ("AVIF", "WEBP", "JPEG2000")
+    if dear:
+        with pytest.raises(Rejected, match=rf"the {kind} image of 300x200 pixels takes") as told:
+            decode.image(data, 60_000, asked.append)
+        assert asked == []
+        [enough] = map(int, re.findall("max_image_pixels from ([0-9]+) allows", str(told.value)))
+        with pytest.raises(Rejected):
+            decode.image(data, enough - 1)
+    assert decode.image(data, enough if dear else 60_000).size == (300, 200)
+
+
+@pytest.mark.parametrize("kind", [*formats.FORMATS, None])
+def test_no_picture_takes_more_than_two_gigabytes_at_the_default_limit(kind: str | None) -> None:
+    limit, most = Options().max_pixels, 2 << 30
+    assert formats.cost(kind, most // 20, 1, limit) <= most
+    if kind in ("AVIF", "WEBP", "JPEG2000"):
+        with pytest.raises(formats.TooLarge, match=r"takes [23]\.\d GB to decode, over 2\.1 GB"):
+            formats.cost(kind, limit, 1, limit)
+    else:
+        assert formats.cost(kind, limit, 1, limit) <= most
+
+
+def test_a_limit_of_fewer_pixels_is_one_of_pixels_alone() -> None:
+    assert decode.image(_saved("WEBP", (300, 200)), 60_000).size == (300, 200)
 
 
 def test_every_documented_extension_is_that_of_a_format() -> None:

@@ -115,3 +115,23 @@ def test_many_threads_tokenize_as_one_does() -> None:
     with ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(clip_tokens, texts))
     assert torch.equal(torch.stack(rows), expected)
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 6000])
+@pytest.mark.parametrize(
+    "written", ["&#{};", "&amp;#{};", "&#38;#{};", "&amp;#{} ", "\uff06\uff03{};"]
+)
+def test_a_character_by_a_number_of_any_length_is_read(written: str, zeros: int) -> None:
+    """Python reads no decimal number of more than 4,300 digits, and HTML has no such bound."""
+    known = f"cat {written.format('0' * zeros + '233')} dog"
+    assert clip_tokens(known).equal(clip_tokens(f"cat é{' ' if '{} ' in written else ''} dog"))
+    unknown = f"cat {written.format('0' * zeros + '7' * 5000)} dog"
+    assert clip_tokens(unknown).equal(clip_tokens("cat \N{REPLACEMENT CHARACTER} dog"))
+
+
+@pytest.mark.parametrize(
+    "number", ["0", "00", "9", "128", "1114111", "1114112", "99999999999", "x41"]
+)
+def test_characters_by_numbers_are_those_of_open_clip(number: str) -> None:
+    for text in (f"a &#{number}; b", f"a &amp;#{number}b", f"&#00{number};"):
+        assert tokens.clean(text) == tokens._tokenizer().clean_fn(text)

@@ -131,7 +131,7 @@ def test_threads_decode_no_more_at_a_time_than_the_budget_allows(
     members = {f"{i:03d}.png": _picture("PNG") for i in range(40)}
     config = configs.Config(models=["m"], input_tars=["unused"], output_metadata_dir="unused")
     recipe = Recipe.of(config, {("image", "stats-aug"): PREPROCESSORS["stats-aug"]})
-    cost = formats.cost("PNG", 300, 200)
+    cost = formats.cost("PNG", 300, 200, 10**9)
     recipe = dataclasses.replace(recipe, budget=Budget(3 * cost + 1))
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
     with closing(Archive(write_tar(tmp_path / "a.tar", members))) as archive:
@@ -158,4 +158,4 @@ def test_what_decoding_takes_is_asked_for_before_it_is_taken(
     monkeypatch.setattr("simplejpeg.decode_jpeg", None)
     with pytest.raises(Rejected, match="not now"):
         decode.image(data, 10**6, refuse)
-    assert asked == [formats.cost(kind, 300, 200)]
+    assert asked == [formats.cost(kind, 300, 200, 10**9)]
