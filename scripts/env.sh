@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-python3}"
 
-install() { # install [EXTRA]
+has_uv() { # .venv with uv in it
     "$PYTHON" - <<'PY' || { echo "d2m_hpc needs Python 3.11 or newer; set PYTHON=/path/to/it" >&2; exit 1; }
 import sys
 sys.exit(sys.version_info < (3, 11))
@@ -12,5 +12,9 @@ PY
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
     [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
     rm -rf build # setuptools would pack modules that are gone by now
+}
+
+install() { # install [EXTRA]
+    has_uv
     .venv/bin/uv pip install --quiet --python .venv/bin/python ".${1:+[$1]}"
 }

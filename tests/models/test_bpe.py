@@ -128,7 +128,7 @@ def test_a_letter_with_endless_marks_is_normalised_in_no_square_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: list[str] = []
-    monkeypatch.setattr(tokens._tokenizer(), "clean_fn", lambda text: given.append(text) or text)
+    monkeypatch.setattr("ftfy.fix_text", lambda text: given.append(text) or text)
     tokens.clean("a" + "\u0315\u0300" * 50_000)
     assert given == ["a" + "\u0300" * 50_000 + "\u0315" * 50_000]
 

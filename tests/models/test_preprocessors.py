@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 import torchvision.transforms as T
 from kit import photographs
+from packaging.version import Version
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
@@ -88,8 +90,15 @@ FAST = {
 }
 
 
+OLD = Version(torchvision.__version__) < Version("0.24")
+OTHERWISE = OLD and torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""There torchvision resized bytes bilinearly as floats, and rounded otherwise."""
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_fast_is_torchvisions_resizing_of_bytes_bit_for_bit(name: str) -> None:
+    if OTHERWISE and name in ("dedup-aug", "stats-aug"):
+        pytest.skip("this torchvision resizes bytes as floats on AVX-512")
     for image in [*photographs(6), *_odd_sizes()]:
         expected = FAST[name](TF.pil_to_tensor(image))
         assert torch.equal(_prepared(name, image, exact=False), expected)
