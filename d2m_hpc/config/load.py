@@ -16,13 +16,23 @@ from d2m_hpc.config.places import Loc, Mistake, dotted
 from d2m_hpc.config.schema import Config, Slurm
 from d2m_hpc.config.variables import expanded, with_variables
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.urls import masked
 
 APART = "x-"
 """How a key begins that is for the file's own use: YAML anchors to repeat elsewhere."""
 REQUIRED: dict[str, Any] = {"models": [" "], "input_tars": [" "], "output_metadata_dir": " "}
 """Any values that are valid."""
 BLANK: dict[str, Any] = {"models": [], "input_tars": [], "output_metadata_dir": ""}
-_short = reprlib.Repr()
+
+
+class _Masked(reprlib.Repr):
+    """Masks first: of a long text the middle is left out, and a secret's name may be there."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(masked(x), level)
+
+
+_short = _Masked()
 _short.maxstring = _short.maxother = 120
 
 

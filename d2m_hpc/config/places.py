@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from d2m_hpc.urls import masked
+
 Loc = tuple[str | int, ...]
 """The keys, and the positions in lists, that lead to a value."""
 WIDEST = 100
@@ -66,13 +68,16 @@ class Lines:
         """As compilers show it: file and line, the line, and a mark below the part."""
         if not self._name or place.line >= len(self._lines):
             return ""
-        text = self._lines[place.line]
+        whole, column = self._lines[place.line], place.start + 1
+        if (text := masked(whole)) != whole:  # the part is where what stands before it ends
+            start = min(len(masked(whole[: place.start])), len(text) - 1)
+            place = Place(place.line, start, max(start + 1, len(text) - len(whole) + place.end))
         cut = max(0, place.start - WIDEST // 2)
         shown = "".join(c if c.isprintable() else " " for c in text[cut : cut + WIDEST])
         end = max(place.start + 1, min(place.end, cut + len(shown)))
         number, marks = str(place.line + 1), "^" * (end - place.start)
         return (
-            f"  --> {self._name}:{number}:{place.start + 1}\n"
+            f"  --> {self._name}:{number}:{column}\n"
             f"  {number} | {shown}\n"
             f"  {' ' * len(number)} | {' ' * (place.start - cut)}{marks}"
         )

@@ -16,7 +16,8 @@ from d2m_hpc.launch import braces, plan
 from d2m_hpc.launch.user import user_name
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Shard
-from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.state.private import is_private, own_only
+from d2m_hpc.state.rundir import RunDir, owned
 from d2m_hpc.state.texts import BRIEF, safe
 from d2m_hpc.urls import GLOB, is_local
 
@@ -166,7 +167,8 @@ def _put_down(run: RunDir, shards: Iterable[Shard], forgotten: bool) -> None:
     """On disk when it returns, and before the plan changes."""
     told = {"forgotten": forgotten, "when": time.time(), "user": _user()}
     lines = [json.dumps({"stem": s.stem, "url": s.url, **told}, ensure_ascii=True) for s in shards]
-    with open(run.forgotten, "ab") as file:
+    opener = own_only if is_private(run.shards) else owned
+    with open(run.forgotten, "ab", opener=opener) as file:
         file.write(("\n" + "\n".join(lines) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from d2m_hpc.urls import PIPE, is_pipe, is_remote, scheme
+from d2m_hpc.urls import PIPE, has_secret, is_local, is_pipe, is_remote, scheme
 
 _ARCHIVE = re.compile(r"\.(tar(\.(gz|xz|bz2|zst))?|tgz|txz|tbz2?|tzst)$", re.IGNORECASE)
 _LONGEST = 200
@@ -25,14 +25,22 @@ def location(url: str) -> str:
     """The path-like part of a url that names the tar: for a command, its word that ends in .tar."""
     if is_pipe(url):
         tars = [w for w in _words(url.removeprefix(PIPE)) if _ARCHIVE.search(w)]
-        return tars[-1] if tars else _short_hash(url)
+        if not tars:
+            return _short_hash(url)
+        protocol, mark, rest = tars[-1].rpartition("://")
+        return protocol + mark + _without_user(rest) if mark else rest
     if not is_remote(url):
         return url
     rest = url.partition("://")[2]
     if scheme(url) in ("http", "https"):  # elsewhere these two may be part of a name
         rest = re.split("[?#]", rest, maxsplit=1)[0]
-    host, slash, path = rest.partition("/")
-    return host.rpartition("@")[2] + slash + path
+    return _without_user(rest)
+
+
+def _without_user(path: str) -> str:
+    """Without the user and password that may stand before a host."""
+    host, slash, rest = path.partition("/")
+    return host.rpartition("@")[2] + slash + rest
 
 
 def _words(command: str) -> list[str]:
@@ -93,7 +101,10 @@ def _cut(name: str) -> str:
 
 
 def _stem_parts(url: str) -> tuple[tuple[str, ...], str]:
-    folder, _, name = location(url).rstrip("/").rpartition("/")
+    path = location(url)
+    if not is_local(url) and has_secret(path):  # names are shown, and are those of files
+        return (), _short_hash(url)
+    folder, _, name = path.rstrip("/").rpartition("/")
     return _folders(folder), _ARCHIVE.sub("", name) or name or "shard"
 
 

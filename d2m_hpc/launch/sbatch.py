@@ -15,7 +15,9 @@ from d2m_hpc.config import Slurm
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch.commands import callers
 from d2m_hpc.launch.slurm import Array, Proposal
+from d2m_hpc.state.private import own_files
 from d2m_hpc.state.rundir import RunDir, Submission
+from d2m_hpc.urls import has_secret
 
 USR2_SECONDS = 120
 """How long before its walltime a task is told to come to an end."""
@@ -132,7 +134,8 @@ def submit(
         additional_parameters=extra,
     )
     try:
-        with warnings.catch_warnings():
+        # The script that submitit leaves in the logs' folder has all of `slurm:` in it.
+        with warnings.catch_warnings(), own_files(has_secret([config.setup, extra])):
             warnings.simplefilter("ignore")
             # map_array's own step, without its pickles: they are put in place only after sbatch,
             # and a submit that is killed in between would leave an array that cannot start.

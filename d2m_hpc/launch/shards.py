@@ -14,17 +14,23 @@ import pyarrow.parquet as pq
 
 from d2m_hpc.state.damage import undamaged
 from d2m_hpc.state.manifest import Shard
+from d2m_hpc.state.private import is_private
 from d2m_hpc.state.rundir import atomic_write
 
 _SCHEMA = pa.schema([("stem", pa.string()), ("url", pa.string()), ("size", pa.int64())])
 
 
-def write_shards(path: Path, shards: Sequence[Shard]) -> None:
+def write_shards(path: Path, shards: Sequence[Shard], private: bool = False) -> None:
+    """Write a plan; it stays private where it was, as it keeps what was planned before.
+
+    Args:
+        private: new URLs hold secrets.
+    """
     stems, urls = _strings(s.stem for s in shards), _strings(s.url for s in shards)
     columns = [stems, urls, _integers([s.size for s in shards])]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=_SCHEMA), sink, write_page_checksum=True)
-    atomic_write(path, sink.getvalue().to_pybytes())
+    atomic_write(path, sink.getvalue().to_pybytes(), private=private or is_private(path))
 
 
 # By their buffers (Arrow's columnar format): `pyarrow.array`, like `read_table`, imports pandas

@@ -24,12 +24,13 @@ from d2m_hpc.state.attempts import Attempts
 from d2m_hpc.state.chunks import Chunks, write_chunks
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Recorder, Shard
+from d2m_hpc.state.private import is_private
 from d2m_hpc.state.rundir import RunDir, Submission, atomic_write
+from d2m_hpc.urls import has_secret
 
 if TYPE_CHECKING:
     from d2m_hpc.worker.board import Board
     from d2m_hpc.worker.progress import Listener
-
 
 SHARDS_PER_TASK = 16
 SHORTEST_WAIT, LONGEST_WAIT = 2.0, 30.0
@@ -51,7 +52,7 @@ def commit(decision: Decision, chunks: Iterable[list[Shard]]) -> Submission:
 def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shard]]) -> None:
     workload, run = decision.workload, decision.workload.run
     values = workload.config.model_dump(mode="json")
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
     intent = {
         "fingerprint": workload.fingerprint_id,
         "created": time.time(),
@@ -59,20 +60,20 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shar
         "host": socket.gethostname(),
         "version": __version__,
     }
+    private = has_secret(values)
     if not decision.is_planned:
-        plan.write_shards(run.shards, decision.shards)
-    write_chunks(submission, chunks)
-    atomic_write(submission.config, text.encode())
-    atomic_write(run.config, text.encode())
-    atomic_write(run.fingerprint(workload.fingerprint_id), canonical(workload.document))
+        plan.write_shards(run.shards, decision.shards, private)
+    write_chunks(submission, chunks, private or is_private(run.shards))
+    document = run.fingerprint(workload.fingerprint_id), canonical(workload.document)
+    for path, data in ((submission.config, text), (run.config, text), document):
+        atomic_write(path, data, private=private)
     atomic_write(submission.intent, json.dumps(intent).encode())
 
 
 def repair(decision: Decision) -> None:
     """Put lost records back, and drop leases and attempts that killed tasks left of done shards.
 
-    Where an earlier config is taken up again and all is done by it, that is put on record too, and
-    likewise a plan that was lost.
+    An earlier config by which all is done again, and a plan that was lost, are put on record too.
     """
     run, left = decision.workload.run, decision.pending or decision.in_flight
     as_before = decision.is_planned and (

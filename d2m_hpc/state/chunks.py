@@ -14,7 +14,9 @@ _OFFSET = struct.Struct("<Q")
 _UNTRIED = Shard("", "")
 
 
-def write_chunks(submission: Submission, chunks: Iterable[Sequence[Shard]]) -> None:
+def write_chunks(
+    submission: Submission, chunks: Iterable[Sequence[Shard]], private: bool = False
+) -> None:
     """Line i of `chunks.jsonl` is what task i is to do; where it begins goes to a file beside it.
 
     A million shards are 150 MB of lines, and tens of thousands of tasks want one of them each. The
@@ -31,7 +33,7 @@ def write_chunks(submission: Submission, chunks: Iterable[Sequence[Shard]]) -> N
             end += len(line)
             yield line
 
-    atomic_write(submission.chunks, lines())
+    atomic_write(submission.chunks, lines(), private=private)
     atomic_write(submission.chunk_offsets, bytes(offsets))
 
 

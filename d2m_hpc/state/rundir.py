@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from d2m_hpc.state.private import own_only
+
 FILE_MODE, FOLDER_MODE = 0o664, 0o775
 """Before the umask: groups share runs by umask 002 and the setgid bit; nobody shares with all."""
 
@@ -49,18 +51,22 @@ def named(path: Path) -> Iterator[None]:
         raise
 
 
-def atomic_write(path: Path, data: bytes | Iterable[bytes], durable: bool = True) -> None:
+def atomic_write(
+    path: Path, data: bytes | Iterable[bytes], durable: bool = True, private: bool = False
+) -> None:
     """Replace a file so that readers see the old content or the new, never a part.
 
     Args:
         path: the file; its folder is made if it is missing.
         data: the whole content, or its parts where it is large.
         durable: fsync before the rename; False for files that are rewritten every few seconds.
+        private: nobody but the owner may read it, as it holds a secret.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with named(path), open(temporary, "wb", opener=owned) as file:
+        opener = own_only if private else owned
+        with named(path), open(temporary, "wb", opener=opener) as file:
             file.writelines([data] if isinstance(data, bytes) else data)
             if durable:
                 file.flush()

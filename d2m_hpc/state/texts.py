@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import traceback
 from typing import Any
+
+from d2m_hpc.urls import masked
 
 LIMIT = 1000
 """Characters of a key or a reason that go on record."""
@@ -20,7 +23,7 @@ _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def safe(text: str, limit: int = LIMIT, lines: bool = False) -> str:
-    r"""Escape visibly what no terminal or line of a file should hold raw, and bound the length.
+    r"""Mask secrets, escape what no terminal or line of a file should hold raw, bound the length.
 
     `safe("caf\udce9\x1b[2J")` is `caf\xe9\x1b[2J`, with backslashes: a byte that is no UTF-8 is
     shown as the byte it was. Doing it twice changes nothing.
@@ -29,6 +32,11 @@ def safe(text: str, limit: int = LIMIT, lines: bool = False) -> str:
         limit: characters that are left; of a longer text, the middle is dropped.
         lines: keep line ends and tabs, as a traceback needs.
     """
+    return fit(masked(text), limit, lines)  # in this order: a secret that is cut is not found
+
+
+def fit(text: str, limit: int = LIMIT, lines: bool = False) -> str:
+    """As `safe`, for names that are data: nothing in them is taken for a secret."""
     text = _cut(text, limit)  # twice: a long text is not escaped whole, and escapes are longer
     if not _ODD.search(text):
         return text
@@ -53,7 +61,13 @@ def escaped(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _each(item: str | list[str] | tuple[str, ...]) -> str | list[str]:
-    return safe(item) if isinstance(item, str) else [safe(text) for text in item]
+    """A notice, or a rejection's key and reason."""
+    return safe(item) if isinstance(item, str) else [fit(item[0]), *map(safe, item[1:])]
+
+
+def traceback_of(error: BaseException) -> str:
+    """As Python prints it, without secrets."""
+    return masked("".join(traceback.format_exception(error)))
 
 
 def json_escaped(line: str) -> str:
@@ -66,14 +80,14 @@ def json_escaped(line: str) -> str:
 
 
 def as_json(values: Any) -> str:
-    """Indented JSON in ASCII; a surrogate alone, which strict parsers refuse, becomes visible."""
+    """Indented JSON in ASCII, without secrets; no lone surrogates, which some refuse."""
     text = json.dumps(_paired(values), indent=1, default=str)
     return text.replace("\x7f", "\\u007f")
 
 
 def _paired(values: Any) -> Any:
     if isinstance(values, str):
-        return re.sub("[\ud800-\udfff]", _escaped, values)
+        return _SURROGATE.sub(_escaped, masked(values))
     if isinstance(values, dict):
         return {_paired(key): _paired(value) for key, value in values.items()}
     return [_paired(v) for v in values] if isinstance(values, list | tuple) else values

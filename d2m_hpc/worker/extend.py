@@ -23,7 +23,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import ShardError
 from d2m_hpc.outputs import METADATA, OutputDir
 from d2m_hpc.state.manifest import Record, Rejection
-from d2m_hpc.state.texts import safe
+from d2m_hpc.state.texts import fit
 from d2m_hpc.worker.table import Table
 
 
@@ -97,8 +97,8 @@ class Extended:
         shared = [(place[name], row) for row, name in enumerate(_numbered(new)) if name in place]
         self._old_rows, self._new_rows = [pair[0] for pair in shared], [pair[1] for pair in shared]
         self.rows = len(shared)
-        known = {safe(rejection.key) for rejection in before.record.rejections}
-        fresh = [r for r in rejected if safe(r.key) not in known]
+        known = {fit(rejection.key) for rejection in before.record.rejections}
+        fresh = [r for r in rejected if fit(r.key) not in known]
         self.rejections = before.record.rejections + fresh
 
     @property
@@ -147,10 +147,10 @@ def _require_same_samples(
         ShardError: the tar has changed, or which of several samples of one key a row is of cannot
             be told.
     """
-    # Keys of rejections are on record as `safe` leaves them.
-    rows, rows_now = Counter(map(safe, old)), Counter(map(safe, new))
-    samples = rows + Counter(safe(r.key) for r in record.rejections)
-    samples_now = rows_now + Counter(safe(r.key) for r in rejected)
+    # Keys of rejections are on record as `fit` leaves them.
+    rows, rows_now = Counter(map(fit, old)), Counter(map(fit, new))
+    samples = rows + Counter(fit(r.key) for r in record.rejections)
+    samples_now = rows_now + Counter(fit(r.key) for r in rejected)
     again = _again(record.shard)
     # What never was a row is left out: which odd members of a tar count as rejections depends on
     # what is computed, and on the version.

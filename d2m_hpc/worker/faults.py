@@ -15,7 +15,15 @@ from d2m_hpc.errors import ShardError
 from d2m_hpc.models.custom import described
 from d2m_hpc.state.rundir import FILE_MODE
 from d2m_hpc.stopping import is_asked
+from d2m_hpc.urls import masked
 from d2m_hpc.worker.batch import Outputs
+
+
+class Masked(logging.Formatter):
+    """Keeps secrets out of the log, those in tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 @contextmanager
@@ -26,7 +34,7 @@ def logging_to(path: Path, crashes: bool) -> Iterator[None]:
     package.setLevel(logging.INFO)
     with open(fd, "a", encoding="utf-8", errors="backslashreplace") as file:
         handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(Masked("%(asctime)s %(levelname)s %(message)s"))
         package.addHandler(handler)
         if crashes:
             faulthandler.enable(file)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import traceback
 from dataclasses import dataclass
 from functools import partial
 from queue import Queue
 
 from d2m_hpc.errors import D2MError
 from d2m_hpc.state.manifest import Record, Recorder
+from d2m_hpc.state.texts import traceback_of
 from d2m_hpc.worker.claims import Claims
 from d2m_hpc.worker.progress import Reporter
 from d2m_hpc.worker.table import Rows
@@ -114,4 +114,4 @@ def _fail(record: Record, error: BaseException) -> None:
     record.rows = 0
     cause = error.__cause__ or error
     if not isinstance(cause, D2MError):
-        record.traceback = "".join(traceback.format_exception(error))
+        record.traceback = traceback_of(error)

@@ -149,8 +149,11 @@ def _patiently(pipe: int, command: str) -> Iterator[bytes]:
 
 
 def _last(words: BinaryIO) -> str:
-    words.seek(max(0, words.seek(0, os.SEEK_END) - SAID))
-    return words.read().decode(errors="replace").strip()
+    size = words.seek(0, os.SEEK_END)
+    words.seek(max(0, size - SAID))
+    said = words.read().decode(errors="replace").strip()
+    # A line without its start may be a secret without its name.
+    return said.partition("\n")[2] or said if size > SAID else said
 
 
 def _write(stream: Stream, file: BinaryIO, copy: Copy) -> str:

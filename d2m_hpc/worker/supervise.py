@@ -13,12 +13,12 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from resource import struct_rusage
 
+from d2m_hpc.state.texts import traceback_of
 from d2m_hpc.worker import death
 from d2m_hpc.worker.board import Board
 
@@ -145,7 +145,7 @@ def leave_by(error: BaseException) -> None:
         return
     if isinstance(error, SystemExit):
         leave(error.code if isinstance(error.code, int) else int(error.code is not None))
-    traceback.print_exception(error)
+    print(traceback_of(error), end="", file=sys.stderr)
     leave(1)
 
 

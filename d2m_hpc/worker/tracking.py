@@ -9,6 +9,7 @@ from typing import Any
 
 from d2m_hpc.config import Config
 from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.urls import masked, masked_all
 from d2m_hpc.worker.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -79,9 +80,9 @@ def _start(run: RunDir, config: Config, task: str) -> Any:
     started = wandb.init(
         dir=str(run.wandb.parent),  # it makes the folder there
         project=os.environ.get("WANDB_PROJECT", PROJECT),
-        group=config.output_metadata_dir.rstrip("/").rpartition("/")[2],
+        group=masked(config.output_metadata_dir).rstrip("/").rpartition("/")[2],
         name=task,
-        config=config.model_dump(mode="json"),
+        config=masked_all(config.model_dump(mode="json")),
         settings=wandb.Settings(
             init_timeout=START_SECONDS,
             finish_timeout=FINISH_SECONDS,

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from d2m_hpc.urls import masked
+
 _VOID = {"br", "img", "meta"}
 _UNREADABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters and lone surrogates: no HTML can hold them."""
@@ -18,10 +20,14 @@ class Markup(str):
 
 
 def text(value: object) -> Markup:
-    """Anything as HTML; what is Markup stays as it is."""
+    """Anything as HTML, without secrets; what is Markup stays as it is."""
     if isinstance(value, Markup):
         return value
-    return Markup(escape(_UNREADABLE.sub("\ufffd", str(value))))
+    return _escaped(masked(str(value)))
+
+
+def _escaped(value: str) -> Markup:
+    return Markup(escape(_UNREADABLE.sub("\ufffd", value)))
 
 
 def join(parts: Iterable[object]) -> Markup:
@@ -47,6 +53,8 @@ def _attribute(key: str, value: object) -> str:
     if value is None or value is False:
         return ""
     name = key.rstrip("_").replace("_", "-")
+    if isinstance(value, str) and value.startswith("data:"):  # a picture: long, and no words
+        return f' {name}="{_escaped(value)}"'
     return f" {name}" if value is True else f' {name}="{text(value)}"'
 
 
