@@ -2,6 +2,7 @@
 
 D2MError                 exit 1: the command could not do all that was asked
 ├── ConfigError          exit 2: mend the config or the command line
+├── DiskError            exit 2: make room or mend the disk of the run or its outputs
 ├── WeightsError         exit 2: fetch or replace a checkpoint
 ├── SlurmError           exit 3: Slurm refused
 ├── NodeError            exit 4: this node cannot work; leave its shards to another
@@ -36,6 +37,12 @@ class ConfigError(D2MError):
         if left := len(mistakes) - len(told):
             told.append(f"  and {left:,} more")
         super().__init__("\n".join([f"{where}: {count}", *told]))
+
+
+class DiskError(D2MError):
+    """The run folder or the outputs cannot be written, which is no shard's fault."""
+
+    exit_code = 2
 
 
 class WeightsError(D2MError):

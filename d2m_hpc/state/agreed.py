@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from d2m_hpc.state.rundir import FILE_MODE, make_folder
+from d2m_hpc.state.rundir import FILE_MODE, make_folder, named
 
 WITHOUT_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 """Filesystems that know no hard links say one of these."""
@@ -59,7 +59,8 @@ def agree(path: Path, proposal: Any) -> Any:
 def _write(path: Path, data: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
     try:
-        os.write(fd, data)
-        os.fsync(fd)
+        with named(path):
+            os.write(fd, data)
+            os.fsync(fd)
     finally:
         os.close(fd)

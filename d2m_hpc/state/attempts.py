@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from d2m_hpc.state.rundir import FILE_MODE, atomic_write, fsync_dir, make_folder
+from d2m_hpc.state.rundir import FILE_MODE, atomic_write, fsync_dir, make_folder, named, overwrite
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Attempts:
         make_folder(self._folder)
         fd = os.open(self._path(stem), os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
         try:
-            os.write(fd, data)
-            os.fsync(fd)
+            with named(self._path(stem)):
+                os.write(fd, data)
+                os.fsync(fd)
         finally:
             os.close(fd)
         fsync_dir(self._folder)
@@ -85,8 +86,11 @@ class Attempts:
 
     def end(self, stem: str, attempt: Attempt) -> None:
         """The attempt ended without finishing the shard; the next one needs its number."""
-        ended = replace(attempt, ended=True)
-        atomic_write(self._path(stem), json.dumps(asdict(ended)).encode())
+        data = json.dumps(asdict(replace(attempt, ended=True))).encode()
+        try:
+            atomic_write(self._path(stem), data)
+        except OSError:  # a full disk may still take what is no longer than what is there
+            overwrite(self._path(stem), data)
 
     def unended(self) -> dict[str, Attempt]:
         """Attempts that are under way or never ended, by stem."""

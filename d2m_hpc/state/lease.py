@@ -100,4 +100,6 @@ class Lease:
             return True
 
     def release(self) -> None:
-        self._lock.release()
+        """Give the claim back; where the disk does not take that, it is lost by its silence."""
+        with suppress(OSError):
+            self._lock.release()

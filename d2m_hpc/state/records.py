@@ -164,8 +164,8 @@ class Recorder:
                 while data:
                     data = data[os.write(fd, data) :]
                 os.fsync(fd)
-            return os.path.samestat(os.stat(self.path), os.fstat(fd))
-        except FileNotFoundError:
+            with suppress(FileNotFoundError):
+                return os.path.samestat(os.stat(self.path), os.fstat(fd))
             return False
         finally:
             os.close(fd)

@@ -1,6 +1,7 @@
 """An array element's task: `python -m d2m_hpc.worker RUN_DIR SUBMISSION FIRST TASKS_PER_NODE`.
 
-Exit codes: 0 done, 1 some shards failed, 4 the node cannot work, 143 told to stop.
+Exit codes: 0 done, 1 some shards failed, 2 a config or a disk is at fault, 4 the node cannot work,
+143 told to stop.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from d2m_hpc.errors import D2MError, NodeError
+from d2m_hpc.errors import D2MError, DiskError, NodeError
 from d2m_hpc.state.chunks import Chunks
+from d2m_hpc.state.refused import of_system
 from d2m_hpc.state.rundir import FILE_MODE, RunDir, atomic_write
+from d2m_hpc.state.texts import ERROR, safe
 from d2m_hpc.stopping import Stopped, interrupt_once, stop_on_signals
 from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.supervise import Past, leave, supervised
@@ -67,7 +70,10 @@ def main(arguments: list[str]) -> int:
     root, submission, first, tasks_per_node = arguments
     run, element = RunDir(Path(root)), Element.of(os.environ)
     index = int(first) + element.array_index * int(tasks_per_node) + element.rank
-    _own_log(run.log_of(submission, index))
+    try:
+        _own_log(run.log_of(submission, index))
+    except OSError as error:
+        return _said(of_system(error), DiskError.exit_code)
     _own_device(element.rank, int(tasks_per_node))
     unfit = partial(_unfit, run, element, submission, index)
     return supervised(partial(_as_task, run, submission, index, element), unfit)
@@ -76,8 +82,7 @@ def main(arguments: list[str]) -> int:
 def _unfit(run: RunDir, element: Element, submission: str, index: int, why: str) -> int:
     """The node cannot work: no shard is to blame."""
     _record_failure(run, element, submission, index, why)
-    print(f"error: {why}", flush=True)
-    return NodeError.exit_code
+    return _said(why, NodeError.exit_code)
 
 
 def _as_task(
@@ -95,12 +100,20 @@ def _as_task(
     except NodeError as error:
         return _unfit(run, element, submission, index, str(error))
     except D2MError as error:
-        print(f"error: {error}", flush=True)
-        return error.exit_code
+        return _said(str(error), error.exit_code)
     except OSError as error:  # what records, leases and logs need: a full disk, a lost mount
-        advice = "see to it, and run the same submit again"
-        print(f"error: the run folder {run.root} cannot be used: {error}; {advice}", flush=True)
-        return D2MError.exit_code
+        return _said(of_system(error), DiskError.exit_code)
+
+
+def _said(why: str, code: int) -> int:
+    line = f"error: {safe(why, ERROR, lines=True)}"
+    try:
+        print(line, flush=True)
+    except OSError:  # the log lies on a full disk: where srun's own words go
+        for fd in (1, 2):
+            os.dup2(_first_stderr, fd)
+        print(line, flush=True)
+    return code
 
 
 def _work(
@@ -135,9 +148,14 @@ def _work(
     return 1 if progress.failed else 0
 
 
+_first_stderr = 2
+
+
 def _own_log(path: Path) -> None:
     """Everything this task and its libraries print goes to its own file."""
+    global _first_stderr
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
+    _first_stderr = os.dup(2)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
@@ -224,7 +242,7 @@ def _scontrol(*words: str) -> tuple[str, str]:
 
 def _record_failure(run: RunDir, element: Element, submission: str, index: int, why: str) -> None:
     attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
-    failure = {"node": element.node, "why": why, "time": time.time()}
+    failure = {"node": element.node, "why": safe(why), "time": time.time()}
     path = run.node_failures / f"{submission}-{index}-{attempt}.json"
     atomic_write(path, json.dumps(failure).encode())
 

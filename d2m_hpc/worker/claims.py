@@ -19,6 +19,7 @@ from d2m_hpc.state.attempts import Attempt, Attempts
 from d2m_hpc.state.chunks import Chunks
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.manifest import Record, Recorder, Shard, read_records
+from d2m_hpc.state.refused import require_there
 from d2m_hpc.state.rundir import FILE_MODE, RunDir, make_folder
 from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.evidence import Evidence
@@ -170,6 +171,7 @@ class Claims:
     def _begin(self, shard: Shard, lease: Lease, own: bool = True) -> Work | None:
         """A shard that was just claimed, or None where there is nothing for this task to do."""
         try:
+            require_there(self._run.leases)
             last, record = self._attempts.last(shard.stem), self._output.record(shard.stem)
             known = max(shard.attempt, last.number if last else 0, record.attempt if record else 0)
             if self._clean(shard.stem, known + 1):  # now no earlier attempt changes what lies there

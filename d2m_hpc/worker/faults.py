@@ -5,13 +5,15 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
-from d2m_hpc.errors import ShardError
+from d2m_hpc.errors import DiskError, NodeError, ShardError
 from d2m_hpc.models.custom import described
 from d2m_hpc.state.rundir import FILE_MODE
 from d2m_hpc.stopping import is_asked
@@ -26,24 +28,34 @@ class Masked(logging.Formatter):
         return masked(super().format(record))
 
 
+class _Log(logging.StreamHandler[TextIO]):
+    """A disk that is full ends no task for a line of its log, nor is a traceback printed for it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 @contextmanager
 def logging_to(path: Path, crashes: bool) -> Iterator[None]:
     """Append this program's log to the task's file, and where it crashes, what it was doing."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
     package = logging.getLogger("d2m_hpc")
     package.setLevel(logging.INFO)
-    with open(fd, "a", encoding="utf-8", errors="backslashreplace") as file:
-        handler = logging.StreamHandler(file)
-        handler.setFormatter(Masked("%(asctime)s %(levelname)s %(message)s"))
-        package.addHandler(handler)
+    file = open(fd, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    handler = _Log(file)
+    handler.setFormatter(Masked("%(asctime)s %(levelname)s %(message)s"))
+    package.addHandler(handler)
+    if crashes:
+        faulthandler.enable(file)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
         if crashes:
-            faulthandler.enable(file)
-        try:
-            yield
-        finally:
-            package.removeHandler(handler)
-            if crashes:
-                faulthandler.disable()
+            faulthandler.disable()
+        with suppress(OSError):  # what a full disk did not take
+            file.close()
 
 
 def guarded(outputs: Iterator[Outputs]) -> Iterator[Outputs]:
@@ -62,6 +74,12 @@ def guarded(outputs: Iterator[Outputs]) -> Iterator[Outputs]:
                 raise
             raise ShardError(f"a model or preprocessor raised {described(error)}") from error
         yield made
+
+
+def ends_task(error: BaseException) -> bool:
+    """It is no shard's fault: the disk's, the node's, or somebody wants an end."""
+    own = isinstance(error, Exception) and not isinstance(error, DiskError | NodeError)
+    return not own or is_broken(error)
 
 
 def is_broken(error: BaseException) -> bool:

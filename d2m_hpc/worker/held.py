@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from d2m_hpc.errors import ShardError
+import logging
+
+from d2m_hpc.errors import DiskError, ShardError
 from d2m_hpc.state.attempts import Attempt, Attempts
 from d2m_hpc.state.lease import Lease
+from d2m_hpc.state.refused import of_system
 from d2m_hpc.worker.board import Board
+
+log = logging.getLogger(__name__)
 
 
 class Held:
@@ -35,11 +40,14 @@ class Held:
 
         Raises:
             ShardError: another task has taken the shard over.
+            DiskError: the run folder does not take it.
         """
         try:
             self._attempts.begin(self._stem, self.attempt, anew=self._last is None)
         except FileExistsError:
             raise ShardError(f"{self._stem}: another task has begun with it") from None
+        except OSError as error:
+            raise DiskError(of_system(error)) from error
         self._open = True
         self._board.begin(self._slot)
 
@@ -65,11 +73,15 @@ class Held:
 
     def release(self) -> None:
         """Leave the shard to others; what is not settled is given back, which is no failure."""
-        if self._open and not self.lease.lost:
-            self._attempts.end(self._stem, self.attempt)
-        self._open = False
-        self._free()
-        self.lease.release()
+        try:
+            if self._open and not self.lease.lost:
+                self._attempts.end(self._stem, self.attempt)
+        except OSError as error:
+            log.warning("%s cannot be given back: %s", self._stem, of_system(error))
+        finally:
+            self._open = False
+            self._free()
+            self.lease.release()
 
     def desert(self) -> None:
         """Leave the shard to others as one that the process cannot finish."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from queue import Queue
 
-from d2m_hpc.errors import D2MError
+from d2m_hpc.errors import D2MError, DiskError, NodeError
 from d2m_hpc.state.manifest import Record, Recorder
+from d2m_hpc.state.refused import require_there
 from d2m_hpc.state.texts import traceback_of
 from d2m_hpc.worker.claims import Claims
 from d2m_hpc.worker.progress import Reporter
@@ -86,8 +87,11 @@ class Settler:
                 self._committer.commit(result.rows, record, held)
         except TakenOver:
             log.warning("%s: another task took it over; nothing is written", record.shard)
+            require_there(self._recorder.path.parent)
             self._claims.let_go(result.work)
             return
+        except (DiskError, NodeError):  # no fault of the shard's
+            raise
         except Exception as error:
             _fail(record, error)
         record.seconds = result.work.clock.rounded()

@@ -28,7 +28,7 @@ from d2m_hpc.worker import refusal
 from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.extend import Extended, Pair
-from d2m_hpc.worker.faults import guarded, is_broken, logging_to
+from d2m_hpc.worker.faults import ends_task, guarded, is_broken, logging_to
 from d2m_hpc.worker.graph import Graph
 from d2m_hpc.worker.loader import Loader
 from d2m_hpc.worker.peek import schema_of
@@ -221,9 +221,9 @@ class Task:
             self._judge(work, record)
         except BaseException as error:
             work.cancel()
-            if not isinstance(error, Exception) or is_broken(error):
+            if ends_task(error):
                 claims.let_go(work)
-                if isinstance(error, Exception):
+                if is_broken(error):
                     raise NodeError(f"CUDA failed on {node_name()}: {error}") from error
                 raise
             result.error = error

@@ -15,10 +15,11 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow.parquet as pq
 
-from d2m_hpc.errors import D2MError, ShardError
+from d2m_hpc.errors import D2MError, DiskError, ShardError
 from d2m_hpc.models.weights import sha256_of
 from d2m_hpc.outputs import METADATA, OutputDir
 from d2m_hpc.state.manifest import Record
+from d2m_hpc.state.refused import DISK, of_system
 from d2m_hpc.state.rundir import fsync_dir, owned
 from d2m_hpc.state.staging import STAGING, Staging, remove
 from d2m_hpc.worker.table import Rows
@@ -120,7 +121,8 @@ class Committer:
 
         Raises:
             TakenOver: it was not, or is not any more.
-            ShardError: the values cannot be written, or the disk or store does not take them.
+            ShardError: the values cannot be written, or the store does not take them.
+            DiskError: the disk takes nothing.
         """
         try:
             folder = self.staging.make(record.shard, record.attempt)
@@ -141,6 +143,8 @@ class Committer:
             if not isinstance(error, OSError):
                 raise
             where = f"{self.output.url}: {record.shard} cannot be written"
+            if error.errno in DISK:
+                raise DiskError(f"{where}: {of_system(error)}") from error
             raise ShardError(f"{where}: {error}") from error
 
     def _rename(self, npz: Path, parquet: Path) -> None:
