@@ -53,7 +53,7 @@ class OutputDir:
 
     @cached_property
     def _url(self) -> str:
-        return str(Path(self.url).expanduser().absolute()) if self.is_local else self.url
+        return str(Path(os.path.expanduser(self.url)).absolute()) if self.is_local else self.url
 
     def make(self) -> None:
         """Make the folder where it is missing; a store is asked whether it takes objects.

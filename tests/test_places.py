@@ -61,6 +61,27 @@ def test_a_user_without_name_and_home_runs_to_the_end(open_folder: Path) -> None
     assert '"user": "uid 54321"' in intent.read_text()
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_tilde_without_a_home_is_a_mistake_or_a_name(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder may be named `~`, as slips make it; else nothing is known that it could mean."""
+    write_shards(tmp_path / "tars", 1)
+    config = write_config(
+        tmp_path / "c.yml", STATS, input_tars="tars/*.tar", output_metadata_dir="~"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # who has no entry in passwd
+    if there:
+        (tmp_path / "~").mkdir()
+        workload = inspect(configs.load(config), str(config))
+        assert workload.run.root == tmp_path / "~" / ".d2m"
+        return
+    with pytest.raises(ConfigError, match="found '~'; the home folder is not known"):
+        configs.load(config)
+
+
 def test_progress_that_cannot_be_written_ends_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -187,7 +188,7 @@ class Config(Section):
 
     @property
     def custom_file(self) -> Path | None:
-        return Path(self.custom_pypath).expanduser() if self.custom_pypath else None
+        return Path(os.path.expanduser(self.custom_pypath)) if self.custom_pypath else None
 
     @property
     def specs(self) -> dict[str, ModelSpec]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +24,10 @@ from d2m_hpc.urls import is_local
 def run_dir(config: Config) -> RunDir:
     """Where a config's run lives: `run_dir`, or beside the outputs, or here if those are remote."""
     if config.run_dir:
-        return RunDir(Path(config.run_dir).expanduser().absolute())
+        return RunDir(Path(os.path.expanduser(config.run_dir)).absolute())
     output = config.output_metadata_dir
     if is_local(output):
-        return RunDir(Path(output).expanduser().absolute() / ".d2m")
+        return RunDir(Path(os.path.expanduser(output)).absolute() / ".d2m")
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", output.split("://", 1)[1]).strip("-")
     return RunDir(Path(".d2m").absolute() / name)
 
@@ -91,7 +92,7 @@ def absolute(config: Config) -> Config:
     output = config.output_metadata_dir.removeprefix("file://")
     config = config.model_copy(update={"output_metadata_dir": output})
     paths = {
-        key: str(Path(value).expanduser().absolute())
+        key: str(Path(os.path.expanduser(value)).absolute())
         for key in ("output_metadata_dir", "custom_pypath", "weights_dir", "run_dir")
         if (value := getattr(config, key)) and is_local(value)
     }

@@ -98,7 +98,7 @@ def default_dir() -> Path:
 
 
 def weights_dir(configured: str | None) -> Path:
-    return Path(configured).expanduser() if configured else default_dir()
+    return Path(os.path.expanduser(configured)) if configured else default_dir()
 
 
 def needed(specs: Iterable[ModelSpec]) -> list[Checkpoint]:

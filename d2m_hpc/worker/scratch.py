@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import socket
@@ -12,7 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from d2m_hpc.errors import ShardError
+from d2m_hpc.errors import NodeError, ShardError
+from d2m_hpc.state.refused import of_system
+
+log = logging.getLogger(__name__)
 
 
 class Scratch:
@@ -84,10 +88,17 @@ def scratch(limit: int | None = None, sharers: int = 1) -> Iterator[Scratch]:
     Args:
         limit: bytes of tars that may lie there at once; by default half of what is free now.
         sharers: tasks that share the default.
+
+    Raises:
+        NodeError: it cannot be made.
     """
-    disk = _disk()
-    _sweep(disk)
-    folder, lock = _locked_folder(disk)
+    try:
+        disk = _disk()
+        _sweep(disk)
+        folder, lock = _locked_folder(disk)
+    except OSError as error:
+        why = f"there is no room for copies of tars on {socket.gethostname()}: {of_system(error)}"
+        raise NodeError(f"{why}; TMPDIR names another place") from error
     try:
         half = shutil.disk_usage(folder).free // 2 // sharers
         yield Scratch(folder, half if limit is None else limit)
@@ -97,9 +108,17 @@ def scratch(limit: int | None = None, sharers: int = 1) -> Iterator[Scratch]:
 
 
 def _disk() -> Path:
-    """Sites that give each job a folder of its own name it so; elsewhere TMPDIR, or /tmp."""
-    given = os.environ.get("SLURM_TMPDIR", "")
-    return Path(given if os.path.isdir(given) else tempfile.gettempdir())
+    """Sites that give each job a folder of its own name it so; elsewhere TMPDIR, or /tmp.
+
+    A variable that a login node handed on may name a folder that no node has.
+    """
+    for name in ("SLURM_TMPDIR", "TMPDIR"):
+        given = os.environ.get(name, "")
+        if os.path.isdir(given):
+            return Path(given)
+        if given:
+            log.warning("%s is %s, which is no folder here; copies go elsewhere", name, given)
+    return Path(tempfile.gettempdir())
 
 
 def _prefix() -> str:

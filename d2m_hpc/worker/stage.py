@@ -6,6 +6,7 @@ import io
 import os
 import select
 import signal
+import socket
 import subprocess
 import tempfile
 from collections.abc import Generator, Iterator
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from d2m_hpc import stores
-from d2m_hpc.errors import ShardError
+from d2m_hpc.errors import NodeError, ShardError
 from d2m_hpc.state.manifest import Shard
+from d2m_hpc.state.refused import of_system
 from d2m_hpc.urls import PIPE, is_local, is_pipe
 from d2m_hpc.worker.compressed import BROKEN, HEAD, Readable, codec_of
 from d2m_hpc.worker.scratch import Copy, Scratch
@@ -75,7 +77,7 @@ def _fetch(shard: Shard, copy: Copy) -> str:
     with open(copy.path, "wb") as file, closing(_blocks(shard)) as blocks:
         try:
             return _write(Stream(blocks), file, copy)
-        except ShardError:
+        except (ShardError, NodeError):
             raise
         except FileNotFoundError:
             raise ShardError(f"{shard.url}: no such file") from None
@@ -189,7 +191,19 @@ def _copy(source: Readable, file: BinaryIO, copy: Copy, behind: Stream | None = 
             return ""
         size += len(block)
         copy.reserve(size)
+        _put(block, file, copy)
+
+
+def _put(block: bytes, file: BinaryIO, copy: Copy) -> None:
+    """
+    Raises:
+        NodeError: this node's own disk does not take it, though it had promised the room.
+    """
+    try:
         file.write(block)
+        file.flush()
+    except OSError as error:
+        raise NodeError(f"{copy.path}, on {socket.gethostname()}: {of_system(error)}") from error
 
 
 class Stream(io.RawIOBase):

@@ -20,14 +20,16 @@ import pytest
 from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc import config as configs
-from d2m_hpc.errors import DiskError
+from d2m_hpc.errors import DiskError, NodeError
 from d2m_hpc.launch.decide import decide, inspect
 from d2m_hpc.launch.standing import standings
 from d2m_hpc.launch.submit import commit, submitting
 from d2m_hpc.state.attempts import Attempt, Attempts
-from d2m_hpc.state.manifest import Manifest, Record, Recorder, read_records
+from d2m_hpc.state.manifest import Manifest, Record, Recorder, Shard, read_records
 from d2m_hpc.state.rundir import RunDir
 from d2m_hpc.worker.progress import Listener, Progress
+from d2m_hpc.worker.scratch import Scratch, scratch
+from d2m_hpc.worker.stage import stage
 from d2m_hpc.worker.task import run_task
 
 SHARDS = 3
@@ -237,3 +239,35 @@ def test_an_attempt_ends_on_a_full_disk(disk: Path) -> None:
     attempts.end("a", Attempt(7, "000-0-0", "host"))
     assert attempts.unended() == {}
     assert attempts.last("a") == Attempt(7, "000-0-0", "host", ended=True)
+
+
+def test_a_node_whose_own_disk_is_full_is_to_blame_and_no_shard(disk: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1, 200)
+    shard = Shard("00000", f"pipe:cat {tmp_path}/tars/00000.tar; sleep 0")
+    _fill(disk)
+    os.truncate(disk / "filler", os.path.getsize(disk / "filler") - 8192)
+    with (
+        pytest.raises(NodeError, match=rf"{disk}/00000\.tar.*No space left"),
+        stage(shard, Scratch(disk, 10**9)),
+    ):
+        pass
+    assert not (disk / "00000.tar").exists()
+
+
+def test_a_node_without_any_place_for_copies_is_broken(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(disk))
+    _take_all_inodes(disk)
+    with pytest.raises(NodeError, match=rf"no room for copies.*{disk}.*TMPDIR"), scratch():
+        pass
+
+
+def test_a_temporary_folder_that_is_not_there_is_told_and_another_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "job"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with scratch() as room:
+        assert room.folder.parent == tmp_path
+    assert f"SLURM_TMPDIR is {tmp_path}/job, which is no folder here" in caplog.text
