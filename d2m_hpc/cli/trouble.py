@@ -5,13 +5,14 @@ from __future__ import annotations
 import traceback
 
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.state.refused import ADVICE, of_system
 
 LONGEST_LINE = 3000
 
 
 def explained(error: Exception) -> tuple[str, int]:
     """An error's words and the exit code of a command that it ends."""
+    from d2m_hpc.state.refused import ADVICE, of_system
+
     if isinstance(error, D2MError):
         return _safe(str(error)), error.exit_code
     if isinstance(error, OSError) and error.errno in ADVICE:

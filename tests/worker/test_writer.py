@@ -21,7 +21,7 @@ import pytest
 from kit import STATS, write_config
 
 from d2m_hpc import config as configs
-from d2m_hpc.errors import ShardError
+from d2m_hpc.errors import D2MError, DiskError, ShardError
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.manifest import Record, Rejection
 from d2m_hpc.worker.batch import Outputs
@@ -461,9 +461,11 @@ def _file_limit(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def _assert_refused(output: OutputDir, table: Table, record: Record, scratch: Path) -> None:
+def _assert_refused(
+    output: OutputDir, table: Table, record: Record, scratch: Path, as_: type[D2MError]
+) -> None:
     committer = Committer(output, scratch)
-    with pytest.raises(ShardError, match="00001 cannot be written") as caught:
+    with pytest.raises(as_, match="00001 cannot be written") as caught:
         committer.commit(table, record)
     assert output.url in str(caught.value)
     committer.close()
@@ -487,7 +489,7 @@ def _fill(disk: Path, leave: int) -> Path:
 
 
 @pytest.mark.parametrize("leave", [8_000, 60_000], ids=["no npz fits", "only the npz fits"])
-def test_a_full_disk_is_the_shards_error_and_leaves_no_half_pair(
+def test_a_full_disk_is_no_shards_error_and_leaves_no_half_pair(
     leave: int, config: configs.Config, tmp_path: Path
 ) -> None:
     with _tmpfs(tmp_path / "disk", "200k") as mounted:
@@ -497,7 +499,7 @@ def test_a_full_disk_is_the_shards_error_and_leaves_no_half_pair(
         _commit(output, config, tmp_path)
         filler = _fill(tmp_path / "disk", leave)
         table, record = _table(config, _large(29)), _record(29, "00001")
-        _assert_refused(output, table, record, tmp_path)
+        _assert_refused(output, table, record, tmp_path, DiskError)
         assert bool(record.npz_sha256) == (leave > 58_000)  # which of the files was refused
         filler.unlink()
         Committer(output, tmp_path).commit(table, record)
@@ -509,4 +511,5 @@ def test_a_write_that_fails_half_way_leaves_no_half_pair(
     output = OutputDir(str(tmp_path / "out"))
     _commit(output, config, tmp_path)
     with _file_limit(50_000):
-        _assert_refused(output, _table(config, _large(100)), _record(100, "00001"), tmp_path)
+        table, record = _table(config, _large(100)), _record(100, "00001")
+        _assert_refused(output, table, record, tmp_path, ShardError)
