@@ -53,7 +53,7 @@ def test_a_seed_config_runs_and_its_outputs_have_its_names(
     tiny_blip2.save(tmp_path / "Salesforce" / "blip2-opt-2.7b")
     out, ended = _run(name, tmp_path, checkpoints)
     asked = yaml.safe_load((SEED / name).read_text())
-    assert sorted(p.name for p in out.iterdir() if p.is_file()) == ["00000.npz", "00000.parquet"]
+    assert sorted(p.name for p in out.glob("[!.]*")) == ["00000.npz", "00000.parquet"]
     table = pq.read_table(out / "00000.parquet")
     columns, fields = asked["postprocess_columns"], asked["additional_fields"]
     assert table.column_names == ["key", *columns, *fields]
