@@ -183,10 +183,10 @@ def _stream(fs: Any, path: str, position: int, size: int | None) -> Iterator[byt
         raise ConnectionError(f"the file ended after {position} of {size} bytes")
 
 
-def peek(url: str) -> bytes:
-    """The first bytes of a file, if it has any; a short way to learn whether it can be read."""
+def peek(url: str, size: int = 512) -> bytes:
+    """The first bytes of a file, about so many, if it has any; whether it can be read."""
     if scheme(url) in WEB:
         return next(_stream(*filesystem(url), 0, None), b"")
     fs, path = filesystem(url)
-    head: bytes = fs.cat_file(path, 0, 512)
+    head: bytes = fs.cat_file(path, 0, size)
     return head

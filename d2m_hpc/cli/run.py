@@ -15,15 +15,15 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="again every few seconds")] = False,
 ) -> None:
     from d2m_hpc.launch import show
-    from d2m_hpc.launch.status import find_run, summarise
+    from d2m_hpc.launch.status import find_run, look
 
     run, config = find_run(target)
     if as_json:
-        print_json(summarise(run, config).to_dict())
+        print_json(look(run, config).to_dict())
     elif watch:
-        show.watch(lambda: summarise(run, config))
+        show.watch(lambda: look(run, config))
     else:
-        show.summary(summarise(run, config))
+        show.summary(look(run, config))
 
 
 def cancel(target: Target) -> None:
@@ -84,8 +84,7 @@ def verify(
 
     report = check(*find_run(target), sample, seed)
     if as_json:
-        faults = [vars(f) for f in report.faults]
-        print_json({**vars(report), "faults": faults})
+        print_json(report.to_dict())
     else:
         show.report(report)
     raise typer.Exit(1 if report.faults or (report.unfinished and not partial) else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from d2m_hpc.cli.common import ConfigFile, Overrides, load
 from d2m_hpc.errors import SlurmError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from d2m_hpc.config import Config
     from d2m_hpc.launch.decide import Workload
@@ -37,6 +38,13 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
     no_sbatch: Annotated[bool, typer.Option("--no-sbatch", help="only print commands")] = False,
     preflight: Annotated[bool, typer.Option(help="look for what would fail on every node")] = True,
+    recompute_changed: Annotated[
+        bool, typer.Option("--recompute-changed", help="compute tars again that were replaced")
+    ] = False,
+    moved: Annotated[
+        bool | None,
+        typer.Option("--moved/--not-moved", help="tars elsewhere are those that were planned"),
+    ] = None,
     partition: Annotated[str | None, _slurm("partition")] = None,
     account: Annotated[str | None, _slurm("account to charge")] = None,
     qos: Annotated[str | None, _slurm("quality of service")] = None,
@@ -54,15 +62,16 @@ def submit(
 ) -> None:
     given = dict(locals())
     loaded = load(config, set_, _slurm_options(given))
+    inspect = partial(_inspect, loaded, config, recompute_changed=recompute_changed, moved=moved)
     if dry_run:
-        _dry_run(_inspect(loaded, config), local)
+        _dry_run(inspect(), local)
     elif local:
-        raise typer.Exit(_supervised(loaded, config))
+        raise typer.Exit(_supervised(inspect))
     elif no_sbatch:
-        _write_only(_inspect(loaded, config, preflight))
+        _write_only(inspect(preflight=preflight))
     else:
         _require_slurm()
-        raise typer.Exit(_run_slurm(_inspect(loaded, config, preflight), wait))
+        raise typer.Exit(_run_slurm(inspect(preflight=preflight), wait))
 
 
 def plan(config: ConfigFile, set_: Overrides = None) -> None:
@@ -85,12 +94,20 @@ def _plain(value: str) -> Any:
     return {"true": True, "false": False, "null": None}.get(value, value)
 
 
-def _inspect(config: Config, path: Path, preflight: bool = False) -> Workload:
+def _inspect(
+    config: Config,
+    path: Path,
+    preflight: bool = False,
+    recompute_changed: bool = False,
+    moved: bool | None = None,
+) -> Workload:
     from d2m_hpc.launch import decide
     from d2m_hpc.launch import preflight as before
 
     found = before.check(config, str(path)) if preflight else None
-    return decide.inspect(config, str(path), found)
+    workload = decide.inspect(config, str(path), found)
+    workload.recompute_changed, workload.moved = recompute_changed, moved
+    return workload
 
 
 def _require_slurm() -> None:
@@ -132,7 +149,7 @@ def _write_only(workload: Workload) -> None:
         print(command)
 
 
-def _supervised(loaded: Config, path: Path) -> int:
+def _supervised(inspect: Callable[[], Workload]) -> int:
     """Run in a child of this process, which tells what becomes of it."""
     from d2m_hpc.stopping import interrupt_once
     from d2m_hpc.worker.supervise import supervised
@@ -144,7 +161,7 @@ def _supervised(loaded: Config, path: Path) -> int:
     def work(board: Board | None, past: Past) -> int:
         if board is not None:
             interrupt_once()
-        return _run_local(_inspect(loaded, path), board, past.blamed)
+        return _run_local(inspect(), board, past.blamed)
 
     return supervised(work, unfit)
 

@@ -11,10 +11,10 @@ from typing import Any
 from d2m_hpc.config import Config
 from d2m_hpc.config.growth import only_new
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch import fingerprints, nodes, plan
+from d2m_hpc.launch import changed, fingerprints, nodes, plan
 from d2m_hpc.launch.forget import Forgotten
 from d2m_hpc.launch.standing import Standings, stand
-from d2m_hpc.launch.tried import Tried, told, tried
+from d2m_hpc.launch.tried import Tried, replaced, told, tried
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.launch.workload import (
     Workload,
@@ -101,18 +101,62 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
     if gone := (forgotten := Forgotten.of(workload.run)).by_url:
         sizes = {url: size for url, size in sizes.items() if url not in gone}
         known = [s for s in known if s.url not in gone]
+    planned = known
     shards = plan.plan_shards(sizes, known, gone.values())
+    if len(shards) > max(len(known), len(sizes)) and (places := _moved(workload, known, shards)):
+        known = [places.get(s.url, s)._replace(stem=s.stem) for s in known]
+        shards = plan.plan_shards(sizes, known, gone.values())
     notices = [*workload.notices, *forgotten.notices(workload.sizes)]
-    decision = Decision(workload, shards, shards == known, notices=notices)
+    decision = Decision(workload, shards, notices=notices)
     if left := len(shards) - len(sizes):
         decision.notices.append(
             f"{left} shards of earlier submits match no pattern now; they are kept"
         )
-    _read_state(decision)
+    _read_state(decision, known, set(in_flight))
     decision.in_flight = set(in_flight) - decision.done
+    decision.is_planned = decision.shards == planned
     if not workload.config.reprocess:
         decision.earlier = _earlier(decision)
     return decision
+
+
+def _moved(workload: Workload, known: list[Shard], shards: list[Shard]) -> dict[str, Shard]:
+    """Where planned tars lie now, by their old URLs, if the user says so.
+
+    Raises:
+        ConfigError: it looks so, and the user has not said.
+    """
+    places = changed.moved(known, shards[len(known) :], workload.sizes)
+    if not places or workload.moved is not None:
+        return places if workload.moved else {}
+    old, new = next(iter(places.items()))
+    mistake = (
+        f"input_tars: {len(places)} new tars have the names and sizes of planned ones that are no "
+        f"longer where they were: {old} may be {new.url} now; say which: --moved if they are the "
+        "same tars, --not-moved if they are others and get names of their own"
+    )
+    raise ConfigError(workload.where, [mistake])
+
+
+def _see_changed(
+    decision: Decision, found: Standings, output: OutputDir, known: list[Shard], busy: set[str]
+) -> None:
+    """Tell tars that are others now; those that are to be computed again are pending."""
+    workload = decision.workload
+    most = None if workload.recompute_changed else changed.LOOKED_AT
+    other = changed.find(known, found, output, most, workload.sizes, workload.times)
+    if workload.recompute_changed:
+        again = [stem for stem in other.stems if stem not in busy]
+        decision.done.difference_update(again)
+        decision.exhausted.difference_update(again)
+        for stem in again:
+            decision.bases.pop(stem, None)
+            decision.tried[stem] = replaced(decision.tried.get(stem), changed.made(found, stem))
+        decision.notices.append(f"{len(again)} tars have changed; computed again")
+    elif other.stems:
+        decision.notices += other.notices()
+        as_made = {s.stem: s for s in known if s.stem in {*other.stems}}
+        decision.shards = [as_made.get(s.stem, s) for s in decision.shards]
 
 
 def _earlier(decision: Decision) -> dict[str, dict[str, Any]]:
@@ -136,7 +180,7 @@ def _earlier(decision: Decision) -> dict[str, dict[str, Any]]:
     }
 
 
-def _read_state(decision: Decision) -> None:
+def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
     """Fill in how far each shard is, by the records and by what lies in the output."""
     workload = decision.workload
     config, ours = workload.config, workload.fingerprint_id
@@ -155,6 +199,7 @@ def _read_state(decision: Decision) -> None:
         decision.shard_seconds = seconds / len(decision.done)
     decision.last_finished = nodes.last_finished(manifest)
     decision.tried = tried(manifest, found.removed, workload.run, ours)
+    _see_changed(decision, found, output, known, busy)
 
 
 def _take_back(decision: Decision, found: Standings, output: OutputDir) -> list[str]:

@@ -39,7 +39,7 @@ class Forgotten:
     def of(cls, run: RunDir) -> Forgotten:
         """A line that a kill has torn was never promised to anybody."""
         found: dict[str, str] = {}
-        with suppress(FileNotFoundError), open(run.forgotten, "rb") as file:
+        with suppress(FileNotFoundError, NotADirectoryError), open(run.forgotten, "rb") as file:
             for line in file:
                 with suppress(ValueError, LookupError, TypeError):
                     said = json.loads(line)

@@ -32,8 +32,8 @@ def location(url: str) -> str:
     if not is_remote(url):
         return url
     rest = url.partition("://")[2]
-    if scheme(url) in ("http", "https"):  # elsewhere these two may be part of a name
-        rest = re.split("[?#]", rest, maxsplit=1)[0]
+    if ("?" in rest or "#" in rest) and scheme(url) in ("http", "https"):
+        rest = re.split("[?#]", rest, maxsplit=1)[0]  # elsewhere these two may be part of a name
     return _without_user(rest)
 
 
@@ -98,6 +98,11 @@ def _front(folders: tuple[str, ...], depth: int) -> str:
 
 def _cut(name: str) -> str:
     return name.encode()[:_LONGEST].decode(errors="ignore")
+
+
+def own_name(url: str) -> str:
+    """A tar's stem without its folders."""
+    return _stem_parts(url)[1]
 
 
 def _stem_parts(url: str) -> tuple[tuple[str, ...], str]:

@@ -15,6 +15,8 @@ LOOKED_AT = 3
 KINDS = 10
 """Endings that are looked at, and told."""
 HEAD = 4096
+COMPRESSED = 1 << 20
+"""Bytes of a compressed file that give its first plain ones: bzip2 has blocks of up to 900 kB."""
 
 
 class Oddities:
@@ -51,19 +53,22 @@ class Oddities:
 def _nature(url: str) -> str:
     """What a file is; empty for a tar, compressed or not, and for what cannot be read now."""
     # These load no torch, but what runs on a login node loads nothing of a task's unasked.
-    from d2m_hpc.worker.compressed import codec_of
+    from d2m_hpc.worker.compressed import codec_of, start_of
     from d2m_hpc.worker.nature import nature
 
     try:
-        head = _head(url)
-        size = Path(url).stat().st_size if is_local(url) else len(head)
+        head = _head(url, HEAD)
+        if codec := codec_of(head):
+            plain = start_of(_head(url, COMPRESSED))
+            what = nature(plain, len(plain)) if plain else ""
+            return f"compressed with {codec.name}, {what}" if what else ""
+        return nature(head, Path(url).stat().st_size if is_local(url) else len(head))
     except Exception:  # each store raises errors of its own; preflight and the task tell them
         return ""
-    return "" if codec_of(head) else nature(head, size)
 
 
-def _head(url: str) -> bytes:
+def _head(url: str, size: int) -> bytes:
     if not is_local(url):
-        return stores.peek(url)
+        return stores.peek(url, size)
     with open(url, "rb") as file:
-        return file.read(HEAD)
+        return file.read(size)

@@ -41,11 +41,13 @@ class Expansion:
     Attributes:
         sizes: url to size in bytes, or None where it is not known, in the order of the patterns.
         duplicates: how many times a url was named again.
+        times: when the tars that stores listed were put there, by url.
         missing: local files that a pattern names and that are not there.
         mistakes: patterns that name nothing, or what is no tar.
     """
 
     sizes: dict[str, int | None] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
     duplicates: int = 0
     missing: list[str] = field(default_factory=list)
     mistakes: list[Mistake] = field(default_factory=list)
@@ -102,7 +104,7 @@ def expand(patterns: Iterable[str], sized: bool = True) -> Expansion:
         odd = Oddities(pattern)
         try:
             left -= braces.require_few(pattern, left)
-            matched = found.take(_expand_one(pattern, disk), odd)
+            matched = found.take(_expand_one(pattern, disk, found.times), odd)
         except D2MError as error:
             found.wrong(str(error), pattern)
             continue
@@ -171,7 +173,9 @@ def _size(entry: os.DirEntry[str], sized: bool) -> int | None:
     return MISSING
 
 
-def _expand_one(pattern: str, disk: _Disk) -> Iterator[tuple[str, int | None]]:
+def _expand_one(
+    pattern: str, disk: _Disk, times: dict[str, float]
+) -> Iterator[tuple[str, int | None]]:
     pattern = pattern.removeprefix("file://")
     if is_local(pattern) and os.path.isfile(path := _absolute(pattern)):
         yield path, disk[path]  # a file's own name may hold braces and brackets
@@ -180,7 +184,7 @@ def _expand_one(pattern: str, disk: _Disk) -> Iterator[tuple[str, int | None]]:
         yield from disk.tars(path)
         return
     if is_remote(pattern):
-        yield from remote.expand(list(braces.expand(pattern)))
+        yield from remote.expand(list(braces.expand(pattern)), times)
         return
     for name in braces.expand(pattern):
         if is_pipe(name):

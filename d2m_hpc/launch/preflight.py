@@ -15,6 +15,7 @@ from d2m_hpc.config.load import located
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.launch import plan
 from d2m_hpc.launch.decide import absolute, checkpoint_hashes, missing_extras, run_dir
+from d2m_hpc.launch.workload import has_plan
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state.lease import Lease
 from d2m_hpc.state.rundir import RunDir
@@ -32,7 +33,7 @@ def check(config: Config, where: str) -> plan.Expansion:
     """
     config = absolute(config)
     run = run_dir(config)
-    inputs = plan.expand(config.input_tars, sized=not run.shards.exists())
+    inputs = plan.expand(config.input_tars, sized=not has_plan(run, where))
     problems = [*_output(config), *_leases(run), *_inputs(inputs)]
     problems += [*_weights(config, run, where), *_custom_file(config), *missing_extras(config)]
     if problems:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +20,11 @@ from d2m_hpc.state.private import is_private
 from d2m_hpc.state.rundir import atomic_write
 
 _SCHEMA = pa.schema([("stem", pa.string()), ("url", pa.string()), ("size", pa.int64())])
+
+
+ADVICE = "remove it and submit again: it is made anew, and what is done stays done"
+PART = 1 << 14
+"""Shards that are held at once where some are drawn."""
 
 
 def write_shards(path: Path, shards: Sequence[Shard], private: bool = False) -> None:
@@ -55,6 +62,27 @@ def read_shards(path: Path) -> list[Shard]:
     return list(map(Shard, *_read(path, _SCHEMA.names)))
 
 
+def read_some(path: Path, most: int) -> list[Shard]:
+    """So many shards of a plan, drawn at random; all where there are no more."""
+    shards: list[Shard] = []
+    with undamaged(path, ADVICE), _opened(path) as file:
+        total = file.metadata.num_rows
+        drawn, start = sorted(random.sample(range(total), min(most, total))), 0
+        for part in file.iter_batches(PART, columns=_SCHEMA.names, use_threads=False):
+            rows = drawn[bisect_left(drawn, start) : bisect_left(drawn, start + len(part))]
+            shards += (Shard(*(c[row - start].as_py() for c in part.columns)) for row in rows)
+            start += len(part)
+    return shards
+
+
+def read_named(path: Path, stems: Sequence[str]) -> list[Shard]:
+    """The shards of a plan that have these stems."""
+    import pyarrow.compute as pc  # takes longer than most commands need
+
+    table = _table(path, _SCHEMA.names)
+    return list(map(Shard, *_lists(table.filter(pc.is_in(table["stem"], _strings(stems))))))
+
+
 def read_stems(path: Path) -> list[str]:
     """Of all shards of a plan, in its order."""
     [stems] = _read(path, ["stem"])
@@ -65,7 +93,20 @@ def _read(path: Path, columns: Sequence[str]) -> list[list[Any]]:
     """Each column's values; none where there is no plan yet."""
     if not path.exists():
         return [[] for _ in columns]
-    advice = "remove it and submit again: it is made anew, and what is done stays done"
-    with undamaged(path, advice), pq.ParquetFile(path, page_checksum_verification=True) as file:
-        table = file.read(columns)
-        return [table[name].to_pylist() for name in columns]
+    return _lists(_table(path, columns))
+
+
+def _table(path: Path, columns: Sequence[str]) -> pa.Table:
+    with undamaged(path, ADVICE), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read(columns)
+
+
+def _lists(table: pa.Table) -> list[list[Any]]:
+    return [column.to_pylist() for column in table.columns]
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    """To be read in parts: nothing is fetched in advance."""
+    return pq.ParquetFile(
+        path, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 16
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -100,7 +100,11 @@ def decision(decided: Decision) -> None:
     if decided.pending and decided.shard_seconds is not None:
         left = duration(len(decided.pending) * decided.shard_seconds)
         console.print(f"about {left} of work, by the shards that are done")
-    for notice in decided.notices:
+    notices(decided.notices)
+
+
+def notices(told: Iterable[str]) -> None:
+    for notice in told:
         console.print(f"note: {notice}", style="yellow")
 
 
@@ -166,10 +170,7 @@ def summary(found: Summary) -> None:
     console.print()
     for reason, number in found.rejections.items():
         console.print(f"rejected {number:,}: {reason}")
-    for wait in found.waiting:
-        console.print(str(wait), style="red" if wait.never else "yellow")
-    if found.unasked:
-        console.print(f"Slurm cannot be asked: {found.unasked}", style="yellow")
+    _remarks(found)
     if found.stragglers:
         console.print(f"slower than the others: {', '.join(found.stragglers)}", style="yellow")
     for node, why in found.broken_nodes.items():
@@ -179,6 +180,15 @@ def summary(found: Summary) -> None:
         head = f"failed {len(group.shards)} ({names}): {group.kind}: {group.error}"
         console.print(head, style="red")
         console.print(f"  log: {group.log}", style="red")
+
+
+def _remarks(found: Summary) -> None:
+    if found.changed:
+        notices(found.changed.notices())
+    for wait in found.waiting:
+        console.print(str(wait), style="red" if wait.never else "yellow")
+    if found.unasked:
+        console.print(f"Slurm cannot be asked: {found.unasked}", style="yellow")
 
 
 def watch(look: Callable[[], Summary]) -> None:
@@ -202,6 +212,7 @@ def report(found: Report) -> None:
     console.print(f"{checked}, {wrong} files wrong")
     if wrong:
         console.print("to compute a shard again, delete its parquet and run d2m-submit")
+    notices(found.changed.notices())
     if found.unfinished:
         left = f"{found.unfinished:,} of {found.shards:,} shards are not finished"
         console.print(f"{left}; `d2m status` says why, and `d2m-submit` goes on", style="yellow")

@@ -13,8 +13,10 @@ from typing import Any
 
 from d2m_hpc.config import Config, load
 from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
-from d2m_hpc.launch import nodes, slurm
+from d2m_hpc.launch import changed, nodes, slurm
+from d2m_hpc.launch.changed import Changed
 from d2m_hpc.launch.decide import run_dir
+from d2m_hpc.launch.shards import read_some
 from d2m_hpc.launch.standing import Standings, standings
 from d2m_hpc.launch.tasks import attempts, has_gpu, is_active, log_file
 from d2m_hpc.launch.uncollected import uncollected
@@ -45,7 +47,8 @@ class Summary:
     failed ones that the next submit does not try again.
     `eta_seconds` is None where nothing runs or nothing is known of its speed. `tasks` counts array
     elements by what Slurm says of them; it is empty where Slurm says nothing. `waiting` are the
-    reasons why some of them do not run; `unasked` is why Slurm could not be asked.
+    reasons why some of them do not run; `unasked` is why Slurm could not be asked. `changed` are
+    the shards whose tars are others now, where the tars were looked at.
     """
 
     run_dir: str
@@ -71,6 +74,7 @@ class Summary:
     given_up: int = 0
     waiting: list[Waiting] = field(default_factory=list)
     unasked: str = ""
+    changed: Changed | None = None
 
     @property
     def complete(self) -> bool:
@@ -105,6 +109,18 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
         # Beside its outputs, a run may have been moved with them.
         config = config.model_copy(update={"output_metadata_dir": str(run.root.parent)})
     return run, config
+
+
+@uncollected()
+def look(run: RunDir, config: Config) -> Summary:
+    """A summary with what is found of the tars: so many questions to their file server."""
+    # First, while nothing else is in memory.
+    some = read_some(run.shards, changed.LOOKED_AT) if run.shards.exists() else []
+    manifest = Manifest.load(run)
+    found = standings(run, config, manifest)
+    summary = summarise(run, config, manifest, found)
+    summary.changed = changed.among(some, config, found)
+    return summary
 
 
 @uncollected()

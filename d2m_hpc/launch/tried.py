@@ -16,6 +16,7 @@ class Tried(NamedTuple):
     attempt: int = 0
     failures: int = 0
     alone: bool = False
+    again: bool = False
 
 
 UNTRIED = Tried()
@@ -25,6 +26,8 @@ def tried(
     manifest: Manifest, removed: Mapping[str, Outcome], run: RunDir, ours: str
 ) -> dict[str, Tried]:
     """Of shards that failed, at which a process died, or whose pair is gone.
+
+    A pair by the config at hand that lies there in spite of a later failure is to be replaced.
 
     An attempt that is under way looks as one that never ended does; its shard is in flight.
 
@@ -36,15 +39,26 @@ def tried(
     for stem, failed in manifest.failures.items():
         counted = [f for f in failed if f.fingerprint == ours]
         alone = any(f.kind == DIED for f in counted)
-        found[stem] = Tried(max(f.attempt for f in failed), len(counted), alone)
+        again = stem in manifest.done and manifest.done[stem].fingerprint == ours
+        found[stem] = Tried(max(f.attempt for f in failed), len(counted), alone, again)
     for stem, attempt in Attempts(run.attempts).unended().items():
         known = found.get(stem, UNTRIED)
-        found[stem] = Tried(max(known.attempt, attempt.number), known.failures, True)
+        number = max(known.attempt, attempt.number)
+        found[stem] = known._replace(attempt=number, alone=True)
     return found
+
+
+def replaced(known: Tried | None, made: Outcome | None) -> Tried:
+    """Of a shard whose pair is of another tar: it stays until a later attempt replaces it."""
+    known = known or UNTRIED
+    return known._replace(attempt=max(known.attempt, made.attempt if made else 0), again=True)
 
 
 def told(shards: list[Shard], bases: Mapping[str, str], tried: Mapping[str, Tried]) -> list[Shard]:
     """Shards with what their tasks have to know: the base of each, and what was tried."""
     if not bases and not tried:
         return shards
-    return [Shard(*s[:3], bases.get(s.stem, ""), *tried.get(s.stem, UNTRIED)) for s in shards]
+    return [
+        Shard(s.stem, s.url, s.size, bases.get(s.stem, ""), *tried.get(s.stem, UNTRIED))
+        for s in shards
+    ]

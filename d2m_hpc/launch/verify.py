@@ -7,8 +7,9 @@ import io
 import random
 import zipfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,9 @@ import pyarrow.parquet as pq
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
+from d2m_hpc.launch import changed
+from d2m_hpc.launch.changed import Changed
+from d2m_hpc.launch.shards import read_named
 from d2m_hpc.launch.standing import standings
 from d2m_hpc.launch.uncollected import uncollected
 from d2m_hpc.outputs import OutputDir
@@ -42,6 +46,7 @@ class Report:
         faults: what is wrong with files.
         shards: of the run, done or not.
         unfinished: how many are not done; what is removed or failed since counts.
+        changed: of the checked ones those whose tars are others now; their files are no worse.
     """
 
     checked: int
@@ -49,6 +54,10 @@ class Report:
     faults: list[Fault]
     shards: int
     unfinished: int
+    changed: Changed = field(default_factory=Changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 class Owners:
@@ -84,7 +93,8 @@ def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0
     for suffix, present in there.items():
         strays = sorted(present - done.keys())
         faults += [Fault(f"{s}{suffix}", "has no record; run d2m-submit again") for s in strays]
-    return Report(len(stems), len(done), faults, len(found.stems), len(found.unfinished))
+    other = changed.find(read_named(run.shards, stems), found, output, most=None)
+    return Report(len(stems), len(done), faults, len(found.stems), len(found.unfinished), other)
 
 
 def check_shard(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from d2m_hpc.errors import ConfigError
 from d2m_hpc.launch import plan
 from d2m_hpc.models import weights
 from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.state.texts import BRIEF, safe
 from d2m_hpc.urls import is_local
 
 
@@ -41,6 +42,9 @@ class Workload:
         sizes: url to size of every input tar.
         fingerprint: the parts that decide what the output is.
         notices: what the user should know though it stops nothing.
+        times: when those of them that stores listed were put there, by url.
+        recompute_changed: compute what was made of tars that are others now once more.
+        moved: whether tars of the same names and sizes elsewhere are the same; None if not said.
     """
 
     config: Config
@@ -49,6 +53,9 @@ class Workload:
     sizes: dict[str, int | None]
     fingerprint: dict[str, Any]
     notices: list[str]
+    times: dict[str, float] = field(default_factory=dict)
+    recompute_changed: bool = False
+    moved: bool | None = None
 
     @property
     def fingerprint_id(self) -> str:
@@ -78,13 +85,25 @@ def inspect(config: Config, where: str, expansion: plan.Expansion | None = None)
     """
     config = absolute(config)
     run = run_dir(config)
-    expansion = expansion or plan.expand(config.input_tars, sized=not run.shards.exists())
+    expansion = expansion or plan.expand(config.input_tars, sized=not has_plan(run, where))
     plan.check(expansion, where)
     if missing := missing_extras(config):
         raise ConfigError(where, missing)
     fingerprint = config.fingerprint(checkpoint_hashes(config, run, where))
     notices = _notices(expansion)
-    return Workload(config, where, run, expansion.sizes, fingerprint, notices)
+    return Workload(config, where, run, expansion.sizes, fingerprint, notices, expansion.times)
+
+
+def has_plan(run: RunDir, where: str) -> bool:
+    """
+    Raises:
+        ConfigError: there can be no such folder.
+    """
+    try:
+        return run.shards.exists()
+    except OSError as error:
+        reason = f"run_dir: {safe(str(run.root), BRIEF)} cannot be used: {error.strerror or error}"
+        raise ConfigError(where, [reason]) from None
 
 
 def absolute(config: Config) -> Config:

@@ -42,6 +42,7 @@ class Shard(NamedTuple):
         attempt: the number of the last attempt at it that the submit knew of.
         failures: how many attempts at it have failed, by the config at hand.
         alone: an attempt at it never ended; while it is tried, nothing else is in hand.
+        again: a pair that was made by that attempt or an earlier one is to be replaced.
     """
 
     stem: str
@@ -51,6 +52,11 @@ class Shard(NamedTuple):
     attempt: int = 0
     failures: int = 0
     alone: bool = False
+    again: bool = False
+
+    def outlives(self, record: Record | None) -> bool:
+        """Whether a pair that lies there, with this record, is one to replace."""
+        return self.again and record is not None and record.attempt <= self.attempt
 
 
 class Rejection(NamedTuple):

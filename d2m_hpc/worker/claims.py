@@ -145,7 +145,7 @@ class Claims:
         for shard in self._others():
             if self.is_late or self._stopped.is_set():
                 return
-            if shard.alone or shard.stem in finished:
+            if shard.alone or (shard.stem in finished and not shard.again):
                 continue
             if not (lease := self._lease(shard)).claim():
                 continue
@@ -176,7 +176,7 @@ class Claims:
             known = max(shard.attempt, last.number if last else 0, record.attempt if record else 0)
             if self._clean(shard.stem, known + 1):  # now no earlier attempt changes what lies there
                 record = self._output.record(shard.stem)
-            why = self._why_not(shard, record)
+            why = self._why_not(shard, None if shard.outlives(record) else record)
             if not why and last and (last.died or not last.ended):
                 why = self._after_death(shard, last) if own else "a process may have died of it"
         except BaseException:

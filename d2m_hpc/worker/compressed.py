@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import re
 import zlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
 HEAD = 16
 """Bytes that tell how a stream is compressed."""
+PLAIN = 512
+"""Bytes of what was compressed that tell what it is."""
 BROKEN = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)
 """What the libraries raise where a stream is damaged; `OSError` may also be its source's."""
 
@@ -51,3 +54,13 @@ CODECS = (
 def codec_of(head: bytes) -> Codec | None:
     """How a stream that begins so is compressed, if it is."""
     return next((codec for codec in CODECS if codec.magic.match(head)), None)
+
+
+def start_of(head: bytes) -> bytes:
+    """The first plain bytes of a compressed stream; empty where it is damaged or too short."""
+    codec = codec_of(head)
+    with suppress(*BROKEN):
+        if codec:
+            with codec.open(io.BytesIO(head)) as stream:
+                return stream.read(PLAIN)
+    return b""

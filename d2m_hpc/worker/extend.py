@@ -167,3 +167,22 @@ def _require_same_samples(
                 f"{record.shard}: {count} samples have the key {key!r} and some are rejected, "
                 f"which ones the finished pair does not tell; {again}"
             )
+
+
+def carry_over(before: Record, now: Record) -> None:
+    """What an extended pair's record has of the one before; says so where its tar has changed.
+
+    The tar stays the one that the kept columns were computed from, so that it is told later too.
+    """
+    now.recomputed += before.recomputed
+    known, found = (before.tar_size, before.tar_mtime_ns), (now.tar_size, now.tar_mtime_ns)
+    if not before.tar_size or known == found:
+        return
+    how = "its time is another"
+    if before.tar_size != now.tar_size:
+        how = f"it had {before.tar_size:,} bytes, and has {now.tar_size:,}"
+    now.notices.append(
+        f"the tar was replaced or touched since the kept columns were computed ({how}); "
+        "`d2m-submit --recompute-changed` computes such shards whole"
+    )
+    now.tar_size, now.tar_mtime_ns = known

@@ -27,7 +27,7 @@ from d2m_hpc.state.rundir import RunDir
 from d2m_hpc.worker import refusal
 from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
-from d2m_hpc.worker.extend import Extended, Pair
+from d2m_hpc.worker.extend import Extended, Pair, carry_over
 from d2m_hpc.worker.faults import ends_task, guarded, is_broken, logging_to
 from d2m_hpc.worker.graph import Graph
 from d2m_hpc.worker.loader import Loader
@@ -247,7 +247,7 @@ class Task:
         record = result.record
         result.rows = extended = Extended(self.config, finished, lacked, record.rejections)
         record.rows, record.rejections = extended.rows, extended.rejections
-        record.recomputed += finished.record.recomputed
+        carry_over(finished.record, record)
 
     def _judge(self, work: Work, record: Record) -> None:
         """Fail a shard of which too much is rejected; note what the others' tars hold besides.

@@ -5,6 +5,7 @@ python tests/fuzz/configs.py SEED COUNT
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from collections import Counter
 from contextlib import chdir
 from pathlib import Path
 
+import fsspec
 import yaml
 
 from d2m_hpc.config import Config, load
@@ -172,6 +174,70 @@ PLAUSIBLE = (
         "2-0",
     ),
 )
+VALID = {
+    "models": (
+        *("[image-stats, text-stats]", "[text-stats, image-stats]"),
+        "\n- image-stats\n- text-stats",
+    ),
+    "postprocess_columns": (
+        *("[]", "[image-brightness]", "[text-words, image-phash]"),
+        "\n  - text-words # and no more\n  - image-brightness",
+    ),
+    "postprocess_features": (
+        *("[]", "[image-histogram]", '["image-histogram"]', "!!seq [image-histogram]"),
+    ),
+    "additional_fields": (
+        *("[]", "[uid]", "[key, uid]", "[été, 'a b', 日本]", "['a.b', \"c.d\"]"),
+        *("[url, 'n: int64']", "{score: float64, tags: list<string>}", "[more: json]"),
+        "[{score: float64}, uid]",
+    ),
+    "input_tars": (
+        *("tars", "./tars/", "tars/*.tar", "tars/?.tar", "'tars/[0-9].tar'", "tars/{3..0}.tar"),
+        *("[tars/0.tar, 'tars/{1..2}.tar']", "tars/{0,{1,2}}.tar", "tars::tars/0.tar"),
+        *("file://${D2M_FUZZ}/tars/0.tar", "['tars/0.tar', tars/0.tar]", "'**/*.tar'"),
+        *("memory://t/{0..9}.tar", "memory://t", "$D2M_FUZZ/tars", "tars/../tars/1.tar"),
+        *("'pipe:cat tars/{0..3}.tar'", "pipe:printf '' # x.tar"),
+    ),
+    "output_metadata_dir": (
+        *("out", "./out/x", "$D2M_FUZZ/o", "file:///tmp/d2m-none/o", "memory://o/p", "été"),
+    ),
+    "device": ("cpu", "0", "cuda:1", "'3'", "cuda:0"),
+    "batch_size": ("1", "16", "1_000", "0x10", "100000"),
+    "max_rejected_fraction": ("0", "1", "0.5", "1e-3", ".5", "1.0e+0"),
+    "amp": ("off", "auto", "false", "'off'", "float16", "bfloat16"),
+    "custom_pypath": ("null", "~", ""),
+    "  time": ("4:00:00", "'1-12'", "90", "2-00:00:00", "'30:00'", "null"),
+    "  mem": ("16G", "16000", "'64G'", "null"),
+    "  setup": ("[]", "[module load cuda, 'export A=\"b c\"']", "\n  - a\n  - b"),
+    "  extra": ("{}", "{exclusive: false}", "{nice: -5}", "{comment: 'a b'}", "{exclusive: null}"),
+}
+"""Other values that a key takes; most of them are accepted with most of the others."""
+SLURM = ("{}", "{time: 60}", "{<<: *nodes, time: 1-12}", "{mem: 16000, requeue: false}")
+MORE = {
+    "nworkers": ("1", "null", "64"),
+    "reprocess": ("true", "no"),
+    "use_datacomp_keys": ("true", "off"),
+    "tars_per_wds": ("1", "null"),
+    "warn_and_continue": ("false", "yes"),
+    "run_dir": ("run", "$D2M_FUZZ/run/x", "null"),
+    "compile": ("true",),
+    "resize": ("exact", "'fast'"),
+    "feature_dtype": ("float32", "float16"),
+    "shards_per_task": ("1", "1000000"),
+    "allow_truncated_shards": ("true",),
+    "allow_missing_fields": ("on",),
+    "max_image_pixels": ("1000000000", "1", "100_000_000"),
+    "max_attempts": ("1", "100"),
+    "max_node_failures": ("0", "7"),
+    "lease_seconds": ("60", "1e3", "0.5"),
+    "stall_seconds": ("3600.5", "10"),
+    "scratch_bytes": ("null", "1000000000"),
+    "steal": ("false",),
+    "weights_dir": ("null", "w", "~/d2m-none"),
+    "allow_unpublished_weights": ("true",),
+    "x-anything": ("[&a 1, *a]", "{b: [c]}", "null"),
+}
+"""Values of keys that the base does not have."""
 KEYS = (*Config.model_fields, "slurm", "nonsense", "x-y", "", "é", "a.b", "0")
 OPTIONS = (
     "models",
@@ -183,6 +249,24 @@ OPTIONS = (
     ".",
     "input_tars",
 )
+
+
+def altered(rng: random.Random) -> str:
+    """The base with other values, and more keys, of which each is one that its key takes."""
+    lines = BASE.splitlines()
+    for i, line in enumerate(lines):
+        key = line.partition(":")[0]
+        if key in VALID and rng.random() < 0.3:
+            lines[i] = f"{key}: {_indented(rng.choice(VALID[key]), key)}"
+    if rng.random() < 0.1:
+        lines = [*lines[: lines.index("slurm:")], f"slurm: {rng.choice(SLURM)}"]
+    more = [f"{key}: {rng.choice(MORE[key])}" for key in MORE if rng.random() < 0.1]
+    return "\n".join([*more, *lines]) + rng.choice(("", "\n", "\r\n"))
+
+
+def _indented(value: str, key: str) -> str:
+    """A value of several lines as one of a key that stands so far to the right."""
+    return value.replace("\n", "\n" + " " * (len(key) - len(key.lstrip())))
 
 
 def mutated(rng: random.Random) -> str:
@@ -234,7 +318,10 @@ def read(path: Path, given: list[str]) -> str:
         values = config.model_dump(mode="json")
         frozen.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")
         assert load(frozen, frozen=True) == config
-        decide(inspect(config, str(path)))
+        workload = inspect(config, str(path))
+        planned = decide(workload).shards
+        assert {shard.url for shard in planned} == workload.sizes.keys()
+        assert len({shard.stem for shard in planned}) == len(planned)
     except D2MError as error:
         told = str(error)
         assert told.strip()
@@ -248,15 +335,21 @@ def main(seed: int, count: int) -> Counter[str]:
     """Read many configs; what raises or takes too long is printed, with its text."""
     found: Counter[str] = Counter()
     json_schema()
+    memory = fsspec.filesystem("memory")
+    for i in range(10):
+        memory.pipe(f"/t/{i}.tar", bytes(1024))
     with tempfile.TemporaryDirectory() as folder, chdir(folder):  # relative paths lead there
+        os.environ["D2M_FUZZ"] = folder
         path = Path(folder) / "c.yml"
         (path.parent / "tars").mkdir()
         for i in range(4):
             (path.parent / "tars" / f"{i}.tar").write_bytes(bytes(1024))
         for i in range(count):
             rng = random.Random(f"{seed}-{i}")
-            path.write_text(mutated(rng), "utf-8")
-            given, began = overrides(rng), time.monotonic()
+            fair = rng.random() < 0.5
+            path.write_text(altered(rng) if fair else mutated(rng), "utf-8")
+            given = [] if fair and rng.random() < 0.9 else overrides(rng)
+            began = time.monotonic()
             try:
                 what = read(path, given)
             except Exception as error:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
+import json
+import lzma
 import os
+import random
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +50,10 @@ def touch(folder: Path, *names: str) -> list[str]:
 
 def names(expansion: Expansion) -> list[str]:
     return [os.path.basename(url) for url in expansion.sizes]
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, "zstd", asbytes=True)  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -363,6 +374,20 @@ def test_tars_may_have_names_of_any_kind(tmp_path: Path) -> None:
     write_tar(tmp_path / "packed.gz", {"a.txt": b"1"}, mode="w:gz")
     found = expand([f"{tmp_path}/*"])
     assert (len(found.sizes), found.mistakes) == (11, [])
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, bz2.compress, zstd])
+def test_compressed_files_are_looked_into(pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "plain.tar", {f"{i}.txt": random.Random(i).randbytes(999) for i in range(9)}
+    )
+    (tmp_path / "packed").write_bytes(pack((tmp_path / "plain.tar").read_bytes()))
+    captions = json.dumps([{"caption": f"picture {i}"} for i in range(20_000)]).encode()
+    (tmp_path / "captions.json.x").write_bytes(pack(captions))
+    (tmp_path / "cut.y").write_bytes(pack(captions)[:20])
+    [mistake] = expand([f"{tmp_path}/*"]).mistakes
+    assert "names 1 files that are no tars: 1 with .json.x" in mistake
+    assert re.search(r"compressed with (gzip|xz|bzip2|zstd), it is JSON", mistake)
 
 
 def test_what_is_no_tar_on_a_store_is_told(memory: Any) -> None:
