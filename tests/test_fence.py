@@ -21,7 +21,7 @@ from d2m_hpc.launch.decide import decide
 from d2m_hpc.launch.verify import verify
 from d2m_hpc.outputs import OutputDir
 from d2m_hpc.state import staging
-from d2m_hpc.state.manifest import Record, read_records
+from d2m_hpc.state.manifest import DIED, Manifest, Record, read_records
 from d2m_hpc.state.staging import Staging
 from d2m_hpc.worker.writer import Committer, TakenOver
 
@@ -72,8 +72,15 @@ def _every_step(folder: Path, first: str, taker: dict[str, Any], before: str) ->
         asked = workload(folder, f"out/{out.name}", taker)
         assert verify(asked.run, asked.config).faults == [], out.name
         assert decide(asked).pending == []
+        known = Manifest.load(asked.run)
+        assert (known.done.keys(), known.failures) == ({"00000"}, {})
         records = [r for path in asked.run.records.iterdir() for r in read_records(path)]
-        assert {record.state for record in records} == {"done"}
+        # All that was counted is that the frozen attempt had not ended when its shard was taken.
+        assert {(r.kind, r.attempt < known.done["00000"].attempt) for r in records} <= {
+            ("", True),
+            ("", False),
+            (DIED, True),
+        }
 
 
 class _Rows:

@@ -29,8 +29,7 @@ from d2m_hpc.worker.work import Work
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 1.0
-SETTLED_SECONDS = 0.05
+POLL_SECONDS, SETTLED_SECONDS = 1.0, 0.05
 MARGIN = 1.2
 """A shard may take so much longer than the slowest one so far."""
 
@@ -210,6 +209,7 @@ class Claims:
         """Why a shard is not to be computed here; empty where it is."""
         if record is not None and record.fingerprint == self._fingerprint:
             self._put_back(record)
+            self._attempts.done(shard.stem)  # its task was killed before it removed that
             return f"already done by task {record.task}"
         if not self._is_as_planned(shard, record):
             return "its outputs are not those of the submit any more; the next one sees to it"

@@ -20,6 +20,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 STALLED = 5
 """Exit code of a task that its own watchdog ended."""
 GB = 1e9
+PATIENCE = 10.0
+"""Seconds for a dead process's lease to be taken over, if nobody else takes it."""
 
 
 def told(status: int, usage: struct_rusage, oom_kills: int, stalled: float) -> str:
@@ -121,7 +123,11 @@ class _claimed:
         self._lease = Lease(run.lease(entry.stem), scene.lease_seconds)
 
     def __enter__(self) -> bool:
-        return self._lease.claim()
+        """Ask again for a while: that the holder is dead may take more than one look to see."""
+        until = time.monotonic() + PATIENCE
+        while not (claimed := self._lease.claim()) and time.monotonic() < until:
+            time.sleep(0.1)
+        return claimed
 
     def __exit__(self, *_: object) -> None:
         self._lease.release()
