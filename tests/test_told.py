@@ -18,7 +18,8 @@ from kit import STATS, d2m, sample, submit, write_config, write_shards
 from d2m_hpc import cli
 from d2m_hpc.cli.trouble import explained
 from d2m_hpc.errors import ConfigError, SlurmError
-from d2m_hpc.launch.status import _alike, find_run, summarise
+from d2m_hpc.launch.alike import alike
+from d2m_hpc.launch.status import find_run, summarise
 from d2m_hpc.state.manifest import Record, Recorder
 from d2m_hpc.state.texts import as_json
 
@@ -147,7 +148,7 @@ def test_json_is_ascii_that_strict_parsers_take() -> None:
     ],
 )
 def test_messages_are_alike_but_for_names_and_figures(one: str, other: str, same: bool) -> None:
-    assert (_alike(one) == _alike(other)) == same
+    assert (alike(one) == alike(other)) == same
 
 
 def test_a_status_of_huge_messages_of_earlier_versions_is_bounded(hostile: Path) -> None:

@@ -168,8 +168,7 @@ def summary(found: Summary) -> None:
     _pairs(rows, found.state)
     console.print(ProgressBar(max(found.shards, 1), found.done, width=50))
     console.print()
-    for reason, number in found.rejections.items():
-        console.print(f"rejected {number:,}: {reason}")
+    _counted(found)
     _remarks(found)
     if found.stragglers:
         console.print(f"slower than the others: {', '.join(found.stragglers)}", style="yellow")
@@ -189,6 +188,13 @@ def _remarks(found: Summary) -> None:
         console.print(str(wait), style="red" if wait.never else "yellow")
     if found.unasked:
         console.print(f"Slurm cannot be asked: {found.unasked}", style="yellow")
+
+
+def _counted(found: Summary) -> None:
+    for reason, number in found.rejections.items():
+        console.print(f"rejected {number:,}: {reason}")
+    for notice, number in found.notices.items():
+        console.print(f"noted of {number:,} shards: {notice}", style="dim")
 
 
 def watch(look: Callable[[], Summary]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any
 from d2m_hpc.config import Config, load
 from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
 from d2m_hpc.launch import changed, nodes, slurm
+from d2m_hpc.launch.alike import alike, noticed
 from d2m_hpc.launch.changed import Changed
 from d2m_hpc.launch.decide import run_dir
 from d2m_hpc.launch.shards import read_some
@@ -48,7 +48,8 @@ class Summary:
     `eta_seconds` is None where nothing runs or nothing is known of its speed. `tasks` counts array
     elements by what Slurm says of them; it is empty where Slurm says nothing. `waiting` are the
     reasons why some of them do not run; `unasked` is why Slurm could not be asked. `changed` are
-    the shards whose tars are others now, where the tars were looked at.
+    the shards whose tars are others now, where the tars were looked at. `notices` counts done
+    shards by what was noted of them, as members that are no samples.
     """
 
     run_dir: str
@@ -75,6 +76,7 @@ class Summary:
     waiting: list[Waiting] = field(default_factory=list)
     unasked: str = ""
     changed: Changed | None = None
+    notices: dict[str, int] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -167,6 +169,7 @@ def summarise(
         outdated=len(found.outdated),
         removed=len(found.removed),
         given_up=len(found.given_up),
+        notices=noticed(done),
     )
 
 
@@ -212,25 +215,14 @@ def _past_speed(done: list[Outcome]) -> float:
     return sum(r.rows for r in done) / seconds if seconds > 0 else 0.0
 
 
-_WORD = re.compile(r"'[^']*'|[^\s']+")
-
-
-def _alike(error: str) -> str:
-    """A message without what tells one shard's from another's: paths, names and figures.
-
-    By words: one pattern for all of it takes a time that grows with a word's length squared.
-    """
-    return _WORD.sub(lambda word: "#" if re.search(r"['/\d]", word[0]) else word[0], error)
-
-
 def _grouped(run: RunDir, failed: dict[str, list[Outcome]]) -> list[Failure]:
     groups: dict[tuple[str, str], Failure] = {}
     for stem, outcomes in failed.items():
         last = outcomes[-1]
         error = safe(last.error, ERROR)  # that of an earlier version may be of any length
-        alike = "" if last.kind == TruncatedShard.__name__ else _alike(error)
+        same = "" if last.kind == TruncatedShard.__name__ else alike(error)
         log = str(log_file(run, last.task) or "")
-        group = groups.setdefault((last.kind, alike), Failure(last.kind, error, [], log))
+        group = groups.setdefault((last.kind, same), Failure(last.kind, error, [], log))
         group.shards.append(stem)
     return sorted(groups.values(), key=lambda g: -len(g.shards))
 

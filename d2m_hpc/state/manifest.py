@@ -64,6 +64,7 @@ class Outcome(NamedTuple):
     kind: str
     error: str
     attempt: int
+    notices: tuple[str, ...] = ()
 
     @property
     def order(self) -> Order:
@@ -99,6 +100,7 @@ class Outcome(NamedTuple):
             kind=intern(get("kind", "")),
             error=intern(get("error", "")),
             attempt=int(get("attempt", 0)),
+            notices=tuple(map(intern, noticed)) if (noticed := get("notices")) else (),
         )
 
 

@@ -125,6 +125,12 @@ def _configured(config: Config) -> list[tuple[str, object]]:
 def faults(found: Found) -> Markup:
     """Rejected samples by reason, failed shards by kind, nodes that could not start tasks."""
     parts = [*_rejections(found), *_failures(found.summary)]
+    if noticed := found.summary.notices:
+        counted = ((text, f"{n:,}") for text, n in noticed.items())
+        parts += [
+            element("h3", "Noted of shards"),
+            table(("what, of one of them", "shards"), counted, figures=1),
+        ]
     nodes = found.summary.broken_nodes
     if nodes:
         parts += [
