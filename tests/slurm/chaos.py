@@ -306,8 +306,17 @@ class Chaos:
             self._signal(pid, signal.SIGKILL)
         if self.random.random() < 0.5:
             self._worker(signal.SIGUSR2)
-        self._later(1, 5, self.cluster.up)
+        self._later(1, 5, self._restart)
         return True
+
+    def _restart(self) -> None:
+        """One that forgot a task finds it twice on a node, and drains that."""
+        self.cluster.up()
+        self._later(10, 20, self._resume_nodes)
+
+    def _resume_nodes(self) -> None:
+        if is_up():
+            self.cluster.resume_nodes()
 
     def full_disk(self) -> bool:
         self.disk.fill()
@@ -323,8 +332,7 @@ class Chaos:
         self._undo = []
         if not is_up():
             self.cluster.up()
-        for node in ("n1", "n2"):
-            self._slurm("scontrol", "update", f"nodename={node}", "state=resume")
+        self.cluster.resume_nodes()
         self.run.pace(0)
         for _ in range(8):
             for element in (line.split()[0] for line in self.live()):

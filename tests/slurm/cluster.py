@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -60,6 +62,17 @@ class Cluster:
         path = Path("/etc/slurm/slurm.conf").resolve().parents[1] / "run" / "slurmctld.pid"
         return [int(path.read_text())] if path.exists() and is_up() else []
 
+    def crash_controller(self, job: str) -> None:
+        """Kill slurmctld, once what it knows of a job is on disk; it saves some seconds late.
+
+        One that dies before knows a task that runs as one that waits, and starts it again.
+        """
+        saved = Path("/etc/slurm/slurm.conf").resolve().parents[1] / "state" / "job_state"
+        [controller], before = self.controllers(), saved.stat().st_mtime_ns
+        self.run("scontrol", "update", f"jobid={job}", "comment=to be saved")
+        wait_until(lambda: saved.stat().st_mtime_ns > before)
+        os.kill(controller, signal.SIGKILL)
+
     def submit(self, script: str, *options: object) -> str:
         """The id of a batch job that runs `script`; its output goes to <id>_<index>.out."""
         path = self.folder / "job.sh"
@@ -92,6 +105,13 @@ class Cluster:
 
     def set_node(self, node: str, state: str) -> None:
         self.run("scontrol", "update", f"nodename={node}", f"state={state}", "reason=test")
+
+    def resume_nodes(self) -> None:
+        """Take back what a test, or Slurm at a task that it did not know, made of nodes."""
+        for line in self.run("sinfo", "-hN", "-p", "low", "-o", "%N %T").stdout.splitlines():
+            node, state = line.split()
+            if state.rstrip("*") in ("drained", "draining", "down"):
+                self.set_node(node, "resume")
 
     def set_time(self, job: str, minutes: int) -> None:
         """Another walltime, as an administrator gives it."""

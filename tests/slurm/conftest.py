@@ -29,11 +29,12 @@ def started_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def cluster(started_cluster: None, tmp_path: Path) -> Iterator[Cluster]:
-    """The devcluster with its default options; jobs that the test leaves are cancelled."""
+    """The devcluster with its default options; what the test leaves of jobs and nodes is mended."""
     cluster = Cluster(tmp_path)
     cluster.up()
     yield cluster
     cluster.cancel_all()
+    cluster.resume_nodes()
 
 
 @pytest.fixture(scope="session")

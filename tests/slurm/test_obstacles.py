@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
@@ -124,8 +123,7 @@ def test_a_walltime_that_ends_while_slurmctld_is_away(cluster: Cluster, tars: Ta
     run.hold(after=1)
     run.submit()
     [victim] = run.wait_held()
-    [controller] = cluster.controllers()
-    os.kill(controller, signal.SIGKILL)
+    cluster.crash_controller(victim.element)
     victim.signal(signal.SIGUSR2)
     wait_until(lambda: "slurmctld does not take the requeue; asking again" in run.logs())
     cluster.up()
