@@ -148,7 +148,13 @@ class Chaos:
         while not self.workers() and time.monotonic() < end and not self.is_done():
             if not self.live():
                 self.submit()
+            self._release()
             self._sleep(0.5)
+
+    def _release(self) -> None:
+        """Let go of what Slurm holds: a requeued task whose node was taken as it began, too."""
+        for element in (line.split()[0] for line in self.live()):
+            self._slurm("scontrol", "release", element)
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -335,8 +341,8 @@ class Chaos:
         self.cluster.resume_nodes()
         self.run.pace(0)
         for _ in range(8):
+            self._release()
             for element in (line.split()[0] for line in self.live()):
-                self._slurm("scontrol", "release", element)
                 self._slurm("scontrol", "resume", element)
             if self.submit("--wait") == 0:
                 return
