@@ -45,8 +45,8 @@ STATE = Path(__file__).with_name("run_state.py")
 READ_CHUNK = """
 import sys
 from pathlib import Path
-from d2m_hpc.state.chunks import Chunks
-from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.run.chunks import Chunks
+from d2m_hpc.run.folder import RunDir
 chunks = Chunks(RunDir(Path(sys.argv[1])).submission("000"))
 [own] = chunks.read([len(chunks) // 2])
 assert own

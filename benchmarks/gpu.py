@@ -36,10 +36,10 @@ from benchmarks.machine import Watch
 from benchmarks.workload import MODELS, batches, keys
 from d2m_hpc.config import Config
 from d2m_hpc.models.compiled import compile_for
-from d2m_hpc.worker import graph as graphs
 from d2m_hpc.worker.batch import Batch
-from d2m_hpc.worker.graph import Graph
-from d2m_hpc.worker.toolbox import Toolbox
+from d2m_hpc.worker.compute import graph as graphs
+from d2m_hpc.worker.compute.graph import Graph
+from d2m_hpc.worker.compute.resolve import Toolbox
 
 THREADS = (4, 8, 16)
 EAGER, COMPILED = "eager", "compiled"

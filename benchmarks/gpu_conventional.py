@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import baseline
 from d2m_hpc.models.toxicity import MAX_TOKENS
-from d2m_hpc.worker.graph import Graph
+from d2m_hpc.worker.compute.graph import Graph
 
 INPUTS = (
     ("image", "clip-aug"),

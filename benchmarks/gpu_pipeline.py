@@ -13,11 +13,11 @@ import torch
 from benchmarks.workload import run_task
 from d2m_hpc.models.transfer import Lane
 from d2m_hpc.worker.batch import Batch
-from d2m_hpc.worker.graph import Graph
-from d2m_hpc.worker.launched import Launched
-from d2m_hpc.worker.settle import Settler
+from d2m_hpc.worker.compute.graph import Graph
+from d2m_hpc.worker.compute.in_flight import Launched
 from d2m_hpc.worker.task import Task
 from d2m_hpc.worker.work import Work
+from d2m_hpc.worker.write.thread import Settler
 
 
 class Stopwatch:

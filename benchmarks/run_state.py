@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from d2m_hpc.state.chunks import Chunks
-from d2m_hpc.state.manifest import Record, Rejection, Shard, encode
-from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.run.chunks import Chunks
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import Record, Rejection, Shard, encode
 
 TARS = [f"crawl-{i}/part-{j}" for i in range(2) for j in range(5)]
 ROWS = 20

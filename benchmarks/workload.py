@@ -15,18 +15,18 @@ from unittest.mock import patch
 import yaml
 
 from d2m_hpc import config as configs
-from d2m_hpc.launch.decide import inspect
-from d2m_hpc.launch.submit import run_local
 from d2m_hpc.models.preprocessors import PREPROCESSORS
 from d2m_hpc.models.registry import COLUMNS, FEATURES
 from d2m_hpc.models.transfer import Lane
-from d2m_hpc.state.manifest import Shard
+from d2m_hpc.plan.decide import inspect
+from d2m_hpc.run.manifest import Shard
+from d2m_hpc.submit.flow import run_local
 from d2m_hpc.worker.batch import Batch
-from d2m_hpc.worker.loader import Loader
-from d2m_hpc.worker.prepare import Recipe
+from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.progress import Progress
-from d2m_hpc.worker.scratch import Scratch
-from d2m_hpc.worker.toolbox import Toolbox
+from d2m_hpc.worker.read.loader import Loader
+from d2m_hpc.worker.read.prepare import Recipe
+from d2m_hpc.worker.read.scratch import Scratch
 from d2m_hpc.worker.work import Work
 
 DATACOMP = yaml.safe_load((Path(__file__).parents[1] / "configs" / "datacomp.yml").read_text())

@@ -16,7 +16,7 @@ from kit import GOLDEN, SHARDS
 from pages import TARS
 from xdist.scheduler import LoadFileScheduling
 
-from d2m_hpc import stores
+from d2m_hpc.storage import stores
 
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

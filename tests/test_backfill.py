@@ -30,16 +30,16 @@ from test_resume import fork, leftovers
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch import chunks as chunking
-from d2m_hpc.launch.decide import Decision, Workload, decide, inspect
-from d2m_hpc.launch.status import summarise
-from d2m_hpc.launch.submit import commit, repair, run_local, submitting
-from d2m_hpc.launch.verify import verify
-from d2m_hpc.outputs import OutputDir
-from d2m_hpc.state.manifest import Manifest, Record, all_values
-from d2m_hpc.worker import decode
-from d2m_hpc.worker.graph import Graph
+from d2m_hpc.plan import balance as chunking
+from d2m_hpc.plan.decide import Decision, Workload, decide, inspect
+from d2m_hpc.run.manifest import Manifest, Record, all_values
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.submit.flow import commit, repair, run_local, submitting
+from d2m_hpc.watch.status import summarise
+from d2m_hpc.watch.verify import verify
+from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.progress import Progress
+from d2m_hpc.worker.read import decode
 from d2m_hpc.worker.task import run_task
 
 TEXT: dict[str, Any] = {

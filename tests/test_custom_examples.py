@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from d2m_hpc import cli
 from d2m_hpc.models import faces
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.checkpoint import Weights
 
 CUSTOM = pages.ROOT / "configs" / "custom"
 PAGE = pages.ROOT / "docs" / "custom-models.md"

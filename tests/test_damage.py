@@ -13,7 +13,7 @@ import pytest
 from kit import STATS, submit, write_config, write_shards
 
 from d2m_hpc import cli
-from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.run.folder import RunDir
 
 SHARDS = 2
 

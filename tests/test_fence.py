@@ -17,13 +17,13 @@ from test_backfill import TEXT, assert_same, run, workload
 from test_resume import fork, leftovers
 
 from d2m_hpc.errors import D2MError
-from d2m_hpc.launch.decide import decide
-from d2m_hpc.launch.verify import verify
-from d2m_hpc.outputs import OutputDir
-from d2m_hpc.state import staging
-from d2m_hpc.state.manifest import DIED, Manifest, Record, read_records
-from d2m_hpc.state.staging import Staging
-from d2m_hpc.worker.writer import Committer, TakenOver
+from d2m_hpc.plan.decide import decide
+from d2m_hpc.run import staging
+from d2m_hpc.run.manifest import DIED, Manifest, Record, read_records
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.staging import Staging
+from d2m_hpc.watch.verify import verify
+from d2m_hpc.worker.write.writer import Committer, TakenOver
 
 GROWN: dict[str, Any] = {**TEXT, "additional_fields": ["caption", "uid"]}
 

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from kit import STATS, jpeg, submit, write_config, write_tar
 
-from d2m_hpc.outputs import OutputDir
-from d2m_hpc.state.manifest import Record
+from d2m_hpc.run.manifest import Record
+from d2m_hpc.run.outputs import OutputDir
 
 Values = Sequence[Mapping[str, Any]]
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from kit import STATS, d2m, submit, write_config, write_shards
 
-from d2m_hpc.owner import OWNER
+from d2m_hpc.run.owner import OWNER
 
 FORKER = Path(__file__).with_name("forker.py")
 

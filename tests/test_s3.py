@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from d2m_hpc.cli import app
 from d2m_hpc.errors import D2MError
-from d2m_hpc.launch.plan import expand
-from d2m_hpc.outputs import METADATA
-from d2m_hpc.owner import OWNER
+from d2m_hpc.plan.patterns import expand
+from d2m_hpc.run.outputs import METADATA
+from d2m_hpc.run.owner import OWNER
 
 FORKER = Path(__file__).with_name("forker.py")
 OUT = "s3://bucket/out"
@@ -110,7 +110,7 @@ def test_a_missing_library_is_named_at_once(here: Path, monkeypatch: pytest.Monk
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with sbatch; nothing gets as far as to call it."""
-    monkeypatch.setattr("d2m_hpc.launch.slurm.is_here", lambda: True)
+    monkeypatch.setattr("d2m_hpc.submit.slurm.is_here", lambda: True)
 
 
 @pytest.mark.usefixtures("slurm")
@@ -335,7 +335,7 @@ def test_a_fork_has_a_client_of_its_own(bucket: s3.Server) -> None:
     """The parent's has an event loop whose thread the child lacks: it would wait for ever."""
     code = """
 import os, signal
-from d2m_hpc.outputs import OutputDir
+from d2m_hpc.run.outputs import OutputDir
 output = OutputDir("s3://bucket/out")
 output.make()
 pid = os.fork()

@@ -18,8 +18,8 @@ from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc import cli
 from d2m_hpc.config import load
-from d2m_hpc.launch.status import summarise
-from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.watch.status import summarise
 from d2m_hpc.worker.faults import logging_to
 
 SECRET = "Zq8S3cr3tV4lue"

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from benchmarks import baseline, data, reference, workload
 from benchmarks.harness import Row, Setting, Sides, timed
 from d2m_hpc.config import Config
-from d2m_hpc.worker import decode
 from d2m_hpc.worker.batch import Batch
-from d2m_hpc.worker.loader import GROUP
-from d2m_hpc.worker.prepare import Recipe
-from d2m_hpc.worker.toolbox import Toolbox
+from d2m_hpc.worker.compute.resolve import Toolbox
+from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read.loader import GROUP
+from d2m_hpc.worker.read.prepare import Recipe
 
 Resize = Literal["fast", "exact"]
 

@@ -18,7 +18,7 @@ from benchmarks import baseline, data, noop_models, reference, workload
 from benchmarks.harness import Row, Setting, Sides, timed
 from d2m_hpc.config import Config
 from d2m_hpc.worker.batch import Input
-from d2m_hpc.worker.toolbox import Toolbox
+from d2m_hpc.worker.compute.resolve import Toolbox
 
 SHARDS = 20
 TARS_A_WORKER = 5

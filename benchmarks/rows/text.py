@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from benchmarks import baseline
 from benchmarks.captions import captions
 from benchmarks.harness import Row, Setting, Sides
+from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.clip import ClipB32, ClipL14, OpenAIClip
-from d2m_hpc.models.loading import Weights
 from d2m_hpc.models.toxicity import MAX_TOKENS, Detoxify
 
 MAKE_CHECKPOINTS = Path(__file__).parents[2] / "tests" / "golden" / "make_checkpoints.py"

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from d2m_hpc.cli import datacomp, run, schema, weights
+from d2m_hpc.cli import datacomp, inspect, schema, weights
 from d2m_hpc.cli.common import ending
 from d2m_hpc.cli.report import report
 from d2m_hpc.cli.submit import plan, submit
@@ -31,13 +31,13 @@ app = typer.Typer(
 )
 app.command(help=SUBMIT_HELP)(submit)
 app.command(help="Show what a submit would do; the same as submit --dry-run.")(plan)
-app.command(help="How far a run is.")(run.status)
-app.command(help="Cancel a run's pending and running array tasks.")(run.cancel)
+app.command(help="How far a run is.")(inspect.status)
+app.command(help="Cancel a run's pending and running array tasks.")(inspect.cancel)
 app.command(help="Take shards out of a run's plan: a wrong pattern's, or tars to do without.")(
-    run.forget
+    inspect.forget
 )
-app.command(help="The log of the task that worked on a shard last.")(run.logs)
-app.command(help=VERIFY_HELP)(run.verify)
+app.command(help="The log of the task that worked on a shard last.")(inspect.logs)
+app.command(help=VERIFY_HELP)(inspect.verify)
 app.command(help="What a run did and made, as one HTML file.")(report)
 app.command(help="The config's JSON schema, for editors.")(schema.schema)
 app.command(help="The uids of the best samples, as a subset for DataComp's tools.")(datacomp.select)

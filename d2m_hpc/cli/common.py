@@ -29,14 +29,14 @@ def load(path: Path, overrides: list[str] | None = None, options: Any = None) ->
 
 def print_json(values: Any) -> None:
     """Print JSON that every parser takes and every terminal shows."""
-    from d2m_hpc.state.texts import as_json
+    from d2m_hpc.storage.texts import as_json
 
     print(as_json(values))
 
 
 def echo(text: str) -> None:
     """Print a line, whatever names it holds."""
-    from d2m_hpc.state.texts import TRACEBACK, safe
+    from d2m_hpc.storage.texts import TRACEBACK, safe
 
     print(safe(text, TRACEBACK, lines=True))
 

@@ -14,8 +14,8 @@ from d2m_hpc.cli.common import AsJson, Target, echo, print_json
 from d2m_hpc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from d2m_hpc.launch.datacomp import Export
-    from d2m_hpc.launch.select import Query, Selection
+    from d2m_hpc.subsets.datacomp import Export
+    from d2m_hpc.subsets.select import Query, Selection
 
 app = typer.Typer(no_args_is_help=True, help="Files that other tools need beside the outputs.")
 
@@ -35,9 +35,9 @@ def select(
     by: Annotated[str, typer.Option(help="the column whose highest values are the best")] = "",
     as_json: AsJson = False,
 ) -> None:
-    from d2m_hpc.launch.select import Query
-    from d2m_hpc.launch.select import select as choose
-    from d2m_hpc.launch.status import find_run
+    from d2m_hpc.subsets.select import Query
+    from d2m_hpc.subsets.select import select as choose
+    from d2m_hpc.watch.status import find_run
 
     if output.suffix != ".npy":
         raise ConfigError("select", [f"--output: found {str(output)!r}; valid is a name in .npy"])
@@ -59,8 +59,8 @@ def datacomp(
         bool, typer.Option("--allow-missing", help="though shards are not finished")
     ] = False,
 ) -> None:
-    from d2m_hpc.launch.datacomp import export
-    from d2m_hpc.launch.status import find_run
+    from d2m_hpc.subsets.datacomp import export
+    from d2m_hpc.watch.status import find_run
 
     _show_export(export(*find_run(target), output, allow_missing))
 
@@ -70,7 +70,7 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
     """Of the shards that were read; none where nobody sits at a terminal."""
     from rich.progress import Progress
 
-    from d2m_hpc.launch.show import console
+    from d2m_hpc.watch.terminal import console
 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         row = bar.add_task("shards", total=None)

@@ -22,8 +22,8 @@ def report(
         int, typer.Option(min=0, max=60, metavar="N", help="at each end of the score")
     ] = 8,
 ) -> None:
-    from d2m_hpc.launch.report import write
-    from d2m_hpc.launch.status import find_run
+    from d2m_hpc.watch.page import write
+    from d2m_hpc.watch.status import find_run
 
     write(*find_run(target), output, score, samples)
     echo(f"wrote {output}")

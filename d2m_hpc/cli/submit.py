@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from d2m_hpc.config import Config
-    from d2m_hpc.launch.decide import Workload
+    from d2m_hpc.plan.decide import Workload
     from d2m_hpc.worker.board import Board
     from d2m_hpc.worker.supervise import Past
 
@@ -101,8 +101,8 @@ def _inspect(
     recompute_changed: bool = False,
     moved: bool | None = None,
 ) -> Workload:
-    from d2m_hpc.launch import decide
-    from d2m_hpc.launch import preflight as before
+    from d2m_hpc.plan import decide
+    from d2m_hpc.plan import preflight as before
 
     found = before.check(config, str(path)) if preflight else None
     workload = decide.inspect(config, str(path), found)
@@ -111,41 +111,44 @@ def _inspect(
 
 
 def _require_slurm() -> None:
-    from d2m_hpc.launch import slurm
+    from d2m_hpc.submit import slurm
 
     if not slurm.is_here():
         raise SlurmError("there is no sbatch here; go to a login node, or run with --local")
 
 
 def _dry_run(workload: Workload, local: bool) -> None:
-    from d2m_hpc.launch import show, submit
-    from d2m_hpc.outputs import OutputDir
-    from d2m_hpc.owner import require_own
+    from d2m_hpc.run.outputs import OutputDir
+    from d2m_hpc.run.owner import require_own
+    from d2m_hpc.submit import flow
+    from d2m_hpc.watch import terminal
 
     require_own(OutputDir(workload.config.output_metadata_dir), workload.run, take=False)
-    decision = submit.look(workload)
-    show.decision(decision)
+    decision = flow.look(workload)
+    terminal.decision(decision)
     if decision.pending and not local:
-        show.proposal(submit.propose(workload, decision, "next"))
+        terminal.proposal(flow.propose(workload, decision, "next"))
 
 
 def _run_slurm(workload: Workload, wait: bool) -> int:
-    from d2m_hpc.launch import show, submit
-    from d2m_hpc.launch.status import summarise
+    from d2m_hpc.submit import flow
+    from d2m_hpc.watch import terminal
+    from d2m_hpc.watch.status import summarise
 
-    show.submitted(submit.run_slurm(workload, show.decision))
+    terminal.submitted(flow.run_slurm(workload, terminal.decision))
     if not wait:
         return 0
-    submit.wait(workload.run)
+    flow.wait(workload.run)
     summary = summarise(workload.run, workload.config)
-    show.summary(summary)
+    terminal.summary(summary)
     return 0 if summary.complete else 1
 
 
 def _write_only(workload: Workload) -> None:
-    from d2m_hpc.launch import show, submit
+    from d2m_hpc.submit import flow
+    from d2m_hpc.watch import terminal
 
-    for command in submit.prepare(workload, show.decision):
+    for command in flow.prepare(workload, terminal.decision):
         print(command)
 
 
@@ -168,9 +171,9 @@ def _supervised(inspect: Callable[[], Workload]) -> int:
 
 def _run_local(workload: Workload, board: Board | None, left_out: Collection[str]) -> int:
     """Run, show how it ended; 1 when a shard failed, now or before."""
-    from d2m_hpc.launch import live, show
-    from d2m_hpc.launch.status import summarise
-    from d2m_hpc.launch.submit import run_local
+    from d2m_hpc.submit.flow import run_local
+    from d2m_hpc.watch import live, terminal
+    from d2m_hpc.watch.status import summarise
 
     try:
         run_local(workload, live.progress, board, left_out)
@@ -178,5 +181,5 @@ def _run_local(workload: Workload, board: Board | None, left_out: Collection[str
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     summary = summarise(workload.run, workload.config)
-    show.summary(summary)
+    terminal.summary(summary)
     return 0 if summary.complete else 1

@@ -11,7 +11,7 @@ LONGEST_LINE = 3000
 
 def explained(error: Exception) -> tuple[str, int]:
     """An error's words and the exit code of a command that it ends."""
-    from d2m_hpc.state.refused import ADVICE, of_system
+    from d2m_hpc.storage.refused import ADVICE, of_system
 
     if isinstance(error, D2MError):
         return _safe(str(error)), error.exit_code
@@ -30,6 +30,6 @@ def _unexpected(error: Exception) -> str:
 
 def _safe(text: str) -> str:
     """As many lines as there are, each of them fit for a terminal."""
-    from d2m_hpc.state.texts import safe
+    from d2m_hpc.storage.texts import safe
 
     return "\n".join(safe(line, LONGEST_LINE) for line in text.split("\n"))

@@ -15,23 +15,23 @@ app = typer.Typer(no_args_is_help=True, help="The published checkpoints of the m
 
 @app.command("list", help="All published checkpoints, or those that a config needs.")
 def weights_list(config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]")] = None) -> None:
-    from d2m_hpc.launch import show
     from d2m_hpc.models import registry, weights
+    from d2m_hpc.watch import terminal
 
     loaded = None if config is None else load(config)
     specs = registry.MODELS if loaded is None else loaded.specs
     folder = weights.weights_dir(None if loaded is None else loaded.weights_dir)
-    show.checkpoints(weights.needed(specs.values()), folder)
+    terminal.checkpoints(weights.needed(specs.values()), folder)
 
 
 @app.command("check", help="Whether a config's checkpoints are there and right.")
 def weights_check(config: ConfigFile) -> None:
-    from d2m_hpc.launch import show
     from d2m_hpc.models import weights
+    from d2m_hpc.watch import terminal
 
     loaded = load(config)
     checked = weights.check(loaded.specs.values(), weights.weights_dir(loaded.weights_dir))
-    show.checked(checked, loaded.allow_unpublished_weights)
+    terminal.checked(checked, loaded.allow_unpublished_weights)
     weights.require(checked, loaded.allow_unpublished_weights, str(config))
 
 
@@ -47,19 +47,19 @@ def weights_fetch(
         ),
     ] = "",
 ) -> None:
-    from d2m_hpc.launch import show
     from d2m_hpc.models import weights
+    from d2m_hpc.watch import terminal
 
     loaded = load(config)
     folder, any_hash = weights.weights_dir(loaded.weights_dir), loaded.allow_unpublished_weights
     wanted, failed = weights.needed(loaded.specs.values()), []
     if not wanted:
-        show.checked([], any_hash)
+        terminal.checked([], any_hash)
     for checkpoint in wanted:
         try:
-            with show.download(checkpoint.name) as on_bytes:
+            with terminal.download(checkpoint.name) as on_bytes:
                 found = weights.fetch(checkpoint, folder, mirror, any_hash, on_bytes)
-            show.checked([found], any_hash)
+            terminal.checked([found], any_hash)
         except WeightsError as error:
             failed.append(str(error))
     if failed:

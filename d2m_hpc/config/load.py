@@ -16,7 +16,7 @@ from d2m_hpc.config.places import Loc, Mistake, dotted
 from d2m_hpc.config.schema import Config, Slurm
 from d2m_hpc.config.variables import expanded, with_variables
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.urls import masked
+from d2m_hpc.storage.urls import masked
 
 APART = "x-"
 """How a key begins that is for the file's own use: YAML anchors to repeat elsewhere."""

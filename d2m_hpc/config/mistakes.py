@@ -11,7 +11,7 @@ from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import Config
 from d2m_hpc.models import declared, types
 from d2m_hpc.models.registry import RAW_INPUTS, ModelSpec, Post, Registry, in_order
-from d2m_hpc.state.texts import BRIEF, safe
+from d2m_hpc.storage.texts import BRIEF, safe
 
 MANY = 20
 """Wrong names in a list that are told one by one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from d2m_hpc.urls import masked
+from d2m_hpc.storage.urls import masked
 
 Loc = tuple[str | int, ...]
 """The keys, and the positions in lists, that lead to a value."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import Config
-from d2m_hpc.urls import is_local, is_pipe, scheme
+from d2m_hpc.storage.urls import is_local, is_pipe, scheme
 
 PATHS = ("output_metadata_dir", "custom_pypath", "run_dir", "weights_dir")
 _VARIABLE = re.compile(r"\$(?:(\$)|\{(\w+)\}|([A-Za-z_]\w*))", re.ASCII)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m_hpc.models.buckets import run_by_length
-from d2m_hpc.models.loading import Weights, state_of
+from d2m_hpc.models.checkpoint import Weights, state_of
 from d2m_hpc.models.transfer import conv_layout, to_device
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2m_hpc.models.loading import Weights, state_of
+from d2m_hpc.models.checkpoint import Weights, state_of
 from d2m_hpc.models.transfer import conv_layout
 
 CHECKPOINT = "isc_ft_v107.pth.tar"

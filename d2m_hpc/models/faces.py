@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from d2m_hpc.models.loading import Weights, state_of
+from d2m_hpc.models.checkpoint import Weights, state_of
 from d2m_hpc.models.preprocessors import FACES_SIZE
 from d2m_hpc.models.scrfd import ANCHORS, STRIDES, Level, ScrfdNet
 from d2m_hpc.models.transfer import conv_layout

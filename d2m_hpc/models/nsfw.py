@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from d2m_hpc.models.loading import Weights, state_of
+from d2m_hpc.models.checkpoint import Weights, state_of
 
 CHECKPOINT = "nsfw_torch.pt"
 EPSILON = torch.finfo(torch.float32).tiny

@@ -116,14 +116,14 @@ MODELS: Mapping[str, ModelSpec] = {
             "image-stats",
             raw_inputs=("image",),
             preprocessors=("stats-aug",),
-            target="basic:ImageStats",
+            target="stats:ImageStats",
         ),
         ModelSpec(
             "text-stats",
             raw_inputs=("text",),
             preprocessors=("identity",),
             to_device=False,
-            target="basic:TextStats",
+            target="stats:TextStats",
         ),
     )
 }

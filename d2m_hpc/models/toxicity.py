@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.buckets import run_by_length
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.transfer import to_device
 
 CHECKPOINT = "multilingual_debiased-0b549669.ckpt"

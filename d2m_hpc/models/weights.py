@@ -20,8 +20,8 @@ from urllib.parse import quote
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.download import DownloadError, OnBytes, Part, download
 from d2m_hpc.models.registry import ModelSpec
-from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.rundir import atomic_write, fsync_dir, make_folder
+from d2m_hpc.storage.files import atomic_write, fsync_dir, make_folder
+from d2m_hpc.storage.lease import Lease
 
 _D2M = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
 _CLIP = "https://openaipublic.azureedge.net/clip/models"

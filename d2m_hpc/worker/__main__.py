@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 
 from d2m_hpc.errors import D2MError, DiskError, NodeError
-from d2m_hpc.state.chunks import Chunks
-from d2m_hpc.state.refused import of_system
-from d2m_hpc.state.rundir import FILE_MODE, RunDir, atomic_write
-from d2m_hpc.state.texts import ERROR, safe
+from d2m_hpc.run.chunks import Chunks
+from d2m_hpc.run.folder import RunDir
 from d2m_hpc.stopping import Stopped, interrupt_once, stop_on_signals
+from d2m_hpc.storage.files import FILE_MODE, atomic_write
+from d2m_hpc.storage.refused import of_system
+from d2m_hpc.storage.texts import ERROR, safe
 from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.supervise import Past, leave, supervised
 

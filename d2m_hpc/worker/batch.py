@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2m_hpc.state.manifest import Rejection
-from d2m_hpc.worker.memory import Allocate, plain
+from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.worker.read.memory import Allocate, plain
 
 Input = tuple[str, str]
 """A raw input and its preprocessor."""

@@ -12,15 +12,16 @@ from itertools import chain
 from pathlib import Path
 
 from d2m_hpc.config import Config
-from d2m_hpc.config.growth import refits
 from d2m_hpc.errors import D2MError
-from d2m_hpc.outputs import OutputDir
-from d2m_hpc.state.attempts import Attempt, Attempts
-from d2m_hpc.state.chunks import Chunks
-from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.manifest import Record, Recorder, Shard, read_records
-from d2m_hpc.state.refused import require_there
-from d2m_hpc.state.rundir import FILE_MODE, RunDir, make_folder
+from d2m_hpc.run.attempts import Attempt, Attempts
+from d2m_hpc.run.chunks import Chunks
+from d2m_hpc.run.extension import refits
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import Record, Recorder, Shard, read_records
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.storage.files import FILE_MODE, make_folder
+from d2m_hpc.storage.lease import Lease
+from d2m_hpc.storage.refused import require_there
 from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.evidence import Evidence
 from d2m_hpc.worker.held import Held

@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from resource import struct_rusage
 
-from d2m_hpc.state.attempts import Attempt, Attempts
-from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.manifest import DIED, Record, Recorder
-from d2m_hpc.state.rundir import RunDir, make_folder
+from d2m_hpc.run.attempts import Attempt, Attempts
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import DIED, Record, Recorder
+from d2m_hpc.storage.files import make_folder
+from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker.board import Board, Entry, Scene
 
 CGROUPS = Path("/sys/fs/cgroup")

@@ -7,9 +7,9 @@ import logging
 import time
 from dataclasses import replace
 
-from d2m_hpc.state.attempts import Attempt, Attempts
-from d2m_hpc.state.manifest import DIED, Record, Recorder, Shard
-from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.run.attempts import Attempt, Attempts
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import DIED, Record, Recorder, Shard
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import torch
 
 from d2m_hpc.errors import DiskError, NodeError, ShardError
 from d2m_hpc.models.custom import described
-from d2m_hpc.state.rundir import FILE_MODE
 from d2m_hpc.stopping import is_asked
-from d2m_hpc.urls import masked
+from d2m_hpc.storage.files import FILE_MODE
+from d2m_hpc.storage.urls import masked
 from d2m_hpc.worker.batch import Outputs
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 from d2m_hpc.errors import DiskError, ShardError
-from d2m_hpc.state.attempts import Attempt, Attempts
-from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.refused import of_system
+from d2m_hpc.run.attempts import Attempt, Attempts
+from d2m_hpc.storage.lease import Lease
+from d2m_hpc.storage.refused import of_system
 from d2m_hpc.worker.board import Board
 
 log = logging.getLogger(__name__)

@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models.preprocessors import Rejected
-from d2m_hpc.outputs import OutputDir
-from d2m_hpc.state.rundir import RunDir
-from d2m_hpc.urls import is_local
-from d2m_hpc.worker import decode, values
-from d2m_hpc.worker.schema import Schema, untold
-from d2m_hpc.worker.seen import Seen
-from d2m_hpc.worker.shard import Archive
-from d2m_hpc.worker.toolbox import Toolbox
+from d2m_hpc.run import values
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.schema import Schema, untold
+from d2m_hpc.storage.urls import is_local
+from d2m_hpc.worker.compute.resolve import Toolbox
+from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read.seen import Seen
+from d2m_hpc.worker.read.shard import Archive
 
 SHARDS = 16
 SAMPLES = 64

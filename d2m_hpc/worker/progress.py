@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from d2m_hpc.state.rundir import overwrite
+from d2m_hpc.storage.files import overwrite
 from d2m_hpc.worker.death import STALLED
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from resource import struct_rusage
 
-from d2m_hpc.state.texts import traceback_of
+from d2m_hpc.storage.texts import traceback_of
 from d2m_hpc.worker import death
 from d2m_hpc.worker.board import Board
 

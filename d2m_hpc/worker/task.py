@@ -17,32 +17,32 @@ from pathlib import Path
 import torch
 
 from d2m_hpc.config import Config, load
-from d2m_hpc.config.growth import only_new
 from d2m_hpc.errors import NodeError, ShardError
-from d2m_hpc.outputs import OutputDir
-from d2m_hpc.owner import require_own
-from d2m_hpc.state.awake import Awake
-from d2m_hpc.state.manifest import Record, Recorder
-from d2m_hpc.state.rundir import RunDir
-from d2m_hpc.worker import refusal
+from d2m_hpc.run.extension import only_new
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import Record, Recorder
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.owner import require_own
+from d2m_hpc.run.schema import Schema
+from d2m_hpc.storage.suspension import Awake
 from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
-from d2m_hpc.worker.extend import Extended, Pair, carry_over
+from d2m_hpc.worker.compute.graph import Graph
+from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.faults import ends_task, guarded, is_broken, logging_to
-from d2m_hpc.worker.graph import Graph
-from d2m_hpc.worker.loader import Loader
 from d2m_hpc.worker.peek import schema_of
-from d2m_hpc.worker.prepare import Recipe
 from d2m_hpc.worker.progress import Listener, Progress, Reporter, Watchdog
-from d2m_hpc.worker.schema import Schema
-from d2m_hpc.worker.scratch import Scratch, scratch
-from d2m_hpc.worker.settle import Result, Settler
-from d2m_hpc.worker.table import Table
-from d2m_hpc.worker.toolbox import Toolbox
+from d2m_hpc.worker.read import refusal
+from d2m_hpc.worker.read.loader import Loader
+from d2m_hpc.worker.read.prepare import Recipe
+from d2m_hpc.worker.read.scratch import Scratch, scratch
 from d2m_hpc.worker.tracking import Tracker
-from d2m_hpc.worker.undecided import last_if_undecided
 from d2m_hpc.worker.work import Work, size_and_time
-from d2m_hpc.worker.writer import Committer
+from d2m_hpc.worker.write.extend import Extended, Pair, carry_over
+from d2m_hpc.worker.write.table import Table
+from d2m_hpc.worker.write.thread import Result, Settler
+from d2m_hpc.worker.write.undecided import last_if_undecided
+from d2m_hpc.worker.write.writer import Committer
 
 log = logging.getLogger(__name__)
 

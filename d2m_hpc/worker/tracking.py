@@ -8,8 +8,8 @@ import threading
 from typing import Any
 
 from d2m_hpc.config import Config
-from d2m_hpc.state.rundir import RunDir
-from d2m_hpc.urls import masked, masked_all
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.storage.urls import masked, masked_all
 from d2m_hpc.worker.progress import Progress
 
 log = logging.getLogger(__name__)

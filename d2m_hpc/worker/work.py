@@ -12,14 +12,14 @@ from queue import Empty, Queue
 from threading import Semaphore
 from typing import Any
 
-from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.manifest import Rejection, Shard
-from d2m_hpc.urls import is_local
+from d2m_hpc.run.manifest import Rejection, Shard
+from d2m_hpc.storage.lease import Lease
+from d2m_hpc.storage.urls import is_local
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.held import Held
-from d2m_hpc.worker.members import Notes
-from d2m_hpc.worker.seen import Seen
+from d2m_hpc.worker.read.members import Notes
+from d2m_hpc.worker.read.seen import Seen
 
 AHEAD = 4
 """Batches that may wait for the device."""

@@ -132,7 +132,7 @@ def work(seed: int, count: int, start: int) -> None:
     import torch
 
     from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Rejected
-    from d2m_hpc.worker import decode
+    from d2m_hpc.worker.read import decode
 
     torch.set_num_threads(1)
     makers = {name: PREPROCESSORS[f"{name}-aug"] for name in ("clip", "faces", "dedup", "stats")}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import clip
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
 from d2m_hpc.models.tokens import clip_tokens
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from d2m_hpc.models import clip, dedup, scrfd
+from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.compiled import compile_for
-from d2m_hpc.models.loading import Weights
 
 CPU = torch.device("cpu")
 

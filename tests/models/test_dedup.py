@@ -9,7 +9,7 @@ import torch
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import dedup
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.checkpoint import Weights
 
 CPU = torch.device("cpu")
 

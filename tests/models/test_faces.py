@@ -18,7 +18,7 @@ from torchvision.ops import nms
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import faces
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
 from d2m_hpc.worker.batch import non_finite
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from d2m_hpc.launch.report import sheet
 from d2m_hpc.models import formats
 from d2m_hpc.models.preprocessors import Options, Rejected
-from d2m_hpc.worker import decode
+from d2m_hpc.watch.page import sheet
+from d2m_hpc.worker.read import decode
 
 LIMIT = 1_000_000
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\nshowpage\n%%EOF\n"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.nsfw import CHECKPOINT, NsfwImage, head
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import toxicity
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models.checkpoint import Weights
 
 CPU = torch.device("cpu")
 TEXTS = [*captions()[:24], "", " ", "🤖 emoji", "very long " * 900, "ein kurzer Satz", "x"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from kit import captions
 
-from d2m_hpc.models import basic, clip, dedup, faces, nsfw, toxicity
-from d2m_hpc.models.loading import Weights
+from d2m_hpc.models import clip, dedup, faces, nsfw, stats, toxicity
+from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options
 from d2m_hpc.models.transfer import Lane, each
 
@@ -52,7 +52,7 @@ def _tokens() -> torch.Tensor:
         (nsfw.NsfwImage, lambda: [(torch.zeros(5, 768, device=META), None)]),
         (faces.Scrfd10G, lambda: [_pixels("faces-aug", 224)]),
         (dedup.IscFtV107, lambda: [_pixels("dedup-aug", 128)]),
-        (basic.ImageStats, lambda: [_pixels("stats-aug", 256)]),
+        (stats.ImageStats, lambda: [_pixels("stats-aug", 256)]),
     ],
 )
 @torch.no_grad()

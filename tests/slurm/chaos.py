@@ -21,9 +21,9 @@ from slurm.cluster import PATIENCE, Cluster, is_up
 from slurm.runs import Run, Tars, config_of
 from test_resume import contents
 
-from d2m_hpc.launch.status import find_run
-from d2m_hpc.launch.verify import verify
-from d2m_hpc.state.manifest import read_records
+from d2m_hpc.run.manifest import read_records
+from d2m_hpc.watch.status import find_run
+from d2m_hpc.watch.verify import verify
 
 LEASE_SECONDS = 4.0
 NEW_COLUMNS = ["text-characters", "image-contrast", "image-sharpness", "image-entropy"]

@@ -14,12 +14,12 @@ import pytest
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError, ShardError
-from d2m_hpc.outputs import METADATA, OutputDir
-from d2m_hpc.state.attempts import Attempt, Attempts
-from d2m_hpc.state.chunks import Chunks, write_chunks
-from d2m_hpc.state.lease import Lease
-from d2m_hpc.state.manifest import DIED, Record, Shard, read_records
-from d2m_hpc.state.rundir import RunDir, Submission
+from d2m_hpc.run.attempts import Attempt, Attempts
+from d2m_hpc.run.chunks import Chunks, write_chunks
+from d2m_hpc.run.folder import RunDir, Submission
+from d2m_hpc.run.manifest import DIED, Record, Shard, read_records
+from d2m_hpc.run.outputs import METADATA, OutputDir
+from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.progress import Progress, Reporter

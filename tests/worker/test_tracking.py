@@ -18,14 +18,14 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from d2m_hpc.config import load
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch.decide import inspect, missing_extras
-from d2m_hpc.launch.preflight import check
+from d2m_hpc.plan.decide import inspect, missing_extras
+from d2m_hpc.plan.preflight import check
 
 TRACK = """
 import json, os, sys, time
 from pathlib import Path
 from d2m_hpc.config import load
-from d2m_hpc.state.rundir import RunDir
+from d2m_hpc.run.folder import RunDir
 from d2m_hpc.worker import tracking
 from d2m_hpc.worker.progress import Progress
 import logging

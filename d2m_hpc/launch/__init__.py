@@ -1,1 +1,0 @@
-"""On the login node: plan, submit, watch, check. Imports no torch."""

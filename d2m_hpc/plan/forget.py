@@ -1,0 +1,181 @@
+"""Shards that a user takes out of a run's plan, on record: a wrong pattern is no run's end."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.plan import braces, patterns
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.user import user_name
+from d2m_hpc.storage.files import is_private, own_only, owned
+from d2m_hpc.storage.lease import Lease
+from d2m_hpc.storage.texts import BRIEF, safe
+from d2m_hpc.storage.urls import GLOB, is_local
+
+PATIENCE = 60.0
+"""Seconds to wait for another submit of the run to end."""
+
+
+@dataclass
+class Forgotten:
+    """Shards that are in no plan any more, though patterns may still name their tars.
+
+    Attributes:
+        by_url: their stems, which stay taken: their outputs may lie where others' would go.
+    """
+
+    by_url: dict[str, str]
+
+    @classmethod
+    def of(cls, run: RunDir) -> Forgotten:
+        """A line that a kill has torn was never promised to anybody."""
+        found: dict[str, str] = {}
+        with suppress(FileNotFoundError, NotADirectoryError), open(run.forgotten, "rb") as file:
+            for line in file:
+                with suppress(ValueError, LookupError, TypeError):
+                    said = json.loads(line)
+                    if said["forgotten"]:
+                        found[said["url"]] = said["stem"]
+                    else:
+                        found.pop(said["url"], None)
+        return cls(found)
+
+    def notices(self, named: Iterable[str]) -> list[str]:
+        """What a submit says of those whose tars are named all the same."""
+        count = sum(url in self.by_url for url in named)
+        what = "`d2m forget` took them out of the plan (--undo puts them back)"
+        return [f"{count} tars are left out: {what}"] if count else []
+
+
+def forget(run: RunDir, names: Sequence[str], busy: Collection[str]) -> list[Shard]:
+    """Take shards out of the plan; a later submit does not plan them again.
+
+    Args:
+        names: stems, or patterns of stems, paths or URLs.
+        busy: stems in the hands of live array tasks.
+
+    Raises:
+        ConfigError: a name that no shard has.
+        D2MError: tasks are working on some of them.
+    """
+    with _alone(run):
+        known = patterns.read_shards(run.shards)
+        chosen = _chosen(known, names)
+        gone = {s.stem for s in chosen}
+        if held := sorted(stem for stem in gone if stem in busy or _is_held(run, stem)):
+            raise D2MError(
+                f"{len(held)} of these shards are in the hands of tasks ({', '.join(held[:3])}); "
+                "`d2m cancel` ends them, or wait until they have ended"
+            )
+        _put_down(run, chosen, True)
+        patterns.write_shards(run.shards, [s for s in known if s.stem not in gone])
+    return chosen
+
+
+def remember(run: RunDir, names: Sequence[str]) -> list[Shard]:
+    """Undo `forget`; the shards have their stems back.
+
+    Raises:
+        ConfigError: a name that no forgotten shard has.
+    """
+    with _alone(run):
+        gone = Forgotten.of(run).by_url
+        chosen = _chosen([Shard(stem, url) for url, stem in gone.items()], names)
+        known = patterns.read_shards(run.shards)
+        there = {s.url for s in known}
+        patterns.write_shards(run.shards, [*known, *(s for s in chosen if s.url not in there)])
+        _put_down(run, chosen, False)
+    return chosen
+
+
+@contextmanager
+def _alone(run: RunDir) -> Iterator[None]:
+    """One at a time with submits, which write the plan too.
+
+    Raises:
+        D2MError: another one does not end.
+    """
+    lease, began = Lease(run.submit_lock), time.monotonic()
+    while not lease.claim():
+        if time.monotonic() - began > PATIENCE:
+            raise D2MError("a submit of this run is at work; try again when it has ended")
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def _chosen(shards: Sequence[Shard], names: Sequence[str]) -> list[Shard]:
+    chosen: dict[str, Shard] = {}
+    unknown = []
+    for name in names:
+        found = [s for s in shards if s.stem == name or s.url == name] or _matching(shards, name)
+        if not found:
+            unknown.append(
+                f"no shard of the plan is named {safe(name, BRIEF)!r}; valid are stems, and "
+                "patterns of stems, paths or URLs, such as 'wds/*.parquet'"
+            )
+        chosen |= {s.stem: s for s in found}
+    if unknown:
+        raise ConfigError("forget", unknown)
+    return list(chosen.values())
+
+
+def _matching(shards: Sequence[Shard], name: str) -> list[Shard]:
+    """By stem, or by path where the pattern is one."""
+    braces.require_few(name, braces.MOST)
+    patterns = set(braces.expand(name))
+    if "/" in name:
+        paths = (os.path.abspath(os.path.expanduser(p)) for p in patterns if is_local(p))
+        patterns |= set(paths)
+    named, wild = set(), []
+    for pattern in patterns:
+        if GLOB.search(pattern):
+            wild.append(fnmatch.translate(pattern))
+        else:
+            named.add(pattern)
+    matches = [re.compile(p).match for p in wild]
+    return [
+        s
+        for s in shards
+        if any(text in named or any(m(text) for m in matches) for text in (s.stem, s.url))
+    ]
+
+
+def _is_held(run: RunDir, stem: str) -> bool:
+    path = run.lease(stem)
+    if not path.exists():
+        return False
+    lease = Lease(path)
+    if lease.claim():
+        lease.release()
+        return False
+    return True
+
+
+def _put_down(run: RunDir, shards: Iterable[Shard], forgotten: bool) -> None:
+    """On disk when it returns, and before the plan changes."""
+    told = {"forgotten": forgotten, "when": time.time(), "user": _user()}
+    lines = [json.dumps({"stem": s.stem, "url": s.url, **told}, ensure_ascii=True) for s in shards]
+    opener = own_only if is_private(run.shards) else owned
+    with open(run.forgotten, "ab", opener=opener) as file:
+        file.write(("\n" + "\n".join(lines) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _user() -> str:
+    try:
+        return user_name()
+    except (KeyError, OSError):  # a container without the user
+        return str(os.getuid())

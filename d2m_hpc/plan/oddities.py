@@ -1,0 +1,74 @@
+"""Files that a pattern names and whose names are no tars', looked into before they are planned."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from d2m_hpc.plan.naming import location
+from d2m_hpc.storage import stores
+from d2m_hpc.storage.urls import GLOB, is_local
+
+LOOKED_AT = 3
+"""Files of each ending that are opened: tars may be named in any way, and all in the same."""
+KINDS = 10
+"""Endings that are looked at, and told."""
+HEAD = 4096
+COMPRESSED = 1 << 20
+"""Bytes of a compressed file that give its first plain ones: bzip2 has blocks of up to 900 kB."""
+
+
+class Oddities:
+    """What one pattern names that is not called a tar, by its endings."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = pattern
+        self._kinds: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, url: str) -> None:
+        name = location(url).rpartition("/")[2]
+        self._kinds[re.sub(r"\d+", "0", name.partition(".")[2])].append(url)
+
+    def told(self) -> str:
+        """What is wrong with the pattern; empty where all that was looked at are tars."""
+        found, files = [], 0
+        for kind, urls in list(self._kinds.items())[:KINDS]:
+            step = max(1, len(urls) // LOOKED_AT)
+            natures = ((url, _nature(url)) for url in urls[::step][:LOOKED_AT])
+            if first := next(((url, what) for url, what in natures if what), None):
+                files += len(urls)
+                ending = f".{kind}" if kind else "no ending"
+                found.append(f"{len(urls):,} with {ending} ({first[0]}: {first[1]})")
+        if not found:
+            return ""
+        folder = self._pattern.rpartition("/")[0]
+        better = f"{folder}/*.tar" if folder else "*.tar"
+        advice = f"; valid is for example {better!r}" if GLOB.search(self._pattern) else ""
+        return (
+            f"{self._pattern!r} names {files:,} files that are no tars: {', '.join(found)}{advice}"
+        )
+
+
+def _nature(url: str) -> str:
+    """What a file is; empty for a tar, compressed or not, and for what cannot be read now."""
+    # These load no torch, but what runs on a login node loads nothing of a task's unasked.
+    from d2m_hpc.worker.read.compressed import codec_of, start_of
+    from d2m_hpc.worker.read.nature import nature
+
+    try:
+        head = _head(url, HEAD)
+        if codec := codec_of(head):
+            plain = start_of(_head(url, COMPRESSED))
+            what = nature(plain, len(plain)) if plain else ""
+            return f"compressed with {codec.name}, {what}" if what else ""
+        return nature(head, Path(url).stat().st_size if is_local(url) else len(head))
+    except Exception:  # each store raises errors of its own; preflight and the task tell them
+        return ""
+
+
+def _head(url: str, size: int) -> bytes:
+    if not is_local(url):
+        return stores.peek(url, size)
+    with open(url, "rb") as file:
+        return file.read(size)

@@ -1,0 +1,245 @@
+"""Input patterns to shards."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain
+
+from d2m_hpc.config.load import located
+from d2m_hpc.config.places import Mistake
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.plan import braces, remote
+from d2m_hpc.plan.naming import is_archive, name_shards
+from d2m_hpc.plan.oddities import Oddities
+from d2m_hpc.plan.remote import MISSING
+from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.shards import read_shards, read_stems, write_shards
+from d2m_hpc.storage.urls import GLOB, is_local, is_pipe, is_remote
+
+__all__ = [
+    "Expansion",
+    "check",
+    "expand",
+    "plan_shards",
+    "read_shards",
+    "read_stems",
+    "write_shards",
+]
+
+
+@dataclass
+class Expansion:
+    """What the patterns name.
+
+    Attributes:
+        sizes: url to size in bytes, or None where it is not known, in the order of the patterns.
+        duplicates: how many times a url was named again.
+        times: when the tars that stores listed were put there, by url.
+        missing: local files that a pattern names and that are not there.
+        mistakes: patterns that name nothing, or what is no tar.
+    """
+
+    sizes: dict[str, int | None] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    duplicates: int = 0
+    missing: list[str] = field(default_factory=list)
+    mistakes: list[Mistake] = field(default_factory=list)
+
+    def take(self, named: Iterable[tuple[str, int | None]], odd: Oddities) -> int:
+        """Take what a pattern names; how many of it are there.
+
+        Args:
+            odd: takes what is not named as a tar.
+        """
+        count = 0
+        for url, size in named:
+            count += 1
+            if not (url.endswith(".tar") or is_archive(url)) and size != MISSING:
+                odd.add(url)
+            if not (url.isascii() or _is_utf8(url)):  # no parquet can hold it
+                name = os.fsencode(url).decode(errors="backslashreplace")
+                self.wrong(f"the name '{name}' is not UTF-8; rename the file")
+            elif url in self.sizes:
+                self.duplicates += 1
+            elif size == MISSING:
+                self.missing.append(url)
+                self.sizes[url] = None
+                count -= 1
+            else:
+                self.sizes[url] = size
+        return count
+
+    def wrong(self, what: str, pattern: str | None = None) -> None:
+        self.mistakes.append(Mistake(("input_tars",), what, pattern))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@uncollected()
+def expand(patterns: Iterable[str], sized: bool = True) -> Expansion:
+    """List the tars that patterns name.
+
+    Args:
+        patterns: local paths, fsspec URLs or `pipe:` commands, each with braces (nested,
+            zero-padded ranges) and, but for commands, globs; a folder stands for the tars in it.
+        sized: local tars are asked for their sizes, which is most of the work.
+    """
+    found = Expansion()
+    disk = _Disk(sized)
+    left = braces.MOST
+    for pattern in patterns:
+        odd = Oddities(pattern)
+        try:
+            left -= braces.require_few(pattern, left)
+            matched = found.take(_expand_one(pattern, disk, found.times), odd)
+        except D2MError as error:
+            found.wrong(str(error), pattern)
+            continue
+        except Exception as error:  # a store's own library raises what it likes
+            found.wrong(f"cannot list {pattern!r}: {type(error).__name__}: {error}", pattern)
+            continue
+        if not matched:
+            found.wrong(f"found no tar for {pattern!r}; check the path", pattern)
+        elif what := odd.told():
+            found.wrong(what, pattern)
+    return found
+
+
+class _Disk:
+    """Local files, by one listing of each folder: a look-up each is slow on Lustre.
+
+    Args:
+        sized: with their sizes, asked for in the folder's own order, which Lustre reads ahead.
+    """
+
+    def __init__(self, sized: bool) -> None:
+        self._sized = sized
+        self._folders: dict[str, dict[str, int | None]] = {}
+
+    def tars(self, folder: str) -> list[tuple[str, int | None]]:
+        """All files in a folder that are named as tars are, sorted."""
+        return self._list(f"{folder.rstrip('/')}/", is_archive)
+
+    def __getitem__(self, path: str) -> int | None:
+        folder = path.rpartition("/")[0]
+        if folder not in self._folders:
+            self._folders[folder] = dict(self._list(f"{folder}/", lambda name: True))
+        return self._folders[folder].get(path, MISSING)
+
+    def glob(self, pattern: str) -> list[tuple[str, int | None]]:
+        """All that a pattern names, but for folders, sorted."""
+        folder, _, name = pattern.rpartition("/")
+        if name == "**":
+            folder, name = pattern, "*"
+        folders = glob.glob(f"{folder}/", recursive=True) if GLOB.search(folder) else [f"{folder}/"]
+        # As in a shell, what begins with a dot is named only by a pattern that does.
+        visible = "" if name.startswith(".") else r"(?!\.)"
+        matches = re.compile(visible + fnmatch.translate(name)).match
+        return sorted(chain.from_iterable(self._list(f, matches) for f in sorted(folders)))
+
+    def _list(self, folder: str, matches: Callable[[str], object]) -> list[tuple[str, int | None]]:
+        """The paths in a folder whose names match, but for folders, sorted.
+
+        Nothing else is asked for its size: beside tars lie as many files that are none.
+        """
+        found, sized = [], self._sized
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            files = (e for e in entries if matches(e.name) and not e.is_dir())
+            found = [(e.name, _size(e, sized)) for e in files]
+        found.sort()
+        # Made in the order in which all that follows goes through them, paths lie so in memory.
+        return [(folder + name, size) for name, size in found]
+
+
+def _size(entry: os.DirEntry[str], sized: bool) -> int | None:
+    try:
+        if entry.is_file():
+            return entry.stat().st_size if sized else None
+    except OSError:  # it was there a moment ago
+        pass
+    return MISSING
+
+
+def _expand_one(
+    pattern: str, disk: _Disk, times: dict[str, float]
+) -> Iterator[tuple[str, int | None]]:
+    pattern = pattern.removeprefix("file://")
+    if is_local(pattern) and os.path.isfile(path := _absolute(pattern)):
+        yield path, disk[path]  # a file's own name may hold braces and brackets
+        return
+    if is_local(pattern) and pattern and os.path.isdir(path):
+        yield from disk.tars(path)
+        return
+    if is_remote(pattern):
+        yield from remote.expand(list(braces.expand(pattern)), times)
+        return
+    for name in braces.expand(pattern):
+        if is_pipe(name):
+            yield name, None
+        elif name:  # the path of an empty one would be this folder's
+            yield from _named(_absolute(name), disk)
+
+
+def _named(path: str, disk: _Disk) -> Iterable[tuple[str, int | None]]:
+    """What a path without braces names."""
+    if GLOB.search(path) and not os.path.isfile(path):
+        return disk.glob(path)
+    if (size := disk[path]) == MISSING and not is_archive(path) and os.path.isdir(path):
+        return disk.tars(path)
+    return [(path, size)]
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def plan_shards(
+    sizes: Mapping[str, int | None], known: Sequence[Shard] = (), taken: Iterable[str] = ()
+) -> list[Shard]:
+    """All shards of a run: those planned before, in their order, then the new ones.
+
+    Args:
+        sizes: of all tars that the patterns name, by url; of new local ones that are not known
+            they are asked for.
+        taken: stems that no new shard may have.
+    """
+    planned = {s.url for s in known}
+    kept = [
+        s if (size := sizes.get(s.url)) in (None, s.size) else s._replace(size=size) for s in known
+    ]
+    new = [url for url in sizes if url not in planned]
+    stems = name_shards(new, chain((s.stem for s in known), taken)) if new else []
+    return kept + [
+        Shard(stem, url, _size_now(url) if (size := sizes[url]) is None else size)
+        for stem, url in zip(stems, new, strict=True)
+    ]
+
+
+def _size_now(url: str) -> int | None:
+    try:
+        return os.path.getsize(url) if is_local(url) else None
+    except OSError:  # it is not there
+        return None
+
+
+def check(expansion: Expansion, where: str) -> None:
+    """Refuse patterns that name nothing.
+
+    Raises:
+        ConfigError: with every such pattern.
+    """
+    if expansion.mistakes:
+        raise ConfigError(where, located(where, expansion.mistakes))

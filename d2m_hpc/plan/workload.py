@@ -1,0 +1,145 @@
+"""What a config asks for: inputs, checkpoints and folders, looked at; changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.models import weights
+from d2m_hpc.plan import patterns
+from d2m_hpc.run.extension import with_own_names
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.storage.texts import BRIEF, safe
+from d2m_hpc.storage.urls import is_local
+
+
+def run_dir(config: Config) -> RunDir:
+    """Where a config's run lives: `run_dir`, or beside the outputs, or here if those are remote."""
+    if config.run_dir:
+        return RunDir(Path(os.path.expanduser(config.run_dir)).absolute())
+    output = config.output_metadata_dir
+    if is_local(output):
+        return RunDir(Path(os.path.expanduser(output)).absolute() / ".d2m")
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", output.split("://", 1)[1]).strip("-")
+    return RunDir(Path(".d2m").absolute() / name)
+
+
+@dataclass
+class Workload:
+    """What a config asks for, checked; nothing of a run's state is in it.
+
+    Attributes:
+        where: the config file, for messages.
+        sizes: url to size of every input tar.
+        fingerprint: the parts that decide what the output is.
+        notices: what the user should know though it stops nothing.
+        times: when those of them that stores listed were put there, by url.
+        recompute_changed: compute what was made of tars that are others now once more.
+        moved: whether tars of the same names and sizes elsewhere are the same; None if not said.
+    """
+
+    config: Config
+    where: str
+    run: RunDir
+    sizes: dict[str, int | None]
+    fingerprint: dict[str, Any]
+    notices: list[str]
+    times: dict[str, float] = field(default_factory=dict)
+    recompute_changed: bool = False
+    moved: bool | None = None
+
+    @property
+    def fingerprint_id(self) -> str:
+        """A short hash of the fingerprint, as records carry it."""
+        return hashlib.sha256(canonical(self.fingerprint)).hexdigest()[:16]
+
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """What is kept of this config to compare later ones with."""
+        return with_own_names(self.config, self.fingerprint)
+
+
+def canonical(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False).encode()
+
+
+def inspect(config: Config, where: str, expansion: patterns.Expansion | None = None) -> Workload:
+    """Look at inputs and checkpoints; changes nothing.
+
+    Args:
+        where: the config file, for messages.
+        expansion: what the patterns name, where that is known.
+
+    Raises:
+        ConfigError: patterns that name no tar, or a library that is not installed.
+        WeightsError: checkpoints that are missing or wrong.
+    """
+    config = absolute(config)
+    run = run_dir(config)
+    expansion = expansion or patterns.expand(config.input_tars, sized=not has_plan(run, where))
+    patterns.check(expansion, where)
+    if missing := missing_extras(config):
+        raise ConfigError(where, missing)
+    fingerprint = config.fingerprint(checkpoint_hashes(config, run, where))
+    notices = _notices(expansion)
+    return Workload(config, where, run, expansion.sizes, fingerprint, notices, expansion.times)
+
+
+def has_plan(run: RunDir, where: str) -> bool:
+    """
+    Raises:
+        ConfigError: there can be no such folder.
+    """
+    try:
+        return run.shards.exists()
+    except OSError as error:
+        reason = f"run_dir: {safe(str(run.root), BRIEF)} cannot be used: {error.strerror or error}"
+        raise ConfigError(where, [reason]) from None
+
+
+def absolute(config: Config) -> Config:
+    """Paths as a task on another machine needs them."""
+    output = config.output_metadata_dir.removeprefix("file://")
+    config = config.model_copy(update={"output_metadata_dir": output})
+    paths = {
+        key: str(Path(os.path.expanduser(value)).absolute())
+        for key in ("output_metadata_dir", "custom_pypath", "weights_dir", "run_dir")
+        if (value := getattr(config, key)) and is_local(value)
+    }
+    folder = str(weights.weights_dir(config.weights_dir).absolute())
+    return config.model_copy(update={"weights_dir": folder, **paths})
+
+
+def missing_extras(config: Config) -> list[str]:
+    """What the config needs that is installed on request only."""
+    if not config.logging or any(metadata.distributions(name="wandb")):
+        return []
+    return [
+        "logging: true needs wandb, which is not installed; `pip install 'd2m_hpc[wandb]'`, or set "
+        "logging: false"
+    ]
+
+
+def checkpoint_hashes(config: Config, run: RunDir, where: str) -> dict[str, str]:
+    folder = weights.weights_dir(config.weights_dir)
+    checked = weights.check(config.specs.values(), folder, weights.HashCache(run.hashes))
+    return weights.require(checked, config.allow_unpublished_weights, where)
+
+
+def _notices(expansion: patterns.Expansion) -> list[str]:
+    notices = []
+    if expansion.duplicates:
+        notices.append(f"{expansion.duplicates} tars are named more than once; each is done once")
+    if expansion.missing:
+        few = ", ".join(expansion.missing[:3])
+        notices.append(f"{len(expansion.missing)} tars are not there and will fail: {few}")
+    return notices

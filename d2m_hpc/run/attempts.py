@@ -1,0 +1,111 @@
+"""Which attempt at a shard is under way, or ended without finishing it.
+
+Every attempt has a number, larger than those of all earlier attempts at the shard. Whoever holds
+the shard's lease writes it down before the shard is read, and removes the file once the shard is
+done. A file that says nothing of an end, of a shard whose lease is free, is of an attempt that
+never ended: its process was killed or crashed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from d2m_hpc.storage.files import FILE_MODE, atomic_write, fsync_dir, make_folder, named, overwrite
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What is on disk of one shard.
+
+    Attributes:
+        number: of the newest attempt; 1 is the first one.
+        task: `submission-index-attempt` of the array task.
+        ended: it failed, or was given back on purpose; the number is kept.
+        died: a process died while it had the shard in hand.
+        lost: how many attempts ended with their whole node, and were not counted as failed.
+    """
+
+    number: int
+    task: str = ""
+    host: str = ""
+    ended: bool = False
+    died: bool = False
+    lost: int = 0
+
+
+_FIELDS = frozenset(f.name for f in fields(Attempt))
+
+
+class Attempts:
+    """The attempts of a run's shards; write about a shard only while its lease is held."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def last(self, stem: str) -> Attempt | None:
+        """What is on disk; None where there is nothing."""
+        try:
+            values = json.loads(self._path(stem).read_bytes())
+            known = {k: v for k, v in values.items() if k in _FIELDS}
+            return replace(Attempt(int(known.pop("number"))), **known)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, LookupError, AttributeError):
+            return Attempt(0, ended=True)  # its writer was killed before it began with the shard
+
+    def begin(self, stem: str, attempt: Attempt, anew: bool) -> None:
+        """Put an attempt on disk, before its work begins.
+
+        Args:
+            anew: no file was there when the lease was claimed.
+
+        Raises:
+            FileExistsError: another task has begun since, so that the lease is lost.
+        """
+        data = json.dumps(asdict(attempt)).encode()
+        if not anew:
+            atomic_write(self._path(stem), data)
+            return
+        make_folder(self._folder)
+        fd = os.open(self._path(stem), os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
+        try:
+            with named(self._path(stem)):
+                os.write(fd, data)
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        fsync_dir(self._folder)
+
+    def done(self, stem: str) -> None:
+        """The shard is done; its outputs carry the number."""
+        self._path(stem).unlink(missing_ok=True)
+
+    def end(self, stem: str, attempt: Attempt) -> None:
+        """The attempt ended without finishing the shard; the next one needs its number."""
+        data = json.dumps(asdict(replace(attempt, ended=True))).encode()
+        try:
+            atomic_write(self._path(stem), data)
+        except OSError:  # a full disk may still take what is no longer than what is there
+            overwrite(self._path(stem), data)
+
+    def unended(self) -> dict[str, Attempt]:
+        """Attempts that are under way or never ended, by stem."""
+        found = ((stem, self.last(stem)) for stem in self._stems())
+        return {stem: a for stem, a in found if a is not None and not a.ended}
+
+    def drop(self, done: Collection[str]) -> None:
+        """Remove what killed tasks left of shards that are done."""
+        for stem in self._stems():
+            if stem in done:
+                self.done(stem)
+
+    def _stems(self) -> list[str]:
+        names = os.listdir(self._folder) if self._folder.is_dir() else []
+        return [name.removesuffix(".json") for name in names if name.endswith(".json")]
+
+    def _path(self, stem: str) -> Path:
+        return self._folder / f"{stem}.json"

@@ -1,0 +1,76 @@
+"""The shards of each task of a submission: written once, read a line at a time."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+
+from d2m_hpc.run.damage import undamaged
+from d2m_hpc.run.folder import Submission
+from d2m_hpc.run.manifest import Shard
+from d2m_hpc.storage.files import atomic_write
+
+_OFFSET = struct.Struct("<Q")
+_UNTRIED = Shard("", "")
+
+
+def write_chunks(
+    submission: Submission, chunks: Iterable[Sequence[Shard]], private: bool = False
+) -> None:
+    """Line i of `chunks.jsonl` is what task i is to do; where it begins goes to a file beside it.
+
+    A million shards are 150 MB of lines, and tens of thousands of tasks want one of them each. The
+    shards of one chunk have the same base. What is the same of all untried shards is not written.
+    """
+    offsets, end = bytearray(), 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal end
+        for chunk in chunks:
+            values = [_short(shard) for shard in chunk]
+            line = json.dumps(values).encode() + b"\n"
+            offsets.extend(_OFFSET.pack(end))
+            end += len(line)
+            yield line
+
+    atomic_write(submission.chunks, lines(), private=private)
+    atomic_write(submission.chunk_offsets, bytes(offsets))
+
+
+def _short(shard: Shard) -> tuple[object, ...]:
+    """Without the last fields that are as in an untried shard."""
+    if shard[4:] != _UNTRIED[4:]:
+        return shard
+    return shard[:4] if shard.base else shard[:3]
+
+
+class Chunks:
+    """The chunks of a submission; `len` is how many, and only those asked for are read."""
+
+    def __init__(self, submission: Submission) -> None:
+        self._submission = submission
+
+    def __len__(self) -> int:
+        return self._submission.chunk_offsets.stat().st_size // _OFFSET.size
+
+    def read(self, numbers: Iterable[int]) -> Iterator[list[Shard]]:
+        """The shards of some tasks, chunk by chunk, in the order that is asked for.
+
+        Args:
+            numbers: of tasks, each from 0 to `len` - 1.
+
+        Raises:
+            D2MError: one of the two files is damaged.
+        """
+        with (
+            open(self._submission.chunk_offsets, "rb") as offsets,
+            open(self._submission.chunks, "rb") as lines,
+        ):
+            for number in numbers:
+                advice = "submit again once none of this submission's tasks is at work"
+                with undamaged(self._submission.chunks, advice):
+                    offsets.seek(number * _OFFSET.size)
+                    lines.seek(*_OFFSET.unpack(offsets.read(_OFFSET.size)))
+                    shards = [Shard(*shard) for shard in json.loads(lines.readline())]
+                yield shards

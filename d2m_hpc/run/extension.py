@@ -1,0 +1,137 @@
+"""A config that was added to: what of it finished outputs lack, and whether they can be extended.
+
+Outputs of an earlier config are told by its fingerprint, as `Config.fingerprint` gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from d2m_hpc.config.schema import Config
+from d2m_hpc.models import declared
+from d2m_hpc.models.registry import MODELS, ModelSpec, Post
+from d2m_hpc.models.types import misfit, split
+from d2m_hpc.run.manifest import gist
+
+LISTS = ("models", "postprocess_columns", "postprocess_features", "additional_fields")
+"""The keys of a fingerprint whose lists may grow."""
+OWN = "custom_names"
+
+Fingerprint = Mapping[str, Any]
+
+
+def with_own_names(config: Config, fingerprint: Fingerprint) -> dict[str, Any]:
+    """A fingerprint with the names that the custom file gives, None where only running it tells.
+
+    The file's hash tells that it has changed, but not whose code has.
+    """
+    registry = declared.names(config.custom_file)
+    own = sorted(registry.own) if registry.complete else None
+    return {**fingerprint, OWN: own}
+
+
+def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """Why outputs of one config cannot be extended to another's, a line a reason; none if they can.
+
+    Args:
+        old, new: what `with_own_names` gives for the two.
+    """
+    free = {*LISTS, "checkpoints", "custom_file", OWN}
+    return [
+        *(
+            f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+            for key in sorted((old.keys() | new.keys()) - free)
+            if old.get(key) != new.get(key)
+        ),
+        *(
+            f"{key}: {name!r} is no longer listed"
+            for key in LISTS
+            for name in _names(key, old[key])
+            if name not in _names(key, new[key])
+        ),
+        *_other_checkpoints(old["checkpoints"], new["checkpoints"]),
+        *_other_code(old, new),
+    ]
+
+
+def _names(key: str, entries: Iterable[str]) -> list[str]:
+    """Of fields without their types: one of another type is read again, by itself."""
+    return [split(entry)[0] if key == "additional_fields" else entry for entry in entries]
+
+
+def _other_checkpoints(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """One that is not needed any more belongs to a model that is not listed any more."""
+    return [
+        f"checkpoints: the sha256 of {name} was {sha256}, is {new[name]}"
+        for name, sha256 in old.items()
+        if new.get(name, sha256) != sha256
+    ]
+
+
+def _other_code(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """What the old outputs have may not come from a custom file that was another one then."""
+    if old["custom_file"] == new["custom_file"]:
+        return []
+    change = f"custom_file: the sha256 was {old['custom_file']}, is {new['custom_file']}"
+    if old.get(OWN) is None or new[OWN] is None:
+        return [f"{change}; what of the finished outputs comes from it cannot be told"]
+    own = {*old[OWN], *new[OWN]}
+    theirs = [name for name in _used(old) if name in own]
+    return [f"{change}; {', '.join(theirs)} of the finished outputs come from it"] if theirs else []
+
+
+def _used(fingerprint: Fingerprint) -> list[str]:
+    """Every name whose code decides what the outputs are."""
+    models = fingerprint["models"]
+    made = (name for model in models if model in MODELS for name in MODELS[model].preprocessors)
+    posts = (*fingerprint["postprocess_columns"], *fingerprint["postprocess_features"])
+    return list(dict.fromkeys((*models, *made, *posts)))
+
+
+def refits(reasons: Iterable[str], config: Config) -> bool:
+    """Whether rejected samples may be rows now, as the config declares the type of their field.
+
+    A finished pair has no values of them, so that it cannot be extended by these rows.
+    """
+    retyped = {gist(misfit(name)) for name in config.field_types}
+    return not retyped.isdisjoint(map(gist, reasons))
+
+
+def only_new(config: Config, old: Fingerprint, specs: Mapping[str, ModelSpec]) -> Config:
+    """The config that computes what outputs of a fingerprint lack, and nothing else.
+
+    Of the models it has those that are new, those that a new column or feature is made of, and
+    those whose output one of these needs: it is not on disk, where features may be rounded.
+
+    Args:
+        specs: the models of `config`.
+    """
+    new: dict[str, Any] = {
+        key: [name for name in getattr(config, key) if name not in old[key]] for key in LISTS
+    }
+    needed = _closure({*new["models"], *_sources(config, new)}, specs)
+    new["models"] = [name for name in config.models if name in needed]
+    # The names and fields of DataComp stand in the old outputs, but new fields are like them.
+    new["use_datacomp_keys"] = config.use_datacomp_keys and bool(new["additional_fields"])
+    return config.model_copy(update=new)
+
+
+def _sources(config: Config, new: Mapping[str, list[str]]) -> Iterable[str]:
+    """The models that columns and features are made of; all, where one does not say of which."""
+    registry = declared.names(config.custom_file)
+    posts = [registry.columns.get(n, Post()) for n in new["postprocess_columns"]]
+    posts += [registry.features.get(n, Post()) for n in new["postprocess_features"]]
+    return [p.model for p in posts] if all(p.model for p in posts) else config.models
+
+
+def _closure(names: Iterable[str], specs: Mapping[str, ModelSpec]) -> set[str]:
+    """Models and all that they depend on."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found and name in specs:
+            found.add(name)
+            waiting += specs[name].dependencies
+    return found

@@ -1,0 +1,227 @@
+"""The output folder: which shards are in it, and what their parquets say of themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.run.manifest import Record
+from d2m_hpc.storage import stores
+from d2m_hpc.storage.files import make_folder, owned
+from d2m_hpc.storage.urls import is_local, scheme
+
+METADATA = b"d2m"
+"""Key of the parquet's file metadata that holds the shard's record."""
+TAIL = 64 << 10
+"""Bytes that hold almost any parquet's metadata, which stands at its end."""
+BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
+"""Stores without folders; to make one would make a bucket, where its name is misspelt."""
+PROBE = ".d2m-probe"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OutputDir:
+    """A flat folder of `{stem}.npz` and `{stem}.parquet`, on a disk or an object store."""
+
+    url: str
+
+    @property
+    def is_local(self) -> bool:
+        return is_local(self.url)
+
+    @property
+    def fs(self) -> Any:
+        """Asked for each time, as it is another one after a fork."""
+        return stores.filesystem(self._url)[0]
+
+    @cached_property
+    def root(self) -> str:
+        """The folder's path as its filesystem takes it."""
+        return stores.filesystem(self._url)[1]
+
+    @cached_property
+    def _url(self) -> str:
+        return str(Path(os.path.expanduser(self.url)).absolute()) if self.is_local else self.url
+
+    def make(self) -> None:
+        """Make the folder where it is missing; a store is asked whether it takes objects.
+
+        Raises:
+            ConfigError: it cannot be made, or written into.
+        """
+        with self._writing():
+            self._make()
+        if not self.is_local:
+            self.probe()
+
+    def _make(self) -> None:
+        if self.is_local:
+            make_folder(Path(self.root))
+        elif scheme(self.url) not in BUCKETS:
+            self.fs.makedirs(self.root, exist_ok=True)
+
+    def probe(self) -> None:
+        """
+        Raises:
+            ConfigError: files cannot be written and removed.
+        """
+        with self._writing():
+            self._ask(lambda: self.fs.pipe_file(self.path(PROBE), b"d2m"))
+            self.remove(PROBE)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each store raises errors of its own
+            mistake = f"output_metadata_dir: {self.url} cannot be written: {error}"
+            raise ConfigError("config", [mistake]) from error
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def address(self, name: str) -> str:
+        """A file's path, or its URL on a store, as other programs take it."""
+        path = self.path(name)
+        return path if self.is_local else str(self.fs.unstrip_protocol(path))
+
+    def stems(self, suffix: str = ".parquet") -> set[str]:
+        """The stems of all files with a suffix, by one listing; a finished shard has a parquet."""
+        return {n.removesuffix(suffix) for n in self._names() if n.endswith(suffix)}
+
+    def pairs(self) -> dict[str, set[str]]:
+        """The stems by suffix of all outputs, by one listing."""
+        found: dict[str, set[str]] = {".npz": set(), ".parquet": set()}
+        for name in self._names():
+            stem, dot, suffix = name.rpartition(".")
+            if stem and dot + suffix in found:
+                found[dot + suffix].add(stem)
+        return found
+
+    def _names(self) -> Iterator[str]:
+        """Of everything in the folder.
+
+        Raises:
+            D2MError: the store does not say.
+        """
+        if self.is_local:  # one at a time: fsspec holds a list of all paths
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
+                yield from (entry.name for entry in entries)
+            return
+        try:
+            paths = stores.retrying(self._paths)
+        except Exception as error:  # each store raises errors of its own
+            raise D2MError(f"{self.url} cannot be listed: {error}") from error
+        yield from (path.rsplit("/", 1)[-1] for path in paths)
+
+    def _paths(self) -> list[str]:
+        """Where there is nothing, s3fs would list the folder above."""
+        fs = self.fs
+        return fs.ls(self.root, detail=False) if fs.exists(self.root) else []
+
+    def read(self, name: str, last: int | None = None) -> bytes:
+        """A file, or so many of its last bytes.
+
+        Raises:
+            OSError, or what else the store raises.
+        """
+        path, start = self.path(name), None if last is None else -last
+        data: bytes = self._ask(lambda: self.fs.cat_file(path, start=start))
+        return data
+
+    def has(self, name: str) -> bool:
+        return bool(self._ask(lambda: self.fs.exists(self.path(name))))
+
+    def put(self, file: Path) -> None:
+        """Send a file to the store; it appears whole or not at all, by the file's own name.
+
+        Raises:
+            FileExistsError: there is one, and the store knows conditions.
+            OSError: the store does not take it, or has less than it was sent.
+        """
+        path, size = self.path(file.name), file.stat().st_size
+        send = partial(self.fs.put_file, str(file), path)
+        try:
+            self._ask(partial(send, mode="create") if stores.knows_create(self.fs) else send)
+        except Exception as error:
+            if isinstance(error, FileExistsError) or "implemented" not in str(error).lower():
+                raise
+            self._ask(send)  # a store that knows no conditions
+        if (kept := self._ask(lambda: self.fs.info(path)["size"])) != size:
+            self.remove(file.name)  # a broken parquet would be taken for another program's
+            raise OSError(f"{path} has {kept} bytes in the store, {size} were sent")
+
+    def create(self, name: str, data: bytes) -> None:
+        """Make a file unless there is one; a store that knows no conditions overwrites it.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        with self._writing(), suppress(FileExistsError):
+            self._make()
+            if self.is_local:
+                with open(self.path(name), "xb", opener=owned) as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            else:
+                put = partial(self.fs.pipe_file, self.path(name), data)
+                self._ask(partial(put, mode="create") if stores.knows_create(self.fs) else put)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if there is one."""
+        with suppress(FileNotFoundError):
+            self._ask(lambda: self.fs.rm_file(self.path(name)))
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        return call() if self.is_local else stores.retrying(call)
+
+    def sha256(self, name: str) -> str:
+        with self.fs.open(self.path(name), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def record(self, stem: str) -> Record | None:
+        """The record in a parquet's metadata; None where there is no such parquet, or not ours.
+
+        Raises:
+            D2MError: it cannot be told, for the file cannot be read.
+        """
+        name = f"{stem}.parquet"
+        try:
+            footer = self._footer(name)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # each store raises errors of its own
+            advice = "see to it and run the same command again"
+            raise D2MError(f"{self.path(name)} cannot be read: {error}; {advice}") from error
+        try:
+            note = (pq.read_metadata(pa.BufferReader(footer)).metadata or {}).get(METADATA)
+            return Record.from_dict(json.loads(note)) if note else None
+        except Exception:  # arrow raises whatever a damaged byte makes it trip over
+            return None
+
+    def restored(self, record: Record) -> Record:
+        """The line that a task was killed before it wrote, from the record in its parquet."""
+        sha256 = self.sha256(f"{record.shard}.parquet")
+        return replace(record, parquet_sha256=sha256, rebuilt=True)
+
+    def _footer(self, name: str) -> bytes:
+        """A parquet's metadata, the 4 bytes of its length and the 4 of the format's name.
+
+        Apart from its parsing, for arrow raises an OSError at a damaged file too.
+        """
+        tail = self.read(name, TAIL)
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        return self.read(name, length) if tail[-4:] == b"PAR1" and length > TAIL else tail

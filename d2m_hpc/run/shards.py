@@ -1,0 +1,111 @@
+"""The plan on disk: a parquet of all shards."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2m_hpc.run.damage import undamaged
+from d2m_hpc.run.manifest import Shard
+from d2m_hpc.storage.files import atomic_write, is_private
+
+_SCHEMA = pa.schema([("stem", pa.string()), ("url", pa.string()), ("size", pa.int64())])
+
+
+ADVICE = "remove it and submit again: it is made anew, and what is done stays done"
+PART = 1 << 14
+"""Shards that are held at once where some are drawn."""
+
+
+def write_shards(path: Path, shards: Sequence[Shard], private: bool = False) -> None:
+    """Write a plan; it stays private where it was, as it keeps what was planned before.
+
+    Args:
+        private: new URLs hold secrets.
+    """
+    stems, urls = _strings(s.stem for s in shards), _strings(s.url for s in shards)
+    columns = [stems, urls, _integers([s.size for s in shards])]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=_SCHEMA), sink, write_page_checksum=True)
+    atomic_write(path, sink.getvalue().to_pybytes(), private=private or is_private(path))
+
+
+# By their buffers (Arrow's columnar format): `pyarrow.array`, like `read_table`, imports pandas
+# where it is installed, and that takes up to a second.
+
+
+def _strings(texts: Iterable[str]) -> pa.Array:
+    encoded = [text.encode() for text in texts]
+    offsets = array("i", accumulate(map(len, encoded), initial=0))
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(encoded), buffers)
+
+
+def _integers(values: Sequence[int | None]) -> pa.Array:
+    known = np.packbits(np.array([v is not None for v in values], bool), bitorder="little")
+    numbers = array("q", (v or 0 for v in values))
+    buffers = [pa.py_buffer(known), pa.py_buffer(numbers)]
+    return pa.Array.from_buffers(pa.int64(), len(values), buffers)
+
+
+def read_shards(path: Path) -> list[Shard]:
+    return list(map(Shard, *_read(path, _SCHEMA.names)))
+
+
+def read_some(path: Path, most: int) -> list[Shard]:
+    """So many shards of a plan, drawn at random; all where there are no more."""
+    shards: list[Shard] = []
+    with undamaged(path, ADVICE), _opened(path) as file:
+        total = file.metadata.num_rows
+        drawn, start = sorted(random.sample(range(total), min(most, total))), 0
+        for part in file.iter_batches(PART, columns=_SCHEMA.names, use_threads=False):
+            rows = drawn[bisect_left(drawn, start) : bisect_left(drawn, start + len(part))]
+            shards += (Shard(*(c[row - start].as_py() for c in part.columns)) for row in rows)
+            start += len(part)
+    return shards
+
+
+def read_named(path: Path, stems: Sequence[str]) -> list[Shard]:
+    """The shards of a plan that have these stems."""
+    import pyarrow.compute as pc  # takes longer than most commands need
+
+    table = _table(path, _SCHEMA.names)
+    return list(map(Shard, *_lists(table.filter(pc.is_in(table["stem"], _strings(stems))))))
+
+
+def read_stems(path: Path) -> list[str]:
+    """Of all shards of a plan, in its order."""
+    [stems] = _read(path, ["stem"])
+    return stems
+
+
+def _read(path: Path, columns: Sequence[str]) -> list[list[Any]]:
+    """Each column's values; none where there is no plan yet."""
+    if not path.exists():
+        return [[] for _ in columns]
+    return _lists(_table(path, columns))
+
+
+def _table(path: Path, columns: Sequence[str]) -> pa.Table:
+    with undamaged(path, ADVICE), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read(columns)
+
+
+def _lists(table: pa.Table) -> list[list[Any]]:
+    return [column.to_pylist() for column in table.columns]
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    """To be read in parts: nothing is fetched in advance."""
+    return pq.ParquetFile(
+        path, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 16
+    )

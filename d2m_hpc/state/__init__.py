@@ -1,1 +1,0 @@
-"""What lies on the shared filesystem: paths, records, leases. No third party but filelock."""

@@ -1,0 +1,1 @@
+"""Files and places, whatever they are used for: writing, leases, URLs, object stores."""

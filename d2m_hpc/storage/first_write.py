@@ -1,0 +1,66 @@
+"""Files that the first of many tasks writes, and all others take as it wrote them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from d2m_hpc.storage.files import FILE_MODE, make_folder, named
+
+WITHOUT_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+"""Filesystems that know no hard links say one of these."""
+PATIENCE = 10.0
+"""Seconds for the first one to finish a short file, where it cannot appear whole."""
+
+
+def read(path: Path) -> Any:
+    """What was agreed on; None where nothing was yet."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def agree(path: Path, proposal: Any) -> Any:
+    """Write a proposal if nobody has; returns what stands there then, for all the same.
+
+    The file appears whole, by a hard link, which fails where there is one already, on NFS too.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    data = json.dumps(proposal).encode()
+    try:
+        _write(temporary, data)
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno in WITHOUT_LINKS:
+                with suppress(FileExistsError):
+                    _write(path, data)
+            elif not path.exists():
+                raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    return read(path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
+    try:
+        with named(path):
+            os.write(fd, data)
+            os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,192 @@
+"""Files behind URLs, by fsspec: the libraries that stores need, trying again, reading whole files.
+
+A store answers with an error now and then, and closes a connection in the middle of an answer.
+What may go well the next time is tried again after a wait that is drawn at random and doubles: a
+thousand tasks must not come back all at once (exponential backoff with jitter).
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import inspect
+import logging
+import random
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, TypeVar
+
+import fsspec
+
+from d2m_hpc.errors import D2MError
+from d2m_hpc.storage.urls import scheme
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+TRIES = 5
+FIRST_WAIT = 1.0
+"""Seconds before the second try, at the most; a library's own tries come within each of ours."""
+BLOCK = 16 << 20
+AT_ONCE = 4
+"""Blocks of a file that are asked for at once: one stream of a store is slower than a GPU."""
+STEP = 1 << 20
+SILENCE = 60.0
+"""Seconds that an HTTP server may say nothing."""
+
+WEB = ("http", "https")
+EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+"""Extras of this package that bring what a scheme needs."""
+PERMANENT = (
+    D2MError,
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ImportError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The filesystem that a URL lies in, and the path that it has there.
+
+    fsspec keeps one for a process. Ask again after a fork: another process cannot use it.
+
+    Raises:
+        D2MError: no library for such URLs is installed.
+    """
+    name = scheme(url)
+    try:
+        # A listing that is kept would hide what other tasks write.
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if name in WEB:
+            options["timeout"] = _patient()
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        extra = EXTRAS.get(name)
+        advice = f"pip install 'd2m_hpc[{extra}]'" if extra else str(error)
+        raise D2MError(f"{url}: the library for {name}:// is not installed; {advice}") from None
+    return fs, path
+
+
+def _patient() -> Any:
+    """aiohttp's own limit is five minutes for a file, however well it comes."""
+    timeout = importlib.import_module("aiohttp").ClientTimeout
+    return timeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+
+
+def knows_create(fs: Any) -> bool:
+    """Whether a filesystem takes `mode="create"`: write a file only if there is none."""
+    writes = getattr(fs, "_pipe_file", fs.pipe_file)
+    return "mode" in inspect.signature(writes).parameters
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same question may get another answer."""
+    status = getattr(error, "status", None)  # of an answer over HTTP
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 425, 429)
+    wrong = getattr(error, "errno", None) in (errno.EINVAL, errno.EPERM, errno.ENOSYS)
+    return not (wrong or isinstance(error, PERMANENT))
+
+
+def retrying(call: Callable[[], T]) -> T:
+    """Call until it goes well, `TRIES` times at the most.
+
+    Raises:
+        OSError: it never did.
+        Exception: the store's own, where another try is in vain.
+    """
+    failures = 0
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            failures += 1
+            _wait(failures, error, "")
+
+
+def _wait(failures: int, error: Exception, where: str) -> None:
+    """
+    Raises:
+        OSError: it was the last try.
+    """
+    if not is_transient(error):
+        raise error
+    what = f"{where}{type(error).__name__}: {error}"
+    if failures == TRIES:
+        raise OSError(f"failed {TRIES} times, at last {what}") from error
+    log.warning("%s; trying again", what)
+    time.sleep(FIRST_WAIT * 2 ** (failures - 1) * random.uniform(0.5, 1.0))
+
+
+def blocks(url: str, size: int | None = None) -> Generator[bytes, None, None]:
+    """A file from its first byte to its last; what breaks off is taken up where it stopped.
+
+    Args:
+        size: in bytes, where it is known; the file must have so many.
+
+    Raises:
+        OSError: `TRIES` in a row brought nothing.
+        Exception: the store's own, where another try is in vain.
+    """
+    fs, path = filesystem(url)
+    read = _stream if scheme(url) in WEB else _ranges
+    position = failures = 0
+    while True:
+        try:
+            for block in read(fs, path, position, size):
+                position, failures = position + len(block), 0
+                yield block
+            return
+        except Exception as error:
+            failures += 1
+            if position and not is_transient(error):
+                raise OSError(f"after {position} of {size} bytes: {error}") from error
+            _wait(failures, error, f"at byte {position}: ")
+
+
+def _ranges(fs: Any, path: str, position: int, size: int | None) -> Iterator[bytes]:
+    """From a position on, several blocks at once."""
+    size = fs.info(path)["size"] if size is None else size
+    while position < size:
+        starts = range(position, min(size, position + AT_ONCE * BLOCK), BLOCK)
+        ends = [min(size, start + BLOCK) for start in starts]
+        parts = fs.cat_ranges([path] * len(ends), list(starts), ends, on_error="return")
+        for start, end, part in zip(starts, ends, parts, strict=True):
+            if isinstance(part, Exception):
+                raise part
+            yield part
+            if len(part) != end - start:
+                raise ConnectionError(f"{len(part)} bytes came where {end - start} should")
+            position = end
+
+
+def _stream(fs: Any, path: str, position: int, size: int | None) -> Iterator[bytes]:
+    """From a position on, over one HTTP answer: servers that know no ranges do not say so."""
+    headers = {"Accept-Encoding": "identity"}
+    if position:
+        headers["Range"] = f"bytes={position}-"
+    # With a size, whichever, fsspec sends no HEAD, which URLs signed for a GET refuse.
+    with fs.open(path, "rb", block_size=0, size=1, headers=headers) as file:
+        known = 0 if file.r.status == 206 else position
+        while block := file.read(STEP):
+            if len(block) > known:
+                position += len(block) - known
+                yield block[known:]
+            known = max(0, known - len(block))
+    if size not in (None, position):
+        raise ConnectionError(f"the file ended after {position} of {size} bytes")
+
+
+def peek(url: str, size: int = 512) -> bytes:
+    """The first bytes of a file, about so many, if it has any; whether it can be read."""
+    if scheme(url) in WEB:
+        return next(_stream(*filesystem(url), 0, None), b"")
+    fs, path = filesystem(url)
+    head: bytes = fs.cat_file(path, 0, size)
+    return head

@@ -1,0 +1,114 @@
+"""Texts from file names, captions and errors, made fit for records, terminals and pages."""
+
+from __future__ import annotations
+
+import json
+import re
+import traceback
+from typing import Any
+
+from d2m_hpc.storage.urls import masked
+
+LIMIT = 1000
+"""Characters of a key or a reason that go on record."""
+BRIEF = 80
+"""Characters of a name within a message, which has to say more than the name."""
+ERROR = 3000
+TRACEBACK = 20_000
+GAP = " ... "
+_ODD = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls (C0, DEL, C1), line and paragraph separators, changes of direction, surrogates."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def safe(text: str, limit: int = LIMIT, lines: bool = False) -> str:
+    r"""Mask secrets, escape what no terminal or line of a file should hold raw, bound the length.
+
+    `safe("caf\udce9\x1b[2J")` is `caf\xe9\x1b[2J`, with backslashes: a byte that is no UTF-8 is
+    shown as the byte it was. Doing it twice changes nothing.
+
+    Args:
+        limit: characters that are left; of a longer text, the middle is dropped.
+        lines: keep line ends and tabs, as a traceback needs.
+    """
+    return fit(masked(text), limit, lines)  # in this order: a secret that is cut is not found
+
+
+def fit(text: str, limit: int = LIMIT, lines: bool = False) -> str:
+    """As `safe`, for names that are data: nothing in them is taken for a secret."""
+    text = _cut(text, limit)  # twice: a long text is not escaped whole, and escapes are longer
+    if not _ODD.search(text):
+        return text
+    return _cut(_ODD.sub(_kept if lines else _escaped, text), limit)
+
+
+def valid(text: str) -> str:
+    """Escape what is no UTF-8, and nothing else: for names that are data."""
+    return _SURROGATE.sub(_escaped, text)
+
+
+def escaped(record: dict[str, Any]) -> dict[str, Any]:
+    """A record's values with their texts safe; the stem, which names files, stays as it is."""
+    bounds = {"error": ERROR, "traceback": TRACEBACK}
+    values = dict(record)
+    for name, value in record.items():
+        if isinstance(value, str) and name != "shard":
+            values[name] = safe(value, bounds.get(name, LIMIT), lines=name == "traceback")
+    for name in {"rejections", "notices"} & record.keys():
+        values[name] = [_each(item) for item in record[name]]
+    return values
+
+
+def _each(item: str | list[str] | tuple[str, ...]) -> str | list[str]:
+    """A notice, or a rejection's key and reason."""
+    return safe(item) if isinstance(item, str) else [fit(item[0]), *map(safe, item[1:])]
+
+
+def traceback_of(error: BaseException) -> str:
+    """As Python prints it, without secrets."""
+    return masked("".join(traceback.format_exception(error)))
+
+
+def json_escaped(line: str) -> str:
+    """Escape the same characters within JSON's strings, so that parsing gives them back.
+
+    Args:
+        line: JSON without line ends between its values.
+    """
+    return _ODD.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+
+
+def as_json(values: Any) -> str:
+    """Indented JSON in ASCII, without secrets; no lone surrogates, which some refuse."""
+    text = json.dumps(_paired(values), indent=1, default=str)
+    return text.replace("\x7f", "\\u007f")
+
+
+def _paired(values: Any) -> Any:
+    if isinstance(values, str):
+        return _SURROGATE.sub(_escaped, masked(values))
+    if isinstance(values, dict):
+        return {_paired(key): _paired(value) for key, value in values.items()}
+    return [_paired(v) for v in values] if isinstance(values, list | tuple) else values
+
+
+def _cut(text: str, limit: int) -> str:
+    """Keep two thirds of the bound from the start and the rest from the end."""
+    if len(text) <= limit:
+        return text
+    room = max(0, limit - len(GAP))
+    end = room // 3
+    return (text[: room - end] + GAP + text[len(text) - end :])[:limit]
+
+
+def _kept(found: re.Match[str]) -> str:
+    return found[0] if found[0] in "\n\t" else _escaped(found)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # `surrogateescape`: a byte that is no UTF-8
+        code -= 0xDC00
+    short = _SHORT.get(found[0])
+    return short or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")

@@ -1,0 +1,207 @@
+"""Job arrays to sbatch: its options, its script, its refusals."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from d2m_hpc.config import Slurm
+from d2m_hpc.errors import SlurmError
+from d2m_hpc.run.folder import RunDir, Submission
+from d2m_hpc.storage.files import own_files
+from d2m_hpc.storage.urls import has_secret
+from d2m_hpc.submit.commands import callers
+from d2m_hpc.submit.slurm import Array, Proposal
+
+USR2_SECONDS = 120
+"""How long before its walltime a task is told to come to an end."""
+
+
+def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
+    """sbatch's options, by their long names; `extra` wins over all, also by `false` and null."""
+    exclude = ",".join(filter(None, [config.exclude or "", *excluded])) or None
+    chosen = {
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "time": config.time,
+        "cpus-per-task": config.cpus_per_task,
+        "mem": config.mem,
+        "gres": config.gres,
+        "constraint": config.constraint,
+        "exclude": exclude,
+        "ntasks-per-node": config.tasks_per_node,
+        "requeue": True if config.requeue else None,
+        "no-requeue": None if config.requeue else True,
+        "open-mode": "append",
+        "signal": f"USR2@{USR2_SECONDS}",
+        **config.extra,
+    }
+    return {k: v for k, v in chosen.items() if v is not None and v is not False}
+
+
+SHELL = """\
+# Without a trap a batch shell dies of the signal that is meant for its task.
+d2m_told=
+trap d2m_told=told TERM
+cd "${SLURM_SUBMIT_DIR:-.}"
+d2m_nodes=%s
+d2m_me="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+d2m_broken() {
+    printf '{"node": "%%s", "why": "%%s", "time": %%s}\\n' "${SLURMD_NODENAME:-$HOSTNAME}" "$1" \
+        "$(date +%%s)" > "$d2m_nodes/$d2m_me.json"
+    exit 4
+}
+d2m_setup() {
+    eval "$2" && return
+    d2m_broken "setup line $1 failed"
+}
+d2m_task() {
+    local starting="$d2m_nodes/.$d2m_me.tmp" code
+    : > "$starting" # the task removes it when it has begun
+    "$@"
+    code=$?
+    if [ -e "$starting" ]; then
+        rm -f "$starting"
+        case $d2m_told$code in
+        told* | 0) ;;
+        129 | 130 | 137 | 138 | 140 | 143) ;; # by a signal that is no fault of the node's
+        *) d2m_broken "the task did not start there (srun ended with code $code)" ;;
+        esac
+    fi
+    exit $code
+}"""
+
+
+def script_lines(config: Slurm, failures: Path) -> list[str]:
+    """The shell before the task: `setup`, each item checked, and a mark where the node is broken.
+
+    A node is, where a setup line fails or srun ends before the task has begun: its Python is not
+    there, or cannot load what it needs.
+    """
+    lines = (SHELL % shlex.quote(str(failures))).splitlines()
+    return lines + [f"d2m_setup {i} {shlex.quote(s)}" for i, s in enumerate(config.setup, 1)]
+
+
+def command(run: RunDir, submission: Submission, array: Array, options: dict[str, Any]) -> str:
+    """What an element runs, after `script_lines`: one process for each of its tasks."""
+    srun = ["d2m_task", "srun", "--kill-on-bad-exit=0", "--unbuffered"]
+    if cpus := options.get("cpus-per-task"):
+        srun.append(f"--cpus-per-task={cpus}")  # from 22.05 on srun does not take sbatch's
+    # -P: a json.py in the folder where sbatch was called must not take the place of Python's own.
+    python = [sys.executable, "-P", "-u", "-m", "d2m_hpc.worker"]
+    told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]
+    return shlex.join([*srun, *python, *told])
+
+
+def submit(
+    run: RunDir, submission: Submission, config: Slurm, array: Array, proposal: Proposal
+) -> None:
+    """Hand one array to sbatch; sets its job id.
+
+    Raises:
+        SlurmError: sbatch refused, with its words.
+    """
+    from submitit import SlurmExecutor
+    from submitit.core.utils import FailedJobError
+
+    class Executor(SlurmExecutor):
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            # A folder in an #SBATCH line would be read for quotes and %, and SBATCH_* variables
+            # win over these lines; the command line is free of both.
+            script = str(submission_file_path)
+            return [*_without_callers(), "sbatch", f"--chdir={run.logs}", *_flags(extra), script]
+
+        @staticmethod
+        def _get_job_id_from_submission_command(string: bytes | str) -> str:
+            return job_id(string if isinstance(string, str) else string.decode(errors="replace"))
+
+    extra = _array_options(array, proposal)
+    executor = Executor(run.logs)
+    executor.update_parameters(
+        job_name=array.name,
+        time=None,
+        wckey=None,
+        use_srun=False,
+        stderr_to_stdout=True,
+        setup=script_lines(config, run.node_failures),
+        additional_parameters=extra,
+    )
+    try:
+        # The script that submitit leaves in the logs' folder has all of `slurm:` in it.
+        with warnings.catch_warnings(), own_files(has_secret([config.setup, extra])):
+            warnings.simplefilter("ignore")
+            # map_array's own step, without its pickles: they are put in place only after sbatch,
+            # and a submit that is killed in between would leave an array that cannot start.
+            words = command(run, submission, array, proposal.options)
+            array.job_id = executor._submit_command(words).job_id
+    except FailedJobError as error:
+        raise SlurmError(_refusal(str(error))) from None
+
+
+def _without_callers() -> list[str]:
+    """The start of a command that runs without the variables of whoever calls us."""
+    gone = sorted(callers(os.environ))
+    return ["env", *(word for name in gone for word in ("-u", name))] if gone else []
+
+
+def job_id(said: str) -> str:
+    """Of the job that sbatch says it has started: `Submitted batch job 7`, `7` or `7;cluster`.
+
+    Raises:
+        SlurmError: it names none.
+    """
+    found = re.search(r"job (\d+)|^\s*(\d+)(?:;.*)?$", said, re.MULTILINE)
+    if found is None:
+        raise SlurmError(
+            f"sbatch answered {said.strip()[:200]!r}, which names no job: see whether `squeue "
+            "--me` shows it, and whether sbatch is a wrapper here, or slurm.extra has `test-only`; "
+            "the same command goes on from here"
+        )
+    return found[1] or found[2]
+
+
+def _array_options(array: Array, proposal: Proposal) -> dict[str, Any]:
+    limit = f"%{array.parallel}" if array.parallel else ""
+    own = {
+        "job-name": array.name,
+        "array": f"0-{array.elements - 1}{limit}",
+        "output": "slurm-%A_%a.out",
+    }
+    if array.after is not None:
+        own["dependency"] = f"afterany:{proposal.arrays[array.after].job_id}"
+    return {**proposal.options, **own}
+
+
+def by_hand(run: RunDir, submission: Submission, array: Array, proposal: Proposal) -> str:
+    """The command that starts an array by the plain template slurm/array.sbatch."""
+    options = {**_array_options(array, proposal), "chdir": str(run.logs)}
+    told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]
+    return shlex.join(["sbatch", *_flags(options), "slurm/array.sbatch", *told])
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
+
+
+HINTS = {
+    "partition": "check slurm.partition against `sinfo`",
+    "account": "check slurm.account and slurm.qos against `sacctmgr show assoc user=$USER`",
+    "QOS": "check slurm.qos, or submit fewer tasks at once with a larger shards_per_task",
+    "limit": "submit fewer tasks at once: a larger shards_per_task",
+    "array": "`scontrol show config` says what MaxArraySize is",
+    "node name": "check slurm.exclude against `sinfo -N`",
+    "node configuration": "no node has what slurm.gres, mem and cpus_per_task ask for",
+}
+
+
+def _refusal(words: str) -> str:
+    said = re.findall(r"sbatch: error: (.*)", words) or [words.strip().splitlines()[-1]]
+    hint = next((h for word, h in HINTS.items() if word in " ".join(said)), "see `man sbatch`")
+    return f"Slurm refused: {'; '.join(said)} ({hint}; the same command goes on from here)"

@@ -1,0 +1,275 @@
+"""Chunks to job arrays, and what Slurm says of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from d2m_hpc.errors import SlurmError
+from d2m_hpc.run.damage import undamaged
+from d2m_hpc.run.folder import RunDir, Submission
+from d2m_hpc.run.manifest import Shard
+from d2m_hpc.storage.files import atomic_write
+from d2m_hpc.submit.commands import ask
+
+DEFAULT_MAX_ARRAY_SIZE = 1001
+
+# A job in one of these takes no more shards.
+OVER = {"CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILED", "TIMEOUT"} | {
+    "BOOT_FAIL",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+}
+
+
+@dataclass
+class Array:
+    """A job array: elements 0 to `elements` - 1, each of `tasks_per_node` chunks.
+
+    Attributes:
+        name: its job name, by which it is found when its job id was never written down.
+        first: the chunk of its first element's first task.
+        parallel: how many elements may run at once; 0 for no limit.
+        after: the array that must end first, by its place in the submission, or None.
+    """
+
+    name: str
+    first: int
+    elements: int
+    tasks_per_node: int = 1
+    parallel: int = 0
+    after: int | None = None
+    job_id: str = ""
+
+    def chunks_of(self, element: int) -> range:
+        start = self.first + element * self.tasks_per_node
+        return range(start, start + self.tasks_per_node)
+
+
+@dataclass
+class Proposal:
+    """What a submit would hand to Slurm.
+
+    Attributes:
+        groups: shards that one task can do together.
+        most: the most shards of a task.
+        tasks: how many there will be, of as many chunks.
+    """
+
+    groups: list[list[Shard]]
+    most: int
+    tasks: int
+    arrays: list[Array]
+    options: dict[str, Any]
+
+
+def token(root: Path) -> str:
+    """A run's mark in its jobs' names."""
+    return hashlib.sha256(str(root).encode()).hexdigest()[:8]
+
+
+def split(
+    chunks: int, max_array_size: int, tasks_per_node: int, max_parallel: int | None, name: str
+) -> list[Array]:
+    """Arrays whose indices stay below MaxArraySize, together never over `max_parallel` tasks.
+
+    Each array gets its share of `max_parallel`; when there are more arrays than that, some wait
+    for others to end.
+    """
+    elements = -(-chunks // tasks_per_node)
+    starts = range(0, elements, max_array_size)
+    most = max(1, max_parallel // tasks_per_node) if max_parallel else 0
+    lanes = min(most, len(starts)) if most else len(starts)
+    return [
+        Array(
+            name=f"{name}-{i}",
+            first=start * tasks_per_node,
+            elements=min(max_array_size, elements - start),
+            tasks_per_node=tasks_per_node,
+            parallel=most // lanes + (i % lanes < most % lanes) if most else 0,
+            after=i - lanes if i >= lanes else None,
+        )
+        for i, start in enumerate(starts)
+    ]
+
+
+def is_here() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+def max_array_size() -> int:
+    """Of this cluster; Slurm's default where there is none to ask, or it does not answer.
+
+    A plan can be looked at without Slurm; a submit asks for the queue first.
+
+    Raises:
+        SlurmError: the cluster takes no job arrays.
+    """
+    try:
+        shown = ask("scontrol", "show", "config")
+    except SlurmError:
+        return DEFAULT_MAX_ARRAY_SIZE
+    return parse_max_array_size(shown)
+
+
+def parse_max_array_size(shown: str) -> int:
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+    if found and not int(found[1]):
+        raise SlurmError(
+            "this cluster takes no job arrays: its MaxArraySize is 0; ask its administrators for "
+            "another one, or run with --local in a job of your own"
+        )
+    return int(found[1]) if found else DEFAULT_MAX_ARRAY_SIZE
+
+
+@dataclass(frozen=True)
+class Element:
+    """An array element in the queue."""
+
+    job_id: str
+    index: int
+    state: str
+    name: str
+    reason: str = ""
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The user's array elements that Slurm knows of."""
+
+    all: list[Element]
+
+    def of(self, array: Array) -> list[Element]:
+        """Its elements, by job id, or by name where the id was never written down."""
+        named = self._by_name.get(array.name, [])
+        return [e for e in named if not array.job_id or e.job_id == array.job_id]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Element]]:
+        """A large run has hundreds of arrays, each asked for, and tens of thousands of elements."""
+        named = defaultdict(list)
+        for element in self.all:
+            named[element.name].append(element)
+        return named
+
+    def live(self, array: Array) -> list[Element]:
+        """Its elements that are pending or running."""
+        return [e for e in self.of(array) if e.state not in OVER]
+
+    def elements(self, array: Array) -> list[int]:
+        """Indices of its elements that are pending or running."""
+        return [e.index for e in self.live(array)]
+
+
+_FORMAT = "%F|%K|%T|%r|%N|%j"
+"""The name last: it is the only field that may hold a `|`."""
+_ENDS = "%F|%K|%T|%e"
+
+COMPLETING, REQUEUED = "COMPLETING", "REQUEUED"
+
+AT_ONCE = 500
+"""Jobs on a command line: the system bounds its length."""
+
+
+def queue() -> Queue:
+    """
+    Raises:
+        SlurmError: squeue failed; without it live tasks cannot be told from dead ones.
+    """
+    words = ("squeue", "--me", "--noheader", "--array")
+    found = parse_queue(ask(*words, f"--format={_FORMAT}"))
+    if not any(element.state == COMPLETING for element in found.all):
+        return found
+    return with_requeued(found, ask(*words, f"--format={_ENDS}"), datetime.now())
+
+
+def parse_queue(shown: str) -> Queue:
+    """Lines that are no jobs, such as those that name a cluster, are left out."""
+    rows = (line.split("|", 5) for line in shown.splitlines() if line.count("|") >= 5)
+    return Queue(
+        [
+            Element(job, int(index), state, name, reason, node)
+            for job, index, state, reason, node, name in rows
+            if index.isdigit()
+        ]
+    )
+
+
+def with_requeued(found: Queue, ends: str, now: datetime) -> Queue:
+    """Tell those that will run again from those that are over, of elements in their epilog.
+
+    squeue says COMPLETING of both. It gives a task that was requeued the end that it would have if
+    it started again, and one that is over the end that it had.
+
+    Args:
+        ends: what squeue says by `_ENDS`, asked for later.
+    """
+    rows = (line.split("|") for line in ends.splitlines() if line.count("|") == 3)
+    later = {(job, index): (state, end) for job, index, state, end in rows}
+
+    def seen(element: Element) -> Element:
+        known = later.get((element.job_id, str(element.index)))
+        if element.state != COMPLETING or known is None:
+            return element
+        state, end = known
+        if state == COMPLETING:
+            state = COMPLETING if _is_past(end, now) else REQUEUED
+        return replace(element, state=state)
+
+    return Queue([seen(element) for element in found.all])
+
+
+def _is_past(end: str, now: datetime) -> bool:
+    """Whether a time of squeue's has come; where it is none (`N/A`, without a walltime), no."""
+    try:
+        return datetime.fromisoformat(end) <= now
+    except ValueError:
+        return False
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Cancel jobs, arrays or elements.
+
+    Raises:
+        SlurmError: scancel failed, with its words.
+    """
+    for start in range(0, len(jobs), AT_ONCE):
+        ask("scancel", *jobs[start : start + AT_ONCE])
+
+
+def node_names() -> set[str]:
+    """All nodes of the cluster; none where it cannot be asked."""
+    try:
+        return set(ask("sinfo", "--noheader", "--Node", "--format=%N").split())
+    except SlurmError:
+        return set()
+
+
+def read_arrays(submission: Submission) -> list[Array]:
+    """The arrays that a submission meant to start, with the job ids that were written down."""
+    if not submission.arrays.exists():
+        return []
+    advice = "look for its array tasks by `squeue --me`; where there are none, remove it"
+    with undamaged(submission.arrays, advice):
+        return [Array(**values) for values in json.loads(submission.arrays.read_bytes())]
+
+
+def all_arrays(run: RunDir) -> list[Array]:
+    """Of every submission, oldest first."""
+    return [array for submission in run.submissions() for array in read_arrays(submission)]
+
+
+def write_arrays(submission: Submission, arrays: Sequence[Array]) -> None:
+    atomic_write(submission.arrays, json.dumps([asdict(a) for a in arrays]).encode())

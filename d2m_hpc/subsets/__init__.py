@@ -1,0 +1,1 @@
+"""Finished outputs as one table: selections, and files for other tools."""

@@ -1,0 +1,196 @@
+"""The samples of a run's finished shards as one table, which duckdb reads some shards at a time."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import D2MError
+from d2m_hpc.plan.standing import Standings, standings
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.subsets.widest import FLOATS, Layout, Widest, is_lossy, listed, literal, quoted, text
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+GROUP = 256
+"""Shards that are read at once; the footers of all of a large run would fill the memory."""
+MEMORY, THREADS = "2GB", 4
+"""A login node is shared; what does not fit is spilled to a temporary folder."""
+DIGITS = "CASE WHEN regexp_full_match(uid, '[0-9a-fA-F]{1,32}') THEN lpad(uid, 32, '0') END"
+UID = f"('0x' || ({DIGITS})[:16])::UBIGINT AS high, ('0x' || ({DIGITS})[17:])::UBIGINT AS low"
+"""A uid's two halves; null where it is none."""
+
+
+@dataclass
+class Pool:
+    """What can be asked of the finished shards.
+
+    Attributes:
+        db: a database of our own, in which no SQL can read other files than the shards.
+        paths: the parquets, the newest that has rows first.
+        columns: each column's type in duckdb's words, the widest that any shard has.
+        layouts: of each group of shards.
+        rows: in all finished shards together.
+        unfinished: shards whose samples cannot be asked for.
+        notices: what casting to the widest types means for conditions.
+        rounded: by column, integers that a cast to floats changed, in the groups shown so far.
+    """
+
+    db: DuckDBPyConnection
+    paths: list[str]
+    columns: dict[str, str]
+    layouts: list[list[Layout]]
+    rows: int
+    unfinished: int
+    notices: list[str] = field(default_factory=list)
+    rounded: dict[str, int] = field(default_factory=dict)
+
+    def groups(self, on_shards: Callable[[int, int], None] | None = None) -> Iterator[None]:
+        """Let the view `pool` show some shards after others, until all were shown.
+
+        Args:
+            on_shards: told how many shards were read, of how many.
+        """
+        for number, paths in enumerate(_grouped(self.paths)):
+            self._show(self.layouts[number])
+            self._count_rounded(self.layouts[number])
+            yield
+            if on_shards:
+                on_shards(number * GROUP + len(paths), len(self.paths))
+
+    def _show(self, layouts: Sequence[Layout]) -> None:
+        """Values of the types in `columns`, whatever a shard's own; NaN and what is not there are
+        null, for duckdb has a NaN greater than all numbers."""
+        parts = " UNION ALL ".join(map(self._cast, layouts))
+        self.db.execute(f"CREATE OR REPLACE VIEW pool AS {parts}")
+
+    def _cast(self, layout: Layout) -> str:
+        """Apart from files of other types: duckdb would make one type of them first."""
+        columns = [
+            f"{_value(name, kind) if name in layout.kinds else f'NULL::{kind}'} AS {quoted(name)}"
+            for name, kind in self.columns.items()
+        ]
+        return f"SELECT {', '.join(columns)} FROM read_parquet({listed(layout.paths)})"
+
+    def _count_rounded(self, layouts: Sequence[Layout]) -> None:
+        for kinds, paths in layouts:
+            for name in (n for n, kind in kinds.items() if is_lossy(kind, self.columns[n])):
+                beyond = f"count(*) FILTER (abs({quoted(name)}::HUGEINT) > 2**53)"
+                found = self.db.execute(f"SELECT {beyond} FROM read_parquet({listed(paths)})")
+                (count,) = found.fetchone() or (0,)
+                self.rounded[name] = self.rounded.get(name, 0) + count
+
+    def roundings(self) -> list[str]:
+        """What the groups shown so far lost, a line a column."""
+        return [
+            f"{count:,} integers of {name!r} are beyond 2**53 and were rounded: it has fractions "
+            "in other shards"
+            for name, count in self.rounded.items()
+            if count
+        ]
+
+
+def _grouped(paths: Sequence[str]) -> list[Sequence[str]]:
+    return [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
+
+
+@contextmanager
+def _of_files() -> Iterator[None]:
+    """
+    Raises:
+        OSError: a file is damaged; of that duckdb says whatever it tripped over.
+    """
+    import duckdb
+
+    try:
+        yield
+    except duckdb.Error as error:
+        raise OSError(str(error).split("LINE 1:")[0].strip()) from error
+
+
+def _value(name: str, kind: str) -> str:
+    value = f"TRY_CAST({quoted(name)} AS {kind})"
+    return f"CASE WHEN NOT isnan({value}) THEN {value} END" if kind in FLOATS else value
+
+
+@contextmanager
+def opened(run: RunDir, config: Config, known: Standings | None = None) -> Iterator[Pool]:
+    """
+    Args:
+        known: where the run's shards stand, if that was asked already.
+
+    Raises:
+        D2MError: no shard is finished, or a parquet cannot be read.
+    """
+    import duckdb
+
+    found = known or standings(run, config)
+    done = found.done
+    if not any(outcome.rows for outcome in done.values()):
+        raise D2MError(f"{run.root}: no finished shard has rows; `d2m status` says how far it is")
+    output = OutputDir(config.output_metadata_dir)
+    newest = sorted(done, key=lambda s: (bool(done[s].rows), done[s].finished), reverse=True)
+    if lost := sorted(s for s, o in found.removed.items() if o.fingerprint == found.asked):
+        few = ", ".join(lost[:3])
+        what = f"the parquets of {len(lost)} finished shards are missing ({few})"
+        raise D2MError(f"{output.url}: {what}; see `d2m verify`")
+    paths = [output.address(f"{stem}.parquet") for stem in newest]
+    with (
+        tempfile.TemporaryDirectory(prefix="d2m-") as spill,
+        duckdb.connect() as db,
+        explained(output),
+    ):
+        _confine(db, output, paths, spill)
+        groups, widest = _grouped(paths), Widest(db)
+        with _of_files():
+            layouts = [widest.add(group) for group in groups]
+            columns, notices = widest.columns(), widest.notices()
+        rows = sum(outcome.rows for outcome in done.values())
+        pool = Pool(db, paths, columns, layouts, rows, len(found.stems) - len(done), notices)
+        pool._show(layouts[0])
+        yield pool
+
+
+def _confine(db: DuckDBPyConnection, output: OutputDir, paths: Sequence[str], spill: str) -> None:
+    """Bound what duckdb takes of this machine, and what an expression may read or write."""
+    if not output.is_local:
+        db.register_filesystem(output.fs)
+    threads = min(THREADS, len(os.sched_getaffinity(0)))
+    db.execute(f"SET memory_limit = '{MEMORY}'; SET threads = {threads}")
+    db.execute("SET preserve_insertion_order = false")
+    # A parquet's statistics leave NaN out, and duckdb would conclude from them that there is none.
+    db.execute("SET disabled_optimizers = 'statistics_propagation'")
+    db.execute(f"SET temp_directory = {text(spill)}")
+    db.execute("SET allowed_paths = ?", [list({*paths, *map(literal, paths)})])
+    db.execute("SET enable_external_access = false; SET lock_configuration = true")
+
+
+def is_of_file(error: Exception) -> bool:
+    """Whether duckdb could not read a shard, rather than evaluate an expression."""
+    import duckdb
+
+    return isinstance(error, duckdb.IOException | OSError) or ".parquet" in str(error)
+
+
+@contextmanager
+def explained(output: OutputDir) -> Iterator[None]:
+    """
+    Raises:
+        D2MError: duckdb cannot read the files.
+    """
+    import duckdb
+
+    try:
+        yield
+    except (duckdb.Error, OSError) as error:
+        if not is_of_file(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise D2MError(f"{output.url} cannot be read: {first}; see `d2m verify`") from error

@@ -1,0 +1,88 @@
+"""What people see while a run in their own process works."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from d2m_hpc.watch import terminal
+
+if TYPE_CHECKING:
+    from d2m_hpc.plan.decide import Decision
+    from d2m_hpc.worker.progress import Listener
+    from d2m_hpc.worker.progress import Progress as TaskProgress
+
+PLAIN_SECONDS = 10.0
+"""How often a run that is not watched at a terminal says a line."""
+
+
+@contextmanager
+def progress(decided: Decision) -> Iterator[Listener]:
+    """What will be done, then a bar of shards; plain lines where nobody sits at a terminal."""
+    terminal.decision(decided)
+    package, warnings = logging.getLogger("d2m_hpc"), _Warnings(logging.WARNING)
+    package.addHandler(warnings)
+    try:
+        if terminal.console.is_terminal:
+            with _bar(len(decided.pending)) as listener:
+                yield listener
+        else:
+            yield _PlainLines()
+    finally:
+        package.removeHandler(warnings)
+
+
+class _Warnings(logging.Handler):
+    """What goes wrong on the way, above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        terminal.console.print(f"{record.levelname.lower()}: {self.format(record)}", style="yellow")
+
+
+@contextmanager
+def _bar(shards: int) -> Iterator[Listener]:
+    columns = (
+        TextColumn("shards"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:,.0f} samples/s"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failed]}", style="red"),
+    )
+    with Progress(*columns, console=terminal.console) as bar:
+        row = bar.add_task("", total=shards, speed=0.0, failed="")
+
+        def tell(task: TaskProgress) -> None:
+            failed = f"{task.failed} failed" if task.failed else ""
+            finished = task.done + task.failed
+            bar.update(row, completed=finished, speed=_speed(task), failed=failed)
+
+        yield tell
+
+
+def _speed(task: TaskProgress) -> float:
+    seconds = task.updated - task.started
+    return task.rows / seconds if seconds > 0 else 0.0
+
+
+class _PlainLines:
+    """A line now and then, and the last one."""
+
+    def __init__(self) -> None:
+        self.said = time.monotonic()
+
+    def __call__(self, task: TaskProgress) -> None:
+        now = time.monotonic()
+        if now - self.said < PLAIN_SECONDS and task.state == "running":
+            return
+        self.said = now
+        print(
+            f"{task.done + task.failed}/{task.shards} shards, {task.rows} rows, "
+            f"{_speed(task):.1f} samples/s, {task.failed} failed",
+            flush=True,
+        )

@@ -1,0 +1,167 @@
+"""The values of the output's columns, from a sample of the finished shards."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from d2m_hpc.run.outputs import OutputDir
+
+SHARDS = 64
+"""Shards that are read; ten thousand rows each tell any distribution."""
+LARGEST = 1e100
+"""No axis holds larger numbers, which may stand in samples' JSON."""
+CATEGORIES = 12
+"""A column of more distinct texts has a histogram of their lengths."""
+
+
+@dataclass
+class Column:
+    """All that is told of the values of one type of one column.
+
+    Attributes:
+        kind: number, list (its values are their lengths), text (likewise, in characters), truth,
+            or other, of which nothing but the number is told.
+        type: as the parquet calls it.
+        parts: float64 values, a part a shard; without NaN and what is too large.
+        categories: how many rows of each text or truth value; None where these are too many.
+        rows: those with a value, however odd.
+        missing: rows without.
+    """
+
+    name: str
+    kind: str
+    type: str
+    parts: list[NDArray[np.float64]] = field(default_factory=list)
+    categories: Counter[str] | None = field(default_factory=Counter)
+    rows: int = 0
+    missing: int = 0
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        return np.concatenate(self.parts) if self.parts else np.zeros(0)
+
+    @property
+    def is_category(self) -> bool:
+        """A few texts that come again and again, or truth values."""
+        few = self.categories is not None and 0 < len(self.categories) <= self.rows / 3
+        return few and self.kind in ("text", "truth")
+
+    def add(self, array: pa.ChunkedArray) -> None:
+        self.missing += array.null_count
+        array = array.drop_null()
+        self.rows += len(array)
+        if self.kind in ("text", "truth") and self.categories is not None:
+            self._categorise(array)
+        if (values := numbers(array, self.kind)) is not None:
+            self.parts.append(values[np.abs(values) < LARGEST])
+
+    def _categorise(self, array: pa.ChunkedArray) -> None:
+        assert self.categories is not None
+        for pair in pc.value_counts(array)[: CATEGORIES + 1]:
+            self.categories[str(pair["values"].as_py())] += pair["counts"].as_py()
+        if len(self.categories) > CATEGORIES:
+            self.categories = None
+
+
+def kind_of(type_: pa.DataType) -> str:
+    """What can be told of values of a type; 64 bits without a sign are a hash, no quantity."""
+    if pa.types.is_boolean(type_):
+        return "truth"
+    if pa.types.is_floating(type_) or (pa.types.is_integer(type_) and type_ != pa.uint64()):
+        return "number"
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        return "list"
+    return "text" if pa.types.is_string(type_) or pa.types.is_large_string(type_) else "other"
+
+
+def numbers(array: pa.ChunkedArray, kind: str) -> NDArray[np.float64] | None:
+    """Float64 [rows]: the values, or their lengths; None where there are none to tell."""
+    if kind == "list":
+        array = pc.list_value_length(array)
+    elif kind == "text":
+        array = pc.utf8_length(array)
+    elif kind != "number":
+        return None
+    values: NDArray[np.float64] = array.cast(pa.float64(), safe=False).to_numpy()
+    return values
+
+
+@dataclass
+class Sampled:
+    """What was read of the output.
+
+    Attributes:
+        shards: the stems that were read, in the order of the draw.
+        of: how many are done.
+        unreadable: why, for shards that were drawn and could not be read.
+    """
+
+    columns: list[Column]
+    shards: list[str]
+    of: int
+    unreadable: dict[str, str]
+
+
+def sample(output: OutputDir, done: Collection[str], most: int = SHARDS, seed: int = 0) -> Sampled:
+    """Read the parquets of some finished shards, drawn at random, one after the other.
+
+    Args:
+        most: how many.
+        seed: of the draw.
+    """
+    stems = sorted(done)
+    drawn = random.Random(seed).sample(stems, min(most, len(stems)))
+    columns: dict[tuple[str, str], Column] = {}
+    shards, unreadable = [], {}
+    for stem in drawn:
+        try:
+            table = read(output, stem)
+        except Exception as error:  # a store's own library raises what it likes
+            unreadable[stem] = f"{type(error).__name__}: {error}"
+            continue
+        shards.append(stem)
+        _add(table, columns)
+    return Sampled(_settled(list(columns.values())), shards, len(stems), unreadable)
+
+
+def _settled(columns: Sequence[Column]) -> list[Column]:
+    """Without those types of a column that are there only for want of any value."""
+    filled = {c.name: c for c in reversed(columns) if c.rows}
+    idle = [c for c in columns if not c.rows and c.name in filled]
+    for column in idle:
+        filled[column.name].missing += column.missing
+    return [c for c in columns if c.rows or c.name not in filled]
+
+
+def _add(table: pa.Table, columns: dict[tuple[str, str], Column]) -> None:
+    for name in table.column_names:
+        if name == "key":
+            continue
+        type_ = table.schema.field(name).type
+        if pa.types.is_null(type_):
+            continue
+        kind = kind_of(type_)
+        column = columns.setdefault((name, kind), Column(name, kind, str(type_)))
+        column.add(table[name])
+
+
+def read(output: OutputDir, stem: str, names: Iterable[str] | None = None) -> Any:
+    """A shard's table, or some of its columns.
+
+    Raises:
+        OSError, pyarrow.ArrowException, or what else the store raises: it cannot be read.
+    """
+    data = io.BytesIO(output.read(f"{stem}.parquet"))
+    with pq.ParquetFile(data, pre_buffer=False) as parquet:
+        return parquet.read(None if names is None else list(names), use_threads=False)

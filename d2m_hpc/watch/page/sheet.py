@@ -1,0 +1,220 @@
+"""A contact sheet: samples at the low, the middle and the high end of a score, from the tars."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.models import formats
+from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.storage.texts import valid
+from d2m_hpc.storage.urls import is_local
+from d2m_hpc.watch.page.columns import Column, kind_of, numbers, read
+
+SHARDS = 12
+"""Shards that samples are taken from, for the headers of each tar are read."""
+REMOTE_SHARDS = 2
+REMOTE_BYTES = 512 << 20
+"""A remote tar has to be copied here whole, and larger ones are not."""
+SIDE = 176
+"""Longest side of a thumbnail, in pixels."""
+CAPTION = 400
+"""Characters of a caption that are shown."""
+ENDS = ("lowest", "middle", "highest")
+
+
+@dataclass
+class Sample:
+    """One sample of the sheet.
+
+    Attributes:
+        picture: a JPEG as a data URL; empty where `fault` says why there is none.
+    """
+
+    stem: str
+    key: str
+    value: float
+    caption: str = ""
+    picture: str = ""
+    fault: str = ""
+
+
+@dataclass
+class Sheet:
+    """Samples by the end of the score that they stand at, and what else is to be said.
+
+    Attributes:
+        shards: how many were looked at.
+        notes: why some were not.
+    """
+
+    score: str = ""
+    ends: dict[str, list[Sample]] = field(default_factory=dict)
+    shards: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def choose_score(columns: Sequence[Column], asked: str | None, preferred: Iterable[str]) -> str:
+    """The column to sort by; empty where there is none.
+
+    Args:
+        asked: the user's choice.
+        preferred: names of scores, the first of which that is a number is taken by default.
+
+    Raises:
+        ConfigError: the user's choice is no column, or not of numbers.
+    """
+    valid = [c.name for c in columns if c.kind in ("number", "list", "text") and c.rows]
+    if asked is not None:
+        if asked not in valid:
+            names = ", ".join(valid) or "none, as no shard is done"
+            raise ConfigError("--score", [f"no column {asked!r} of numbers; valid are: {names}"])
+        return asked
+    scores = {c.name for c in columns if c.kind == "number" and c.rows}
+    return next((n for n in preferred if n in scores), "")
+
+
+def make(
+    output: OutputDir, shards: Sequence[Shard], score: str, each: int, max_pixels: int
+) -> Sheet:
+    """Choose samples, and read them from their tars.
+
+    Args:
+        shards: finished ones, of which those are taken that can be read cheaply.
+        each: how many at each end.
+        max_pixels: larger pictures are not decoded.
+    """
+    near, notes = _within_reach(shards)
+    sheet = Sheet(score, shards=len(near), notes=notes)
+    rows = _rows(output, near, score, notes)
+    sheet.ends = _pick(rows, each)
+    by_shard = {s.stem: s for s in near}
+    wanted: dict[str, list[Sample]] = {}
+    for sample in (s for samples in sheet.ends.values() for s in samples):
+        wanted.setdefault(sample.stem, []).append(sample)
+    for stem, samples in wanted.items():
+        _fill(by_shard[stem], samples, max_pixels)
+    return sheet
+
+
+def _within_reach(shards: Sequence[Shard]) -> tuple[list[Shard], list[str]]:
+    """Those that are read, and a word about the others."""
+    local = [s for s in shards if is_local(s.url)][:SHARDS]
+    remote = [s for s in shards if not is_local(s.url) and (s.size or 0) <= REMOTE_BYTES]
+    near = local or remote[:REMOTE_SHARDS]
+    if near or not shards:
+        return near, []
+    return [], [f"The tars are remote, and of more than {REMOTE_BYTES >> 20} MiB: none was read."]
+
+
+def _rows(output: OutputDir, shards: Iterable[Shard], score: str, notes: list[str]) -> list[Sample]:
+    """All rows of some shards that have the score, the lowest first."""
+    found = []
+    for shard in shards:
+        try:
+            table = read(output, shard.stem, ["key", score])
+        except Exception as error:  # a store's own library raises what it likes
+            notes.append(f"{shard.stem} could not be read: {type(error).__name__}: {error}")
+            continue
+        found += _scored(shard.stem, table, score)
+    return sorted(found, key=lambda row: row.value)
+
+
+def _scored(stem: str, table: pa.Table, score: str) -> list[Sample]:
+    if score not in table.column_names:  # the config has it since
+        return []
+    table = table.filter(table[score].is_valid())
+    values = numbers(table[score], kind_of(table.schema.field(score).type))
+    if values is None:
+        return []
+    pairs = zip(table["key"].to_pylist(), values.tolist(), strict=True)
+    return [Sample(stem, key, value) for key, value in pairs if np.isfinite(value)]
+
+
+def _pick(rows: Sequence[Sample], each: int) -> dict[str, list[Sample]]:
+    """None is picked twice."""
+    each = min(each, len(rows) // 3)
+    middle = (len(rows) - each) // 2
+    spans = (rows[:each], rows[middle : middle + each], rows[len(rows) - each :])
+    return {end: list(span) for end, span in zip(ENDS, spans, strict=True)}
+
+
+def _fill(shard: Shard, samples: Sequence[Sample], max_pixels: int) -> None:
+    """Read captions and pictures from a tar; what cannot be had is said of each sample."""
+    from d2m_hpc.worker.read.scratch import scratch
+    from d2m_hpc.worker.read.stage import stage
+
+    try:
+        with scratch(REMOTE_BYTES) as room, stage(shard, room) as staged:
+            found = _members(staged.path, {s.key for s in samples})
+    except (OSError, D2MError) as error:
+        found, fault = {}, f"the tar cannot be read: {error}"
+    else:
+        fault = "is not in the tar any more"
+    for sample in samples:
+        members = found.get(sample.key)
+        if members is None:
+            sample.fault = fault
+            continue
+        sample.caption = members.get("txt", b"")[: 4 * CAPTION].decode(errors="replace")[:CAPTION]
+        _draw(sample, members, max_pixels)
+
+
+def _members(path: Path, keys: set[str]) -> dict[str, dict[str, bytes]]:
+    """The picture and the text of some samples, by key and extension."""
+    from d2m_hpc.worker.read.tar import TarCut, members
+
+    found: dict[str, dict[str, bytes]] = {}
+    with open(path, "rb") as file, suppress(TarCut):  # what stands before a cut is whole
+        for member in members(file, path.stat().st_size):
+            key, extension = _named(member.name)
+            if key in keys and member.kind == "file":
+                file.seek(member.offset)
+                found.setdefault(key, {}).setdefault(extension, file.read(member.size))
+    return found
+
+
+def _named(member: str) -> tuple[str, str]:
+    """A member's key, which ends at the first dot of the file's name, and its extension."""
+    folder, slash, name = member.rpartition("/")
+    start, _, extension = name.partition(".")
+    return valid(folder + slash + start), extension.lower()
+
+
+def _draw(sample: Sample, members: Mapping[str, bytes], max_pixels: int) -> None:
+    data = next((members[e] for e in formats.EXTENSIONS if e in members), None)
+    if data is None:
+        sample.fault = "has no picture"
+        return
+    try:
+        sample.picture = thumbnail(data, max_pixels)
+    except Exception as error:  # PIL's plugins raise whatever their formats trip over
+        sample.fault = f"cannot be decoded: {str(error) or type(error).__name__}"
+
+
+def thumbnail(data: bytes, max_pixels: int) -> str:
+    """A picture of at most `SIDE` pixels a side, EXIF orientation ignored, as a data URL.
+
+    Raises:
+        TooLarge: it has more than `max_pixels` pixels.
+        Exception: it cannot be decoded.
+    """
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata, large pictures below our own limit
+        with formats.opened(data, max_pixels) as opened:
+            opened.draft("RGB", (2 * SIDE, 2 * SIDE))
+            small = opened.convert("RGB")
+    small.thumbnail((SIDE, SIDE))
+    small.save(buffer, "JPEG", quality=75)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,257 @@
+"""What the run folder says of a run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from d2m_hpc.config import Config, load
+from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
+from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.plan import changed
+from d2m_hpc.plan.changed import Changed
+from d2m_hpc.plan.decide import run_dir
+from d2m_hpc.plan.standing import Standings, standings
+from d2m_hpc.run import nodes
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import Manifest, Outcome
+from d2m_hpc.run.shards import read_some
+from d2m_hpc.run.tasks import attempts, has_gpu, is_active, log_file
+from d2m_hpc.storage.texts import ERROR, safe
+from d2m_hpc.storage.urls import is_local
+from d2m_hpc.submit import slurm
+from d2m_hpc.submit.waiting import Waiting, why
+from d2m_hpc.watch.alike import alike, noticed
+
+
+@dataclass
+class Failure:
+    """Shards that failed for the same kind of reason, with one's message and log file."""
+
+    kind: str
+    error: str
+    shards: list[str]
+    log: str = ""
+
+
+@dataclass
+class Summary:
+    """A run in figures.
+
+    `done` are the shards that have all that the last submit asked for. `outdated` are those that
+    have what an earlier one asked for, `removed` those that are done on record and whose parquet is
+    not there; both are among the pending, running and failed ones. `given_up` are those of the
+    failed ones that the next submit does not try again.
+    `eta_seconds` is None where nothing runs or nothing is known of its speed. `tasks` counts array
+    elements by what Slurm says of them; it is empty where Slurm says nothing. `waiting` are the
+    reasons why some of them do not run; `unasked` is why Slurm could not be asked. `changed` are
+    the shards whose tars are others now, where the tars were looked at. `notices` counts done
+    shards by what was noted of them, as members that are no samples.
+    """
+
+    run_dir: str
+    output: str
+    shards: int
+    done: int
+    failed: int
+    pending: int
+    running: int
+    rows: int
+    rejected: int
+    recomputed: int
+    samples_per_second: float
+    eta_seconds: float | None
+    gpu_hours: float = 0.0
+    tasks: dict[str, int] = field(default_factory=dict)
+    stragglers: list[str] = field(default_factory=list)
+    broken_nodes: dict[str, str] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    rejections: dict[str, int] = field(default_factory=dict)
+    outdated: int = 0
+    removed: int = 0
+    given_up: int = 0
+    waiting: list[Waiting] = field(default_factory=list)
+    unasked: str = ""
+    changed: Changed | None = None
+    notices: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return self.done == self.shards
+
+    @property
+    def state(self) -> str:
+        """In a word: complete, running, failed (nothing else is left) or pending."""
+        if self.complete:
+            return "complete"
+        if self.running:
+            return "running"
+        return "pending" if self.pending else "failed"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_run(path: Path) -> tuple[RunDir, Config]:
+    """The run of a config file, or of a run folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    run = RunDir(path.absolute()) if path.is_dir() else run_dir(load(path))
+    if not run.config.exists():
+        raise ConfigError(
+            str(path), [f"there is no run in {run.root}; start one with `d2m-submit CONFIG`"]
+        )
+    config = load(run.config, frozen=True)
+    if config.run_dir is None and is_local(config.output_metadata_dir):
+        # Beside its outputs, a run may have been moved with them.
+        config = config.model_copy(update={"output_metadata_dir": str(run.root.parent)})
+    return run, config
+
+
+@uncollected()
+def look(run: RunDir, config: Config) -> Summary:
+    """A summary with what is found of the tars: so many questions to their file server."""
+    # First, while nothing else is in memory.
+    some = read_some(run.shards, changed.LOOKED_AT) if run.shards.exists() else []
+    manifest = Manifest.load(run)
+    found = standings(run, config, manifest)
+    summary = summarise(run, config, manifest, found)
+    summary.changed = changed.among(some, config, found)
+    return summary
+
+
+@uncollected()
+def summarise(
+    run: RunDir, config: Config, manifest: Manifest | None = None, found: Standings | None = None
+) -> Summary:
+    """Read records, leases and progress files, and list the outputs.
+
+    Args:
+        manifest: where it was read already.
+        found: where the shards stand, likewise.
+    """
+    manifest = manifest or Manifest.load(run)
+    found = found or standings(run, config, manifest)
+    stems, done, failed = found.stems, list(found.done.values()), found.failed
+    running = (_held(run, config.lease_seconds) - found.done.keys()).intersection(stems)
+    tasks = attempts(run)
+    pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
+    rows = sum(r.rows for r in done)
+    active = [t for t in tasks if is_active(t)]
+    speed = sum(t["rows"] / max(t["updated"] - t["started"], 1e-9) for t in active)
+    left = len(stems) - len(done) - len(failed.keys() - running)
+    mean = rows / len(done) if done else 0
+    rejections = _by_reason(done)
+    return Summary(
+        run_dir=str(run.root),
+        output=config.output_metadata_dir,
+        shards=len(stems),
+        done=len(done),
+        failed=len(failed.keys() - running),
+        pending=pending,
+        running=len(running),
+        rows=rows,
+        rejected=sum(rejections.values()),
+        recomputed=sum(r.recomputed for r in done),
+        samples_per_second=round(speed or _past_speed(done), 2),
+        eta_seconds=round(left * mean / speed, 1) if speed and mean else None,
+        gpu_hours=round(sum(t["updated"] - t["started"] for t in tasks if has_gpu(t)) / 3600, 3),
+        **_queued(run),
+        stragglers=_stragglers(active),
+        broken_nodes=nodes.broken(run, manifest),
+        failures=_grouped(run, failed),
+        rejections=rejections,
+        outdated=len(found.outdated),
+        removed=len(found.removed),
+        given_up=len(found.given_up),
+        notices=noticed(done),
+    )
+
+
+def _held(run: RunDir, lease_seconds: float) -> set[str]:
+    """Shards whose lease has had a heartbeat lately."""
+    oldest = time.time() - lease_seconds
+    paths = run.leases.glob("*.lock") if run.leases.is_dir() else ()
+    return {p.stem for p in paths if _mtime(p) > oldest}
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _queued(run: RunDir) -> dict[str, Any]:
+    """Array elements by state, and why some wait; where there is no Slurm to ask, nothing."""
+    arrays = slurm.all_arrays(run)
+    if not arrays or not slurm.is_here():
+        return {}
+    try:
+        queue = slurm.queue()
+    except SlurmError as error:
+        return {"unasked": str(error)}
+    tasks = dict(Counter(e.state.lower() for a in arrays for e in queue.of(a)))
+    return {"tasks": tasks, "waiting": why(queue, arrays)}
+
+
+def _stragglers(active: list[dict[str, Any]]) -> list[str]:
+    """Tasks that are half as far as the median of those that run."""
+    shares = {t["task"]: t["done"] / max(t["shards"], 1) for t in active}
+    median = statistics.median(shares.values()) if len(shares) > 2 else 0.0
+    return sorted(task for task, share in shares.items() if share < median / 2)
+
+
+def _past_speed(done: list[Outcome]) -> float:
+    """Over all tasks, from the first start to the last end."""
+    if not done:
+        return 0.0
+    seconds = max(r.finished for r in done) - min(r.started for r in done)
+    return sum(r.rows for r in done) / seconds if seconds > 0 else 0.0
+
+
+def _grouped(run: RunDir, failed: dict[str, list[Outcome]]) -> list[Failure]:
+    groups: dict[tuple[str, str], Failure] = {}
+    for stem, outcomes in failed.items():
+        last = outcomes[-1]
+        error = safe(last.error, ERROR)  # that of an earlier version may be of any length
+        same = "" if last.kind == TruncatedShard.__name__ else alike(error)
+        log = str(log_file(run, last.task) or "")
+        group = groups.setdefault((last.kind, same), Failure(last.kind, error, [], log))
+        group.shards.append(stem)
+    return sorted(groups.values(), key=lambda g: -len(g.shards))
+
+
+def _by_reason(done: Iterable[Outcome]) -> dict[str, int]:
+    """Rejections counted by the start of their reason, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for outcome in done:
+        for reason, count in outcome.rejected:
+            counts[reason] += count
+    return dict(counts.most_common())
+
+
+def log_of(run: RunDir, stem: str) -> Path:
+    """The log file of the newest task that has a record of a shard, or works on it.
+
+    Raises:
+        ConfigError: no task has touched it.
+    """
+    newest: dict[str, float] = {}
+    for task in attempts(run):
+        if task["shard"] == stem:
+            newest[task["task"]] = task["updated"]
+    manifest = Manifest.load(run)
+    outcomes = manifest.failures.get(stem, []) + [r for r in [manifest.done.get(stem)] if r]
+    newest |= {r.task: r.finished for r in outcomes}
+    logs = {path: newest[task] for task in newest if (path := log_file(run, task))}
+    if not logs:
+        raise ConfigError(str(run.root), [f"no task has worked on shard {stem!r} yet"])
+    return max(logs, key=lambda path: logs[path])

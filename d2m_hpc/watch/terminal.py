@@ -1,0 +1,260 @@
+"""What people see in the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from d2m_hpc.storage.texts import safe
+
+if TYPE_CHECKING:
+    from d2m_hpc.config import Config
+    from d2m_hpc.models.weights import Checked, Checkpoint
+    from d2m_hpc.plan.decide import Decision
+    from d2m_hpc.submit.slurm import Array, Proposal
+    from d2m_hpc.watch.status import Summary
+    from d2m_hpc.watch.verify import Report
+
+WATCH_SECONDS = 3.0
+WIDE = 10_000
+LONGEST = 20_000
+"""Characters of a text that are printed."""
+
+
+class Screen(Console):
+    """Escapes what names, captions and errors hold that would move a terminal's cursor."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every text that is printed, in a table's cells too, comes by here."""
+        return super().render_str(safe(text, LONGEST, lines=True), **options)
+
+
+def new_console(file: IO[str] | None = None, terminal: bool | None = None) -> Console:
+    """Shows paths and errors as they are, brackets and all; folds lines only at a terminal.
+
+    Args:
+        file: instead of standard output.
+        terminal: instead of what the file says of itself.
+    """
+    made = Screen(file=file, force_terminal=terminal, highlight=False, markup=False, emoji=False)
+    if not made.is_terminal:
+        made.soft_wrap, made.width = True, WIDE
+    return made
+
+
+console = new_console()
+
+
+def _pairs(rows: dict[str, Any], title: str | None = None) -> None:
+    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    console.print(table)
+
+
+def duration(seconds: float | None) -> str:
+    """Such as `2 h 05 min`, or `unknown`."""
+    if seconds is None:
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def decision(decided: Decision) -> None:
+    done, given_up = len(decided.done), len(decided.exhausted)
+    line = f"{len(decided.shards)} shards: {done} done, {len(decided.pending)} to do"
+    if decided.in_flight:
+        line += f", {len(decided.in_flight)} with live tasks"
+    if given_up:
+        attempts = decided.workload.config.max_attempts
+        line += (
+            f", {given_up} given up after {attempts} attempts (--set max_attempts={attempts + 1})"
+        )
+    console.print(line)
+    for number, lacked in decided.gains():
+        console.print(f"{number} shards gain {_gained(lacked)}")
+    if decided.pending and decided.shard_seconds is not None:
+        left = duration(len(decided.pending) * decided.shard_seconds)
+        console.print(f"about {left} of work, by the shards that are done")
+    notices(decided.notices)
+
+
+def notices(told: Iterable[str]) -> None:
+    for notice in told:
+        console.print(f"note: {notice}", style="yellow")
+
+
+def _gained(lacked: Config) -> str:
+    """What a config asks for, and the models that it takes."""
+    kinds = {
+        "columns": lacked.postprocess_columns,
+        "features": lacked.postprocess_features,
+        "fields": lacked.additional_fields,
+    }
+    said = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
+    models = f"models run: {', '.join(lacked.models) or 'none'}"
+    return f"{'; '.join(said) or 'no column, feature or field'} ({models})"
+
+
+def proposal(proposed: Proposal) -> None:
+    """Chunks, arrays and sbatch's options, as they would be."""
+    console.print(f"{proposed.tasks} tasks of at most {proposed.most} shards")
+    for array in proposed.arrays:
+        line = f"array {array.name}: elements 0-{array.elements - 1}"
+        line += f", {array.parallel} at once" if array.parallel else ""
+        line += f", after array {array.after}" if array.after is not None else ""
+        console.print(line)
+    flags = (f"--{k}" if v is True else f"--{k}={v}" for k, v in proposed.options.items())
+    console.print("sbatch", *flags)
+
+
+def submitted(arrays: Sequence[Array]) -> None:
+    for array in arrays:
+        console.print(f"array {array.job_id}: {array.elements} elements ({array.name})")
+    if arrays:
+        console.print("`d2m status` shows how far it is")
+
+
+def summary(found: Summary) -> None:
+    rows = {
+        "shards": f"{found.shards}",
+        "done": f"{found.done}",
+        "failed": f"{found.failed}",
+        "pending": f"{found.pending}",
+        "running": f"{found.running}",
+        "rows": f"{found.rows:,}",
+        "rejected": f"{found.rejected:,}",
+        "samples a second": f"{found.samples_per_second:,.1f}",
+        "time left": "none" if found.complete else duration(found.eta_seconds),
+        "outputs": found.output,
+        "run folder": found.run_dir,
+    }
+    if found.tasks:
+        rows["array tasks"] = ", ".join(f"{n} {state}" for state, n in found.tasks.items())
+    if found.gpu_hours:
+        rows["GPU-hours"] = f"{found.gpu_hours:,.1f}"
+    if found.outdated:
+        rows["finished by an earlier config"] = f"{found.outdated}"
+    if found.removed:
+        rows["finished, and removed since"] = f"{found.removed}"
+    if found.given_up:
+        rows["given up"] = f"{found.given_up}"
+    if found.recomputed:
+        rows["run again in float32"] = f"{found.recomputed:,}"
+    _pairs(rows, found.state)
+    console.print(ProgressBar(max(found.shards, 1), found.done, width=50))
+    console.print()
+    _counted(found)
+    _remarks(found)
+    if found.stragglers:
+        console.print(f"slower than the others: {', '.join(found.stragglers)}", style="yellow")
+    for node, why in found.broken_nodes.items():
+        console.print(f"node {node} could not start tasks: {why}", style="red")
+    for group in found.failures:
+        names = ", ".join(group.shards[:5]) + (", ..." if len(group.shards) > 5 else "")
+        head = f"failed {len(group.shards)} ({names}): {group.kind}: {group.error}"
+        console.print(head, style="red")
+        console.print(f"  log: {group.log}", style="red")
+
+
+def _remarks(found: Summary) -> None:
+    if found.changed:
+        notices(found.changed.notices())
+    for wait in found.waiting:
+        console.print(str(wait), style="red" if wait.never else "yellow")
+    if found.unasked:
+        console.print(f"Slurm cannot be asked: {found.unasked}", style="yellow")
+
+
+def _counted(found: Summary) -> None:
+    for reason, number in found.rejections.items():
+        console.print(f"rejected {number:,}: {reason}")
+    for notice, number in found.notices.items():
+        console.print(f"noted of {number:,} shards: {notice}", style="dim")
+
+
+def watch(look: Callable[[], Summary]) -> None:
+    """The summary again and again, until the run is complete or nothing of it is left to happen."""
+    while True:
+        found = look()
+        console.clear()
+        summary(found)
+        if found.state in ("complete", "failed"):
+            return
+        time.sleep(WATCH_SECONDS)
+
+
+def report(found: Report) -> None:
+    for fault in found.faults:
+        console.print(f"{fault.file} {fault.what}", style="red")
+    wrong = len({f.file for f in found.faults})
+    checked = f"{found.checked} shards checked"
+    if found.checked < found.done:
+        checked = f"checked {found.checked:,} of {found.done:,} shards, a random sample"
+    console.print(f"{checked}, {wrong} files wrong")
+    if wrong:
+        console.print("to compute a shard again, delete its parquet and run d2m-submit")
+    notices(found.changed.notices())
+    if found.unfinished:
+        left = f"{found.unfinished:,} of {found.shards:,} shards are not finished"
+        console.print(f"{left}; `d2m status` says why, and `d2m-submit` goes on", style="yellow")
+
+
+def checkpoints(known: Sequence[Checkpoint], folder: Path) -> None:
+    """Where they lie or belong, how large those are that are there, where they come from."""
+    table = Table("file", "size", "published at", "sha256", show_edge=False)
+    for item in known:
+        path = folder / item.name
+        size = decimal(path.stat().st_size) if path.is_file() else "missing"
+        table.add_row(str(path), size, item.url, item.sha256[:12] or "not published")
+    console.print(table)
+
+
+def checked(found: Sequence[Checked], allow_unpublished: bool) -> None:
+    for item in found:
+        accepted = item.state != "ok" and item.is_usable(allow_unpublished)
+        style = "green" if item.state == "ok" else "yellow" if accepted else "red"
+        why = " (accepted: allow_unpublished_weights is true)" if accepted else ""
+        console.print(f"{item.state:8} {item.path}{why}", style=style)
+    if not found:
+        console.print("no checkpoint is needed")
+
+
+@contextmanager
+def download(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar for one file, at a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        row = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)

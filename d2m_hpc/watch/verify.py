@@ -1,0 +1,198 @@
+"""Every output against its record."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import D2MError
+from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.plan import changed
+from d2m_hpc.plan.changed import Changed
+from d2m_hpc.plan.standing import standings
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import Manifest, Outcome
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.shards import read_named
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with one file of the output."""
+
+    file: str
+    what: str
+
+
+@dataclass
+class Report:
+    """What was checked, and what was found.
+
+    Attributes:
+        checked: how many shards' files were looked at.
+        done: how many are done on record.
+        faults: what is wrong with files.
+        shards: of the run, done or not.
+        unfinished: how many are not done; what is removed or failed since counts.
+        changed: of the checked ones those whose tars are others now; their files are no worse.
+    """
+
+    checked: int
+    done: int
+    faults: list[Fault]
+    shards: int
+    unfinished: int
+    changed: Changed = field(default_factory=Changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Owners:
+    """Whose file is whose, by hashes; read only where some file is not as its record says."""
+
+    def __init__(self, done: Mapping[str, Outcome]) -> None:
+        self._done = done
+
+    @cached_property
+    def of_hash(self) -> dict[str, str]:
+        """The names of all files on record."""
+        names = {str(o.npz_sha256): f"{stem}.npz" for stem, o in self._done.items()}
+        return names | {str(o.parquet_sha256): f"{stem}.parquet" for stem, o in self._done.items()}
+
+
+def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0) -> Report:
+    """Check every finished shard's files, and that the folder holds no others.
+
+    Args:
+        sample: the files of so many shards only, drawn at random.
+        seed: of the draw; the same one draws the same of the same shards.
+    """
+    output = OutputDir(config.output_metadata_dir)
+    with uncollected():
+        manifest, there = Manifest.load(run), output.pairs()
+        found = standings(run, config, manifest, there[".parquet"])
+    done = manifest.done
+    stems = sorted(done)
+    if sample is not None and sample < len(stems):
+        stems = sorted(random.Random(seed).sample(stems, sample))
+    check = partial(check_shard, output, carried=config.carried, owners=Owners(done))
+    faults = [f for stem in stems for f in check(stem, done[stem])]
+    for suffix, present in there.items():
+        strays = sorted(present - done.keys())
+        faults += [Fault(f"{s}{suffix}", "has no record; run d2m-submit again") for s in strays]
+    other = changed.find(read_named(run.shards, stems), found, output, most=None)
+    return Report(len(stems), len(done), faults, len(found.stems), len(found.unfinished), other)
+
+
+def check_shard(
+    output: OutputDir,
+    stem: str,
+    record: Outcome,
+    carried: Collection[str] = (),
+    owners: Owners | None = None,
+) -> list[Fault]:
+    """What is wrong with one shard's pair.
+
+    Args:
+        record: what its newest record says.
+        carried: columns with the samples' own values, which may be anything.
+        owners: tells whose file it is that lies in the wrong place.
+    """
+    faults = []
+    for suffix, sha256 in ((".parquet", record.parquet_sha256), (".npz", record.npz_sha256)):
+        name = f"{stem}{suffix}"
+        try:
+            data = output.read(name)
+        except FileNotFoundError:
+            faults.append(Fault(name, "is missing"))
+            continue
+        except Exception as error:  # each store raises errors of its own
+            faults.append(Fault(name, f"cannot be read: {error}"))
+            continue
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256 and owners and (whose := owners.of_hash.get(found)):
+            problems = [f"is {whose}, under another name; rename it back"]
+        else:
+            problems = _problems(data, suffix, record.rows, carried)
+            if found != sha256:
+                problems.append(f"has another sha256 than its record ({str(sha256)[:12]}...)")
+        faults += [Fault(name, p) for p in problems]
+    if faults and (why := _is_replaced(output, stem, record)):
+        return [Fault(f"{stem}.parquet", why)]
+    return faults
+
+
+def _is_replaced(output: OutputDir, stem: str, record: Outcome) -> str:
+    """What to do where a task was killed after it committed a pair anew, and before its record.
+
+    Empty where that is not what happened.
+    """
+    try:
+        own = output.record(stem)
+    except D2MError:
+        return ""
+    if own is None or own.shard != stem or own.order <= record.order:
+        return ""
+    why = "has replaced the pair that its record tells of"
+    if own.fingerprint != record.fingerprint:
+        return f"{why}; run d2m-submit again"
+    return f"{why}; delete it, and run d2m-submit again"  # by the records, nothing is left to do
+
+
+def _problems(data: bytes, suffix: str, rows: int, carried: Collection[str]) -> list[str]:
+    try:
+        if suffix == ".npz":
+            return _check_npz(data, rows)
+        return _check_parquet(data, rows, carried)
+    except Exception as error:  # the libraries raise whatever a damaged byte makes them trip over
+        return [f"cannot be read: {str(error) or type(error).__name__}"]
+
+
+def _check_parquet(data: bytes, rows: int, carried: Collection[str]) -> list[str]:
+    # Arrow's threads would hold on to `data`, and abort a process that ends before they let go.
+    options = {"pre_buffer": False, "page_checksum_verification": True}
+    with pq.ParquetFile(io.BytesIO(data), **options) as file:
+        table = file.read(use_threads=False)
+    problems = [f"has {table.num_rows} rows, its record {rows}"] if table.num_rows != rows else []
+    for name in table.column_names:
+        bad = 0 if name in carried else _non_finite(table[name])
+        problems += [f"column {name!r} has {bad} values that are not finite"] if bad else []
+    return problems
+
+
+def _non_finite(column: pa.ChunkedArray) -> int:
+    """NaNs and infinities among numbers or lists of them; a null is neither."""
+    while pa.types.is_list(column.type):
+        column = pc.list_flatten(column)
+    if not pa.types.is_floating(column.type):
+        return 0
+    bad: int = pc.sum(pc.invert(pc.is_finite(column)), min_count=0).as_py()
+    return bad
+
+
+def _check_npz(data: bytes, rows: int) -> list[str]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if broken := archive.testzip():
+            return [f"array {broken!r} fails its CRC"]
+    with np.load(io.BytesIO(data)) as arrays:
+        loaded = {name: arrays[name] for name in arrays.files}
+    problems = []
+    for name, array in loaded.items():
+        if len(array) != rows:
+            problems.append(f"array {name!r} has {len(array)} rows, its record {rows}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            problems.append(f"array {name!r} has values that are not finite")
+    return problems

@@ -1,0 +1,219 @@
+"""Models in dependency order, on one device, a batch ahead of whoever reads their outputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError, D2MError, ShardError
+from d2m_hpc.models import custom, weights
+from d2m_hpc.models.checkpoint import Weights
+from d2m_hpc.models.compiled import compile_for
+from d2m_hpc.models.registry import ModelSpec, in_order
+from d2m_hpc.models.transfer import Lane
+from d2m_hpc.stopping import is_asked
+from d2m_hpc.worker.batch import Batch, Input, Outputs, count, flags, join, take
+from d2m_hpc.worker.compute.heap import Heap
+from d2m_hpc.worker.compute.in_flight import Launched, Pending, row_count
+from d2m_hpc.worker.compute.resolve import Toolbox
+
+log = logging.getLogger(__name__)
+
+Finished = dict[tuple[Input, torch.device], Any]
+"""Inputs as models are given them, by where they are."""
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype; None for none. `auto` is float16 on CUDA and off on the CPU."""
+    if amp == "auto":
+        return torch.float16 if device.type == "cuda" else None
+    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "off": None}[amp]
+
+
+class Graph:
+    """All models of a config. As a context, it keeps what autocast made of the weights.
+
+    Args:
+        device: where the built-in models run; a custom model is given `config.device`, as in the
+            seed program, or "cpu".
+    """
+
+    def __init__(self, config: Config, toolbox: Toolbox, device: torch.device) -> None:
+        self.toolbox = toolbox
+        self.device = device
+        self.dtype = amp_dtype(config.amp, device)
+        self._lane = Lane(device)
+        self._batch_size = config.batch_size
+        # float32 means float32 (rows that are run again, `amp: off`), and not 10 bits of it.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        folder = Weights(weights.weights_dir(config.weights_dir))
+        as_given = config.device if device.type == "cuda" else "cpu"
+        self.models = {
+            name: self._build(toolbox.specs[name], folder, as_given)
+            for name in in_order(toolbox.specs)
+        }
+        self._awaited = {d for spec in toolbox.specs.values() for d in spec.dependencies}
+        # Autocast forgets the weights that it cast when the outermost of its contexts is left; one
+        # that casts nothing changes nothing else.
+        self._kept = torch.autocast(device.type, enabled=False)
+        if config.compile:
+            self._compile()
+
+    def _build(self, spec: ModelSpec, folder: Weights, as_given: int | str) -> Any:
+        made = None if spec.target else self.toolbox.classes[spec.name]
+        try:
+            if made is not None:
+                return custom.build(spec, made, as_given)
+            return _import(spec.target)(self.device, folder)
+        except (D2MError, torch.OutOfMemoryError):
+            raise
+        except BaseException as error:
+            if is_asked(error):
+                raise
+            which = repr(spec.name) if made is None else f"{spec.name!r} ({custom.origin(made)})"
+            mistake = f"{which} cannot be built: {custom.described(error)}"
+            raise ConfigError("models", [mistake]) from error
+
+    def _compile(self) -> None:
+        nets = {n: m.image_net for n, m in self.models.items() if hasattr(m, "image_net")}
+        rows = self._batch_size
+        if nets:
+            log.info("compiling %s; the first batches of %d take minutes", ", ".join(nets), rows)
+        for net in nets.values():
+            compile_for(rows, net)
+
+    def __enter__(self) -> Graph:
+        self._kept.__enter__()  # type: ignore[no-untyped-call]
+        if self.device.type == "cuda":
+            # What is left to this thread is little, and all cores decode: threads of torch would
+            # wait for one another, milliseconds a call.
+            torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._kept.__exit__(*error)
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[Outputs]:
+        """The outputs of each batch in turn; while they are read, the next one is computed.
+
+        Raises:
+            ShardError: a model or postprocessor failed, on a batch whose turn is at most next.
+        """
+        before: Launched | None = None
+        heap = Heap()
+        for batch in batches:
+            launched = self.launch(batch)
+            if before is not None:
+                yield before.outputs()
+            before = launched
+            heap.tidy()
+        if before is not None:
+            yield before.outputs()
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """One batch alone."""
+        return self.launch(batch).outputs()
+
+    def launch(self, batch: Batch) -> Launched:
+        """Have a batch computed, without waiting for it.
+
+        Raises:
+            ShardError: a model failed.
+        """
+        return Launched(batch, self.toolbox, self._compute, mixed=self.dtype is not None)
+
+    # Not `inference_mode`, in which autocast casts the weights anew at each use.
+    @torch.no_grad()
+    def _compute(self, inputs: Mapping[Input, Any], precise: Collection[str]) -> Pending:
+        rows = count(next(iter(inputs.values()), []))  # none where only fields are asked for
+        # Searching for the fastest convolutions pays for the size that all but the last ones have.
+        torch.backends.cudnn.benchmark = rows == self._batch_size
+        finished = self._finished(inputs)
+        cache: dict[str, Any] = {}
+        flagged: dict[str, list[Tensor]] = {}
+        for name in self.models:
+            arguments = self._arguments(name, finished, cache)
+            output = self._run(name, arguments, None if name in precise else self.dtype)
+            flagged[name] = flags(output)
+            cache[name] = self._at_once(name, output) if name in self._awaited else output
+        outputs, fetched = self._lane.fetch((cache, flagged))
+        return Pending(outputs, fetched, self._lane.mark(), self._on_host)
+
+    def _place(self, spec: ModelSpec, wanted: Input) -> torch.device:
+        stays = not spec.to_device or wanted[1] in spec.on_host
+        return torch.device("cpu") if stays else self.device
+
+    def _finished(self, inputs: Mapping[Input, Any]) -> Finished:
+        """Every input where some model wants it, copied and finished once."""
+        wanted = {(i, self._place(s, i)) for s in self.toolbox.specs.values() for i in s.inputs}
+        there = {pair for pair in wanted if pair[1] == self.device}
+        sent = self._lane.send({i: inputs[i] for i, _ in there})
+        made = self.toolbox.preprocessors
+        return {
+            (i, place): made[i[1]].finish((sent if (i, place) in there else inputs)[i])
+            for i, place in wanted
+        }
+
+    def _arguments(self, name: str, inputs: Finished, cache: dict[str, Any]) -> list[Any]:
+        spec = self.toolbox.specs[name]
+        own = [inputs[i, self._place(spec, i)] for i in spec.inputs]
+        return own + [cache[d] for d in spec.dependencies]
+
+    def _at_once(self, name: str, output: Any) -> Any:
+        """What dependents are given of a model that is read on the host; this waits for it."""
+        if not hasattr(self.models[name], "on_host"):
+            return output
+        fetched = self._lane.fetch(output)
+        self._lane.mark()()
+        return self._read(name, fetched)
+
+    def _on_host(self, name: str, output: Any) -> Any:
+        return output if name in self._awaited else self._read(name, output)
+
+    def _read(self, name: str, output: Any) -> Any:
+        model = self.models[name]
+        return model.on_host(output) if hasattr(model, "on_host") else output
+
+    def _run(self, name: str, arguments: list[Any], dtype: torch.dtype | None) -> Any:
+        """One model on some rows; out of memory, on halves of them."""
+        try:
+            with self._autocast(dtype):
+                return _outputs(self.models[name](*arguments), arguments)
+        except torch.OutOfMemoryError:
+            rows = count(arguments[0])
+            if rows < 2:
+                raise
+        except Exception as error:
+            raise ShardError(f"{name!r} raised {custom.described(error)}") from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("%s: out of memory on %d rows; running halves", name, rows)
+        halves = (range(rows // 2), range(rows // 2, rows))
+        parts = [self._run(name, [take(a, half) for a in arguments], dtype) for half in halves]
+        return join(parts)
+
+    def _autocast(self, dtype: torch.dtype | None) -> Any:
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+
+def _import(target: str) -> Any:
+    from importlib import import_module
+
+    module, name = target.split(":")
+    return getattr(import_module(f"d2m_hpc.models.{module}"), name)
+
+
+def _outputs(output: Any, arguments: Sequence[Any]) -> Any:
+    """A list of several outputs as a tuple; a list of rows stays one."""
+    if output is None:
+        raise TypeError("its forward returned None; is a `return` missing?")
+    if not isinstance(output, list) or not all(isinstance(x, Tensor) for x in output):
+        return output
+    several = bool(output) and all(row_count(x) == count(arguments[0]) for x in output)
+    return tuple(output) if several else output

@@ -1,0 +1,1 @@
+"""From an archive on shared storage to batches in memory."""

@@ -1,0 +1,230 @@
+"""Members that are no samples, and samples whose members cannot all be used."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+
+from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.storage.texts import safe
+from d2m_hpc.worker.read.decode import EXTENSIONS
+
+KIND = {extension: kind for kind, known in EXTENSIONS.items() for extension in known}
+SHOWN = 3
+"""Names that are given of many."""
+NAME = 40
+"""Characters of each."""
+
+_RESERVED = re.compile("__[^/]*__($|/)")
+_FOLDERS = (
+    r"__MACOSX|@eaDir|PaxHeaders?(\.\d+)?|lost\+found"
+    r"|\.(AppleDouble|Trashes|Spotlight-V100|fseventsd|ipynb_checkpoints|git)"
+)
+_FILES = (
+    r"\._[^/]*|\.(DS_Store|localized|directory|gitattributes|gitignore|gitkeep|nfs[0-9a-f]+)"
+    r"|(?i:(eh)?thumbs\.db|desktop\.ini)|pax_global_header|@LongLink|@PaxHeader|_SUCCESS"
+    r"|(?i:readme|licen[cs]e)(\.(?i:md|txt|rst|html?|pdf))?"
+    r"|(COPYING|CHANGELOG|CHANGES|AUTHORS|NOTICE|CITATION|MANIFEST)(\.(md|txt|rst|cff))?"
+    r"|(?i:(md5|sha\d+|crc32|check)sums?(\.(md5|sha\d+|txt))?)"
+    r"|[^/]*\.(?i:md5|sha(1|224|256|384|512)|(md5|sha(1|256|512))sums?|crc(32c?)?|sfv|asc|sig|par2)"
+    r"|[^/]*~|\.[^/]*\.sw[a-p]"
+)
+_FOREIGN = re.compile(rf"(.*/)?(({_FOLDERS})/.*|({_FILES}))", re.DOTALL)
+
+UNREAD = "foreign members are not read: {}"
+RESERVED = "members with a reserved name (__...__) are not read: {}"
+LINKS = "links or special files are not read: {}"
+UNUSED = "members are not used, as their sample has another of the kind: {}"
+PARTS = "further members of samples are not used: {}"
+
+LINK = "a link or a special file"
+MERGED = "merged into another sample: its name holds a dot before the extension"
+NAMELESS = "a member without an extension"
+SKIPPED = "skipped: webdataset reserves names that begin with __...__"
+MOST_PARTS = 16
+"""Further members that a data set's samples may have; more are taken for samples of their own."""
+
+APART = "members of a sample are not next to one another ({}); pack again with `tar --sort=name`"
+DOTTED = "a key ends at its name's first dot ({}); rename so that only the extension has one"
+LINKED = "members are links ({}); pack again with `tar --dereference --hard-dereference`"
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a member is of an operating system or a tool, or about the archive."""
+    return _FOREIGN.fullmatch(name) is not None
+
+
+def is_reserved(name: str) -> bool:
+    """Whether webdataset skips a member as a note of its own."""
+    if "/" not in name and name.startswith("__") and name.endswith("__"):
+        return True
+    return _RESERVED.match(name) is not None
+
+
+def kind_of(extension: str) -> str:
+    """What a member would be, by what stands behind its name's last dot; empty if unknown."""
+    return KIND.get(extension.rpartition(".")[2].lower(), "")
+
+
+def lacks(members: Collection[str], needed: Iterable[str]) -> bool:
+    """Whether a sample with these extensions has nothing for a kind that is needed."""
+    return any(not any(e in members for e in EXTENSIONS[kind]) for kind in needed)
+
+
+class Notes:
+    """Counts members by what is to be said of them, and keeps the first names."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, what: str, name: str) -> None:
+        """
+        Args:
+            what: a sentence with braces for the names.
+        """
+        self._counts[what] += 1
+        if self._counts[what] <= SHOWN:
+            self._names.setdefault(what, []).append(safe(name, NAME))
+
+    def count(self, what: str) -> int:
+        return self._counts[what]
+
+    def texts(self) -> list[str]:
+        return [what.format(self._some(what, SHOWN)) for what in self._counts]
+
+    def foremost(self, at_least: float = 0) -> str:
+        """What is to be said of most, with one name; empty where it is of fewer than `at_least`."""
+        most = self._counts.most_common(1)
+        return next((w.format(self._some(w, 1)) for w, count in most if count >= at_least), "")
+
+    def _some(self, what: str, number: int) -> str:
+        names = self._names[what][:number]
+        others = self._counts[what] - len(names)
+        return ", ".join(names) + (f" and {others} more" if others else "")
+
+
+class Ledger:
+    """Accounts for the members of a tar that are in no sample, and for those that are not used.
+
+    Attributes:
+        strays: what should be a sample and is none; once for what would be one.
+        notes: what is not missed.
+        causes: why samples lack something, as far as the tar tells.
+    """
+
+    def __init__(self, needed: Collection[str]) -> None:
+        """
+        Args:
+            needed: the kinds of members that make a sample a row.
+        """
+        self.strays: list[Rejection] = []
+        self.notes, self.causes = Notes(), Notes()
+        self._needed = needed
+        self._reserved = ""
+        self._links: dict[str, list[tuple[str, str]]] = {}
+        self._parts: dict[str, list[str]] = {}
+
+    def stray(self, name: str, reason: str) -> None:
+        self.strays.append(Rejection(name, reason))
+
+    def takes(self, name: str, key: str | None, extension: str | None, is_file: bool) -> bool:
+        """Account for a member that does not go on with a sample; False if it begins one."""
+        if is_foreign(name):
+            self.notes.add(UNREAD, name)
+        elif is_reserved(name):
+            self._reserve(name, key, extension or "")
+        elif key is None:
+            self.stray(name, NAMELESS)
+        elif not is_file:
+            self._links.setdefault(key, []).append(((extension or "").lower(), name))
+        else:
+            return False
+        return True
+
+    def _reserve(self, name: str, key: str | None, extension: str) -> None:
+        if key is None or kind_of(extension) not in ("image", "text"):
+            self.notes.add(RESERVED, name)
+        elif key != self._reserved:  # a sample, by its looks
+            self._reserved = key
+            self.stray(name, SKIPPED)
+
+    def settle(self, key: str, members: Collection[str], again: bool) -> list[str]:
+        """Account for a sample that is complete.
+
+        Args:
+            members: its extensions.
+            again: other keys stood between it and an earlier sample of its key.
+
+        Returns:
+            the extensions of its links; what it lacks for them counts with it.
+        """
+        if again and lacks(members, self._needed):
+            self.causes.add(APART, key)
+        if len(members) > len(self._needed) or any("." in e for e in members):
+            self._settle_spare(key, members)
+        return self._settle_links(key, members) if self._links else []
+
+    def _settle_links(self, key: str, members: Collection[str]) -> list[str]:
+        links = self._links.pop(key, [])
+        if links and lacks(members, self._needed):
+            self.causes.add(LINKED, links[0][1])
+            return [extension for extension, _ in links]
+        for _, name in links:
+            self.notes.add(LINKS, name)
+        return []
+
+    def _settle_spare(self, key: str, members: Collection[str]) -> None:
+        """Account for members of which one sample has several of a kind."""
+        merged: list[str] = []
+        own: dict[str, list[str]] = {}
+        for kind in self._needed:
+            plain = [e for e in EXTENSIONS[kind] if e in members]
+            dotted = [e for e in members if "." in e and kind_of(e) == kind]
+            for extension in plain[1:]:
+                self.notes.add(UNUSED, f"{key}.{extension}")
+            if dotted and not plain:  # the first of them stands for the sample, which lacks it
+                self.causes.add(DOTTED, f"{key}.{dotted[0]}")
+                merged = max(merged, dotted[1:], key=len)
+            elif dotted:
+                for extension in dotted:
+                    own.setdefault(_part(extension), []).append(extension)
+        for extension in merged:
+            self._merge(f"{key}.{extension}")
+        for part, extensions in own.items():
+            if part not in map(_part, merged):
+                self._settle_part(key, part, extensions)
+
+    def _settle_part(self, key: str, part: str, extensions: Sequence[str]) -> None:
+        name = f"{key}.{extensions[0]}"
+        if 1 < len(self._needed) == len({*map(kind_of, extensions)}):
+            self._merge(name)  # it has all that makes a row
+        else:
+            self._parts.setdefault(part, []).append(name)
+
+    def _merge(self, name: str) -> None:
+        self.stray(name, MERGED)
+        self.causes.add(DOTTED, name)
+
+    def finish(self, count: int) -> None:
+        """Account for what can be told only of a whole tar.
+
+        Args:
+            count: its samples.
+        """
+        for links in self._links.values():
+            self.stray(links[0][1], LINK)
+            self.causes.add(LINKED, links[0][1])
+        for names in self._parts.values():
+            # What most samples have is the data set's form: `a.seg.png` beside each `a.jpg`.
+            if len(self._parts) <= MOST_PARTS and 2 * len(names) >= count:
+                for name in names:
+                    self.notes.add(PARTS, name)
+            else:
+                for name in names:
+                    self._merge(name)
+
+
+def _part(extension: str) -> str:
+    return extension.rpartition(".")[0]

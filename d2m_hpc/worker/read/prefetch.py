@@ -1,0 +1,145 @@
+"""Shards are brought to this node one ahead: the next is copied while the last one is read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from queue import Empty, Queue
+from typing import Generic, Protocol, TypeVar
+
+from d2m_hpc.run.manifest import Shard
+from d2m_hpc.worker.clock import Clock
+from d2m_hpc.worker.read.scratch import Scratch
+from d2m_hpc.worker.read.stage import Staged, stage
+
+
+class Claimed(Protocol):
+    """A shard that is this task's to do."""
+
+    shard: Shard
+    clock: Clock
+
+    def release(self) -> None: ...
+
+
+W = TypeVar("W", bound=Claimed)
+T = TypeVar("T")
+
+
+def received(queue: Queue[T | BaseException | None]) -> Iterator[T]:
+    """What another thread puts in until it puts None; an error that it puts is raised here."""
+    while (item := queue.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
+class Coming(Generic[W]):
+    """A shard on its way to this node.
+
+    Attributes:
+        work: what was claimed.
+        begun, ended: somebody reads it; nobody does any more.
+    """
+
+    def __init__(self, work: W) -> None:
+        self.work = work
+        self.begun, self.ended = threading.Event(), threading.Event()
+        self._arrival: Future[Staged] = Future()
+        self._stack = ExitStack()
+
+    def bring(self, scratch: Scratch) -> bool:
+        """Whether a copy was made; what goes wrong is told to who reads it."""
+        try:
+            with self.work.clock("stage"):
+                staged = self._stack.enter_context(stage(self.work.shard, scratch))
+        except BaseException as error:
+            self._arrival.set_exception(error)
+            return False
+        self._arrival.set_result(staged)
+        return staged.copied
+
+    @contextmanager
+    def arrived(self) -> Iterator[Staged]:
+        """Wait for it; its copy is gone when the block ends.
+
+        Raises:
+            ShardError: it cannot be had.
+        """
+        try:
+            staged = self._arrival.result()
+            self.begun.set()
+            yield staged
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Nobody reads it, or will."""
+        self.begun.set()
+        self.ended.set()
+        if self._arrival.done():
+            self._stack.close()
+
+    def abandon(self) -> None:
+        """Leave it to others."""
+        self.work.release()
+        self.drop()
+
+
+class Stager(Generic[W]):
+    """Iterate over shards as they are claimed; each may still be on its way.
+
+    A shard that needs a copy is claimed when the one before begins to be read, any other when that
+    one has been read: what waits here cannot be had by a task that is idle.
+
+    Args:
+        works: advanced in `thread`, which is for the reader to start.
+    """
+
+    def __init__(self, works: Iterator[W], scratch: Scratch) -> None:
+        self._works, self._scratch = works, scratch
+        self._queue: Queue[Coming[W] | BaseException | None] = Queue()
+        self._stopped = False
+        self.thread = threading.Thread(target=self._run, name="stager", daemon=True)
+
+    def __iter__(self) -> Iterator[Coming[W]]:
+        """
+        Raises:
+            whatever stopped the claims.
+        """
+        yield from received(self._queue)
+
+    def stop(self) -> None:
+        """Let go of what nobody took; a copy that hangs is left to itself."""
+        self._stopped = True
+        while True:
+            try:
+                coming = self._queue.get_nowait()
+            except Empty:
+                return
+            if isinstance(coming, Coming):
+                coming.abandon()
+            else:
+                self._queue.put(coming)
+                return
+
+    def _run(self) -> None:
+        end: BaseException | None = None
+        try:
+            for work in self._works:
+                coming = Coming(work)
+                self._queue.put(coming)
+                if self._stopped:
+                    coming.abandon()
+                    break
+                copied = coming.bring(self._scratch)
+                if coming.ended.is_set():
+                    coming.drop()
+                (coming.begun if copied else coming.ended).wait()
+                if self._stopped:
+                    break
+        except BaseException as error:
+            end = error
+        self._queue.put(end)

@@ -1,0 +1,189 @@
+"""One sample: from its members in the tar to what models take."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2m_hpc.config import Config
+from d2m_hpc.models import custom
+from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
+from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.storage.texts import safe
+from d2m_hpc.worker.batch import Input
+from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read.memory import Budget, Held
+from d2m_hpc.worker.read.seen import Seen
+from d2m_hpc.worker.read.shard import Archive, Sample
+
+IN_FLIGHT = 2 << 30
+"""Bytes that all decode threads together may take for pictures: for 19 JPEGs of 12 megapixels at a
+time, whatever the number of threads. A picture that takes more is decoded alone."""
+SHOWN = 5
+"""Extensions of a sample that are named where it lacks one."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How samples are made ready.
+
+    Attributes:
+        inputs: each distinct (raw input, preprocessor) that a model asks for.
+        fields: keys of the samples' JSON that are carried over.
+        strict: fail at the first rejection (`warn_and_continue: false`).
+        asked: the additional fields, as the config has them.
+        datacomp_keys: `text` and `uid` are as DataComp's tools need them; a sample for which
+            they cannot be is rejected.
+        budget: of bytes for pictures that are decoded, for all threads together.
+    """
+
+    inputs: Mapping[Input, Preprocessor]
+    fields: Sequence[str]
+    options: Options
+    batch_size: int
+    threads: int
+    allow_truncated: bool
+    strict: bool
+    datacomp_keys: bool = False
+    budget: Budget = field(default_factory=lambda: Budget(IN_FLIGHT), compare=False)
+    asked: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, config: Config, inputs: Mapping[Input, Preprocessor]) -> Recipe:
+        return cls(
+            inputs=inputs,
+            fields=config.carried,
+            options=Options(config.resize == "exact", config.max_image_pixels),
+            batch_size=config.batch_size,
+            threads=config.nworkers or len(os.sched_getaffinity(0)),
+            allow_truncated=config.allow_truncated_shards,
+            strict=not config.warn_and_continue,
+            datacomp_keys=config.use_datacomp_keys,
+            asked=[name for name, _ in config.asked_fields],
+        )
+
+    @property
+    def raw_inputs(self) -> list[str]:
+        """What a sample must have, and nothing more."""
+        wanted = dict.fromkeys(raw for raw, _ in self.inputs)
+        return list(wanted | dict.fromkeys(["json"] if self.fields else []))
+
+
+@dataclass
+class Ready:
+    """A preprocessed sample."""
+
+    key: str
+    inputs: dict[Input, Any]
+    fields: list[Any]
+
+
+def prepare(
+    sample: Sample, archive: Archive, recipe: Recipe, seen: Seen | None = None
+) -> Ready | Rejection:
+    """Decode one sample once and run every distinct preprocessor on it once.
+
+    Args:
+        seen: is told which fields the sample's JSON has.
+    """
+    try:
+        with Held(recipe.budget) as held:
+            raw = {name: _raw(name, sample, archive, recipe, held) for name in recipe.raw_inputs}
+            if seen is not None and "json" in raw:
+                seen.add(sample.key, raw["json"], recipe.asked)
+            inputs = {
+                wanted: _preprocess(wanted, made, raw[wanted[0]], recipe.options)
+                for wanted, made in recipe.inputs.items()
+            }
+            raw.pop("image", None)
+        fields = {name: raw["json"].get(name) for name in recipe.fields}
+        if recipe.datacomp_keys:
+            fields |= _datacomp_fields(raw["json"], sample, archive, recipe)
+        for name, value in fields.items():
+            _require_unicode(f"field {name!r}", value)
+        return Ready(sample.key, inputs, list(fields.values()))
+    except Rejected as reason:
+        return Rejection(sample.key, str(reason))
+
+
+_UID = re.compile("[0-9a-f]{1,32}")
+
+
+def _datacomp_fields(
+    values: Mapping[str, Any], sample: Sample, archive: Archive, recipe: Recipe
+) -> dict[str, str]:
+    """`text`, and `uid` where it is asked for; a null in either stops every reader of the shard.
+
+    Raises:
+        Rejected: the sample has no caption, or no uid that a subset could name it by.
+    """
+    caption = values.get("caption")
+    if not isinstance(caption, str):
+        caption = _text(sample, archive)
+    fields = {"text": caption}
+    if "uid" in recipe.fields:
+        fields["uid"] = _uid(values.get("uid"))
+    return fields
+
+
+def _uid(value: Any) -> str:
+    """128 bits as 32 lower-case hex digits; the resharder sorts by the texts."""
+    digits = value.lower() if isinstance(value, str) else ""
+    if not _UID.fullmatch(digits):
+        raise Rejected(f"no usable uid: found {str(value)[:40]!r}, valid are up to 32 hex digits")
+    return digits.zfill(32)
+
+
+def _require_unicode(what: str, value: Any) -> None:
+    """A parquet takes no lone surrogates, which odd file names and JSON escapes are read as."""
+    if isinstance(value, str | list | dict):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Rejected(f"{what} is not valid Unicode") from None
+
+
+def _preprocess(wanted: Input, made: Preprocessor, value: Any, options: Options) -> Any:
+    try:
+        prepared = made.prepare(value, options)
+    except Rejected:
+        raise
+    except Exception as error:  # a custom file's own code: one odd sample must not cost the shard
+        reason = custom.described(error)
+        raise Rejected(f"preprocessor {wanted[1]!r} raised {reason}") from error
+    if prepared is None:
+        raise Rejected(f"preprocessor {wanted[1]!r} returned None; is a `return` missing?")
+    return prepared
+
+
+def _raw(name: str, sample: Sample, archive: Archive, recipe: Recipe, held: Held) -> Any:
+    data = _member(name, sample, archive)
+    if name == "image":
+        return decode.image(data, recipe.options.max_pixels, held.need)
+    return decode.text(data) if name == "text" else decode.json_object(data)
+
+
+def _text(sample: Sample, archive: Archive) -> str:
+    return decode.text(_member("text", sample, archive))
+
+
+def _member(name: str, sample: Sample, archive: Archive) -> bytes:
+    extension = next((e for e in decode.EXTENSIONS[name] if e in sample.members), None)
+    if extension is None:
+        wanted = " or ".join(decode.EXTENSIONS[name][:4])
+        raise Rejected(f"no {name} ({wanted}); it has {_described(sample)}")
+    return archive.read(*sample.members[extension])
+
+
+def _described(sample: Sample) -> str:
+    """A sample's members by their extensions, and what about them is odd."""
+    shown = ", ".join(safe(extension, 30) for extension in list(sample.members)[:SHOWN])
+    others = len(sample.members) - SHOWN
+    text = shown + (f" and {others} more" if others > 0 else "")
+    if sample.links:
+        text += f"; {safe(', '.join(sample.links), 30)} is a link, and links are not followed"
+    return text

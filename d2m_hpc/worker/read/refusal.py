@@ -1,0 +1,60 @@
+"""Why a shard fails as a whole: one line of under 300 characters that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from d2m_hpc.errors import ShardError, TruncatedShard
+from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.storage.texts import safe
+
+LONGEST = 299
+SHORTEST_URL = 40
+"""Characters of the tar's name that are left of it where there is much to say."""
+
+
+def no_tar(url: str, what: str) -> ShardError:
+    return ShardError(_line(url, f" is no tar: {what}"))
+
+
+def truncated(url: str, where: str, whole: int) -> TruncatedShard:
+    """
+    Args:
+        where: it is cut.
+        whole: samples before that.
+    """
+    advice = " (allow_truncated_shards: true takes them)" if whole else ""
+    where = safe(where, 150)
+    return TruncatedShard(
+        _line(url, f" is truncated {where}; {whole} samples before it are whole{advice}")
+    )
+
+
+def rejected(url: str, rejection: Rejection) -> ShardError:
+    """Where none may be."""
+    key, reason = _short(rejection)
+    return ShardError(_line(url, f": sample {key}: {reason} (warn_and_continue: true goes on)"))
+
+
+def too_many(
+    url: str, rejections: Sequence[Rejection], total: int, limit: float, cause: str
+) -> ShardError:
+    """
+    Args:
+        cause: of most of them, and what to do; empty where the tar does not tell.
+    """
+    what = (
+        f": {len(rejections)} of {total} samples are rejected, over max_rejected_fraction ({limit})"
+    )
+    if cause:
+        return ShardError(_line(url, f"{what}: {cause}"))
+    key, reason = _short(rejections[0])
+    return ShardError(_line(url, f"{what}; the first: {key}, {reason}"))
+
+
+def _short(rejection: Rejection) -> tuple[str, str]:
+    return repr(safe(rejection.key, 40)), safe(rejection.reason, 100)
+
+
+def _line(url: str, what: str) -> str:
+    return safe(url, max(SHORTEST_URL, LONGEST - len(what))) + what

@@ -1,0 +1,159 @@
+"""A task's folder on its node's own disk: bounded, and swept when its task was killed."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from d2m_hpc.errors import NodeError, ShardError
+from d2m_hpc.storage.refused import of_system
+
+log = logging.getLogger(__name__)
+
+
+class Scratch:
+    """Room for copies of tars.
+
+    Attributes:
+        folder: where they lie.
+        limit: bytes of all copies at once.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self._used = 0
+        self._change = threading.Condition()
+
+    @contextmanager
+    def copy(self, name: str) -> Iterator[Copy]:
+        """A file of this name, which is gone when the block ends."""
+        copy = Copy(self, self.folder / name)
+        try:
+            yield copy
+        finally:
+            copy.path.unlink(missing_ok=True)
+            with self._change:
+                self._used -= copy.room
+                self._change.notify_all()
+
+    def give(self, copy: Copy, size: int) -> None:
+        """Let a copy be so large; waits until the others leave room for it.
+
+        Raises:
+            ShardError: it would not fit even if it were alone.
+        """
+        if size > self.limit:
+            raise ShardError(
+                f"{copy.path.name} has {size} bytes or more, and copies may take {self.limit} of "
+                f"{self.folder}; raise scratch_bytes, or set TMPDIR to a larger disk"
+            )
+        with self._change:
+            self._change.wait_for(lambda: self._used - copy.room + size <= self.limit)
+            self._used += size - copy.room
+            copy.room = size
+
+
+class Copy:
+    """A tar that is being copied; `room` is how many bytes it may have."""
+
+    def __init__(self, scratch: Scratch, path: Path) -> None:
+        self.path, self.room = path, 0
+        self._scratch = scratch
+
+    def reserve(self, size: int) -> None:
+        """Before the copy grows to so many bytes.
+
+        Raises:
+            ShardError: there can never be so much room.
+        """
+        if size > self.room:
+            self._scratch.give(self, size)
+
+
+@contextmanager
+def scratch(limit: int | None = None, sharers: int = 1) -> Iterator[Scratch]:
+    """A new folder on the node's own disk, for as long as the block lasts.
+
+    A lock that the kernel drops with the process tells folders in use from those that a killed task
+    left; the latter are removed.
+
+    Args:
+        limit: bytes of tars that may lie there at once; by default half of what is free now.
+        sharers: tasks that share the default.
+
+    Raises:
+        NodeError: it cannot be made.
+    """
+    try:
+        disk = _disk()
+        _sweep(disk)
+        folder, lock = _locked_folder(disk)
+    except OSError as error:
+        why = f"there is no room for copies of tars on {socket.gethostname()}: {of_system(error)}"
+        raise NodeError(f"{why}; TMPDIR names another place") from error
+    try:
+        half = shutil.disk_usage(folder).free // 2 // sharers
+        yield Scratch(folder, half if limit is None else limit)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _disk() -> Path:
+    """Sites that give each job a folder of its own name it so; elsewhere TMPDIR, or /tmp.
+
+    A variable that a login node handed on may name a folder that no node has.
+    """
+    for name in ("SLURM_TMPDIR", "TMPDIR"):
+        given = os.environ.get(name, "")
+        if os.path.isdir(given):
+            return Path(given)
+        if given:
+            log.warning("%s is %s, which is no folder here; copies go elsewhere", name, given)
+    return Path(tempfile.gettempdir())
+
+
+def _prefix() -> str:
+    """With the host's name: a lock need not hold between hosts, where they share the folder."""
+    return f"d2m-{socket.gethostname()}-"
+
+
+def _locked_folder(disk: Path) -> tuple[Path, int]:
+    """A new folder, and the descriptor that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(), dir=disk))
+        # Until it is locked, another task may take it for one that was left, and remove it.
+        with suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            if _lock(lock) and folder.is_dir():
+                return folder, lock
+            os.close(lock)
+
+
+def _lock(folder: int) -> bool:
+    """False where another has it; a disk that knows no locks is one where nothing is swept."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
+    return True
+
+
+def _sweep(disk: Path) -> None:
+    """Remove what killed tasks left; other users' folders and those in use cannot be locked."""
+    for folder in disk.glob(f"{_prefix()}*"):
+        with suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)

@@ -1,0 +1,73 @@
+"""Which fields the samples' JSON has: one that none has is misspelt more often than missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2m_hpc.config import Config
+from d2m_hpc.config.mistakes import nearest
+from d2m_hpc.errors import ShardError
+from d2m_hpc.run.schema import Schema
+from d2m_hpc.storage.texts import BRIEF, safe
+
+MOST = 100
+"""Keys of samples that are kept, to find the one that was meant."""
+
+
+@dataclass
+class Seen:
+    """What was seen of the fields in the JSON of a shard's samples; decode threads add to it.
+
+    Attributes:
+        samples: how many had a JSON.
+        present: fields that one of them has, be it null.
+        keys: what they have, as long as a field is missing.
+        renamed: samples whose JSON has another `key` than their file's name.
+    """
+
+    samples: int = 0
+    present: set[str] = field(default_factory=set)
+    keys: set[str] = field(default_factory=set)
+    renamed: int = 0
+
+    def add(self, key: str, values: Mapping[str, Any], wanted: Sequence[str]) -> None:
+        self.samples += 1
+        if "key" in wanted and values.get("key", key) != key:
+            self.renamed += 1
+        if len(self.present) < len(wanted):
+            self.present.update(name for name in wanted if name in values)
+            if len(self.present) < len(wanted) and len(self.keys) < MOST:
+                self.keys.update(values)
+
+    def missing(self, wanted: Sequence[str]) -> list[str]:
+        """Fields that no sample has; `key` is not among them, as the file's name is one."""
+        names = [name for name in wanted if name not in self.present and name != "key"]
+        return names if self.samples else []
+
+    def told(self, name: str, where: str) -> str:
+        """That a field is missing, with the key that may have been meant."""
+        keys = [safe(key, BRIEF) for key in sorted(self.keys)]
+        hint = safe(nearest(name, keys), 200)
+        return f"no sample of {where} has the field {safe(name, BRIEF)!r}{hint}"
+
+    def missed(self, config: Config, schema: Schema) -> list[str]:
+        """What is to be told of fields that no sample of a shard has; keeps those that one has.
+
+        Raises:
+            ShardError: no shard before had it either, and the config does not allow it.
+        """
+        for name in self.present:
+            schema.mark_seen(name)
+        told = []
+        for name in self.missing([name for name, _ in config.asked_fields]):
+            text = self.told(name, "this shard")
+            if not (config.allow_missing_fields or schema.is_seen(name)):
+                advice = "`allow_missing_fields: true` takes it as nulls"
+                raise ShardError(f"{text}, nor has one of a shard before it; {advice}")
+            told.append(text)
+        if self.renamed:
+            what = "another `key` in their JSON than their file's name, which the column `key` has"
+            told.append(f"{self.renamed} samples have {what}")
+        return told

@@ -1,0 +1,177 @@
+"""A tar on this node: its samples, and their members' bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from webdataset.tariterators import base_plus_ext
+
+from d2m_hpc.errors import ShardError
+from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.storage.texts import valid
+from d2m_hpc.worker.read.decode import EXTENSIONS
+from d2m_hpc.worker.read.members import Ledger, is_foreign, is_reserved
+from d2m_hpc.worker.read.nature import HEAD, nature
+from d2m_hpc.worker.read.tar import BLOCK, Member, TarCut, members
+
+CUT_OFF = "cut off where the archive ends"
+
+
+@dataclass
+class Sample:
+    """A key and where its members lie in the tar: lower-case extension to (offset, size).
+
+    Attributes:
+        links: extensions of members that are links, which are not followed.
+        again: the key has been there before, with other keys in between.
+    """
+
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    links: list[str] = field(default_factory=list)
+    again: bool = False
+
+
+class Archive:
+    """A plain tar on this node, read from many threads at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes of a member.
+
+        Raises:
+            ShardError: the file has become shorter than it was when it was indexed.
+        """
+        data = os.pread(self._file.fileno(), size, offset)
+        while len(data) < size and (
+            more := os.pread(self._file.fileno(), size - len(data), offset + len(data))
+        ):
+            data += more
+        if len(data) < size:
+            raise ShardError(f"{self._file.name}: the file changed while it was read")
+        return data
+
+    def nature(self) -> str:
+        """What the file is if it is no tar."""
+        fd = self._file.fileno()
+        begins_well = not nature(os.pread(fd, BLOCK, 0), self.size)
+        return "" if begins_well else nature(os.pread(fd, HEAD, 0), self.size)
+
+    def ends_in_zeros(self) -> bool:
+        """As every whole tar does; the last block of one that was cut off seldom happens to."""
+        return not any(os.pread(self._file.fileno(), BLOCK, max(0, self.size - BLOCK)))
+
+    def index(self, needed: Collection[str] = tuple(EXTENSIONS)) -> Index:
+        return Index(self._file, self.size, needed)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Index:
+    """Iterate, once, for the samples of a tar in its order, while its headers are read.
+
+    webdataset's rule: consecutive members of one key form a sample, and a repeated extension starts
+    the next one. Every member is in a sample or in the ledger.
+
+    Attributes:
+        count: samples so far.
+        ledger: what else there is.
+        cut: how the archive ends too early; empty for a whole one, and until the iteration ends.
+    """
+
+    def __init__(
+        self, file: BinaryIO, size: int, needed: Collection[str] = tuple(EXTENSIONS)
+    ) -> None:
+        """
+        Args:
+            file: a plain tar, seekable; only the iteration moves its position.
+            size: its size in bytes.
+            needed: the kinds of members that make a sample a row.
+        """
+        self.count = 0
+        self.ledger = Ledger(needed)
+        self.cut = ""
+        self._members = members(file, size)
+        self._open: Sample | None = None
+        self._first: frozenset[str] = frozenset()
+        self._keys: set[int] = set()  # hashes, which take less memory
+
+    @property
+    def strays(self) -> list[Rejection]:
+        """What is no sample and should be one, so far."""
+        return self.ledger.strays
+
+    def __iter__(self) -> Iterator[Sample]:
+        try:
+            for member in self._members:
+                if closed := self._add(member):
+                    yield self._closed(closed)
+        except TarCut as cut:
+            self.cut = str(cut)
+            self._lose(cut.member)
+        if self._open:
+            yield self._closed(self._open)
+        self.ledger.finish(self.count)
+
+    def _add(self, member: Member) -> Sample | None:
+        """Take a member; returns the sample that ends before it, if one does."""
+        if member.kind == "folder":
+            return None
+        key, extension = base_plus_ext(member.name)
+        is_file = member.kind == "file"
+        if is_file and self._open and key is not None and self._continues(key, extension):
+            self._open.members[extension.lower()] = (member.offset, member.size)
+            return None
+        if self.ledger.takes(member.name, key, extension, is_file):
+            return None
+        closed = self._begin(key)
+        assert self._open is not None
+        self._open.members[extension.lower()] = (member.offset, member.size)
+        return closed
+
+    def _continues(self, key: str, extension: str) -> bool:
+        """A member of this name belongs to the open sample."""
+        last = self._open
+        return last is not None and last.key == key and extension.lower() not in last.members
+
+    def _begin(self, key: str) -> Sample | None:
+        closed = self._open
+        again = hash(key) in self._keys and (closed is None or closed.key != key)
+        self._open = Sample(key, again=again)
+        self._keys.add(hash(key))
+        return closed
+
+    def _closed(self, sample: Sample) -> Sample:
+        if not self.count:
+            self._first = frozenset(sample.members)
+        self.count += 1
+        sample.links = self.ledger.settle(sample.key, sample.members, sample.again)
+        if not sample.key.isascii():
+            sample.key = valid(sample.key)
+        return sample
+
+    def _lose(self, member: str) -> None:
+        """Give up what a cut leaves in doubt.
+
+        Args:
+            member: the one that the archive ends in, or empty where it ends between two.
+        """
+        key, extension = base_plus_ext(member)
+        aside = is_foreign(member) or is_reserved(member)
+        if member and not aside:
+            self.ledger.stray(key or member, CUT_OFF)
+        if key is not None and not aside:
+            # The cut-off member belongs to the open sample, or shows that this one is whole.
+            self._open = None if self._continues(key, extension) else self._open
+        elif self._open and not (self._first and self._first <= self._open.members.keys()):
+            # A sample after which nothing stands is whole if it has all that the first has.
+            self.ledger.stray(self._open.key, CUT_OFF)
+            self._open = None

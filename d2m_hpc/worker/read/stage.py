@@ -1,0 +1,249 @@
+"""Bring a tar to this node: from a shared disk, an object store or a command, decompressed."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from d2m_hpc.errors import NodeError, ShardError
+from d2m_hpc.run.manifest import Shard
+from d2m_hpc.storage import stores
+from d2m_hpc.storage.refused import of_system
+from d2m_hpc.storage.urls import PIPE, is_local, is_pipe
+from d2m_hpc.worker.read.compressed import BROKEN, HEAD, Readable, codec_of
+from d2m_hpc.worker.read.scratch import Copy, Scratch
+
+STEP = 1 << 20
+SAID = 2000
+"""Bytes of a failed command's last words that go on record."""
+SILENCE = 900.0
+"""Seconds without a byte after which a command hangs; the watchdog would end the whole task."""
+Blocks = Generator[bytes, None, None]
+
+
+@dataclass
+class Staged:
+    """A local, uncompressed tar.
+
+    Attributes:
+        damage: what is wrong with the stream that it came from.
+        copied: it lies in scratch.
+    """
+
+    path: Path
+    damage: str = ""
+    copied: bool = True
+
+
+@contextmanager
+def stage(shard: Shard, scratch: Scratch) -> Iterator[Staged]:
+    """Bring a shard to this node; a copy in scratch is deleted afterwards.
+
+    Raises:
+        ShardError: it cannot be had, or is too large for scratch.
+    """
+    if is_local(shard.url) and not _is_compressed(shard.url):
+        yield Staged(Path(shard.url), copied=False)
+        return
+    with scratch.copy(f"{shard.stem}.tar") as copy:
+        copy.reserve(shard.size or 0)
+        yield Staged(copy.path, _fetch(shard, copy))
+
+
+def _is_compressed(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return codec_of(file.read(HEAD)) is not None
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror or error}") from None
+
+
+def _fetch(shard: Shard, copy: Copy) -> str:
+    """Returns what is wrong with the stream, if anything.
+
+    Raises:
+        ShardError: it cannot be had.
+    """
+    with open(copy.path, "wb") as file, closing(_blocks(shard)) as blocks:
+        try:
+            return _write(Stream(blocks), file, copy)
+        except (ShardError, NodeError):
+            raise
+        except FileNotFoundError:
+            raise ShardError(f"{shard.url}: no such file") from None
+        except Exception as error:  # each store raises errors of its own
+            where = f"{shard.url}, copied to {copy.path}"
+            raise ShardError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _blocks(shard: Shard) -> Blocks:
+    """The bytes of a tar, as they come."""
+    if is_pipe(shard.url):
+        return _said(shard.url.removeprefix(PIPE))
+    if is_local(shard.url):  # fsspec would take `::` in a path for a chain of stores
+        return _read(shard.url)
+    return stores.blocks(shard.url, shard.size)
+
+
+def _read(path: str) -> Blocks:
+    with open(path, "rb") as file:
+        while block := file.read(STEP):
+            yield block
+
+
+def _said(command: str) -> Blocks:
+    """A command's output. The command is the user's own shell line, as webdataset runs it.
+
+    Raises:
+        ShardError: it ends with another exit code than 0, or says nothing for long.
+    """
+    shell = ["/bin/bash", "-o", "pipefail", "-c", command]
+    with tempfile.TemporaryFile() as words:
+        # In a session of its own, so that all that it starts can be ended with it.
+        process = subprocess.Popen(
+            shell,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            start_new_session=True,
+        )
+        with process, _ending(process):
+            assert process.stdout is not None
+            yield from _patiently(process.stdout.fileno(), command)
+            code = process.wait(SILENCE)
+        if code:
+            said = _last(words)
+            raise ShardError(f"pipe:{command} ended with exit code {code}: {said}")
+
+
+@contextmanager
+def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A command that is still there when the block ends is killed, with all that it started."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _patiently(pipe: int, command: str) -> Iterator[bytes]:
+    """
+    Raises:
+        ShardError: nothing comes for `SILENCE` seconds.
+    """
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    while poll.poll(1000 * SILENCE):
+        if not (block := os.read(pipe, STEP)):
+            return
+        yield block
+    raise ShardError(f"pipe:{command} gave nothing for {SILENCE:.0f} s and was killed")
+
+
+def _last(words: BinaryIO) -> str:
+    size = words.seek(0, os.SEEK_END)
+    words.seek(max(0, size - SAID))
+    said = words.read().decode(errors="replace").strip()
+    # A line without its start may be a secret without its name.
+    return said.partition("\n")[2] or said if size > SAID else said
+
+
+def _write(stream: Stream, file: BinaryIO, copy: Copy) -> str:
+    """Write a stream to a file, decompressed; returns what broke it off."""
+    codec = codec_of(stream.head(HEAD))
+    if codec is None:
+        return _copy(stream, file, copy)
+    with codec.open(stream) as plain:
+        damage = _copy(plain, file, copy, stream)
+    if damage:
+        damage = f"in the {codec.name} stream, after {file.tell()} bytes of tar: {damage}"
+        stream.drain()
+    return damage
+
+
+def _copy(source: Readable, file: BinaryIO, copy: Copy, behind: Stream | None = None) -> str:
+    """
+    Args:
+        behind: the compressed stream; what goes wrong while it is read is no damage to it.
+
+    Returns:
+        what is wrong with the compressed stream, if anything.
+    """
+    size = 0
+    while True:
+        try:
+            block = source.read(STEP)
+        except BROKEN as error:
+            if behind is None or behind.failed:
+                raise
+            return str(error)
+        if not block:
+            return ""
+        size += len(block)
+        copy.reserve(size)
+        _put(block, file, copy)
+
+
+def _put(block: bytes, file: BinaryIO, copy: Copy) -> None:
+    """
+    Raises:
+        NodeError: this node's own disk does not take it, though it had promised the room.
+    """
+    try:
+        file.write(block)
+        file.flush()
+    except OSError as error:
+        raise NodeError(f"{copy.path}, on {socket.gethostname()}: {of_system(error)}") from error
+
+
+class Stream(io.RawIOBase):
+    """Blocks as a file that can be read once.
+
+    Attributes:
+        failed: whoever hands out the blocks has raised an error.
+    """
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+        self._rest = memoryview(b"")
+        self.failed = False
+
+    def readable(self) -> bool:
+        return True
+
+    def head(self, size: int) -> bytes:
+        """The first bytes, which are read again afterwards; call it before anything is read."""
+        head = b""
+        while len(head) < size and (block := self._more()):
+            head += block
+        self._rest = memoryview(head)
+        return head[:size]
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes, and none at the end."""
+        rest = self._rest or memoryview(self._more())
+        cut = len(rest) if size < 0 else size
+        self._rest = rest[cut:]
+        return bytes(rest[:cut])
+
+    def _more(self) -> bytes:
+        try:
+            return next(self._blocks, b"")
+        except BaseException:
+            self.failed = True
+            raise
+
+    def drain(self) -> None:
+        """Read to the end: a command that cannot write on would look like one that fails."""
+        while self.read():
+            pass

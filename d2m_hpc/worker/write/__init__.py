@@ -1,0 +1,1 @@
+"""From the outputs of models to a committed pair of files."""

@@ -1,0 +1,121 @@
+"""The writer thread: shards are committed and recorded while the next ones are computed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from queue import Queue
+
+from d2m_hpc.errors import D2MError, DiskError, NodeError
+from d2m_hpc.run.manifest import Record, Recorder
+from d2m_hpc.storage.refused import require_there
+from d2m_hpc.storage.texts import traceback_of
+from d2m_hpc.worker.claims import Claims
+from d2m_hpc.worker.progress import Reporter
+from d2m_hpc.worker.work import Work
+from d2m_hpc.worker.write.table import Rows
+from d2m_hpc.worker.write.writer import Committer, TakenOver
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Result:
+    """A shard that was computed, or the error that stopped it."""
+
+    work: Work
+    record: Record
+    rows: Rows
+    error: BaseException | None = None
+
+
+class Settler:
+    """Settles results in order; the only one that writes outputs and records."""
+
+    def __init__(
+        self, committer: Committer, recorder: Recorder, claims: Claims, report: Reporter
+    ) -> None:
+        self._committer, self._recorder = committer, recorder
+        self._claims, self._report = claims, report
+        self._queue: Queue[Result | None] = Queue(1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name="writer", daemon=True)
+
+    def __enter__(self) -> Settler:
+        self._thread.start()
+        return self
+
+    def put(self, result: Result) -> None:
+        """
+        Raises:
+            whatever stopped the thread: without records nothing more can be done.
+        """
+        if self._error is not None:
+            raise self._error
+        self._queue.put(result)
+
+    def __exit__(self, *_: object) -> None:
+        """Settle what was computed, even where the task is being stopped."""
+        self._queue.put(None)
+        self._thread.join()
+        self._committer.close()
+        if self._error is not None:
+            raise self._error
+
+    def _loop(self) -> None:
+        while (result := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._settle(result)
+                except BaseException as error:
+                    self._error = error
+
+    def _settle(self, result: Result) -> None:
+        record = result.record
+        seconds = time.monotonic() - result.work.began
+        record.finished = record.started + seconds  # whatever was done to the clock meanwhile
+        try:
+            if not _is_held(result.work):
+                raise TakenOver
+            if result.error is not None:
+                raise result.error
+            with result.work.clock("write"):
+                held = partial(_is_held, result.work)
+                self._committer.commit(result.rows, record, held)
+        except TakenOver:
+            log.warning("%s: another task took it over; nothing is written", record.shard)
+            require_there(self._recorder.path.parent)
+            self._claims.let_go(result.work)
+            return
+        except (DiskError, NodeError):  # no fault of the shard's
+            raise
+        except Exception as error:
+            _fail(record, error)
+        record.seconds = result.work.clock.rounded()
+        self._recorder.append(record)
+        self._claims.mark(result.work, record.state)
+        self._claims.let_go(result.work, seconds)
+        self._tell(record)
+
+    def _tell(self, record: Record) -> None:
+        if record.state == "failed":
+            log.error("%s failed: %s", record.shard, record.error)
+            self._report(failed=1)
+        else:
+            log.info("%s: %d rows, %d rejected", record.shard, record.rows, len(record.rejections))
+            self._report(done=1, rejected=len(record.rejections))
+
+
+def _is_held(work: Work) -> bool:
+    return work.lease is None or not work.lease.lost
+
+
+def _fail(record: Record, error: BaseException) -> None:
+    record.state, record.kind, record.error = "failed", type(error).__name__, str(error)
+    record.rows = 0
+    cause = error.__cause__ or error
+    if not isinstance(cause, D2MError):
+        record.traceback = traceback_of(error)

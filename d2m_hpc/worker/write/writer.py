@@ -1,0 +1,205 @@
+"""Outputs to one npz and one parquet, committed so that readers see both or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from d2m_hpc.errors import D2MError, DiskError, ShardError
+from d2m_hpc.models.weights import sha256_of
+from d2m_hpc.run.manifest import Record
+from d2m_hpc.run.outputs import METADATA, OutputDir
+from d2m_hpc.run.staging import STAGING, Staging, remove
+from d2m_hpc.storage.files import fsync_dir, owned
+from d2m_hpc.storage.refused import DISK, of_system
+from d2m_hpc.worker.write.table import Rows
+
+ROUNDS = 3
+VERSIONED = ("d2m_hpc", "torch", "torchvision", "open_clip_torch", "timm", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make the values."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _durable(path: Path) -> Iterator[BinaryIO]:
+    """A new file that is on disk when the block ends."""
+    with open(path, "wb", opener=owned) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
+    """Write both files in a folder, durably, and read them back; completes the record's hashes.
+
+    Raises:
+        ShardError: what was read back is not what was written.
+    """
+    npz, parquet = folder / f"{record.shard}.npz", folder / f"{record.shard}.parquet"
+    with _durable(npz) as file:
+        np.savez(file, **made.features())  # type: ignore[arg-type]
+    record.npz_sha256 = sha256_of(npz)
+    rows = made.table()
+    note = json.dumps({**record.to_dict(), "versions": versions()})
+    with _durable(parquet) as file:
+        noted = rows.replace_schema_metadata({METADATA: note})
+        # With a CRC of every page, for a later config may add columns to what is read back.
+        pq.write_table(noted, file, compression="zstd", write_page_checksum=True)
+    record.parquet_sha256 = sha256_of(parquet)
+    _check(npz, parquet, record)
+    return npz, parquet
+
+
+def _check(npz: Path, parquet: Path, record: Record) -> None:
+    """A disk that is full or lying is found here, before anyone sees the files."""
+    read: object
+    try:
+        read = sorted(_lengths(npz, parquet))
+    except zipfile.BadZipFile as error:
+        read = error
+    if read != [record.rows]:
+        raise ShardError(
+            f"{npz.parent}: read back {read}, wrote {record.rows} rows; is the disk full?"
+        )
+
+
+def _lengths(npz: Path, parquet: Path) -> set[int]:
+    """Rows of the parquet and of every array; reading an array to its end checks its CRC."""
+    with np.load(npz) as arrays:
+        lengths = {len(arrays[name]) for name in arrays.files}
+    return lengths | {pq.read_metadata(parquet).num_rows}
+
+
+class TakenOver(Exception):
+    """Another task has taken the shard over, and the pair in its place is that task's to write."""
+
+
+class Committer:
+    """The only writer into the output folder."""
+
+    def __init__(self, output: OutputDir, scratch: Path) -> None:
+        """
+        Args:
+            scratch: where files are written before they are sent to an object store.
+        """
+        self.output = output
+        # Beside the outputs, for a rename commits; their readers list no folders.
+        beside = Path(output.root) if output.is_local else scratch
+        self.staging = Staging(beside / STAGING)
+        output.make()
+        if output.is_local:  # a store was asked already
+            output.probe()
+
+    def commit(self, made: Rows, record: Record, held: Callable[[], bool] = lambda: True) -> None:
+        """Publish a shard's pair: the npz first, the parquet last.
+
+        A parquet in its place is a finished shard; until then there is none, also where an older
+        pair is replaced.
+
+        Args:
+            held: whether the shard's lease is still this task's. A task that takes the lease fences
+                this one's folder, so that whoever has made that before asking is safe ever after.
+
+        Raises:
+            TakenOver: it was not, or is not any more.
+            ShardError: the values cannot be written, or the store does not take them.
+            DiskError: the disk takes nothing.
+        """
+        try:
+            folder = self.staging.make(record.shard, record.attempt)
+            try:
+                if not held():
+                    raise TakenOver
+                npz, parquet = write_pair(made, record, folder)
+                if self.output.is_local:
+                    self._rename(npz, parquet)
+                else:
+                    self._upload(npz, parquet, held)
+            finally:
+                with suppress(OSError):
+                    remove(folder)
+        except Exception as error:
+            if not held():
+                raise TakenOver from error
+            if not isinstance(error, OSError):
+                raise
+            where = f"{self.output.url}: {record.shard} cannot be written"
+            if error.errno in DISK:
+                raise DiskError(f"{where}: {of_system(error)}") from error
+            raise ShardError(f"{where}: {error}") from error
+
+    def _rename(self, npz: Path, parquet: Path) -> None:
+        """Each step is a rename into or out of the attempt's own folder, which is its fence."""
+        folder, earlier = Path(self.output.root), parquet.with_name("earlier")
+        with suppress(FileNotFoundError):
+            os.rename(folder / parquet.name, earlier)
+            fsync_dir(folder)
+        os.replace(npz, folder / npz.name)
+        fsync_dir(folder)
+        os.replace(parquet, folder / parquet.name)
+        fsync_dir(folder)
+
+    def _upload(self, npz: Path, parquet: Path, held: Callable[[], bool]) -> None:
+        """Stores have no rename: the lease is asked for before each step, and a put replaces
+        nothing that came since, where the store knows conditions."""
+        removed = [parquet.name]
+        for _ in range(ROUNDS):
+            steps = [
+                partial(self._remove, removed),
+                *(partial(self.output.put, f) for f in (npz, parquet)),
+            ]
+            with suppress(FileExistsError):
+                for step in steps:
+                    if not held():
+                        raise TakenOver
+                    step()
+                return
+            # An older pair's, or this one's, sent without an answer. The npz goes first: there is
+            # no parquet, but of a task that took the shard over; of its pair nothing must stay.
+            removed = [npz.name, parquet.name]
+        raise OSError("another program writes it too")
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.output.remove(name)
+
+    def clean(self, stem: str, attempt: int | None = None) -> bool:
+        """Take from earlier attempts at a shard what they need to commit; its lease is held.
+
+        Args:
+            attempt: the number before which one is an earlier one; None for all of them.
+
+        Returns:
+            whether there were any.
+
+        Raises:
+            D2MError: they could still commit.
+        """
+        try:
+            return self.staging.fence(stem, attempt)
+        except OSError as error:
+            what = f"{self.staging.root}: what an earlier attempt at {stem} left cannot be removed"
+            raise D2MError(f"{what}: {error}; remove it and run the same command again") from error
+
+    def close(self) -> None:
+        """Drop the staging folder when nobody uses it."""
+        self.staging.close()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2m_hpc.errors import WeightsError
+from d2m_hpc.models.checkpoint import Weights, state_of
+
+
+class _Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_tensors_and_plain_training_arguments_are_read(tmp_path: Path) -> None:
+    content = {"args": argparse.Namespace(input_size=512), "state_dict": {"x": torch.ones(2)}}
+    torch.save(content, tmp_path / "a.pt")
+    loaded = Weights(tmp_path).load("a.pt")
+    assert loaded["args"].input_size == 512
+    assert torch.equal(loaded["state_dict"]["x"], torch.ones(2))
+
+
+def test_what_a_checkpoint_would_execute_is_not_executed(tmp_path: Path) -> None:
+    torch.save({"x": _Evil(tmp_path / "made")}, tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match=r"a\.pt cannot be read as a checkpoint"):
+        Weights(tmp_path).load("a.pt")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_missing_file_is_named_with_the_command_to_run(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"a\.pt is missing; run `d2m weights"):
+        Weights(tmp_path).load("a.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", pickle.dumps([1]), b"PK\3\4"])
+def test_a_file_that_is_no_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"a\.pt"):
+        Weights(tmp_path).load("a.pt")["state_dict"]
+
+
+A_NET = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_nets_tensors_are_found_in_a_training_checkpoint(prefix: str, wrapped: bool) -> None:
+    state = {prefix + name: tensor for name, tensor in A_NET.items()}
+    content = {"epoch": 3, "state_dict": state, "optimizer": {"lr": 1e-3}} if wrapped else state
+    found = state_of(content)
+    assert found.keys() == A_NET.keys()
+    assert all(found[name] is tensor for name, tensor in A_NET.items())
+
+
+def test_a_prefix_that_not_all_have_is_part_of_the_name() -> None:
+    state = {"module.a": torch.ones(1), "b": torch.ones(1)}
+    assert state_of(state).keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    "content", [[], 3, {}, {"state_dict": {}}, {"model": {"a": torch.ones(1)}}]
+)
+def test_what_holds_no_state_dict_is_said(content: object) -> None:
+    with pytest.raises(ValueError, match="it holds no state dict"):
+        state_of(content)

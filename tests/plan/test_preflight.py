@@ -1,0 +1,98 @@
+"""Everything that would fail on every node is found at submit, and all at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from kit import DATACOMP, STATS, write_config, write_shards
+
+from d2m_hpc.config import load
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.plan.preflight import check
+
+
+def test_a_good_config_passes_and_leaves_nothing(awkward_path: Path) -> None:
+    write_shards(awkward_path / "tars", 2, samples=1)
+    config = write_config(
+        awkward_path / "c.yml",
+        STATS,
+        input_tars=str(awkward_path / "tars" / "*.tar"),
+        output_metadata_dir=str(awkward_path / "out"),
+    )
+    check(load(config), "c.yml")
+    assert [p.name for p in (awkward_path / "out").iterdir()] == [".d2m"]
+    assert not list((awkward_path / "out" / ".d2m").glob(".*"))
+
+
+def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "out").write_text("a file, not a folder")
+    (tmp_path / "custom.py").write_text("import torch\nraise RuntimeError('no GPU driver')\n")
+    (tmp_path / "a.tar").symlink_to(tmp_path / "nowhere")
+    config = write_config(
+        tmp_path / "c.yml",
+        DATACOMP,
+        input_tars=[str(tmp_path / "tars" / "*.tar"), "memory://none/00000.tar"],
+        output_metadata_dir=str(tmp_path / "out"),
+        run_dir=str(tmp_path / "run"),
+        weights_dir=str(tmp_path / "weights"),
+        custom_pypath=str(tmp_path / "custom.py"),
+    )
+    with pytest.raises(ConfigError, match="preflight") as caught:
+        check(load(config), "c.yml")
+    text = "\n".join(caught.value.mistakes)
+    assert "output_metadata_dir: " in text
+    assert f"found no tar for '{tmp_path / 'tars' / '*.tar'}'" in text
+    assert "input_tars: memory://none/00000.tar cannot be read" in text
+    assert "scrfd_10g.pt is missing" in text
+    assert "custom.py: custom_pypath: importing it failed" in text
+    assert "RuntimeError: no GPU driver (custom.py, line 2)" in text
+
+
+COMPUTED = """
+import sys
+print("a library's banner", file=sys.stderr)
+
+class Look:
+    raw_inputs = [n for n in ("images",)]
+    preprocessors = ["identity"]
+    dependencies = [n for n in ("other",)]
+
+model_lookup = {"look": Look}
+"""
+
+
+def test_what_only_running_the_custom_file_can_tell_is_told(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1, samples=1)
+    (tmp_path / "custom.py").write_text(COMPUTED)
+    config = write_config(
+        tmp_path / "c.yml",
+        {"models": ["look"]},
+        input_tars=str(tmp_path / "tars" / "*.tar"),
+        output_metadata_dir=str(tmp_path / "out"),
+        custom_pypath=str(tmp_path / "custom.py"),
+    )
+    with pytest.raises(ConfigError, match="'look' needs the output of 'other'") as caught:
+        check(load(config), "c.yml")
+    assert "unknown raw input 'images'; did you mean 'image'" in str(caught.value)
+    assert "banner" not in str(caught.value)
+
+
+def test_folders_are_not_world_writable_and_colons_are_just_a_name(tmp_path: Path) -> None:
+    tars = tmp_path / "k::v"
+    write_shards(tars, 1, samples=1)
+    config = write_config(
+        tmp_path / "c.yml",
+        STATS,
+        input_tars=str(tars / "00000.tar"),
+        output_metadata_dir=str(tmp_path / "new" / "out"),
+    )
+    before = os.umask(0)
+    try:
+        check(load(config), "c.yml")
+    finally:
+        os.umask(before)
+    made = [tmp_path / "new", *(tmp_path / "new").rglob("*")]
+    assert [p for p in made if p.stat().st_mode & 0o002] == []

@@ -1,0 +1,165 @@
+"""Which configs only add to another, and what of one is to be computed then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kit import DATACOMP, write_config
+
+from d2m_hpc import config as configs
+from d2m_hpc.config import Config
+from d2m_hpc.run.extension import obstacles, only_new, with_own_names
+
+B32: dict[str, Any] = {
+    "models": ["oai-clip-vit-b32"],
+    "postprocess_columns": ["oai-clip-vit-b32-score"],
+    "postprocess_features": ["oai-clip-vit-b32-image"],
+    "additional_fields": ["uid"],
+}
+HASHES = {"ViT-B-32.pt": "b", "ViT-L-14.pt": "l"}
+
+OWN = """
+class Own:
+    raw_inputs = ["text"]
+    preprocessors = ["identity"]
+    dependencies = ["oai-clip-vit-b32"]
+
+model_lookup = {"own": Own, "other": Own}
+postprocess_parquet_lookup = {
+    "own-score": lambda cache: cache["own"][0],
+    "any-score": lambda cache: score(cache),
+}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path
+
+
+def config(folder: Path, values: dict[str, Any], **more: Any) -> Config:
+    common = {"input_tars": "x.tar", "output_metadata_dir": str(folder)}
+    return configs.load(write_config(folder / "c.yml", {**values, **common, **more}))
+
+
+def fingerprint(asked: Config, **hashes: str) -> dict[str, Any]:
+    return with_own_names(asked, asked.fingerprint({**HASHES, **hashes}))
+
+
+def test_every_list_may_grow(folder: Path) -> None:
+    old, new = (fingerprint(config(folder, values)) for values in (B32, DATACOMP))
+    assert obstacles(old, new) == []
+    assert "models: 'dedup-isc-ft-v107' is no longer listed" in obstacles(new, old)
+    assert len(obstacles(new, old)) == 5 + 5 + 4 + 5
+
+
+def test_the_order_of_columns_may_change(folder: Path) -> None:
+    turned = {k: v[::-1] if isinstance(v, list) else v for k, v in DATACOMP.items()}
+    old, new = (fingerprint(config(folder, values)) for values in (DATACOMP, turned))
+    assert obstacles(old, new) == obstacles(new, old) == []
+    lacked = only_new(config(folder, turned), old, config(folder, turned).specs)
+    assert lacked.models == lacked.postprocess_columns == lacked.additional_fields == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("amp", "off"),
+        ("resize", "exact"),
+        ("feature_dtype", "float32"),
+        ("max_image_pixels", 5),
+        ("use_datacomp_keys", True),
+    ],
+)
+def test_what_changes_the_values_that_are_there_may_not_change(
+    key: str, value: Any, folder: Path
+) -> None:
+    old, new = (fingerprint(config(folder, v)) for v in (B32, {**B32, key: value}))
+    assert obstacles(old, new) == [f"{key}: was {old[key]!r}, is {value!r}"]
+
+
+def test_a_checkpoint_may_not_change(folder: Path) -> None:
+    asked = config(folder, B32)
+    old, new = fingerprint(asked), fingerprint(asked, **{"ViT-B-32.pt": "z"})
+    assert obstacles(old, new) == ["checkpoints: the sha256 of ViT-B-32.pt was b, is z"]
+
+
+def test_a_custom_file_may_come_if_nothing_that_is_there_is_its(folder: Path) -> None:
+    own = {"custom_pypath": str(folder / "own.py"), "models": ["oai-clip-vit-b32", "own"]}
+    plain, with_file = fingerprint(config(folder, B32)), fingerprint(config(folder, B32, **own))
+    assert with_file["custom_names"] == ["any-score", "other", "own", "own-score"]
+    assert obstacles(plain, with_file) == []
+    (folder / "own.py").write_text(OWN.replace("own-score", "oai-clip-vit-b32-score"))
+    [why] = obstacles(plain, fingerprint(config(folder, B32, **own)))
+    assert why.startswith("custom_file: the sha256 was None, is ")
+    assert why.endswith("; oai-clip-vit-b32-score of the finished outputs come from it")
+
+
+@pytest.mark.parametrize("name", ["clip-aug", "oai-clip-vit-b32-score", "oai-clip-vit-b32-image"])
+def test_a_custom_file_may_not_replace_what_made_the_outputs(name: str, folder: Path) -> None:
+    """By any of its lookups: also the preprocessor of a model, which the config does not name."""
+    plain = fingerprint(config(folder, B32))
+    lookup = {"clip-aug": "preprocessor_lookup"}.get(name, "postprocess_parquet_lookup")
+    (folder / "own.py").write_text(f"import x\n{lookup} = {{{name!r}: x.y}}\n")
+    replaced = fingerprint(config(folder, B32, custom_pypath=str(folder / "own.py")))
+    [why] = obstacles(plain, replaced)
+    assert why.endswith(f"; {name} of the finished outputs come from it")
+    [why] = obstacles(replaced, plain)
+    assert why.endswith(f"; {name} of the finished outputs come from it")
+
+
+def test_a_file_that_only_running_tells_is_not_trusted(folder: Path) -> None:
+    plain = fingerprint(config(folder, B32))
+    (folder / "own.py").write_text("from elsewhere import *\n")
+    dynamic = fingerprint(config(folder, B32, custom_pypath=str(folder / "own.py")))
+    assert dynamic["custom_names"] is None
+    [why] = obstacles(plain, dynamic)
+    assert why.endswith("what of the finished outputs comes from it cannot be told")
+    assert obstacles(dynamic, dynamic) == []
+
+
+def lacked_models(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    asked = config(folder, new)
+    return only_new(asked, fingerprint(config(folder, old)), asked.specs).models
+
+
+def test_models_run_that_are_new_asked_of_or_needed(folder: Path) -> None:
+    """The NSFW model takes L/14's output; faces are not asked of, but may reject a sample."""
+    l14 = {**B32, "models": ["oai-clip-vit-b32", "oai-clip-vit-l14"]}
+    nsfw = {**l14, "models": [*l14["models"], "nsfw-image-oai-clip-vit-l-14", "faces-scrfd10g"]}
+    assert lacked_models(folder, l14, nsfw) == [
+        "oai-clip-vit-l14",
+        "nsfw-image-oai-clip-vit-l-14",
+        "faces-scrfd10g",
+    ]
+    text = {**B32, "postprocess_features": ["oai-clip-vit-b32-text", "oai-clip-vit-b32-image"]}
+    assert lacked_models(folder, B32, text) == ["oai-clip-vit-b32"]
+    assert lacked_models(folder, B32, {**B32, "additional_fields": ["uid", "url"]}) == []
+
+
+def test_a_postprocessor_that_does_not_say_what_it_reads_takes_all_models(folder: Path) -> None:
+    own = {
+        **B32,
+        "custom_pypath": str(folder / "own.py"),
+        "models": ["oai-clip-vit-b32", "oai-clip-vit-l14", "own", "other"],
+    }
+    columns = B32["postprocess_columns"]
+    told = {**own, "postprocess_columns": [*columns, "own-score"]}
+    assert lacked_models(folder, own, told) == ["oai-clip-vit-b32", "own"]
+    untold = {**own, "postprocess_columns": [*columns, "any-score"]}
+    assert lacked_models(folder, own, untold) == own["models"]
+
+
+def test_the_names_of_datacomp_are_kept_out_unless_fields_are_new(folder: Path) -> None:
+    """Their column `text` is there already, and to read it anew would be for nothing."""
+    old = {**B32, "use_datacomp_keys": True}
+    columns = {**old, "models": [*B32["models"], "text-stats"]}
+    asked = config(folder, columns)
+    lacked = only_new(asked, fingerprint(config(folder, old)), asked.specs)
+    assert (lacked.models, lacked.carried) == (["text-stats"], [])
+    asked = config(folder, {**old, "additional_fields": ["uid", "url"]})
+    lacked = only_new(asked, fingerprint(config(folder, old)), asked.specs)
+    assert (lacked.additional_fields, lacked.use_datacomp_keys) == (["url"], True)

@@ -1,0 +1,191 @@
+"""Claims between real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from d2m_hpc.storage.lease import Lease
+
+HOLDER = """
+import sys
+from pathlib import Path
+from d2m_hpc.storage.lease import Lease
+
+lease = Lease(Path(sys.argv[1]))
+print(lease.claim(), flush=True)
+sys.stdin.readline()
+lease.release()
+"""
+
+
+@contextmanager
+def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has claimed the shard until it reads a line or dies."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "True\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def path(awkward_path: Path) -> Path:
+    return awkward_path / "00000.lock"
+
+
+def test_one_object_claims_and_another_must_wait(path: Path) -> None:
+    first, second = Lease(path), Lease(path)
+    assert first.claim()
+    assert not second.claim()
+    first.release()
+    assert second.claim()
+    second.release()
+
+
+def test_release_leaves_no_file(path: Path) -> None:
+    lease = Lease(path)
+    assert lease.claim()
+    assert path.exists()
+    assert not lease.lost
+    lease.release()
+    assert list(path.parent.iterdir()) == []
+    lease.release()
+
+
+def test_shards_are_claimed_apart(path: Path) -> None:
+    leases = [Lease(path.with_name(f"{i}.lock")) for i in range(3)]
+    assert all(lease.claim() for lease in leases)
+    for lease in leases:
+        lease.release()
+
+
+def test_a_live_process_keeps_its_shard_and_lets_go_of_it(path: Path) -> None:
+    lease = Lease(path)
+    with holder(path) as process:
+        assert not lease.claim()
+        assert not lease.claim()
+        process.communicate("done\n")
+        assert process.returncode == 0
+        assert lease.claim()
+    lease.release()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_killed_process_of_this_host_loses_its_shard_at_once(path: Path) -> None:
+    lease = Lease(path)
+    with holder(path) as process:
+        assert not lease.claim()
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert path.exists()
+        assert lease.claim()
+    lease.release()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_of_two_processes_one_gets_what_a_dead_one_left(path: Path) -> None:
+    with holder(path) as process:
+        process.kill()
+        process.wait()
+    with holder(path):
+        assert not Lease(path).claim()
+
+
+def test_a_lease_file_is_not_world_writable(path: Path) -> None:
+    old = os.umask(0)
+    lease = Lease(path)
+    try:
+        assert lease.claim()
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o002 == 0
+    lease.release()
+
+
+def lost_holder(path: Path, seconds: float) -> None:
+    """What a holder on a machine that is gone leaves."""
+    path.write_text(
+        f"filelock/2\npid=77\nhost=gone\nmode=lease\ntoken={'0f' * 16}\nduration={seconds}\n"
+    )
+
+
+@pytest.mark.parametrize("before", [0.5, 1e-1, 2.0])
+def test_a_lease_of_another_length_is_taken_over_when_its_own_time_is_up(
+    path: Path, before: float
+) -> None:
+    lost_holder(path, before)
+    lease, began = Lease(path, 60.0), time.monotonic()
+    while not lease.claim():
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+    assert time.monotonic() - began >= before
+    lease.release()
+
+
+def test_a_live_lease_of_another_length_is_kept(path: Path) -> None:
+    holder, other = Lease(path, 1.5), Lease(path, 0.3)
+    assert holder.claim()
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:
+        assert not other.claim()
+        time.sleep(0.1)
+    holder.release()
+    assert other.claim()
+    other.release()
+
+
+def test_whoever_stood_still_has_not_watched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tasks of a suspended job, of which one wakes before the other."""
+    frozen = [0.0]
+    monkeypatch.setattr("d2m_hpc.storage.lease.frozen_seconds", lambda: frozen[0])
+    lost_holder(path, 0.5)
+    lease = Lease(path, 0.5)
+    assert not lease.claim()
+    time.sleep(0.6)
+    frozen[0] = 0.6
+    assert not lease.claim()
+    time.sleep(0.6)
+    assert lease.claim()
+    lease.release()
+
+
+SUSPENDED = """
+import sys, time
+from d2m_hpc.storage.suspension import Awake, frozen_seconds
+with Awake():
+    print(frozen_seconds(), flush=True)
+    sys.stdin.readline()
+    time.sleep(1.5)
+    print(frozen_seconds(), flush=True)
+"""
+
+
+def test_a_process_knows_how_long_it_was_stopped() -> None:
+    command = [sys.executable, "-c", SUSPENDED]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "0.0\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(7)
+        process.send_signal(signal.SIGCONT)
+        said = process.communicate("go on\n")[0]
+    assert float(said) > 5

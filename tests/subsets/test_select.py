@@ -1,0 +1,322 @@
+"""The subset of a run's samples, against what DataComp's own way gives."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+import s3
+from pools import CLIP, finish, make_run, subset, table, uid
+
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.subsets import samples as pools
+from d2m_hpc.subsets.select import Query, Selection, select
+
+SCORES = [0.1, 0.3, 0.25, 0.4, 0.3]
+
+
+def _select(folder: Path, shards: dict[str, Any], query: Query, **config: Any) -> Selection:
+    """Of a run made of these shards, into `folder/subset.npy`."""
+    return select(*make_run(folder, shards, **config), query, folder / "subset.npy")
+
+
+def _bytes(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_a_subset_is_the_file_that_datacomps_way_makes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shards, best = {}, []
+    for shard in range(5):
+        names = [uid(shard * 1000 + i) for i in range(1000)]
+        scores = rng.random(1000, dtype=np.float32)
+        shards[f"{shard:08d}"] = table(names, scores.tolist())
+        best += [u for u, score in zip(names, scores, strict=True) if score >= 0.28]
+    found = _select(tmp_path, shards, Query(f"{CLIP} >= 0.28"))
+    assert found == Selection(5000, 0, len(best), 0, 0, len(best))
+    assert (tmp_path / "subset.npy").read_bytes() == _bytes(subset(best))
+
+
+@pytest.mark.parametrize("extreme", ["0" * 32, "f" * 32, "8" + "0" * 31, "0" * 16 + "f" * 16])
+def test_all_128_bits_are_told_apart(tmp_path: Path, extreme: str) -> None:
+    names = [extreme, uid(1), uid(2)]
+    _select(tmp_path, {"a": table(names, [0.5] * 3)}, Query())
+    assert np.array_equal(np.load(tmp_path / "subset.npy"), subset(names))
+
+
+def test_conditions_are_sql_over_all_columns(tmp_path: Path) -> None:
+    rows = table([uid(i) for i in range(5)], SCORES, original_width=[500, 100, 500, 500, 500])
+    query = Query(f"{CLIP} >= 0.28 and original_width between 200 and 600 -- small ones vanish")
+    assert _select(tmp_path, {"a": rows}, query).chosen == 2
+    assert np.array_equal(np.load(tmp_path / "subset.npy"), subset([uid(3), uid(4)]))
+
+
+@pytest.mark.parametrize(
+    ("top", "numbers"),
+    [(0.4, [1, 3]), (1.0, range(5)), (2, [1, 3]), (3, [1, 3, 4]), (99, range(5))],
+)
+def test_top_takes_a_share_or_a_number_and_ties_by_uid(
+    tmp_path: Path, top: float, numbers: list[int]
+) -> None:
+    """The two scores of 0.3 are 1's and 4's; in the order of uids 1 stands first."""
+    assert uid(1) < uid(4)
+    halves = {
+        "a": table([uid(i) for i in (4, 0)], [SCORES[i] for i in (4, 0)]),
+        "b": table([uid(i) for i in (3, 1, 2)], [SCORES[i] for i in (3, 1, 2)]),
+    }
+    found = _select(tmp_path, halves, Query(by=CLIP, top=top))
+    assert found.chosen == len(numbers)
+    assert np.array_equal(np.load(tmp_path / "subset.npy"), subset([uid(i) for i in numbers]))
+
+
+def test_a_share_is_of_what_the_condition_leaves(tmp_path: Path) -> None:
+    rows = table([uid(i) for i in range(5)], SCORES)
+    assert _select(tmp_path, {"a": rows}, Query(f"{CLIP} < 0.35", CLIP, 0.5)).chosen == 2
+
+
+@pytest.mark.parametrize(("top", "count"), [(0.29, 29), (0.57, 57), (0.001, 0), (1.0, 100)])
+def test_a_share_is_of_the_decimal_number(top: float, count: int) -> None:
+    assert Query(by="x", top=top).count(100) == count
+
+
+def test_missing_values_and_nan_fail_and_are_counted(tmp_path: Path) -> None:
+    """duckdb alone has NaN greater than every number."""
+    rows = table([uid(i) for i in range(4)], [math.nan, None, 0.5, 0.1])
+    found = _select(tmp_path, {"a": rows}, Query(f"{CLIP} >= 0.28"))
+    assert found == Selection(4, 2, 1, 0, 0, 1)
+    assert np.array_equal(np.load(tmp_path / "subset.npy"), subset([uid(2)]))
+
+
+def test_what_cannot_be_ranked_is_not_chosen(tmp_path: Path) -> None:
+    rows = table([uid(i) for i in range(4)], [math.nan, None, 0.5, 0.1])
+    found = _select(tmp_path, {"a": rows}, Query(by=CLIP, top=1.0))
+    assert found == Selection(4, 2, 2, 0, 0, 2)
+
+
+def test_a_uid_is_in_the_subset_once_and_counts_by_its_best_row(tmp_path: Path) -> None:
+    shards = {
+        "a": table([uid(0), uid(1), uid(1)], [0.1, 0.2, 0.9]),
+        "b": table([uid(0), uid(2)], [0.8, 0.3]),
+    }
+    found = _select(tmp_path, shards, Query(by=CLIP, top=2))
+    assert found == Selection(5, 0, 5, 0, 2, 2)
+    assert np.array_equal(np.load(tmp_path / "subset.npy"), subset([uid(0), uid(1)]))
+
+
+def test_uids_of_another_spelling_are_read_and_unusable_ones_counted(tmp_path: Path) -> None:
+    """As they stand in parquets without DataComp's names."""
+    rows = table(["AB", uid(1), None, "", "x", "0" * 33], [0.5] * 6)
+    found = _select(tmp_path, {"a": rows}, Query())
+    assert found == Selection(6, 0, 6, 4, 0, 2)
+    assert np.array_equal(np.load(tmp_path / "subset.npy"), subset(["ab".zfill(32), uid(1)]))
+
+
+def test_only_finished_shards_of_the_run_are_read(tmp_path: Path) -> None:
+    run, config = make_run(tmp_path, {"a": table([uid(0)], [0.5]), "b": None})
+    other = RunDir(tmp_path / "other")
+    other.create()
+    for stem in ("b", "foreign"):
+        finish(other, str(tmp_path / "out"), stem, table([uid(1)], [0.5]))
+    found = select(run, config, Query(), tmp_path / "subset.npy")
+    assert (found.rows, found.unfinished) == (1, 1)
+    assert np.array_equal(np.load(tmp_path / "subset.npy"), subset([uid(0)]))
+
+
+def test_shards_that_lack_what_the_last_submit_asked_for_are_not_read(tmp_path: Path) -> None:
+    run, config = make_run(tmp_path, {"a": table([uid(0)], [0.5]), "b": None})
+    finish(run, str(tmp_path / "out"), "b", table([uid(1)], [0.5]), of="an earlier submit's")
+    found = select(run, config, Query(), tmp_path / "subset.npy")
+    assert (found.rows, found.unfinished) == (1, 1)
+
+
+def test_shards_may_differ_in_types_and_columns(tmp_path: Path) -> None:
+    """A field that a shard has no value of is text there; an older shard may lack a column."""
+    old = table([uid(0)], [0.5]).drop_columns(["original_width"])
+    void = table([uid(1)], [0.5], original_width=pa.array([None], pa.string()))
+    empty = table([], []).drop_columns(["original_width"])
+    new = table([uid(2)], [0.5], original_width=[500])
+    shards = {"a": old, "b": void, "c": new, "d": empty}
+    assert _select(tmp_path, shards, Query("original_width > 200")) == Selection(3, 2, 1, 0, 0, 1)
+
+
+def _widths(folder: Path, group: int, *columns: pa.Array, by: str = "") -> Selection:
+    """What `original_width > 5` chooses of shards with these columns, read so many at once."""
+    shards = {
+        f"{i}": table([uid(10 * i + j) for j in range(len(c))], [0.5] * len(c), original_width=c)
+        for i, c in enumerate(columns)
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pools, "GROUP", group)
+        return _select(folder, shards, Query("original_width > 5", by, 1.0 if by else 0.0))
+
+
+@pytest.mark.parametrize("group", [1, 2, 256])
+@pytest.mark.parametrize("last", [0, 1])
+def test_the_widest_type_decides_and_not_the_newest_shards(
+    tmp_path: Path, group: int, last: int
+) -> None:
+    """5.4 is more than 5; cast to the integers of the other shard it is not."""
+    columns = [pa.array([5.4, 4.9, None]), pa.array([5, 6], pa.int64())]
+    found = _widths(tmp_path, group, *(columns if last else columns[::-1]))
+    assert (found.passed, found.chosen, found.undecided, found.notices) == (2, 2, 1, ())
+
+
+def test_float32_and_large_integers_meet_in_float64(tmp_path: Path) -> None:
+    numbers = [pa.array([5.5], pa.float32()), pa.array([2**24 + 1, 5], pa.int32())]
+    assert _widths(tmp_path, 1, *numbers).passed == 2
+    chosen = _select_by(tmp_path / "again", "original_width = 16777217", numbers)
+    assert chosen.passed == 1
+
+
+def _select_by(folder: Path, where: str, columns: list[pa.Array]) -> Selection:
+    folder.mkdir()
+    rows = {f"{i}": table([uid(i)], [0.5], original_width=c[:1]) for i, c in enumerate(columns)}
+    return _select(folder, rows, Query(where))
+
+
+@pytest.mark.parametrize("group", [1, 256])
+def test_integers_that_a_cast_rounds_are_told(tmp_path: Path, group: int) -> None:
+    columns = [pa.array([2**60 + 1, 7, None], pa.int64()), pa.array([0.5])]
+    found = _widths(tmp_path, group, *columns)
+    [notice] = found.notices
+    assert "1 integers of 'original_width' are beyond 2**53 and were rounded" in notice
+    assert found.passed == 2
+
+
+def test_numbers_that_are_text_elsewhere_are_told(tmp_path: Path) -> None:
+    columns = [pa.array(["n/a", "7"]), pa.array([6, 3], pa.int64()), pa.array([], pa.int64())]
+    with pytest.raises(ConfigError, match="VARCHAR"):
+        _widths(tmp_path, 2, *columns)
+    query = Query("TRY_CAST(original_width AS DOUBLE) > 5")
+    shards = {
+        f"{i}": table([uid(10 * i), uid(10 * i + 1)], [0.5] * 2, original_width=c)
+        for i, c in enumerate(columns[:2])
+    }
+    (tmp_path / "again").mkdir()
+    found = _select(tmp_path / "again", shards, query)
+    assert (found.passed, found.undecided) == (2, 1)
+    [notice] = found.notices
+    assert notice == (
+        "'original_width' is text in some shards and bigint in others; conditions see it as text"
+    )
+
+
+@pytest.mark.parametrize("folder", ["out[1]", "o?t", "*", "[a-z]", "o[[]1]"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_names_are_no_patterns(tmp_path: Path, folder: str, remote: bool) -> None:
+    """Each of these shards' names, taken for a pattern, matches the others' or nothing."""
+    names = ["?", "a", "*", "[ab]", "b", "part[1]", "part1"]
+    shards = {name: table([uid(i)], [0.5]) for i, name in enumerate(names)}
+    root = f"memory://{tmp_path.name}" if remote else str(tmp_path)
+    if not remote:
+        (tmp_path / folder).mkdir()
+    run, config = make_run(tmp_path, shards, url=f"{root}/{folder}")
+    try:
+        found = select(run, config, Query(), tmp_path / "subset.npy")
+    finally:
+        if remote:
+            fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+    assert (found.rows, found.passed, found.repeated, found.chosen) == (7, 7, 0, 7)
+
+
+def test_shards_are_read_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "GROUP", 2)
+    shards = {f"{i}": table([uid(i)], [0.5]) for i in range(5)}
+    told: list[tuple[int, int]] = []
+    run, config = make_run(tmp_path, shards)
+    found = select(run, config, Query(), tmp_path / "s.npy", lambda *n: told.append(n))
+    assert told == [(2, 5), (4, 5), (5, 5)]
+    assert found.chosen == 5
+
+
+def test_outputs_may_be_on_a_store(tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/out"
+    rows = table([uid(i) for i in range(5)], SCORES)
+    try:
+        assert _select(tmp_path, {"a": rows}, Query(by=CLIP, top=2), url=url).chosen == 2
+    finally:
+        fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+
+
+def test_outputs_may_be_on_s3(tmp_path: Path, bucket: s3.Server) -> None:
+    rows = table([uid(i) for i in range(5)], SCORES)
+    url = f"s3://bucket/{tmp_path.name}"
+    assert _select(tmp_path, {"a": rows, "b": None}, Query(by=CLIP, top=2), url=url).chosen == 2
+
+
+def test_odd_names_of_files_and_columns(tmp_path: Path) -> None:
+    column = 'my "score", 100%'
+    rows = table([uid(0), uid(1)], [0.5, 0.6], **{column: [1.0, 2.0]})
+    query = Query('"my ""score"", 100%" > 1', by=column, top=1.0)
+    assert _select(tmp_path, {"it's [ä]": rows}, query).chosen == 1
+
+
+def test_nothing_chosen_leaves_an_older_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "subset.npy").write_bytes(b"older")
+    assert _select(tmp_path, {"a": table([uid(0)], [0.5])}, Query(f"{CLIP} > 1")).chosen == 0
+    assert (tmp_path / "subset.npy").read_bytes() == b"older"
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        (Query("clip_l14_similarity >= 0.28"), f"unknown column .*did you mean '{CLIP}'"),
+        (Query("original_width >="), "--where.*original_width >=.*syntax error"),
+        (Query("1 = 1); DROP TABLE kept; SELECT (1"), "--where.*Parser Error"),
+        (Query("true; SELECT 1"), "--where.*Parser Error"),
+        (Query("key > 3"), "--where.*VARCHAR"),
+        (Query("count(*) > 1"), "--where.*aggregates"),
+        (Query("regexp_matches(key, '[')"), "--where.*missing \\]"),
+        (Query("('x' || key)::INTEGER = 1"), "--where.*Conversion Error"),
+        (Query("(SELECT count(*) FROM read_csv('/etc/passwd')) > 0"), "--where.*Permission"),
+        (Query(by="clip", top=0.3), f"--by: found 'clip', no column of numbers.*{CLIP}"),
+        (Query(by="key", top=0.3), "--by: found 'key', no column of numbers"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_in_a_line(
+    tmp_path: Path, query: Query, says: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        _select(tmp_path, {"a": table([uid(0)], [0.5])}, query)
+    assert len(raised.value.mistakes) == 1
+    assert re.search(says, raised.value.mistakes[0])
+    assert "\n" not in raised.value.mistakes[0]
+    assert not (tmp_path / "subset.npy").exists()
+
+
+def test_a_run_without_uids_has_no_subset(tmp_path: Path) -> None:
+    rows = table([uid(0)], [0.5]).drop_columns(["uid"])
+    with pytest.raises(ConfigError, match="name `uid` in additional_fields"):
+        _select(tmp_path, {"a": rows}, Query())
+
+
+def test_a_run_without_finished_shards_has_no_subset(tmp_path: Path) -> None:
+    with pytest.raises(D2MError, match="no finished shard has rows; `d2m status` says"):
+        _select(tmp_path, {"a": None, "b": table([], [])}, Query())
+
+
+def test_a_damaged_parquet_is_not_the_conditions_fault(tmp_path: Path) -> None:
+    run, config = make_run(tmp_path, {s: table([uid(0)], [0.5]) for s in "ab"})
+    (tmp_path / "out" / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(D2MError, match=r"out cannot be read: .*a\.parquet.*`d2m verify`") as raised:
+        select(run, config, Query(), tmp_path / "subset.npy")
+    assert not isinstance(raised.value, ConfigError)
+    (tmp_path / "out" / "a.parquet").unlink()
+    with pytest.raises(
+        D2MError,
+        match=r"out: the parquets of 1 finished shards are missing \(a\); see `d2m verify`",
+    ):
+        select(run, config, Query(), tmp_path / "subset.npy")

@@ -1,0 +1,287 @@
+"""The parts of `d2m report`, each alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from kit import jpeg, sample, write_tar
+from PIL import Image, UnidentifiedImageError
+
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.watch.page import charts, columns, sheet, values
+from d2m_hpc.watch.page.history import cumulative, rate
+from d2m_hpc.watch.page.markup import element, text
+
+finite = st.floats(-1e12, 1e12, allow_nan=False)
+
+
+class TestMarkup:
+    def test_what_is_put_in_is_escaped_once(self) -> None:
+        inner = element("b", "<i> & \"'")
+        assert inner == "<b>&lt;i&gt; &amp; &quot;&#x27;</b>"
+        assert element("p", inner, title='"<') == f'<p title="&quot;&lt;">{inner}</p>'
+
+    def test_no_text_keeps_html_from_being_written(self) -> None:
+        odd = "a\x00\x1b[31m\ud83d\udcffb \u202e \U0001f415"
+        assert text(odd) == "a\ufffd\ufffd[31m\ufffd\ufffdb \u202e \U0001f415"
+        assert text(odd).encode()
+
+    def test_attributes(self) -> None:
+        made = element("td", class_="a", aria_label="b", tabindex=0, hidden=True, x=None, y=False)
+        assert made == '<td class="a" aria-label="b" tabindex="0" hidden></td>'
+
+
+class TestCharts:
+    @given(finite, finite)
+    def test_steps_are_round_few_and_within(self, one: float, other: float) -> None:
+        low, high = sorted((one, other))
+        assume(high - low > 1e-9 * max(abs(low), abs(high)))
+        marks = charts.steps(low, high)
+        slack = (high - low) * 1e-6
+        assert 1 <= len(marks) <= 6
+        assert all(low - slack <= m <= high + slack for m in marks)
+
+    def test_steps_of_a_range(self) -> None:
+        assert charts.steps(0, 8.7) == [0, 2, 4, 6, 8]
+        assert charts.steps(0.12, 0.19) == pytest.approx([0.12, 0.14, 0.16, 0.18])
+
+    @pytest.mark.parametrize(
+        ("seconds", "unit", "last"),
+        [
+            (100, "seconds", "100"),
+            (1800, "minutes", "30"),
+            (9 * 3600, "hours", "8"),
+            (10 * 86400, "days", "10"),
+        ],
+    )
+    def test_time_is_told_in_the_unit_that_suits_it(
+        self, seconds: float, unit: str, last: str
+    ) -> None:
+        axis = charts.time_axis(seconds, "then")
+        assert axis.title == f"{unit} since then"
+        assert axis.ticks[-1][1] == last
+        assert axis.share(seconds) == 1.0
+
+    def test_a_skewed_histogram_counts_in_powers_of_ten(self) -> None:
+        values = np.concatenate([np.zeros(10_000), np.linspace(0, 1, 40)])
+        drawn = charts.histogram(values, "value", "x")
+        assert "each line ten times the one below" in drawn
+        assert re.findall(r'class="y" [^>]*>([\d,]+)', drawn) == [
+            "1",
+            "10",
+            "100",
+            "1,000",
+            "10,000",
+        ]
+        even = charts.histogram(np.linspace(0, 1, 400), "value", "x")
+        assert "each line ten times" not in even
+
+    @given(st.lists(finite, min_size=2, max_size=50))
+    def test_a_histogram_counts_every_value_in_its_bar(self, values: list[float]) -> None:
+        drawn = charts.histogram(np.array(values), "value", "x")
+        counts = re.findall(r": ([\d,]+)</title>", drawn)
+        assert sum(int(n.replace(",", "")) for n in counts) == len(values)
+        edges = re.findall(r'<rect x="([\d.]+)" y="([\d.-]+)" width="([\d.]+)"', drawn)
+        assert all(0 <= float(x) <= 1000 and float(x) + float(w) <= 1001 for x, _, w in edges)
+
+
+class TestHistory:
+    def test_times_that_have_come(self) -> None:
+        at = np.array([0.0, 1.0, 2.5, 9.0])
+        assert cumulative([3.0, 1.0, 2.0], at).tolist() == [0, 1, 2, 3]
+
+    def test_rows_a_second_are_spread_over_the_time_that_they_took(self) -> None:
+        started, finished = np.array([0.0, 1.0]), np.array([4.0, 3.0])
+        pace = rate(started, finished, np.array([8.0, 20.0]), np.arange(6.0))
+        assert pace == pytest.approx([2, 12, 12, 2, 0])
+
+    def test_no_rows_are_lost_of_shards_that_took_no_time(self) -> None:
+        generator = np.random.default_rng(0)
+        started = generator.uniform(0, 100, 1000)
+        finished = started + generator.choice([0.0, 3.0, 30.0], 1000)
+        rows = generator.integers(0, 1000, 1000).astype(float)
+        edges = np.linspace(0, 131, 61)
+        pace = rate(started, finished, rows, edges)
+        assert (pace * np.diff(edges)).sum() == pytest.approx(rows.sum())
+
+
+KINDS: dict[str, tuple[pa.Array, str, list[float]]] = {
+    "float": (pa.array([0.5, None, float("nan")], pa.float32()), "number", [0.5]),
+    "huge": (pa.array([1e308, -1e200, 3.0]), "number", [3.0]),
+    "integer": (pa.array([1, -2, 2**40]), "number", [1, -2, 2**40]),
+    "boxes": (
+        pa.array([[], [[0.0] * 4] * 3, None], pa.list_(pa.list_(pa.float32()))),
+        "list",
+        [0, 3],
+    ),
+    "text": (pa.array(["", "\U0001f415ab", None]), "text", [0, 3]),
+    "truth": (pa.array([True, False, True]), "truth", []),
+    "hash": (pa.array([1, 2**63, 3], pa.uint64()), "other", []),
+    "object": (pa.array([{"a": 1}, None, {"a": 2}]), "other", []),
+}
+
+
+class TestColumns:
+    def _write(self, folder: Path, stem: str, **values: Any) -> None:
+        count = len(next(iter(values.values())))
+        table = pa.table({"key": [str(i) for i in range(count)], **values})
+        pq.write_table(table, folder / f"{stem}.parquet")
+
+    @pytest.mark.parametrize("name", KINDS)
+    def test_values_of_a_type(self, name: str, tmp_path: Path) -> None:
+        array, kind, expected = KINDS[name]
+        self._write(tmp_path, "a", x=array)
+        [column] = columns.sample(OutputDir(str(tmp_path)), ["a"]).columns
+        assert (column.name, column.kind, column.values.tolist()) == ("x", kind, expected)
+        assert (column.rows, column.missing) == (3 - array.null_count, array.null_count)
+
+    def test_few_texts_that_come_again_are_categories(self, tmp_path: Path) -> None:
+        self._write(tmp_path, "a", x=["en"] * 50 + ["de"] * 3, y=[str(i) for i in range(53)])
+        self._write(tmp_path, "b", x=["en"] * 5 + [None] * 3, y=["z"] * 8)
+        x, y = columns.sample(OutputDir(str(tmp_path)), ["a", "b"]).columns
+        assert (x.is_category, x.categories, x.missing) == (True, {"en": 55, "de": 3}, 3)
+        assert (y.is_category, len(y.values)) == (False, 61)
+
+    def test_a_column_without_values_in_one_shard_is_one_column(self, tmp_path: Path) -> None:
+        for stem, held in (
+            ("a", pa.array([1.5, 2.5])),
+            ("b", pa.array([None, None], pa.string())),
+        ):
+            self._write(tmp_path, stem, x=held)
+        [x] = columns.sample(OutputDir(str(tmp_path)), ["a", "b"]).columns
+        assert (x.kind, x.rows, x.missing) == ("number", 2, 2)
+
+    def test_a_sample_reads_no_more_than_it_says(self, tmp_path: Path) -> None:
+        stems = [f"{i:03d}" for i in range(20)]
+        for stem in stems:
+            self._write(tmp_path, stem, x=[float(stem)])
+        found = columns.sample(OutputDir(str(tmp_path)), stems, most=5)
+        assert (len(found.shards), found.of) == (5, 20)
+        assert sorted(found.columns[0].values) == sorted(float(s) for s in found.shards)
+        assert columns.sample(OutputDir(str(tmp_path)), stems, most=5).shards == found.shards
+
+
+def _image(data: bytes, max_pixels: int = 10**6) -> Image.Image:
+    url = sheet.thumbnail(data, max_pixels)
+    assert url.startswith("data:image/jpeg;base64,")
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("numbers", "told"),
+        [
+            ([3.0, 3.0], "value: 3 in all 2 rows"),
+            ([1.0, 1.0 + 1e-15], "1 to 1, median 1, middle half 1 to 1"),
+            ([0.0, 5e-324], "0 to 4.94e-324"),
+            ([1e308, float("inf"), 3.0], "value: 3 in all 1 rows, 2 not finite or over 1e+100"),
+        ],
+    )
+    def test_odd_numbers_of_strangers_have_a_card(self, numbers: list[float], told: str) -> None:
+        column = columns.Column("x", "number", "double")
+        column.add(pa.chunked_array([numbers]))
+        assert told in values._card(column)
+
+
+class TestSheet:
+    def test_a_thumbnail_is_small_and_not_turned_by_its_exif(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # orientation: turn by 90 degrees
+        wide = Image.new("RGB", (800, 400), "red")
+        assert _image(_saved(wide, "JPEG", exif=exif)).size == (sheet.SIDE, sheet.SIDE // 2)
+
+    @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "I;16", "1"])
+    def test_pictures_of_all_modes_become_jpegs(self, mode: str) -> None:
+        assert _image(_saved(Image.new(mode, (30, 20)), "PNG")).mode == "RGB"
+
+    def test_a_picture_over_the_limit_is_not_decoded(self) -> None:
+        with pytest.raises(ValueError, match="40x30 pixels, over max_image_pixels"):
+            sheet.thumbnail(jpeg(size=(40, 30)), max_pixels=1199)
+
+    def test_postscript_is_not_run(self) -> None:
+        with pytest.raises(UnidentifiedImageError, match=r"^its format is not known$"):
+            sheet.thumbnail(_saved(Image.new("RGB", (9, 9)), "EPS"), 10**6)
+
+    def test_the_default_score_is_the_first_number_asked_for(self) -> None:
+        made = [
+            columns.Column("face-boxes", "list", "list", rows=1),
+            columns.Column("b", "number", "float", rows=1),
+            columns.Column("a", "number", "float", rows=1),
+        ]
+        assert sheet.choose_score(made, None, ["face-boxes", "a", "b"]) == "a"
+        assert sheet.choose_score(made, "face-boxes", ["a"]) == "face-boxes"
+        assert sheet.choose_score([], None, ["a"]) == ""
+        with pytest.raises(ConfigError, match="none, as no shard is done"):
+            sheet.choose_score([], "a", ["a"])
+
+    def _made(
+        self, folder: Path, url: str, size: int | None = None, more: Sequence[Shard] = ()
+    ) -> sheet.Sheet:
+        keys = [f"k{i}" for i in range(6)]
+        table = pa.table({"key": keys, "score": [0.1 * i for i in range(6)]})
+        pq.write_table(table, folder / "a.parquet")
+        output = OutputDir(str(folder))
+        return sheet.make(output, [Shard("a", url, size), *more], "score", 1, 10**6)
+
+    def _tar(self, folder: Path) -> Path:
+        members = {n: d for i in range(6) for n, d in sample(f"k{i}", i).items()}
+        return write_tar(folder / "a.tar", members)
+
+    @pytest.mark.parametrize("before", ["", "file://", "pipe:cat "])
+    def test_tars_are_read_wherever_they_are(self, before: str, tmp_path: Path) -> None:
+        made = self._made(tmp_path, f"{before}{self._tar(tmp_path)}")
+        samples = [s for end in sheet.ENDS for s in made.ends[end]]
+        assert [(s.key, s.caption) for s in samples] == [
+            (f"k{i}", f"caption {i}") for i in (0, 2, 5)
+        ]
+        assert all(s.picture and not s.fault for s in samples)
+
+    def test_large_remote_tars_are_left_alone(self, tmp_path: Path) -> None:
+        made = self._made(tmp_path, "s3://no/such.tar", size=sheet.REMOTE_BYTES + 1)
+        assert (made.shards, made.notes) == (
+            0,
+            ["The tars are remote, and of more than 512 MiB: none was read."],
+        )
+
+    def test_what_stands_before_a_cut_is_shown(self, tmp_path: Path) -> None:
+        path = self._tar(tmp_path)
+        path.write_bytes(path.read_bytes().partition(b"k4.jpg")[0])
+        made = self._made(tmp_path, str(path))
+        assert made.ends["lowest"][0].picture
+        assert made.ends["highest"][0].fault == "is not in the tar any more"
+
+    def test_no_sample_is_shown_twice(self) -> None:
+        rows = [sheet.Sample("a", str(i), float(i)) for i in range(5)]
+        ends = sheet._pick(rows, each=8)
+        assert [[s.key for s in ends[e]] for e in sheet.ENDS] == [["0"], ["2"], ["4"]]
+
+    def test_shards_that_have_no_such_column_yet_are_left_out(self, tmp_path: Path) -> None:
+        tar = self._tar(tmp_path)
+        pq.write_table(pa.table({"key": ["x"]}), tmp_path / "b.parquet")
+        made = self._made(tmp_path, str(tar), more=[Shard("b", str(tar))])
+        assert {s.stem for samples in made.ends.values() for s in samples} == {"a"}
+
+    def test_a_shard_that_is_gone_meanwhile_is_said_so(self, tmp_path: Path) -> None:
+        tar = self._tar(tmp_path)
+        made = self._made(tmp_path, str(tar), more=[Shard("gone", str(tar))])
+        assert [n.partition(":")[0] for n in made.notes] == ["gone could not be read"]
+        assert all(made.ends.values())

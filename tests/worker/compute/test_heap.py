@@ -1,0 +1,42 @@
+"""Free memory between what is held goes back to the system, and nothing else changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCK, BLOCKS = 1 << 20, 300
+FRAGMENTED = f"""
+from d2m_hpc.worker.compute.heap import Heap, _resident
+del [bytearray(30 << 20)][:]  # from now on, smaller blocks share the heap
+heap = Heap(growth={{growth}}, pause={{pause}})
+heap.tidy()
+held, large = [], []
+for _ in range({BLOCKS}):
+    large.append(bytearray({BLOCK}))
+    large[-1][::4096] = bytes({BLOCK} // 4096)
+    held.append(bytearray(b"y" * 2000))
+full = _resident()
+del large
+before = _resident()
+heap.tidy()
+heap.tidy()
+assert all(block == b"y" * 2000 for block in held)
+print((full - before) >> 20, (full - _resident()) >> 20)
+"""
+
+
+@pytest.mark.parametrize(
+    ("growth", "pause", "given_back"), [(64 << 20, 0.0, 1), (1 << 30, 0.0, 0), (64 << 20, 60.0, 0)]
+)
+def test_gaps_are_given_back_where_a_process_has_grown(
+    growth: int, pause: float, given_back: int
+) -> None:
+    code = FRAGMENTED.format(growth=growth, pause=pause)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    freed, tidied = map(int, done.stdout.split())
+    assert freed < 30  # the C library keeps it
+    assert (tidied > 250) == bool(given_back)

@@ -1,0 +1,278 @@
+"""Members to raw inputs: PIL's pixels to the bit, and a reason for whatever cannot be used."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+import zlib
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from kit import SHARDS, jpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from d2m_hpc.models.preprocessors import Rejected
+from d2m_hpc.worker.read import decode
+
+LIMIT = 10_000_000
+
+
+def members(shard: str, *suffixes: str) -> dict[str, bytes]:
+    found = {}
+    with tarfile.open(SHARDS / shard) as tar:
+        for member in tar:
+            if member.name.endswith(suffixes):
+                file = tar.extractfile(member)
+                assert file is not None
+                found[member.name] = file.read()
+    return found
+
+
+ODD = members("odd.tar", *(f".{e}" for e in decode.EXTENSIONS["image"]))
+BAD = members("bad.tar", "")
+
+
+def by_pil(data: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image.convert("RGB"))
+
+
+def assert_pils_pixels(data: bytes) -> None:
+    """Both forms of a picture hold what PIL decodes."""
+    picture, expected = decode.image(data, LIMIT), by_pil(data)
+    assert picture.size == (expected.shape[1], expected.shape[0])
+    np.testing.assert_array_equal(picture.tensor.permute(1, 2, 0).numpy(), expected)
+    assert picture.pil.mode == "RGB"
+    np.testing.assert_array_equal(np.array(decode.image(data, LIMIT).pil), expected)
+
+
+def saved(mode: str, kind: str, **options: Any) -> bytes:
+    pixels = np.random.default_rng(7).integers(0, 256, (5, 9, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels) if mode == "RGBA" else Image.fromarray(pixels[..., :3])
+    buffer = io.BytesIO()
+    image.resize((67, 43), Image.Resampling.BICUBIC).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+# --- pixels ---
+
+
+def test_the_odd_shard_has_all_its_images() -> None:
+    assert len(ODD) == 20
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_images_are_pils(name: str) -> None:
+    assert_pils_pixels(ODD[name])
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("quality", [5, 75, 100])
+def test_jpegs_of_any_kind_are_pils(subsampling: str, progressive: bool, quality: int) -> None:
+    options = {"subsampling": subsampling, "progressive": progressive, "quality": quality}
+    assert_pils_pixels(saved("RGB", "JPEG", **options))
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("L", {}),
+        ("L", {"progressive": True}),
+        ("CMYK", {}),
+        ("CMYK", {"progressive": True}),
+        ("RGB", {"keep_rgb": True}),
+        ("RGB", {"restart_marker_rows": 1}),
+        ("RGB", {"optimize": True, "comment": b"x" * 9000}),
+    ],
+)
+def test_jpegs_of_other_colours_and_markers_are_pils(mode: str, options: dict[str, Any]) -> None:
+    assert_pils_pixels(saved(mode, "JPEG", **options))
+
+
+KINDS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+UNWRITABLE = {("1", "JPEG2000"), ("P", "JPEG2000"), ("P", "PPM")}
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), sorted(set(product(("1", "L", "P", "RGB", "RGBA"), KINDS)) - UNWRITABLE)
+)
+def test_other_formats_are_pils(mode: str, kind: str) -> None:
+    assert_pils_pixels(saved(mode, kind))
+
+
+def test_deep_and_transparent_pngs_are_pils() -> None:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(3).integers(0, 2**16, (9, 7), dtype=np.uint16)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    with Image.open(buffer) as deep:
+        assert deep.mode == "I;16"
+    assert_pils_pixels(buffer.getvalue())
+    assert_pils_pixels(saved("LA", "PNG"))
+
+
+def test_orientation_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved("RGB", "JPEG", exif=exif)
+    assert decode.image(data, LIMIT).size == (67, 43)
+    assert_pils_pixels(data)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_cut_anywhere_is_pils_or_rejected(progressive: bool) -> None:
+    data = saved("RGB", "JPEG", progressive=progressive)
+    decoded = 0
+    for size in range(1, len(data), 7):
+        try:
+            decode.image(data[:size], LIMIT)
+        except Rejected:
+            with pytest.raises((OSError, SyntaxError, ValueError)):
+                by_pil(data[:size])
+            continue
+        assert_pils_pixels(data[:size])
+        decoded += 1
+    assert decoded > 20
+
+
+def test_a_jpeg_with_flipped_bytes_is_pils_or_rejected() -> None:
+    data, random = saved("RGB", "JPEG", quality=60), np.random.default_rng(5)
+    decoded = 0
+    for _ in range(150):
+        broken = bytearray(data)
+        broken[random.integers(2, len(data))] ^= int(random.integers(1, 256))
+        try:
+            decode.image(bytes(broken), LIMIT)
+        except Rejected:
+            continue
+        assert_pils_pixels(bytes(broken))
+        decoded += 1
+    assert decoded > 75
+
+
+def test_bytes_after_an_image_do_not_matter() -> None:
+    assert_pils_pixels(jpeg(1) + b"tail" * 100)
+    assert_pils_pixels(saved("RGB", "PNG") + b"tail" * 100)
+
+
+# --- rejections ---
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that ends where its pixels should begin."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 10) + b"IDAT"
+
+
+def jpeg_header(width: int, height: int) -> bytes:
+    """A JPEG that claims another size than it has."""
+    data = bytearray(jpeg(1))
+    start = data.index(b"\xff\xc0") + 5
+    data[start : start + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("make", [png_header, jpeg_header])
+def test_too_many_pixels_are_rejected_by_the_header_alone(make: Any) -> None:
+    why = r"60000x50000 pixels, over max_image_pixels \(10000000\)"
+    with pytest.raises(Rejected, match=why):
+        decode.image(make(60000, 50000), LIMIT)
+
+
+def test_the_bomb_is_rejected_by_its_header() -> None:
+    with pytest.raises(Rejected, match="over max_image_pixels"):
+        decode.image(BAD["bomb.png"], 178_956_970)
+    with pytest.raises(Rejected, match="over max_image_pixels"):
+        decode.image(BAD["bomb.png"][:200], 178_956_970)
+
+
+@pytest.mark.parametrize("data", [saved("RGB", "JPEG"), saved("CMYK", "JPEG"), saved("P", "PNG")])
+def test_the_limit_itself_is_allowed(data: bytes) -> None:
+    assert decode.image(data, 67 * 43).size == (67, 43)
+    with pytest.raises(Rejected, match="67x43"):
+        decode.image(data, 67 * 43 - 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "the image file is empty"),
+        (BAD["zero.jpg"], "the image file is empty"),
+        (BAD["garbage.jpg"], "cannot be decoded"),
+        (BAD["header-only.jpg"], "cannot be decoded"),
+        (b"\xff\xd8", "cannot be decoded"),
+        (b"<html>not found</html>", "cannot be decoded: its format is not known"),
+        (b"\x89PNG\r\n\x1a\n", "cannot be decoded"),
+    ],
+)
+def test_what_is_no_image_is_rejected_with_a_reason(data: bytes, why: str) -> None:
+    with pytest.raises(Rejected, match=why) as raised:
+        decode.image(data, LIMIT)
+    assert "0x" not in str(raised.value)
+
+
+def test_postscript_is_never_run() -> None:
+    """PIL would hand it to Ghostscript: a program of a stranger's."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with Image.open(io.BytesIO(eps)) as opened:
+        assert opened.format == "EPS"
+    with pytest.raises(Rejected, match="its format is not known"):
+        decode.image(eps, LIMIT)
+
+
+def test_text_is_utf8_as_it_stands() -> None:
+    assert decode.text(" döner\r\n☃\0".encode()) == " döner\r\n☃\0"
+    assert decode.text(b"") == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"caf\xe9", "at byte 3"),
+        (b"\xff", "at byte 0"),
+        (b"\xed\xa0\x80", "at byte 0"),
+        (BAD["latin1.txt"], "not UTF-8"),
+    ],
+)
+def test_text_of_another_encoding_is_rejected(data: bytes, why: str) -> None:
+    with pytest.raises(Rejected, match=why):
+        decode.text(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "values"),
+    [
+        (b'{"a": [1, null]}', {"a": [1, None]}),
+        (b"{}", {}),
+        ('{"ü": "☃"}'.encode(), {"ü": "☃"}),
+        (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+        (b'{"a": "\\ud83d\\ude00"}', {"a": "\U0001f600"}),
+    ],
+)
+def test_objects_are_read(data: bytes, values: dict[str, Any]) -> None:
+    assert decode.json_object(data) == values
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "cannot be parsed"),
+        (b"{", "cannot be parsed"),
+        (BAD["bad-json.json"], "cannot be parsed"),
+        (b'{"a": "\xe9"}', "cannot be parsed"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be parsed"),
+        (b"[" * 100_000, "cannot be parsed"),
+        (b'{"a":' * 100_000, "cannot be parsed"),
+        (b"[]", "holds list, not an object"),
+        (b"null", "holds NoneType, not an object"),
+        (b'"text"', "holds str, not an object"),
+    ],
+)
+def test_what_is_no_object_is_rejected_with_a_reason(data: bytes, why: str) -> None:
+    with pytest.raises(Rejected, match=why):
+        decode.json_object(data)

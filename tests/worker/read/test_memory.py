@@ -1,0 +1,189 @@
+"""Memory of batches that are done with holds the next ones, and never two at once."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2m_hpc.worker.batch import collate
+from d2m_hpc.worker.read.memory import SIZES, Budget, Held, Reused
+
+ROWS = 4
+
+
+def batch(memory: Reused, value: int, rows: int = ROWS, width: int = 1000) -> Tensor:
+    made = collate([torch.full((width,), value)] * rows, memory)
+    assert isinstance(made, Tensor)
+    assert made.shape == (rows, width)
+    return made
+
+
+def test_a_batch_lies_where_one_lay_that_nobody_holds() -> None:
+    memory = Reused(ROWS)
+    first = batch(memory, 1)
+    where = first.data_ptr()
+    del first
+    assert batch(memory, 2).data_ptr() == where
+
+
+def test_a_batch_that_is_held_keeps_its_memory() -> None:
+    memory = Reused(ROWS)
+    first, second = batch(memory, 1), batch(memory, 2)
+    assert (first == 1).all()
+    assert (second == 2).all()
+
+
+@pytest.mark.parametrize(
+    "part", [lambda b: b[1:], lambda b: b.T, lambda b: b.view(torch.int32), lambda b: b.numpy()]
+)
+def test_any_part_of_a_batch_holds_it(part: object) -> None:
+    memory = Reused(ROWS)
+    assert callable(part)
+    kept = part(batch(memory, 1))
+    expected = kept.tolist()
+    gc.collect()
+    others = [batch(memory, 2) for _ in range(3)]
+    assert kept.tolist() == expected
+    assert len({other.data_ptr() for other in others}) == 3
+
+
+def test_a_shards_last_batch_takes_the_memory_of_a_whole_one() -> None:
+    memory = Reused(ROWS)
+    where = batch(memory, 1).data_ptr()
+    short = batch(memory, 2, rows=3)
+    assert short.data_ptr() == where
+    assert (short == 2).all()
+    del short
+    assert batch(memory, 3).data_ptr() == where
+
+
+def test_a_bound_far_above_what_comes_takes_no_memory() -> None:
+    memory = Reused(10**19)
+    tracemalloc.start()
+    try:
+        first = batch(memory, 1, rows=2)
+        larger = batch(memory, 2, rows=3)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (first == 1).all()
+    assert (larger == 2).all()
+    assert held < 6 * 8 * 1000
+
+
+def test_batches_of_other_types_and_shapes_come_out_right() -> None:
+    memory = Reused(ROWS)
+    for dtype in (torch.uint8, torch.float32, torch.bool, torch.float16, torch.int64):
+        for shape in ((), (3,), (2, 0), (3, 5, 7)):
+            samples = [torch.ones(shape, dtype=dtype) * i for i in range(ROWS)]
+            assert torch.equal(collate(samples, memory), torch.stack(samples))
+
+
+def test_shapes_that_always_change_do_not_fill_the_memory() -> None:
+    """Batches of one picture, each of its own size."""
+    memory = Reused(1)
+    tracemalloc.start()
+    try:
+        for width in range(100_000, 100_100):
+            batch(memory, 1, rows=1, width=width)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < (SIZES + 1) * 8 * 100_100
+
+
+def test_memory_outlives_whoever_gave_it() -> None:
+    memory = Reused(ROWS)
+    first = batch(memory, 1)
+    del memory
+    gc.collect()
+    assert (first == 1).all()
+
+
+def _until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_threads_hold_no_more_than_the_budget_together() -> None:
+    budget, lock = Budget(10), threading.Lock()
+    now = most = 0
+
+    def work(amount: int) -> None:
+        nonlocal now, most
+        with Held(budget) as held:
+            held.need(amount)
+            with lock:
+                now += min(amount, 10)
+                most = max(most, now)
+            time.sleep(0.0005)
+            with lock:
+                now -= min(amount, 10)
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(work, [1, 4, 7, 30, 3, 10, 2, 6] * 25))
+    assert now == 0
+    assert 7 < most <= 10
+    assert budget.take(10) == 10
+
+
+def test_who_wants_much_is_not_passed_by_for_ever() -> None:
+    budget = Budget(10)
+    taken: list[str] = []
+    budget.take(6)
+
+    def take(name: str, amount: int) -> None:
+        budget.take(amount)
+        taken.append(name)
+
+    large = threading.Thread(target=take, args=("large", 9))
+    large.start()
+    _until(lambda: len(budget._waiting) == 1)
+    small = threading.Thread(target=take, args=("small", 1))  # there would be room for it
+    small.start()
+    _until(lambda: len(budget._waiting) == 2)
+    assert taken == []
+    budget.give(6)
+    large.join(30)
+    small.join(30)
+    assert sorted(taken) == ["large", "small"]
+
+
+def test_a_sample_that_needs_more_gives_back_what_it_holds_first() -> None:
+    """Two that each hold half and wait for the rest would wait for ever."""
+    budget, met = Budget(10), threading.Barrier(2, timeout=30)
+
+    def work() -> None:
+        with Held(budget) as held:
+            held.need(5)
+            met.wait()
+            held.need(8)
+            held.need(3)
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(work) for _ in range(2)]:
+            future.result(timeout=30)
+    assert budget.take(10) == 10
+
+
+def test_an_error_gives_back_what_was_held() -> None:
+    budget = Budget(3)
+
+    def work() -> None:
+        with Held(budget) as held:
+            held.need(2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    assert budget.take(3) == 3

@@ -1,0 +1,161 @@
+"""What a sample's JSON and text become under DataComp's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kit import write_tar
+from PIL import Image, ImageFile
+
+from d2m_hpc import config as configs
+from d2m_hpc.models import formats
+from d2m_hpc.models.preprocessors import PREPROCESSORS, Rejected
+from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read.memory import Budget
+from d2m_hpc.worker.read.prepare import Ready, Recipe, prepare
+from d2m_hpc.worker.read.shard import Archive
+
+UID = "0" * 28 + "00ab"
+
+
+def _prepared(
+    folder: Path, values: dict[str, Any], text: bytes | None = b"of the txt", **more: Any
+) -> dict[str, Any] | str:
+    """The fields of one sample, or why it is rejected."""
+    members = {"a.json": json.dumps(values).encode()} | ({"a.txt": text} if text else {})
+    config = configs.Config(
+        models=["text-stats"],
+        input_tars=["unused"],
+        output_metadata_dir="unused",
+        **{"additional_fields": ["uid"], "use_datacomp_keys": True, **more},
+    )
+    recipe = Recipe.of(config, {})
+    with closing(Archive(write_tar(folder / "a.tar", members))) as archive:
+        (sample,) = archive.index()
+        made = prepare(sample, archive, recipe)
+    if isinstance(made, Rejection):
+        return made.reason
+    assert isinstance(made, Ready)
+    return dict(zip(recipe.fields, made.fields, strict=True))
+
+
+def test_text_is_the_caption(tmp_path: Path) -> None:
+    assert _prepared(tmp_path, {"uid": UID, "caption": "of the JSON"}) == {
+        "uid": UID,
+        "text": "of the JSON",
+    }
+
+
+@pytest.mark.parametrize("caption", [{}, {"caption": None}, {"caption": 7}])
+def test_text_is_the_txts_where_there_is_no_caption(
+    tmp_path: Path, caption: dict[str, Any]
+) -> None:
+    assert _prepared(tmp_path, {"uid": UID, **caption}) == {"uid": UID, "text": "of the txt"}
+
+
+def test_an_empty_caption_is_a_text(tmp_path: Path) -> None:
+    assert _prepared(tmp_path, {"uid": UID, "caption": ""}, text=None) == {"uid": UID, "text": ""}
+
+
+def test_a_sample_without_any_text_is_rejected(tmp_path: Path) -> None:
+    reason = _prepared(tmp_path, {"uid": UID, "caption": None}, text=None)
+    assert reason == "no text (txt); it has json"
+
+
+def test_text_is_there_once_and_beside_the_caption(tmp_path: Path) -> None:
+    fields = _prepared(
+        tmp_path, {"caption": "c", "text": "t"}, additional_fields=["text", "caption"]
+    )
+    assert fields == {"text": "c", "caption": "c"}
+    assert list(fields) == ["text", "caption"]
+
+
+def test_without_datacomps_names_nothing_is_added_or_changed(tmp_path: Path) -> None:
+    values = {"uid": "AB", "caption": "c"}
+    assert _prepared(tmp_path, values, use_datacomp_keys=False) == {"uid": "AB"}
+
+
+@pytest.mark.parametrize(
+    ("uid", "normal"),
+    [("ab", UID), ("AB", UID), (UID, UID), ("F" * 32, "f" * 32)],
+)
+def test_a_uid_is_32_lower_case_digits(tmp_path: Path, uid: str, normal: str) -> None:
+    fields = _prepared(tmp_path, {"uid": uid})
+    assert isinstance(fields, dict)
+    assert fields["uid"] == normal
+
+
+@pytest.mark.parametrize("uid", [None, "", 171, "0" * 33, "xyz", "0xab", "ab\n", "a b"])
+def test_a_sample_without_a_usable_uid_is_rejected(tmp_path: Path, uid: Any) -> None:
+    reason = _prepared(tmp_path, {"uid": uid})
+    assert reason == f"no usable uid: found {str(uid)!r}, valid are up to 32 hex digits"
+
+
+def test_a_uid_that_nobody_asked_for_is_not_looked_at(tmp_path: Path) -> None:
+    assert _prepared(tmp_path, {}, additional_fields=[]) == {"text": "of the txt"}
+
+
+def _picture(kind: str, size: tuple[int, int] = (300, 200), mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, 90).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_threads_decode_no_more_at_a_time_than_the_budget_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight threads, and room for three of these pictures."""
+    lock, real = threading.Lock(), ImageFile.ImageFile.load
+    now, seen = 0, []
+
+    def load(image: ImageFile.ImageFile) -> Any:
+        nonlocal now
+        with lock:
+            now += 1
+            seen.append(now)
+        time.sleep(0.002)
+        with lock:
+            now -= 1
+        return real(image)
+
+    members = {f"{i:03d}.png": _picture("PNG") for i in range(40)}
+    config = configs.Config(models=["m"], input_tars=["unused"], output_metadata_dir="unused")
+    recipe = Recipe.of(config, {("image", "stats-aug"): PREPROCESSORS["stats-aug"]})
+    cost = formats.cost("PNG", 300, 200, 10**9)
+    recipe = dataclasses.replace(recipe, budget=Budget(3 * cost + 1))
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with closing(Archive(write_tar(tmp_path / "a.tar", members))) as archive:
+        samples = list(archive.index())
+        with ThreadPoolExecutor(8) as pool:
+            made = list(pool.map(lambda sample: prepare(sample, archive, recipe), samples))
+    assert all(isinstance(m, Ready) for m in made)
+    assert 2 <= max(seen) <= 3
+    assert recipe.budget.take(3 * cost + 1) == 3 * cost + 1
+
+
+@pytest.mark.parametrize("kind", formats.FORMATS)
+def test_what_decoding_takes_is_asked_for_before_it_is_taken(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    data = _picture(kind)
+
+    def refuse(size: int) -> None:
+        asked.append(size)
+        raise Rejected("not now")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)  # a call would be another error
+    monkeypatch.setattr("simplejpeg.decode_jpeg", None)
+    with pytest.raises(Rejected, match="not now"):
+        decode.image(data, 10**6, refuse)
+    assert asked == [formats.cost(kind, 300, 200, 10**9)]
