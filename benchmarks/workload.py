@@ -15,12 +15,12 @@ from unittest.mock import patch
 import yaml
 
 from d2m_hpc import config as configs
+from d2m_hpc.launch.flow import run_local
 from d2m_hpc.models.preprocessors import PREPROCESSORS
 from d2m_hpc.models.registry import COLUMNS, FEATURES
 from d2m_hpc.models.transfer import Lane
 from d2m_hpc.plan.decide import inspect
 from d2m_hpc.run.manifest import Shard
-from d2m_hpc.submit.flow import run_local
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.progress import Progress

@@ -41,7 +41,7 @@ import fsspec
 import pandas  # noqa: F401  (pyarrow imports it where it is installed)
 
 from d2m_hpc import cli
-from d2m_hpc.submit import flow  # noqa: F401
+from d2m_hpc.launch import flow  # noqa: F401
 from d2m_hpc.worker import task
 
 

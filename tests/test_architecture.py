@@ -33,7 +33,7 @@ LEVELS = {
     "d2m_hpc.worker": 5,
     "d2m_hpc.plan": 6,
     "d2m_hpc.subsets": 7,
-    "d2m_hpc.submit": 7,
+    "d2m_hpc.launch": 7,
     "d2m_hpc.watch": 8,
     "d2m_hpc.cli": 9,
 }
@@ -47,7 +47,7 @@ WITHOUT_TORCH = (
     "d2m_hpc.plan.*",
     "d2m_hpc.run.*",
     "d2m_hpc.storage.*",
-    "d2m_hpc.submit.*",
+    "d2m_hpc.launch.*",
     "d2m_hpc.subsets.*",
     "d2m_hpc.watch.*",
 )
@@ -140,7 +140,7 @@ def test_the_cli_imports_nothing_of_its_own_but_errors_at_once() -> None:
 
 def test_there_are_no_circles() -> None:
     order = list(TopologicalSorter(_arrows(deferred=True)).static_order())
-    assert order.index("d2m_hpc.cli") > order.index("d2m_hpc.submit.flow")
+    assert order.index("d2m_hpc.cli") > order.index("d2m_hpc.launch.flow")
 
 
 def test_claims_and_records_need_the_standard_library_and_filelock_only() -> None:

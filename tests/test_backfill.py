@@ -30,11 +30,11 @@ from test_resume import fork, leftovers
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.launch.flow import commit, repair, run_local, submitting
 from d2m_hpc.plan import balance as chunking
 from d2m_hpc.plan.decide import Decision, Workload, decide, inspect
 from d2m_hpc.run.manifest import Manifest, Record, all_values
 from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.submit.flow import commit, repair, run_local, submitting
 from d2m_hpc.watch.status import summarise
 from d2m_hpc.watch.verify import verify
 from d2m_hpc.worker.compute.graph import Graph

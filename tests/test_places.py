@@ -15,10 +15,10 @@ from kit import STATS, submit, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.launch.alone import submitting
 from d2m_hpc.plan.decide import inspect
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.submit.alone import submitting
 from d2m_hpc.worker.progress import Progress, Reporter
 from d2m_hpc.worker.write.writer import Committer
 

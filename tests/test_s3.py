@@ -110,7 +110,7 @@ def test_a_missing_library_is_named_at_once(here: Path, monkeypatch: pytest.Monk
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with sbatch; nothing gets as far as to call it."""
-    monkeypatch.setattr("d2m_hpc.submit.slurm.is_here", lambda: True)
+    monkeypatch.setattr("d2m_hpc.launch.slurm.is_here", lambda: True)
 
 
 @pytest.mark.usefixtures("slurm")

@@ -111,16 +111,16 @@ def _inspect(
 
 
 def _require_slurm() -> None:
-    from d2m_hpc.submit import slurm
+    from d2m_hpc.launch import slurm
 
     if not slurm.is_here():
         raise SlurmError("there is no sbatch here; go to a login node, or run with --local")
 
 
 def _dry_run(workload: Workload, local: bool) -> None:
+    from d2m_hpc.launch import flow
     from d2m_hpc.run.outputs import OutputDir
     from d2m_hpc.run.owner import require_own
-    from d2m_hpc.submit import flow
     from d2m_hpc.watch import terminal
 
     require_own(OutputDir(workload.config.output_metadata_dir), workload.run, take=False)
@@ -131,7 +131,7 @@ def _dry_run(workload: Workload, local: bool) -> None:
 
 
 def _run_slurm(workload: Workload, wait: bool) -> int:
-    from d2m_hpc.submit import flow
+    from d2m_hpc.launch import flow
     from d2m_hpc.watch import terminal
     from d2m_hpc.watch.status import summarise
 
@@ -145,7 +145,7 @@ def _run_slurm(workload: Workload, wait: bool) -> int:
 
 
 def _write_only(workload: Workload) -> None:
-    from d2m_hpc.submit import flow
+    from d2m_hpc.launch import flow
     from d2m_hpc.watch import terminal
 
     for command in flow.prepare(workload, terminal.decision):
@@ -171,7 +171,7 @@ def _supervised(inspect: Callable[[], Workload]) -> int:
 
 def _run_local(workload: Workload, board: Board | None, left_out: Collection[str]) -> int:
     """Run, show how it ended; 1 when a shard failed, now or before."""
-    from d2m_hpc.submit.flow import run_local
+    from d2m_hpc.launch.flow import run_local
     from d2m_hpc.watch import live, terminal
     from d2m_hpc.watch.status import summarise
 

@@ -13,6 +13,8 @@ from typing import Any
 from d2m_hpc.config import Config, load
 from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
 from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.launch import slurm
+from d2m_hpc.launch.waiting import Waiting, why
 from d2m_hpc.plan import changed
 from d2m_hpc.plan.changed import Changed
 from d2m_hpc.plan.decide import run_dir
@@ -24,8 +26,6 @@ from d2m_hpc.run.shards import read_some
 from d2m_hpc.run.tasks import attempts, has_gpu, is_active, log_file
 from d2m_hpc.storage.texts import ERROR, safe
 from d2m_hpc.storage.urls import is_local
-from d2m_hpc.submit import slurm
-from d2m_hpc.submit.waiting import Waiting, why
 from d2m_hpc.watch.alike import alike, noticed
 
 

@@ -26,9 +26,9 @@ from d2m_hpc.storage.texts import safe
 
 if TYPE_CHECKING:
     from d2m_hpc.config import Config
+    from d2m_hpc.launch.slurm import Array, Proposal
     from d2m_hpc.models.weights import Checked, Checkpoint
     from d2m_hpc.plan.decide import Decision
-    from d2m_hpc.submit.slurm import Array, Proposal
     from d2m_hpc.watch.status import Summary
     from d2m_hpc.watch.verify import Report
 

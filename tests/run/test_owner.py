@@ -16,12 +16,12 @@ from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.launch.flow import commit, look, run_local, submitting
 from d2m_hpc.plan.decide import Workload, inspect
 from d2m_hpc.run import fingerprints, owner
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import OWNER, require_own
-from d2m_hpc.submit.flow import commit, look, run_local, submitting
 from d2m_hpc.worker.task import run_task
 
 

@@ -202,7 +202,7 @@ CLOSING = """
 import subprocess
 
 from d2m_hpc import cli
-from d2m_hpc.submit import slurm
+from d2m_hpc.launch import slurm
 
 write = slurm.write_arrays
 calls = []

@@ -21,11 +21,11 @@ from PIL import Image
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.plan.decide import decide, inspect
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Record, encode, read_records
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.submit.flow import commit, submitting
 from d2m_hpc.watch import page as report
 from d2m_hpc.watch.page.timing import STAGES
 from d2m_hpc.watch.status import find_run, summarise

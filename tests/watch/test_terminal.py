@@ -15,9 +15,9 @@ from kit import STATS, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.launch import flow
 from d2m_hpc.models import weights
 from d2m_hpc.plan.decide import Decision, decide, inspect
-from d2m_hpc.submit import flow
 from d2m_hpc.watch import live
 from d2m_hpc.watch import terminal as show
 from d2m_hpc.watch.status import Failure, Summary

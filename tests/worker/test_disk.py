@@ -21,12 +21,12 @@ from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import DiskError, NodeError
+from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.plan.decide import decide, inspect
 from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Record, Recorder, Shard, read_records
-from d2m_hpc.submit.flow import commit, submitting
 from d2m_hpc.worker.progress import Listener, Progress
 from d2m_hpc.worker.read.scratch import Scratch, scratch
 from d2m_hpc.worker.read.stage import stage

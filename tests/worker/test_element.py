@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from kit import STATS, d2m, write_config, write_shards
 
+from d2m_hpc.launch import sbatch
+from d2m_hpc.launch.slurm import Array
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.submit import sbatch
-from d2m_hpc.submit.slurm import Array
 from d2m_hpc.worker import __main__ as main
 
 

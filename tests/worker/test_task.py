@@ -19,13 +19,13 @@ from kit import SHARDS, STATS, sample, write_config, write_shards, write_tar
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError, NodeError
+from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.models.transfer import Lane
 from d2m_hpc.plan.decide import decide, inspect
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Record, read_records
 from d2m_hpc.run.owner import OWNER
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.submit.flow import commit, submitting
 from d2m_hpc.worker.task import OFFLINE, Progress, choose_device, run_task
 
 PICKY = '''

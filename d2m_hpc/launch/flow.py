@@ -15,6 +15,8 @@ import yaml
 from d2m_hpc import __version__
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.launch import sbatch, slurm, waiting
+from d2m_hpc.launch.alone import submitting
 from d2m_hpc.plan import balance as chunking
 from d2m_hpc.plan import patterns
 from d2m_hpc.plan.decide import Decision, Workload, canonical, decide
@@ -27,8 +29,6 @@ from d2m_hpc.run.user import user_name
 from d2m_hpc.storage.files import atomic_write, is_private
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.storage.urls import has_secret
-from d2m_hpc.submit import sbatch, slurm, waiting
-from d2m_hpc.submit.alone import submitting
 
 if TYPE_CHECKING:
     from d2m_hpc.worker.board import Board

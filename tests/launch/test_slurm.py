@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from d2m_hpc.config import Slurm
 from d2m_hpc.errors import SlurmError
+from d2m_hpc.launch import commands, sbatch, slurm
+from d2m_hpc.launch.slurm import Array, Element
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.submit import commands, sbatch, slurm
-from d2m_hpc.submit.slurm import Array, Element
 
 
 def split(

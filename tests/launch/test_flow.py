@@ -15,14 +15,14 @@ from kit import STATS, write_config
 from d2m_hpc import cli
 from d2m_hpc import config as configs
 from d2m_hpc.errors import D2MError, SlurmError
+from d2m_hpc.launch import alone, flow, slurm
+from d2m_hpc.launch.slurm import Element, Queue
 from d2m_hpc.plan import decide, patterns
 from d2m_hpc.run import merge
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Record, Recorder
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.submit import alone, flow, slurm
-from d2m_hpc.submit.slurm import Element, Queue
 from d2m_hpc.watch.status import summarise
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from d2m_hpc.errors import SlurmError
+from d2m_hpc.launch.commands import ask
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.manifest import Shard
 from d2m_hpc.storage.files import atomic_write
-from d2m_hpc.submit.commands import ask
 
 DEFAULT_MAX_ARRAY_SIZE = 1001
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from d2m_hpc.config import Slurm
 from d2m_hpc.errors import SlurmError
+from d2m_hpc.launch.commands import callers
+from d2m_hpc.launch.slurm import Array, Proposal
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.storage.files import own_files
 from d2m_hpc.storage.urls import has_secret
-from d2m_hpc.submit.commands import callers
-from d2m_hpc.submit.slurm import Array, Proposal
 
 USR2_SECONDS = 120
 """How long before its walltime a task is told to come to an end."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from d2m_hpc.errors import SlurmError
-from d2m_hpc.submit.slurm import Array, Element, Queue
+from d2m_hpc.launch.slurm import Array, Element, Queue
 
 WAITING = {"PENDING", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT", "STOPPED", "RESV_DEL_HOLD"}
 FEW = 3

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2m_hpc.errors import SlurmError
-from d2m_hpc.submit import commands, slurm
+from d2m_hpc.launch import commands, slurm
 
 
 def script(folder: Path, name: str, text: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from d2m_hpc.submit import slurm, waiting
-from d2m_hpc.submit.slurm import Array
+from d2m_hpc.launch import slurm, waiting
+from d2m_hpc.launch.slurm import Array
 
 ARRAY = Array("d2m-r-000-0", 0, 5, job_id="31")
 OTHER = Array("d2m-r-000-1", 5, 2, job_id="32")
