@@ -3,7 +3,7 @@
 The keys of the seed program (dataset2metadata) keep their names and meanings.
 """
 
-from d2m_hpc.config.load import load
+from d2m_hpc.config.load import glance, load
 from d2m_hpc.config.schema import Config, Slurm
 
-__all__ = ["Config", "Slurm", "load"]
+__all__ = ["Config", "Slurm", "glance", "load"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -18,10 +19,14 @@ from d2m_hpc.config.variables import expanded, with_variables
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.storage.urls import masked
 
+log = logging.getLogger(__name__)
+
 APART = "x-"
 """How a key begins that is for the file's own use: YAML anchors to repeat elsewhere."""
 REQUIRED: dict[str, Any] = {"models": [" "], "input_tars": [" "], "output_metadata_dir": " "}
 """Any values that are valid."""
+PLACES = ("output_metadata_dir", "run_dir")
+"""The keys that tell where a run lies."""
 BLANK: dict[str, Any] = {"models": [], "input_tars": [], "output_metadata_dir": ""}
 
 
@@ -48,7 +53,8 @@ def load(
         path: the YAML file.
         overrides: `key=value`, with dots for keys of a section; the value is YAML.
         options: values of `slurm:` keys from the command line; None means not given.
-        frozen: a submission's copy, in whose paths variables have been expanded.
+        frozen: a submission's copy, which was checked when it was submitted, maybe by a newer
+            version: keys that this one does not know are logged and left aside.
 
     Raises:
         ConfigError: with every mistake that was found.
@@ -57,13 +63,41 @@ def load(
     source = _Source(document, options)
     for text in overrides:
         source.override(text)
+    if frozen:
+        source.leave_unknown(path)
+    config = _validate(source)
+    if not frozen:
+        config, unset = with_variables(config)
+        source.mistakes += [*unset, *semantic_mistakes(config)]
+    if mistakes := [*document.mistakes, *map(source.shown, source.mistakes)]:
+        raise ConfigError(str(path), mistakes)
+    return config
+
+
+def glance(path: Path, frozen: bool = False) -> Config:
+    """Read what is valid of a config, to look at its run; the rest is logged, or has defaults.
+
+    Neither the custom file nor any name in the config is looked up.
+
+    Args:
+        frozen: a submission's copy, in whose paths variables have been expanded.
+
+    Raises:
+        ConfigError: where the run lies cannot be told.
+    """
+    document = _read(path)
+    source = _Source(document, {})
+    if frozen:
+        source.leave_unknown(path)
     config = _validate(source)
     if not frozen:
         config, unset = with_variables(config)
         source.mistakes += unset
-    source.mistakes += semantic_mistakes(config)
-    if mistakes := [*document.mistakes, *map(source.shown, source.mistakes)]:
-        raise ConfigError(str(path), mistakes)
+    found = [*document.mistakes, *source.mistakes]
+    if lost := [m for m in found if not m.loc or m.loc[0] in PLACES]:
+        raise ConfigError(str(path), [*map(source.shown, lost)])
+    for mistake in found if frozen else ():
+        log.warning("note: %s: %s; its default is shown", path, mistake)
     return config
 
 
@@ -157,6 +191,23 @@ class _Source:
             values.pop(str(loc[-1]), None)
         else:
             values[str(loc[-1])] = made.value
+
+    def leave_unknown(self, path: Path) -> None:
+        """Leave the keys of newer versions aside, and log them."""
+        section = self.values.get("slurm")
+        unknown = [k for k in self.values if k not in Config.model_fields]
+        if isinstance(section, dict):
+            unknown += [f"slurm.{k}" for k in section if k not in Slurm.model_fields]
+            known = {k: v for k, v in section.items() if k in Slurm.model_fields}
+            self.values["slurm"] = known
+        self.values = {k: v for k, v in self.values.items() if k in Config.model_fields}
+        if unknown:
+            log.warning(
+                "note: %s has keys that this version does not know, of a newer one: %s; they are "
+                "left aside",
+                path,
+                ", ".join(unknown),
+            )
 
     def shown(self, mistake: Mistake) -> str:
         """With where it comes from."""

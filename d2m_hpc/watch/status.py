@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2m_hpc.config import Config, load
+from d2m_hpc.config import Config, glance
 from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
 from d2m_hpc.gc_paused import uncollected
 from d2m_hpc.launch import slurm
@@ -100,15 +100,17 @@ class Summary:
 def find_run(path: Path) -> tuple[RunDir, Config]:
     """The run of a config file, or of a run folder.
 
+    Neither needs the custom file any more, nor a config that is valid but for where its run lies.
+
     Raises:
         ConfigError: there is none.
     """
-    run = RunDir(path.absolute()) if path.is_dir() else run_dir(load(path))
+    run = RunDir(path.absolute()) if path.is_dir() else run_dir(glance(path))
     if not run.config.exists():
         raise ConfigError(
             str(path), [f"there is no run in {run.root}; start one with `d2m-submit CONFIG`"]
         )
-    config = load(run.config, frozen=True)
+    config = glance(run.config, frozen=True)
     if config.run_dir is None and is_local(config.output_metadata_dir):
         # Beside its outputs, a run may have been moved with them.
         config = config.model_copy(update={"output_metadata_dir": str(run.root.parent)})
