@@ -15,7 +15,8 @@ from unittest.mock import patch
 import yaml
 
 from d2m_hpc import config as configs
-from d2m_hpc.launch.flow import run_local
+from d2m_hpc.launch.flow import submit
+from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.models.preprocessors import PREPROCESSORS
 from d2m_hpc.models.registry import COLUMNS, FEATURES
 from d2m_hpc.models.transfer import Lane
@@ -109,7 +110,7 @@ def run_task(keys: dict[str, Any]) -> float:
         path.write_text(yaml.safe_dump({**keys, "output_metadata_dir": f"{folder}/out"}))
         started = time.perf_counter()
         workload = inspect(configs.load(path), str(path))
-        run_local(workload, lambda decision: nullcontext(told.append))
+        submit(workload, ThisProcess(lambda shards: nullcontext(told.append)))
         seconds = time.perf_counter() - started
         if told[-1].done != len(keys["input_tars"]):
             log = "\n".join(path.read_text() for path in workload.run.logs.iterdir())

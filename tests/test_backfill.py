@@ -30,7 +30,9 @@ from test_resume import fork, leftovers
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch.flow import commit, repair, run_local, submitting
+from d2m_hpc.launch.alone import submitting
+from d2m_hpc.launch.flow import commit, repair, submit
+from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.plan import balance as chunking
 from d2m_hpc.plan.decide import Decision, Workload, decide, inspect
 from d2m_hpc.run.manifest import Manifest, Record, all_values
@@ -99,14 +101,7 @@ def workload(folder: Path, out: str, values: dict[str, Any], **more: Any) -> Wor
 
 def run(asked: Workload) -> Decision:
     """Do all that is left of it, in this process; what was decided."""
-    seen: list[Decision] = []
-
-    def see(decision: Decision) -> Any:
-        seen.append(decision)
-        return nullcontext(lambda progress: None)
-
-    run_local(asked, see)
-    return seen[0]
+    return submit(asked, ThisProcess())
 
 
 def output(asked: Workload) -> Path:
@@ -278,7 +273,7 @@ def test_new_tars_are_computed_whole_beside_extended_ones(tmp_path: Path) -> Non
     write_shards(tmp_path / "tars", 4)
     seen: list[Progress] = []
     asked = workload(tmp_path, "out", {**TEXT, **MORE})
-    run_local(asked, lambda decision: nullcontext(seen.append))
+    submit(asked, ThisProcess(lambda shards: nullcontext(seen.append)))
     assert [(p.done, p.failed, p.rows) for p in seen][-1] == (4, 0, 20)
     run(workload(tmp_path, "full", {**TEXT, **MORE}))
     assert_same(tmp_path / "out", tmp_path / "full")

@@ -27,7 +27,7 @@ def status(
 
 
 def cancel(target: Target) -> None:
-    from d2m_hpc.launch.flow import cancel as cancel_all
+    from d2m_hpc.launch.arrays import cancel as cancel_all
     from d2m_hpc.watch.status import find_run
 
     run, _ = find_run(target)
@@ -41,7 +41,7 @@ def forget(
     ],
     undo: Annotated[bool, typer.Option("--undo", help="put them back into the plan")] = False,
 ) -> None:
-    from d2m_hpc.launch.flow import live_stems
+    from d2m_hpc.launch.arrays import live_stems
     from d2m_hpc.plan import forget as forgetting
     from d2m_hpc.run.outputs import OutputDir
     from d2m_hpc.watch.status import find_run

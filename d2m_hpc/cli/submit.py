@@ -118,37 +118,41 @@ def _require_slurm() -> None:
 
 
 def _dry_run(workload: Workload, local: bool) -> None:
-    from d2m_hpc.launch import flow
+    from d2m_hpc.launch import arrays
     from d2m_hpc.run.outputs import OutputDir
     from d2m_hpc.run.owner import require_own
     from d2m_hpc.watch import terminal
 
     require_own(OutputDir(workload.config.output_metadata_dir), workload.run, take=False)
-    decision = flow.look(workload)
+    decision = arrays.look(workload)
     terminal.decision(decision)
     if decision.pending and not local:
-        terminal.proposal(flow.propose(workload, decision, "next"))
+        terminal.proposal(arrays.propose(decision, "next"))
 
 
 def _run_slurm(workload: Workload, wait: bool) -> int:
-    from d2m_hpc.launch import flow
+    from d2m_hpc.launch import arrays, flow
     from d2m_hpc.watch import terminal
     from d2m_hpc.watch.status import summarise
 
-    terminal.submitted(flow.run_slurm(workload, terminal.decision))
+    slurm = arrays.SlurmArrays()
+    flow.submit(workload, slurm, terminal.decision)
+    terminal.submitted(slurm.arrays)
     if not wait:
         return 0
-    flow.wait(workload.run)
+    arrays.wait(workload.run)
     summary = summarise(workload.run, workload.config)
     terminal.summary(summary)
     return 0 if summary.complete else 1
 
 
 def _write_only(workload: Workload) -> None:
-    from d2m_hpc.launch import flow
+    from d2m_hpc.launch import arrays, flow
     from d2m_hpc.watch import terminal
 
-    for command in flow.prepare(workload, terminal.decision):
+    by_hand = arrays.ByHand()
+    flow.submit(workload, by_hand, terminal.decision)
+    for command in by_hand.commands:
         print(command)
 
 
@@ -171,12 +175,14 @@ def _supervised(inspect: Callable[[], Workload]) -> int:
 
 def _run_local(workload: Workload, board: Board | None, left_out: Collection[str]) -> int:
     """Run, show how it ended; 1 when a shard failed, now or before."""
-    from d2m_hpc.launch.flow import run_local
+    from d2m_hpc.launch import flow
+    from d2m_hpc.launch.local import ThisProcess
     from d2m_hpc.watch import live, terminal
     from d2m_hpc.watch.status import summarise
 
     try:
-        run_local(workload, live.progress, board, left_out)
+        here = ThisProcess(live.progress, board)
+        flow.submit(workload, here, terminal.decision, left_out)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

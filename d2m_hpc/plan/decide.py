@@ -57,6 +57,7 @@ class Decision:
         exhausted: stems that failed `max_attempts` times.
         lost: records that are missing and were read back from finished parquets.
         in_flight: stems that pending or running array tasks will do.
+        left_out: stems that are not to be tried this time.
         shard_seconds: mean time of the finished shards; None where there are none.
         last_finished: when each node last finished a shard, in seconds since the epoch.
     """
@@ -71,6 +72,7 @@ class Decision:
     exhausted: set[str] = field(default_factory=set)
     lost: list[Record] = field(default_factory=list)
     in_flight: set[str] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)
     shard_seconds: float | None = None
     last_finished: dict[str, float] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -78,7 +80,7 @@ class Decision:
     @cached_property
     def pending(self) -> list[Shard]:
         """Computed once: all else has to be known before it is asked for."""
-        settled = self.done | self.exhausted | self.in_flight
+        settled = self.done | self.exhausted | self.in_flight | self.left_out
         return told([s for s in self.shards if s.stem not in settled], self.bases, self.tried)
 
     def gains(self) -> list[tuple[int, Config]]:

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from d2m_hpc.watch import terminal
 
 if TYPE_CHECKING:
-    from d2m_hpc.plan.decide import Decision
     from d2m_hpc.worker.progress import Listener
     from d2m_hpc.worker.progress import Progress as TaskProgress
 
@@ -22,14 +21,13 @@ PLAIN_SECONDS = 10.0
 
 
 @contextmanager
-def progress(decided: Decision) -> Iterator[Listener]:
-    """What will be done, then a bar of shards; plain lines where nobody sits at a terminal."""
-    terminal.decision(decided)
+def progress(shards: int) -> Iterator[Listener]:
+    """Show a bar of shards, or plain lines where nobody sits at a terminal, and warnings."""
     package, warnings = logging.getLogger("d2m_hpc"), _Warnings(logging.WARNING)
     package.addHandler(warnings)
     try:
         if terminal.console.is_terminal:
-            with _bar(len(decided.pending)) as listener:
+            with _bar(shards) as listener:
                 yield listener
         else:
             yield _PlainLines()

@@ -15,7 +15,7 @@ from kit import STATS, write_config
 from d2m_hpc import cli
 from d2m_hpc import config as configs
 from d2m_hpc.errors import D2MError, SlurmError
-from d2m_hpc.launch import alone, flow, slurm
+from d2m_hpc.launch import alone, arrays, flow, slurm
 from d2m_hpc.launch.slurm import Element, Queue
 from d2m_hpc.plan import decide, patterns
 from d2m_hpc.run import merge
@@ -49,9 +49,7 @@ def workload(config: Path) -> decide.Workload:
 
 def prepare(workload: decide.Workload) -> list[decide.Decision]:
     """A submit but for sbatch; what it decided."""
-    seen: list[decide.Decision] = []
-    flow.prepare(workload, seen.append)
-    return seen
+    return [flow.submit(workload, arrays.ByHand())]
 
 
 def live(workload: decide.Workload, *elements: int) -> Queue:
@@ -64,8 +62,8 @@ def test_shards_of_live_tasks_are_in_flight(workload: decide.Workload) -> None:
     prepare(workload)
     run = workload.run
     chunks = list(Chunks(run.submission("000")).read([1, 4]))
-    assert flow.in_flight(run, live(workload, 1, 4)) == {s.stem for c in chunks for s in c}
-    assert flow.in_flight(run, live(workload)) == set()
+    assert arrays.in_flight(run, live(workload, 1, 4)) == {s.stem for c in chunks for s in c}
+    assert arrays.in_flight(run, live(workload)) == set()
     assert len(chunks[0] + chunks[1]) == 4
 
 
@@ -73,7 +71,7 @@ def test_an_element_may_have_fewer_chunks_than_ranks(workload: decide.Workload) 
     values = workload.config.slurm.model_copy(update={"tasks_per_node": 3})
     workload.config = workload.config.model_copy(update={"slurm": values})
     prepare(workload)
-    assert len(flow.in_flight(workload.run, live(workload, 0, 1))) == 10
+    assert len(arrays.in_flight(workload.run, live(workload, 0, 1))) == 10
 
 
 @pytest.mark.parametrize(("age", "files"), [(7200.0, 1), (60.0, 4)])
@@ -211,17 +209,17 @@ def test_status_tells_why_tasks_wait_and_what_slurm_did_not_say(
 def test_wait_ends_when_nothing_can_start(
     workload: decide.Workload, squeue: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow, "SHORTEST_WAIT", 0.05)
-    monkeypatch.setattr(flow, "STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(arrays, "SHORTEST_WAIT", 0.05)
+    monkeypatch.setattr(arrays, "STUCK_SECONDS", 0.5)
     held = rows(workload, "PENDING|BadConstraints", 1, 2)
     squeue.write_text(held + rows(workload, "RUNNING|None", 0))
     ended = Thread(target=lambda: (time.sleep(1), squeue.write_text(held)))
     ended.start()
     began = time.monotonic()
     with pytest.raises(SlurmError, match="nothing that is left can start: 2 array tasks") as error:
-        flow.wait(workload.run)
+        arrays.wait(workload.run)
     assert 1.3 <= time.monotonic() - began < 30
     assert error.value.exit_code == 3
     ended.join()
     squeue.write_text("")
-    flow.wait(workload.run)
+    arrays.wait(workload.run)

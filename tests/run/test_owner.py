@@ -16,7 +16,11 @@ from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch.flow import commit, look, run_local, submitting
+from d2m_hpc.launch import flow
+from d2m_hpc.launch.alone import submitting
+from d2m_hpc.launch.arrays import look
+from d2m_hpc.launch.flow import commit
+from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.plan.decide import Workload, inspect
 from d2m_hpc.run import fingerprints, owner
 from d2m_hpc.run.folder import RunDir
@@ -38,7 +42,7 @@ def workload(folder: Path, **values: Any) -> Workload:
 
 
 def run(asked: Workload) -> None:
-    run_local(asked, lambda decision: nullcontext(lambda progress: None))
+    flow.submit(asked, ThisProcess())
 
 
 def note(out: Path) -> dict[str, str]:

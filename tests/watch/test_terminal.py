@@ -16,6 +16,7 @@ from kit import STATS, write_config, write_shards
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.launch import flow
+from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.models import weights
 from d2m_hpc.plan.decide import Decision, decide, inspect
 from d2m_hpc.watch import live
@@ -206,7 +207,7 @@ def test_a_run_into_a_file_says_its_last_line(
 ) -> None:
     now = time.time()
     task = Progress("000-0-0", shards=3, done=1, rows=10, started=now - 5, updated=now)
-    with live.progress(decided) as listener:
+    with live.progress(len(decided.pending)) as listener:
         listener(task)
         assert capsys.readouterr().out == ""  # not for every batch
         task.done, task.failed, task.rows, task.state = 2, 1, 20, "finished"
@@ -218,7 +219,7 @@ def test_a_run_into_a_file_says_its_last_line(
 def test_a_run_at_a_terminal_has_a_bar(decided: Decision, terminal: Screen) -> None:
     now = time.time()
     task = Progress("000-0-0", shards=3, done=2, failed=1, rows=20, started=now - 5, updated=now)
-    with live.progress(decided) as listener:
+    with live.progress(len(decided.pending)) as listener:
         listener(task)
     assert "3/3 4 samples/s" in terminal.text
     assert "1 failed" in terminal.text
@@ -227,14 +228,15 @@ def test_a_run_at_a_terminal_has_a_bar(decided: Decision, terminal: Screen) -> N
 def test_warnings_of_a_run_are_seen_once_and_whole(decided: Decision, file: Screen) -> None:
     log = logging.getLogger("d2m_hpc.worker.task")
     for _ in range(2):
-        with live.progress(decided):
+        with live.progress(len(decided.pending)):
             log.warning("%s: out of memory", ODD)
     assert file.text.count("out of memory") == 2
     assert file.text.count(ODD) == 2
 
 
 def test_a_listener_that_fails_takes_its_handler_along(decided: Decision, file: Screen) -> None:
-    with pytest.raises(ConfigError), live.progress(decided):
+    show.decision(decided)
+    with pytest.raises(ConfigError), live.progress(len(decided.pending)):
         raise ConfigError("c.yml", ["x"])
     assert "3 to do" in file.text
 
@@ -248,7 +250,8 @@ def test_a_decision_says_what_finished_shards_gain(tmp_path: Path, file: Screen)
     few = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
     few |= {"postprocess_features": [], "additional_fields": []}
     path = write_config(tmp_path / "c.yml", {**STATS, **few}, **common)
-    flow.run_local(inspect(configs.load(path), str(path)), live.progress)
+    asked = inspect(configs.load(path), str(path))
+    flow.submit(asked, ThisProcess(live.progress), show.decision)
     config = configs.load(write_config(path, STATS, **common))
     more = config.model_copy(update={"additional_fields": ["[uid]"]})
     for asked, lines in (

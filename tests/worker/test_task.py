@@ -19,7 +19,8 @@ from kit import SHARDS, STATS, sample, write_config, write_shards, write_tar
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError, NodeError
-from d2m_hpc.launch.flow import commit, submitting
+from d2m_hpc.launch.alone import submitting
+from d2m_hpc.launch.flow import commit
 from d2m_hpc.models.transfer import Lane
 from d2m_hpc.plan.decide import decide, inspect
 from d2m_hpc.run.folder import RunDir

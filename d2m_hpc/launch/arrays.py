@@ -1,0 +1,196 @@
+"""Slurm's back end: a run's array tasks are proposed, submitted, counted, waited for, cancelled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+from d2m_hpc.errors import SlurmError
+from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.launch import sbatch, slurm, waiting
+from d2m_hpc.launch.flow import Backend
+from d2m_hpc.plan import balance
+from d2m_hpc.plan.decide import Decision, Workload, decide
+from d2m_hpc.run import nodes
+from d2m_hpc.run.chunks import Chunks
+from d2m_hpc.run.folder import RunDir, Submission
+from d2m_hpc.run.manifest import Shard
+
+SHARDS_PER_TASK = 16
+SHORTEST_WAIT, LONGEST_WAIT = 2.0, 30.0
+"""Seconds between two looks at the queue: longer for longer runs, as slurmctld serves everybody."""
+PATIENCE = 900.0
+"""Seconds without an answer: a controller that restarts is no reason to give up."""
+STUCK_SECONDS = 10.0
+"""How long nothing may be able to start before `wait` gives up: some reasons pass by themselves."""
+
+
+class SlurmArrays(Backend):
+    """Array tasks, which sbatch starts.
+
+    Attributes:
+        arrays: what was submitted, each with its job id.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: list[slurm.Array] = []
+
+    def look(self, workload: Workload) -> Decision:
+        """
+        Raises:
+            SlurmError: squeue failed; without it live tasks cannot be told from dead ones.
+        """
+        return look(workload, slurm.queue())
+
+    def chunks(self, decision: Decision, submission: Submission) -> Iterable[list[Shard]]:
+        self._proposal = proposal = propose(decision, submission.name)
+        self.arrays = proposal.arrays
+        groups, most = proposal.groups, proposal.most
+        return (chunk for group in groups for chunk in balance.balanced(group, most))
+
+    def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
+        """
+        Raises:
+            SlurmError: sbatch refused; what it took before is on record.
+        """
+        # A job whose id was never written down is found again by its array's name.
+        slurm.write_arrays(submission, self.arrays)
+        workload = decision.workload
+        for array in self.arrays:
+            sbatch.submit(workload.run, submission, workload.config.slurm, array, self._proposal)
+            slurm.write_arrays(submission, self.arrays)
+        return nullcontext()
+
+    def finish(self) -> None:
+        """Array tasks need nobody."""
+
+
+class ByHand(SlurmArrays):
+    """Array tasks that the user starts.
+
+    Attributes:
+        commands: what starts them, one an array.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.commands: list[str] = []
+
+    def look(self, workload: Workload) -> Decision:
+        return look(workload)
+
+    def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
+        slurm.write_arrays(submission, self.arrays)
+        run, proposal = decision.workload.run, self._proposal
+        self.commands = [sbatch.by_hand(run, submission, a, proposal) for a in self.arrays]
+        return nullcontext()
+
+
+def look(workload: Workload, queue: slurm.Queue | None = None) -> Decision:
+    """Decide, with Slurm's word where array tasks were ever submitted and it can be had."""
+    run = workload.run
+    queue = queue or _queue_of(run)
+    if queue is None:
+        return decide(workload)
+    decision = decide(workload, in_flight(run, queue))
+    decision.notices += map(str, waiting.why(queue, slurm.all_arrays(run)))
+    return decision
+
+
+def live_stems(run: RunDir) -> set[str]:
+    """The stems of shards with live array tasks."""
+    queue = _queue_of(run)
+    return in_flight(run, queue) if queue else set()
+
+
+def _queue_of(run: RunDir) -> slurm.Queue | None:
+    """What Slurm says of a run; None where no array tasks were submitted, or there is no Slurm."""
+    submitted = slurm.is_here() and any(s.arrays.exists() for s in run.submissions())
+    return slurm.queue() if submitted else None
+
+
+def in_flight(run: RunDir, live: slurm.Queue) -> set[str]:
+    """The stems of all chunks of live array tasks."""
+    stems: set[str] = set()
+    for submission in run.submissions():
+        for array in slurm.read_arrays(submission):
+            if elements := live.elements(array):
+                stems |= _stems(submission, (i for e in elements for i in array.chunks_of(e)))
+    return stems
+
+
+def _stems(submission: Submission, numbers: Iterable[int]) -> set[str]:
+    """Of the shards in some chunks; the last element of an array may have fewer than its ranks."""
+    chunks = Chunks(submission)
+    count = len(chunks)
+    return {s.stem for chunk in chunks.read(i for i in numbers if i < count) for s in chunk}
+
+
+@uncollected()
+def propose(decision: Decision, submission: str) -> slurm.Proposal:
+    """The arrays that a submit would make; asks Slurm only for its MaxArraySize."""
+    workload, config = decision.workload, decision.workload.config
+    per_task = config.shards_per_task or config.tars_per_wds or SHARDS_PER_TASK
+    groups = balance.by_base(decision.pending)
+    most = min(per_task, max(map(len, groups)))
+    tasks = sum(balance.count(group, most) for group in groups)
+    token = slurm.token(workload.run.root)
+    arrays = slurm.split(
+        tasks,
+        slurm.max_array_size(),
+        config.slurm.tasks_per_node,
+        config.slurm.max_parallel,
+        f"d2m-{token}-{submission}",
+    )
+    excluded = nodes.to_exclude(
+        workload.run, decision.last_finished, config.max_node_failures, slurm.node_names()
+    )
+    return slurm.Proposal(groups, most, tasks, arrays, sbatch.options(config.slurm, excluded))
+
+
+def live_jobs(run: RunDir) -> list[str]:
+    """`job_index` of every pending or running array task of a run."""
+    queue = slurm.queue()
+    live = (e for array in slurm.all_arrays(run) for e in queue.live(array))
+    return [f"{e.job_id}_{e.index}" for e in live]
+
+
+def cancel(run: RunDir) -> int:
+    """Cancel all of a run's array tasks, array by array; returns how many there were.
+
+    Raises:
+        SlurmError: scancel failed, and tasks are still there.
+    """
+    live = live_jobs(run)
+    try:
+        slurm.cancel(list(dict.fromkeys(job.partition("_")[0] for job in live)))
+    except SlurmError:
+        if live_jobs(run):  # else they ended meanwhile
+            raise
+    return len(live)
+
+
+def wait(run: RunDir) -> None:
+    """Until no array task of the run is pending or running; says why, where none can start.
+
+    Raises:
+        SlurmError: nothing that is left can start, or squeue has failed for minutes.
+    """
+    began = heard = moved = time.monotonic()
+    while True:
+        try:
+            queue, arrays = slurm.queue(), slurm.all_arrays(run)
+            if not any(queue.live(array) for array in arrays):
+                return
+            heard = time.monotonic()
+            if not (reasons := waiting.stuck(queue, arrays)):
+                moved = heard
+            elif heard - moved > STUCK_SECONDS:
+                raise waiting.Stuck(reasons)
+        except waiting.Stuck:
+            raise
+        except SlurmError:
+            if time.monotonic() - heard > PATIENCE:
+                raise
+        time.sleep(min(LONGEST_WAIT, max(SHORTEST_WAIT, (time.monotonic() - began) / 20)))

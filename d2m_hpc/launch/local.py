@@ -1,0 +1,66 @@
+"""The back end that is this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
+
+from d2m_hpc.launch import arrays
+from d2m_hpc.launch.flow import Backend
+from d2m_hpc.plan import balance
+from d2m_hpc.plan.decide import Decision, Workload
+from d2m_hpc.run import fingerprints
+from d2m_hpc.run.folder import Submission
+from d2m_hpc.run.manifest import Shard
+
+if TYPE_CHECKING:
+    from d2m_hpc.worker.board import Board
+    from d2m_hpc.worker.progress import Listener
+
+
+def _deaf(shards: int) -> AbstractContextManager[Listener]:
+    return nullcontext(lambda progress: None)
+
+
+class ThisProcess(Backend):
+    """One task after the other, each of shards that need the same models.
+
+    Args:
+        listening: given the number of shards, gives the listener to the tasks' progress.
+        board: read by the process that watches this one.
+    """
+
+    def __init__(
+        self,
+        listening: Callable[[int], AbstractContextManager[Listener]] = _deaf,
+        board: Board | None = None,
+    ) -> None:
+        self._listening, self._board = listening, board
+
+    def look(self, workload: Workload) -> Decision:
+        return arrays.look(workload)
+
+    def chunks(self, decision: Decision, submission: Submission) -> list[list[Shard]]:
+        self._chunks = balance.by_base(decision.pending)
+        return self._chunks
+
+    def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
+        self._run, self._submission = decision.workload.run, submission
+        return fingerprints.working(submission)
+
+    def finish(self) -> None:
+        with self._listening(sum(map(len, self._chunks))) as listener:
+            self._work(listener)
+
+    def _work(self, listener: Listener) -> None:
+        from d2m_hpc.worker.progress import Progress
+        from d2m_hpc.worker.task import run_task
+
+        before = Progress("")
+        root, name = self._run.root, self._submission.name
+        for index in range(len(self._chunks)):
+            earlier = before
+            task = partial(run_task, root, name, index, local=True, board=self._board)
+            before = task(listener=lambda now: listener(now.after(earlier))).after(before)  # noqa: B023
