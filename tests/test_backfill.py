@@ -37,6 +37,7 @@ from d2m_hpc.plan import balance as chunking
 from d2m_hpc.plan.decide import Decision, Workload, decide, inspect
 from d2m_hpc.run.manifest import Manifest, Record, all_values
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
 from d2m_hpc.watch.status import summarise
 from d2m_hpc.watch.verify import verify
 from d2m_hpc.worker.compute.graph import Graph
@@ -109,7 +110,7 @@ def output(asked: Workload) -> Path:
 
 
 def record_of(out: Path, stem: str) -> Record:
-    record = OutputDir(str(out)).record(stem)
+    record = Pair(OutputDir(str(out)), stem).record()
     assert record is not None
     return record
 

@@ -21,6 +21,7 @@ from d2m_hpc.plan.decide import decide
 from d2m_hpc.run import staging
 from d2m_hpc.run.manifest import DIED, Manifest, Record, read_records
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.staging import Staging
 from d2m_hpc.watch.verify import verify
 from d2m_hpc.worker.write.writer import Committer, TakenOver
@@ -177,7 +178,7 @@ def test_who_has_lost_the_lease_writes_nothing(asked: int, tmp_path: Path) -> No
     with pytest.raises(TakenOver):
         committer.commit(rows(), other, lambda: next(answers))
     committer.close()
-    found = OutputDir(str(tmp_path / "out")).record("s")
+    found = Pair(OutputDir(str(tmp_path / "out")), "s").record()
     assert found is not None
     assert found.rows == 2
     assert sorted(os.listdir(tmp_path / "out")) == ["s.npz", "s.parquet"]
@@ -224,7 +225,7 @@ def test_on_a_store_no_pair_is_ever_mixed(
 
     with pytest.raises(TakenOver):
         first.commit(_Rows("a"), Record("s", "done", rows=1, task="000-1-0"), held)
-    found = output.record("s")
+    found = Pair(output, "s").record()
     if frozen_after in (2, 4):  # what it did next was to remove the older parquet, and npz
         assert found is None
     else:

@@ -21,6 +21,7 @@ from kit import STATS, jpeg, submit, write_config, write_tar
 
 from d2m_hpc.run.manifest import Record
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
 
 Values = Sequence[Mapping[str, Any]]
 
@@ -65,7 +66,7 @@ def types(out: Path) -> dict[str, pa.DataType]:
 
 
 def record_of(out: Path, stem: str) -> Record:
-    record = OutputDir(str(out)).record(stem)
+    record = Pair(OutputDir(str(out)), stem).record()
     assert record is not None
     return record
 

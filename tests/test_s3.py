@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from d2m_hpc.cli import app
 from d2m_hpc.errors import D2MError
 from d2m_hpc.plan.patterns import expand
-from d2m_hpc.run.outputs import METADATA
 from d2m_hpc.run.owner import OWNER
+from d2m_hpc.run.pair import METADATA
 
 FORKER = Path(__file__).with_name("forker.py")
 OUT = "s3://bucket/out"

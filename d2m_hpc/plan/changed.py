@@ -20,6 +20,7 @@ from d2m_hpc.plan.naming import own_name
 from d2m_hpc.plan.standing import Standings
 from d2m_hpc.run.manifest import Outcome, Record, Shard
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
 from d2m_hpc.storage.urls import is_local
 
 LOOKED_AT = 1000
@@ -149,7 +150,7 @@ def _is_other_in_store(
 
 def _record(output: OutputDir, shard: Shard) -> Record | None:
     with suppress(D2MError):
-        return output.record(shard.stem)
+        return Pair(output, shard.stem).record()
     return None
 
 

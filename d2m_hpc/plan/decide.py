@@ -28,6 +28,7 @@ from d2m_hpc.run import fingerprints, nodes
 from d2m_hpc.run.extension import only_new
 from d2m_hpc.run.manifest import Manifest, Record, Shard
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
 
 __all__ = [
     "Decision",
@@ -213,11 +214,11 @@ def _take_back(decision: Decision, found: Standings, output: OutputDir) -> list[
     """
     workload, foreign = decision.workload, []
     for stem in found.unrecorded:
-        record = _rebuild(output, stem)
-        if record is None:
+        pair = Pair(output, stem)
+        if (record := pair.record()) is None:
             foreign.append(stem)
             continue
-        decision.lost.append(record)
+        decision.lost.append(pair.restored(record))
         if record.fingerprint == workload.fingerprint_id:
             decision.done.add(stem)
         elif not workload.config.reprocess:
@@ -233,9 +234,3 @@ def _refuse_foreign(workload: Workload, stems: list[str]) -> None:
             "set `reprocess: true` to replace them"
         )
         raise ConfigError(workload.where, [mistake])
-
-
-def _rebuild(output: OutputDir, stem: str) -> Record | None:
-    """A task was killed between the parquet's rename and its record."""
-    record = output.record(stem)
-    return output.restored(record) if record else None

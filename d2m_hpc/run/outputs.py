@@ -1,30 +1,22 @@
-"""The output folder: which shards are in it, and what their parquets say of themselves."""
+"""The output folder, on a disk or an object store: listed, read and written by names of files."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.run.manifest import Record
 from d2m_hpc.storage import stores
 from d2m_hpc.storage.files import make_folder, owned
 from d2m_hpc.storage.urls import is_local, scheme
 
-METADATA = b"d2m"
-"""Key of the parquet's file metadata that holds the shard's record."""
-TAIL = 64 << 10
-"""Bytes that hold almost any parquet's metadata, which stands at its end."""
 BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
 """Stores without folders; to make one would make a bucket, where its name is misspelt."""
 PROBE = ".d2m-probe"
@@ -141,6 +133,14 @@ class OutputDir:
         data: bytes = self._ask(lambda: self.fs.cat_file(path, start=start))
         return data
 
+    def open(self, name: str) -> io.BufferedIOBase:
+        """A file to read from its start, whole on disk or in memory.
+
+        Raises:
+            OSError, or what else the store raises.
+        """
+        return open(self.path(name), "rb") if self.is_local else io.BytesIO(self.read(name))
+
     def has(self, name: str) -> bool:
         return bool(self._ask(lambda: self.fs.exists(self.path(name))))
 
@@ -191,37 +191,3 @@ class OutputDir:
     def sha256(self, name: str) -> str:
         with self.fs.open(self.path(name), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def record(self, stem: str) -> Record | None:
-        """The record in a parquet's metadata; None where there is no such parquet, or not ours.
-
-        Raises:
-            D2MError: it cannot be told, for the file cannot be read.
-        """
-        name = f"{stem}.parquet"
-        try:
-            footer = self._footer(name)
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # each store raises errors of its own
-            advice = "see to it and run the same command again"
-            raise D2MError(f"{self.path(name)} cannot be read: {error}; {advice}") from error
-        try:
-            note = (pq.read_metadata(pa.BufferReader(footer)).metadata or {}).get(METADATA)
-            return Record.from_dict(json.loads(note)) if note else None
-        except Exception:  # arrow raises whatever a damaged byte makes it trip over
-            return None
-
-    def restored(self, record: Record) -> Record:
-        """The line that a task was killed before it wrote, from the record in its parquet."""
-        sha256 = self.sha256(f"{record.shard}.parquet")
-        return replace(record, parquet_sha256=sha256, rebuilt=True)
-
-    def _footer(self, name: str) -> bytes:
-        """A parquet's metadata, the 4 bytes of its length and the 4 of the format's name.
-
-        Apart from its parsing, for arrow raises an OSError at a damaged file too.
-        """
-        tail = self.read(name, TAIL)
-        length = int.from_bytes(tail[-8:-4], "little") + 8
-        return self.read(name, length) if tail[-4:] == b"PAR1" and length > TAIL else tail

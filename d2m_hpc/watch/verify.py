@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import random
-import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
@@ -25,6 +17,7 @@ from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import SUFFIXES, Pair
 from d2m_hpc.run.shards import read_named
 
 
@@ -111,88 +104,29 @@ def check_shard(
         carried: columns with the samples' own values, which may be anything.
         owners: tells whose file it is that lies in the wrong place.
     """
-    faults = []
-    for suffix, sha256 in ((".parquet", record.parquet_sha256), (".npz", record.npz_sha256)):
-        name = f"{stem}{suffix}"
-        try:
-            data = output.read(name)
-        except FileNotFoundError:
-            faults.append(Fault(name, "is missing"))
-            continue
-        except Exception as error:  # each store raises errors of its own
-            faults.append(Fault(name, f"cannot be read: {error}"))
-            continue
-        found = hashlib.sha256(data).hexdigest()
-        if found != sha256 and owners and (whose := owners.of_hash.get(found)):
-            problems = [f"is {whose}, under another name; rename it back"]
-        else:
-            problems = _problems(data, suffix, record.rows, carried)
-            if found != sha256:
-                problems.append(f"has another sha256 than its record ({str(sha256)[:12]}...)")
-        faults += [Fault(name, p) for p in problems]
-    if faults and (why := _is_replaced(output, stem, record)):
+    pair, owner = Pair(output, stem), owners.of_hash.get if owners else lambda sha256: None
+    faults = [
+        Fault(pair.name(suffix), problem)
+        for suffix in SUFFIXES
+        for problem in pair.problems(suffix, record, carried, owner)
+    ]
+    if faults and (why := _is_replaced(pair, record)):
         return [Fault(f"{stem}.parquet", why)]
     return faults
 
 
-def _is_replaced(output: OutputDir, stem: str, record: Outcome) -> str:
+def _is_replaced(pair: Pair, record: Outcome) -> str:
     """What to do where a task was killed after it committed a pair anew, and before its record.
 
     Empty where that is not what happened.
     """
     try:
-        own = output.record(stem)
+        own = pair.record()
     except D2MError:
         return ""
-    if own is None or own.shard != stem or own.order <= record.order:
+    if own is None or own.shard != pair.stem or own.order <= record.order:
         return ""
     why = "has replaced the pair that its record tells of"
     if own.fingerprint != record.fingerprint:
         return f"{why}; run d2m-submit again"
     return f"{why}; delete it, and run d2m-submit again"  # by the records, nothing is left to do
-
-
-def _problems(data: bytes, suffix: str, rows: int, carried: Collection[str]) -> list[str]:
-    try:
-        if suffix == ".npz":
-            return _check_npz(data, rows)
-        return _check_parquet(data, rows, carried)
-    except Exception as error:  # the libraries raise whatever a damaged byte makes them trip over
-        return [f"cannot be read: {str(error) or type(error).__name__}"]
-
-
-def _check_parquet(data: bytes, rows: int, carried: Collection[str]) -> list[str]:
-    # Arrow's threads would hold on to `data`, and abort a process that ends before they let go.
-    options = {"pre_buffer": False, "page_checksum_verification": True}
-    with pq.ParquetFile(io.BytesIO(data), **options) as file:
-        table = file.read(use_threads=False)
-    problems = [f"has {table.num_rows} rows, its record {rows}"] if table.num_rows != rows else []
-    for name in table.column_names:
-        bad = 0 if name in carried else _non_finite(table[name])
-        problems += [f"column {name!r} has {bad} values that are not finite"] if bad else []
-    return problems
-
-
-def _non_finite(column: pa.ChunkedArray) -> int:
-    """NaNs and infinities among numbers or lists of them; a null is neither."""
-    while pa.types.is_list(column.type):
-        column = pc.list_flatten(column)
-    if not pa.types.is_floating(column.type):
-        return 0
-    bad: int = pc.sum(pc.invert(pc.is_finite(column)), min_count=0).as_py()
-    return bad
-
-
-def _check_npz(data: bytes, rows: int) -> list[str]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if broken := archive.testzip():
-            return [f"array {broken!r} fails its CRC"]
-    with np.load(io.BytesIO(data)) as arrays:
-        loaded = {name: arrays[name] for name in arrays.files}
-    problems = []
-    for name, array in loaded.items():
-        if len(array) != rows:
-            problems.append(f"array {name!r} has {len(array)} rows, its record {rows}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            problems.append(f"array {name!r} has values that are not finite")
-    return problems

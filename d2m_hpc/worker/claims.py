@@ -19,6 +19,7 @@ from d2m_hpc.run.extension import refits
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Record, Recorder, Shard, read_records
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
 from d2m_hpc.storage.files import FILE_MODE, make_folder
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.storage.refused import require_there
@@ -172,10 +173,11 @@ class Claims:
         """A shard that was just claimed, or None where there is nothing for this task to do."""
         try:
             require_there(self._run.leases)
-            last, record = self._attempts.last(shard.stem), self._output.record(shard.stem)
+            pair = Pair(self._output, shard.stem)
+            last, record = self._attempts.last(shard.stem), pair.record()
             known = max(shard.attempt, last.number if last else 0, record.attempt if record else 0)
             if self._clean(shard.stem, known + 1):  # now no earlier attempt changes what lies there
-                record = self._output.record(shard.stem)
+                record = pair.record()
             why = self._why_not(shard, None if shard.outlives(record) else record)
             if not why and last and (last.died or not last.ended):
                 why = self._after_death(shard, last) if own else "a process may have died of it"
@@ -236,7 +238,7 @@ class Claims:
         paths = {self._run.records / f"{record.task}.jsonl", self._recorder.path}
         known = chain.from_iterable(read_records(path) for path in paths if path.exists())
         if not any(r.shard == record.shard and r.finished == record.finished for r in known):
-            self._recorder.append(self._output.restored(record))
+            self._recorder.append(Pair(self._output, record.shard).restored(record))
 
     @property
     def is_late(self) -> bool:

@@ -18,6 +18,7 @@ from d2m_hpc.models.preprocessors import Rejected
 from d2m_hpc.run import values
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.schema import Schema, untold
 from d2m_hpc.storage.urls import is_local
 from d2m_hpc.worker.compute.resolve import Toolbox
@@ -69,7 +70,7 @@ class Peek:
         found = []
         for path in islice(folder.glob("*.parquet") if folder else (), SHARDS):
             try:
-                found.append(pq.read_metadata(path))
+                found.append(Pair(self._output, path.stem).metadata())
             except (OSError, ValueError):  # damaged; others will tell of it
                 continue
         return found

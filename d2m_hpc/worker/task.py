@@ -23,6 +23,7 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Record, Recorder
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import require_own
+from d2m_hpc.run.pair import Contents, Pair
 from d2m_hpc.run.schema import Schema
 from d2m_hpc.storage.suspension import Awake
 from d2m_hpc.worker.board import Board, Scene
@@ -38,7 +39,7 @@ from d2m_hpc.worker.read.prepare import Recipe
 from d2m_hpc.worker.read.scratch import Scratch, scratch
 from d2m_hpc.worker.tracking import Tracker
 from d2m_hpc.worker.work import Work, size_and_time
-from d2m_hpc.worker.write.extend import Extended, Pair, carry_over
+from d2m_hpc.worker.write.extend import Extended, carry_over
 from d2m_hpc.worker.write.table import Table
 from d2m_hpc.worker.write.thread import Result, Settler
 from d2m_hpc.worker.write.undecided import last_if_undecided
@@ -205,7 +206,8 @@ class Task:
         result = Result(work, record, table)
         self.report(shard=work.shard.stem)
         try:
-            finished = Pair.read(self.output, work.shard.stem) if work.shard.base else None
+            pair = Pair(self.output, work.shard.stem)
+            finished = pair.contents() if work.shard.base else None
             with work.clock("compute", besides="wait"):
                 for outputs in guarded(graph.run(work)):
                     table.add(outputs)
@@ -243,7 +245,7 @@ class Task:
             tar_mtime_ns=mtime_ns,
         )
 
-    def _extend(self, result: Result, finished: Pair, lacked: Table) -> None:
+    def _extend(self, result: Result, finished: Contents, lacked: Table) -> None:
         record = result.record
         result.rows = extended = Extended(self.config, finished, lacked, record.rejections)
         record.rows, record.rejections = extended.rows, extended.rejections

@@ -18,7 +18,8 @@ from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.chunks import Chunks, write_chunks
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.manifest import DIED, Record, Shard, read_records
-from d2m_hpc.run.outputs import METADATA, OutputDir
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import METADATA, Pair
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.claims import Claims, TaskName
@@ -120,13 +121,13 @@ def test_what_was_extended_is_not_looked_at_again(
     for work in first:
         first.mark(work, "done")
         first.let_go(work)
-    looked, record = [], OutputDir.record
+    looked, record = [], Pair.record
 
-    def counted(output: OutputDir, stem: str) -> Record | None:
-        looked.append(stem)
-        return record(output, stem)
+    def counted(pair: Pair) -> Record | None:
+        looked.append(pair.stem)
+        return record(pair)
 
-    monkeypatch.setattr(OutputDir, "record", counted)
+    monkeypatch.setattr(Pair, "record", counted)
     assert stems(claims(run)) == looked == ["c", "d"]
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
 
 SHARDS = 64
 """Shards that are read; ten thousand rows each tell any distribution."""
@@ -126,7 +124,7 @@ def sample(output: OutputDir, done: Collection[str], most: int = SHARDS, seed: i
     shards, unreadable = [], {}
     for stem in drawn:
         try:
-            table = read(output, stem)
+            table = Pair(output, stem).table()
         except Exception as error:  # a store's own library raises what it likes
             unreadable[stem] = f"{type(error).__name__}: {error}"
             continue
@@ -154,14 +152,3 @@ def _add(table: pa.Table, columns: dict[tuple[str, str], Column]) -> None:
         kind = kind_of(type_)
         column = columns.setdefault((name, kind), Column(name, kind, str(type_)))
         column.add(table[name])
-
-
-def read(output: OutputDir, stem: str, names: Iterable[str] | None = None) -> Any:
-    """A shard's table, or some of its columns.
-
-    Raises:
-        OSError, pyarrow.ArrowException, or what else the store raises: it cannot be read.
-    """
-    data = io.BytesIO(output.read(f"{stem}.parquet"))
-    with pq.ParquetFile(data, pre_buffer=False) as parquet:
-        return parquet.read(None if names is None else list(names), use_threads=False)

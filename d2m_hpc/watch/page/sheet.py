@@ -17,9 +17,10 @@ from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.models import formats
 from d2m_hpc.run.manifest import Shard
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
 from d2m_hpc.storage.texts import valid
 from d2m_hpc.storage.urls import is_local
-from d2m_hpc.watch.page.columns import Column, kind_of, numbers, read
+from d2m_hpc.watch.page.columns import Column, kind_of, numbers
 
 SHARDS = 12
 """Shards that samples are taken from, for the headers of each tar are read."""
@@ -122,7 +123,7 @@ def _rows(output: OutputDir, shards: Iterable[Shard], score: str, notes: list[st
     found = []
     for shard in shards:
         try:
-            table = read(output, shard.stem, ["key", score])
+            table = Pair(output, shard.stem).table(["key", score])
         except Exception as error:  # a store's own library raises what it likes
             notes.append(f"{shard.stem} could not be read: {type(error).__name__}: {error}")
             continue

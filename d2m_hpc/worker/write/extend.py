@@ -6,68 +6,19 @@ n-th row of a key is the same sample in both, where a tar has the key several ti
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ShardError
 from d2m_hpc.run.manifest import Record, Rejection
-from d2m_hpc.run.outputs import METADATA, OutputDir
+from d2m_hpc.run.pair import Contents, again
 from d2m_hpc.storage.texts import fit
 from d2m_hpc.worker.write.table import Table
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A finished shard's files, read and checked.
-
-    Attributes:
-        arrays: the npz; [rows, ...] each.
-    """
-
-    record: Record
-    table: pa.Table
-    arrays: dict[str, NDArray[Any]]
-
-    @classmethod
-    def read(cls, output: OutputDir, stem: str) -> Pair:
-        """
-        Raises:
-            ShardError: a file cannot be read, or the npz is not the parquet's.
-        """
-        try:
-            table, npz = _table(output.read(f"{stem}.parquet")), output.read(f"{stem}.npz")
-            record = Record.from_dict(json.loads(table.schema.metadata[METADATA]))
-            if (found := hashlib.sha256(npz).hexdigest()) != record.npz_sha256:
-                raise ShardError(f"the npz has the sha256 {found}, not {record.npz_sha256}")
-            with np.load(io.BytesIO(npz)) as arrays:
-                return cls(record, table, {name: arrays[name] for name in arrays.files})
-        except Exception as error:  # the libraries raise whatever a damaged byte makes them trip on
-            raise ShardError(
-                f"{output.path(stem)}: this finished pair cannot be extended: "
-                f"{str(error) or type(error).__name__}; {_again(stem)}"
-            ) from error
-
-
-def _table(parquet: bytes) -> pa.Table:
-    # Arrow's threads would hold on to the bytes, and abort a process that ends before they let go.
-    options = {"pre_buffer": False, "page_checksum_verification": True}
-    with pq.ParquetFile(io.BytesIO(parquet), **options) as file:
-        return file.read(use_threads=False)
-
-
-def _again(stem: str) -> str:
-    return f"delete {stem}.parquet to have the shard computed whole by the next submit"
 
 
 class Extended:
@@ -79,7 +30,7 @@ class Extended:
     """
 
     def __init__(
-        self, config: Config, before: Pair, lacked: Table, rejected: Sequence[Rejection]
+        self, config: Config, before: Contents, lacked: Table, rejected: Sequence[Rejection]
     ) -> None:
         """
         Args:
@@ -113,7 +64,7 @@ class Extended:
         new = {n: made[part.renamed(n)][self._new_rows] for n in part.postprocess_features}
         names = {name: self._config.renamed(name) for name in self._config.postprocess_features}
         return {
-            out: new[name] if name in new else self._before.arrays[out][self._old_rows]
+            out: new[name] if name in new else self._before.features[out][self._old_rows]
             for name, out in names.items()
         }
 
@@ -151,21 +102,21 @@ def _require_same_samples(
     rows, rows_now = Counter(map(fit, old)), Counter(map(fit, new))
     samples = rows + Counter(fit(r.key) for r in record.rejections)
     samples_now = rows_now + Counter(fit(r.key) for r in rejected)
-    again = _again(record.shard)
+    advice = again(record.shard)
     # What never was a row is left out: which odd members of a tar count as rejections depends on
     # what is computed, and on the version.
     others = {*(samples - samples_now), *(samples_now - samples)}
     if changed := sorted(key for key in others if rows[key] or rows_now[key]):
         raise ShardError(
             f"{record.shard}: the tar has other samples than when its finished pair was made "
-            f"({', '.join(map(repr, changed[:3]))}); {again}"
+            f"({', '.join(map(repr, changed[:3]))}); {advice}"
         )
     for key, count in samples.items():
         fewest = min(rows[key], rows_now[key])
         if count > 1 and 0 < fewest < count:
             raise ShardError(
                 f"{record.shard}: {count} samples have the key {key!r} and some are rejected, "
-                f"which ones the finished pair does not tell; {again}"
+                f"which ones the finished pair does not tell; {advice}"
             )
 
 

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from d2m_hpc.errors import D2MError, DiskError, ShardError
 from d2m_hpc.models.weights import sha256_of
 from d2m_hpc.run.manifest import Record
-from d2m_hpc.run.outputs import METADATA, OutputDir
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import METADATA, Pair
 from d2m_hpc.run.staging import STAGING, Staging, remove
 from d2m_hpc.storage.files import fsync_dir, owned
 from d2m_hpc.storage.refused import DISK, of_system
@@ -65,28 +66,19 @@ def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
         # With a CRC of every page, for a later config may add columns to what is read back.
         pq.write_table(noted, file, compression="zstd", write_page_checksum=True)
     record.parquet_sha256 = sha256_of(parquet)
-    _check(npz, parquet, record)
+    _check(folder, record)
     return npz, parquet
 
 
-def _check(npz: Path, parquet: Path, record: Record) -> None:
+def _check(folder: Path, record: Record) -> None:
     """A disk that is full or lying is found here, before anyone sees the files."""
     read: object
     try:
-        read = sorted(_lengths(npz, parquet))
+        read = sorted(Pair(OutputDir(str(folder)), record.shard).lengths())
     except zipfile.BadZipFile as error:
         read = error
     if read != [record.rows]:
-        raise ShardError(
-            f"{npz.parent}: read back {read}, wrote {record.rows} rows; is the disk full?"
-        )
-
-
-def _lengths(npz: Path, parquet: Path) -> set[int]:
-    """Rows of the parquet and of every array; reading an array to its end checks its CRC."""
-    with np.load(npz) as arrays:
-        lengths = {len(arrays[name]) for name in arrays.files}
-    return lengths | {pq.read_metadata(parquet).num_rows}
+        raise ShardError(f"{folder}: read back {read}, wrote {record.rows} rows; is the disk full?")
 
 
 class TakenOver(Exception):

@@ -24,6 +24,7 @@ from d2m_hpc import config as configs
 from d2m_hpc.errors import D2MError, DiskError, ShardError
 from d2m_hpc.run.manifest import Record, Rejection
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
 from d2m_hpc.worker.batch import Outputs
 from d2m_hpc.worker.write.table import Table
 from d2m_hpc.worker.write.writer import Committer, write_pair
@@ -181,7 +182,7 @@ def test_a_parquet_tells_its_record_and_the_versions(
     assert note["fingerprint"] == "f" * 16
     assert note["npz_sha256"] == record.npz_sha256
     assert {"d2m_hpc", "torch", "timm"} <= note["versions"].keys()
-    read = OutputDir(str(tmp_path)).record("00000")
+    read = Pair(OutputDir(str(tmp_path)), "00000").record()
     assert read is not None
     assert (read.rejections, read.npz_sha256) == (record.rejections, record.npz_sha256)
 
@@ -384,7 +385,7 @@ def test_a_commit_to_an_fsspec_url_leaves_the_pair_and_nothing_else(
     names = sorted(name.rsplit("/", 1)[-1] for name in fs.ls(folder, detail=False))
     assert names == ["00000.npz", "00000.parquet"]
     assert [p.name for p in scratch.rglob("*") if p.is_file()] == []
-    record = output.record("00000")
+    record = Pair(output, "00000").record()
     assert record is not None
     assert record.npz_sha256 == output.sha256("00000.npz")
     with fs.open(f"{folder}/00000.parquet", "rb") as file:

@@ -1,0 +1,224 @@
+"""A shard's output pair, its parquet and its npz: opened, checked and described here alone.
+
+Example:
+    pair = Pair(OutputDir("s3://bucket/out"), "00000")
+    pair.table(["key", "image-brightness"]).to_pandas()
+    pair.features()["oai-clip-vit-l14-image"]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from io import BufferedIOBase
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from d2m_hpc.errors import D2MError, ShardError
+from d2m_hpc.run.manifest import Outcome, Record
+from d2m_hpc.run.outputs import OutputDir
+
+METADATA = b"d2m"
+"""Key of the parquet's file metadata that holds the shard's record."""
+TAIL = 64 << 10
+"""Bytes that hold almost any parquet's metadata, which stands at its end."""
+PARQUET, NPZ = SUFFIXES = (".parquet", ".npz")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a pair holds.
+
+    Attributes:
+        features: the arrays of the npz; [rows, ...] each.
+    """
+
+    record: Record
+    table: pa.Table
+    features: dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two files of one shard in an output folder, whether or not they are there yet."""
+
+    output: OutputDir
+    stem: str
+
+    def name(self, suffix: str) -> str:
+        return self.stem + suffix
+
+    def metadata(self) -> pq.FileMetaData:
+        """The parquet's types, statistics and record, without its values."""
+        return pq.read_metadata(pa.BufferReader(self._footer()))
+
+    def record(self) -> Record | None:
+        """The record in the parquet's metadata; None where there is no parquet, or not ours.
+
+        Raises:
+            D2MError: the file cannot be read, so that nobody knows.
+        """
+        try:
+            footer = self._footer()
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # each store raises errors of its own
+            where, advice = self.output.path(self.name(PARQUET)), "see to it and run the same"
+            raise D2MError(f"{where} cannot be read: {error}; {advice} command again") from error
+        try:
+            note = (pq.read_metadata(pa.BufferReader(footer)).metadata or {}).get(METADATA)
+            return Record.from_dict(json.loads(note)) if note else None
+        except Exception:  # arrow raises whatever a damaged byte makes it trip over
+            return None
+
+    def restored(self, record: Record) -> Record:
+        """The line that a killed task could not write any more, from the parquet's own record."""
+        sha256 = self.output.sha256(self.name(PARQUET))
+        return replace(record, parquet_sha256=sha256, rebuilt=True)
+
+    def _footer(self) -> bytes:
+        """A parquet's metadata, the 4 bytes of its length and the 4 of the format's name.
+
+        Apart from its parsing, for arrow raises an OSError at a damaged file too.
+        """
+        tail = self.output.read(self.name(PARQUET), TAIL)
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        is_longer = tail[-4:] == b"PAR1" and length > TAIL
+        return self.output.read(self.name(PARQUET), length) if is_longer else tail
+
+    def table(self, columns: Iterable[str] | None = None) -> pa.Table:
+        """The parquet's columns, or those named here that it has.
+
+        Raises:
+            OSError, pyarrow.ArrowException, or what else the store raises: it cannot be read.
+        """
+        with self.output.open(self.name(PARQUET)) as file:
+            return _table(file, columns)
+
+    def features(self) -> dict[str, NDArray[Any]]:
+        """The arrays of the npz; [rows, ...] each.
+
+        Raises:
+            OSError, ValueError, zipfile.BadZipFile, or what else the store raises.
+        """
+        with self.output.open(self.name(NPZ)) as file:
+            return dict(_arrays(file))
+
+    def lengths(self) -> set[int]:
+        """Rows of the parquet, by its metadata, and of each array, whose CRCs are checked."""
+        with self.output.open(self.name(NPZ)) as file, np.load(file) as arrays:
+            return {self.metadata().num_rows, *(len(arrays[name]) for name in arrays.files)}
+
+    def contents(self) -> Contents:
+        """All of a pair that is to be extended.
+
+        Raises:
+            ShardError: a file cannot be read, or the npz is not the parquet's.
+        """
+        try:
+            table = self.table()
+            record = Record.from_dict(json.loads(table.schema.metadata[METADATA]))
+            with self.output.open(self.name(NPZ)) as file:
+                if (found := _sha256(file)) != record.npz_sha256:
+                    raise ShardError(f"the npz has the sha256 {found}, not {record.npz_sha256}")
+                return Contents(record, table, dict(_arrays(file)))
+        except Exception as error:  # the libraries raise whatever a damaged byte makes them trip on
+            raise ShardError(
+                f"{self.output.path(self.stem)}: this finished pair cannot be extended: "
+                f"{str(error) or type(error).__name__}; {again(self.stem)}"
+            ) from error
+
+    def problems(
+        self,
+        suffix: str,
+        expected: Outcome | Record,
+        carried: Collection[str] = (),
+        owner: Callable[[str], str | None] = lambda sha256: None,
+    ) -> list[str]:
+        """What is wrong with one of the two files.
+
+        Args:
+            expected: what the newest record says of the pair.
+            carried: columns with the samples' own values, which may be anything.
+            owner: the name under which a file of some sha256 is on record, if there is one.
+        """
+        sha256 = expected.npz_sha256 if suffix == NPZ else expected.parquet_sha256
+        found = sha256
+        try:
+            with self.output.open(self.name(suffix)) as file:
+                found = _sha256(file)
+                if found != sha256 and (name := owner(found)):
+                    return [f"is {name}, under another name; rename it back"]
+                is_npz, rows = suffix == NPZ, expected.rows
+                problems = _of_npz(file, rows) if is_npz else _of_parquet(file, rows, carried)
+        except FileNotFoundError:
+            return ["is missing"]
+        except Exception as error:  # whatever a store, or a damaged byte, has a library raise
+            problems = [f"cannot be read: {str(error) or type(error).__name__}"]
+        other = f"has another sha256 than its record ({sha256[:12]}...)"
+        return problems if found == sha256 else [*problems, other]
+
+
+def again(stem: str) -> str:
+    """What to do about a pair that cannot be extended."""
+    return f"delete {stem}.parquet to have the shard computed whole by the next submit"
+
+
+def _sha256(file: BufferedIOBase) -> str:
+    found = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0)
+    return found
+
+
+def _table(file: BufferedIOBase, columns: Iterable[str] | None = None) -> pa.Table:
+    # Arrow's threads would hold on to the file, and abort a process that ends before they let go.
+    with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as parquet:
+        names = None if columns is None else list(columns)
+        return parquet.read(names, use_threads=False)
+
+
+def _arrays(file: BufferedIOBase) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Each array of an npz; reading one to its end checks its CRC."""
+    with np.load(file) as arrays:
+        yield from ((name, arrays[name]) for name in arrays.files)
+
+
+def _of_parquet(file: BufferedIOBase, rows: int, carried: Collection[str]) -> list[str]:
+    table = _table(file)
+    problems = [f"has {table.num_rows} rows, its record {rows}"] if table.num_rows != rows else []
+    for name in table.column_names:
+        bad = 0 if name in carried else _non_finite(table[name])
+        problems += [f"column {name!r} has {bad} values that are not finite"] if bad else []
+    return problems
+
+
+def _non_finite(column: pa.ChunkedArray) -> int:
+    """How many numbers, or numbers in lists, are NaN or infinite; a null is neither."""
+    while pa.types.is_list(column.type):
+        column = pc.list_flatten(column)
+    if not pa.types.is_floating(column.type):
+        return 0
+    bad: int = pc.sum(pc.invert(pc.is_finite(column)), min_count=0).as_py()
+    return bad
+
+
+def _of_npz(file: BufferedIOBase, rows: int) -> list[str]:
+    with zipfile.ZipFile(file) as archive:
+        if broken := archive.testzip():
+            return [f"array {broken!r} fails its CRC"]
+    file.seek(0)
+    problems = []
+    for name, array in _arrays(file):
+        if len(array) != rows:
+            problems.append(f"array {name!r} has {len(array)} rows, its record {rows}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            problems.append(f"array {name!r} has values that are not finite")
+    return problems

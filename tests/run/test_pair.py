@@ -1,0 +1,148 @@
+"""A pair of files: its record, its values, and what is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from d2m_hpc.errors import D2MError, ShardError
+from d2m_hpc.run.manifest import Record, Rejection
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import METADATA, Pair
+from d2m_hpc.storage import stores
+
+RECORD = Record("s", "done", 2, [Rejection("k\udce9", "nö")], fingerprint="f", finished=1.5)
+
+
+@pytest.fixture(params=["local", "awkward", "chain", "file", "memory"])
+def output(request: pytest.FixtureRequest, awkward_path: Path) -> OutputDir:
+    """A folder that is not there yet."""
+    urls = {
+        "local": f"{awkward_path.parent}/out",
+        "awkward": f"{awkward_path}/{{a,b}} [x]*?",
+        "chain": f"{awkward_path}/a::b",
+        "file": f"file://{awkward_path.parent}/out",
+        "memory": f"memory://{awkward_path.parent.name}/out",
+    }
+    return OutputDir(urls[request.param])
+
+
+def put(output: OutputDir, name: str, data: bytes) -> None:
+    output.fs.makedirs(output.root, exist_ok=True)
+    with output.fs.open(output.path(name), "wb") as file:
+        file.write(data)
+
+
+def parquet(note: bytes | None) -> bytes:
+    table = pa.table({"key": ["a", "b"]})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({METADATA: note} if note else None), sink)
+    return bytes(sink.getvalue())
+
+
+def npz(rows: int) -> bytes:
+    sink = io.BytesIO()
+    np.savez(sink, **{name: np.ones((rows, 3), np.float16) for name in "fg"})
+    return sink.getvalue()
+
+
+def whole(output: OutputDir) -> Record:
+    """A pair of two rows; returns its record."""
+    archive = npz(2)
+    record = replace(RECORD, npz_sha256=hashlib.sha256(archive).hexdigest())
+    table = parquet(json.dumps(record.to_dict()).encode())
+    put(output, "s.npz", archive)
+    put(output, "s.parquet", table)
+    return replace(record, parquet_sha256=hashlib.sha256(table).hexdigest())
+
+
+def test_no_parquet_has_no_record(output: OutputDir) -> None:
+    assert Pair(output, "s").record() is None
+
+
+def test_the_record_of_a_parquet_is_read_back(output: OutputDir) -> None:
+    note = json.dumps({**RECORD.to_dict(), "versions": {"torch": "2"}}).encode()
+    put(output, "s.parquet", parquet(note))
+    assert Pair(output, "s").record() == RECORD
+
+
+OTHERS: dict[str, Callable[[], bytes]] = {
+    "empty": lambda: b"",
+    "no parquet": lambda: b"x" * 1000,
+    "cut": lambda: parquet(json.dumps(RECORD.to_dict()).encode())[:-20],
+    "footer broken": lambda: parquet(b"{}")[:-60] + b"\xff" * 52 + parquet(b"{}")[-8:],
+    "someone else's": lambda: parquet(None),
+    "note is no JSON": lambda: parquet(b"{"),
+    "note is a list": lambda: parquet(b"[1]"),
+    "note is null": lambda: parquet(b"null"),
+    "note lacks a state": lambda: parquet(b'{"shard": "s"}'),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_parquet_that_is_not_ours_has_no_record(output: OutputDir, kind: str) -> None:
+    put(output, "s.parquet", OTHERS[kind]())
+    assert Pair(output, "s").record() is None
+
+
+def test_a_parquet_that_cannot_be_read_is_no_missing_one(
+    output: OutputDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shard would be computed again, or its folder taken for another program's."""
+
+    def silent(path: str, start: int | None = None) -> bytes:
+        raise TimeoutError("no answer from the store")
+
+    monkeypatch.setattr(output.fs, "cat_file", silent)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.0)
+    with pytest.raises(D2MError, match=r"s\.parquet cannot be read: .*no answer .* run the same"):
+        Pair(output, "s").record()
+
+
+def test_a_folder_in_a_parquets_place_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "s.parquet").mkdir()
+    with pytest.raises(D2MError, match="Is a directory"):
+        Pair(OutputDir(str(tmp_path)), "s").record()
+
+
+def test_a_record_longer_than_any_guess_is_read(output: OutputDir) -> None:
+    """Thousands of rejections are megabytes of metadata."""
+    record = Record("s", "done", 2, [Rejection(f"{i:09d}", "x" * 90) for i in range(20_000)])
+    put(output, "s.parquet", parquet(json.dumps(record.to_dict()).encode()))
+    assert Pair(output, "s").record() == record
+
+
+def test_a_whole_pair_is_read_wherever_it_lies(output: OutputDir) -> None:
+    record, pair = whole(output), Pair(output, "s")
+    assert pair.problems(".npz", record) == pair.problems(".parquet", record) == []
+    assert pair.lengths() == {2}
+    assert pair.restored(RECORD) == replace(
+        RECORD, parquet_sha256=record.parquet_sha256, rebuilt=True
+    )
+    assert pair.table(["key", "of a later config"]).to_pydict() == {"key": ["a", "b"]}
+    assert [*pair.features()] == ["f", "g"]
+    held = pair.contents()
+    assert (held.record.npz_sha256, held.table.num_rows) == (record.npz_sha256, 2)
+    assert held.features["g"].shape == (2, 3)
+
+
+def test_a_pair_of_two_attempts_is_not_taken_for_one(output: OutputDir) -> None:
+    record, pair = whole(output), Pair(output, "s")
+    put(output, "s.npz", npz(3))
+    with pytest.raises(ShardError, match=r"the npz has the sha256 .*delete s\.parquet"):
+        pair.contents()
+    assert pair.lengths() == {2, 3}
+    first, *others, last = pair.problems(".npz", record)
+    assert first == "array 'f' has 3 rows, its record 2"
+    assert (len(others), last[:34]) == (1, "has another sha256 than its record")
+    [told] = pair.problems(".npz", record, owner=lambda sha256: "t.npz")
+    assert told == "is t.npz, under another name; rename it back"
