@@ -25,7 +25,7 @@ import yaml
 
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Record, Rejection, Shard, encode
+from d2m_hpc.run.manifest import Job, Record, Rejection, encode
 
 TARS = [f"crawl-{i}/part-{j}" for i in range(2) for j in range(5)]
 ROWS = 20
@@ -68,8 +68,8 @@ def end_half(run: RunDir, out: Path) -> None:
     chunks = Chunks(submission)
     for index, chunk in enumerate(chunks.read(range(len(chunks) // 2))):
         task = f"000-{index}-0"
-        for shard in chunk:
-            pairs.link(shard.stem)
+        for job in chunk:
+            pairs.link(job.stem)
         lines = b"".join(
             encode(record)
             for record in _records(chunk, task, index, ended, fingerprint, pairs.sha256)
@@ -79,7 +79,7 @@ def end_half(run: RunDir, out: Path) -> None:
 
 
 def _records(
-    chunk: Sequence[Shard],
+    chunk: Sequence[Job],
     task: str,
     index: int,
     ended: float,
@@ -93,7 +93,7 @@ def _records(
     ]
     return [
         Record(
-            shard.stem,
+            job.stem,
             "done",
             ROWS,
             [] if (index + number) % 3 else rejections,
@@ -104,11 +104,11 @@ def _records(
             host=f"node{index % 64:03d}",
             **sha256,
         )
-        for number, shard in enumerate(chunk)
+        for number, job in enumerate(chunk)
     ]
 
 
-def _progress(chunk: Sequence[Shard], task: str, ended: float) -> bytes:
+def _progress(chunk: Sequence[Job], task: str, ended: float) -> bytes:
     told = {
         "task": task,
         "host": "node000",

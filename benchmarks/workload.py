@@ -21,7 +21,7 @@ from d2m_hpc.models.preprocessors import PREPROCESSORS
 from d2m_hpc.models.registry import COLUMNS, FEATURES
 from d2m_hpc.models.transfer import Lane
 from d2m_hpc.plan.decide import inspect
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.manifest import Job, Shard
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.progress import Progress
@@ -63,7 +63,7 @@ def no_op_keys(tars: Sequence[Path], workers: int, **more: Any) -> dict[str, Any
 def batches(config: configs.Config, scratch: Path) -> Iterator[Batch]:
     """What our loader makes of a config's tars: pixels as uint8, which the device normalises."""
     recipe = Recipe.of(config, Toolbox.of(config).inputs)
-    works = (Work(Shard(Path(tar).stem, tar)) for tar in config.input_tars)
+    works = (Work(Job(Shard(Path(tar).stem, tar))) for tar in config.input_tars)
     with Loader(works, recipe, Scratch(scratch, sys.maxsize)) as loader:
         for work in loader:
             yield from work

@@ -156,7 +156,7 @@ def test_an_extended_pair_is_what_a_full_run_makes(datacomp: bool, tmp_path: Pat
     run(workload(tmp_path, "out", TEXT, **keys))
     before = {p.stem: record_of(tmp_path / "out", p.stem) for p in (tmp_path / "out").glob("*.npz")}
     decided = run(workload(tmp_path, "out", {**TEXT, **MORE}, **keys))
-    assert (len(decided.done), len(decided.pending), len(decided.bases)) == (0, 5, 5)
+    assert (len(decided.done), len(decided.pending), len(decided.extends)) == (0, 5, 5)
     run(full := workload(tmp_path, "full", {**TEXT, **MORE}, **keys))
     assert_same(tmp_path / "out", tmp_path / "full")
     rows = {"00000": 40, "00001": 40, "empty": 0, "twice": 3, "odd": 3}
@@ -370,7 +370,7 @@ def planned(asked: Workload) -> str:
     with submitting(asked):
         decision = decide(asked)
         repair(decision)
-        return commit(decision, chunking.by_base(decision.pending)).name
+        return commit(decision, chunking.groups(decision.pending)).name
 
 
 def test_a_task_leaves_alone_what_is_not_as_it_was_at_the_submit(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_a_task_leaves_alone_what_is_not_as_it_was_at_the_submit(tmp_path: Path)
     with pytest.raises(ConfigError, match="'image-stats' is no longer listed"):
         decide(asked)
     decided = run(workload(tmp_path, "out", {**TEXT, **MORE}))
-    assert sorted((s.stem, bool(s.base)) for s in decided.pending) == [
+    assert sorted((s.stem, bool(s.extends)) for s in decided.pending) == [
         ("00000", False),
         ("00001", True),
     ]
@@ -430,7 +430,7 @@ def test_two_tasks_share_the_shards_of_one_base_only(tmp_path: Path) -> None:
     asked = workload(tmp_path, "out", {**TEXT, **MORE})
     with submitting(asked):
         decision = decide(asked)
-        old, new = chunking.by_base(decision.pending)
+        old, new = chunking.groups(decision.pending)
         submission = commit(decision, [[old[0]], [old[1]], [new[0]], [new[1]]]).name
     ended = [run_task(asked.run.root, submission, i) for i in (1, 3, 0, 2)]
     assert [(p.done, p.shards) for p in ended] == [(2, 2), (2, 2), (1, 1), (1, 1)]
@@ -444,7 +444,7 @@ def test_outputs_on_a_store_are_extended(tmp_path: Path) -> None:
     state = {"output_metadata_dir": out, "run_dir": str(tmp_path / "run")}
     run(workload(tmp_path, "", TEXT, **state))
     asked = workload(tmp_path, "", {**TEXT, **MORE}, **state)
-    assert len(run(asked).bases) == 2
+    assert len(run(asked).extends) == 2
     assert verify(asked.run, asked.config).faults == []
     run(workload(tmp_path, "full", {**TEXT, **MORE}))
     store = OutputDir(out)

@@ -15,7 +15,7 @@ from d2m_hpc.plan.decide import Decision, Workload, decide
 from d2m_hpc.run import nodes
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir, Submission
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.manifest import Job
 
 SHARDS_PER_TASK = 16
 SHORTEST_WAIT, LONGEST_WAIT = 2.0, 30.0
@@ -43,7 +43,7 @@ class SlurmArrays(Backend):
         """
         return look(workload, slurm.queue())
 
-    def chunks(self, decision: Decision, submission: Submission) -> Iterable[list[Shard]]:
+    def chunks(self, decision: Decision, submission: Submission) -> Iterable[list[Job]]:
         self._proposal = proposal = propose(decision, submission.name)
         self.arrays = proposal.arrays
         groups, most = proposal.groups, proposal.most
@@ -132,7 +132,7 @@ def propose(decision: Decision, submission: str) -> slurm.Proposal:
     """The arrays that a submit would make; asks Slurm only for its MaxArraySize."""
     workload, config = decision.workload, decision.workload.config
     per_task = config.shards_per_task or config.tars_per_wds or SHARDS_PER_TASK
-    groups = balance.by_base(decision.pending)
+    groups = balance.groups(decision.pending)
     most = min(per_task, max(map(len, groups)))
     tasks = sum(balance.count(group, most) for group in groups)
     token = slurm.token(workload.run.root)

@@ -20,7 +20,7 @@ from d2m_hpc.run import fingerprints
 from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.chunks import write_chunks
 from d2m_hpc.run.folder import Submission
-from d2m_hpc.run.manifest import Recorder, Shard
+from d2m_hpc.run.manifest import Job, Recorder
 from d2m_hpc.run.user import user_name
 from d2m_hpc.storage.files import atomic_write, is_private
 from d2m_hpc.storage.lease import Lease
@@ -35,8 +35,8 @@ class Backend(ABC):
         """Decide what is left, by all that this back end can learn of live tasks."""
 
     @abstractmethod
-    def chunks(self, decision: Decision, submission: Submission) -> Iterable[list[Shard]]:
-        """Divide the pending shards among tasks, a chunk each; start nothing."""
+    def chunks(self, decision: Decision, submission: Submission) -> Iterable[list[Job]]:
+        """Divide the pending jobs among tasks, a chunk each; start nothing."""
 
     @abstractmethod
     def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
@@ -80,7 +80,7 @@ def submit(
     return decision
 
 
-def commit(decision: Decision, chunks: Iterable[list[Shard]]) -> Submission:
+def commit(decision: Decision, chunks: Iterable[list[Job]]) -> Submission:
     """Write a submission to the run folder; nothing has been started yet when it returns."""
     submission = decision.workload.run.new_submission()
     write(submission, decision, chunks)
@@ -88,7 +88,7 @@ def commit(decision: Decision, chunks: Iterable[list[Shard]]) -> Submission:
 
 
 @uncollected()
-def write(submission: Submission, decision: Decision, chunks: Iterable[list[Shard]]) -> None:
+def write(submission: Submission, decision: Decision, chunks: Iterable[list[Job]]) -> None:
     workload, run = decision.workload, decision.workload.run
     values = workload.config.model_dump(mode="json")
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()

@@ -13,7 +13,7 @@ from d2m_hpc.plan import balance
 from d2m_hpc.plan.decide import Decision, Workload
 from d2m_hpc.run import fingerprints
 from d2m_hpc.run.folder import Submission
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.manifest import Job
 
 if TYPE_CHECKING:
     from d2m_hpc.worker.board import Board
@@ -42,8 +42,8 @@ class ThisProcess(Backend):
     def look(self, workload: Workload) -> Decision:
         return arrays.look(workload)
 
-    def chunks(self, decision: Decision, submission: Submission) -> list[list[Shard]]:
-        self._chunks = balance.by_base(decision.pending)
+    def chunks(self, decision: Decision, submission: Submission) -> list[list[Job]]:
+        self._chunks = balance.groups(decision.pending)
         return self._chunks
 
     def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:

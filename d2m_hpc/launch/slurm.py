@@ -18,7 +18,7 @@ from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch.commands import ask
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.folder import RunDir, Submission
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.manifest import Job
 from d2m_hpc.storage.files import atomic_write
 
 DEFAULT_MAX_ARRAY_SIZE = 1001
@@ -62,12 +62,12 @@ class Proposal:
     """What a submit would hand to Slurm.
 
     Attributes:
-        groups: shards that one task can do together.
+        groups: jobs that one task can do together.
         most: the most shards of a task.
         tasks: how many there will be, of as many chunks.
     """
 
-    groups: list[list[Shard]]
+    groups: list[list[Job]]
     most: int
     tasks: int
     arrays: list[Array]

@@ -1,4 +1,4 @@
-"""Pending shards to chunks, one for each array task."""
+"""Pending jobs to chunks, one for each array task."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.manifest import Job
 
 
-def by_base(shards: Iterable[Shard]) -> list[list[Shard]]:
-    """Shards that a task can do with the same models: those with the same base, in their order.
+def groups(jobs: Iterable[Job]) -> list[list[Job]]:
+    """Group the jobs that a task can do with the same models: those that extend the same, in order.
 
     A shard at which a process died comes last, and has a task of its own.
     """
-    groups: dict[str, list[Shard]] = {}
+    found: dict[str, list[Job]] = {}
     alone = []
-    for shard in shards:
-        if shard.alone:
-            alone.append([shard])
+    for job in jobs:
+        if job.alone:
+            alone.append([job])
         else:
-            groups.setdefault(shard.base, []).append(shard)
-    return [*groups.values(), *alone]
+            found.setdefault(job.extends, []).append(job)
+    return [*found.values(), *alone]
 
 
-def count(shards: Sequence[Shard], per_task: int) -> int:
-    """The fewest chunks of at most `per_task` shards that these fit into."""
-    return -(-len(shards) // per_task)
+def count(jobs: Sequence[Job], per_task: int) -> int:
+    """The fewest chunks of at most `per_task` jobs that these fit into."""
+    return -(-len(jobs) // per_task)
 
 
-def balanced(shards: Sequence[Shard], per_task: int) -> list[list[Shard]]:
+def balanced(jobs: Sequence[Job], per_task: int) -> list[list[Job]]:
     """As few chunks of at most `per_task` shards as can be, of about the same number of bytes.
 
-    The largest shard goes to the lightest chunk with room, and so on (LPT, Graham, 1969); shards of
-    unknown size weigh as much as the mean. Each chunk keeps the shards' order.
+    The largest shard goes to the lightest chunk that is not full, and so on (LPT, Graham, 1969);
+    shards of unknown size weigh as much as the mean. Each chunk keeps the jobs' order.
     """
-    known = [s.size for s in shards if s.size is not None]
+    known = [j.shard.size for j in jobs if j.shard.size is not None]
     if not known:
-        return chunk(shards, per_task)
+        return chunk(jobs, per_task)
     mean = sum(known) / len(known)
-    weights = np.array([mean if s.size is None else s.size for s in shards])
+    weights = np.array([mean if j.shard.size is None else j.shard.size for j in jobs])
     heaviest_first = np.argsort(-weights, kind="stable")
-    heap = [(0.0, i) for i in range(count(shards, per_task))]
+    heap = [(0.0, i) for i in range(count(jobs, per_task))]
     chosen: list[list[int]] = [[] for _ in heap]
     for i, weight in zip(heaviest_first.tolist(), weights[heaviest_first].tolist(), strict=True):
         total, lightest = heap[0]
@@ -51,9 +51,9 @@ def balanced(shards: Sequence[Shard], per_task: int) -> list[list[Shard]]:
             heapq.heapreplace(heap, (total + weight, lightest))
         else:
             heapq.heappop(heap)
-    return [[shards[i] for i in sorted(indices)] for indices in chosen]
+    return [[jobs[i] for i in sorted(indices)] for indices in chosen]
 
 
-def chunk(shards: Sequence[Shard], per_task: int) -> list[list[Shard]]:
+def chunk(jobs: Sequence[Job], per_task: int) -> list[list[Job]]:
     """Consecutive chunks of at most `per_task` shards."""
-    return [list(shards[i : i + per_task]) for i in range(0, len(shards), per_task)]
+    return [list(jobs[i : i + per_task]) for i in range(0, len(jobs), per_task)]

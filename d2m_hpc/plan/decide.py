@@ -14,7 +14,7 @@ from d2m_hpc.gc_paused import uncollected
 from d2m_hpc.plan import changed, patterns
 from d2m_hpc.plan.forget import Forgotten
 from d2m_hpc.plan.standing import Standings, stand
-from d2m_hpc.plan.tried import Tried, replaced, told, tried
+from d2m_hpc.plan.tried import Tried, jobs, replaced, tried
 from d2m_hpc.plan.workload import (
     Workload,
     absolute,
@@ -26,7 +26,7 @@ from d2m_hpc.plan.workload import (
 )
 from d2m_hpc.run import fingerprints, nodes
 from d2m_hpc.run.extension import only_new
-from d2m_hpc.run.manifest import Manifest, Record, Shard
+from d2m_hpc.run.manifest import Job, Manifest, Record, Shard
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 
@@ -51,10 +51,10 @@ class Decision:
         shards: all of the run, done or not.
         is_planned: the run folder has this plan already.
         done: stems of finished shards.
-        bases: stems of shards that lack only what was added to the config since they were
+        extends: stems of shards that lack only what was added to the config since they were
             finished, with the fingerprints of their pairs.
         earlier: those fingerprints' values, by their short hashes.
-        tried: of stems that were tried before, what a `Shard` says of that.
+        tried: of stems that were tried before, what a `Job` says of that.
         exhausted: stems that failed `max_attempts` times.
         lost: records that are missing and were read back from finished parquets.
         in_flight: stems that pending or running array tasks will do.
@@ -67,7 +67,7 @@ class Decision:
     shards: list[Shard]
     is_planned: bool = False
     done: set[str] = field(default_factory=set)
-    bases: dict[str, str] = field(default_factory=dict)
+    extends: dict[str, str] = field(default_factory=dict)
     earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
     tried: dict[str, Tried] = field(default_factory=dict)
     exhausted: set[str] = field(default_factory=set)
@@ -79,15 +79,15 @@ class Decision:
     notices: list[str] = field(default_factory=list)
 
     @cached_property
-    def pending(self) -> list[Shard]:
+    def pending(self) -> list[Job]:
         """Computed once: all else has to be known before it is asked for."""
         settled = self.done | self.exhausted | self.in_flight | self.left_out
-        return told([s for s in self.shards if s.stem not in settled], self.bases, self.tried)
+        return jobs([s for s in self.shards if s.stem not in settled], self.extends, self.tried)
 
     def gains(self) -> list[tuple[int, Config]]:
         """How many of the pending shards are to be extended, and the config of what they lack."""
-        config, bases = self.workload.config, Counter(s.base for s in self.pending if s.base)
-        return [(n, only_new(config, self.earlier[b], config.specs)) for b, n in bases.items()]
+        config, pairs = self.workload.config, Counter(j.extends for j in self.pending if j.extends)
+        return [(n, only_new(config, self.earlier[b], config.specs)) for b, n in pairs.items()]
 
 
 @uncollected()
@@ -154,7 +154,7 @@ def _see_changed(
         decision.done.difference_update(again)
         decision.exhausted.difference_update(again)
         for stem in again:
-            decision.bases.pop(stem, None)
+            decision.extends.pop(stem, None)
             decision.tried[stem] = replaced(decision.tried.get(stem), changed.made(found, stem))
         decision.notices.append(f"{len(again)} tars have changed; computed again")
     elif other.stems:
@@ -171,7 +171,7 @@ def _earlier(decision: Decision) -> dict[str, dict[str, Any]]:
     """
     workload, run = decision.workload, decision.workload.run
     stems: dict[str, list[str]] = {}
-    for stem, name in decision.bases.items():
+    for stem, name in decision.extends.items():
         stems.setdefault(name, []).append(stem)
     live = fingerprints.of_local_submits(run)
     if decision.in_flight:
@@ -195,7 +195,7 @@ def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
     decision.done.update(found.done)
     decision.exhausted = found.given_up - decision.done
     if not config.reprocess:
-        decision.bases |= fingerprints.extendable(found.outdated, config)
+        decision.extends |= fingerprints.extendable(found.outdated, config)
         _refuse_foreign(workload, foreign)
     if decision.done:
         seconds = sum(o.finished - o.started for o in found.done.values())
@@ -222,7 +222,7 @@ def _take_back(decision: Decision, found: Standings, output: OutputDir) -> list[
         if record.fingerprint == workload.fingerprint_id:
             decision.done.add(stem)
         elif not workload.config.reprocess:
-            decision.bases[stem] = record.fingerprint
+            decision.extends[stem] = record.fingerprint
     return foreign
 
 

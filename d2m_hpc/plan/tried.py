@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import DIED, Manifest, Outcome, Shard
+from d2m_hpc.run.manifest import DIED, Job, Manifest, Outcome, Shard
 
 
 class Tried(NamedTuple):
-    """The last fields of a `Shard`."""
+    """The last fields of a `Job`."""
 
     attempt: int = 0
     failures: int = 0
@@ -54,11 +54,14 @@ def replaced(known: Tried | None, made: Outcome | None) -> Tried:
     return known._replace(attempt=max(known.attempt, made.attempt if made else 0), again=True)
 
 
-def told(shards: list[Shard], bases: Mapping[str, str], tried: Mapping[str, Tried]) -> list[Shard]:
-    """Shards with what their tasks have to know: the base of each, and what was tried."""
-    if not bases and not tried:
-        return shards
-    return [
-        Shard(s.stem, s.url, s.size, bases.get(s.stem, ""), *tried.get(s.stem, UNTRIED))
-        for s in shards
-    ]
+def jobs(
+    shards: Sequence[Shard], extends: Mapping[str, str], tried: Mapping[str, Tried]
+) -> list[Job]:
+    """What tasks are to do with some shards.
+
+    Args:
+        extends: the fingerprints of the pairs that are to be extended, by stem.
+    """
+    if not extends and not tried:
+        return list(map(Job, shards))
+    return [Job(s, extends.get(s.stem, ""), *tried.get(s.stem, UNTRIED)) for s in shards]

@@ -1,4 +1,4 @@
-"""The shards of each task of a submission: written once, read a line at a time."""
+"""The jobs of each task of a submission: written once, read a line at a time."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.folder import Submission
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.manifest import Job, Shard
 from d2m_hpc.storage.files import atomic_write
 
 _OFFSET = struct.Struct("<Q")
-_UNTRIED = Shard("", "")
+_UNTRIED = Job(Shard("", ""))
 
 
 def write_chunks(
-    submission: Submission, chunks: Iterable[Sequence[Shard]], private: bool = False
+    submission: Submission, chunks: Iterable[Sequence[Job]], private: bool = False
 ) -> None:
     """Line i of `chunks.jsonl` is what task i is to do; where it begins goes to a file beside it.
 
     A million shards are 150 MB of lines, and tens of thousands of tasks want one of them each. The
-    shards of one chunk have the same base. What is the same of all untried shards is not written.
+    jobs of one chunk extend pairs of one fingerprint, or none. A job is written as its shard's
+    fields and its own, without the last ones where these are an untried shard's.
     """
     offsets, end = bytearray(), 0
 
     def lines() -> Iterator[bytes]:
         nonlocal end
         for chunk in chunks:
-            values = [_short(shard) for shard in chunk]
+            values = [_short(job) for job in chunk]
             line = json.dumps(values).encode() + b"\n"
             offsets.extend(_OFFSET.pack(end))
             end += len(line)
@@ -38,11 +39,10 @@ def write_chunks(
     atomic_write(submission.chunk_offsets, bytes(offsets))
 
 
-def _short(shard: Shard) -> tuple[object, ...]:
-    """Without the last fields that are as in an untried shard."""
-    if shard[4:] != _UNTRIED[4:]:
-        return shard
-    return shard[:4] if shard.base else shard[:3]
+def _short(job: Job) -> tuple[object, ...]:
+    if job[2:] != _UNTRIED[2:]:
+        return *job.shard, *job[1:]
+    return (*job.shard, job.extends) if job.extends else job.shard
 
 
 class Chunks:
@@ -54,8 +54,8 @@ class Chunks:
     def __len__(self) -> int:
         return self._submission.chunk_offsets.stat().st_size // _OFFSET.size
 
-    def read(self, numbers: Iterable[int]) -> Iterator[list[Shard]]:
-        """The shards of some tasks, chunk by chunk, in the order that is asked for.
+    def read(self, numbers: Iterable[int]) -> Iterator[list[Job]]:
+        """The jobs of some tasks, chunk by chunk, in the order that is asked for.
 
         Args:
             numbers: of tasks, each from 0 to `len` - 1.
@@ -72,5 +72,5 @@ class Chunks:
                 with undamaged(self._submission.chunks, advice):
                     offsets.seek(number * _OFFSET.size)
                     lines.seek(*_OFFSET.unpack(offsets.read(_OFFSET.size)))
-                    shards = [Shard(*shard) for shard in json.loads(lines.readline())]
-                yield shards
+                    jobs = [Job(Shard(*v[:3]), *v[3:]) for v in json.loads(lines.readline())]
+                yield jobs

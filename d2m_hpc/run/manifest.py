@@ -13,6 +13,7 @@ from d2m_hpc.run.merge import listed
 from d2m_hpc.run.records import (
     DIED,
     EARLIEST,
+    Job,
     Order,
     Record,
     Recorder,
@@ -26,6 +27,7 @@ from d2m_hpc.run.records import (
 
 __all__ = [
     "DIED",
+    "Job",
     "Manifest",
     "Outcome",
     "Record",

@@ -37,25 +37,38 @@ class Shard(NamedTuple):
     Attributes:
         stem: names its outputs.
         size: in bytes; None when not known.
-        base: the fingerprint of its finished pair, which is to be extended; empty where the shard
-            is to be computed whole.
-        attempt: the number of the last attempt at it that the submit knew of.
-        failures: how many attempts at it have failed, by the config at hand.
-        alone: an attempt at it never ended; while it is tried, nothing else is in hand.
-        again: a pair that was made by that attempt or an earlier one is to be replaced.
     """
 
     stem: str
     url: str
     size: int | None = None
-    base: str = ""
+
+
+class Job(NamedTuple):
+    """What a task is to do with a shard.
+
+    Attributes:
+        extends: the fingerprint of the shard's finished pair, of which only what that lacks is to
+            be computed; empty where the shard is to be computed whole.
+        attempt: the number of the last attempt that the submit knew of.
+        failures: how many attempts have failed, by the config at hand.
+        alone: an attempt never ended; while the shard is tried, the task holds no other.
+        again: a pair that was made by that attempt or an earlier one is to be replaced.
+    """
+
+    shard: Shard
+    extends: str = ""
     attempt: int = 0
     failures: int = 0
     alone: bool = False
     again: bool = False
 
-    def outlives(self, record: Record | None) -> bool:
-        """Whether a pair that lies there, with this record, is one to replace."""
+    @property
+    def stem(self) -> str:
+        return self.shard.stem
+
+    def replaces(self, record: Record | None) -> bool:
+        """Whether the pair that lies there, with this record, is one to replace."""
         return self.again and record is not None and record.attempt <= self.attempt
 
 

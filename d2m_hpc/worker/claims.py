@@ -17,7 +17,7 @@ from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.extension import refits
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Record, Recorder, Shard, read_records
+from d2m_hpc.run.manifest import Job, Record, Recorder, read_records
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.storage.files import FILE_MODE, make_folder
@@ -52,8 +52,8 @@ class Claims:
     """Iterate for the shards to do, each claimed at the last moment.
 
     Attributes:
-        chunk: the task's own shards.
-        base: of all its shards, others' too: the fingerprint of finished pairs that lack the same.
+        chunk: the task's own jobs.
+        extends: what all jobs that the task claims extend: pairs of one fingerprint, or none.
 
     Args:
         fingerprint: of the config; outputs of another one do not count as finished.
@@ -82,7 +82,7 @@ class Claims:
         if name.index >= len(chunks):
             raise D2MError(f"submission {name.submission} of {run.root} has no chunk {name.index}")
         [self.chunk] = chunks.read([name.index])
-        self.base = self.chunk[0].base if self.chunk else ""
+        self.extends = self.chunk[0].extends if self.chunk else ""
         self._chunks, self._index = chunks, name.index
         self._run, self._config, self._fingerprint = run, config, fingerprint
         self._output = OutputDir(config.output_metadata_dir)
@@ -106,11 +106,11 @@ class Claims:
     def __iter__(self) -> Iterator[Work]:
         """Yield the chunk's shards, last and one at a time those at which a process died; then what
         others have not begun."""
-        self._alone |= {shard.stem for shard in self.chunk if shard.alone}
-        yield from self._own([s for s in self.chunk if s.stem not in self._alone])
-        for shard in [s for s in self.chunk if s.stem in self._alone]:
+        self._alone |= {job.stem for job in self.chunk if job.alone}
+        yield from self._own([j for j in self.chunk if j.stem not in self._alone])
+        for job in [j for j in self.chunk if j.stem in self._alone]:
             self._wait_for_settled()
-            yield from self._own([shard])
+            yield from self._own([job])
             self._wait_for_settled()
         if self._config.steal:
             yield from self._steal()
@@ -121,19 +121,19 @@ class Claims:
             if self._stopped.wait(SETTLED_SECONDS):
                 return
 
-    def _own(self, shards: Iterable[Shard]) -> Iterator[Work]:
-        """Those that are in other hands are come back to until they are settled."""
-        waiting = [(shard, self._lease(shard)) for shard in shards]
+    def _own(self, jobs: Iterable[Job]) -> Iterator[Work]:
+        """Yield our shards; poll those leased by other tasks until they are done or failed."""
+        waiting = [(job, self._lease(job)) for job in jobs]
         while waiting:
             busy = []
-            for shard, lease in waiting:
+            for job, lease in waiting:
                 if self.is_late or self._stopped.is_set():
                     return
                 if not lease.claim():
-                    busy.append((shard, lease))
-                elif work := self._begin(shard, lease):
+                    busy.append((job, lease))
+                elif work := self._begin(job, lease):
                     yield work
-                elif shard.stem not in self._put_off:
+                elif job.stem not in self._put_off:
                     self._report(done=1)
             waiting = busy
             if waiting:
@@ -141,97 +141,97 @@ class Claims:
                 self._stopped.wait(POLL_SECONDS)
 
     def _steal(self) -> Iterator[Work]:
-        """Other tasks' shards, those first that they come to last."""
-        finished = self._extended() if self.base else self._output.stems()
-        for shard in self._others():
+        """Steal from the end of other tasks' chunks."""
+        finished = self._extended() if self.extends else self._output.stems()
+        for job in self._others():
             if self.is_late or self._stopped.is_set():
                 return
-            if shard.alone or (shard.stem in finished and not shard.again):
+            if job.alone or (job.stem in finished and not job.again):
                 continue
-            if not (lease := self._lease(shard)).claim():
+            if not (lease := self._lease(job)).claim():
                 continue
-            if work := self._begin(shard, lease, own=False):
-                log.info("%s: taken from a slower task", shard.stem)
+            if work := self._begin(job, lease, own=False):
+                log.info("%s: taken from a slower task", job.stem)
                 self._report(shards=1)
                 yield work
 
-    def _others(self) -> Iterator[Shard]:
-        """All others' shards of the base from the last to the first, of which one chunk is held."""
+    def _others(self) -> Iterator[Job]:
+        """Jobs of other chunks that extend the same, the last one first; one chunk is in memory."""
         numbers = (i for i in reversed(range(len(self._chunks))) if i != self._index)
         for chunk in self._chunks.read(numbers):
-            yield from (shard for shard in reversed(chunk) if shard.base == self.base)
+            yield from (job for job in reversed(chunk) if job.extends == self.extends)
 
     def _extended(self) -> set[str]:
         """The stems that tasks of this submission have extended; all of them have a parquet."""
         folder = self._submission.extended
         return set(os.listdir(folder)) if folder.is_dir() else set()
 
-    def _lease(self, shard: Shard) -> Lease:
-        return Lease(self._run.lease(shard.stem), self._config.lease_seconds)
+    def _lease(self, job: Job) -> Lease:
+        return Lease(self._run.lease(job.stem), self._config.lease_seconds)
 
-    def _begin(self, shard: Shard, lease: Lease, own: bool = True) -> Work | None:
+    def _begin(self, job: Job, lease: Lease, own: bool = True) -> Work | None:
         """A shard that was just claimed, or None where there is nothing for this task to do."""
         try:
             require_there(self._run.leases)
-            pair = Pair(self._output, shard.stem)
-            last, record = self._attempts.last(shard.stem), pair.record()
-            known = max(shard.attempt, last.number if last else 0, record.attempt if record else 0)
-            if self._clean(shard.stem, known + 1):  # now no earlier attempt changes what lies there
+            pair = Pair(self._output, job.stem)
+            last, record = self._attempts.last(job.stem), pair.record()
+            known = max(job.attempt, last.number if last else 0, record.attempt if record else 0)
+            if self._clean(job.stem, known + 1):  # now no earlier attempt changes what lies there
                 record = pair.record()
-            why = self._why_not(shard, None if shard.outlives(record) else record)
+            why = self._why_not(job, None if job.replaces(record) else record)
             if not why and last and (last.died or not last.ended):
-                why = self._after_death(shard, last) if own else "a process may have died of it"
+                why = self._after_death(job, last) if own else "a process may have died of it"
         except BaseException:
             lease.release()
             raise
         if why:
-            log.info("%s: %s", shard.stem, why)
+            log.info("%s: %s", job.stem, why)
             lease.release()
             return None
         before = last or Attempt(0)
         host = self._report.progress.host
         attempt = Attempt(known + 1, str(self._name), host, died=before.died, lost=before.lost)
-        held = Held(lease, self._attempts, shard.stem, attempt, last, self._board)
-        self._held[shard.stem] = work = Work(shard, lease, held)
+        held = Held(lease, self._attempts, job.stem, attempt, last, self._board)
+        self._held[job.stem] = work = Work(job, lease, held)
         return work
 
-    def _after_death(self, shard: Shard, last: Attempt) -> str:
+    def _after_death(self, job: Job, last: Attempt) -> str:
         """Why a shard whose last attempt never ended is not computed now; empty where it is."""
-        if not last.ended and self._evidence.weigh(shard, last) >= self._config.max_attempts:
-            self._put_off.add(shard.stem)
-            _touch(self._submission.failed(shard.stem))
+        if not last.ended and self._evidence.weigh(job, last) >= self._config.max_attempts:
+            self._put_off.add(job.stem)
+            _touch(self._submission.failed(job.stem))
             self._report(failed=1)
             return "given up"
-        if shard.stem in self._alone:
+        if job.stem in self._alone:
             return ""
-        self._put_off.add(shard.stem)
-        self._alone.add(shard.stem)
+        self._put_off.add(job.stem)
+        self._alone.add(job.stem)
         return "put off: it is tried last and alone"
 
-    def _why_not(self, shard: Shard, record: Record | None) -> str:
+    def _why_not(self, job: Job, record: Record | None) -> str:
         """Why a shard is not to be computed here; empty where it is."""
         if record is not None and record.fingerprint == self._fingerprint:
             self._put_back(record)
-            self._attempts.done(shard.stem)  # its task was killed before it removed that
+            self._attempts.done(job.stem)  # its task was killed before it removed that
             return f"already done by task {record.task}"
-        if not self._is_as_planned(shard, record):
+        if not self._is_as_planned(job, record):
             return "its outputs are not those of the submit any more; the next one sees to it"
-        if self._submission.failed(shard.stem).exists():
+        if self._submission.failed(job.stem).exists():
             return "failed in this submission already; the next one tries again"
         return ""
 
-    def _is_as_planned(self, shard: Shard, record: Record | None) -> bool:
+    def _is_as_planned(self, job: Job, record: Record | None) -> bool:
         """Whether its pair is still the one to extend; if not, the next submit sees to it.
 
         One that cannot be read is taken all the same, so that it is found and recorded as damaged.
         """
         if self._config.reprocess:
             return True
-        if record is None and shard.base:
-            return self._output.has(f"{shard.stem}.parquet")
-        if record is None or record.fingerprint == shard.base:
+        if record is None and job.extends:
+            return self._output.has(f"{job.stem}.parquet")
+        if record is None or record.fingerprint == job.extends:
             return True
-        return not shard.base and refits((r.reason for r in record.rejections), self._config)
+        return not job.extends and refits((r.reason for r in record.rejections), self._config)
 
     def _put_back(self, record: Record) -> None:
         """A task was killed between the parquet's rename and its record."""
@@ -258,7 +258,7 @@ class Claims:
             work.held.settled(state)
         if state == "failed":
             _touch(self._submission.failed(stem))
-        elif work.shard.base:
+        elif work.job.extends:
             _touch(self._submission.extended / stem)
 
     def let_all_go(self) -> None:

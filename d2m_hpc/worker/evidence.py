@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import DIED, Record, Recorder, Shard
+from d2m_hpc.run.manifest import DIED, Job, Record, Recorder
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Evidence:
         self._run, self._task, self._fingerprint = run, task, fingerprint
         self._recorder, self._attempts = recorder, Attempts(run.attempts)
 
-    def weigh(self, shard: Shard, last: Attempt) -> int:
+    def weigh(self, job: Job, last: Attempt) -> int:
         """Count an attempt that never ended; the shard's lease is held.
 
         The first one that ended when Slurm requeued the whole task is taken for its node's loss,
@@ -35,16 +35,16 @@ class Evidence:
         Returns:
             How many attempts at the shard have failed by now.
         """
-        failures = shard.failures
+        failures = job.failures
         if last.lost == 0 and self._is_requeued(last.task):
-            log.warning("%s: attempt %d was lost with its node", shard.stem, last.number)
+            log.warning("%s: attempt %d was lost with its node", job.stem, last.number)
             last = replace(last, lost=1)
         else:
             made_by = self._made_by(last.task)
-            self._recorder.append(_failure(shard.stem, last, made_by))
-            log.warning("%s: attempt %d never ended", shard.stem, last.number)
+            self._recorder.append(_failure(job.stem, last, made_by))
+            log.warning("%s: attempt %d never ended", job.stem, last.number)
             failures += made_by == self._fingerprint
-        self._attempts.end(shard.stem, replace(last, died=True))
+        self._attempts.end(job.stem, replace(last, died=True))
         return failures
 
     def _is_requeued(self, earlier: str) -> bool:

@@ -152,7 +152,7 @@ class Task:
         require_own(self.output, run, take=False)
         clean, marks = committer.clean, self.fingerprint
         claims = Claims(run, name, config, marks, report, clean, deadline, self.board, alone)
-        toolbox = self._toolbox(claims.base)
+        toolbox = self._toolbox(claims.extends)
         self.schema = schema_of(run, config, self.part, self.output, toolbox)
         graph, recipe = Graph(self.part, toolbox, device), Recipe.of(self.part, toolbox.inputs)
         recorder = Recorder(run.record(name.submission, name.index, name.attempt))
@@ -191,11 +191,11 @@ class Task:
             stall_seconds=self.config.stall_seconds,
         )
 
-    def _toolbox(self, base: str) -> Toolbox:
+    def _toolbox(self, extends: str) -> Toolbox:
         """Of the config, or of what pairs of an earlier one lack."""
         toolbox = Toolbox.of(self.config)
-        if base:
-            earlier = json.loads(self.run.fingerprint(base).read_bytes())
+        if extends:
+            earlier = json.loads(self.run.fingerprint(extends).read_bytes())
             self.part = only_new(self.config, earlier, toolbox.specs)
         return toolbox.only(self.part)
 
@@ -207,7 +207,7 @@ class Task:
         self.report(shard=work.shard.stem)
         try:
             pair = Pair(self.output, work.shard.stem)
-            finished = pair.contents() if work.shard.base else None
+            finished = pair.contents() if work.job.extends else None
             with work.clock("compute", besides="wait"):
                 for outputs in guarded(graph.run(work)):
                     table.add(outputs)

@@ -12,7 +12,7 @@ from queue import Empty, Queue
 from threading import Semaphore
 from typing import Any
 
-from d2m_hpc.run.manifest import Rejection, Shard
+from d2m_hpc.run.manifest import Job, Rejection, Shard
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.storage.urls import is_local
 from d2m_hpc.worker.batch import Batch
@@ -42,7 +42,7 @@ class Work:
         room: for batches that wait for the device; one for all works of a loader.
     """
 
-    shard: Shard
+    job: Job
     lease: Lease | None = None
     held: Held | None = None
     rejections: list[Rejection] = field(default_factory=list)
@@ -71,6 +71,10 @@ class Work:
             if isinstance(item, BaseException):
                 raise item
             return None if item is None else item.result()
+
+    @property
+    def shard(self) -> Shard:
+        return self.job.shard
 
     @property
     def attempt(self) -> int:

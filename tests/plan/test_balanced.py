@@ -7,18 +7,18 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2m_hpc.plan.balance import balanced, by_base
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.plan.balance import balanced, groups
+from d2m_hpc.run.manifest import Job, Shard
 
 SIZES = st.lists(st.none() | st.integers(0, 10**12), max_size=60)
 
 
-def shards(sizes: list[int | None]) -> list[Shard]:
-    return [Shard(f"{i:05d}", f"/{i:05d}.tar", size) for i, size in enumerate(sizes)]
+def shards(sizes: list[int | None]) -> list[Job]:
+    return [Job(Shard(f"{i:05d}", f"/{i:05d}.tar", size)) for i, size in enumerate(sizes)]
 
 
 def weights(chunks: list[list[Shard]]) -> list[int]:
-    return [sum(s.size or 0 for s in chunk) for chunk in chunks]
+    return [sum(s.shard.size or 0 for s in chunk) for chunk in chunks]
 
 
 @given(SIZES, st.integers(1, 10))
@@ -63,10 +63,11 @@ def test_without_any_size_chunks_are_consecutive() -> None:
     assert [[s.stem for s in c] for c in chunks] == [["00000", "00001"], ["00002"]]
 
 
-def test_shards_of_one_base_are_done_together_in_their_order() -> None:
+def test_jobs_that_extend_the_same_are_done_together_in_their_order() -> None:
     some = [
-        Shard(f"{i}", f"/{i}.tar", None, base) for i, base in enumerate(["", "x", "", "y", "x"])
+        Job(Shard(f"{i}", f"/{i}.tar"), extends)
+        for i, extends in enumerate(["", "x", "", "y", "x"])
     ]
-    groups = by_base(some)
-    assert [[s.stem for s in group] for group in groups] == [["0", "2"], ["1", "4"], ["3"]]
-    assert by_base([]) == []
+    found = groups(some)
+    assert [[s.stem for s in group] for group in found] == [["0", "2"], ["1", "4"], ["3"]]
+    assert groups([]) == []

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from d2m_hpc.run.chunks import Chunks, write_chunks
 from d2m_hpc.run.folder import RunDir, Submission
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.manifest import Job, Shard
 
 SIZES = st.none() | st.integers(0, 10**12)
-SHARDS = st.builds(Shard, st.text(), st.text(), SIZES, st.sampled_from(["", "0a1b"]))
+SHARDS = st.builds(Shard, st.text(), st.text(), SIZES)
+JOBS = st.builds(Job, SHARDS, st.sampled_from(["", "0a1b"]), st.integers(0, 2))
 
 
 @pytest.fixture
@@ -21,13 +22,14 @@ def submission(tmp_path: Path) -> Submission:
     return RunDir(tmp_path).submission("000")
 
 
-def chunk_of(number: int) -> list[Shard]:
-    return [Shard(f"{number}-ü{i}", f"s3://b/\n{i}.tar", i or None) for i in range(number % 4)]
+def chunk_of(number: int) -> list[Job]:
+    some = range(number % 4)
+    return [Job(Shard(f"{number}-ü{i}", f"s3://b/\n{i}.tar", i or None)) for i in some]
 
 
-@given(st.lists(st.lists(SHARDS, max_size=4), max_size=6))
+@given(st.lists(st.lists(JOBS, max_size=4), max_size=6))
 def test_any_chunks_are_read_back(
-    tmp_path_factory: pytest.TempPathFactory, made: list[list[Shard]]
+    tmp_path_factory: pytest.TempPathFactory, made: list[list[Job]]
 ) -> None:
     submission = RunDir(tmp_path_factory.getbasetemp()).submission("any")
     write_chunks(submission, iter(made))
@@ -50,12 +52,18 @@ def test_no_other_line_is_read(submission: Submission) -> None:
     assert list(Chunks(submission).read([5])) == [chunk_of(5)]
 
 
-def test_a_line_of_the_file_is_a_tasks_list_of_shards(submission: Submission) -> None:
+def test_a_line_of_the_file_is_a_tasks_list_of_jobs(submission: Submission) -> None:
     """Whoever writes a tool of his own needs no offsets."""
-    made = [[Shard("a", "/a.tar", 7)], [Shard("b", "/b.tar")], [Shard("c", "/c.tar", 1, "0a")]]
+    made = [
+        [Job(Shard("a", "/a.tar", 7))],
+        [Job(Shard("b", "/b.tar"))],
+        [Job(Shard("c", "/c.tar", 1), "0a")],
+        [Job(Shard("d", "/d.tar"), attempt=2, alone=True)],
+    ]
     write_chunks(submission, made)
     assert submission.chunks.read_text().splitlines() == [
         '[["a", "/a.tar", 7]]',
         '[["b", "/b.tar", null]]',
         '[["c", "/c.tar", 1, "0a"]]',
+        '[["d", "/d.tar", null, "", 2, 0, true, false]]',
     ]

@@ -17,7 +17,7 @@ from d2m_hpc.errors import D2MError, ShardError
 from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.chunks import Chunks, write_chunks
 from d2m_hpc.run.folder import RunDir, Submission
-from d2m_hpc.run.manifest import DIED, Record, Shard, read_records
+from d2m_hpc.run.manifest import DIED, Job, Record, Shard, read_records
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import METADATA, Pair
 from d2m_hpc.storage.lease import Lease
@@ -32,7 +32,7 @@ CHUNKS = [["a", "b"], ["c", "d"], ["e"], ["f", "g"]]
 def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
     run.create()
-    chunks = [[Shard(stem, f"/{stem}.tar") for stem in stems] for stems in CHUNKS]
+    chunks = [[Job(Shard(stem, f"/{stem}.tar")) for stem in stems] for stems in CHUNKS]
     write_chunks(run.submission("000"), chunks)
     (tmp_path / "out").mkdir()
     return run
@@ -92,7 +92,7 @@ def test_others_chunks_are_read_one_at_a_time(run: RunDir) -> None:
 def extend(run: RunDir) -> None:
     """As if the pairs of c, d, f and g, of the fingerprint `old`, were to be extended."""
     chunks = [
-        [Shard(stem, f"/{stem}.tar", None, "old" if stem in "cdfg" else "") for stem in stems]
+        [Job(Shard(stem, f"/{stem}.tar"), "old" if stem in "cdfg" else "") for stem in stems]
         for stems in CHUNKS
     ]
     write_chunks(run.submission("000"), chunks)
@@ -105,10 +105,10 @@ def note(stem: str, fingerprint: str) -> str:
     return json.dumps(Record(stem, "done", fingerprint=fingerprint, task="000-9-0").to_dict())
 
 
-def test_only_shards_of_the_same_base_are_taken(run: RunDir) -> None:
+def test_only_jobs_that_extend_the_same_are_taken(run: RunDir) -> None:
     extend(run)
     extending = claims(run)
-    assert extending.base == "old"
+    assert extending.extends == "old"
     assert stems(extending) == ["c", "d", "g", "f"]
     assert stems(claims(run, index=2)) == ["e", "b", "a"]
 
@@ -227,7 +227,7 @@ def test_an_attempt_is_on_disk_from_the_first_byte_that_is_read(run: RunDir) -> 
 
 def test_each_attempt_has_a_larger_number_than_all_before(run: RunDir) -> None:
     """Known of the submit, of what was given back or failed, and of the finished pair."""
-    chunk = [Shard("c", "/c.tar", attempt=4), Shard("d", "/d.tar")]
+    chunk = [Job(Shard("c", "/c.tar"), attempt=4), Job(Shard("d", "/d.tar"))]
     write_chunks(run.submission("000"), [[], chunk])
     assert numbers(claims(run, steal=False)) == {"c": 5, "d": 1}  # given back
     assert numbers(claims(run, steal=False), "failed") == {"c": 6, "d": 2}
@@ -280,8 +280,8 @@ def test_an_attempt_that_never_ended_is_counted_and_its_shard_tried_last(run: Ru
 
 def test_nobody_steals_a_shard_at_which_a_process_died(run: RunDir) -> None:
     died(run, "g", 1)
-    chunks = [[Shard("a", "/a.tar")], [Shard("c", "/c.tar")]]
-    chunks += [[Shard("g", "/g.tar")], [Shard("h", "/h.tar", alone=True)]]
+    chunks = [[Job(Shard("a", "/a.tar"))], [Job(Shard("c", "/c.tar"))]]
+    chunks += [[Job(Shard("g", "/g.tar"))], [Job(Shard("h", "/h.tar"), alone=True)]]
     write_chunks(run.submission("000"), chunks)
     assert stems(claims(run)) == ["c", "a"]
     assert list(run.leases.iterdir()) == []
@@ -298,7 +298,7 @@ def test_a_death_that_is_on_record_keeps_thieves_away_and_is_counted_once(run: R
 
 
 def test_the_last_attempt_that_is_allowed_gives_a_shard_up(run: RunDir) -> None:
-    chunk = [Shard("c", "/c.tar", None, "", 2, 2, True), Shard("d", "/d.tar")]
+    chunk = [Job(Shard("c", "/c.tar"), "", 2, 2, True), Job(Shard("d", "/d.tar"))]
     write_chunks(run.submission("000"), [[], chunk])
     died(run, "c", 3)
     assert numbers(claims(run, steal=False), "done") == {"d": 1}

@@ -18,8 +18,10 @@ from d2m_hpc.worker.read.stage import Staged, stage
 class Claimed(Protocol):
     """A shard that is this task's to do."""
 
-    shard: Shard
     clock: Clock
+
+    @property
+    def shard(self) -> Shard: ...
 
     def release(self) -> None: ...
 

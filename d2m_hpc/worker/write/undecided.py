@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.manifest import Job
 from d2m_hpc.worker.write.thread import Result
 
 ROWS = 10_000
 """In results that wait, for they are held in memory."""
 
 
-def last_if_undecided(results: Iterable[Result], chunk: Sequence[Shard]) -> Iterator[Result]:
+def last_if_undecided(results: Iterable[Result], chunk: Sequence[Job]) -> Iterator[Result]:
     """Results in their order, but last those of which the run does not know all types yet.
 
     Args:
         chunk: of the task. Only shards of it wait: for those of another task's chunk that task
             waits, and each of the two would wait for the other.
     """
-    own = {shard.stem for shard in chunk}
+    own = {job.stem for job in chunk}
     waiting: list[Result] = []
     left = ROWS
     for result in results:

@@ -21,7 +21,7 @@ from kit import SHARDS, jpeg, sample, write_shards, write_tar
 
 from d2m_hpc.errors import ShardError, TruncatedShard
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Preprocessor, custom
-from d2m_hpc.run.manifest import Rejection, Shard
+from d2m_hpc.run.manifest import Job, Rejection, Shard
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker.batch import Batch, Input
 from d2m_hpc.worker.read import loader as module
@@ -39,7 +39,7 @@ def recipe(inputs: Mapping[Input, Preprocessor] = TEXT, **more: Any) -> Recipe:
 
 
 def works(*paths: Path) -> list[Work]:
-    return [Work(Shard(p.name.split(".")[0], str(p))) for p in paths]
+    return [Work(Job(Shard(p.name.split(".")[0], str(p)))) for p in paths]
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_built_in_inputs_have_a_row_a_sample(tmp_path: Path, scratch: Scratch) -
 def test_compressed_shards_and_commands_are_read_too(tmp_path: Path, scratch: Scratch) -> None:
     packed = write_tar(tmp_path / "a.tar.gz", sample("k"), mode="w:gz")
     urls = [str(packed), f"pipe:cat {packed}", packed.as_uri()]
-    works = [Work(Shard(str(i), url)) for i, url in enumerate(urls)]
+    works = [Work(Job(Shard(str(i), url))) for i, url in enumerate(urls)]
     with Loader(works, recipe(BOTH), scratch) as loader:
         assert [keys(work) for work in loader] == [["k"]] * 3
 
@@ -414,7 +414,7 @@ def claimed(folder: Path, paths: list[Path], taken: list[Path]) -> Iterator[Work
         lease = Lease(folder / f"{path.stem}.lock")
         assert lease.claim()
         taken.append(path)
-        yield Work(Shard(path.stem, str(path)), lease)
+        yield Work(Job(Shard(path.stem, str(path))), lease)
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 7, 8])
@@ -491,7 +491,7 @@ def test_closing_does_not_wait_for_a_shard_in_other_hands(
         waiting.set()
         other.wait(30)
         assert lease.claim()
-        yield Work(Shard("a", "/no/such.tar"), lease)
+        yield Work(Job(Shard("a", "/no/such.tar")), lease)
         asked_again.append(True)
 
     with Loader(claim(), recipe(), Scratch(tmp_path, 0)) as loader:
