@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.workload import run_task
-from d2m_hpc.models.transfer import Lane
+from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.in_flight import Launched
@@ -73,8 +73,8 @@ class Stopwatch:
         self._busy.append(lambda: began.elapsed_time(ended) / 1e3)
         return made
 
-    def marked(self, original: Any, lane: Lane) -> Callable[[], None]:
-        wait = original(lane)
+    def marked(self, original: Any, copies: CudaCopies) -> Callable[[], None]:
+        wait = original(copies)
         return lambda: self.waiting("device", wait)
 
     @property
@@ -94,7 +94,7 @@ def tar_to_files(keys: dict[str, Any], device: torch.device) -> dict[str, Any]:
             (Task, "_compute", watch.shard),
             (Work, "__iter__", watch.loaded),
             (Graph, "launch", watch.launched),
-            (Lane, "mark", watch.marked),
+            (CudaCopies, "mark", watch.marked),
             (Settler, "put", lambda original, *given: watch.waiting("writer", original, *given)),
         ):
             stack.enter_context(patch.object(owner, name, _wrapped(getattr(owner, name), wrapper)))

@@ -19,7 +19,7 @@ from d2m_hpc.launch.flow import submit
 from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.models.preprocessors import PREPROCESSORS
 from d2m_hpc.models.registry import COLUMNS, FEATURES
-from d2m_hpc.models.transfer import Lane
+from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.plan.decide import inspect
 from d2m_hpc.run.manifest import Job, Shard
 from d2m_hpc.worker.batch import Batch
@@ -65,8 +65,8 @@ def batches(config: configs.Config, scratch: Path) -> Iterator[Batch]:
     recipe = Recipe.of(config, Toolbox.of(config).inputs)
     works = (Work(Job(Shard(Path(tar).stem, tar))) for tar in config.input_tars)
     with Loader(works, recipe, Scratch(scratch, sys.maxsize)) as loader:
-        for work in loader:
-            yield from work
+        for reading in loader:
+            yield from reading
 
 
 @contextmanager
@@ -79,12 +79,12 @@ def made_up_device(seconds: float = 0.0) -> Iterator[None]:
     bare = {name: replace(made, finish=_as_it_is) for name, made in PREPROCESSORS.items()}
     free = time.monotonic()
 
-    def mark(lane: Lane) -> Callable[[], None]:
+    def mark(copies: CudaCopies) -> Callable[[], None]:
         nonlocal free
         free = done = max(free, time.monotonic()) + seconds
         return lambda: time.sleep(max(0.0, done - time.monotonic()))
 
-    with patch.dict(PREPROCESSORS, bare), patch.object(Lane, "mark", mark):
+    with patch.dict(PREPROCESSORS, bare), patch.object(CudaCopies, "mark", mark):
         yield
 
 

@@ -36,7 +36,7 @@ def conv_layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-class Lane:
+class CudaCopies:
     """Copies to and from a device; this class alone knows of streams, which the CPU has none of."""
 
     def __init__(self, device: torch.device) -> None:

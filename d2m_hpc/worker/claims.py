@@ -25,7 +25,6 @@ from d2m_hpc.storage.lease import Lease
 from d2m_hpc.storage.refused import require_there
 from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.evidence import Evidence
-from d2m_hpc.worker.held import Held
 from d2m_hpc.worker.progress import Reporter
 from d2m_hpc.worker.work import Work
 
@@ -92,6 +91,7 @@ class Claims:
         self._deadline = None if deadline is None else _now() + deadline - time.time()
         self._evidence = Evidence(run, str(name), fingerprint, self._recorder)
         self._alone, self._put_off = set(alone), set[str]()
+        self._lock = threading.Lock()  # of the next two, which all threads of the task change
         self._slowest = 0.0
         self._held: dict[str, Work] = {}
         self._stopped = threading.Event()
@@ -117,7 +117,7 @@ class Claims:
 
     def _wait_for_settled(self) -> None:
         """Until nothing is in hand but results that wait for all others to be written."""
-        while any(w.held is not None and not w.held.rests for w in list(self._held.values())):
+        while not all(work.rests for work in self._in_hand()):
             if self._stopped.wait(SETTLED_SECONDS):
                 return
 
@@ -191,9 +191,14 @@ class Claims:
         before = last or Attempt(0)
         host = self._report.progress.host
         attempt = Attempt(known + 1, str(self._name), host, died=before.died, lost=before.lost)
-        held = Held(lease, self._attempts, job.stem, attempt, last, self._board)
-        self._held[job.stem] = work = Work(job, lease, held)
+        work = Work(job, lease, self._attempts, attempt, last is None, self._board)
+        with self._lock:
+            self._held[job.stem] = work
         return work
+
+    def _in_hand(self) -> list[Work]:
+        with self._lock:
+            return list(self._held.values())
 
     def _after_death(self, job: Job, last: Attempt) -> str:
         """Why a shard whose last attempt never ended is not computed now; empty where it is."""
@@ -247,15 +252,15 @@ class Claims:
 
     def let_go(self, work: Work, seconds: float = 0.0) -> None:
         """The shard is settled, or left to others; it took so many seconds."""
-        self._slowest = max(self._slowest, seconds)
-        self._held.pop(work.shard.stem, None)
+        with self._lock:
+            self._slowest = max(self._slowest, seconds)
+            self._held.pop(work.job.stem, None)
         work.release()
 
     def mark(self, work: Work, state: str) -> None:
         """The shard is on record; tell the other tasks what they need not look at."""
-        stem = work.shard.stem
-        if work.held is not None:
-            work.held.settled(state)
+        stem = work.job.stem
+        work.settle(state)
         if state == "failed":
             _touch(self._submission.failed(stem))
         elif work.job.extends:
@@ -263,14 +268,13 @@ class Claims:
 
     def let_all_go(self) -> None:
         """Give back what is not settled."""
-        for work in list(self._held.values()):
+        for work in self._in_hand():
             work.release()
 
     def desert(self) -> None:
         """Leave all to others; the attempts that were begun count as ones that never ended."""
-        for work in list(self._held.values()):
-            if work.held is not None:
-                work.held.desert()
+        for work in self._in_hand():
+            work.desert()
 
 
 def _now() -> float:

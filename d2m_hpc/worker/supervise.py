@@ -77,7 +77,7 @@ class Past:
             )
 
 
-Work = Callable[[Board | None, Past], int]
+Main = Callable[[Board | None, Past], int]
 _board: Board | None = None
 
 
@@ -86,7 +86,7 @@ def is_possible() -> bool:
     return "torch" not in sys.modules and threading.active_count() == 1
 
 
-def supervised(work: Work, unfit: Callable[[str], int]) -> int:
+def supervised(main: Main, unfit: Callable[[str], int]) -> int:
     """Have work done by a child, and by another one where that dies.
 
     In the child it returns what the work does, and `leave` is to be called with it.
@@ -98,7 +98,7 @@ def supervised(work: Work, unfit: Callable[[str], int]) -> int:
         The exit code: the work's own; 1 where a shard was to blame for a death.
     """
     if not is_possible():
-        return work(None, Past())
+        return main(None, Past())
     board, past, idle = Board(), Past(), 0
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*WATCHED, signal.SIGCHLD})
     while True:
@@ -107,7 +107,7 @@ def supervised(work: Work, unfit: Callable[[str], int]) -> int:
         pid = _fork()
         if not pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            return _as_child(board, work, past)
+            return _as_child(board, main, past)
         watch = _watched(pid, board)
         if board.left:
             code = os.waitstatus_to_exitcode(watch.status)
@@ -149,10 +149,10 @@ def leave_by(error: BaseException) -> None:
     leave(1)
 
 
-def _as_child(board: Board, work: Work, past: Past) -> int:
+def _as_child(board: Board, main: Main, past: Past) -> int:
     global _board
     _board = board
-    return work(board, past)
+    return main(board, past)
 
 
 def _fork() -> int:

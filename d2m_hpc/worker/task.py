@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -20,12 +20,13 @@ from d2m_hpc.config import Config, load
 from d2m_hpc.errors import NodeError, ShardError
 from d2m_hpc.run.extension import only_new
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Record, Recorder
+from d2m_hpc.run.manifest import Record, Recorder, Shard
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import require_own
 from d2m_hpc.run.pair import Contents, Pair
 from d2m_hpc.run.schema import Schema
 from d2m_hpc.storage.suspension import Awake
+from d2m_hpc.storage.urls import is_local
 from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.compute.graph import Graph
@@ -34,15 +35,14 @@ from d2m_hpc.worker.faults import ends_task, guarded, is_broken, logging_to
 from d2m_hpc.worker.peek import schema_of
 from d2m_hpc.worker.progress import Listener, Progress, Reporter, Watchdog
 from d2m_hpc.worker.read import refusal
-from d2m_hpc.worker.read.loader import Loader
+from d2m_hpc.worker.read.loader import Found, Loader, Reading
 from d2m_hpc.worker.read.prepare import Recipe
 from d2m_hpc.worker.read.scratch import Scratch, scratch
 from d2m_hpc.worker.tracking import Tracker
-from d2m_hpc.worker.work import Work, size_and_time
+from d2m_hpc.worker.work import Work
 from d2m_hpc.worker.write.extend import Extended, carry_over
 from d2m_hpc.worker.write.table import Table
-from d2m_hpc.worker.write.thread import Result, Settler
-from d2m_hpc.worker.write.undecided import last_if_undecided
+from d2m_hpc.worker.write.thread import Result, Settler, last_if_undecided
 from d2m_hpc.worker.write.writer import Committer
 
 log = logging.getLogger(__name__)
@@ -112,8 +112,8 @@ def run_task(
             progress, run.progress_of(str(name)), listener, (board := board or Board()).beat
         )
         tracker = Tracker(run, config, progress) if config.logging else nullcontext()
-        with tracker, scratch(config.scratch_bytes, config.slurm.tasks_per_node) as room:
-            Task(run, name, config, report, room, board).work(device, deadline, alone)
+        with tracker, scratch(config.scratch_bytes, config.slurm.tasks_per_node) as folder:
+            Task(run, name, config, report, folder, board).work(device, deadline, alone)
     return progress
 
 
@@ -168,7 +168,7 @@ class Task:
                 Loader(claims, recipe, self.scratch, pin=device.type == "cuda") as loader,
                 claims,
             ):
-                results = (self._compute(work, graph, claims) for work in loader)
+                results = (self._compute(reading, graph, claims) for reading in loader)
                 for result in last_if_undecided(results, claims.chunk):
                     settler.put(result)
         except BaseException:
@@ -199,9 +199,9 @@ class Task:
             self.part = only_new(self.config, earlier, toolbox.specs)
         return toolbox.only(self.part)
 
-    def _compute(self, work: Work, graph: Graph, claims: Claims) -> Result:
-        """All outputs of a shard, or why it failed; lets go of it where the task itself ends."""
-        work.began = time.monotonic()
+    def _compute(self, reading: Reading, graph: Graph, claims: Claims) -> Result:
+        """All outputs of a shard, or why it failed; release the lease if the task must abort."""
+        work = reading.work
         table, record = Table(self.part, self.schema), self._record(work)
         result = Result(work, record, table)
         self.report(shard=work.shard.stem)
@@ -209,20 +209,21 @@ class Task:
             pair = Pair(self.output, work.shard.stem)
             finished = pair.contents() if work.job.extends else None
             with work.clock("compute", besides="wait"):
-                for outputs in guarded(graph.run(work)):
+                for outputs in guarded(graph.run(reading)):
                     table.add(outputs)
                     record.rejections += outputs.rejections
                     record.recomputed += outputs.recomputed
                     self.report(rows=len(outputs.keys))
-            record.notices += work.seen.missed(self.part, self.schema)
-            record.rejections = [*work.rejections, *record.rejections, *table.settle()]
+            found = reading.found
+            record.notices += found.seen.missed(self.part, self.schema)
+            record.rejections = [*found.rejections, *record.rejections, *table.settle()]
             record.rows = table.rows
-            _require_all(work, record)
+            _require_all(work, found, record)
             if finished:
                 self._extend(result, finished, table)
-            self._judge(work, record)
+            self._judge(work, found, record)
         except BaseException as error:
-            work.cancel()
+            reading.cancel()
             if ends_task(error):
                 claims.let_go(work)
                 if is_broken(error):
@@ -232,11 +233,11 @@ class Task:
         return result
 
     def _record(self, work: Work) -> Record:
-        size, mtime_ns = size_and_time(work.shard)
+        size, mtime_ns = _size_and_time(work.shard)
         return Record(
             work.shard.stem,
             "done",
-            attempt=work.attempt,
+            attempt=work.attempt.number,
             fingerprint=self.fingerprint,
             started=time.time(),
             task=str(self.name),
@@ -251,7 +252,7 @@ class Task:
         record.rows, record.rejections = extended.rows, extended.rejections
         carry_over(finished.record, record)
 
-    def _judge(self, work: Work, record: Record) -> None:
+    def _judge(self, work: Work, found: Found, record: Record) -> None:
         """Fail a shard of which too much is rejected; note what the others' tars hold besides.
 
         Raises:
@@ -260,22 +261,31 @@ class Task:
         rejected, limit = record.rejections, self.config.max_rejected_fraction
         total = record.rows + len(rejected)
         if len(rejected) > limit * total:
-            cause = work.causes.foremost(len(rejected) / 2)
+            cause = found.causes.foremost(len(rejected) / 2)
             raise refusal.too_many(work.shard.url, rejected, total, limit, cause)
-        record.notices += work.notices + work.causes.texts()
+        record.notices += found.notices + found.causes.texts()
         for notice in record.notices:
             log.info("%s: %s", record.shard, notice)
 
 
-def _require_all(work: Work, record: Record) -> None:
+def _require_all(work: Work, found: Found, record: Record) -> None:
     """Every sample is a row or a rejection.
 
     Raises:
         ShardError: it is not so.
     """
     rejected = len(record.rejections)
-    if record.rows + rejected != work.total:
+    if record.rows + rejected != found.total:
         raise ShardError(
-            f"{work.shard.url}: {record.rows} rows and {rejected} rejections of {work.total} "
+            f"{work.shard.url}: {record.rows} rows and {rejected} rejections of {found.total} "
             "samples; please report this"
         )
+
+
+def _size_and_time(shard: Shard) -> tuple[int, int]:
+    """The tar's size and time, which tell later whether it is still the one that was read."""
+    if is_local(shard.url):
+        with suppress(OSError):
+            there = os.stat(shard.url)
+            return there.st_size, there.st_mtime_ns
+    return shard.size or 0, 0

@@ -1,122 +1,133 @@
-"""One shard on its way through a task."""
+"""A shard that this task has claimed, from the claim until it is settled or left to others."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterator
-from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, field
-from queue import Empty, Queue
-from threading import Semaphore
-from typing import Any
+import logging
+from threading import Lock
 
-from d2m_hpc.run.manifest import Job, Rejection, Shard
+from d2m_hpc.errors import DiskError, ShardError
+from d2m_hpc.run.attempts import Attempt, Attempts
+from d2m_hpc.run.manifest import Job, Shard
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.storage.urls import is_local
-from d2m_hpc.worker.batch import Batch
+from d2m_hpc.storage.refused import of_system
+from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.clock import Clock
-from d2m_hpc.worker.held import Held
-from d2m_hpc.worker.read.members import Notes
-from d2m_hpc.worker.read.seen import Seen
 
-AHEAD = 4
-"""Batches that may wait for the device."""
+log = logging.getLogger(__name__)
+
+UNCOUNTED = Attempt(0)
 
 
-@dataclass
 class Work:
-    """One shard on its way through the task; iterate over its batches.
+    """A job, its lease, and the attempt that is on disk while the shard is read and computed.
+
+    The threads of a task share a work: one claims it, another begins with it, the writer settles
+    it, and each may have to give it back. They change its state by these methods alone, one at a
+    time; `desert` alone waits for none of them, for they may hang.
 
     Attributes:
-        lease: released when the shard is done with.
-        held: the attempt, which is on disk from before the shard is read.
-        rejections: complete once the iteration has ended.
-        total: samples in the tar, known once the iteration has ended, as are the next three.
-        notices: what is to be said of members that are no samples.
-        causes: why samples of the tar lack something, as far as it tells, and what to do.
-        seen: which fields the samples have.
         clock: how long the stages took.
-        began: when, by `time.monotonic`, its computation did; till then, when it was claimed.
-        room: for batches that wait for the device; one for all works of a loader.
+
+    Args:
+        attempts: keeps the attempt on disk; None where nobody else looks at the shard.
+        is_first: nothing was on disk when the lease was claimed.
+        board: tells the process that watches this one which shards the task holds.
     """
 
-    job: Job
-    lease: Lease | None = None
-    held: Held | None = None
-    rejections: list[Rejection] = field(default_factory=list)
-    total: int = 0
-    notices: list[str] = field(default_factory=list)
-    causes: Notes = field(default_factory=Notes)
-    cancelled: bool = False
-    seen: Seen = field(default_factory=Seen)
-    clock: Clock = field(default_factory=Clock)
-    began: float = field(default_factory=time.monotonic)
-    room: Semaphore = field(default_factory=lambda: Semaphore(AHEAD))
-    _queue: Queue[Any] = field(default_factory=Queue)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """
-        Raises:
-            ShardError, or whatever stopped the reader.
-        """
-        while (batch := self._next()) is not None:
-            yield batch
-
-    def _next(self) -> Batch | None:
-        with self.clock("wait"):
-            item = self._queue.get()
-            self.room.release()
-            if isinstance(item, BaseException):
-                raise item
-            return None if item is None else item.result()
+    def __init__(
+        self,
+        job: Job,
+        lease: Lease | None = None,
+        attempts: Attempts | None = None,
+        attempt: Attempt = UNCOUNTED,
+        is_first: bool = True,
+        board: Board | None = None,
+    ) -> None:
+        self.job, self.attempt, self.clock = job, attempt, Clock()
+        self._lease, self._attempts, self._is_first = lease, attempts, is_first
+        self._lock = Lock()
+        self._is_open = self._rests = self._is_over = False
+        self._board, self._slot = board or Board(), -1
+        if board is not None:
+            self._slot = board.claim(job.stem, attempt.number)
 
     @property
     def shard(self) -> Shard:
         return self.job.shard
 
     @property
-    def attempt(self) -> int:
-        """The shard's own count of attempts, this one included."""
-        return self.held.attempt.number if self.held is not None else 0
+    def is_lost(self) -> bool:
+        """Another task has taken the shard over."""
+        return self._lease is not None and self._lease.lost
+
+    @property
+    def rests(self) -> bool:
+        """The shard is computed, and waits until others have been."""
+        return self._rests
 
     def begin(self) -> None:
-        """The shard is read from now on."""
-        if self.held is not None:
-            self.held.begin()
+        """Put the attempt on disk, for whoever finds that it never ended.
+
+        Raises:
+            ShardError: the shard was given back meanwhile, or another task has taken it over.
+            DiskError: the run folder does not take it.
+        """
+        with self._lock:
+            if self._is_over:
+                raise ShardError(f"{self.job.stem}: given back before it was read")
+            try:
+                if self._attempts is not None:
+                    self._attempts.begin(self.job.stem, self.attempt, anew=self._is_first)
+            except FileExistsError:
+                raise ShardError(f"{self.job.stem}: another task has begun with it") from None
+            except OSError as error:
+                raise DiskError(of_system(error)) from error
+            self._is_open = True
+            self._board.begin(self._slot)
+
+    def rest(self) -> None:
+        """Wait for others; whatever happens to the process meanwhile is not this shard's doing."""
+        with self._lock:
+            self._rests = True
+            self._board.rest(self._slot)
+
+    def resume(self) -> None:
+        """The shard is written from now on."""
+        with self._lock:
+            self._rests = False
+            self._board.begin(self._slot)
+
+    def settle(self, state: str) -> None:
+        """The shard is on record as `done` or `failed`."""
+        with self._lock:
+            self._is_open = False
+            if state == "done":
+                self._board.finished_one()
+            if self._attempts is not None and state == "done":
+                self._attempts.done(self.job.stem)
+            elif self._attempts is not None:
+                self._attempts.end(self.job.stem, self.attempt)
+            self._free()
 
     def release(self) -> None:
-        """Leave the shard to others."""
-        if self.held is not None:
-            self.held.release()
-        elif self.lease is not None:
-            self.lease.release()
-
-    def put(self, item: Future[Batch] | BaseException | None) -> None:
-        """Hand over a batch, an error or the end (None); gives up once nobody listens."""
-        while not self.room.acquire(timeout=0.2):
-            if self.cancelled:
-                return
-        self._queue.put(item)
-        if self.cancelled:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """No more batches are wanted."""
-        self.cancelled = True
-        while True:
+        """Leave the shard to others; what is not settled is given back, which is no failure."""
+        with self._lock:
+            self._is_over = True
             try:
-                self._queue.get_nowait()
-            except Empty:
-                return
-            self.room.release()
+                if self._is_open and self._attempts is not None and not self.is_lost:
+                    self._attempts.end(self.job.stem, self.attempt)
+            except OSError as error:
+                log.warning("%s cannot be given back: %s", self.job.stem, of_system(error))
+            finally:
+                self._is_open = False
+                self._free()
+                self.desert()
 
+    def desert(self) -> None:
+        """Leave the shard to others as one that the process cannot finish."""
+        if self._lease is not None:
+            self._lease.release()
 
-def size_and_time(shard: Shard) -> tuple[int, int]:
-    """The tar's size and time, which tell later whether it is still the one that was read."""
-    if is_local(shard.url):
-        with suppress(OSError):
-            there = os.stat(shard.url)
-            return there.st_size, there.st_mtime_ns
-    return shard.size or 0, 0
+    def _free(self) -> None:
+        self._board.free(self._slot)
+        self._slot = -1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from d2m_hpc import config as configs
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
-from d2m_hpc.models.transfer import Lane
+from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.worker.batch import Batch, Outputs, collate
 from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.resolve import Toolbox
@@ -143,28 +143,28 @@ def test_a_batch_is_launched_without_waiting_for_the_device(
 
 def test_copies_run_beside_the_computation() -> None:
     """A copy is there while kernels launched before it still run."""
-    lane = Lane(CUDA)
+    copies = CudaCopies(CUDA)
     pixels = torch.randint(0, 256, (64, 3, 512, 512), dtype=torch.uint8).pin_memory()
     big = torch.rand(8192, 8192, device=CUDA)
-    lane.send(pixels)
+    copies.send(pixels)
     torch.cuda.synchronize()
     for _ in range(50):
         big = torch.tanh(big @ big)
     busy = torch.cuda.Event()
     busy.record()
-    lane.send(pixels)
-    assert lane._copying is not None
-    lane._copying.synchronize()
+    copies.send(pixels)
+    assert copies._copying is not None
+    copies._copying.synchronize()
     assert not busy.query()
 
 
 def test_what_is_sent_and_fetched_is_what_was_given() -> None:
-    lane, sent = Lane(CUDA), []
+    copies, sent = CudaCopies(CUDA), []
     values = [torch.full((256, 1024), float(i)).pin_memory() for i in range(40)]
     for value in values:
-        [copy] = lane.send([value])
-        sent.append(lane.fetch({"twice": (copy * 2, "text")}))
-    lane.mark()()
+        [copy] = copies.send([value])
+        sent.append(copies.fetch({"twice": (copy * 2, "text")}))
+    copies.mark()()
     for i, fetched in enumerate(sent):
         twice, text = fetched["twice"]
         assert text == "text"

@@ -13,7 +13,7 @@ from kit import captions
 from d2m_hpc.models import clip, dedup, faces, nsfw, stats, toxicity
 from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options
-from d2m_hpc.models.transfer import Lane, each
+from d2m_hpc.models.transfer import CudaCopies, each
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -27,10 +27,10 @@ def test_each_tensor_is_changed_and_all_else_stays() -> None:
 
 
 def test_on_the_cpu_nothing_is_copied() -> None:
-    lane, value = Lane(CPU), torch.rand(3)
-    assert lane.send({"x": (value,)})["x"][0] is value
-    assert lane.fetch([value])[0] is value
-    lane.mark()()
+    copies, value = CudaCopies(CPU), torch.rand(3)
+    assert copies.send({"x": (value,)})["x"][0] is value
+    assert copies.fetch([value])[0] is value
+    copies.mark()()
 
 
 def _pixels(name: str, side: int) -> Any:

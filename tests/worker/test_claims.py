@@ -207,7 +207,7 @@ def numbers(claimed: Claims, state: str = "") -> dict[str, int]:
     found = {}
     for work in claimed:
         work.begin()
-        found[work.shard.stem] = work.attempt
+        found[work.shard.stem] = work.attempt.number
         if state:
             claimed.mark(work, state)
         claimed.let_go(work)
@@ -252,6 +252,25 @@ def test_a_task_that_lost_its_lease_does_not_touch_the_others_attempt(run: RunDi
     assert Attempts(run.attempts).unended().keys() == {"c"}
     fast.let_all_go()
     assert Attempts(run.attempts).unended() == {}
+
+
+def test_a_shard_that_was_given_back_is_not_begun_any_more(run: RunDir) -> None:
+    """A task is stopped while its reader comes to the shard: nobody would end that attempt."""
+    claimed = claims(run, steal=False)
+    work = next(iter(claimed))
+    claimed.let_all_go()
+    with pytest.raises(ShardError, match="given back before it was read"):
+        work.begin()
+    assert Attempts(run.attempts).unended() == {}
+
+
+def test_a_task_that_hangs_in_a_shard_still_deserts_it(run: RunDir) -> None:
+    """The watchdog must not wait for the thread that it watches."""
+    claimed = claims(run, steal=False)
+    work = next(iter(claimed))
+    with work._lock:  # as a thread that hangs on a file server has it
+        claimed.desert()
+    assert list(run.leases.iterdir()) == []
 
 
 def test_what_a_task_deserts_is_there_for_the_next_one_to_see(run: RunDir) -> None:
@@ -348,14 +367,13 @@ def test_results_that_wait_for_the_last_shard_do_not_keep_it_waiting(run: RunDir
     claimed = claims(run, steal=False, alone={"d"}, board=board)
     works = iter(claimed)
     first = next(works)
-    assert first.held is not None
     first.begin()
-    first.held.rest()
+    first.rest()
     second = next(works)
     second.begin()
     assert second.shard.stem == "d"
     assert [e.stem for e in board.entries() if e.begun] == ["d"]
-    first.held.resume()
+    first.resume()
     assert {e.stem for e in board.entries() if e.begun} == {"c", "d"}
     claimed.let_all_go()
     assert board.entries() == []

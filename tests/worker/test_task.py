@@ -21,7 +21,7 @@ from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError, NodeError
 from d2m_hpc.launch.alone import submitting
 from d2m_hpc.launch.flow import commit
-from d2m_hpc.models.transfer import Lane
+from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.plan.decide import decide, inspect
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Record, read_records
@@ -229,7 +229,7 @@ def test_a_device_that_fails_while_it_computes_ends_the_task_and_fails_no_shard(
 
     write_shards(tmp_path / "tars", 2)
     run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"))
-    monkeypatch.setattr(Lane, "mark", lambda lane: fail)
+    monkeypatch.setattr(CudaCopies, "mark", lambda copies: fail)
     with pytest.raises(NodeError, match="illegal memory access"):
         run_task(run.root, "000", 0)
     assert Manifest.load(run).failures == {}

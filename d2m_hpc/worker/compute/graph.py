@@ -16,7 +16,7 @@ from d2m_hpc.models import custom, weights
 from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.compiled import compile_for
 from d2m_hpc.models.registry import ModelSpec, in_order
-from d2m_hpc.models.transfer import Lane
+from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.stopping import is_asked
 from d2m_hpc.worker.batch import Batch, Input, Outputs, count, flags, join, take
 from d2m_hpc.worker.compute.heap import Heap
@@ -48,7 +48,7 @@ class Graph:
         self.toolbox = toolbox
         self.device = device
         self.dtype = amp_dtype(config.amp, device)
-        self._lane = Lane(device)
+        self._copies = CudaCopies(device)
         self._batch_size = config.batch_size
         # float32 means float32 (rows that are run again, `amp: off`), and not 10 bits of it.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -142,8 +142,8 @@ class Graph:
             output = self._run(name, arguments, None if name in precise else self.dtype)
             flagged[name] = flags(output)
             cache[name] = self._at_once(name, output) if name in self._awaited else output
-        outputs, fetched = self._lane.fetch((cache, flagged))
-        return Pending(outputs, fetched, self._lane.mark(), self._on_host)
+        outputs, fetched = self._copies.fetch((cache, flagged))
+        return Pending(outputs, fetched, self._copies.mark(), self._on_host)
 
     def _place(self, spec: ModelSpec, wanted: Input) -> torch.device:
         stays = not spec.to_device or wanted[1] in spec.on_host
@@ -153,7 +153,7 @@ class Graph:
         """Every input where some model wants it, copied and finished once."""
         wanted = {(i, self._place(s, i)) for s in self.toolbox.specs.values() for i in s.inputs}
         there = {pair for pair in wanted if pair[1] == self.device}
-        sent = self._lane.send({i: inputs[i] for i, _ in there})
+        sent = self._copies.send({i: inputs[i] for i, _ in there})
         made = self.toolbox.preprocessors
         return {
             (i, place): made[i[1]].finish((sent if (i, place) in there else inputs)[i])
@@ -169,8 +169,8 @@ class Graph:
         """What dependents are given of a model that is read on the host; this waits for it."""
         if not hasattr(self.models[name], "on_host"):
             return output
-        fetched = self._lane.fetch(output)
-        self._lane.mark()()
+        fetched = self._copies.fetch(output)
+        self._copies.mark()()
         return self._read(name, fetched)
 
     def _on_host(self, name: str, output: Any) -> Any:

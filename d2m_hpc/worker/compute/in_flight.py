@@ -16,7 +16,7 @@ from d2m_hpc.errors import ShardError
 from d2m_hpc.models import custom
 from d2m_hpc.run.manifest import Rejection
 from d2m_hpc.worker.batch import Batch, Input, Outputs, each_part, flagged, non_finite, put, take
-from d2m_hpc.worker.compute.resolve import Post, Toolbox
+from d2m_hpc.worker.compute.resolve import Postprocessor, Toolbox
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Launched:
             rejections=[Rejection(batch.keys[i], rejected[i]) for i in sorted(rejected)],
         )
 
-    def _post(self, name: str, post: Post, cache: dict[str, Any]) -> Any:
+    def _post(self, name: str, post: Postprocessor, cache: dict[str, Any]) -> Any:
         try:
             value = post(cache)
         except Exception as error:

@@ -15,7 +15,7 @@ from d2m_hpc.models.preprocessors import custom as as_preprocessor
 from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, ModelSpec
 from d2m_hpc.worker.batch import Input
 
-Post = Callable[[Mapping[str, Any]], Any]
+Postprocessor = Callable[[Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Toolbox:
     specs: dict[str, ModelSpec]
     classes: dict[str, Any]
     preprocessors: dict[str, Preprocessor]
-    columns: dict[str, Post]
-    features: dict[str, Post]
+    columns: dict[str, Postprocessor]
+    features: dict[str, Postprocessor]
     types: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -80,6 +80,6 @@ class Toolbox:
 
 
 def _posts(
-    names: Sequence[str], own: Mapping[str, Post], built_in: Mapping[str, registry.Post]
-) -> dict[str, Post]:
+    names: Sequence[str], own: Mapping[str, Postprocessor], built_in: Mapping[str, registry.Post]
+) -> dict[str, Postprocessor]:
     return {n: own[n] if n in own else postprocessors.build(built_in[n]) for n in names}

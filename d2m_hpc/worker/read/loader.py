@@ -13,28 +13,113 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from itertools import islice
 from queue import Empty, Queue
-from threading import Semaphore
+from threading import Event, Semaphore
 
 import torch
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.run.manifest import Rejection
 from d2m_hpc.worker.batch import Batch, collate
+from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.read import refusal
+from d2m_hpc.worker.read.members import Notes
 from d2m_hpc.worker.read.memory import Allocate, Reused, pinned
 from d2m_hpc.worker.read.prefetch import Coming, Stager, received
 from d2m_hpc.worker.read.prepare import Ready, Recipe, prepare
 from d2m_hpc.worker.read.scratch import Scratch
+from d2m_hpc.worker.read.seen import Seen
 from d2m_hpc.worker.read.shard import Archive, Index, Sample
-from d2m_hpc.worker.work import AHEAD, Work
+from d2m_hpc.worker.work import Work
 
+AHEAD = 4
+"""Batches that may wait for the device."""
 GROUP = 8
 """Samples that a decode thread takes at a time: few enough to share them out evenly, and enough to
 make little of what handing them over costs."""
+POLL_SECONDS = 0.1
+"""How long a reader with a full queue takes to see that nobody listens."""
 STOP_SECONDS = 10.0
 """How long closing waits for the reader, which may hang in a download or a claim."""
+
+
+@dataclass
+class Found:
+    """What a tar holds besides its batches, as the reader hands it over at the end.
+
+    Attributes:
+        total: samples in the tar.
+        notices: what is to be said of members that are no samples.
+        causes: why samples lack something, as far as the tar tells, and what to do.
+        seen: which fields the samples have.
+    """
+
+    rejections: list[Rejection] = field(default_factory=list)
+    total: int = 0
+    notices: list[str] = field(default_factory=list)
+    causes: Notes = field(default_factory=Notes)
+    seen: Seen = field(default_factory=Seen)
+
+
+class Reading:
+    """A shard that is being read: a queue from the reader to the thread that computes.
+
+    Attributes:
+        found: filled in once the iteration has ended.
+
+    Args:
+        slots: for batches that wait, of all shards of a loader together.
+        stopped: nobody takes anything any more.
+    """
+
+    def __init__(self, work: Work, slots: Semaphore, stopped: Event) -> None:
+        self.work, self.found = work, Found()
+        self._slots, self._stopped, self._cancelled = slots, stopped, Event()
+        self._queue: Queue[Future[Batch] | Found | BaseException] = Queue()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set() or self._stopped.is_set()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """
+        Raises:
+            ShardError, or whatever stopped the reader.
+        """
+        while (batch := self._next()) is not None:
+            yield batch
+
+    def _next(self) -> Batch | None:
+        with self.work.clock("wait"):
+            item = self._queue.get()
+            self._slots.release()
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, Future):
+                return item.result()
+            self.found = item
+            return None
+
+    def put(self, item: Future[Batch] | Found | BaseException) -> None:
+        """Hand over a batch, or how the shard ended; gives up once nobody listens."""
+        while not self._slots.acquire(timeout=POLL_SECONDS):
+            if self.is_cancelled:
+                return
+        self._queue.put(item)
+        if self._cancelled.is_set():
+            self.cancel()
+
+    def cancel(self) -> None:
+        """No more batches are wanted."""
+        self._cancelled.set()
+        while True:
+            try:
+                self._queue.get_nowait()
+            except Empty:
+                return
+            self._slots.release()
 
 
 class Loader:
@@ -53,10 +138,8 @@ class Loader:
         self._stager = Stager(iter(works), scratch)
         self._recipe = recipe
         self._allocate: Allocate = pinned if pin else Reused(recipe.batch_size)
-        self._next: Queue[Work | BaseException | None] = Queue(1)
-        self._current: Work | None = None
-        self._stopped = False
-        self._room = Semaphore(AHEAD)
+        self._next: Queue[Reading | BaseException | None] = Queue(1)
+        self._stopped, self._slots = Event(), Semaphore(AHEAD)
         # One thread of torch in each decode thread: they already are as many as the cores.
         self._pool = ThreadPoolExecutor(
             recipe.threads, "decode", initializer=torch.set_num_threads, initargs=(1,)
@@ -74,12 +157,10 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         """Stop reading; a reader that hangs is left to itself and does nothing more."""
-        self._stopped = True
+        self._stopped.set()
         deadline = time.monotonic() + STOP_SECONDS
         threads = (self._reader, self._stager.thread)
         while (alive := [t for t in threads if t.is_alive()]) and time.monotonic() < deadline:
-            if self._current is not None:
-                self._current.cancel()
             self._drain()
             alive[0].join(timeout=0.05)
         self._drain()
@@ -90,95 +171,91 @@ class Loader:
         self._stager.stop()
         while True:
             try:
-                work = self._next.get_nowait()
+                reading = self._next.get_nowait()
             except Empty:
                 return
-            if isinstance(work, Work):
-                work.cancel()
-                work.release()
+            if isinstance(reading, Reading):
+                reading.cancel()
+                reading.work.release()
 
-    def __iter__(self) -> Iterator[Work]:
+    def __iter__(self) -> Iterator[Reading]:
         yield from received(self._next)
 
     def _read_all(self) -> None:
         end: BaseException | None = None
         try:
             for coming in self._stager:
-                if self._stopped:
+                if self._stopped.is_set():
                     coming.abandon()
                     return
-                self._current = coming.work
-                coming.work.room = self._room
-                self._next.put(coming.work)
-                self._read(coming.work, coming)
+                reading = Reading(coming.work, self._slots, self._stopped)
+                self._next.put(reading)
+                self._read(reading, coming)
         except BaseException as error:
             end = error
         self._next.put(end)
 
-    def _read(self, work: Work, coming: Coming[Work]) -> None:
+    def _read(self, reading: Reading, coming: Coming[Work]) -> None:
+        url, found = reading.work.shard.url, Found()
         try:
             with ExitStack() as stack:
                 staged = stack.enter_context(coming.arrived())
-                work.begin()
+                reading.work.begin()
                 archive = stack.enter_context(closing(Archive(staged.path)))
                 if not staged.damage and (what := archive.nature()):
-                    raise refusal.no_tar(work.shard.url, what)
+                    raise refusal.no_tar(url, what)
                 if staged.damage or not archive.ends_in_zeros():
-                    self._refuse_cut(work, archive, staged.damage)
+                    self._refuse_cut(url, archive, staged.damage)
                 index = archive.index(self._recipe.raw_inputs)
-                self._emit(work, index, archive)
-                self._end(work, index, staged.damage or index.cut)
-            work.put(None)
+                self._emit(reading, found, index, archive)
+                self._require_whole(url, index, staged.damage or index.cut)
+                found.total = index.count + len(index.strays)
+                found.notices, found.causes = index.ledger.notes.texts(), index.ledger.causes
+                self._reject(url, found, index.strays)
+            reading.put(found)
         except BaseException as error:
-            work.put(error)
+            reading.put(error)
 
-    def _emit(self, work: Work, index: Index, archive: Archive) -> None:
+    def _emit(self, reading: Reading, found: Found, index: Index, archive: Archive) -> None:
         ready: list[Ready] = []
-        for result in self._prepared(work, index, archive):
+        for result in self._prepared(reading, found.seen, index, archive):
             if isinstance(result, Rejection):
-                self._reject(work, [result])
+                self._reject(reading.work.shard.url, found, [result])
                 continue
             ready.append(result)
             if len(ready) == self._recipe.batch_size:
-                work.put(self._pool.submit(self._batch, ready))
+                reading.put(self._pool.submit(self._batch, ready))
                 ready = []
         if ready:
-            work.put(self._pool.submit(self._batch, ready))
+            reading.put(self._pool.submit(self._batch, ready))
 
-    def _refuse_cut(self, work: Work, archive: Archive, damage: str) -> None:
+    def _refuse_cut(self, url: str, archive: Archive, damage: str) -> None:
         """Before anything is computed of a tar that must be cut somewhere."""
         index = archive.index()
         deque(index, maxlen=0)
-        self._require_whole(work, index, damage or index.cut)
+        self._require_whole(url, index, damage or index.cut)
 
-    def _end(self, work: Work, index: Index, cut: str) -> None:
-        """What is known of a tar once its last header has been read."""
-        self._require_whole(work, index, cut)
-        work.total = index.count + len(index.strays)
-        work.notices, work.causes = index.ledger.notes.texts(), index.ledger.causes
-        self._reject(work, index.strays)
-
-    def _require_whole(self, work: Work, index: Index, cut: str) -> None:
+    def _require_whole(self, url: str, index: Index, cut: str) -> None:
         if cut and not (index.count and self._recipe.allow_truncated):
-            raise refusal.truncated(work.shard.url, cut, index.count)
+            raise refusal.truncated(url, cut, index.count)
 
-    def _reject(self, work: Work, rejections: Sequence[Rejection]) -> None:
-        work.rejections.extend(rejections)
+    def _reject(self, url: str, found: Found, rejections: Sequence[Rejection]) -> None:
+        found.rejections.extend(rejections)
         if rejections and self._recipe.strict:
-            raise refusal.rejected(work.shard.url, rejections[0])
+            raise refusal.rejected(url, rejections[0])
 
     def _prepared(
-        self, work: Work, samples: Iterable[Sample], archive: Archive
+        self, reading: Reading, seen: Seen, samples: Iterable[Sample], archive: Archive
     ) -> Iterator[Ready | Rejection]:
         """Prepared samples in the tar's order, a bounded number of them in the pool."""
-        waiting: deque[Future[list[Ready | Rejection]]] = deque()
+        clock, waiting = reading.work.clock, deque[Future[list[Ready | Rejection]]]()
         samples = iter(samples)
         try:
-            while not work.cancelled and (group := list(islice(samples, GROUP))):
-                waiting.append(self._pool.submit(self._prepare, work, group, archive))
+            while not reading.is_cancelled and (group := list(islice(samples, GROUP))):
+                waiting.append(self._pool.submit(self._prepare, clock, seen, group, archive))
                 if len(waiting) > 2 * self._recipe.threads:
                     yield from waiting.popleft().result()
-            while waiting and not work.cancelled:
+            while waiting and not reading.is_cancelled:
                 yield from waiting.popleft().result()
         finally:
             # The archive is closed next: nobody may be reading it still.
@@ -189,10 +266,10 @@ class Loader:
                     future.exception()
 
     def _prepare(
-        self, work: Work, samples: Sequence[Sample], archive: Archive
+        self, clock: Clock, seen: Seen, samples: Sequence[Sample], archive: Archive
     ) -> list[Ready | Rejection]:
-        with work.clock("decode"):
-            return [prepare(sample, archive, self._recipe, work.seen) for sample in samples]
+        with clock("decode"):
+            return [prepare(sample, archive, self._recipe, seen) for sample in samples]
 
     def _batch(self, ready: Sequence[Ready]) -> Batch:
         inputs = {}

@@ -41,7 +41,7 @@ class Scratch:
         finally:
             copy.path.unlink(missing_ok=True)
             with self._change:
-                self._used -= copy.room
+                self._used -= copy.granted
                 self._change.notify_all()
 
     def give(self, copy: Copy, size: int) -> None:
@@ -56,16 +56,16 @@ class Scratch:
                 f"{self.folder}; raise scratch_bytes, or set TMPDIR to a larger disk"
             )
         with self._change:
-            self._change.wait_for(lambda: self._used - copy.room + size <= self.limit)
-            self._used += size - copy.room
-            copy.room = size
+            self._change.wait_for(lambda: self._used - copy.granted + size <= self.limit)
+            self._used += size - copy.granted
+            copy.granted = size
 
 
 class Copy:
-    """A tar that is being copied; `room` is how many bytes it may have."""
+    """A tar that is being copied; `granted` is how many bytes it may have."""
 
     def __init__(self, scratch: Scratch, path: Path) -> None:
-        self.path, self.room = path, 0
+        self.path, self.granted = path, 0
         self._scratch = scratch
 
     def reserve(self, size: int) -> None:
@@ -74,7 +74,7 @@ class Copy:
         Raises:
             ShardError: there can never be so much room.
         """
-        if size > self.room:
+        if size > self.granted:
             self._scratch.give(self, size)
 
 

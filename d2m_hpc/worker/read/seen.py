@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 from d2m_hpc.config import Config
@@ -31,15 +32,17 @@ class Seen:
     present: set[str] = field(default_factory=set)
     keys: set[str] = field(default_factory=set)
     renamed: int = 0
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def add(self, key: str, values: Mapping[str, Any], wanted: Sequence[str]) -> None:
-        self.samples += 1
-        if "key" in wanted and values.get("key", key) != key:
-            self.renamed += 1
-        if len(self.present) < len(wanted):
-            self.present.update(name for name in wanted if name in values)
-            if len(self.present) < len(wanted) and len(self.keys) < MOST:
-                self.keys.update(values)
+        with self._lock:
+            self.samples += 1
+            if "key" in wanted and values.get("key", key) != key:
+                self.renamed += 1
+            if len(self.present) < len(wanted):
+                self.present.update(name for name in wanted if name in values)
+                if len(self.present) < len(wanted) and len(self.keys) < MOST:
+                    self.keys.update(values)
 
     def missing(self, wanted: Sequence[str]) -> list[str]:
         """Fields that no sample has; `key` is not among them, as the file's name is one."""

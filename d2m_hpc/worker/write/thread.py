@@ -1,16 +1,19 @@
-"""The writer thread: shards are committed and recorded while the next ones are computed."""
+"""The writer thread: shards are committed and recorded while the next ones are computed.
+
+Results that do not tell all of their types wait for others that may.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from queue import Queue
 
 from d2m_hpc.errors import D2MError, DiskError, NodeError
-from d2m_hpc.run.manifest import Record, Recorder
+from d2m_hpc.run.manifest import Job, Record, Recorder
 from d2m_hpc.storage.refused import require_there
 from d2m_hpc.storage.texts import traceback_of
 from d2m_hpc.worker.claims import Claims
@@ -21,15 +24,23 @@ from d2m_hpc.worker.write.writer import Committer, TakenOver
 
 log = logging.getLogger(__name__)
 
+ROWS = 10_000
+"""In results that wait, for they are held in memory."""
+
 
 @dataclass
 class Result:
-    """A shard that was computed, or the error that stopped it."""
+    """A shard that was computed, or the error that stopped it.
+
+    Attributes:
+        began: when its computation did, by `time.monotonic`.
+    """
 
     work: Work
     record: Record
     rows: Rows
     error: BaseException | None = None
+    began: float = field(default_factory=time.monotonic)
 
 
 class Settler:
@@ -75,16 +86,15 @@ class Settler:
 
     def _settle(self, result: Result) -> None:
         record = result.record
-        seconds = time.monotonic() - result.work.began
+        seconds = time.monotonic() - result.began
         record.finished = record.started + seconds  # whatever was done to the clock meanwhile
         try:
-            if not _is_held(result.work):
+            if result.work.is_lost:
                 raise TakenOver
             if result.error is not None:
                 raise result.error
             with result.work.clock("write"):
-                held = partial(_is_held, result.work)
-                self._committer.commit(result.rows, record, held)
+                self._committer.commit(result.rows, record, lambda: not result.work.is_lost)
         except TakenOver:
             log.warning("%s: another task took it over; nothing is written", record.shard)
             require_there(self._recorder.path.parent)
@@ -109,13 +119,36 @@ class Settler:
             self._report(done=1, rejected=len(record.rejections))
 
 
-def _is_held(work: Work) -> bool:
-    return work.lease is None or not work.lease.lost
-
-
 def _fail(record: Record, error: BaseException) -> None:
     record.state, record.kind, record.error = "failed", type(error).__name__, str(error)
     record.rows = 0
     cause = error.__cause__ or error
     if not isinstance(cause, D2MError):
         record.traceback = traceback_of(error)
+
+
+def last_if_undecided(results: Iterable[Result], chunk: Sequence[Job]) -> Iterator[Result]:
+    """Results in their order, but last those of which the run does not know all types yet.
+
+    Args:
+        chunk: of the task. Only shards of it wait: for those of another task's chunk that task
+            waits, and each of the two would wait for the other.
+    """
+    own = {job.stem for job in chunk}
+    waiting: list[Result] = []
+    left = ROWS
+    for result in results:
+        waits = result.error is None and result.work.shard.stem in own
+        if waits and result.rows.rows <= left and result.rows.undecided:
+            left -= result.rows.rows
+            waiting.append(result)
+            result.work.rest()
+        else:
+            yield result
+    for result in waiting:
+        result.work.resume()
+        result.record.notices += [
+            f"{name!r} has no value that tells its type, neither here nor in the shards so far"
+            for name in result.rows.undecided
+        ]
+        yield result

@@ -25,9 +25,10 @@ from d2m_hpc.run.manifest import Job, Rejection, Shard
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker.batch import Batch, Input
 from d2m_hpc.worker.read import loader as module
-from d2m_hpc.worker.read.loader import AHEAD, GROUP, Loader, Work
+from d2m_hpc.worker.read.loader import AHEAD, GROUP, Loader, Reading
 from d2m_hpc.worker.read.prepare import Recipe
 from d2m_hpc.worker.read.scratch import Scratch
+from d2m_hpc.worker.work import Work
 
 TEXT: dict[Input, Preprocessor] = {("text", "identity"): PREPROCESSORS["identity"]}
 BOTH: dict[Input, Preprocessor] = {("image", "stats-aug"): PREPROCESSORS["stats-aug"], **TEXT}
@@ -54,15 +55,15 @@ def scratch(tmp_path: Path) -> Iterator[Scratch]:
     assert list(folder.iterdir()) == []
 
 
-def read(work: Work) -> list[Batch]:
-    return list(work)
+def read(reading: Reading) -> list[Batch]:
+    return list(reading)
 
 
-def load(path: Path, made: Recipe, scratch: Scratch) -> tuple[list[Batch], Work]:
+def load(path: Path, made: Recipe, scratch: Scratch) -> tuple[list[Batch], Reading]:
     """All of one shard."""
     with Loader(works(path), made, scratch) as loader:
-        ((work, batches),) = [(work, read(work)) for work in loader]
-    return batches, work
+        ((reading, batches),) = [(reading, read(reading)) for reading in loader]
+    return batches, reading
 
 
 def keys(batches: Iterable[Batch]) -> list[str]:
@@ -84,9 +85,9 @@ def test_batches_are_full_and_in_the_tars_order(
     inputs = {("text", "slow"): custom(slow_at_times)}
     made = recipe(inputs, threads=threads, fields=["uid", "nothing"])
     with Loader(works(*paths), made, scratch) as loader:
-        for number, work in enumerate(loader):
-            batches = read(work)
-            assert work.shard.stem == f"{number:05d}"
+        for number, reading in enumerate(loader):
+            batches = read(reading)
+            assert reading.work.shard.stem == f"{number:05d}"
             assert [len(b.keys) for b in batches] == [4, 4, 4, 4, 2]
             assert keys(batches) == [f"{number:05d}{j:04d}" for j in range(18)]
             texts = [t for b in batches for t in b.inputs[("text", "slow")]]
@@ -94,7 +95,7 @@ def test_batches_are_full_and_in_the_tars_order(
             uids = [u for b in batches for u in b.fields["uid"]]
             assert uids == [f"{number * 1000 + j:032x}" for j in range(18)]
             assert batches[-1].fields["nothing"] == [None, None]
-            assert (work.total, work.rejections) == (18, [])
+            assert (reading.found.total, reading.found.rejections) == (18, [])
 
 
 def test_built_in_inputs_have_a_row_a_sample(tmp_path: Path, scratch: Scratch) -> None:
@@ -110,12 +111,12 @@ def test_compressed_shards_and_commands_are_read_too(tmp_path: Path, scratch: Sc
     urls = [str(packed), f"pipe:cat {packed}", packed.as_uri()]
     works = [Work(Job(Shard(str(i), url))) for i, url in enumerate(urls)]
     with Loader(works, recipe(BOTH), scratch) as loader:
-        assert [keys(work) for work in loader] == [["k"]] * 3
+        assert [keys(reading) for reading in loader] == [["k"]] * 3
 
 
 def test_a_shard_without_samples_has_no_batches(tmp_path: Path, scratch: Scratch) -> None:
-    batches, work = load(write_tar(tmp_path / "a.tar", {}), recipe(), scratch)
-    assert (batches, work.total, work.rejections) == ([], 0, [])
+    batches, reading = load(write_tar(tmp_path / "a.tar", {}), recipe(), scratch)
+    assert (batches, reading.found.total, reading.found.rejections) == ([], 0, [])
 
 
 def test_a_sample_is_decoded_once_and_each_preprocessor_run_once(
@@ -161,11 +162,11 @@ def test_custom_preprocessors_get_what_the_seed_gave_them(tmp_path: Path, scratc
 
 def test_each_bad_sample_is_rejected_with_its_reason(scratch: Scratch) -> None:
     made = recipe(BOTH, fields=["uid"], options=Options(max_pixels=10_000_000))
-    batches, work = load(SHARDS / "bad.tar", made, scratch)
+    batches, reading = load(SHARDS / "bad.tar", made, scratch)
     assert keys(batches) == ["good-0", "good-1", "no-uid", "good-2"]
-    reasons = dict(work.rejections)
-    assert work.total == 14 == len(reasons) + 4
-    assert [key for key, _ in work.rejections] == [
+    reasons = dict(reading.found.rejections)
+    assert reading.found.total == 14 == len(reasons) + 4
+    assert [key for key, _ in reading.found.rejections] == [
         *("no-text", "no-json", "garbage", "zero", "latin1", "bad-json", "text-only"),
         *("header-only", "bomb", "dots"),
     ]
@@ -177,19 +178,19 @@ def test_each_bad_sample_is_rejected_with_its_reason(scratch: Scratch) -> None:
 
 
 def test_only_what_is_asked_for_must_be_there(scratch: Scratch) -> None:
-    batches, work = load(SHARDS / "bad.tar", recipe(TEXT), scratch)
+    batches, reading = load(SHARDS / "bad.tar", recipe(TEXT), scratch)
     assert {"garbage", "zero", "bad-json", "text-only", "bomb"} <= set(keys(batches))
-    assert [key for key, _ in work.rejections] == ["no-text", "latin1", "dots"]
+    assert [key for key, _ in reading.found.rejections] == ["no-text", "latin1", "dots"]
 
 
 def test_strays_are_counted_with_the_samples(tmp_path: Path, scratch: Scratch) -> None:
     notes = {"README": b"", "__notes__": b""}
     members = {**sample("a"), "picture": b"", **sample("b", 1), **notes}
-    batches, work = load(write_tar(tmp_path / "a.tar", members), recipe(), scratch)
+    batches, reading = load(write_tar(tmp_path / "a.tar", members), recipe(), scratch)
     assert keys(batches) == ["a", "b"]
-    assert work.total == 3
-    assert work.rejections == [Rejection("picture", "a member without an extension")]
-    assert work.notices == [
+    assert reading.found.total == 3
+    assert reading.found.rejections == [Rejection("picture", "a member without an extension")]
+    assert reading.found.notices == [
         "foreign members are not read: README",
         "members with a reserved name (__...__) are not read: __notes__",
     ]
@@ -204,16 +205,16 @@ def test_a_preprocessor_that_raises_costs_that_sample_only(
         return text
 
     (path,) = write_shards(tmp_path, 1, samples=5)
-    batches, work = load(path, recipe({("text", "picky"): custom(picky)}), scratch)
+    batches, reading = load(path, recipe({("text", "picky"): custom(picky)}), scratch)
     assert keys(batches) == [f"00000000{i}" for i in (0, 1, 3, 4)]
     reason = "preprocessor 'picky' raised KeyError: 'two'"
-    assert work.rejections == [Rejection("000000002", reason)]
+    assert reading.found.rejections == [Rejection("000000002", reason)]
 
 
 def test_a_preprocessor_that_returns_nothing_is_told(tmp_path: Path, scratch: Scratch) -> None:
     (path,) = write_shards(tmp_path, 1, samples=1)
-    _, work = load(path, recipe({("text", "mute"): custom(lambda text: None)}), scratch)
-    [(_, reason)] = work.rejections
+    _, reading = load(path, recipe({("text", "mute"): custom(lambda text: None)}), scratch)
+    [(_, reason)] = reading.found.rejections
     assert reason == "preprocessor 'mute' returned None; is a `return` missing?"
 
 
@@ -223,11 +224,11 @@ def test_a_field_that_no_parquet_can_hold_costs_that_sample_only(
 ) -> None:
     odd = {"odd.txt": b"", "odd.json": json.dumps({"uid": "1", "caption": values}).encode()}
     path = write_tar(tmp_path / "a.tar", {**sample("a"), **odd})
-    batches, work = load(path, recipe(fields=["caption"]), scratch)
+    batches, reading = load(path, recipe(fields=["caption"]), scratch)
     assert keys(batches) == ["a"]
-    assert work.rejections == [Rejection("odd", "field 'caption' is not valid Unicode")]
-    batches, work = load(path, recipe(fields=["uid"]), scratch)
-    assert (keys(batches), work.rejections) == (["a", "odd"], [])
+    assert reading.found.rejections == [Rejection("odd", "field 'caption' is not valid Unicode")]
+    batches, reading = load(path, recipe(fields=["uid"]), scratch)
+    assert (keys(batches), reading.found.rejections) == (["a", "odd"], [])
 
 
 def test_a_key_that_is_no_utf8_keeps_its_row_and_is_escaped(
@@ -235,9 +236,9 @@ def test_a_key_that_is_no_utf8_keeps_its_row_and_is_escaped(
 ) -> None:
     odd = {os.fsdecode(b"na\xefve.txt"): b"text", os.fsdecode(b"\xe5.json"): b"{}"}
     path = write_tar(tmp_path / "a.tar", {**odd, **sample("b")}, format=1)
-    batches, work = load(path, recipe(), scratch)
+    batches, reading = load(path, recipe(), scratch)
     assert keys(batches) == ["na\\xefve", "b"]
-    assert work.rejections == [Rejection("\\xe5", "no text (txt); it has json")]
+    assert reading.found.rejections == [Rejection("\\xe5", "no text (txt); it has json")]
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
@@ -251,12 +252,12 @@ def test_a_sample_that_lacks_a_link_counts_once_and_says_so(
             link = tarfile.TarInfo(f"{key}.txt")
             link.type, link.linkname = (kind, "z.txt") if key == "a" else (tarfile.REGTYPE, "")
             tar.addfile(link)
-    batches, work = load(path, recipe(), scratch)
-    assert (keys(batches), work.total) == (["b"], 2)
-    [(key, reason)] = work.rejections
+    batches, reading = load(path, recipe(), scratch)
+    assert (keys(batches), reading.found.total) == (["b"], 2)
+    [(key, reason)] = reading.found.rejections
     assert key == "a"
     assert reason == "no text (txt); it has jpg; txt is a link, and links are not followed"
-    assert "--dereference" in work.causes.foremost()
+    assert "--dereference" in reading.found.causes.foremost()
 
 
 # --- errors of a shard ---
@@ -284,9 +285,9 @@ def test_a_shard_that_fails_does_not_stop_the_next(tmp_path: Path, scratch: Scra
     bad = [tmp_path / "missing.tar", SHARDS / "cut.tar"]
     seen: list[Any] = []
     with Loader(works(good, *bad, late), recipe(), scratch) as loader:
-        for work in loader:
+        for reading in loader:
             try:
-                seen.append(len(keys(work)))
+                seen.append(len(keys(reading)))
             except ShardError as error:
                 seen.append(type(error))
     assert seen == [9, ShardError, TruncatedShard, 9]
@@ -306,17 +307,17 @@ def test_a_truncated_shard_fails_before_or_after_it_is_computed(
     whole.write_bytes(whole.read_bytes()[: 20 * 1024 + 300].ljust(21 * 1024, b"x") + bytes(zeros))
     seen: list[str] = []
     with Loader(works(whole), recipe(), scratch) as loader:
-        (work,) = loader
+        (reading,) = loader
         with pytest.raises(TruncatedShard):
-            seen += (key for batch in work for key in batch.keys)
+            seen += (key for batch in reading for key in batch.keys)
     assert bool(seen) == bool(zeros)
 
 
 def test_a_truncated_shard_is_taken_when_that_is_asked_for(scratch: Scratch) -> None:
-    batches, work = load(SHARDS / "cut.tar", recipe(BOTH, allow_truncated=True), scratch)
+    batches, reading = load(SHARDS / "cut.tar", recipe(BOTH, allow_truncated=True), scratch)
     assert keys(batches) == [f"{i:07d}" for i in range(100, 119)]
-    assert work.rejections == [Rejection("0000119", "cut off where the archive ends")]
-    assert work.total == 20
+    assert reading.found.rejections == [Rejection("0000119", "cut off where the archive ends")]
+    assert reading.found.total == 20
 
 
 @pytest.mark.parametrize(
@@ -381,7 +382,7 @@ def test_reading_ahead_is_bounded(tmp_path: Path, scratch: Scratch) -> None:
             time.sleep(0.01)
         time.sleep(0.2)
         assert 4 * AHEAD <= prepared["all"] <= most
-        assert [len(keys(work)) for work in loader] == [150, 150]
+        assert [len(keys(reading)) for reading in loader] == [150, 150]
 
 
 def test_the_bound_is_one_for_all_shards(
@@ -430,27 +431,27 @@ def test_closed_while_reading_it_lets_go_of_everything(
         ]
     leases, taken = tmp_path / "leases", list[Path]()
     leases.mkdir()
-    held: list[Work] = []
+    held: list[Reading] = []
     seen = 0
     loader = Loader(claimed(leases, paths, taken), recipe(), scratch)
     with loader:
-        for work in loader:
-            held.append(work)
-            for _ in work:
+        for reading in loader:
+            held.append(reading)
+            for _ in reading:
                 if seen == after:
                     break
                 seen += 1
             else:
-                work.release()
-                held.remove(work)
+                reading.work.release()
+                held.remove(reading)
                 continue
             break
     assert seen == after
     # What was handed out is its holder's to release; all else that was claimed is free again.
-    assert [p.stem for p in leases.iterdir()] == [w.shard.stem for w in held]
+    assert [p.stem for p in leases.iterdir()] == [r.work.shard.stem for r in held]
     assert 1 <= len(taken) < 4
-    for work in held:
-        work.release()
+    for reading in held:
+        reading.work.release()
 
 
 def test_closed_before_anyone_asked_it_lets_go_of_everything(
@@ -469,12 +470,12 @@ def test_a_shard_that_is_given_up_makes_way_for_the_next(tmp_path: Path, scratch
     paths = write_shards(tmp_path, 3, samples=60)
     counts = []
     with Loader(works(*paths), recipe(), scratch) as loader:
-        for number, work in enumerate(loader):
+        for number, reading in enumerate(loader):
             if number == 1:
-                next(iter(work))
-                work.cancel()
+                next(iter(reading))
+                reading.cancel()
             else:
-                counts.append(len(keys(work)))
+                counts.append(len(keys(reading)))
     assert counts == [60, 60]
 
 
