@@ -56,8 +56,20 @@ def ask(*words: str, seconds: float = SECONDS) -> str:
     Raises:
         SlurmError: it is not here, failed or does not answer, with its words.
     """
+    done = call(*words, seconds=seconds)
+    if done.returncode:
+        raise SlurmError(f"{words[0]} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def call(*words: str, seconds: float | None) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm's, without the variables that are for others.
+
+    Raises:
+        SlurmError: it is not here, or does not answer in time.
+    """
     try:
-        done = subprocess.run(
+        return subprocess.run(
             words,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -76,6 +88,3 @@ def ask(*words: str, seconds: float = SECONDS) -> str:
         ) from None
     except OSError as error:
         raise SlurmError(f"{words[0]} cannot be started: {error}") from None
-    if done.returncode:
-        raise SlurmError(f"{words[0]} failed: {done.stderr.strip()}")
-    return done.stdout

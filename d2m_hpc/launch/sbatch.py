@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from d2m_hpc.config import Slurm
 from d2m_hpc.errors import SlurmError
-from d2m_hpc.launch.commands import callers
+from d2m_hpc.launch import commands
 from d2m_hpc.launch.slurm import Array, Proposal
 from d2m_hpc.run.folder import RunDir, Submission
-from d2m_hpc.storage.files import own_files
+from d2m_hpc.storage.files import atomic_write
 from d2m_hpc.storage.urls import has_secret
 
 USR2_SECONDS = 120
@@ -100,55 +98,40 @@ def command(run: RunDir, submission: Submission, array: Array, options: dict[str
     return shlex.join([*srun, *python, *told])
 
 
+def script(
+    run: RunDir, submission: Submission, config: Slurm, array: Array, options: dict[str, Any]
+) -> str:
+    """What sbatch is given; all options stand on its command line.
+
+    A folder in an #SBATCH line would be read for quotes and %, and SBATCH_* variables win over
+    these lines. What is left is the default of an element, which `slurm.extra` may change.
+    """
+    task = command(run, submission, array, options)
+    head = ["#!/bin/bash", "#SBATCH --nodes=1"]
+    return "\n".join([*head, *script_lines(config, run.node_failures), task, ""])
+
+
 def submit(
     run: RunDir, submission: Submission, config: Slurm, array: Array, proposal: Proposal
 ) -> None:
     """Hand one array to sbatch; sets its job id.
 
+    Not by submitit's executor: it renames a pickle an element to a name with the job id, so that
+    no element of an array can start whose submit was killed between sbatch and these renames.
+
     Raises:
         SlurmError: sbatch refused, with its words.
     """
-    from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError
-
-    class Executor(SlurmExecutor):
-        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            # A folder in an #SBATCH line would be read for quotes and %, and SBATCH_* variables
-            # win over these lines; the command line is free of both.
-            script = str(submission_file_path)
-            return [*_without_callers(), "sbatch", f"--chdir={run.logs}", *_flags(extra), script]
-
-        @staticmethod
-        def _get_job_id_from_submission_command(string: bytes | str) -> str:
-            return job_id(string if isinstance(string, str) else string.decode(errors="replace"))
-
-    extra = _array_options(array, proposal)
-    executor = Executor(run.logs)
-    executor.update_parameters(
-        job_name=array.name,
-        time=None,
-        wckey=None,
-        use_srun=False,
-        stderr_to_stdout=True,
-        setup=script_lines(config, run.node_failures),
-        additional_parameters=extra,
-    )
-    try:
-        # The script that submitit leaves in the logs' folder has all of `slurm:` in it.
-        with warnings.catch_warnings(), own_files(has_secret([config.setup, extra])):
-            warnings.simplefilter("ignore")
-            # map_array's own step, without its pickles: they are put in place only after sbatch,
-            # and a submit that is killed in between would leave an array that cannot start.
-            words = command(run, submission, array, proposal.options)
-            array.job_id = executor._submit_command(words).job_id
-    except FailedJobError as error:
-        raise SlurmError(_refusal(str(error))) from None
-
-
-def _without_callers() -> list[str]:
-    """The start of a command that runs without the variables of whoever calls us."""
-    gone = sorted(callers(os.environ))
-    return ["env", *(word for name in gone for word in ("-u", name))] if gone else []
+    options = _array_options(array, proposal)
+    text = script(run, submission, config, array, proposal.options)
+    path = run.logs / f"{array.name}.sh"
+    atomic_write(path, text.encode(), private=has_secret([config.setup, options]))
+    # However long it takes: it asks a slurmctld that restarts again and again.
+    words = ["sbatch", f"--chdir={run.logs}", *_flags(options), str(path)]
+    done = commands.call(*words, seconds=None)
+    if done.returncode:
+        raise SlurmError(_refusal(done.stderr or done.stdout, done.returncode))
+    array.job_id = job_id(done.stdout)
 
 
 def job_id(said: str) -> str:
@@ -201,7 +184,8 @@ HINTS = {
 }
 
 
-def _refusal(words: str) -> str:
-    said = re.findall(r"sbatch: error: (.*)", words) or [words.strip().splitlines()[-1]]
+def _refusal(words: str, code: int) -> str:
+    said = re.findall(r"sbatch: error: (.*)", words) or words.strip().splitlines()[-1:]
+    said = said or [f"sbatch ended with exit code {code} and said nothing"]
     hint = next((h for word, h in HINTS.items() if word in " ".join(said)), "see `man sbatch`")
     return f"Slurm refused: {'; '.join(said)} ({hint}; the same command goes on from here)"

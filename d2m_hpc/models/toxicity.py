@@ -21,7 +21,11 @@ MAX_TOKENS = 512
 
 
 class Detoxify(nn.Module):
-    """The largest of all class probabilities of each text."""
+    """The largest of all class probabilities of each text.
+
+    Detoxify's own class asks the hub while it loads, pads all texts to the longest, and waits for
+    the device at every batch: its net and tokenizer are used, its `predict` is not.
+    """
 
     def __init__(self, device: torch.device, weights: Weights) -> None:
         super().__init__()

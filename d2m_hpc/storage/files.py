@@ -100,14 +100,3 @@ def is_private(path: Path) -> bool:
     with suppress(FileNotFoundError):
         return not path.stat().st_mode & 0o077
     return False
-
-
-@contextmanager
-def own_files(private: bool) -> Iterator[None]:
-    """Let all files that are made in the block, by libraries too, be private if one says so."""
-    before = os.umask(0o077) if private else None
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.umask(before)

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from submitit import JobEnvironment
 
 from d2m_hpc.errors import D2MError, DiskError, NodeError
 from d2m_hpc.run.chunks import Chunks
@@ -42,68 +43,50 @@ REFUSED = re.compile("disabled|nvalid job|denied|not permitted|already", re.IGNO
 """What will not become another answer, as that the job is not to be requeued."""
 
 
-@dataclass(frozen=True)
-class Element:
-    """Where this task stands in its array, from the environment that Slurm gives it."""
-
-    job: str
-    array_index: int
-    rank: int
-    node: str
-
-    @classmethod
-    def of(cls, environment: os._Environ[str]) -> Element:
-        job = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID", "")
-        return cls(
-            job=job,
-            array_index=int(environment.get("SLURM_ARRAY_TASK_ID", "0")),
-            rank=int(environment.get("SLURM_LOCALID", "0")),
-            node=environment.get("SLURMD_NODENAME", ""),
-        )
-
-    @property
-    def name(self) -> str:
-        """As scontrol takes it: a bare job id would mean the whole array."""
-        return f"{self.job}_{self.array_index}"
-
-
 def main(arguments: list[str]) -> int:
     root, submission, first, tasks_per_node = arguments
-    run, element = RunDir(Path(root)), Element.of(os.environ)
-    index = int(first) + element.array_index * int(tasks_per_node) + element.rank
+    # As submitit's own scripts say; a custom file, too, may ask `JobEnvironment` where it runs.
+    os.environ["SUBMITIT_EXECUTOR"] = "slurm"
+    run, job = RunDir(Path(root)), JobEnvironment()
+    index = int(first) + int(job.array_task_id or 0) * int(tasks_per_node) + job.local_rank
     try:
         _own_log(run.log_of(submission, index))
     except OSError as error:
         return _said(of_system(error), DiskError.exit_code)
-    _own_device(element.rank, int(tasks_per_node))
-    unfit = partial(_unfit, run, element, submission, index)
-    return supervised(partial(_as_task, run, submission, index, element), unfit)
+    _own_device(job.local_rank, int(tasks_per_node))
+    unfit = partial(_unfit, run, submission, index)
+    return supervised(partial(_as_task, run, submission, index, job), unfit)
 
 
-def _unfit(run: RunDir, element: Element, submission: str, index: int, why: str) -> int:
+def _unfit(run: RunDir, submission: str, index: int, why: str) -> int:
     """The node cannot work: no shard is to blame."""
-    _record_failure(run, element, submission, index, why)
+    _record_failure(run, submission, index, why)
     return _said(why, NodeError.exit_code)
 
 
 def _as_task(
-    run: RunDir, submission: str, index: int, element: Element, board: Board | None, past: Past
+    run: RunDir, submission: str, index: int, job: JobEnvironment, board: Board | None, past: Past
 ) -> int:
     """In a process of its own, as `past` tells after others died."""
     stop_on_signals()
     interrupt_once()
     try:
-        return _work(run, submission, index, element, board, past.alone)
+        return _work(run, submission, index, job, board, past.alone)
     except Stopped:
         return STOPPED
     except KeyboardInterrupt:
         return INTERRUPTED
     except NodeError as error:
-        return _unfit(run, element, submission, index, str(error))
+        return _unfit(run, submission, index, str(error))
     except D2MError as error:
         return _said(str(error), error.exit_code)
     except OSError as error:  # what records, leases and logs need: a full disk, a lost mount
         return _said(of_system(error), DiskError.exit_code)
+
+
+def _node() -> str:
+    """As Slurm knows it; several of its nodes may share a host."""
+    return os.environ.get("SLURMD_NODENAME", "")
 
 
 def _said(why: str, code: int) -> int:
@@ -121,30 +104,31 @@ def _work(
     run: RunDir,
     submission: str,
     index: int,
-    element: Element,
+    job: JobEnvironment,
     board: Board | None,
     alone: Collection[str],
 ) -> int:
     try:
         from d2m_hpc.worker.task import run_task
     except (ImportError, OSError) as error:  # a library of this node's is missing, or too old
-        raise NodeError(f"d2m_hpc cannot be loaded on {element.node}: {error}") from error
-    job, attempt = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
-    run.starting(job, int(attempt)).unlink(missing_ok=True)
+        raise NodeError(f"d2m_hpc cannot be loaded on {_node()}: {error}") from error
+    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+    starting = run.starting(os.environ.get("SLURM_JOB_ID", ""), int(attempt))
+    starting.unlink(missing_ok=True)
     if index >= len(Chunks(run.submission(submission))):
         return 0  # the last element of an array may have fewer chunks than ranks
     record = run.record(submission, index, int(attempt))
     try:
         progress = run_task(
-            run.root, submission, index, deadline=_deadline(element), board=board, alone=alone
+            run.root, submission, index, deadline=_deadline(job), board=board, alone=alone
         )
     except Stopped as stopped:
         # Slurm itself requeues what it preempts; SIGUSR2 comes before the walltime ends.
         if stopped.signal == signal.SIGUSR2:
-            _requeue(element, record)
+            _requeue(job, record)
         raise
     if progress.state == "out of time":
-        _requeue(element, record)
+        _requeue(job, record)
         return 0
     return 1 if progress.failed else 0
 
@@ -184,18 +168,18 @@ def _gpu_count() -> int:
     return sum(p.name[6:].isdecimal() for p in Path("/dev").glob("nvidia*"))
 
 
-def _deadline(element: Element) -> float | None:
+def _deadline(job: JobEnvironment) -> float | None:
     """When the walltime ends, in seconds since the epoch; None where Slurm does not say."""
     if given := os.environ.get("SLURM_JOB_END_TIME"):
         return float(given)
-    shown, why = _scontrol("show", "job", "--oneliner", element.name)
+    shown, why = _scontrol("show", "job", "--oneliner", job.job_id)
     if why:
         log.warning("when the walltime ends is not known: scontrol: %s", why)
     found = re.search(r"EndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", shown)
     return time.mktime(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S")) if found else None
 
 
-def _requeue(element: Element, record: Path) -> None:
+def _requeue(job: JobEnvironment, record: Path) -> None:
     """Go on in another walltime; each rank asks, for the others may have ended before.
 
     Raises:
@@ -205,17 +189,17 @@ def _requeue(element: Element, record: Path) -> None:
         raise D2MError(
             "no shard was finished in this walltime; raise slurm.time if one takes longer"
         )
-    _ask_for_requeue(element)
+    _ask_for_requeue(job)
 
 
-def _ask_for_requeue(element: Element) -> None:
+def _ask_for_requeue(job: JobEnvironment) -> None:
     """Until slurmctld has heard it: while it is away, no walltime ends either.
 
     Raises:
         D2MError: it refuses, or is away for too long.
     """
     end, pause = time.monotonic() + REQUEUE_SECONDS, 1.0
-    while why := _scontrol("requeue", element.name)[1]:
+    while why := _scontrol("requeue", job.job_id)[1]:
         if REFUSED.search(why) or time.monotonic() + pause > end:
             raise D2MError(
                 f"this task's walltime ends, and it could not be requeued ({why}); the same "
@@ -241,9 +225,9 @@ def _scontrol(*words: str) -> tuple[str, str]:
     return done.stdout, done.stderr.strip() or "no reason given" if done.returncode else ""
 
 
-def _record_failure(run: RunDir, element: Element, submission: str, index: int, why: str) -> None:
+def _record_failure(run: RunDir, submission: str, index: int, why: str) -> None:
     attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
-    failure = {"node": element.node, "why": safe(why), "time": time.time()}
+    failure = {"node": _node(), "why": safe(why), "time": time.time()}
     path = run.node_failures / f"{submission}-{index}-{attempt}.json"
     atomic_write(path, json.dumps(failure).encode())
 

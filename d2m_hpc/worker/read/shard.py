@@ -79,7 +79,8 @@ class Index:
     """Iterate, once, for the samples of a tar in its order, while its headers are read.
 
     webdataset's rule: consecutive members of one key form a sample, and a repeated extension starts
-    the next one. Every member is in a sample or in the ledger.
+    the next one. Every member is in a sample or in the ledger; webdataset's own readers, which are
+    not used for that, skip the rest without a word and hold all members in memory.
 
     Attributes:
         count: samples so far.

@@ -1,0 +1,132 @@
+"""What sbatch is given by a submit, and what becomes of its answers; the command is a script."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2m_hpc.config import Slurm
+from d2m_hpc.errors import SlurmError
+from d2m_hpc.launch import sbatch
+from d2m_hpc.launch.slurm import Array, Proposal
+from d2m_hpc.run.folder import RunDir
+
+TOLD = """\
+#!{python}
+import json, os, sys
+script = open(sys.argv[-1]).read()
+mode = os.stat(sys.argv[-1]).st_mode & 0o777
+json.dump([sys.argv[1:], dict(os.environ), script, mode], open({told!r}, "w"))
+{then}
+"""
+
+
+@pytest.fixture
+def run(awkward_path: Path) -> RunDir:
+    run = RunDir(awkward_path / "run")
+    run.create()
+    return run
+
+
+def submit(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, then: str, array: Array, **slurm: Any
+) -> Any:
+    """Hand an array to an sbatch that does `then`; returns what it was told."""
+    folder = run.root.parent / "bin"
+    folder.mkdir()
+    told = folder / "told.json"
+    (folder / "sbatch").write_text(TOLD.format(python=sys.executable, told=str(told), then=then))
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    config = Slurm(**slurm)
+    first = Array("d2m-x-0", 0, 5, job_id="41")
+    proposal = Proposal([], 1, 9, [first, array], sbatch.options(config))
+    sbatch.submit(run, run.submission("007"), config, array, proposal)
+    return json.loads(told.read_text())
+
+
+def test_all_options_stand_on_the_command_line(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = Array("d2m-x-1", 40, 1000, 2, parallel=3, after=0)
+    then = "print('Submitted batch job 4242')"
+    words, _, script, _ = submit(
+        run, monkeypatch, then, array, partition="gpu", extra={"comment": "it's %j"}
+    )
+    assert array.job_id == "4242"
+    assert words == [
+        f"--chdir={run.logs}",
+        "--partition=gpu",
+        "--ntasks-per-node=1",
+        "--requeue",
+        "--open-mode=append",
+        "--signal=USR2@120",
+        "--comment=it's %j",
+        "--job-name=d2m-x-1",
+        "--array=0-999%3",
+        "--output=slurm-%A_%a.out",
+        "--dependency=afterany:41",
+        f"{run.logs}/d2m-x-1.sh",
+    ]
+    lines = script.splitlines()
+    assert [line for line in lines if line.startswith("#SBATCH")] == ["#SBATCH --nodes=1"]
+    assert lines[-1].startswith("d2m_task srun ")
+
+
+def test_a_thousand_elements_leave_one_file_which_no_task_needs(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A submit that is killed right after sbatch has left all that an element starts with."""
+    before = {p for p in run.root.rglob("*") if p.is_file()}
+    submit(run, monkeypatch, "print(7)", Array("d2m-x-1", 0, 1000))
+    made = {p for p in run.root.rglob("*") if p.is_file()} - before
+    assert made == {run.logs / "d2m-x-1.sh"}
+
+
+def test_variables_that_are_for_others_stay_here(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_PARTITION", "other")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    monkeypatch.setenv("SLURM_CONF", "/etc/other.conf")
+    monkeypatch.setenv("MINE", "kept")
+    _, environment, _, _ = submit(run, monkeypatch, "print(7)", Array("a", 0, 1))
+    assert not {"SBATCH_PARTITION", "SLURM_CPUS_PER_TASK"} & environment.keys()
+    assert (environment["SLURM_CONF"], environment["MINE"]) == ("/etc/other.conf", "kept")
+
+
+@pytest.mark.parametrize(("setup", "mode"), [("export A_TOKEN=hush", 0o600), ("true", 0o644)])
+def test_a_script_with_a_secret_is_for_its_owner_alone(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, setup: str, mode: int
+) -> None:
+    before = os.umask(0o022)
+    try:
+        told = submit(run, monkeypatch, "print(7)", Array("a", 0, 1), setup=[setup])
+    finally:
+        os.umask(before)
+    assert told[3] == mode
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        (
+            "sys.exit('sbatch: error: invalid partition specified: x\\nsbatch: error: Batch job')",
+            r"invalid partition specified: x; Batch job \(check slurm.partition against `sinfo`",
+        ),
+        ("print('no array jobs here'); sys.exit(1)", "Slurm refused: no array jobs here"),
+        ("sys.exit(3)", "sbatch ended with exit code 3 and said nothing"),
+    ],
+)
+def test_a_refusal_is_told_in_sbatchs_words(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, then: str, said: str
+) -> None:
+    array = Array("a", 0, 1)
+    with pytest.raises(SlurmError, match=said):
+        submit(run, monkeypatch, then, array)
+    assert array.job_id == ""
