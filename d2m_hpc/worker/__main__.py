@@ -60,7 +60,10 @@ def main(arguments: list[str]) -> int:
 
 def _unfit(run: RunDir, submission: str, index: int, why: str) -> int:
     """The node cannot work: no shard is to blame."""
-    _record_failure(run, submission, index, why)
+    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+    failure = {"node": _node(), "why": safe(why), "time": time.time()}
+    path = run.node_failures / f"{submission}-{index}-{attempt}.json"
+    atomic_write(path, json.dumps(failure).encode())
     return _said(why, NodeError.exit_code)
 
 
@@ -223,13 +226,6 @@ def _scontrol(*words: str) -> tuple[str, str]:
         env=environment,
     )
     return done.stdout, done.stderr.strip() or "no reason given" if done.returncode else ""
-
-
-def _record_failure(run: RunDir, submission: str, index: int, why: str) -> None:
-    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
-    failure = {"node": _node(), "why": safe(why), "time": time.time()}
-    path = run.node_failures / f"{submission}-{index}-{attempt}.json"
-    atomic_write(path, json.dumps(failure).encode())
 
 
 if __name__ == "__main__":

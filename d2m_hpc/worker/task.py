@@ -35,7 +35,7 @@ from d2m_hpc.worker.faults import ends_task, guarded, is_broken, logging_to
 from d2m_hpc.worker.peek import schema_of
 from d2m_hpc.worker.progress import Listener, Progress, Reporter, Watchdog
 from d2m_hpc.worker.read import refusal
-from d2m_hpc.worker.read.loader import Found, Loader, Reading
+from d2m_hpc.worker.read.loader import Findings, Loader, Reading
 from d2m_hpc.worker.read.prepare import Recipe
 from d2m_hpc.worker.read.scratch import Scratch, scratch
 from d2m_hpc.worker.tracking import Tracker
@@ -252,7 +252,7 @@ class Task:
         record.rows, record.rejections = extended.rows, extended.rejections
         carry_over(finished.record, record)
 
-    def _judge(self, work: Work, found: Found, record: Record) -> None:
+    def _judge(self, work: Work, found: Findings, record: Record) -> None:
         """Fail a shard of which too much is rejected; note what the others' tars hold besides.
 
         Raises:
@@ -268,7 +268,7 @@ class Task:
             log.info("%s: %s", record.shard, notice)
 
 
-def _require_all(work: Work, found: Found, record: Record) -> None:
+def _require_all(work: Work, found: Findings, record: Record) -> None:
     """Every sample is a row or a rejection.
 
     Raises:

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from d2m_hpc import config as configs
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
 from d2m_hpc.models.transfer import CudaCopies
-from d2m_hpc.worker.batch import Batch, Outputs, collate
+from d2m_hpc.worker.batch import Batch, Outputs, collate, pinned
 from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.resolve import Toolbox
-from d2m_hpc.worker.read.memory import pinned
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -22,11 +22,10 @@ import torch
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.run.manifest import Rejection
-from d2m_hpc.worker.batch import Batch, collate
+from d2m_hpc.worker.batch import Allocate, Batch, Reused, collate, pinned
 from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.members import Notes
-from d2m_hpc.worker.read.memory import Allocate, Reused, pinned
 from d2m_hpc.worker.read.prefetch import Coming, Stager, received
 from d2m_hpc.worker.read.prepare import Ready, Recipe, prepare
 from d2m_hpc.worker.read.scratch import Scratch
@@ -46,7 +45,7 @@ STOP_SECONDS = 10.0
 
 
 @dataclass
-class Found:
+class Findings:
     """What a tar holds besides its batches, as the reader hands it over at the end.
 
     Attributes:
@@ -75,9 +74,9 @@ class Reading:
     """
 
     def __init__(self, work: Work, slots: Semaphore, stopped: Event) -> None:
-        self.work, self.found = work, Found()
+        self.work, self.found = work, Findings()
         self._slots, self._stopped, self._cancelled = slots, stopped, Event()
-        self._queue: Queue[Future[Batch] | Found | BaseException] = Queue()
+        self._queue: Queue[Future[Batch] | Findings | BaseException] = Queue()
 
     @property
     def is_cancelled(self) -> bool:
@@ -102,7 +101,7 @@ class Reading:
             self.found = item
             return None
 
-    def put(self, item: Future[Batch] | Found | BaseException) -> None:
+    def put(self, item: Future[Batch] | Findings | BaseException) -> None:
         """Hand over a batch, or how the shard ended; gives up once nobody listens."""
         while not self._slots.acquire(timeout=POLL_SECONDS):
             if self.is_cancelled:
@@ -195,8 +194,8 @@ class Loader:
             end = error
         self._next.put(end)
 
-    def _read(self, reading: Reading, coming: Coming[Work]) -> None:
-        url, found = reading.work.shard.url, Found()
+    def _read(self, reading: Reading, coming: Coming) -> None:
+        url, found = reading.work.shard.url, Findings()
         try:
             with ExitStack() as stack:
                 staged = stack.enter_context(coming.arrived())
@@ -216,7 +215,7 @@ class Loader:
         except BaseException as error:
             reading.put(error)
 
-    def _emit(self, reading: Reading, found: Found, index: Index, archive: Archive) -> None:
+    def _emit(self, reading: Reading, found: Findings, index: Index, archive: Archive) -> None:
         ready: list[Ready] = []
         for result in self._prepared(reading, found.seen, index, archive):
             if isinstance(result, Rejection):
@@ -239,7 +238,7 @@ class Loader:
         if cut and not (index.count and self._recipe.allow_truncated):
             raise refusal.truncated(url, cut, index.count)
 
-    def _reject(self, url: str, found: Found, rejections: Sequence[Rejection]) -> None:
+    def _reject(self, url: str, found: Findings, rejections: Sequence[Rejection]) -> None:
         found.rejections.extend(rejections)
         if rejections and self._recipe.strict:
             raise refusal.rejected(url, rejections[0])

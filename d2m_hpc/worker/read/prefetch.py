@@ -7,26 +7,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from queue import Empty, Queue
-from typing import Generic, Protocol, TypeVar
+from typing import TypeVar
 
-from d2m_hpc.run.manifest import Shard
-from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.read.scratch import Scratch
 from d2m_hpc.worker.read.stage import Staged, stage
+from d2m_hpc.worker.work import Work
 
-
-class Claimed(Protocol):
-    """A shard that is this task's to do."""
-
-    clock: Clock
-
-    @property
-    def shard(self) -> Shard: ...
-
-    def release(self) -> None: ...
-
-
-W = TypeVar("W", bound=Claimed)
 T = TypeVar("T")
 
 
@@ -38,22 +24,22 @@ def received(queue: Queue[T | BaseException | None]) -> Iterator[T]:
         yield item
 
 
-class Coming(Generic[W]):
+class Coming:
     """A shard on its way to this node.
 
     Attributes:
         work: what was claimed.
-        begun, ended: somebody reads it; nobody does any more.
+        begun, ended: reading has started; has finished.
     """
 
-    def __init__(self, work: W) -> None:
+    def __init__(self, work: Work) -> None:
         self.work = work
         self.begun, self.ended = threading.Event(), threading.Event()
         self._arrival: Future[Staged] = Future()
         self._stack = ExitStack()
 
     def bring(self, scratch: Scratch) -> bool:
-        """Whether a copy was made; what goes wrong is told to who reads it."""
+        """Whether a copy was made; errors are raised by `arrived`."""
         try:
             with self.work.clock("stage"):
                 staged = self._stack.enter_context(stage(self.work.shard, scratch))
@@ -65,10 +51,10 @@ class Coming(Generic[W]):
 
     @contextmanager
     def arrived(self) -> Iterator[Staged]:
-        """Wait for it; its copy is gone when the block ends.
+        """Wait for the shard; its copy is gone when the block ends.
 
         Raises:
-            ShardError: it cannot be had.
+            ShardError: the shard cannot be had.
         """
         try:
             staged = self._arrival.result()
@@ -78,19 +64,19 @@ class Coming(Generic[W]):
             self.drop()
 
     def drop(self) -> None:
-        """Nobody reads it, or will."""
+        """Nobody reads the shard, or will."""
         self.begun.set()
         self.ended.set()
         if self._arrival.done():
             self._stack.close()
 
     def abandon(self) -> None:
-        """Leave it to others."""
+        """Leave the shard to others."""
         self.work.release()
         self.drop()
 
 
-class Stager(Generic[W]):
+class Stager:
     """Iterate over shards as they are claimed; each may still be on its way.
 
     A shard that needs a copy is claimed when the one before begins to be read, any other when that
@@ -100,13 +86,13 @@ class Stager(Generic[W]):
         works: advanced in `thread`, which is for the reader to start.
     """
 
-    def __init__(self, works: Iterator[W], scratch: Scratch) -> None:
+    def __init__(self, works: Iterator[Work], scratch: Scratch) -> None:
         self._works, self._scratch = works, scratch
-        self._queue: Queue[Coming[W] | BaseException | None] = Queue()
+        self._queue: Queue[Coming | BaseException | None] = Queue()
         self._stopped = False
         self.thread = threading.Thread(target=self._run, name="stager", daemon=True)
 
-    def __iter__(self) -> Iterator[Coming[W]]:
+    def __iter__(self) -> Iterator[Coming]:
         """
         Raises:
             whatever stopped the claims.

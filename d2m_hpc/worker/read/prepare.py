@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +18,6 @@ from d2m_hpc.run.manifest import Rejection
 from d2m_hpc.storage.texts import safe
 from d2m_hpc.worker.batch import Input
 from d2m_hpc.worker.read import decode
-from d2m_hpc.worker.read.memory import Budget, Held
 from d2m_hpc.worker.read.seen import Seen
 from d2m_hpc.worker.read.shard import Archive, Sample
 
@@ -25,6 +26,61 @@ IN_FLIGHT = 2 << 30
 time, whatever the number of threads. A picture that takes more is decoded alone."""
 SHOWN = 5
 """Extensions of a sample that are named where it lacks one."""
+
+
+class Budget:
+    """Lets threads in while what they hold together is within a bound; first come, first served.
+
+    Args:
+        most: the bound; who asks for more waits until nobody else holds anything.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = self._free = most
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    def take(self, amount: int) -> int:
+        """Wait for it; returns what is to be given back."""
+        amount = min(amount, self._most)
+        with self._changed:
+            if self._waiting or self._free < amount:
+                me = object()
+                self._waiting.append(me)
+                self._changed.wait_for(lambda: self._waiting[0] is me and self._free >= amount)
+                self._waiting.popleft()
+                self._changed.notify_all()  # there may be enough for the next one, too
+            self._free -= amount
+        return amount
+
+    def give(self, amount: int) -> None:
+        with self._changed:
+            self._free += amount
+            if self._waiting:
+                self._changed.notify_all()
+
+
+class Held:
+    """What one sample holds of a budget, until the context ends.
+
+    Never more than once at a time: who held some and waited for more could wait for ever.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget, self._amount = budget, 0
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.give(self._amount)
+        self._amount = 0
+
+    def need(self, amount: int) -> None:
+        """Wait until the sample may hold as much."""
+        if amount > self._amount:
+            self.__exit__()
+            self._amount = self._budget.take(amount)
 
 
 @dataclass(frozen=True)

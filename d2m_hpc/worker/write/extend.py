@@ -80,6 +80,10 @@ class Extended:
         return pa.table({name: values.combine_chunks() for name, values in columns.items()})
 
 
+Rows = Table | Extended
+"""What is written as a pair."""
+
+
 def _numbered(keys: Iterable[str]) -> list[tuple[str, int]]:
     """Each key with how often it stood before."""
     seen: Counter[str] = Counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,20 +17,6 @@ from d2m_hpc.run import values as fields
 from d2m_hpc.run.manifest import Rejection
 from d2m_hpc.run.schema import Schema, Shape
 from d2m_hpc.worker.batch import Outputs, join, take
-
-
-class Rows(Protocol):
-    """What is written as a pair."""
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def undecided(self) -> list[str]: ...
-
-    def features(self) -> dict[str, NDArray[Any]]: ...
-
-    def table(self) -> pa.Table: ...
 
 
 class Table:

@@ -19,7 +19,7 @@ from d2m_hpc.storage.texts import traceback_of
 from d2m_hpc.worker.claims import Claims
 from d2m_hpc.worker.progress import Reporter
 from d2m_hpc.worker.work import Work
-from d2m_hpc.worker.write.table import Rows
+from d2m_hpc.worker.write.extend import Rows
 from d2m_hpc.worker.write.writer import Committer, TakenOver
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from d2m_hpc.run.pair import METADATA, Pair
 from d2m_hpc.run.staging import STAGING, Staging, remove
 from d2m_hpc.storage.files import fsync_dir, owned
 from d2m_hpc.storage.refused import DISK, of_system
-from d2m_hpc.worker.write.table import Rows
+from d2m_hpc.worker.write.extend import Rows
 
 ROUNDS = 3
 VERSIONED = ("d2m_hpc", "torch", "torchvision", "open_clip_torch", "timm", "transformers")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2m_hpc.worker.batch import collate
-from d2m_hpc.worker.read.memory import SIZES, Budget, Held, Reused
+from d2m_hpc.worker.batch import SIZES, Reused, collate
+from d2m_hpc.worker.read.prepare import Budget, Held
 
 ROWS = 4
 

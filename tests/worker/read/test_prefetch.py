@@ -12,20 +12,19 @@ import pytest
 from kit import sample, write_tar
 
 from d2m_hpc.errors import ShardError
-from d2m_hpc.run.manifest import Shard
-from d2m_hpc.worker.clock import Clock
+from d2m_hpc.run.manifest import Job, Shard
 from d2m_hpc.worker.read.prefetch import Stager
 from d2m_hpc.worker.read.scratch import Scratch
+from d2m_hpc.worker.work import Work
 
 
-class Claim:
+class Claim(Work):
     """A shard, and whether it was let go of."""
 
-    def __init__(self, shard: Shard) -> None:
-        self.shard, self.clock = shard, Clock()
-        self.released = False
+    released = False
 
     def release(self) -> None:
+        super().release()
         self.released = True
 
 
@@ -49,10 +48,10 @@ def wait_for(happens: Callable[[], bool], seconds: float = 60.0) -> bool:
     return happens()
 
 
-def stager(urls: list[str], room: Scratch, claimed: list[Claim]) -> Stager[Claim]:
+def stager(urls: list[str], room: Scratch, claimed: list[Claim]) -> Stager:
     def claims() -> Iterator[Claim]:
         for number, url in enumerate(urls):
-            claimed.append(Claim(Shard(str(number), url)))
+            claimed.append(Claim(Job(Shard(str(number), url))))
             yield claimed[-1]
 
     started = Stager(claims(), room)

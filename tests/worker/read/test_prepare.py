@@ -21,8 +21,7 @@ from d2m_hpc.models import formats
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Rejected
 from d2m_hpc.run.manifest import Rejection
 from d2m_hpc.worker.read import decode
-from d2m_hpc.worker.read.memory import Budget
-from d2m_hpc.worker.read.prepare import Ready, Recipe, prepare
+from d2m_hpc.worker.read.prepare import Budget, Ready, Recipe, prepare
 from d2m_hpc.worker.read.shard import Archive
 
 UID = "0" * 28 + "00ab"
