@@ -64,7 +64,7 @@ class Pair:
         """The record in the parquet's metadata; None where there is no parquet, or not ours.
 
         Raises:
-            D2MError: the file cannot be read, so that nobody knows.
+            D2MError: the file cannot be read, which tells nothing of the shard.
         """
         try:
             footer = self._footer()
@@ -80,14 +80,14 @@ class Pair:
             return None
 
     def restored(self, record: Record) -> Record:
-        """The line that a killed task could not write any more, from the parquet's own record."""
+        """The record that a killed task could not write any more, as its parquet has it."""
         sha256 = self.output.sha256(self.name(PARQUET))
         return replace(record, parquet_sha256=sha256, rebuilt=True)
 
     def _footer(self) -> bytes:
-        """A parquet's metadata, the 4 bytes of its length and the 4 of the format's name.
+        """Read the end of the parquet: its metadata, 4 bytes of length, 4 of the format's name.
 
-        Apart from its parsing, for arrow raises an OSError at a damaged file too.
+        Reading is apart from parsing, as arrow raises an OSError at a damaged file too.
         """
         tail = self.output.read(self.name(PARQUET), TAIL)
         length = int.from_bytes(tail[-8:-4], "little") + 8
@@ -118,7 +118,7 @@ class Pair:
             return {self.metadata().num_rows, *(len(arrays[name]) for name in arrays.files)}
 
     def contents(self) -> Contents:
-        """All of a pair that is to be extended.
+        """Read all of a pair that is to be extended.
 
         Raises:
             ShardError: a file cannot be read, or the npz is not the parquet's.
@@ -143,7 +143,7 @@ class Pair:
         carried: Collection[str] = (),
         owner: Callable[[str], str | None] = lambda sha256: None,
     ) -> list[str]:
-        """What is wrong with one of the two files.
+        """Find all faults of one of the two files.
 
         Args:
             expected: what the newest record says of the pair.
@@ -168,7 +168,7 @@ class Pair:
 
 
 def again(stem: str) -> str:
-    """What to do about a pair that cannot be extended."""
+    """Advice about a pair that cannot be extended."""
     return f"delete {stem}.parquet to have the shard computed whole by the next submit"
 
 

@@ -1,9 +1,9 @@
-"""Where a pair is written before it is renamed into place: a folder for each attempt at a shard.
+"""Folders, one for each attempt, in which a pair is written before it is renamed into place.
 
-The folder fences the commit, as a task may be frozen (SIGSTOP, a hung file server) for longer than
-its lease: every step of a commit is a rename into or out of the attempt's own folder, and whoever
-claims the shard next first renames the folders of earlier attempts away. Whichever step the frozen
-task wakes at, that one fails with ENOENT.
+The folder fences the commit. A task may be frozen (SIGSTOP, a hung file server) for longer than its
+lease, and go on in the middle of a commit. Every step of a commit is a rename into or out of the
+attempt's own folder, and the next task that claims the shard first renames the folders of earlier
+attempts away. Whichever step the frozen task wakes at fails with ENOENT.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from d2m_hpc.storage.files import FOLDER_MODE
 
 STAGING = ".d2m-tmp"
 DOOMED = ".removed-"
-"""What the names of folders begin with that were renamed away; anybody may delete them."""
+"""The names of folders that were renamed away begin so; any task may delete these."""
 TRIES = 100
 
 
@@ -35,7 +35,7 @@ class Staging:
         never the folder that `root` lies in: a disk that is not mounted must not be written to.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: the folder cannot be made.
         """
         folder = self.root / f"{stem}.{attempt}-{secrets.token_hex(4)}"
         for last in (*[False] * TRIES, True):
@@ -50,17 +50,17 @@ class Staging:
         return folder
 
     def fence(self, stem: str, attempt: int | None = None) -> bool:
-        """Take their folders from earlier attempts at a shard, whose lease the caller holds.
+        """Take the folders of earlier attempts at a shard away; the caller holds its lease.
 
         Args:
-            attempt: the caller's own; later ones are left alone, for the caller itself may have
-                been frozen. None for all of them.
+            attempt: the caller's own number; folders of later attempts stay, as the caller itself
+                may have been frozen. None for all.
 
         Returns:
-            whether there were any.
+            Whether there were any.
 
         Raises:
-            OSError: one of them is still in its place.
+            OSError: a folder is still in its place.
         """
         found = False
         for name in self._names():
@@ -74,7 +74,7 @@ class Staging:
         return found
 
     def stems(self) -> set[str]:
-        """Of the shards that attempts have folders for."""
+        """Stems of the shards that have folders of attempts."""
         return {_stem(name) for name in self._names() if not name.startswith(DOOMED)}
 
     def _names(self) -> list[str]:
@@ -83,7 +83,7 @@ class Staging:
         return []
 
     def close(self) -> None:
-        """Drop `root` when nobody uses it."""
+        """Remove `root` when no task uses it."""
         for name in self._names():
             if name.startswith(DOOMED):
                 shutil.rmtree(self.root / name, ignore_errors=True)
@@ -92,10 +92,10 @@ class Staging:
 
 
 def remove(folder: Path) -> None:
-    """Remove an attempt's folder: at once under its name, then what is in it.
+    """Rename an attempt's folder away at once, then delete it.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: the folder cannot be renamed.
     """
     doomed = folder.with_name(f"{DOOMED}{secrets.token_hex(8)}")
     with suppress(FileNotFoundError):
@@ -108,6 +108,6 @@ def _stem(name: str) -> str:
 
 
 def _attempt(name: str) -> int | None:
-    """None where another version made the folder."""
+    """The attempt's number; None where another version made the folder."""
     number = name.rpartition(".")[2].partition("-")[0]
     return int(number) if number.isdecimal() and "." in name else None

@@ -1,4 +1,4 @@
-"""Every output against its record."""
+"""Check every output against its record."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from d2m_hpc.run.shards import read_named
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with one file of the output."""
+    """A fault of one file of the output."""
 
     file: str
     what: str
@@ -54,14 +54,14 @@ class Report:
 
 
 class Owners:
-    """Whose file is whose, by hashes; read only where some file is not as its record says."""
+    """The names of files by their hashes; made only once a file is not as its record says."""
 
     def __init__(self, done: Mapping[str, Outcome]) -> None:
         self._done = done
 
     @cached_property
     def of_hash(self) -> dict[str, str]:
-        """The names of all files on record."""
+        """All files on record, by sha256."""
         names = {str(o.npz_sha256): f"{stem}.npz" for stem, o in self._done.items()}
         return names | {str(o.parquet_sha256): f"{stem}.parquet" for stem, o in self._done.items()}
 
@@ -97,12 +97,12 @@ def check_shard(
     carried: Collection[str] = (),
     owners: Owners | None = None,
 ) -> list[Fault]:
-    """What is wrong with one shard's pair.
+    """Find all faults of one shard's pair.
 
     Args:
-        record: what its newest record says.
+        record: the newest record.
         carried: columns with the samples' own values, which may be anything.
-        owners: tells whose file it is that lies in the wrong place.
+        owners: tells the right name of a file that lies under a wrong one.
     """
     pair, owner = Pair(output, stem), owners.of_hash.get if owners else lambda sha256: None
     faults = [
@@ -116,9 +116,9 @@ def check_shard(
 
 
 def _is_replaced(pair: Pair, record: Outcome) -> str:
-    """What to do where a task was killed after it committed a pair anew, and before its record.
+    """Say what to do where a task was killed between committing a newer pair and recording that.
 
-    Empty where that is not what happened.
+    Empty where the pair is not newer than its record.
     """
     try:
         own = pair.record()

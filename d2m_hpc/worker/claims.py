@@ -1,4 +1,4 @@
-"""The shards that are a task's to do: its chunk's, then those that slower tasks have not begun."""
+"""Claim the shards of a task: those of its chunk, then shards that slower tasks have not begun."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS, SETTLED_SECONDS = 1.0, 0.05
 MARGIN = 1.2
-"""A shard may take so much longer than the slowest one so far."""
+"""A shard may take 1.2 times as long as the slowest one so far."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TaskName:
 
 
 class Claims:
-    """Iterate for the shards to do, each claimed at the last moment.
+    """Iterate over the shards to do, each claimed at the last moment.
 
     Attributes:
         chunk: the task's own jobs.
@@ -104,8 +104,10 @@ class Claims:
         self._stopped.set()
 
     def __iter__(self) -> Iterator[Work]:
-        """Yield the chunk's shards, last and one at a time those at which a process died; then what
-        others have not begun."""
+        """Yield the chunk's shards, then shards that other tasks have not begun.
+
+        Shards at which a process died come last in the chunk, one at a time.
+        """
         self._alone |= {job.stem for job in self.chunk if job.alone}
         yield from self._own([j for j in self.chunk if j.stem not in self._alone])
         for job in [j for j in self.chunk if j.stem in self._alone]:
@@ -116,7 +118,7 @@ class Claims:
             yield from self._steal()
 
     def _wait_for_settled(self) -> None:
-        """Until nothing is in hand but results that wait for all others to be written."""
+        """Wait until every shard that the task holds is settled, or rests until all others are."""
         while not all(work.rests for work in self._in_hand()):
             if self._stopped.wait(SETTLED_SECONDS):
                 return
@@ -162,7 +164,7 @@ class Claims:
             yield from (job for job in reversed(chunk) if job.extends == self.extends)
 
     def _extended(self) -> set[str]:
-        """The stems that tasks of this submission have extended; all of them have a parquet."""
+        """Stems that tasks of this submission have extended; all others have parquets, too."""
         folder = self._submission.extended
         return set(os.listdir(folder)) if folder.is_dir() else set()
 
@@ -170,7 +172,7 @@ class Claims:
         return Lease(self._run.lease(job.stem), self._config.lease_seconds)
 
     def _begin(self, job: Job, lease: Lease, own: bool = True) -> Work | None:
-        """A shard that was just claimed, or None where there is nothing for this task to do."""
+        """Begin with a shard whose lease was just claimed; None where nothing is left to do."""
         try:
             require_there(self._run.leases)
             pair = Pair(self._output, job.stem)
@@ -201,7 +203,7 @@ class Claims:
             return list(self._held.values())
 
     def _after_death(self, job: Job, last: Attempt) -> str:
-        """Why a shard whose last attempt never ended is not computed now; empty where it is."""
+        """Say why a shard whose last attempt never ended is not computed now; empty where it is."""
         if not last.ended and self._evidence.weigh(job, last) >= self._config.max_attempts:
             self._put_off.add(job.stem)
             _touch(self._submission.failed(job.stem))
@@ -214,7 +216,7 @@ class Claims:
         return "put off: it is tried last and alone"
 
     def _why_not(self, job: Job, record: Record | None) -> str:
-        """Why a shard is not to be computed here; empty where it is."""
+        """Say why a shard is not to be computed here; empty where it is."""
         if record is not None and record.fingerprint == self._fingerprint:
             self._put_back(record)
             self._attempts.done(job.stem)  # its task was killed before it removed that
@@ -226,9 +228,9 @@ class Claims:
         return ""
 
     def _is_as_planned(self, job: Job, record: Record | None) -> bool:
-        """Whether its pair is still the one to extend; if not, the next submit sees to it.
+        """Whether the shard's pair is still the one that the submit planned with.
 
-        One that cannot be read is taken all the same, so that it is found and recorded as damaged.
+        A pair that cannot be read counts as planned: the shard then fails, and its record says why.
         """
         if self._config.reprocess:
             return True
@@ -239,7 +241,7 @@ class Claims:
         return not job.extends and refits((r.reason for r in record.rejections), self._config)
 
     def _put_back(self, record: Record) -> None:
-        """A task was killed between the parquet's rename and its record."""
+        """Write the record that a task killed right after the parquet's rename could not write."""
         paths = {self._run.records / f"{record.task}.jsonl", self._recorder.path}
         known = chain.from_iterable(read_records(path) for path in paths if path.exists())
         if not any(r.shard == record.shard and r.finished == record.finished for r in known):
@@ -247,18 +249,22 @@ class Claims:
 
     @property
     def is_late(self) -> bool:
-        """Too little walltime is left for another shard like the slowest one so far."""
+        """Whether too little walltime is left for another shard like the slowest one so far."""
         return self._deadline is not None and (_now() + MARGIN * self._slowest > self._deadline)
 
     def let_go(self, work: Work, seconds: float = 0.0) -> None:
-        """The shard is settled, or left to others; it took so many seconds."""
+        """Release a shard that is settled, or left to other tasks.
+
+        Args:
+            seconds: how long the shard took.
+        """
         with self._lock:
             self._slowest = max(self._slowest, seconds)
             self._held.pop(work.job.stem, None)
         work.release()
 
     def mark(self, work: Work, state: str) -> None:
-        """The shard is on record; tell the other tasks what they need not look at."""
+        """Tell the other tasks of a shard that is on record, so that they need not look."""
         stem = work.job.stem
         work.settle(state)
         if state == "failed":
@@ -267,18 +273,18 @@ class Claims:
             _touch(self._submission.extended / stem)
 
     def let_all_go(self) -> None:
-        """Give back what is not settled."""
+        """Release every shard that is not settled."""
         for work in self._in_hand():
             work.release()
 
     def desert(self) -> None:
-        """Leave all to others; the attempts that were begun count as ones that never ended."""
+        """Leave every shard to other tasks, as attempts that never ended."""
         for work in self._in_hand():
             work.desert()
 
 
 def _now() -> float:
-    """Seconds that also pass while the machine is suspended, as a walltime does."""
+    """Seconds on a clock that, as a walltime does, goes on while the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 

@@ -1,6 +1,6 @@
-"""One array task: claim, load, run, write, record; where loader, graph and writer meet.
+"""One array task: claim, read, compute, write and record shards; read, compute and write meet here.
 
-A task is told a run folder, a submission and an index; everything else it reads there.
+A task is told a run folder, a submission and an index, and reads all else there.
 """
 
 from __future__ import annotations
@@ -85,21 +85,21 @@ def run_task(
     board: Board | None = None,
     alone: Collection[str] = (),
 ) -> Progress:
-    """Work through one chunk; returns when each of its shards is done, failed or someone else's.
+    """Work through one chunk, until each of its shards is done, failed or another task's.
 
     Args:
         local: in the user's own process, where a missing GPU is no fault of a node.
         listener: told of every change.
-        deadline: when the walltime ends, by `time.monotonic`.
+        deadline: when the walltime ends, in seconds since the epoch.
         board: read by the process that watches this one.
         alone: stems that are tried last and one at a time, as one of them kills processes.
 
     Raises:
-        NodeError: the device does not work; no shard is counted as failed for it.
+        NodeError: the device does not work; no shard counts as failed for that.
         D2MError: the config cannot be worked with.
     """
-    # Compute nodes have no internet: a library that asks a hub must fail now, not wait. They read
-    # these while they are imported, which is when models are built.
+    # Compute nodes have no internet: a library that asks a hub must fail at once, not wait. The
+    # libraries read these variables when they are imported, which is when models are built.
     for switch in OFFLINE:
         os.environ.setdefault(switch, "1")
     run = RunDir(root)
@@ -141,7 +141,7 @@ class Task:
         self.fingerprint: str = json.loads(intent)["fingerprint"]
         self.output = OutputDir(config.output_metadata_dir)
         self.schema = Schema.of(config)
-        self.part = config  # what is computed: less than all where finished pairs are extended
+        self.part = config  # what the task computes: for an extension, only what was added
 
     def work(
         self, device: torch.device, deadline: float | None, alone: Collection[str] = ()
@@ -192,7 +192,7 @@ class Task:
         )
 
     def _toolbox(self, extends: str) -> Toolbox:
-        """Of the config, or of what pairs of an earlier one lack."""
+        """The models of the config, or of what pairs of an earlier config lack."""
         toolbox = Toolbox.of(self.config)
         if extends:
             earlier = json.loads(self.run.fingerprint(extends).read_bytes())
@@ -200,7 +200,7 @@ class Task:
         return toolbox.only(self.part)
 
     def _compute(self, reading: Reading, graph: Graph, claims: Claims) -> Result:
-        """All outputs of a shard, or why it failed; release the lease if the task must abort."""
+        """Compute a shard, or find out why that fails; release its lease if the task must abort."""
         work = reading.work
         table, record = Table(self.part, self.schema), self._record(work)
         result = Result(work, record, table)
@@ -253,7 +253,7 @@ class Task:
         carry_over(finished.record, record)
 
     def _judge(self, work: Work, found: Findings, record: Record) -> None:
-        """Fail a shard of which too much is rejected; note what the others' tars hold besides.
+        """Fail a shard with too many rejections; take the notices of any other into its record.
 
         Raises:
             ShardError: too many samples are rejected.
@@ -269,10 +269,10 @@ class Task:
 
 
 def _require_all(work: Work, found: Findings, record: Record) -> None:
-    """Every sample is a row or a rejection.
+    """Check that every sample is a row or a rejection.
 
     Raises:
-        ShardError: it is not so.
+        ShardError: the numbers differ.
     """
     rejected = len(record.rejections)
     if record.rows + rejected != found.total:
@@ -283,7 +283,7 @@ def _require_all(work: Work, found: Findings, record: Record) -> None:
 
 
 def _size_and_time(shard: Shard) -> tuple[int, int]:
-    """The tar's size and time, which tell later whether it is still the one that was read."""
+    """A tar's size and time, by which a later look tells whether the tar has changed."""
     if is_local(shard.url):
         with suppress(OSError):
             there = os.stat(shard.url)

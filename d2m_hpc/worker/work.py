@@ -22,8 +22,8 @@ class Work:
     """A job, its lease, and the attempt that is on disk while the shard is read and computed.
 
     The threads of a task share a work: one claims it, another begins with it, the writer settles
-    it, and each may have to give it back. They change its state by these methods alone, one at a
-    time; `desert` alone waits for none of them, for they may hang.
+    it, and each may have to give it back. The methods change its state one at a time, under a lock;
+    only `desert` does not wait for the lock, as the thread that has it may hang.
 
     Attributes:
         clock: how long the stages took.
@@ -57,16 +57,16 @@ class Work:
 
     @property
     def is_lost(self) -> bool:
-        """Another task has taken the shard over."""
+        """Whether another task has taken the shard over."""
         return self._lease is not None and self._lease.lost
 
     @property
     def rests(self) -> bool:
-        """The shard is computed, and waits until others have been."""
+        """Whether the shard is computed and waits until all others are."""
         return self._rests
 
     def begin(self) -> None:
-        """Put the attempt on disk, for whoever finds that it never ended.
+        """Put the attempt on disk, so that other tasks see it even if this process dies.
 
         Raises:
             ShardError: the shard was given back meanwhile, or another task has taken it over.
@@ -86,19 +86,19 @@ class Work:
             self._board.begin(self._slot)
 
     def rest(self) -> None:
-        """Wait for others; whatever happens to the process meanwhile is not this shard's doing."""
+        """Wait for other shards; if the process dies meanwhile, this shard is not blamed."""
         with self._lock:
             self._rests = True
             self._board.rest(self._slot)
 
     def resume(self) -> None:
-        """The shard is written from now on."""
+        """Stop waiting: the shard is written next."""
         with self._lock:
             self._rests = False
             self._board.begin(self._slot)
 
     def settle(self, state: str) -> None:
-        """The shard is on record as `done` or `failed`."""
+        """End the attempt; the shard is on record as `done` or `failed`."""
         with self._lock:
             self._is_open = False
             if state == "done":
@@ -110,7 +110,7 @@ class Work:
             self._free()
 
     def release(self) -> None:
-        """Leave the shard to others; what is not settled is given back, which is no failure."""
+        """Leave the shard to other tasks; an unsettled attempt does not count as failed."""
         with self._lock:
             self._is_over = True
             try:
@@ -124,7 +124,7 @@ class Work:
                 self.desert()
 
     def desert(self) -> None:
-        """Leave the shard to others as one that the process cannot finish."""
+        """Release the lease alone: other tasks find an attempt that never ended."""
         if self._lease is not None:
             self._lease.release()
 

@@ -1,8 +1,7 @@
-"""Shards to batches, in decode threads, ahead of the device.
+"""Read shards into batches, in decode threads, ahead of the device.
 
-One thread claims shards and brings them here; another walks through their tars and hands the
-samples to the pool. Whatever of the next shard is ready waits in a bounded queue while this one is
-computed.
+One thread claims shards and copies them to the node; another reads their tars and hands samples to
+a pool of decode threads. Batches wait in a queue of bounded length, also those of the next shard.
 """
 
 from __future__ import annotations
@@ -36,22 +35,22 @@ from d2m_hpc.worker.work import Work
 AHEAD = 4
 """Batches that may wait for the device."""
 GROUP = 8
-"""Samples that a decode thread takes at a time: few enough to share them out evenly, and enough to
-make little of what handing them over costs."""
+"""Samples that a decode thread takes at a time: few, to share them out evenly, but enough to keep
+the cost of handing them over small."""
 POLL_SECONDS = 0.1
-"""How long a reader with a full queue takes to see that nobody listens."""
+"""How often a reader whose queue is full looks whether anybody still wants its batches."""
 STOP_SECONDS = 10.0
-"""How long closing waits for the reader, which may hang in a download or a claim."""
+"""How long closing waits for a reader that hangs in a download or a claim."""
 
 
 @dataclass
 class Findings:
-    """What a tar holds besides its batches, as the reader hands it over at the end.
+    """What the reader found in a tar besides batches, handed over at the end.
 
     Attributes:
         total: samples in the tar.
-        notices: what is to be said of members that are no samples.
-        causes: why samples lack something, as far as the tar tells, and what to do.
+        notices: remarks on members that are no samples.
+        causes: reasons why samples lack something, with advice, as far as the tar tells.
         seen: which fields the samples have.
     """
 
@@ -69,8 +68,8 @@ class Reading:
         found: filled in once the iteration has ended.
 
     Args:
-        slots: for batches that wait, of all shards of a loader together.
-        stopped: nobody takes anything any more.
+        slots: bounds the batches that wait, over all shards of a loader.
+        stopped: set when the loader closes.
     """
 
     def __init__(self, work: Work, slots: Semaphore, stopped: Event) -> None:
@@ -85,7 +84,7 @@ class Reading:
     def __iter__(self) -> Iterator[Batch]:
         """
         Raises:
-            ShardError, or whatever stopped the reader.
+            ShardError, or any error that stopped the reader.
         """
         while (batch := self._next()) is not None:
             yield batch
@@ -102,7 +101,7 @@ class Reading:
             return None
 
     def put(self, item: Future[Batch] | Findings | BaseException) -> None:
-        """Hand over a batch, or how the shard ended; gives up once nobody listens."""
+        """Hand over a batch, the findings or an error; return without that once cancelled."""
         while not self._slots.acquire(timeout=POLL_SECONDS):
             if self.is_cancelled:
                 return
@@ -111,7 +110,7 @@ class Reading:
             self.cancel()
 
     def cancel(self) -> None:
-        """No more batches are wanted."""
+        """Drop the batches that wait; the reader stops."""
         self._cancelled.set()
         while True:
             try:
@@ -122,13 +121,13 @@ class Reading:
 
 
 class Loader:
-    """Reads shards ahead of whoever iterates.
+    """Iterate over shards that are read ahead.
 
     Args:
-        works: the shards to read; it is advanced in a thread of its own, so that it may claim each
-            at the last moment.
-        scratch: room on this node for copies of remote tars.
-        pin: batches are for a GPU, and lie in page-locked memory.
+        works: the shards to read; advanced in a thread of its own, so that each may be claimed at
+            the last moment.
+        scratch: keeps copies of remote tars on this node.
+        pin: put batches into page-locked memory, for a GPU.
     """
 
     def __init__(
@@ -155,7 +154,7 @@ class Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop reading; a reader that hangs is left to itself and does nothing more."""
+        """Stop reading; a reader that hangs for long is not waited for."""
         self._stopped.set()
         deadline = time.monotonic() + STOP_SECONDS
         threads = (self._reader, self._stager.thread)
@@ -166,7 +165,7 @@ class Loader:
         self._pool.shutdown(wait=not self._reader.is_alive(), cancel_futures=True)
 
     def _drain(self) -> None:
-        """Drop shards that nobody will compute, and their claims."""
+        """Release shards that nobody will compute."""
         self._stager.stop()
         while True:
             try:
@@ -229,7 +228,7 @@ class Loader:
             reading.put(self._pool.submit(self._batch, ready))
 
     def _refuse_cut(self, url: str, archive: Archive, damage: str) -> None:
-        """Before anything is computed of a tar that must be cut somewhere."""
+        """Refuse a tar that must be cut off somewhere before its first sample is computed."""
         index = archive.index()
         deque(index, maxlen=0)
         self._require_whole(url, index, damage or index.cut)
@@ -246,7 +245,7 @@ class Loader:
     def _prepared(
         self, reading: Reading, seen: Seen, samples: Iterable[Sample], archive: Archive
     ) -> Iterator[Ready | Rejection]:
-        """Prepared samples in the tar's order, a bounded number of them in the pool."""
+        """Yield prepared samples in the tar's order, with a bounded number of them in the pool."""
         clock, waiting = reading.work.clock, deque[Future[list[Ready | Rejection]]]()
         samples = iter(samples)
         try:
@@ -257,7 +256,7 @@ class Loader:
             while waiting and not reading.is_cancelled:
                 yield from waiting.popleft().result()
         finally:
-            # The archive is closed next: nobody may be reading it still.
+            # The archive is closed next, so that no thread may read it any more.
             for future in waiting:
                 future.cancel()
             for future in waiting:

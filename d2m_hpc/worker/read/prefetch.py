@@ -1,4 +1,4 @@
-"""Shards are brought to this node one ahead: the next is copied while the last one is read."""
+"""Bring shards to this node one ahead: the next is copied while the current one is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def received(queue: Queue[T | BaseException | None]) -> Iterator[T]:
-    """What another thread puts in until it puts None; an error that it puts is raised here."""
+    """Yield what another thread puts in, until None; raise an error that comes."""
     while (item := queue.get()) is not None:
         if isinstance(item, BaseException):
             raise item
@@ -28,7 +28,7 @@ class Coming:
     """A shard on its way to this node.
 
     Attributes:
-        work: what was claimed.
+        work: the claimed shard.
         begun, ended: reading has started; has finished.
     """
 
@@ -79,11 +79,11 @@ class Coming:
 class Stager:
     """Iterate over shards as they are claimed; each may still be on its way.
 
-    A shard that needs a copy is claimed when the one before begins to be read, any other when that
-    one has been read: what waits here cannot be had by a task that is idle.
+    A shard that needs a copy is claimed when reading the one before has started, any other shard
+    when that has finished: an idle task cannot have a shard that waits here.
 
     Args:
-        works: advanced in `thread`, which is for the reader to start.
+        works: advanced in `thread`, which the reader starts.
     """
 
     def __init__(self, works: Iterator[Work], scratch: Scratch) -> None:
@@ -95,12 +95,12 @@ class Stager:
     def __iter__(self) -> Iterator[Coming]:
         """
         Raises:
-            whatever stopped the claims.
+            The error that stopped the claims.
         """
         yield from received(self._queue)
 
     def stop(self) -> None:
-        """Let go of what nobody took; a copy that hangs is left to itself."""
+        """Release shards that nobody took; do not wait for a copy that hangs."""
         self._stopped = True
         while True:
             try:

@@ -1,7 +1,7 @@
-"""A finished pair and what it lacked, as the pair that the whole config would have made.
+"""Merge a finished pair with added columns, into the pair that the whole config would have made.
 
-Rows are matched by key: those of the new pair are the ones that both have, in the tar's order. The
-n-th row of a key is the same sample in both, where a tar has the key several times.
+Rows are matched by key; the new pair has the rows that both have, in the tar's order. Where a tar
+has a key several times, the n-th row of the key is the same sample in both.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from d2m_hpc.worker.write.table import Table
 
 
 class Extended:
-    """A finished pair with what it lacked; it is written as a `Table` is.
+    """A finished pair and added columns, written as a `Table` is.
 
     Attributes:
-        rows: how many both have.
-        rejections: every sample that one of them rejected, with the first reason.
+        rows: how many rows both have.
+        rejections: every sample that was rejected before or now, with the first reason.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class Extended:
     ) -> None:
         """
         Args:
-            lacked: what the config that `growth.only_new` gives made of the same tar.
-            rejected: the samples that it rejected.
+            lacked: the outputs of the config that `extension.only_new` gives, of the same tar.
+            rejected: the samples that were rejected for them.
 
         Raises:
-            ShardError: the two are not of the same samples.
+            ShardError: the two have other samples.
         """
         self._config, self._before, self._lacked = config, before, lacked
         old: list[str] = before.table["key"].to_pylist()
@@ -54,11 +54,11 @@ class Extended:
 
     @property
     def undecided(self) -> list[str]:
-        """As a `Table`'s, of what is new."""
+        """As a `Table`'s, of the added columns and features."""
         return self._lacked.undecided
 
     def features(self) -> dict[str, NDArray[Any]]:
-        """As a `Table`'s; kept ones are the old npz's values, to the bit."""
+        """As a `Table`'s; the features of the old npz are kept to the bit."""
         part = self._lacked.config
         made = self._lacked.features()
         new = {n: made[part.renamed(n)][self._new_rows] for n in part.postprocess_features}
@@ -69,7 +69,7 @@ class Extended:
         }
 
     def table(self) -> pa.Table:
-        """As a `Table`'s; kept columns have the old parquet's values and types."""
+        """As a `Table`'s; the columns of the old parquet keep their values and types."""
         config, part = self._config, self._lacked.config
         made = self._lacked.table().take(pa.array(self._new_rows, pa.int64()))
         kept = self._before.table.take(pa.array(self._old_rows, pa.int64()))
@@ -85,7 +85,7 @@ Rows = Table | Extended
 
 
 def _numbered(keys: Iterable[str]) -> list[tuple[str, int]]:
-    """Each key with how often it stood before."""
+    """Pair each key with the number of times that it came before."""
     seen: Counter[str] = Counter()
     numbered = []
     for key in keys:
@@ -99,16 +99,16 @@ def _require_same_samples(
 ) -> None:
     """
     Raises:
-        ShardError: the tar has changed, or which of several samples of one key a row is of cannot
-            be told.
+        ShardError: the tar has changed; or several samples have one key, and it is not known which
+            of them has a row.
     """
     # Keys of rejections are on record as `fit` leaves them.
     rows, rows_now = Counter(map(fit, old)), Counter(map(fit, new))
     samples = rows + Counter(fit(r.key) for r in record.rejections)
     samples_now = rows_now + Counter(fit(r.key) for r in rejected)
     advice = again(record.shard)
-    # What never was a row is left out: which odd members of a tar count as rejections depends on
-    # what is computed, and on the version.
+    # Keys that never had a row do not count: which odd members of a tar are rejections depends on
+    # the models and on the version.
     others = {*(samples - samples_now), *(samples_now - samples)}
     if changed := sorted(key for key in others if rows[key] or rows_now[key]):
         raise ShardError(
@@ -125,9 +125,10 @@ def _require_same_samples(
 
 
 def carry_over(before: Record, now: Record) -> None:
-    """What an extended pair's record has of the one before; says so where its tar has changed.
+    """Copy to an extended pair's record what holds of the old one; add a notice if the tar changed.
 
-    The tar stays the one that the kept columns were computed from, so that it is told later too.
+    The size and time stay those of the tar that the kept columns were computed from, so that later
+    looks tell the change too.
     """
     now.recomputed += before.recomputed
     known, found = (before.tar_size, before.tar_mtime_ns), (now.tar_size, now.tar_mtime_ns)

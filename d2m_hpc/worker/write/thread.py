@@ -1,6 +1,6 @@
-"""The writer thread: shards are committed and recorded while the next ones are computed.
+"""The writer thread commits and records shards while the next ones are computed.
 
-Results that do not tell all of their types wait for others that may.
+Results that leave the type of a field or column open are written last, as others may tell it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from d2m_hpc.worker.write.writer import Committer, TakenOver
 log = logging.getLogger(__name__)
 
 ROWS = 10_000
-"""In results that wait, for they are held in memory."""
+"""Most rows of results that wait, as these are held in memory."""
 
 
 @dataclass
 class Result:
-    """A shard that was computed, or the error that stopped it.
+    """A shard that was computed, or the error that stopped its computation.
 
     Attributes:
-        began: when its computation did, by `time.monotonic`.
+        began: when the computation began, by `time.monotonic`.
     """
 
     work: Work
@@ -44,7 +44,7 @@ class Result:
 
 
 class Settler:
-    """Settles results in order; the only one that writes outputs and records."""
+    """Settles results in order, in a thread of its own that alone writes outputs and records."""
 
     def __init__(
         self, committer: Committer, recorder: Recorder, claims: Claims, report: Reporter
@@ -62,14 +62,14 @@ class Settler:
     def put(self, result: Result) -> None:
         """
         Raises:
-            whatever stopped the thread: without records nothing more can be done.
+            The error that stopped the thread: without records the task cannot go on.
         """
         if self._error is not None:
             raise self._error
         self._queue.put(result)
 
     def __exit__(self, *_: object) -> None:
-        """Settle what was computed, even where the task is being stopped."""
+        """Settle all results so far, even where the task is being stopped."""
         self._queue.put(None)
         self._thread.join()
         self._committer.close()
@@ -128,11 +128,11 @@ def _fail(record: Record, error: BaseException) -> None:
 
 
 def last_if_undecided(results: Iterable[Result], chunk: Sequence[Job]) -> Iterator[Result]:
-    """Results in their order, but last those of which the run does not know all types yet.
+    """Yield results in order, but those last of which the run does not know all types yet.
 
     Args:
-        chunk: of the task. Only shards of it wait: for those of another task's chunk that task
-            waits, and each of the two would wait for the other.
+        chunk: the task's jobs. Shards of other tasks' chunks do not wait: two tasks that stole from
+            each other would wait for each other.
     """
     own = {job.stem for job in chunk}
     waiting: list[Result] = []

@@ -1,4 +1,4 @@
-"""Outputs to one npz and one parquet, committed so that readers see both or none."""
+"""Write outputs to an npz and a parquet, and commit them so that readers see both or none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VERSIONED = ("d2m_hpc", "torch", "torchvision", "open_clip_torch", "timm", "tran
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that make the values."""
+    """Versions of the packages that compute the values."""
     found = {}
     for name in VERSIONED:
         try:
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def _durable(path: Path) -> Iterator[BinaryIO]:
-    """A new file that is on disk when the block ends."""
+    """Open a new file that is on disk when the block ends."""
     with open(path, "wb", opener=owned) as file:
         yield file
         file.flush()
@@ -50,10 +50,10 @@ def _durable(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
-    """Write both files in a folder, durably, and read them back; completes the record's hashes.
+    """Write both files to a folder, durably, read them back, and put their hashes on the record.
 
     Raises:
-        ShardError: what was read back is not what was written.
+        ShardError: the files read back have other rows than were written.
     """
     npz, parquet = folder / f"{record.shard}.npz", folder / f"{record.shard}.parquet"
     with _durable(npz) as file:
@@ -71,7 +71,7 @@ def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
 
 
 def _check(folder: Path, record: Record) -> None:
-    """A disk that is full or lying is found here, before anyone sees the files."""
+    """Read both files back: a disk that is full or lies is found before anyone sees the files."""
     read: object
     try:
         read = sorted(Pair(OutputDir(str(folder)), record.shard).lengths())
@@ -82,7 +82,7 @@ def _check(folder: Path, record: Record) -> None:
 
 
 class TakenOver(Exception):
-    """Another task has taken the shard over, and the pair in its place is that task's to write."""
+    """Another task has taken the shard over and writes its pair."""
 
 
 class Committer:
@@ -108,11 +108,11 @@ class Committer:
         pair is replaced.
 
         Args:
-            held: whether the shard's lease is still this task's. A task that takes the lease fences
-                this one's folder, so that whoever has made that before asking is safe ever after.
+            held: whether the shard's lease is still this task's; asked once the attempt's folder is
+                made, as a task that takes the lease over moves that folder away.
 
         Raises:
-            TakenOver: it was not, or is not any more.
+            TakenOver: the lease is not held, or was lost meanwhile.
             ShardError: the values cannot be written, or the store does not take them.
             DiskError: the disk takes nothing.
         """
@@ -140,7 +140,7 @@ class Committer:
             raise ShardError(f"{where}: {error}") from error
 
     def _rename(self, npz: Path, parquet: Path) -> None:
-        """Each step is a rename into or out of the attempt's own folder, which is its fence."""
+        """Commit by renames into and out of the attempt's folder, which fail once that is gone."""
         folder, earlier = Path(self.output.root), parquet.with_name("earlier")
         with suppress(FileNotFoundError):
             os.rename(folder / parquet.name, earlier)
@@ -151,8 +151,11 @@ class Committer:
         fsync_dir(folder)
 
     def _upload(self, npz: Path, parquet: Path, held: Callable[[], bool]) -> None:
-        """Stores have no rename: the lease is asked for before each step, and a put replaces
-        nothing that came since, where the store knows conditions."""
+        """Commit to a store, which has no rename.
+
+        The lease is checked before each step, and where the store knows conditions, a put replaces
+        nothing that came meanwhile.
+        """
         removed = [parquet.name]
         for _ in range(ROUNDS):
             steps = [
@@ -175,16 +178,16 @@ class Committer:
             self.output.remove(name)
 
     def clean(self, stem: str, attempt: int | None = None) -> bool:
-        """Take from earlier attempts at a shard what they need to commit; its lease is held.
+        """Stop earlier attempts at a shard from committing; the caller holds the lease.
 
         Args:
-            attempt: the number before which one is an earlier one; None for all of them.
+            attempt: attempts with smaller numbers are stopped; None for all.
 
         Returns:
-            whether there were any.
+            Whether there were any.
 
         Raises:
-            D2MError: they could still commit.
+            D2MError: one of them could still commit.
         """
         try:
             return self.staging.fence(stem, attempt)
