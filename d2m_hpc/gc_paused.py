@@ -7,8 +7,16 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What is frozen still is not torn down, of which compiled libraries complain for pages.
-atexit.register(gc.unfreeze)
+_owned = False
+
+
+def own_process() -> None:
+    """Let what is made without the collector stay out of its sight: no caller has things here."""
+    global _owned
+    if not _owned:
+        _owned = True
+        # What is frozen still is not torn down, of which compiled libraries complain for pages.
+        atexit.register(gc.unfreeze)
 
 
 @contextmanager
@@ -23,6 +31,7 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
+        if _owned:
+            gc.freeze()
         if enabled:
             gc.enable()

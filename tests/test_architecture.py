@@ -22,7 +22,8 @@ PACKAGE = Path(d2m_hpc.__file__).parent
 ROOT = Path(__file__).parent.parent
 
 LEVELS = {
-    "d2m_hpc": 0,  # the version
+    "d2m_hpc": 10,  # the door for Python
+    "d2m_hpc.version": 0,
     "d2m_hpc.errors": 0,
     "d2m_hpc.gc_paused": 0,
     "d2m_hpc.stopping": 0,
@@ -35,11 +36,14 @@ LEVELS = {
     "d2m_hpc.subsets": 7,
     "d2m_hpc.launch": 7,
     "d2m_hpc.watch": 8,
-    "d2m_hpc.cli": 9,
+    "d2m_hpc.api": 9,
+    "d2m_hpc.cli": 10,
 }
 """A module imports from its own room and from lower ones."""
 
 WITHOUT_TORCH = (
+    "d2m_hpc",
+    "d2m_hpc.api",
     "d2m_hpc.cli.*",
     "d2m_hpc.config.*",
     "d2m_hpc.models.registry",

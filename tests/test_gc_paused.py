@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from d2m_hpc import gc_paused
 from d2m_hpc.gc_paused import uncollected
 
 
@@ -44,7 +45,19 @@ def test_whoever_had_it_off_keeps_it_off() -> None:
         gc.enable()
 
 
-def test_what_was_made_meanwhile_is_not_gone_through_later() -> None:
+def test_a_callers_process_is_not_touched() -> None:
+    before = gc.get_freeze_count()
+    with uncollected():
+        made = [[i] for i in range(1000)]
+    assert gc.get_freeze_count() == before
+    assert {id(one) for one in made} < set(map(id, gc.get_objects()))
+
+
+def test_what_was_made_meanwhile_is_not_gone_through_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a process of a command's own."""
+    monkeypatch.setattr(gc_paused, "_owned", True)
     with uncollected():
         made = [[i] for i in range(1000)]
     try:
@@ -55,7 +68,9 @@ def test_what_was_made_meanwhile_is_not_gone_through_later() -> None:
 
 
 CYCLE = """
-from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.gc_paused import own_process, uncollected
+
+own_process()
 
 class Last:
     def __del__(self):

@@ -70,7 +70,6 @@ def submit(
     elif no_sbatch:
         _write_only(inspect(preflight=preflight))
     else:
-        _require_slurm()
         raise typer.Exit(_run_slurm(inspect(preflight=preflight), wait))
 
 

@@ -26,8 +26,8 @@ STUCK_SECONDS = 10.0
 """How long nothing may be able to start before `wait` gives up: some reasons pass by themselves."""
 
 
-class SlurmArrays(Backend):
-    """Array tasks, which sbatch starts.
+class _Arrays(Backend):
+    """Array tasks.
 
     Attributes:
         arrays: what was submitted, each with its job id.
@@ -36,18 +36,34 @@ class SlurmArrays(Backend):
     def __init__(self) -> None:
         self.arrays: list[slurm.Array] = []
 
+    def chunks(self, decision: Decision, submission: Submission) -> Iterable[list[Job]]:
+        self._proposal = proposal = propose(decision, submission.name)
+        self.arrays = proposal.arrays
+        groups, most = proposal.groups, proposal.most
+        return (chunk for group in groups for chunk in balance.balanced(group, most))
+
+    def finish(self) -> None:
+        """Array tasks need nobody."""
+
+
+class SlurmArrays(_Arrays):
+    """Array tasks, which sbatch starts.
+
+    Raises:
+        SlurmError: there is no Slurm here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not slurm.is_here():
+            raise SlurmError("there is no sbatch here; go to a login node, or run with --local")
+
     def look(self, workload: Workload) -> Decision:
         """
         Raises:
             SlurmError: squeue failed; without it live tasks cannot be told from dead ones.
         """
         return look(workload, slurm.queue())
-
-    def chunks(self, decision: Decision, submission: Submission) -> Iterable[list[Job]]:
-        self._proposal = proposal = propose(decision, submission.name)
-        self.arrays = proposal.arrays
-        groups, most = proposal.groups, proposal.most
-        return (chunk for group in groups for chunk in balance.balanced(group, most))
 
     def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
         """
@@ -62,11 +78,8 @@ class SlurmArrays(Backend):
             slurm.write_arrays(submission, self.arrays)
         return nullcontext()
 
-    def finish(self) -> None:
-        """Array tasks need nobody."""
 
-
-class ByHand(SlurmArrays):
+class ByHand(_Arrays):
     """Array tasks that the user starts.
 
     Attributes:

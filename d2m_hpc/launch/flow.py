@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, ExitStack
 
 import yaml
 
-from d2m_hpc import __version__
 from d2m_hpc.gc_paused import uncollected
 from d2m_hpc.launch.alone import submitting
 from d2m_hpc.plan import patterns
@@ -25,6 +24,7 @@ from d2m_hpc.run.user import user_name
 from d2m_hpc.storage.files import atomic_write, is_private
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.storage.urls import has_secret
+from d2m_hpc.version import __version__
 
 
 class Backend(ABC):

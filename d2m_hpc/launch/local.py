@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from d2m_hpc.launch import arrays
 from d2m_hpc.launch.flow import Backend
+from d2m_hpc.launch.guest import guest
 from d2m_hpc.plan import balance
 from d2m_hpc.plan.decide import Decision, Workload
 from d2m_hpc.run import fingerprints
@@ -51,7 +52,7 @@ class ThisProcess(Backend):
         return fingerprints.working(submission)
 
     def finish(self) -> None:
-        with self._listening(sum(map(len, self._chunks))) as listener:
+        with guest(), self._listening(sum(map(len, self._chunks))) as listener:
             self._work(listener)
 
     def _work(self, listener: Listener) -> None:

@@ -22,10 +22,16 @@ GRANTED = 2 << 30
 """Bytes that decoding one picture may take at any `max_image_pixels`: what the default allows a
 picture of most formats. The others reach it with fewer pixels."""
 
-# The reference program decodes what is there of a truncated image, and so do we.
-ImageFile.LOAD_TRUNCATED_IMAGES = True
-# `max_image_pixels` is checked before decoding, in place of PIL's own limit.
-Image.MAX_IMAGE_PIXELS = None
+
+def lift_limits() -> None:
+    """Set PIL's own limits, which every decoding in this process shares."""
+    # The reference program decodes what is there of a truncated image, and so do we.
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    # `max_image_pixels` is checked before decoding, in place of PIL's own limit.
+    Image.MAX_IMAGE_PIXELS = None
+
+
+lift_limits()
 
 
 class TooLarge(ValueError):

@@ -103,14 +103,14 @@ class Pair:
         with self.output.open(self.name(PARQUET)) as file:
             return _table(file, columns)
 
-    def features(self) -> dict[str, NDArray[Any]]:
-        """The arrays of the npz; [rows, ...] each.
+    def features(self, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
+        """The arrays of the npz, or those named here; [rows, ...] each.
 
         Raises:
             OSError, ValueError, zipfile.BadZipFile, or what else the store raises.
         """
         with self.output.open(self.name(NPZ)) as file:
-            return dict(_arrays(file))
+            return dict(_arrays(file, names))
 
     def lengths(self) -> set[int]:
         """Rows of the parquet, by its metadata, and of each array, whose CRCs are checked."""
@@ -185,10 +185,12 @@ def _table(file: BufferedIOBase, columns: Iterable[str] | None = None) -> pa.Tab
         return parquet.read(names, use_threads=False)
 
 
-def _arrays(file: BufferedIOBase) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Each array of an npz; reading one to its end checks its CRC."""
+def _arrays(
+    file: BufferedIOBase, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Each array of an npz, or those named here; reading one to its end checks its CRC."""
     with np.load(file) as arrays:
-        yield from ((name, arrays[name]) for name in arrays.files)
+        yield from ((name, arrays[name]) for name in names or arrays.files)
 
 
 def _of_parquet(file: BufferedIOBase, rows: int, carried: Collection[str]) -> list[str]:

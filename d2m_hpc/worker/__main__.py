@@ -21,6 +21,7 @@ from pathlib import Path
 from submitit import JobEnvironment
 
 from d2m_hpc.errors import D2MError, DiskError, NodeError
+from d2m_hpc.gc_paused import own_process
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.stopping import Stopped, interrupt_once, stop_on_signals
@@ -45,6 +46,7 @@ REFUSED = re.compile("disabled|nvalid job|denied|not permitted|already", re.IGNO
 
 def main(arguments: list[str]) -> int:
     root, submission, first, tasks_per_node = arguments
+    own_process()
     # As submitit's own scripts say; a custom file, too, may ask `JobEnvironment` where it runs.
     os.environ["SUBMITIT_EXECUTOR"] = "slurm"
     run, job = RunDir(Path(root)), JobEnvironment()

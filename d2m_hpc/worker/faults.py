@@ -41,6 +41,7 @@ def logging_to(path: Path, crashes: bool) -> Iterator[None]:
     """Append this program's log to the task's file, and where it crashes, what it was doing."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
     package = logging.getLogger("d2m_hpc")
+    before = package.level
     package.setLevel(logging.INFO)
     file = open(fd, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     handler = _Log(file)
@@ -52,6 +53,7 @@ def logging_to(path: Path, crashes: bool) -> Iterator[None]:
         yield
     finally:
         package.removeHandler(handler)
+        package.setLevel(before)
         if crashes:
             faulthandler.disable()
         with suppress(OSError):  # what a full disk did not take

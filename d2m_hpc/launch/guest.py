@@ -1,0 +1,105 @@
+"""Leave a process as it was found, for callers from Python whose process it is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+HUB = "huggingface_hub.constants"
+OURS = ("d2m_custom_", "dataset2metadata")
+"""How the names begin of modules that exist for a custom file only."""
+
+
+@contextmanager
+def guest() -> Iterator[None]:
+    """Put back what a task changes: environment, modules, logging, PIL's and torch's settings."""
+    with _environment(), _logging(), _modules(), pictures(), _torch():
+        yield
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Also whether the Hugging Face hub may be asked, which its library reads only once."""
+    before, hub = dict(os.environ), sys.modules.get(HUB)
+    offline = hub.HF_HUB_OFFLINE if hub else None
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({n: v for n, v in before.items() if os.environ.get(n) != v})
+        if hub := sys.modules.get(HUB):
+            asked = any(before.get(n, "").upper() in ("1", "ON", "YES", "TRUE") for n in OFFLINE)
+            vars(hub)["HF_HUB_OFFLINE"] = asked if offline is None else offline
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    """Libraries that configure logging do it while they are imported."""
+    root = logging.getLogger()
+    level, handlers, disabled = root.level, [*root.handlers], logging.root.manager.disable
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+        logging.disable(disabled)
+
+
+@contextmanager
+def _modules() -> Iterator[None]:
+    """Another run's file, or the next version of this one's helpers, may have the same names."""
+    path, modules = [*sys.path], set(sys.modules)
+    try:
+        yield
+    finally:
+        folders = tuple(f"{folder}/" for folder in sys.path if folder not in path)
+        sys.path[:] = path
+        for name in sys.modules.keys() - modules:
+            if _is_ours(name, sys.modules[name], folders):
+                del sys.modules[name]
+
+
+def _is_ours(name: str, module: ModuleType, folders: tuple[str, ...]) -> bool:
+    file = getattr(module, "__file__", None) or ""
+    return name.startswith(OURS) or bool(folders and file.startswith(folders))
+
+
+@contextmanager
+def pictures() -> Iterator[None]:
+    """Put PIL's limits back, which a task replaces by the config's."""
+    from PIL import Image, ImageFile
+
+    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+    from d2m_hpc.models import formats
+
+    formats.lift_limits()
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def _torch() -> Iterator[None]:
+    """Random numbers too: a net is built with some, though its checkpoint replaces them all."""
+    import torch
+
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    random = torch.get_rng_state()
+    flags = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_rng_state(random)
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = flags
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
