@@ -22,9 +22,9 @@ from d2m_hpc.models.registry import COLUMNS, FEATURES
 from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.plan.decide import inspect
 from d2m_hpc.run.manifest import Job, Shard
+from d2m_hpc.run.tasks import Progress
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.compute.resolve import Toolbox
-from d2m_hpc.worker.progress import Progress
 from d2m_hpc.worker.read.loader import Loader
 from d2m_hpc.worker.read.prepare import Recipe
 from d2m_hpc.worker.read.scratch import Scratch

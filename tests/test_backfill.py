@@ -38,10 +38,10 @@ from d2m_hpc.plan.decide import Decision, Workload, decide, inspect
 from d2m_hpc.run.manifest import Manifest, Record, all_values
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.tasks import Progress
 from d2m_hpc.watch.status import summarise
 from d2m_hpc.watch.verify import verify
 from d2m_hpc.worker.compute.graph import Graph
-from d2m_hpc.worker.progress import Progress
 from d2m_hpc.worker.read import decode
 from d2m_hpc.worker.task import run_task
 

@@ -18,8 +18,9 @@ from d2m_hpc.errors import ConfigError
 from d2m_hpc.launch.alone import submitting
 from d2m_hpc.plan.decide import inspect
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.worker.progress import Progress, Reporter
+from d2m_hpc.worker.progress import Reporter
 from d2m_hpc.worker.write.writer import Committer
 
 

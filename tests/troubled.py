@@ -16,7 +16,8 @@ from d2m_hpc.launch.alone import submitting
 from d2m_hpc.launch.flow import commit
 from d2m_hpc.plan.decide import decide, inspect
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.worker.progress import Listener, Progress
+from d2m_hpc.run.tasks import Progress
+from d2m_hpc.worker.progress import Listener
 from d2m_hpc.worker.task import run_task
 
 CAPTIONS = (

@@ -56,7 +56,7 @@ class ThisProcess(Backend):
             self._work(listener)
 
     def _work(self, listener: Listener) -> None:
-        from d2m_hpc.worker.progress import Progress
+        from d2m_hpc.run.tasks import Progress
         from d2m_hpc.worker.task import run_task
 
         before = Progress("")

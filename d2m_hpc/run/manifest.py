@@ -69,6 +69,10 @@ class Outcome(NamedTuple):
     notices: tuple[str, ...] = ()
 
     @property
+    def seconds(self) -> float:
+        return max(self.finished - self.started, 1e-3)
+
+    @property
     def order(self) -> Order:
         """Larger than that of all earlier records of the shard."""
         return order(self.attempt, self.task, self.finished)

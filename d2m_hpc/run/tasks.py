@@ -1,4 +1,4 @@
-"""What array tasks say of themselves, by their progress files."""
+"""What the attempts of array tasks say of themselves, in their progress files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,93 @@ FAR = 1e11
 """Seconds since the epoch that no clock shows."""
 
 
-def attempts(run: RunDir) -> list[dict[str, Any]]:
+@dataclass
+class Progress:
+    """The figures of one attempt of one task, as the task itself writes them every few seconds.
+
+    Attributes:
+        task: `submission-index-attempt`.
+        device: as torch names it, with the GPU's own index where Slurm shows the task only some.
+        gpu: the GPU's model; empty on a CPU, and where an earlier version wrote the file.
+        shard: the newest one that was begun.
+        started, updated: seconds since the epoch.
+        state: `running`, `finished`, `out of time`, or `stopped` by a signal or an error.
+    """
+
+    task: str
+    host: str = ""
+    device: str = ""
+    gpu: str = ""
+    shards: int = 0
+    done: int = 0
+    failed: int = 0
+    rows: int = 0
+    rejected: int = 0
+    shard: str = ""
+    started: float = field(default_factory=time.time)
+    updated: float = field(default_factory=time.time)
+    state: str = "running"
+
+    def after(self, earlier: Progress) -> Progress:
+        """With the figures of an earlier task of the same process added."""
+        summed = ("shards", "done", "failed", "rows", "rejected")
+        counts = {name: getattr(self, name) + getattr(earlier, name) for name in summed}
+        return replace(self, started=earlier.started, **counts)
+
+    @property
+    def seconds(self) -> float:
+        return max(self.updated - self.started, 1e-9)
+
+    @property
+    def speed(self) -> float:
+        """Samples a second."""
+        return self.rows / self.seconds
+
+    @property
+    def lane(self) -> str:
+        """`submission-index`, the task that its attempts have in common."""
+        return self.task.rpartition("-")[0]
+
+    @property
+    def is_active(self) -> bool:
+        return self.state == "running" and time.time() - self.updated < ACTIVE_SECONDS
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def hardware(self) -> str:
+        """The GPU's model or `CPU`."""
+        return self.gpu or ("GPU" if self.has_gpu else "CPU")
+
+    @property
+    def ending(self) -> str:
+        """How the attempt ended, in one word.
+
+        `finished`, `failed` (finished, with failed shards), `requeued` (out of time), `stopped`,
+        `lost` (fell silent: it was killed, or its node died), or `running`.
+        """
+        if self.state == "running":
+            return "running" if self.is_active else "lost"
+        if self.state == "finished":
+            return "failed" if self.failed else "finished"
+        return {"out of time": "requeued", "lost": "lost"}.get(self.state, "stopped")
+
+
+def attempts(run: RunDir) -> list[Progress]:
     """What every attempt of every task last said of itself; what is no progress is left out."""
-    last: dict[str, dict[str, Any]] = {}
-    for told in _all_told(run):
-        if not _is_progress(told):
+    last: dict[str, Progress] = {}
+    for values in _all_told(run):
+        if not _is_progress(values):
             continue
-        known = last.setdefault(told["task"], told)
-        if told["updated"] > known["updated"]:
-            last[told["task"]] = told
+        told = Progress(**{name: values[name] for name in _NAMES & values.keys()})
+        if told.task not in last or told.updated > last[told.task].updated:
+            last[told.task] = told
     return list(last.values())
+
+
+_NAMES = {f.name for f in fields(Progress)}
 
 
 def _all_told(run: RunDir) -> Iterator[Any]:
@@ -43,9 +121,10 @@ def _all_told(run: RunDir) -> Iterator[Any]:
 
 def _is_progress(told: Any) -> bool:
     """Whether these are the values of a task's progress, as a whole file has them."""
-    if not isinstance(told, dict) or not all(
-        isinstance(told.get(name), str) for name in ("task", "host", "shard", "state")
-    ):
+    texts = ("task", "host", "shard", "state")
+    if not isinstance(told, dict) or not all(isinstance(told.get(n), str) for n in texts):
+        return False
+    if not all(isinstance(told.get(name, ""), str) for name in ("device", "gpu")):
         return False
     counts = (told.get(name) for name in ("rows", "done", "failed", "shards"))
     if not all(isinstance(n, int) and n >= 0 for n in counts):
@@ -54,15 +133,6 @@ def _is_progress(told: Any) -> bool:
     if not all(isinstance(t, int | float) and 0 <= t < FAR for t in times):
         return False
     return bool(TASK.fullmatch(told["task"]))
-
-
-def is_active(task: dict[str, Any]) -> bool:
-    recent: bool = time.time() - task["updated"] < ACTIVE_SECONDS
-    return recent and task["state"] == "running"
-
-
-def has_gpu(task: dict[str, Any]) -> bool:
-    return str(task.get("device")).startswith("cuda")
 
 
 def log_file(run: RunDir, task: str) -> Path | None:

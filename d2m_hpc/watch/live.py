@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from d2m_hpc.watch import terminal
 
 if TYPE_CHECKING:
+    from d2m_hpc.run.tasks import Progress as TaskProgress
     from d2m_hpc.worker.progress import Listener
-    from d2m_hpc.worker.progress import Progress as TaskProgress
 
 PLAIN_SECONDS = 10.0
 """How often a run that is not watched at a terminal says a line."""
@@ -58,14 +58,9 @@ def _bar(shards: int) -> Iterator[Listener]:
         def tell(task: TaskProgress) -> None:
             failed = f"{task.failed} failed" if task.failed else ""
             finished = task.done + task.failed
-            bar.update(row, completed=finished, speed=_speed(task), failed=failed)
+            bar.update(row, completed=finished, speed=task.speed, failed=failed)
 
         yield tell
-
-
-def _speed(task: TaskProgress) -> float:
-    seconds = task.updated - task.started
-    return task.rows / seconds if seconds > 0 else 0.0
 
 
 class _PlainLines:
@@ -81,6 +76,6 @@ class _PlainLines:
         self.said = now
         print(
             f"{task.done + task.failed}/{task.shards} shards, {task.rows} rows, "
-            f"{_speed(task):.1f} samples/s, {task.failed} failed",
+            f"{task.speed:.1f} samples/s, {task.failed} failed",
             flush=True,
         )

@@ -23,7 +23,7 @@ from d2m_hpc.run import nodes
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.shards import read_some
-from d2m_hpc.run.tasks import attempts, has_gpu, is_active, log_file
+from d2m_hpc.run.tasks import Progress, attempts, log_file
 from d2m_hpc.storage.texts import ERROR, safe
 from d2m_hpc.storage.urls import is_local
 from d2m_hpc.watch.alike import alike, noticed
@@ -51,7 +51,8 @@ class Summary:
     elements by what Slurm says of them; it is empty where Slurm says nothing. `waiting` are the
     reasons why some of them do not run; `unasked` is why Slurm could not be asked. `changed` are
     the shards whose tars are others now, where the tars were looked at. `notices` counts done
-    shards by what was noted of them, as members that are no samples.
+    shards by what was noted of them, as members that are no samples. `hardware` counts tasks by
+    what they ran on: a GPU's model, or `CPU`.
     """
 
     run_dir: str
@@ -67,6 +68,7 @@ class Summary:
     samples_per_second: float
     eta_seconds: float | None
     gpu_hours: float = 0.0
+    hardware: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, int] = field(default_factory=dict)
     stragglers: list[str] = field(default_factory=list)
     broken_nodes: dict[str, str] = field(default_factory=dict)
@@ -146,8 +148,8 @@ def summarise(
     tasks = attempts(run)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     rows = sum(r.rows for r in done)
-    active = [t for t in tasks if is_active(t)]
-    speed = sum(t["rows"] / max(t["updated"] - t["started"], 1e-9) for t in active)
+    active = [t for t in tasks if t.is_active]
+    speed = sum(t.speed for t in active)
     left = len(stems) - len(done) - len(failed.keys() - running)
     mean = rows / len(done) if done else 0
     rejections = _by_reason(done)
@@ -164,7 +166,7 @@ def summarise(
         recomputed=sum(r.recomputed for r in done),
         samples_per_second=round(speed or _past_speed(done), 2),
         eta_seconds=round(left * mean / speed, 1) if speed and mean else None,
-        gpu_hours=round(sum(t["updated"] - t["started"] for t in tasks if has_gpu(t)) / 3600, 3),
+        **_ran_on(tasks),
         **_queued(run),
         stragglers=_stragglers(active),
         broken_nodes=nodes.broken(run, manifest),
@@ -204,9 +206,17 @@ def _queued(run: RunDir) -> dict[str, Any]:
     return {"tasks": tasks, "waiting": why(queue, arrays)}
 
 
-def _stragglers(active: list[dict[str, Any]]) -> list[str]:
+def _ran_on(tasks: list[Progress]) -> dict[str, Any]:
+    """GPU-hours, and tasks by what they ran on, the most frequent first."""
+    newest = {t.lane: t.hardware for t in tasks}
+    hours = sum(t.seconds for t in tasks if t.has_gpu) / 3600
+    hardware = dict(Counter(newest.values()).most_common())
+    return {"gpu_hours": round(hours, 3), "hardware": hardware}
+
+
+def _stragglers(active: list[Progress]) -> list[str]:
     """Tasks that are half as far as the median of those that run."""
-    shares = {t["task"]: t["done"] / max(t["shards"], 1) for t in active}
+    shares = {t.task: t.done / max(t.shards, 1) for t in active}
     median = statistics.median(shares.values()) if len(shares) > 2 else 0.0
     return sorted(task for task, share in shares.items() if share < median / 2)
 
@@ -248,8 +258,8 @@ def log_of(run: RunDir, stem: str) -> Path:
     """
     newest: dict[str, float] = {}
     for task in attempts(run):
-        if task["shard"] == stem:
-            newest[task["task"]] = task["updated"]
+        if task.shard == stem:
+            newest[task.task] = task.updated
     manifest = Manifest.load(run)
     outcomes = manifest.failures.get(stem, []) + [r for r in [manifest.done.get(stem)] if r]
     newest |= {r.task: r.finished for r in outcomes}

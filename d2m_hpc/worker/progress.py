@@ -9,39 +9,16 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 
+from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.files import overwrite
 from d2m_hpc.worker.death import STALLED
 
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 2.0
-
-
-@dataclass
-class Progress:
-    """The figures of one attempt of one task; times are in seconds since the epoch."""
-
-    task: str
-    host: str = ""
-    device: str = ""
-    shards: int = 0
-    done: int = 0
-    failed: int = 0
-    rows: int = 0
-    rejected: int = 0
-    shard: str = ""
-    started: float = field(default_factory=time.time)
-    updated: float = field(default_factory=time.time)
-    state: str = "running"
-
-    def after(self, earlier: Progress) -> Progress:
-        """With the figures of an earlier task of the same process added."""
-        summed = ("shards", "done", "failed", "rows", "rejected")
-        counts = {name: getattr(self, name) + getattr(earlier, name) for name in summed}
-        return replace(self, started=earlier.started, **counts)
 
 
 Listener = Callable[[Progress], None]

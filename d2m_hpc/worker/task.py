@@ -25,6 +25,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import require_own
 from d2m_hpc.run.pair import Contents, Pair
 from d2m_hpc.run.schema import Schema
+from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.suspension import Awake
 from d2m_hpc.storage.urls import is_local
 from d2m_hpc.worker.board import Board, Scene
@@ -33,7 +34,7 @@ from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.faults import ends_task, guarded, is_broken, logging_to
 from d2m_hpc.worker.peek import schema_of
-from d2m_hpc.worker.progress import Listener, Progress, Reporter, Watchdog
+from d2m_hpc.worker.progress import Listener, Reporter, Watchdog
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.loader import Findings, Loader, Reading
 from d2m_hpc.worker.read.prepare import Recipe
@@ -107,7 +108,7 @@ def run_task(
     config = load(run.submission(submission).config, frozen=True)
     with logging_to(run.log_of(submission, index), crashes=board is not None):
         device = choose_device(config.device, local)
-        progress = Progress(str(name), node_name(), _device_name(device))
+        progress = Progress(str(name), node_name(), _device_name(device), _gpu_model(device))
         report = Reporter(
             progress, run.progress_of(str(name)), listener, (board := board or Board()).beat
         )
@@ -121,6 +122,11 @@ def _device_name(device: torch.device) -> str:
     """With the GPU's own index where Slurm shows this task only some."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return f"{device} of {visible}" if visible else str(device)
+
+
+def _gpu_model(device: torch.device) -> str:
+    """Such as `NVIDIA H100 80GB HBM3`; empty on a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 class Task:

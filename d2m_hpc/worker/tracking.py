@@ -9,8 +9,8 @@ from typing import Any
 
 from d2m_hpc.config import Config
 from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.urls import masked, masked_all
-from d2m_hpc.worker.progress import Progress
 
 log = logging.getLogger(__name__)
 

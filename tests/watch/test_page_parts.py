@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,33 +14,62 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 from kit import jpeg, sample, write_tar
 from PIL import Image, UnidentifiedImageError
 
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.run.manifest import Shard
 from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.watch.page import charts, columns, sheet, values
-from d2m_hpc.watch.page.history import cumulative, rate
-from d2m_hpc.watch.page.markup import element, text
+from d2m_hpc.watch.page import charts, columns, count, environment, printed, sheet, values
+from d2m_hpc.watch.page.timing import cumulative, rate
 
 finite = st.floats(-1e12, 1e12, allow_nan=False)
 
 
-class TestMarkup:
+def render(template: str, **names: object) -> str:
+    return environment().from_string(template).render(**names)
+
+
+class TestPrinted:
     def test_what_is_put_in_is_escaped_once(self) -> None:
-        inner = element("b", "<i> & \"'")
-        assert inner == "<b>&lt;i&gt; &amp; &quot;&#x27;</b>"
-        assert element("p", inner, title='"<') == f'<p title="&quot;&lt;">{inner}</p>'
+        bold = "{% macro bold(x) %}<b>{{ x }}</b>{% endmacro %}"
+        inner = "<b>&lt;i&gt; &amp; &#34;&#39;</b>"
+        assert render(bold + "{{ bold(x) }}", x="<i> & \"'") == inner
+        made = render(bold + '<p title="{{ t }}">{{ bold(x) }}</p>', x="<i> & \"'", t='"<')
+        assert made == f'<p title="&#34;&lt;">{inner}</p>'
 
     def test_no_text_keeps_html_from_being_written(self) -> None:
         odd = "a\x00\x1b[31m\ud83d\udcffb \u202e \U0001f415"
-        assert text(odd) == "a\ufffd\ufffd[31m\ufffd\ufffdb \u202e \U0001f415"
-        assert text(odd).encode()
+        assert render("{{ x }}", x=odd) == "a\ufffd\ufffd[31m\ufffd\ufffdb \u202e \U0001f415"
+        assert render("{{ x }}", x=odd).encode()
 
-    def test_attributes(self) -> None:
-        made = element("td", class_="a", aria_label="b", tabindex=0, hidden=True, x=None, y=False)
-        assert made == '<td class="a" aria-label="b" tabindex="0" hidden></td>'
+    def test_what_is_joined_or_formatted_is_masked_too(self) -> None:
+        url = "https://me:pw@host/a?sig=x"
+        for made in ("x", "[x, x]|join(', ')", "'%s'|format(x)", "'to ' ~ x", "{'a': x}['a']"):
+            told = render("{{ " + made + " }}", x=url)
+            assert "https://***@host/a?sig=***" in told, made
+            assert "pw" not in told, made
+
+    def test_a_picture_is_whole_and_what_only_begins_as_one_is_masked(self) -> None:
+        picture = "data:image/jpeg;base64,/9j/sig+token/key=="
+        assert printed(picture) == picture
+        assert "pw" not in str(printed("data:image/jpeg;base64,AA https://me:pw@host/"))
+
+    def test_numbers_have_separators(self) -> None:
+        assert render("{{ a }} {{ b }} {{ c }}", a=1234567, b=1234.56, c="1234") == (
+            "1,234,567 1,234.6 1234"
+        )
+
+    def test_a_name_that_is_none_is_an_error(self) -> None:
+        with pytest.raises(UndefinedError, match="'x' is undefined"):
+            render("{{ x }}")
+
+    @pytest.mark.parametrize(
+        ("number", "told"), [(0, "0 tasks"), (1, "1 task"), (2, "2 tasks"), (1200, "1,200 tasks")]
+    )
+    def test_counts_have_their_plurals(self, number: int, told: str) -> None:
+        assert count(number, "task") == told
 
 
 class TestCharts:
@@ -78,24 +106,42 @@ class TestCharts:
     def test_a_skewed_histogram_counts_in_powers_of_ten(self) -> None:
         values = np.concatenate([np.zeros(10_000), np.linspace(0, 1, 40)])
         drawn = charts.histogram(values, "value", "x")
-        assert "each line ten times the one below" in drawn
-        assert re.findall(r'class="y" [^>]*>([\d,]+)', drawn) == [
-            "1",
-            "10",
-            "100",
-            "1,000",
-            "10,000",
-        ]
+        assert "each line ten times the one below" in drawn.y.title
+        assert [words for _, words in drawn.y.ticks] == ["1", "10", "100", "1,000", "10,000"]
         even = charts.histogram(np.linspace(0, 1, 400), "value", "x")
-        assert "each line ten times" not in even
+        assert "each line ten times" not in even.y.title
 
-    @given(st.lists(finite, min_size=2, max_size=50))
+    @given(st.lists(finite, min_size=2, max_size=50) | st.lists(finite, min_size=400))
     def test_a_histogram_counts_every_value_in_its_bar(self, values: list[float]) -> None:
         drawn = charts.histogram(np.array(values), "value", "x")
-        counts = re.findall(r": ([\d,]+)</title>", drawn)
-        assert sum(int(n.replace(",", "")) for n in counts) == len(values)
-        edges = re.findall(r'<rect x="([\d.]+)" y="([\d.-]+)" width="([\d.]+)"', drawn)
-        assert all(0 <= float(x) <= 1000 and float(x) + float(w) <= 1001 for x, _, w in edges)
+        counts = [int(b.words.rpartition(": ")[2].replace(",", "")) for b in drawn.bars]
+        assert counts == [b.count for b in drawn.bars]
+        assert sum(counts) == len(values)
+        edges = [(float(drawn.x.right(b.low)), float(b.width(drawn.x))) for b in drawn.bars]
+        assert all(x >= 0 and x + width <= 1001 for x, width in edges)
+
+    def test_a_few_far_values_do_not_stretch_the_axis_and_are_counted(self) -> None:
+        values = np.concatenate([np.linspace(10, 20, 9990), [-1e9] * 4, [1e6] * 6])
+        drawn = charts.histogram(values, "value", "x")
+        assert 9 < drawn.x.low < 10.1
+        assert 19.9 < drawn.x.high < 21
+        low, high = np.sort(values)[[49, 9950]]
+        first, last = drawn.bars[0], drawn.bars[-1]
+        assert first.words == f"below {low:.3g}: {(values < low).sum():,}"
+        assert last.words == f"above {high:.3g}: {(values > high).sum():,}"
+        assert [b.is_rest for b in (first, *drawn.bars[1:-1], last)].count(True) == 2
+        assert (first.is_rest, last.is_rest) == (True, True)
+        assert 40 < first.count < 55
+        assert all(10 <= v <= 20 for v, _ in drawn.x.ticks)
+
+    def test_a_threshold_keeps_the_rows_at_or_above_it(self) -> None:
+        values = np.arange(100.0)
+        histogram = charts.histogram(values, "value", "x")
+        kept = charts.survival(values, 200, histogram.x, "x")  # as many rows have no value
+        assert dict(kept.x.ticks) == {0: "50 %", 20: "40 %", 40: "30 %", 60: "20 %", 80: "10 %"}
+        assert kept.y.title == "rows at or above: 40 keeps 30 %"
+        assert kept.curves[0].y[0] == 0.5
+        assert all(" keeps " in b.words for b in kept.bars)
 
 
 class TestHistory:
@@ -199,7 +245,7 @@ class TestValues:
     def test_odd_numbers_of_strangers_have_a_card(self, numbers: list[float], told: str) -> None:
         column = columns.Column("x", "number", "double")
         column.add(pa.chunked_array([numbers]))
-        assert told in values._card(column)
+        assert told in values.card(column).told
 
 
 class TestSheet:

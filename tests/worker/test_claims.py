@@ -20,10 +20,11 @@ from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.manifest import DIED, Job, Record, Shard, read_records
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import METADATA, Pair
+from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.claims import Claims, TaskName
-from d2m_hpc.worker.progress import Progress, Reporter
+from d2m_hpc.worker.progress import Reporter
 
 CHUNKS = [["a", "b"], ["c", "d"], ["e"], ["f", "g"]]
 

@@ -28,7 +28,8 @@ from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Record, Recorder, Shard, read_records
-from d2m_hpc.worker.progress import Listener, Progress
+from d2m_hpc.run.tasks import Progress
+from d2m_hpc.worker.progress import Listener
 from d2m_hpc.worker.read.scratch import Scratch, scratch
 from d2m_hpc.worker.read.stage import stage
 from d2m_hpc.worker.task import run_task

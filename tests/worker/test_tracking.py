@@ -27,7 +27,7 @@ from pathlib import Path
 from d2m_hpc.config import load
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.worker import tracking
-from d2m_hpc.worker.progress import Progress
+from d2m_hpc.run.tasks import Progress
 import logging
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
 tracking.EVERY_SECONDS, tracking.START_SECONDS = 0.1, 1.0

@@ -1,30 +1,31 @@
-"""Charts as stretched SVG without text, labelled in HTML so that letters keep their size.
-
-A drawing is `WIDE` by `HIGH` units, whatever its size on the page.
-"""
+"""Axes, histograms and curves, in the units of a drawing; `page.html.j2` draws them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2m_hpc.watch.page.markup import Markup, element, join
-
+Values = NDArray[np.float64]
 WIDE, HIGH = 1000.0, 100.0
+"""A drawing's units, whatever its size on the page."""
 SKEWED = 50.0
-"""A histogram whose highest bar is so many times its middle one counts in powers of ten."""
+"""A histogram whose highest bar is this many times its middle one counts in powers of ten."""
+CLIPPED = (0.5, 99.5)
+"""Percentiles between which a histogram's axis runs."""
+ALIKE = 1e-9
+"""Values of which no two differ by more than this share of the largest are not drawn."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values, the values that are labelled, and what they are.
+    """A range of values, the (value, label) pairs that are labelled, and a title.
 
-    Attributes:
-        ticks: value and label.
+    Coordinates are texts, for numbers are printed for readers: `1,000`.
     """
 
     low: float
@@ -36,19 +37,78 @@ class Axis:
         """How far along the axis a value stands, 0 to 1."""
         return (value - self.low) / (self.high - self.low)
 
+    def percent(self, value: float) -> str:
+        return f"{100 * self.share(value):.2f}%"
+
+    def right(self, value: float) -> str:
+        """Where a value stands on a horizontal axis."""
+        return f"{WIDE * self.share(value):.1f}"
+
+    def down(self, value: float) -> str:
+        """Where a value stands on a vertical axis, whose 0 is at the bottom."""
+        return f"{HIGH * (1 - self.share(value)):.2f}"
+
+    def across(self, length: float) -> str:
+        """A length along a horizontal axis, never too short to be seen."""
+        return f"{max(WIDE * self.share(self.low + length), 2):.1f}"
+
+    def up(self, value: float) -> str:
+        """A length along a vertical axis, whose 0 is at the bottom."""
+        return f"{HIGH * self.share(value):.2f}"
+
+    def places(self, values: Iterable[float], origin: float) -> list[str]:
+        """Where values less `origin` stand on a horizontal axis; those at one place are one."""
+        return [f"{p}" for p in sorted({round(WIDE * self.share(v - origin)) for v in values})]
+
 
 @dataclass(frozen=True)
-class Line:
-    """A curve; `colour` is a class of the style sheet."""
+class Curve:
+    """A line; `colour` is a class of the style sheet."""
 
     name: str
     colour: str
-    x: NDArray[np.float64]
-    y: NDArray[np.float64]
+    x: Values
+    y: Values
+
+    def path(self, x: Axis, y: Axis) -> str:
+        return "M" + "L".join(
+            f"{x.right(a)} {y.down(b)}" for a, b in zip(self.x, self.y, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar from `low` to `high`, with what a reader sees who points at it."""
+
+    low: float
+    high: float
+    height: float
+    words: str
+    count: int = 0
+    style: str = "bar"
+
+    @property
+    def is_rest(self) -> bool:
+        """Whether the bar counts what is beyond the axis."""
+        return self.style == "bar rest"
+
+    def width(self, x: Axis) -> str:
+        return f"{max(WIDE * (x.share(self.high) - x.share(self.low)) - 2, 1):.2f}"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Bars and curves between two axes; `label` says what they show to those who cannot see."""
+
+    x: Axis
+    y: Axis
+    label: str
+    curves: Sequence[Curve] = ()
+    bars: Sequence[Bar] = ()
 
 
 def steps(low: float, high: float, count: int = 5) -> list[float]:
-    """About so many round values from low to high: multiples of 1, 2 or 5 times a power of ten."""
+    """About `count` round values from low to high: multiples of 1, 2 or 5 times a power of ten."""
     if not high - low > 1e-100:
         return [low]
     rough = (high - low) / count
@@ -59,10 +119,15 @@ def steps(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """As short as it can be told apart: 12,000, 3.5, 0.0012."""
+    """The shortest text that tells a value apart: 12,000, 3.5, 0.0012."""
     if value == 0 or abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.3g}"
     return f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    """A share with two digits: 31 %, 0.42 %."""
+    return f"{100 * share:.0f} %" if share >= 0.0995 or not share else f"{100 * share:.2g} %"
 
 
 def plain_axis(low: float, high: float, title: str) -> Axis:
@@ -71,7 +136,7 @@ def plain_axis(low: float, high: float, title: str) -> Axis:
 
 
 def time_axis(seconds: float, since: str) -> Axis:
-    """From 0 to so many seconds, in the unit that suits them."""
+    """From 0 to a number of seconds, in the unit that suits it."""
     units = (("seconds", 1, 120), ("minutes", 60, 7200), ("hours", 3600, 72 * 3600))
     name, unit, _ = next((u for u in units if seconds < u[2]), ("days", 86400, 0))
     high = max(seconds, 1e-3)
@@ -79,138 +144,99 @@ def time_axis(seconds: float, since: str) -> Axis:
     return Axis(0.0, high, ticks, f"{name} since {since}")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}%"
-
-
-def plot(drawing: Markup, x: Axis, y: Axis, label: str, height: int = 200) -> Markup:
-    """A drawing between its axes.
-
-    Args:
-        label: what it shows, for those who do not see it.
-        height: in CSS pixels.
-    """
-    grid = "".join(f"M0 {_high(y, v)}H{WIDE:.0f}" for v, _ in y.ticks)
-    svg = canvas(join([element("path", d=grid, class_="grid"), drawing]), label)
-    sides = [_label(t, "y", bottom=_percent(y.share(v))) for v, t in y.ticks]
-    below = [_label(t, "x", left=_percent(x.share(v))) for v, t in x.ticks]
-    return element(
-        "div",
-        element("div", y.title, class_="y-title"),
-        element("div", svg, *sides, class_="plot", style=f"height:{height}px"),
-        element("div", *below, class_="x-axis"),
-        element("div", x.title, class_="x-title"),
-        class_="chart",
-    )
-
-
-def canvas(drawing: Markup, label: str, high: float = HIGH) -> Markup:
-    box = f"0 0 {WIDE:.0f} {high:.0f}"
-    return element(
-        "svg", drawing, viewBox=box, preserveAspectRatio="none", role="img", aria_label=label
-    )
-
-
-def _label(words: str, class_: str, **at: str) -> Markup:
-    style = ";".join(f"{key}:{value}" for key, value in at.items())
-    return element("span", words, class_=class_, style=style)
-
-
-def _high(axis: Axis, value: float) -> str:
-    return f"{HIGH * (1 - axis.share(value)):.2f}"
-
-
-def lines(curves: Sequence[Line], x: Axis, y_title: str, label: str) -> Markup:
-    """Curves over one x axis, the y axis from 0."""
+def lines(curves: Sequence[Curve], x: Axis, y_title: str, label: str) -> Chart:
+    """Curves over one x axis, with the y axis from 0."""
     most = max((float(c.y.max()) for c in curves if len(c.y)), default=0.0)
-    y = plain_axis(0.0, max(most, 1e-9) * 1.05, y_title)
-    drawn = join(_curve(c, x, y) for c in curves)
-    names = legend({c.colour: c.name for c in curves}) if len(curves) > 1 else ""
-    return join([names, plot(drawn, x, y, label)])
+    return Chart(x, plain_axis(0.0, max(most, 1e-9) * 1.05, y_title), label, curves)
 
 
-def _curve(line: Line, x: Axis, y: Axis) -> Markup:
-    points = (f"{WIDE * x.share(a):.1f} {_high(y, b)}" for a, b in zip(line.x, line.y, strict=True))
-    return element("path", d="M" + "L".join(points), class_=f"line {line.colour}")
+def are_alike(values: Values) -> bool:
+    return bool(np.ptp(values) <= ALIKE * np.abs(values).max())
 
 
-def legend(names: Mapping[str, str]) -> Markup:
-    """Colours and what they stand for."""
-    keys = (
-        element("li", element("i", class_=f"swatch {colour}"), name)
-        for colour, name in names.items()
-    )
-    return element("ul", *keys, class_="legend")
+def histogram(values: Values, unit: str, label: str, bins: int = 40) -> Chart:
+    """Count the values in each of equal parts of their range; few whole numbers have a bar each.
 
-
-def histogram(values: NDArray[np.float64], unit: str, label: str, bins: int = 40) -> Markup:
-    """How many of the values are in each of equal parts of their range; whole numbers, if few, have
-    a bar each.
+    The axis runs between two percentiles. What is below and above is counted in a bar at each end.
 
     Args:
         values: finite, at least one.
-        unit: what they are.
+        unit: their name on the axis.
     """
-    counts, edges = np.histogram(values, _edges(values, bins))
-    filled = counts[counts > 0]
-    skewed = bool(filled.max() > SKEWED * np.median(filled))
-    height: Callable[[float], float] = (lambda n: math.log10(1 + n)) if skewed else float
-    x = plain_axis(float(edges[0]), float(edges[-1]), unit)
-    y = _count_axis(int(filled.max()), height, skewed)
-    bars = (
-        _bar(x, y, float(a), float(b), int(n), height(n))
-        for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)
+    inner = _clipped(values)
+    counts, edges = np.histogram(inner, _edges(inner, bins))
+    below, above = int((values < inner.min()).sum()), int((values > inner.max()).sum())
+    skewed = bool(max(counts) > SKEWED * np.median([n for n in (*counts, below, above) if n]))
+    first, last, step = float(edges[0]), float(edges[-1]), float(edges[1] - edges[0])
+    found = [(first - step, first, below, f"below {number(inner.min())}")]
+    inside = zip(pairwise(edges), counts, strict=True)
+    found += [(a, b, int(n), _span(a, b)) for (a, b), n in inside]
+    found += [(last, last + step, above, f"above {number(inner.max())}")]
+    bars = [
+        Bar(
+            *(float(low), float(high), math.log10(1 + n) if skewed else float(n)),
+            *(f"{words}: {n:,}", n, "bar" if first <= low < last else "bar rest"),
+        )
+        for low, high, n, words in found
         if n
-    )
-    return plot(join(bars), x, y, label, height=130)
+    ]
+    plain = plain_axis(first, last, unit)
+    x = Axis(min(plain.low, bars[0].low), max(plain.high, bars[-1].high), plain.ticks, unit)
+    return Chart(x, _count_axis(max(b.count for b in bars), skewed), label, bars=bars)
 
 
-def _edges(values: NDArray[np.float64], bins: int) -> NDArray[np.float64]:
+def _clipped(values: Values) -> Values:
+    """The values between the percentiles, or all where these are alike."""
+    low = np.percentile(values, CLIPPED[0], method="lower")
+    high = np.percentile(values, CLIPPED[1], method="higher")
+    inner: Values = values[(values >= low) & (values <= high)]
+    return values if are_alike(inner) else inner
+
+
+def _edges(values: Values, bins: int) -> Values:
     low, high = float(values.min()), float(values.max())
     if high - low < bins and bool((values == np.round(values)).all()):
         return np.arange(low, high + 2) - 0.5
     return np.linspace(low, high, bins + 1)
 
 
-def _count_axis(most: int, height: Callable[[float], float], skewed: bool) -> Axis:
-    if skewed:
-        marks = [10.0**i for i in range(int(math.log10(most)) + 1)]
-    else:
-        marks = [v for v in steps(0, most, 3) if v == int(v)]
-    title = "rows, each line ten times the one below" if skewed else "rows"
-    return Axis(0.0, height(most) * 1.05, [(height(v), number(v)) for v in marks], title)
-
-
-def _bar(x: Axis, y: Axis, low: float, high: float, count: int, height: float) -> Markup:
-    left, right = WIDE * x.share(low), WIDE * x.share(high)
-    top = HIGH * (1 - y.share(height))
+def _span(low: float, high: float) -> str:
     middle = (low + high) / 2
-    words = number(middle) if high - low == 1 else f"{number(low)} to {number(high)}"
-    return element(
-        "rect",
-        element("title", f"{words}: {count:,}"),
-        x=f"{left:.2f}",
-        y=f"{top:.2f}",
-        width=f"{max(right - left - 2, 1):.2f}",
-        height=f"{HIGH - top:.2f}",
-        class_="bar",
-    )
+    return number(middle) if high - low == 1 else f"{number(low)} to {number(high)}"
 
 
-def shares(parts: Mapping[str, float], colours: Mapping[str, str], whole: float) -> Markup:
-    """A bar of parts, one after the other.
+def _count_axis(most: int, skewed: bool) -> Axis:
+    marks = [v for v in steps(0, most, 3) if v == int(v)]
+    if not skewed:
+        return Axis(0.0, most * 1.05, [(v, number(v)) for v in marks], "rows")
+    marks = [10.0**i for i in range(int(math.log10(most)) + 1)]
+    ticks = [(math.log10(1 + v), number(v)) for v in marks]
+    title = "rows, each line ten times the one below"
+    return Axis(0.0, math.log10(1 + most) * 1.05, ticks, title)
+
+
+def survival(values: Values, rows: int, x: Axis, label: str) -> Chart:
+    """The share of rows that a threshold keeps, which are those at or above it.
 
     Args:
-        whole: what the full width stands for.
+        values: of the rows that have one.
+        rows: all of them, for a threshold drops rows without a value.
+        x: the axis of the histogram above, whose ticks are labelled with their shares.
     """
-    made = (
-        element(
-            "span",
-            class_=colours[name],
-            style=f"width:{_percent(value / whole)}",
-            title=f"{name}: {number(value)}, {value / whole:.1%}",
-        )
-        for name, value in parts.items()
-        if value > 0
-    )
-    return element("div", *made, class_="shares")
+    ordered = np.sort(values)
+
+    def kept(at: float) -> float:
+        return float(len(ordered) - np.searchsorted(ordered, at)) / max(rows, 1)
+
+    def words(at: float) -> str:
+        return f"{number(at)} keeps {percent(kept(at))}"
+
+    at = np.linspace(x.low, x.high, 101)
+    curve = Curve("kept", "green", at, np.array([kept(v) for v in at]))
+    spots = np.linspace(x.low, x.high, 51)
+    bars = [Bar(a, b, 1.0, words((a + b) / 2), style="spot") for a, b in pairwise(spots)]
+    example = min((v for v, _ in x.ticks), key=lambda v: abs(kept(v) - 0.3))
+    below = Axis(x.low, x.high, [(v, percent(kept(v))) for v, _ in x.ticks], "")
+    title = f"rows at or above: {words(example)}"
+    shares = Axis(0.0, 1.05, [(0.0, "0 %"), (1.0, "100 %")], title)
+    return Chart(below, shares, label, [curve], bars)

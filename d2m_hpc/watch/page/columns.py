@@ -110,6 +110,10 @@ class Sampled:
     of: int
     unreadable: dict[str, str]
 
+    @property
+    def rows(self) -> int:
+        return max((c.rows + c.missing for c in self.columns), default=0)
+
 
 def sample(output: OutputDir, done: Collection[str], most: int = SHARDS, seed: int = 0) -> Sampled:
     """Read the parquets of some finished shards, drawn at random, one after the other.

@@ -3,88 +3,44 @@
 from __future__ import annotations
 
 import heapq
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from d2m_hpc.gc_paused import uncollected
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Manifest, all_values, gist
-from d2m_hpc.run.tasks import ACTIVE_SECONDS, attempts
+from d2m_hpc.run.manifest import Manifest, Outcome, all_values, gist
+from d2m_hpc.run.tasks import Progress, attempts
 
 EXAMPLES = 3
 """Samples that are named of each reason for a rejection."""
 LANES = 40
 """Tasks that are drawn."""
+SLOWEST = 10
+HOSTS = 20
 TROUBLED = ("failed", "requeued", "stopped", "lost")
 
 
 @dataclass
-class Attempt:
-    """One start of a task; times are in seconds since the epoch.
-
-    Attributes:
-        lane: `submission-index`, the task that its attempts have in common.
-        ending: finished, failed (finished, with failed shards), requeued (out of time), stopped,
-            lost (fell silent: killed, or its node died), or running.
-    """
-
-    lane: str
-    host: str
-    started: float
-    ended: float
-    ending: str
-    done: int
-    failed: int
-    rows: int
-
-    @property
-    def seconds(self) -> float:
-        return max(self.ended - self.started, 1e-9)
-
-    @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Attempt:
-        """By what it last said of itself."""
-        return cls(
-            lane=told["task"].rpartition("-")[0],
-            host=told["host"],
-            started=told["started"],
-            ended=told["updated"],
-            ending=_ending(told),
-            done=told["done"],
-            failed=told["failed"],
-            rows=told["rows"],
-        )
-
-
-def _ending(told: Mapping[str, Any]) -> str:
-    state = told["state"]
-    if state == "running":
-        return "running" if time.time() - told["updated"] < ACTIVE_SECONDS else "lost"
-    if state == "finished":
-        return "failed" if told["failed"] else "finished"
-    return "requeued" if state == "out of time" else "stopped"
-
-
-@dataclass
 class Lane:
-    """A task: its attempts, oldest first, and when it finished or failed a shard."""
+    """A task: its attempts, oldest first, and the times at which shards were done or failed."""
 
     name: str
-    attempts: list[Attempt]
+    attempts: list[Progress]
     done: list[float] = field(default_factory=list)
     failed: list[float] = field(default_factory=list)
 
     @property
     def speed(self) -> float:
         """Samples a second over all attempts."""
-        return sum(a.rows for a in self.attempts) / sum(a.seconds for a in self.attempts)
+        return self.rows / sum(a.seconds for a in self.attempts)
+
+    @property
+    def rows(self) -> int:
+        return sum(a.rows for a in self.attempts)
 
     @property
     def trouble(self) -> int:
@@ -97,13 +53,13 @@ class Lane:
         return int(submission), int(index)
 
 
-def lanes(told: Iterable[Attempt]) -> list[Lane]:
+def lanes(told: Iterable[Progress]) -> list[Lane]:
     """The tasks, in their order; an attempt is over once the next one begins."""
-    grouped: dict[str, list[Attempt]] = defaultdict(list)
+    grouped: dict[str, list[Progress]] = defaultdict(list)
     for attempt in sorted(told, key=lambda a: a.started):
         grouped[attempt.lane].append(attempt)
     for before in (a for group in grouped.values() for a in group[:-1] if a.ending == "running"):
-        before.ending = "lost"
+        before.state = "lost"
     return sorted((Lane(n, a) for n, a in grouped.items()), key=lambda lane: lane.order)
 
 
@@ -149,7 +105,7 @@ class History:
     @classmethod
     @uncollected()
     def read(cls, run: RunDir) -> History:
-        tasks = lanes(map(Attempt.of, attempts(run)))
+        tasks = lanes(attempts(run))
         history = cls(lanes=tasks, shown=notable(tasks))
         drawn = {lane.name: lane for lane in history.shown}
         for values in all_values(run):
@@ -188,43 +144,50 @@ class History:
                 known.append((key, stem))
 
     @property
+    def endings(self) -> Counter[str]:
+        """Attempts by how they ended."""
+        return Counter(a.ending for lane in self.lanes for a in lane.attempts)
+
+    @property
+    def slow(self) -> float:
+        """Half of the tasks' median speed, where there are enough to compare."""
+        speeds = [lane.speed for lane in self.lanes]
+        return median(speeds) / 2 if len(speeds) > 2 else 0.0
+
+    @property
+    def hardware(self) -> dict[str, str]:
+        """By host, what its newest attempt ran on."""
+        return {a.host: a.hardware for lane in self.lanes for a in lane.attempts}
+
+    @property
+    def total(self) -> Work:
+        whole = Work()
+        for work in self.hosts.values():
+            whole.seconds.update(work.seconds)
+            whole.rows += work.rows
+        return whole
+
+    @property
+    def busiest(self) -> list[tuple[str, Work]]:
+        """The hosts that did most shards."""
+        return heapq.nlargest(HOSTS, self.hosts.items(), key=lambda pair: pair[1].shards)
+
+    @property
+    def waiting(self) -> list[tuple[str, Work]]:
+        """The tasks that waited most for samples."""
+        return heapq.nlargest(SLOWEST, self.tasks.items(), key=lambda p: p[1].seconds["wait"])
+
+    @property
+    def slowest(self) -> list[tuple[str, Outcome]]:
+        return heapq.nlargest(SLOWEST, self.manifest.done.items(), key=lambda p: p[1].seconds)
+
+    @property
     def span(self) -> tuple[float, float]:
         """From the first start of anything to its last sign of life, in seconds since the epoch."""
-        pairs = [(a.started, a.ended) for lane in self.lanes for a in lane.attempts]
+        pairs = [(a.started, a.updated) for lane in self.lanes for a in lane.attempts]
         every = [
             *self.manifest.done.values(),
             *(f for g in self.manifest.failures.values() for f in g),
         ]
         pairs += [(o.started, o.finished) for o in every if o.started]
         return (min(s for s, _ in pairs), max(e for _, e in pairs)) if pairs else (0.0, 0.0)
-
-
-def cumulative(times: Iterable[float], at: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How many of the times are not after each moment."""
-    ordered = np.sort(np.fromiter(times, np.float64))
-    return np.searchsorted(ordered, at, side="right").astype(np.float64)
-
-
-def rate(
-    started: NDArray[np.float64],
-    finished: NDArray[np.float64],
-    rows: NDArray[np.float64],
-    edges: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Rows a second between each two edges, where each shard's are spread over its time."""
-    pace = rows / np.maximum(finished - started, 1e-3)
-    until = _ramps(started, pace, edges) - _ramps(np.maximum(finished, started + 1e-3), pace, edges)
-    return np.diff(until) / np.diff(edges)
-
-
-def _ramps(
-    begin: NDArray[np.float64], slope: NDArray[np.float64], at: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """The sum of slope * max(0, at - begin)."""
-    order = np.argsort(begin)
-    begin, slope = begin[order], slope[order]
-    slopes = np.concatenate([[0.0], np.cumsum(slope)])
-    moments = np.concatenate([[0.0], np.cumsum(slope * begin)])
-    known = np.searchsorted(begin, at)
-    result: NDArray[np.float64] = at * slopes[known] - moments[known]
-    return result

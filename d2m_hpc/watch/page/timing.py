@@ -1,25 +1,24 @@
-"""The sections that tell where the time went: progress, stages, shards and hosts."""
+"""Where the time of a run went: progress against time, stages, and hosts compared."""
 
 from __future__ import annotations
 
-import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
 from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.watch.page import charts
-from d2m_hpc.watch.page.charts import Axis, Line
-from d2m_hpc.watch.page.frame import Found, moment, note, section
-from d2m_hpc.watch.page.history import Work, cumulative, rate
-from d2m_hpc.watch.page.markup import Markup, element, join, table
+from d2m_hpc.watch.page.charts import Axis, Chart, Curve, Values
+from d2m_hpc.watch.page.history import History
 
 POINTS = 200
-"""Of a curve."""
+"""Points of a curve."""
 INTERVALS = 60
-SLOWEST = 10
-HOSTS = 20
+SLOW = 1.5
+"""A host is slow that takes this many times the median host's seconds for a shard."""
 STAGES = {
     "stage": ("violet", "bringing the tar to the node"),
     "decode": ("amber", "reading, decoding and resizing, all threads together"),
@@ -27,167 +26,93 @@ STAGES = {
     "compute": ("blue", "running the models"),
     "write": ("green", "writing and committing the outputs"),
 }
-"""What a record's `seconds` are of."""
+"""The stages of a record's `seconds`: a colour and an explanation."""
 
 
-def progress(found: Found) -> Markup:
-    """Shards and samples against time."""
-    begin, end = found.history.span
-    if not end:
-        return section("Progress", note("No task has begun."))
-    manifest = found.history.manifest
-    axis = charts.time_axis(end - begin, moment(begin))
+def progress(history: History, done: Mapping[str, Outcome], shards: int, axis: Axis) -> list[Chart]:
+    """Shards done and failed, and samples a second of all tasks together, against time."""
+    begin, end = history.span
     whole = np.array([0.0, end - begin])
     curves = [
-        Line("planned", "grey", whole, np.full(2, float(found.summary.shards))),
-        _count("done", "green", [o.finished for o in found.done.values()], begin, end),
+        Curve("planned", "grey", whole, np.full(2, float(shards))),
+        _stairs("done", "green", [o.finished for o in done.values()], begin, end),
     ]
-    if manifest.failures:
-        last = [r[-1].finished for r in manifest.failures.values()]
-        curves.append(_count("failed, and not done since", "red", last, begin, end))
-    told = charts.lines(curves, axis, "shards", "Shards done and failed against time")
-    return section("Progress", told, _pace(list(found.done.values()), begin, end, axis))
+    if failures := history.manifest.failures.values():
+        last = [failed[-1].finished for failed in failures]
+        curves.append(_stairs("failed, and not done since", "red", last, begin, end))
+    drawn = [charts.lines(curves, axis, "shards", "Shards done and failed against time")]
+    if not done:
+        return drawn
+    known = np.array(
+        [(o.started - begin, o.finished - begin, o.rows) for o in done.values()], np.float64
+    )
+    edges = np.linspace(0.0, max(end - begin, 1e-3), INTERVALS + 1)
+    pace = np.maximum(rate(known[:, 0], known[:, 1], known[:, 2], edges), 0)
+    line = Curve("samples a second", "blue", np.repeat(edges, 2)[1:-1], np.repeat(pace, 2))
+    title = "samples a second, all tasks together"
+    return [*drawn, charts.lines([line], axis, title, "Samples a second against time")]
 
 
-def _count(name: str, colour: str, times: list[float], begin: float, end: float) -> Line:
-    """How many of the times have come, from begin to end, as stairs."""
+def _stairs(name: str, colour: str, times: list[float], begin: float, end: float) -> Curve:
+    """Count the times that have come, from begin to end."""
     inner = sorted(times) if len(times) < POINTS else np.linspace(begin, end, POINTS)
     at = np.array([begin, *inner, end])
-    return Line(
-        name, colour, np.repeat(at - begin, 2)[1:], np.repeat(cumulative(times, at), 2)[:-1]
-    )
+    x, y = np.repeat(at - begin, 2), np.repeat(cumulative(times, at), 2)
+    return Curve(name, colour, x[1:], y[:-1])
 
 
-def _pace(done: list[Outcome], begin: float, end: float, axis: Axis) -> Markup | None:
-    """Samples a second of all tasks together; each shard's are spread over its time."""
-    if not done:
-        return None
-    known = np.array([(o.started - begin, o.finished - begin, o.rows) for o in done], np.float64)
-    edges = np.linspace(0.0, max(end - begin, 1e-3), INTERVALS + 1)
-    pace = rate(known[:, 0], known[:, 1], known[:, 2], edges)
-    line = Line(
-        "samples a second, all tasks together",
-        "blue",
-        np.repeat(edges, 2)[1:-1],
-        np.repeat(np.maximum(pace, 0), 2),
-    )
-    return charts.lines([line], axis, "samples a second", "Samples a second against time")
+def cumulative(times: Iterable[float], at: Values) -> Values:
+    """Count the times that are not after each moment."""
+    ordered = np.sort(np.fromiter(times, np.float64))
+    return np.searchsorted(ordered, at, side="right").astype(np.float64)
 
 
-def stages(found: Found) -> Markup:
-    """Where the time went, overall, by host and by task."""
-    history = found.history
-    whole = _total(history.hosts.values())
-    if not whole.seconds:
-        told = note("No record tells of the stages' times; runs of older versions have none.")
-        return section("Where the time went", told)
-    by_task = heapq.nlargest(SLOWEST, history.tasks.items(), key=lambda p: _waiting(p[1]))
-    rows = [("all", whole), *_busiest(history.hosts)]
-    legend = charts.legend({colour: f"{s}: {words}" for s, (colour, words) in STAGES.items()})
-    parts = [note(_verdict(whole)), legend, element("h3", "By host"), _stage_table("host", rows)]
-    if len(history.tasks) > 1:
-        shown = f"The {len(by_task)} tasks that waited most"
-        parts += [element("h3", shown), _stage_table("task", by_task)]
-    return section("Where the time went", *parts)
+def rate(started: Values, finished: Values, rows: Values, edges: Values) -> Values:
+    """Rows a second between each two edges; each shard's rows are spread over its time."""
+    pace = rows / np.maximum(finished - started, 1e-3)
+    until = _ramps(started, pace, edges) - _ramps(np.maximum(finished, started + 1e-3), pace, edges)
+    return np.diff(until) / np.diff(edges)
 
 
-def _total(works: Iterable[Work]) -> Work:
-    total = Work()
-    for work in works:
-        total.seconds.update(work.seconds)
-        total.rows += work.rows
-        total.shards += work.shards
-    return total
+def _ramps(begin: Values, slope: Values, at: Values) -> Values:
+    """The sum of slope * max(0, at - begin)."""
+    order = np.argsort(begin)
+    begin, slope = begin[order], slope[order]
+    slopes = np.concatenate([[0.0], np.cumsum(slope)])
+    moments = np.concatenate([[0.0], np.cumsum(slope * begin)])
+    known = np.searchsorted(begin, at)
+    result: Values = at * slopes[known] - moments[known]
+    return result
 
 
-def _busiest(hosts: Mapping[str, Work]) -> list[tuple[str, Work]]:
-    return heapq.nlargest(HOSTS, hosts.items(), key=lambda pair: pair[1].shards)
+@dataclass
+class Host:
+    """What one host did; `seconds` are a shard's, on average."""
+
+    name: str
+    shards: int
+    rows: int
+    seconds: float
+    is_slow: bool = False
+
+    @property
+    def speed(self) -> float:
+        """Rows a second of one task."""
+        return self.rows / (self.seconds * self.shards)
 
 
-def _waiting(work: Work) -> float:
-    return work.seconds["wait"]
-
-
-def _verdict(work: Work) -> str:
-    """What the device did, in words."""
-    wait, compute = work.seconds["wait"], work.seconds["compute"]
-    share = wait / max(wait + compute, 1e-9)
-    why = "more decode threads would help" if share > 0.3 else "decoding keeps up"
-    return (
-        f"The models waited for samples {share:.0%} of the time: {why}. Stages overlap: these are "
-        "seconds of work, that of all decode threads together, and not parts of the clock's time."
-    )
-
-
-def _stage_table(head: str, works: Iterable[tuple[str, Work]]) -> Markup:
-    rows = [
-        (_name(name), _bar(work), f"{work.rows:,}", *(f"{work.seconds[s]:,.1f}" for s in STAGES))
-        for name, work in works
-    ]
-    names = [f"{s}, s" for s in STAGES]
-    return table((head, "", "rows", *names), rows, figures=1 + len(STAGES))
-
-
-def _name(words: str) -> Markup:
-    return element("span", words or "(not recorded)", class_="name")
-
-
-def _bar(work: Work) -> Markup:
-    parts = {s: work.seconds[s] for s in STAGES}
-    colours = {s: colour for s, (colour, _) in STAGES.items()}
-    return charts.shares(parts, colours, max(sum(parts.values()), 1e-9))
-
-
-def slowest(found: Found) -> Markup:
-    """The slowest shards, and hosts compared."""
-    done = found.history.manifest.done
-    if not done:
-        return section("Shards and hosts", note("No shard is done yet."))
-    longest = heapq.nlargest(SLOWEST, done.items(), key=lambda pair: _seconds(pair[1]))
-    rows = (
-        (
-            element("code", stem),
-            _name(o.host),
-            _name(o.task),
-            f"{_seconds(o):,.1f}",
-            f"{o.rows:,}",
-            f"{o.rows / _seconds(o):,.1f}",
-        )
-        for stem, o in longest
-    )
-    head = ("shard", "host", "task", "seconds", "rows", "rows/s")
-    return section(
-        "Shards and hosts",
-        element("h3", f"The {len(longest)} slowest shards"),
-        table(head, rows, figures=3),
-        element("h3", "Hosts"),
-        _hosts(done.values()),
-    )
-
-
-def _seconds(outcome: Outcome) -> float:
-    return max(outcome.finished - outcome.started, 1e-3)
-
-
-def _hosts(done: Iterable[Outcome]) -> Markup:
+def hosts(done: Iterable[Outcome]) -> list[Host]:
+    """All hosts, the slowest first."""
     grouped: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in done:
         grouped[outcome.host].append(outcome)
-    shown = heapq.nlargest(HOSTS, grouped.items(), key=lambda pair: _mean(pair[1]))
-    rows = (
-        (
-            _name(host),
-            f"{len(group):,}",
-            f"{sum(o.rows for o in group):,}",
-            f"{_mean(group):,.1f}",
-            f"{sum(o.rows for o in group) / sum(map(_seconds, group)):,.1f}",
+    found = [
+        Host(
+            name, len(group), sum(o.rows for o in group), sum(o.seconds for o in group) / len(group)
         )
-        for host, group in shown
-    )
-    told = table(("host", "shards done", "rows", "seconds a shard", "rows/s"), rows, figures=4)
-    more = len(grouped) - len(shown)
-    return join([told, note(f"And {more:,} faster hosts.") if more else ""])
-
-
-def _mean(group: list[Outcome]) -> float:
-    return sum(map(_seconds, group)) / len(group)
+        for name, group in grouped.items()
+    ]
+    middle = median(h.seconds for h in found) if found else 0.0
+    for host in found:
+        host.is_slow = len(found) > 2 and host.seconds > SLOW * middle
+    return sorted(found, key=lambda h: -h.seconds)

@@ -1,136 +1,69 @@
-"""The sections that tell of the output: a histogram of every column, and the contact sheet."""
+"""What the page shows of one column: a histogram and the rows that a threshold keeps, or counts."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from d2m_hpc.watch.page import charts
-from d2m_hpc.watch.page.columns import LARGEST, Column, Sampled
-from d2m_hpc.watch.page.frame import Found, note, section
-from d2m_hpc.watch.page.markup import Markup, element, table
-from d2m_hpc.watch.page.sheet import Sample
+from d2m_hpc.watch.page.charts import Chart, Values, number
+from d2m_hpc.watch.page.columns import LARGEST, Column
 
-ALIKE = 1e-9
-"""Values of which no two differ by more than this share of the largest are not drawn."""
+UNITS = {"number": "value", "list": "items in the list", "text": "characters"}
 
 
-def values(found: Found) -> Markup:
-    """A histogram of every column."""
-    sampled = found.sampled
-    read, of = len(sampled.shards), sampled.of
-    if not read:
-        return section("Values", note("No shard is done yet."), _unreadable(sampled))
-    rows = max((c.rows + c.missing for c in sampled.columns), default=0)
-    which = (
-        f"From all {of:,} finished shards"
-        if read == of
-        else f"From {read:,} of {of:,} finished shards, drawn at random"
-    )
-    cards = (_card(column) for column in sampled.columns)
-    return section(
-        "Values",
-        note(f"{which}: {rows:,} rows."),
-        _unreadable(sampled),
-        element("div", *cards, class_="cards"),
-    )
+@dataclass
+class Card:
+    """A column as the page shows it.
+
+    Attributes:
+        told: a sentence about the values.
+        charts: a histogram and, for numbers, the share of rows above each value.
+        counts: rows of each text or truth value, the most frequent first.
+    """
+
+    name: str
+    told: str = ""
+    charts: list[Chart] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
-def _unreadable(sampled: Sampled) -> Markup | None:
-    if not sampled.unreadable:
-        return None
-    stem, why = next(iter(sampled.unreadable.items()))
-    return element(
-        "p",
-        f"{len(sampled.unreadable)} shards could not be read; the first, ",
-        element("code", stem),
-        f": {why}",
-    )
-
-
-def _card(column: Column) -> Markup:
-    missing = f", {column.missing:,} without a value" if column.missing else ""
-    head = element("h3", column.name)
-    if column.is_category:
-        return element("div", head, _categories(column), class_="card")
+def card(column: Column) -> Card:
+    """Choose what to show of a column."""
+    if column.is_category and column.categories:
+        missing = {"(no value)": column.missing} if column.missing else {}
+        counts = Counter({**column.categories, **missing})
+        return Card(column.name, counts=dict(counts.most_common()))
     values = column.values
+    without = f"{column.missing:,} without a value" if column.missing else ""
     if not len(values):
-        told = note(f"{column.rows:,} values of type {column.type}, not drawn{missing}.")
-        return element("div", head, told, class_="card")
-    unit = {"number": "value", "list": "items in the list", "text": "characters"}[column.kind]
-    told = note(_quartiles(values, unit), missing, _odd(column, len(values)))
-    if np.ptp(values) <= ALIKE * np.abs(values).max():
-        return element("div", head, told, class_="card")
-    drawn = charts.histogram(values, unit, f"Histogram of {column.name}")
-    return element("div", head, drawn, told, class_="card")
+        told = f"{column.rows:,} values of type {column.type}, not drawn"
+        return Card(column.name, _listed([told, without]))
+    unit = UNITS[column.kind]
+    odd = column.rows - len(values)
+    rest = [without, f"{odd:,} not finite or over {LARGEST:g}" if odd else ""]
+    if charts.are_alike(values):
+        return Card(column.name, _listed([_quartiles(values, unit), *rest]))
+    histogram = charts.histogram(values, unit, f"Histogram of {column.name}")
+    ends = ", ".join(b.words for b in histogram.bars if b.is_rest)
+    drawn = [histogram]
+    if column.kind == "number":
+        rows = column.rows + column.missing
+        label = f"Share of rows at or above each value of {column.name}"
+        drawn.append(charts.survival(values, rows, histogram.x, label))
+    told = _listed([_quartiles(values, unit), *rest, f"beyond the axis {ends}" if ends else ""])
+    return Card(column.name, told, drawn)
 
 
-def _quartiles(values: NDArray[np.float64], unit: str) -> str:
+def _listed(parts: Iterable[str]) -> str:
+    return ", ".join(filter(None, parts)) + "."
+
+
+def _quartiles(values: Values, unit: str) -> str:
     if values.min() == values.max():
-        return f"{unit}: {charts.number(values[0])} in all {len(values):,} rows"
-    marks = np.percentile(values, [0, 25, 50, 75, 100])
-    low, first, middle, third, high = (charts.number(float(m)) for m in marks)
+        return f"{unit}: {number(values[0])} in all {len(values):,} rows"
+    low, first, middle, third, high = map(number, np.percentile(values, [0, 25, 50, 75, 100]))
     return f"{low} to {high}, median {middle}, middle half {first} to {third}"
-
-
-def _odd(column: Column, finite: int) -> str:
-    odd = column.rows - finite
-    return f", {odd:,} not finite or over {LARGEST:g}" if odd else ""
-
-
-def _categories(column: Column) -> Markup:
-    """How often each comes, the most frequent first."""
-    assert column.categories is not None
-    counts = dict(column.categories)
-    if column.missing:
-        counts["(no value)"] = column.missing
-    most = max(counts.values())
-    rows = (
-        (name, charts.shares({name: n}, {name: "blue"}, most), f"{n:,}")
-        for name, n in sorted(counts.items(), key=lambda pair: -pair[1])
-    )
-    return table(("value", "", "rows"), rows, figures=1)
-
-
-def contact_sheet(found: Found) -> Markup:
-    sheet = found.sheet
-    notes = [note(words) for words in sheet.notes]
-    if not sheet.score:
-        return section("Samples", note("There is no score yet to choose samples by."), *notes)
-    if not sheet.shards:
-        return section("Samples", *notes)
-    if not any(sheet.ends.values()):
-        return section("Samples", note("Fewer than three rows have ", element("code", sheet.score)))
-    intro = note(
-        "By ",
-        element("code", sheet.score),
-        f", from {sheet.shards:,} of "
-        f"{found.sampled.of:,} finished shards. Pictures stand as they are stored; "
-        "their EXIF orientation is ignored, as the models do.",
-    )
-    ends = (part for end, samples in sheet.ends.items() for part in _end(end, samples))
-    return section("Samples", intro, *notes, *ends)
-
-
-def _end(end: str, samples: list[Sample]) -> Iterable[Markup]:
-    if samples:
-        yield element("h3", f"The {end}")
-        yield element("div", *map(_figure, samples), class_="sheet")
-
-
-def _figure(sample: Sample) -> Markup:
-    caption = sample.caption or "(no caption)"
-    if sample.picture:
-        shown = element("img", src=sample.picture, alt=caption)
-    else:
-        shown = element("div", f"No picture: {sample.fault}", class_="no-picture")
-    told = element(
-        "figcaption",
-        element("b", charts.number(sample.value)),
-        element("p", caption, dir="auto", title=caption),
-        element("code", f"{sample.key}"),
-        f" in {sample.stem}",
-    )
-    return element("figure", shown, told)
