@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cache, partial
 from typing import Any
 
 from d2m_hpc.config import Config
@@ -53,19 +53,6 @@ class Report:
         return asdict(self)
 
 
-class Owners:
-    """The names of files by their hashes; made only once a file is not as its record says."""
-
-    def __init__(self, done: Mapping[str, Outcome]) -> None:
-        self._done = done
-
-    @cached_property
-    def of_hash(self) -> dict[str, str]:
-        """All files on record, by sha256."""
-        names = {str(o.npz_sha256): f"{stem}.npz" for stem, o in self._done.items()}
-        return names | {str(o.parquet_sha256): f"{stem}.parquet" for stem, o in self._done.items()}
-
-
 def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0) -> Report:
     """Check every finished shard's files, and that the folder holds no others.
 
@@ -81,7 +68,14 @@ def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0
     stems = sorted(done)
     if sample is not None and sample < len(stems):
         stems = sorted(random.Random(seed).sample(stems, sample))
-    check = partial(check_shard, output, carried=config.carried, owners=Owners(done))
+
+    @cache
+    def names() -> dict[str, str]:
+        """All files on record, by sha256; needed only once a file is not as its record says."""
+        of_npz = {o.npz_sha256: f"{stem}.npz" for stem, o in done.items()}
+        return {**of_npz, **{o.parquet_sha256: f"{stem}.parquet" for stem, o in done.items()}}
+
+    check = partial(check_shard, output, carried=config.carried, owner=lambda sha: names().get(sha))
     faults = [f for stem in stems for f in check(stem, done[stem])]
     for suffix, present in there.items():
         strays = sorted(present - done.keys())
@@ -95,16 +89,16 @@ def check_shard(
     stem: str,
     record: Outcome,
     carried: Collection[str] = (),
-    owners: Owners | None = None,
+    owner: Callable[[str], str | None] = lambda sha256: None,
 ) -> list[Fault]:
     """Find all faults of one shard's pair.
 
     Args:
         record: the newest record.
         carried: columns with the samples' own values, which may be anything.
-        owners: tells the right name of a file that lies under a wrong one.
+        owner: the name under which a file of some sha256 is on record, if there is one.
     """
-    pair, owner = Pair(output, stem), owners.of_hash.get if owners else lambda sha256: None
+    pair = Pair(output, stem)
     faults = [
         Fault(pair.name(suffix), problem)
         for suffix in SUFFIXES

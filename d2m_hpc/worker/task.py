@@ -224,7 +224,11 @@ class Task:
             record.notices += found.seen.missed(self.part, self.schema)
             record.rejections = [*found.rejections, *record.rejections, *table.settle()]
             record.rows = table.rows
-            _require_all(work, found, record)
+            if record.rows + len(record.rejections) != found.total:
+                told = f"{record.rows} rows and {len(record.rejections)} rejections"
+                raise ShardError(
+                    f"{work.shard.url}: {told} of {found.total} samples; please report this"
+                )
             if finished:
                 self._extend(result, finished, table)
             self._judge(work, found, record)
@@ -272,20 +276,6 @@ class Task:
         record.notices += found.notices + found.causes.texts()
         for notice in record.notices:
             log.info("%s: %s", record.shard, notice)
-
-
-def _require_all(work: Work, found: Findings, record: Record) -> None:
-    """Check that every sample is a row or a rejection.
-
-    Raises:
-        ShardError: the numbers differ.
-    """
-    rejected = len(record.rejections)
-    if record.rows + rejected != found.total:
-        raise ShardError(
-            f"{work.shard.url}: {record.rows} rows and {rejected} rejections of {found.total} "
-            "samples; please report this"
-        )
 
 
 def _size_and_time(shard: Shard) -> tuple[int, int]:

@@ -77,3 +77,39 @@ def test_a_strangers_file_in_the_folder_is_not_imported(
     ended = subprocess.run(python, cwd=here, env=environment, capture_output=True, text=True)
     assert (ended.returncode, (here / "RAN").exists()) == (0, False), ended.stderr
     assert (tmp_path / "out" / "00000.parquet").exists()
+
+
+def test_a_rank_of_an_element_finds_its_chunk_and_its_name(tmp_path: Path) -> None:
+    """By Slurm's variables alone, whatever a parent has left of submitit's."""
+    write_shards(tmp_path / "tars", 4, 2)
+    tars, out = str(tmp_path / "tars" / "*.tar"), str(tmp_path / "out")
+    config = write_config(
+        tmp_path / "c.yml",
+        STATS,
+        input_tars=tars,
+        output_metadata_dir=out,
+        shards_per_task=1,
+        steal=False,
+        slurm={"tasks_per_node": 2},
+    )
+    assert d2m("submit", config, "--no-sbatch", "--no-preflight").returncode == 0
+    told = tmp_path / "told"
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(told))}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    run = RunDir(tmp_path / "out" / ".d2m")
+    array = Array("a", 0, 2, tasks_per_node=2)
+    words = shlex.split(sbatch.command(run, run.submission("000"), array, {}))
+    slurm = {
+        "SLURM_JOB_ID": "19",
+        "SLURM_ARRAY_JOB_ID": "17",
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_LOCALID": "1",
+        "SUBMITIT_EXECUTOR": "local",
+    }
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = subprocess.run(
+        words[words.index("-m") - 3 :], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert [p.name for p in (tmp_path / "out").glob("*.parquet")] == ["00003.parquet"]
+    assert told.read_text() == "show job --oneliner 17_1\n"

@@ -202,8 +202,10 @@ class Loader:
                 archive = stack.enter_context(closing(Archive(staged.path)))
                 if not staged.damage and (what := archive.nature()):
                     raise refusal.no_tar(url, what)
-                if staged.damage or not archive.ends_in_zeros():
-                    self._refuse_cut(url, archive, staged.damage)
+                if staged.damage or not archive.ends_in_zeros():  # it is cut off somewhere
+                    whole = archive.index()
+                    deque(whole, maxlen=0)
+                    self._require_whole(url, whole, staged.damage or whole.cut)
                 index = archive.index(self._recipe.raw_inputs)
                 self._emit(reading, found, index, archive)
                 self._require_whole(url, index, staged.damage or index.cut)
@@ -226,12 +228,6 @@ class Loader:
                 ready = []
         if ready:
             reading.put(self._pool.submit(self._batch, ready))
-
-    def _refuse_cut(self, url: str, archive: Archive, damage: str) -> None:
-        """Refuse a tar that must be cut off somewhere before its first sample is computed."""
-        index = archive.index()
-        deque(index, maxlen=0)
-        self._require_whole(url, index, damage or index.cut)
 
     def _require_whole(self, url: str, index: Index, cut: str) -> None:
         if cut and not (index.count and self._recipe.allow_truncated):

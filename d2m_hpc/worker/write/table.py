@@ -116,11 +116,10 @@ class Table:
             columns[config.renamed(name)] = self._column(name)[0]
         made = self._fields or {}
         for name in config.carried:
-            columns[name] = made[name] if name in made else self._nulls(name)
+            if name not in made:
+                made[name] = pa.nulls(self.rows, fields.arrow_type(self.schema.settled(name)))
+            columns[name] = made[name]
         return pa.table(columns)
-
-    def _nulls(self, name: str) -> pa.Array:
-        return pa.nulls(self.rows, fields.arrow_type(self.schema.settled(name)))
 
     def _column(self, name: str) -> tuple[pa.Array, bool]:
         """A column, and whether its type is more than a guess.
@@ -208,13 +207,9 @@ def _narrowed(name: str, parts: list[NDArray[Any]], dtype: np.dtype[Any]) -> NDA
 def _require_finite(name: str, numbers: pa.Array) -> None:
     while pa.types.is_list(numbers.type):
         numbers = numbers.flatten()
-    if pa.types.is_floating(numbers.type) and not _all_finite(numbers):
+    is_float = pa.types.is_floating(numbers.type)
+    if is_float and not pc.all(pc.is_finite(numbers), min_count=0).as_py():
         raise ShardError(f"column {name!r} has values that float32 cannot hold, such as NaN")
-
-
-def _all_finite(numbers: pa.Array) -> bool:
-    finite: bool = pc.all(pc.is_finite(numbers), min_count=0).as_py()
-    return finite
 
 
 def _float32(kind: pa.DataType) -> pa.DataType:
