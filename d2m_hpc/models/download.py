@@ -40,7 +40,7 @@ class Broken(DownloadError):
 
 
 @dataclass(frozen=True)
-class Part:
+class PartialFile:
     """The beginning of a file, and which version of it that is; outlives the process."""
 
     path: Path
@@ -72,7 +72,7 @@ class Part:
         self._origin.unlink(missing_ok=True)
 
 
-def download(url: str, part: Part, on_bytes: OnBytes) -> str:
+def download(url: str, part: PartialFile, on_bytes: OnBytes) -> str:
     """Complete a part; it is as durable as the disk when this returns.
 
     Returns:
@@ -94,7 +94,7 @@ def download(url: str, part: Part, on_bytes: OnBytes) -> str:
         time.sleep(PAUSE_SECONDS * 2 ** (tries - 1) * random.uniform(0.5, 1.5))
 
 
-def _attempt(url: str, part: Part, on_bytes: OnBytes) -> str:
+def _attempt(url: str, part: PartialFile, on_bytes: OnBytes) -> str:
     version = part.version(url)
     wish = {"Range": f"bytes={part.size}-", "If-Range": version} if version else {}
     with _open(Request(url, headers=wish), part) as response:
@@ -108,7 +108,7 @@ def _attempt(url: str, part: Part, on_bytes: OnBytes) -> str:
         return _append(part, chain([first], _blocks(response)), _total(response), on_bytes)
 
 
-def _open(request: Request, part: Part) -> HTTPResponse:
+def _open(request: Request, part: PartialFile) -> HTTPResponse:
     try:
         response: HTTPResponse = urlopen(request, timeout=TIMEOUT_SECONDS)
         return response
@@ -129,7 +129,7 @@ def _open(request: Request, part: Part) -> HTTPResponse:
         raise Broken(f"the server gives no proper answer: {error}") from None
 
 
-def _check_continues(response: HTTPResponse, part: Part, version: str) -> None:
+def _check_continues(response: HTTPResponse, part: PartialFile, version: str) -> None:
     """
     Raises:
         Broken: what was sent does not follow the part, which is removed.
@@ -168,7 +168,9 @@ def _read(response: HTTPResponse) -> bytes:
         raise Broken(f"the connection broke off: {str(error) or type(error).__name__}") from None
 
 
-def _append(part: Part, blocks: Iterator[bytes], total: int | None, on_bytes: OnBytes) -> str:
+def _append(
+    part: PartialFile, blocks: Iterator[bytes], total: int | None, on_bytes: OnBytes
+) -> str:
     done = part.size
     _check_room(part.path.parent, (total or done) - done)
     with open(part.path, "a+b") as file:

@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models.download import DownloadError, OnBytes, Part, download
+from d2m_hpc.models.download import DownloadError, OnBytes, PartialFile, download
 from d2m_hpc.models.registry import ModelSpec
 from d2m_hpc.storage.files import atomic_write, fsync_dir, make_folder
 from d2m_hpc.storage.lease import Lease
@@ -245,7 +245,7 @@ def fetch(
 def _fetch(
     checkpoint: Checkpoint, url: str, path: Path, accept_any: bool, on_bytes: OnBytes
 ) -> Checked:
-    part = Part(path.with_name(f"{path.name}.part"))
+    part = PartialFile(path.with_name(f"{path.name}.part"))
     resumed = part.size > 0
     found = Checked(checkpoint, path, download(url, part, on_bytes))
     if resumed and not found.is_usable(accept_any):  # the beginning may have been another file's

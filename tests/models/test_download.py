@@ -409,7 +409,7 @@ def test_a_file_of_one_s_own_stays_where_the_config_allows_it(
 
 
 def test_what_is_noted_of_a_part_is_its_url_and_version(served: Served, tmp_path: Path) -> None:
-    part = download.Part(tmp_path / "a.part")
+    part = download.PartialFile(tmp_path / "a.part")
     part.begin("http://a", '"v1"')
     assert json.loads((tmp_path / "a.part.from").read_text()) == ["http://a", '"v1"']
     assert part.version("http://a") == ""  # an empty file is a part of nothing
