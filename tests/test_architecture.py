@@ -7,6 +7,7 @@ import configparser
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
@@ -124,6 +125,22 @@ def test_every_module_has_a_level() -> None:
 def test_imports_go_down_only() -> None:
     assert _upward(_arrows(deferred=True)) == set()
     assert _upward({"d2m_hpc.storage.x": {"d2m_hpc.config"}})  # the rule can be broken
+
+
+def _types(tree: ast.Module) -> Iterator[str]:
+    """Classes, and what else has a class's name: aliases of types and functions that make them."""
+    yield from (node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        names = (target.id for target in targets if isinstance(target, ast.Name))
+        yield from (name for name in names if name != name.upper() and name[0].isupper())
+
+
+def test_no_two_types_share_a_name() -> None:
+    """A reader who finds one of them by its name has found the one that is meant."""
+    found = Counter(name for tree in _modules().values() for name in _types(tree))
+    assert {"Work", "Blocks", "Shape"} <= found.keys()
+    assert [name for name, count in found.items() if count > 1] == []
 
 
 def test_a_login_node_imports_no_worker_before_it_runs_one() -> None:

@@ -90,15 +90,15 @@ def split(
     elements = -(-chunks // tasks_per_node)
     starts = range(0, elements, max_array_size)
     most = max(1, max_parallel // tasks_per_node) if max_parallel else 0
-    lanes = min(most, len(starts)) if most else len(starts)
+    abreast = min(most, len(starts)) if most else len(starts)
     return [
         Array(
             name=f"{name}-{i}",
             first=start * tasks_per_node,
             elements=min(max_array_size, elements - start),
             tasks_per_node=tasks_per_node,
-            parallel=most // lanes + (i % lanes < most % lanes) if most else 0,
-            after=i - lanes if i >= lanes else None,
+            parallel=most // abreast + (i % abreast < most % abreast) if most else 0,
+            after=i - abreast if i >= abreast else None,
         )
         for i, start in enumerate(starts)
     ]

@@ -316,7 +316,7 @@ class TestSheet:
         assert made.ends["highest"][0].fault == "is not in the tar any more"
 
     def test_no_sample_is_shown_twice(self) -> None:
-        rows = [sheet.Sample("a", str(i), float(i)) for i in range(5)]
+        rows = [sheet.Picked("a", str(i), float(i)) for i in range(5)]
         ends = sheet._pick(rows, each=8)
         assert [[s.key for s in ends[e]] for e in sheet.ENDS] == [["0"], ["2"], ["4"]]
 

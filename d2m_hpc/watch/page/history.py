@@ -73,7 +73,7 @@ def notable(tasks: list[Lane], most: int = LANES) -> list[Lane]:
 
 
 @dataclass
-class Work:
+class Effort:
     """What was done at one place: seconds by stage, and of how many rows and shards."""
 
     seconds: Counter[str] = field(default_factory=Counter)
@@ -99,8 +99,8 @@ class History:
     lanes: list[Lane] = field(default_factory=list)
     shown: list[Lane] = field(default_factory=list)
     examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    hosts: dict[str, Work] = field(default_factory=lambda: defaultdict(Work))
-    tasks: dict[str, Work] = field(default_factory=lambda: defaultdict(Work))
+    hosts: dict[str, Effort] = field(default_factory=lambda: defaultdict(Effort))
+    tasks: dict[str, Effort] = field(default_factory=lambda: defaultdict(Effort))
 
     @classmethod
     @uncollected()
@@ -160,20 +160,20 @@ class History:
         return {a.host: a.hardware for lane in self.lanes for a in lane.attempts}
 
     @property
-    def total(self) -> Work:
-        whole = Work()
+    def total(self) -> Effort:
+        whole = Effort()
         for work in self.hosts.values():
             whole.seconds.update(work.seconds)
             whole.rows += work.rows
         return whole
 
     @property
-    def busiest(self) -> list[tuple[str, Work]]:
+    def busiest(self) -> list[tuple[str, Effort]]:
         """The hosts that did most shards."""
         return heapq.nlargest(HOSTS, self.hosts.items(), key=lambda pair: pair[1].shards)
 
     @property
-    def waiting(self) -> list[tuple[str, Work]]:
+    def waiting(self) -> list[tuple[str, Effort]]:
         """The tasks that waited most for samples."""
         return heapq.nlargest(SLOWEST, self.tasks.items(), key=lambda p: p[1].seconds["wait"])
 

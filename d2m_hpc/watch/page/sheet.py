@@ -35,7 +35,7 @@ ENDS = ("lowest", "middle", "highest")
 
 
 @dataclass
-class Sample:
+class Picked:
     """One sample of the sheet.
 
     Attributes:
@@ -60,7 +60,7 @@ class Sheet:
     """
 
     score: str = ""
-    ends: dict[str, list[Sample]] = field(default_factory=dict)
+    ends: dict[str, list[Picked]] = field(default_factory=dict)
     shards: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -100,7 +100,7 @@ def make(
     rows = _rows(output, near, score, notes)
     sheet.ends = _pick(rows, each)
     by_shard = {s.stem: s for s in near}
-    wanted: dict[str, list[Sample]] = {}
+    wanted: dict[str, list[Picked]] = {}
     for sample in (s for samples in sheet.ends.values() for s in samples):
         wanted.setdefault(sample.stem, []).append(sample)
     for stem, samples in wanted.items():
@@ -118,7 +118,7 @@ def _within_reach(shards: Sequence[Shard]) -> tuple[list[Shard], list[str]]:
     return [], [f"The tars are remote, and of more than {REMOTE_BYTES >> 20} MiB: none was read."]
 
 
-def _rows(output: OutputDir, shards: Iterable[Shard], score: str, notes: list[str]) -> list[Sample]:
+def _rows(output: OutputDir, shards: Iterable[Shard], score: str, notes: list[str]) -> list[Picked]:
     """All rows of some shards that have the score, the lowest first."""
     found = []
     for shard in shards:
@@ -131,7 +131,7 @@ def _rows(output: OutputDir, shards: Iterable[Shard], score: str, notes: list[st
     return sorted(found, key=lambda row: row.value)
 
 
-def _scored(stem: str, table: pa.Table, score: str) -> list[Sample]:
+def _scored(stem: str, table: pa.Table, score: str) -> list[Picked]:
     if score not in table.column_names:  # the config has it since
         return []
     table = table.filter(table[score].is_valid())
@@ -139,10 +139,10 @@ def _scored(stem: str, table: pa.Table, score: str) -> list[Sample]:
     if values is None:
         return []
     pairs = zip(table["key"].to_pylist(), values.tolist(), strict=True)
-    return [Sample(stem, key, value) for key, value in pairs if np.isfinite(value)]
+    return [Picked(stem, key, value) for key, value in pairs if np.isfinite(value)]
 
 
-def _pick(rows: Sequence[Sample], each: int) -> dict[str, list[Sample]]:
+def _pick(rows: Sequence[Picked], each: int) -> dict[str, list[Picked]]:
     """None is picked twice."""
     each = min(each, len(rows) // 3)
     middle = (len(rows) - each) // 2
@@ -150,7 +150,7 @@ def _pick(rows: Sequence[Sample], each: int) -> dict[str, list[Sample]]:
     return {end: list(span) for end, span in zip(ENDS, spans, strict=True)}
 
 
-def _fill(shard: Shard, samples: Sequence[Sample], max_pixels: int) -> None:
+def _fill(shard: Shard, samples: Sequence[Picked], max_pixels: int) -> None:
     """Read captions and pictures from a tar; what cannot be had is said of each sample."""
     from d2m_hpc.worker.read.scratch import scratch
     from d2m_hpc.worker.read.stage import stage
@@ -192,7 +192,7 @@ def _named(member: str) -> tuple[str, str]:
     return valid(folder + slash + start), extension.lower()
 
 
-def _draw(sample: Sample, members: Mapping[str, bytes], max_pixels: int) -> None:
+def _draw(sample: Picked, members: Mapping[str, bytes], max_pixels: int) -> None:
     data = next((members[e] for e in formats.EXTENSIONS if e in members), None)
     if data is None:
         sample.fault = "has no picture"
