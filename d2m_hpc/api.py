@@ -118,12 +118,11 @@ def inspect(
     Args:
         where: the config's file, for messages, where it was read already.
     """
-    from d2m_hpc.plan import preflight, workload
+    from d2m_hpc.plan import workload
 
     if isinstance(config, str | os.PathLike):
         config, where = load_config(config), str(config)
-    found = preflight.check(config, where) if thorough else None
-    asked = workload.inspect(config, where, found)
+    asked = workload.inspect(config, where, thorough)
     asked.recompute_changed, asked.moved = recompute_changed, moved
     return asked
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc import config as configs
-from d2m_hpc.errors import ConfigError
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.launch.flow import commit, submitting
+from d2m_hpc.plan.decide import decide, inspect
+from d2m_hpc.run import frozen
 from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import Manifest
+from d2m_hpc.watch.verify import verify
+from d2m_hpc.worker.task import OFFLINE, run_task
 
 OWN = """
 import torch
@@ -141,3 +152,197 @@ def test_status_tells_of_a_newer_versions_key(tmp_path: Path) -> None:
     frozen.write_text(frozen.read_text() + "warp: 9\n")
     ended = d2m("status", tmp_path / "out" / ".d2m")
     assert (ended.returncode, "warp" in ended.stderr) == (0, True), ended.stderr
+
+
+# --- code ---
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a task changes of its process, which usually is its own."""
+    for switch in OFFLINE:
+        monkeypatch.setenv(switch, "1")
+    package = logging.getLogger("d2m_hpc")
+    before, level = list(package.handlers), package.level
+    yield
+    for handler in [h for h in package.handlers if h not in before]:
+        package.removeHandler(handler)
+        handler.close()
+    package.setLevel(level)
+
+
+def submitted(config: Path, **how: Any) -> RunDir:
+    """Submit all that is left as one task, which has not begun."""
+    workload = inspect(configs.load(config), str(config), **how)
+    with submitting(workload):
+        decision = decide(workload)
+        commit(decision, [decision.pending])
+    return workload.run
+
+
+def lengths(folder: Path, stem: str = "00000") -> list[float]:
+    values: list[float] = pq.read_table(folder / "out" / f"{stem}.parquet")[
+        "caption-length"
+    ].to_pylist()
+    return values
+
+
+WRITTEN = [9.0] * 4
+"""The lengths of the captions of shard 00000: `caption 0` and so on."""
+TENFOLD = OWN.replace("float(len(text))", "10.0 * len(text)")
+
+
+def test_a_custom_file_that_is_edited_after_the_submit_is_not_run(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    run = submitted(config)
+    before = inspect(configs.load(config), "c.yml").fingerprint_id
+    (tmp_path / "code" / "own.py").write_text(TENFOLD)
+    run_task(run.root, "000", 0)
+    assert lengths(tmp_path) == WRITTEN
+    assert {o.fingerprint for o in Manifest.load(run).done.values()} == {before}
+    with pytest.raises(ConfigError, match="custom_file: the sha256 was") as refused:
+        decide(inspect(configs.load(config), "c.yml"))
+    assert "caption-length of the finished outputs come from it" in str(refused.value)
+
+
+def test_a_custom_file_that_is_gone_is_run(tmp_path: Path) -> None:
+    """Also by a task that is requeued after all of the user's files have moved."""
+    run = submitted(config_of(tmp_path))
+    shutil.rmtree(tmp_path / "code")
+    run_task(run.root, "000", 0)
+    assert lengths(tmp_path) == WRITTEN
+
+
+def test_two_submits_run_their_own_code_and_have_fingerprints_of_their_own(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    run = submitted(config)
+    config_of(tmp_path, TENFOLD)
+    submitted(config)
+    run_task(run.root, "001", 0)
+    assert lengths(tmp_path) == [90.0] * 4
+    first, second = (json.loads(s.intent.read_bytes())["fingerprint"] for s in run.submissions())
+    assert first != second
+    assert {o.fingerprint for o in Manifest.load(run).done.values()} == {second}
+
+
+WITH_HELPERS = OWN.replace("import torch", "import torch\nimport scale\nfrom parts import offset")
+WITH_HELPERS = WITH_HELPERS.replace("float(len(text))", "scale.BY * len(text) + offset.of()")
+
+
+def with_helpers(folder: Path, **more: object) -> Path:
+    """A config whose custom file has a module, a package and a function's import beside it."""
+    (folder / "code" / "parts").mkdir(parents=True)
+    (folder / "code" / "scale.py").write_text("BY = 2.0\n")
+    (folder / "code" / "late.py").write_text("VALUE = 0.5\n")
+    (folder / "code" / "parts" / "__init__.py").write_text("")
+    offset = "from .units import ONE\ndef of():\n    import late\n    return ONE + late.VALUE\n"
+    (folder / "code" / "parts" / "offset.py").write_text(offset)
+    (folder / "code" / "parts" / "units.py").write_text("ONE = 1.0\n")
+    return config_of(folder, WITH_HELPERS, **more)
+
+
+HELPERS = {
+    "scale.py": "BY = 3.0\n",
+    "parts/units.py": "ONE = 7.0\n",
+    "late.py": "VALUE = 7.5\n",
+}
+
+
+def test_modules_beside_a_custom_file_are_frozen_with_it(tmp_path: Path) -> None:
+    config = with_helpers(tmp_path)
+    run = submitted(config)
+    custom = frozen.read(run.submission("000").frozen)
+    assert next(iter(custom.sources)) == "d2m_custom_own"
+    helpers = {"scale", "parts", "parts.offset", "parts.units", "late"}
+    assert set(custom.sources) == {"d2m_custom_own", *helpers}
+    for name, text in HELPERS.items():
+        (tmp_path / "code" / name).write_text(text)
+    run_task(run.root, "000", 0)
+    assert lengths(tmp_path) == [2 * 9 + 1.5] * 4
+    assert not list((tmp_path / "code").rglob("__pycache__"))
+    with pytest.raises(ConfigError) as refused:
+        decide(inspect(configs.load(config), "c.yml"))
+    for name in ("scale", "parts.units", "late"):
+        assert f"{name}: the sha256 was" in str(refused.value)
+    assert "custom_file:" not in str(refused.value)
+
+
+def test_a_module_that_was_not_found_at_the_submit_is_not_imported(tmp_path: Path) -> None:
+    code = OWN.replace("super().__init__()", "super().__init__(); __import__('sca' + 'le')")
+    config = config_of(tmp_path, code)
+    (tmp_path / "code" / "scale.py").write_text("BY = 2.0\n")
+    run = submitted(config)
+    with pytest.raises(ConfigError, match=r"'scale' .* was not found when the run was submitted"):
+        run_task(run.root, "000", 0)
+    assert list(run.records.iterdir()) == []
+
+
+def test_a_module_that_appears_is_found_by_the_next_submit(tmp_path: Path) -> None:
+    optional = "try:\n    import scale\nexcept ImportError:\n    pass\n"
+    config = config_of(tmp_path, optional + OWN)
+    without = submitted(config)
+    before = inspect(configs.load(config), "c.yml")
+    (tmp_path / "code" / "scale.py").write_text("BY = 2.0\n")
+    after = inspect(configs.load(config), "c.yml")
+    assert [*before.custom.sources] == ["d2m_custom_own"]
+    assert [*after.custom.sources] == ["d2m_custom_own", "scale"]
+    run_task(without.root, "000", 0)
+    assert lengths(tmp_path) == WRITTEN
+
+
+def test_an_unchanged_file_is_not_run_again_and_gives_the_same(tmp_path: Path) -> None:
+    config = with_helpers(tmp_path)
+    run = submitted(config, thorough=True)
+    first = frozen.read(run.submission("000").frozen)
+    (tmp_path / "code" / "own.py").chmod(0o400)
+    assert frozen.newest(run, tmp_path / "code" / "own.py") == first
+    again, fresh = (inspect(configs.load(config), "c.yml", thorough=t) for t in (False, True))
+    assert again.fingerprint == fresh.fingerprint
+    assert again.custom.registry == fresh.custom.registry
+    assert (again.custom.hashes, again.custom.missing) == (first.hashes, first.missing)
+
+
+def test_a_custom_file_reads_what_lies_beside_it(tmp_path: Path) -> None:
+    beside = "from pathlib import Path\nWORDS = (Path(__file__).parent / 'by').read_text()\n"
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "by").write_text("4")
+    config = config_of(tmp_path, beside + OWN.replace("float(len", "float(int(WORDS) * len"))
+    run_task(submitted(config).root, "000", 0)
+    assert lengths(tmp_path) == [36.0] * 4
+
+
+def test_a_link_to_a_custom_file_is_named_as_it_was_given(tmp_path: Path) -> None:
+    config = with_helpers(tmp_path)
+    (tmp_path / "code").rename(tmp_path / "real")
+    (tmp_path / "code").symlink_to(tmp_path / "real")
+    run = submitted(config)
+    sources = frozen.read(run.submission("000").frozen).sources
+    assert sources["scale"].path == str(tmp_path / "code" / "scale.py")
+    (tmp_path / "code").unlink()
+    run_task(run.root, "000", 0)
+    assert lengths(tmp_path) == [2 * 9 + 1.5] * 4
+
+
+def test_a_damaged_copy_stops_a_task_in_one_line(tmp_path: Path) -> None:
+    run = submitted(config_of(tmp_path))
+    [copy] = run.submission("000").frozen.glob("*.py")
+    copy.write_text(TENFOLD)
+    with pytest.raises(D2MError, match=r"000-own.py is not the copy that was made of .*submit ag"):
+        run_task(run.root, "000", 0)
+    shutil.rmtree(run.submission("000").frozen)
+    with pytest.raises(ConfigError, match=r"own.py is not frozen in it"):
+        run_task(run.root, "000", 0)
+    assert list(run.records.iterdir()) == []
+
+
+def test_a_submit_that_dies_between_the_copies_and_the_intent_is_none(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    run = submitted(config)
+    run.submission("000").intent.unlink()
+    assert submit(config).returncode == 0
+    assert lengths(tmp_path) == WRITTEN
+    assert verify(*status_of(run)).faults == []
+
+
+def status_of(run: RunDir) -> tuple[RunDir, configs.Config]:
+    return run, configs.glance(run.config, frozen=True)

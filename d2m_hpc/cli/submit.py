@@ -101,10 +101,8 @@ def _inspect(
     moved: bool | None = None,
 ) -> Workload:
     from d2m_hpc.plan import decide
-    from d2m_hpc.plan import preflight as before
 
-    found = before.check(config, str(path)) if preflight else None
-    workload = decide.inspect(config, str(path), found)
+    workload = decide.inspect(config, str(path), thorough=preflight)
     workload.recompute_changed, workload.moved = recompute_changed, moved
     return workload
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from d2m_hpc.cli.common import ConfigFile, load
-from d2m_hpc.errors import WeightsError
+from d2m_hpc.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from d2m_hpc.config import Config
+    from d2m_hpc.models.registry import ModelSpec
 
 app = typer.Typer(no_args_is_help=True, help="The published checkpoints of the models.")
 
@@ -19,7 +23,7 @@ def weights_list(config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]
     from d2m_hpc.watch import terminal
 
     loaded = None if config is None else load(config)
-    specs = registry.MODELS if loaded is None else loaded.specs
+    specs = registry.MODELS if config is None else _specs(config, load(config))
     folder = weights.weights_dir(None if loaded is None else loaded.weights_dir)
     terminal.checkpoints(weights.needed(specs.values()), folder)
 
@@ -30,7 +34,8 @@ def weights_check(config: ConfigFile) -> None:
     from d2m_hpc.watch import terminal
 
     loaded = load(config)
-    checked = weights.check(loaded.specs.values(), weights.weights_dir(loaded.weights_dir))
+    specs = _specs(config, loaded)
+    checked = weights.check(specs.values(), weights.weights_dir(loaded.weights_dir))
     terminal.checked(checked, loaded.allow_unpublished_weights)
     weights.require(checked, loaded.allow_unpublished_weights, str(config))
 
@@ -52,7 +57,8 @@ def weights_fetch(
 
     loaded = load(config)
     folder, any_hash = weights.weights_dir(loaded.weights_dir), loaded.allow_unpublished_weights
-    wanted, failed = weights.needed(loaded.specs.values()), []
+    specs = _specs(config, loaded)
+    wanted, failed = weights.needed(specs.values()), []
     if not wanted:
         terminal.checked([], any_hash)
     for checkpoint in wanted:
@@ -64,3 +70,14 @@ def weights_fetch(
             failed.append(str(error))
     if failed:
         raise WeightsError("\n".join(failed))
+
+
+def _specs(path: Path, config: Config) -> dict[str, ModelSpec]:
+    """The models that a config asks for; those of a custom file go before built-in ones."""
+    from d2m_hpc.plan.workload import absolute, customs, run_dir
+
+    config = absolute(config)
+    custom, mistakes = customs(config, run_dir(config))
+    if mistakes:
+        raise ConfigError(str(path), mistakes)
+    return custom.registry.specs(config.models)

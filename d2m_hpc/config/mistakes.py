@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from graphlib import CycleError
+from pathlib import Path
 
 from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import Config
-from d2m_hpc.models import declared, types
+from d2m_hpc.models import types
 from d2m_hpc.models.registry import RAW_INPUTS, ModelSpec, Post, Registry, in_order
 from d2m_hpc.storage.texts import BRIEF, safe
 
@@ -34,25 +36,37 @@ def quoted(name: str) -> str:
 
 
 def semantic_mistakes(config: Config) -> list[Mistake]:
-    """What types cannot tell; works on a config of which parts are missing."""
-    try:
-        registry = declared.names(config.custom_file)
-    except OSError as error:
-        reason = error.strerror or error
-        path = config.custom_file and config.custom_file.absolute()
-        what = (
-            f"found {config.custom_pypath!r}: {reason}: {path}; valid is a readable "
-            "Python file, by its path from the folder in which the command is called"
-        )
-        return [Mistake(("custom_pypath",), what), *_device_mistakes(config)]
-    except (SyntaxError, ValueError) as error:
-        what = f"{one_line(error)}; valid is a Python file"
-        return [Mistake(("custom_pypath",), what), *_device_mistakes(config)]
+    """What types cannot tell; works on a config of which parts are missing.
+
+    What a custom file gives is not known before it is run: `registry_mistakes` is for then.
+    """
+    names = registry_mistakes(config, Registry()) if config.custom_file is None else []
     return [
+        *_file_mistakes(config.custom_file),
         *_device_mistakes(config),
-        *registry_mistakes(config, registry),
+        *names,
         *_name_mistakes(config),
     ]
+
+
+def _file_mistakes(file: Path | None) -> list[Mistake]:
+    """Why a custom file cannot be run, as far as that is known without running it."""
+    if file is None:
+        return []
+    try:
+        ast.parse(file.read_bytes(), filename=str(file))
+    except OSError as error:
+        what = (
+            f"found {str(file)!r}: {error.strerror or error}: {file.absolute()}; valid is a "
+            "readable Python file, by its path from the folder in which the command is called"
+        )
+    except (RecursionError, MemoryError):
+        what = f"{file} is nested too deeply; valid is a Python file"
+    except (SyntaxError, ValueError) as error:
+        what = f"{one_line(error)}; valid is a Python file"
+    else:
+        return []
+    return [Mistake(("custom_pypath",), what)]
 
 
 def registry_mistakes(config: Config, registry: Registry) -> list[Mistake]:
@@ -76,13 +90,12 @@ def _device_mistakes(config: Config) -> list[Mistake]:
 def _model_mistakes(config: Config, registry: Registry) -> list[Mistake]:
     mistakes = _duplicates("models", config.models)
     known = {n: registry.models[n] for n in config.models if n in registry.models}
-    if registry.complete:
-        unknown = [name for name in config.models if name not in known]
-        mistakes += [
-            _listed(f"unknown model {quoted(n)}{nearest(n, registry.models)}", n)
-            for n in unknown[:MANY]
-        ]
-        mistakes += _more("models", unknown)
+    unknown = [name for name in config.models if name not in known]
+    mistakes += [
+        _listed(f"unknown model {quoted(n)}{nearest(n, registry.models)}", n)
+        for n in unknown[:MANY]
+    ]
+    mistakes += _more("models", unknown)
     for name, spec in known.items():
         mistakes += [
             Mistake(
@@ -125,8 +138,6 @@ def _input_mistakes(spec: ModelSpec, registry: Registry) -> list[str]:
         for name in spec.raw_inputs
         if name not in RAW_INPUTS
     ]
-    if not registry.complete:
-        return unknown
     return unknown + [
         f"{spec.name!r} asks for the unknown preprocessor {name!r}"
         f"{nearest(name, registry.preprocessors)}"
@@ -140,7 +151,7 @@ def _post_mistakes(
 ) -> list[Mistake]:
     names: list[str] = getattr(config, key) or []
     mistakes = _duplicates(key, names)
-    unknown = [name for name in names if name not in known] if registry.complete else []
+    unknown = [name for name in names if name not in known]
     mistakes += [
         Mistake((key,), f"unknown name {quoted(name)}{_other_list(key, name, registry)}", name)
         for name in unknown[:MANY]

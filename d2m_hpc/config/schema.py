@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from d2m_hpc.config.slurm_values import no_switch, one_line, options, walltime
-from d2m_hpc.models import declared, types
-from d2m_hpc.models.registry import DATACOMP_KEYS, ModelSpec
+from d2m_hpc.models import types
+from d2m_hpc.models.registry import DATACOMP_KEYS
 
 
 def _as_list(value: object) -> object:
@@ -191,12 +190,6 @@ class Config(Section):
         return Path(os.path.expanduser(self.custom_pypath)) if self.custom_pypath else None
 
     @property
-    def specs(self) -> dict[str, ModelSpec]:
-        """The models asked for, by name."""
-        known = declared.names(self.custom_file).models
-        return {name: known[name] for name in self.models if name in known}
-
-    @property
     def carried(self) -> list[str]:
         """The columns that hold the samples' own values, in their order.
 
@@ -224,7 +217,9 @@ class Config(Section):
         """A column's or feature's name in the output files."""
         return DATACOMP_KEYS.get(name, name) if self.use_datacomp_keys else name
 
-    def fingerprint(self, hashes: Mapping[str, str]) -> dict[str, Any]:
+    def fingerprint(
+        self, hashes: Mapping[str, str], code: Mapping[str, str] = {}
+    ) -> dict[str, Any]:
         """The parts that decide what the output is.
 
         `compile` is none, as little as the batch size or the GPU's model: it moves values by
@@ -232,14 +227,16 @@ class Config(Section):
 
         Args:
             hashes: sha256 of each checkpoint, by its published name.
+            code: sha256 of each module of the custom file, by name, the file itself first.
         """
         keys = (
             "models postprocess_columns postprocess_features additional_fields use_datacomp_keys "
             "amp resize feature_dtype max_image_pixels"
         )
-        custom = self.custom_file
+        main, *others = [*code] or [""]
         return {
             **{key: getattr(self, key) for key in keys.split()},
             "checkpoints": dict(sorted(hashes.items())),
-            "custom_file": hashlib.sha256(custom.read_bytes()).hexdigest() if custom else None,
+            "custom_file": code.get(main),
+            **({"custom_modules": {n: code[n] for n in sorted(others)}} if others else {}),
         }

@@ -15,7 +15,7 @@ from d2m_hpc.gc_paused import uncollected
 from d2m_hpc.launch.alone import submitting
 from d2m_hpc.plan import patterns
 from d2m_hpc.plan.decide import Decision, Workload, canonical
-from d2m_hpc.run import fingerprints
+from d2m_hpc.run import fingerprints, frozen
 from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.chunks import write_chunks
 from d2m_hpc.run.folder import Submission
@@ -103,6 +103,8 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Job]
     if not decision.is_planned:
         patterns.write_shards(run.shards, decision.shards, private)
     write_chunks(submission, chunks, private or is_private(run.shards))
+    if workload.custom.sources:
+        frozen.write(submission.frozen, workload.custom)
     document = run.fingerprint(workload.fingerprint_id), canonical(workload.document)
     for path, data in ((submission.config, text), (run.config, text), document):
         atomic_write(path, data, private=private)

@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+
+from d2m_hpc.models.code import forget
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 HUB = "huggingface_hub.constants"
-OURS = ("d2m_custom_", "dataset2metadata")
-"""How the names begin of modules that exist for a custom file only."""
+SEED = "dataset2metadata"
+"""How the names begin of modules that custom files of the seed program import."""
 
 
 @contextmanager
@@ -53,21 +54,16 @@ def _logging() -> Iterator[None]:
 
 @contextmanager
 def _modules() -> Iterator[None]:
-    """Another run's file, or the next version of this one's helpers, may have the same names."""
+    """Another run's custom file may have modules of the same names."""
     path, modules = [*sys.path], set(sys.modules)
     try:
         yield
     finally:
-        folders = tuple(f"{folder}/" for folder in sys.path if folder not in path)
         sys.path[:] = path
+        forget()
         for name in sys.modules.keys() - modules:
-            if _is_ours(name, sys.modules[name], folders):
+            if name.startswith(SEED):
                 del sys.modules[name]
-
-
-def _is_ours(name: str, module: ModuleType, folders: tuple[str, ...]) -> bool:
-    file = getattr(module, "__file__", None) or ""
-    return name.startswith(OURS) or bool(folders and file.startswith(folders))
 
 
 @contextmanager

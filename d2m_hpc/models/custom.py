@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import importlib.util
 import inspect
 import sys
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -17,15 +18,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.models import declared, postprocessors
+from d2m_hpc.models import postprocessors
+from d2m_hpc.models.code import MODULE, Modules, Sources
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture, Preprocessor
 from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, MODELS, ModelSpec, Post, Registry
 from d2m_hpc.models.types import is_column_type
 from d2m_hpc.stopping import is_asked
 
 SEED = "dataset2metadata"
-MODULE = "d2m_custom_"
-"""What the name of a custom file's module begins with."""
+STATIC_FIELDS = ("raw_inputs", "preprocessors", "dependencies")
 
 Tables = dict[str, dict[str, Any]]
 """The four lookups of a custom file by their names."""
@@ -67,22 +68,37 @@ def _apply(preprocessor: Preprocessor, value: Any) -> Any:
     return preprocessor.finish(prepared[None])[0] if isinstance(prepared, Tensor) else prepared
 
 
-def load(path: Path) -> ModuleType:
+def load(path: Path, frozen: Sources | None = None) -> ModuleType:
     """Import a custom file; modules that lie beside it can be imported by it.
+
+    Args:
+        frozen: run these sources, and no others that lie there.
+
+    Raises:
+        ConfigError: it is not there or fails while it is imported; the cause is chained.
+    """
+    return run(Modules(path.absolute(), frozen or {}, frozen=frozen is not None))
+
+
+def run(modules: Modules) -> ModuleType:
+    """Import a custom file by its finder, which learns its modules.
 
     Raises:
         ConfigError: it is not there or fails while it is imported; the cause is chained.
     """
     install_seed_names()
-    spec = importlib.util.spec_from_file_location(f"{MODULE}{path.stem}", path)
-    if spec is None or spec.loader is None:
+    path = modules.file
+    if path.suffix != ".py":
         raise ConfigError(str(path), ["custom_pypath: not a Python file; its name must end in .py"])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    if (folder := str(path.absolute().parent)) not in sys.path:
-        sys.path.append(folder)  # last, so that it hides no package
+    modules.install()
     try:
+        spec = modules.main()
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        assert spec.loader is not None
         spec.loader.exec_module(module)
+        if not modules.frozen:
+            modules.look_ahead()
     except BaseException as error:
         if is_asked(error):
             raise
@@ -120,7 +136,10 @@ def lookups(module: ModuleType) -> Tables:
     ]
     if mistakes:
         raise ConfigError(str(module.__file__), mistakes)
-    return {table: dict(entries) for table, entries in tables.items()}
+    return {
+        table: {str(name): value for name, value in entries.items()}
+        for table, entries in tables.items()
+    }
 
 
 def output_types(module: ModuleType) -> dict[str, Any]:
@@ -145,21 +164,44 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(n, int) and n > 0 for n in value)
 
 
-def registry(tables: Tables) -> Registry:
-    """The built-in names and those of a custom file that was run."""
+def registry(tables: Tables, types: Mapping[str, Any] = {}) -> Registry:
+    """The built-in names and those of a custom file that was run.
+
+    Args:
+        types: what `output_types` gives.
+
+    Raises:
+        ConfigError: a class has a field of another kind than names.
+    """
     models, made, columns, features = (tables[name] for name in LOOKUPS)
+    typed = {n: Post(source(p), type=types.get(n, "")) for n, p in columns.items()}
+    shaped = {n: Post(source(p), shape=tuple(types.get(n, ()))) for n, p in features.items()}
     return Registry(
         models={**MODELS, **{name: spec_of(name, model) for name, model in models.items()}},
-        columns={**COLUMNS, **{name: Post(source(post)) for name, post in columns.items()}},
-        features={**FEATURES, **{name: Post(source(post)) for name, post in features.items()}},
+        columns={**COLUMNS, **typed},
+        features={**FEATURES, **shaped},
         preprocessors=frozenset(PREPROCESSORS.keys() | made.keys()),
+        own=frozenset(name for table in tables.values() for name in table),
     )
 
 
 def spec_of(name: str, model: Any) -> ModelSpec:
-    """The static fields of a custom model class."""
-    fields = {f: getattr(model, f) for f in declared.STATIC_FIELDS if hasattr(model, f)}
-    return declared.spec(name, fields)
+    """The static fields of a custom model class; those left out have the seed's defaults.
+
+    Raises:
+        ConfigError: one holds something other than names.
+    """
+    given: dict[str, Any] = {f: _names(getattr(model, f, ())) for f in STATIC_FIELDS}
+    if odd := [f for f, names in given.items() if not all(isinstance(n, str) for n in names)]:
+        mistakes = [f"{f}: found {getattr(model, f)!r}; valid is a list of names" for f in odd]
+        raise ConfigError(origin(model), mistakes)
+    return ModelSpec(name, **given, to_device=bool(getattr(model, "to_device", True)))
+
+
+def _names(value: Any) -> tuple[Any, ...]:
+    """`("image")` is what a one-element tuple looks like to most who write one."""
+    is_many = value is None or (isinstance(value, Iterable) and not isinstance(value, str))
+    return tuple(value or ()) if is_many else (value,)
 
 
 def origin(made: Any) -> str:
@@ -169,8 +211,33 @@ def origin(made: Any) -> str:
 
 
 def source(post: Any) -> str:
-    """The model whose outputs a postprocessor takes, where a `partial` of it says so."""
-    return str(getattr(post, "keywords", {}).get("model", ""))
+    """The one model whose outputs a postprocessor reads; empty where it may read any.
+
+    A `partial` names it, and of a function its code tells, if its argument serves for nothing but
+    `cache["model"]`.
+    """
+    if named := getattr(post, "keywords", {}).get("model", ""):
+        return str(named)
+    code = getattr(post, "__code__", None)
+    if code is None or code.co_argcount != 1 or code.co_varnames[0] in code.co_cellvars:
+        return ""
+    steps, argument, read = [*dis.get_instructions(code)], code.co_varnames[0], set()
+    for i, step in enumerate(steps):
+        several = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if step.opcode in dis.haslocal and argument in several:
+            if step.opname not in ("LOAD_FAST", "LOAD_FAST_BORROW"):
+                return ""
+            read.add(_subscript(steps[i + 1 : i + 3]))
+    return read.pop() if len(read) == 1 else ""
+
+
+def _subscript(steps: list[dis.Instruction]) -> str:
+    """The text in `["text"]`, if these two instructions are that; else nothing."""
+    if len(steps) < 2 or steps[0].opname != "LOAD_CONST" or not isinstance(steps[0].argval, str):
+        return ""
+    access = steps[1]
+    is_read = access.opname == "BINARY_SUBSCR" or access.argrepr == "[]"
+    return steps[0].argval if is_read else ""
 
 
 def build(spec: ModelSpec, made: Any, device: int | str) -> nn.Module:

@@ -1,11 +1,11 @@
-"""Names to models, preprocessors and postprocessors; the user's custom file is merged in.
+"""Names to models, preprocessors and postprocessors; those of a custom file come on top.
 
 Nothing here imports torch: the login node checks a config with the same tables that a task runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any
@@ -46,9 +46,9 @@ class Post:
     """A column or feature: a function of `models.postprocessors` applied to a model's output.
 
     Attributes:
-        model: empty where a custom file does not say it as a literal.
-        type: of a built-in column, in the words of `models.types`.
-        shape: of a row of a built-in feature.
+        model: empty where the code of a custom file may read any.
+        type: of a column, in the words of `models.types`; empty where it is not declared.
+        shape: of a feature's row, likewise.
     """
 
     model: str = ""
@@ -211,10 +211,12 @@ class Registry:
     columns: Mapping[str, Post] = field(default_factory=lambda: COLUMNS)
     features: Mapping[str, Post] = field(default_factory=lambda: FEATURES)
     preprocessors: frozenset[str] = PREPROCESSORS
-    complete: bool = True
-    """False when a custom file builds its tables in a way that only running it can tell."""
     own: frozenset[str] = frozenset()
     """The names that a custom file gives, of all kinds; they go before built-in ones."""
+
+    def specs(self, names: Iterable[str]) -> dict[str, ModelSpec]:
+        """Of the models that are known."""
+        return {name: self.models[name] for name in names if name in self.models}
 
 
 LOOKUPS = (

@@ -86,8 +86,9 @@ class Decision:
 
     def gains(self) -> list[tuple[int, Config]]:
         """How many of the pending shards are to be extended, and the config of what they lack."""
-        config, pairs = self.workload.config, Counter(j.extends for j in self.pending if j.extends)
-        return [(n, only_new(config, self.earlier[b], config.specs)) for b, n in pairs.items()]
+        config, names = self.workload.config, self.workload.custom.registry
+        pairs = Counter(j.extends for j in self.pending if j.extends)
+        return [(n, only_new(config, self.earlier[b], names)) for b, n in pairs.items()]
 
 
 @uncollected()

@@ -11,9 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 
-from d2m_hpc.config.load import located
 from d2m_hpc.config.places import Mistake
-from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.errors import D2MError
 from d2m_hpc.gc_paused import uncollected
 from d2m_hpc.plan import braces, remote
 from d2m_hpc.plan.naming import is_archive, name_shards
@@ -25,7 +24,6 @@ from d2m_hpc.storage.urls import GLOB, is_local, is_pipe, is_remote
 
 __all__ = [
     "Expansion",
-    "check",
     "expand",
     "plan_shards",
     "read_shards",
@@ -233,13 +231,3 @@ def _size_now(url: str) -> int | None:
         return os.path.getsize(url) if is_local(url) else None
     except OSError:  # it is not there
         return None
-
-
-def check(expansion: Expansion, where: str) -> None:
-    """Refuse patterns that name nothing.
-
-    Raises:
-        ConfigError: with every such pattern.
-    """
-    if expansion.mistakes:
-        raise ConfigError(where, located(where, expansion.mistakes))

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import ConfigError
+from d2m_hpc.config.load import located
+from d2m_hpc.config.mistakes import registry_mistakes
+from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.models import weights
-from d2m_hpc.plan import patterns
+from d2m_hpc.models.registry import Registry
+from d2m_hpc.plan import patterns, preflight
+from d2m_hpc.run import frozen
 from d2m_hpc.run.extension import with_own_names
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage.texts import BRIEF, safe
@@ -40,6 +44,7 @@ class Workload:
     Attributes:
         where: the config file, for messages.
         sizes: url to size of every input tar.
+        custom: the custom file that tasks will run; without one, the built-in names.
         fingerprint: the parts that decide what the output is.
         notices: what the user should know though it stops nothing.
         times: when those of them that stores listed were put there, by url.
@@ -51,6 +56,7 @@ class Workload:
     where: str
     run: RunDir
     sizes: dict[str, int | None]
+    custom: frozen.Custom
     fingerprint: dict[str, Any]
     notices: list[str]
     times: dict[str, float] = field(default_factory=dict)
@@ -65,33 +71,65 @@ class Workload:
     @cached_property
     def document(self) -> dict[str, Any]:
         """What is kept of this config to compare later ones with."""
-        return with_own_names(self.config, self.fingerprint)
+        return with_own_names(self.fingerprint, self.custom.registry)
 
 
 def canonical(values: dict[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False).encode()
 
 
-def inspect(config: Config, where: str, expansion: patterns.Expansion | None = None) -> Workload:
-    """Look at inputs and checkpoints; changes nothing.
+def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
+    """Look at inputs, checkpoints and the custom file; nothing but probes of folders is written.
 
     Args:
         where: the config file, for messages.
-        expansion: what the patterns name, where that is known.
+        thorough: look for all that would fail on every node, and run the custom file even if it
+            is as it was at the last submit.
 
     Raises:
-        ConfigError: patterns that name no tar, or a library that is not installed.
-        WeightsError: checkpoints that are missing or wrong.
+        ConfigError: with everything that was found.
+        WeightsError: nothing else was found, but checkpoints are missing or wrong.
     """
     config = absolute(config)
     run = run_dir(config)
-    expansion = expansion or patterns.expand(config.input_tars, sized=not has_plan(run, where))
-    patterns.check(expansion, where)
-    if missing := missing_extras(config):
-        raise ConfigError(where, missing)
-    fingerprint = config.fingerprint(checkpoint_hashes(config, run, where))
+    expansion = patterns.expand(config.input_tars, sized=not has_plan(run, where))
+    problems = [*preflight.folders(config, run)] if thorough else []
+    problems += expansion.mistakes
+    problems += preflight.inputs(expansion) if thorough else ()
+    custom, mistakes = customs(config, run, thorough)
+    problems += mistakes
+    try:
+        hashes = checkpoint_hashes(config, custom.registry, run, where)
+    except WeightsError as error:
+        if not thorough and not problems:
+            raise
+        problems.append(str(error))
+    problems += missing_extras(config)
+    if problems:
+        mode = ", preflight (--no-preflight skips it)" if thorough else ""
+        raise ConfigError(f"{where}{mode}", located(where, problems))
+    fingerprint = config.fingerprint(hashes, custom.hashes)
     notices = _notices(expansion)
-    return Workload(config, where, run, expansion.sizes, fingerprint, notices, expansion.times)
+    return Workload(
+        config, where, run, expansion.sizes, custom, fingerprint, notices, expansion.times
+    )
+
+
+def customs(config: Config, run: RunDir, thorough: bool = False) -> tuple[frozen.Custom, list[str]]:
+    """What the custom file gives, and what is wrong with it or with the names in the config.
+
+    Args:
+        thorough: run the file even if it is as it was at the last submit.
+    """
+    file = config.custom_file
+    if file is None:
+        return frozen.Custom(), []
+    custom = None if thorough else frozen.newest(run, file)
+    if custom is None:
+        custom, mistakes = preflight.described(file)
+        if mistakes:
+            return custom, mistakes
+    return custom, [*registry_mistakes(config, custom.registry)]
 
 
 def has_plan(run: RunDir, where: str) -> bool:
@@ -129,9 +167,16 @@ def missing_extras(config: Config) -> list[str]:
     ]
 
 
-def checkpoint_hashes(config: Config, run: RunDir, where: str) -> dict[str, str]:
-    folder = weights.weights_dir(config.weights_dir)
-    checked = weights.check(config.specs.values(), folder, weights.HashCache(run.hashes))
+def checkpoint_hashes(
+    config: Config, registry: Registry, run: RunDir, where: str
+) -> dict[str, str]:
+    """The sha256 of each checkpoint that the models need.
+
+    Raises:
+        WeightsError: one is missing or wrong.
+    """
+    folder, specs = weights.weights_dir(config.weights_dir), registry.specs(config.models)
+    checked = weights.check(specs.values(), folder, weights.HashCache(run.hashes))
     return weights.require(checked, config.allow_unpublished_weights, where)
 
 

@@ -9,26 +9,24 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from d2m_hpc.config.schema import Config
-from d2m_hpc.models import declared
-from d2m_hpc.models.registry import MODELS, ModelSpec, Post
+from d2m_hpc.models.registry import MODELS, ModelSpec, Post, Registry
 from d2m_hpc.models.types import misfit, split
 from d2m_hpc.run.manifest import gist
 
 LISTS = ("models", "postprocess_columns", "postprocess_features", "additional_fields")
 """The keys of a fingerprint whose lists may grow."""
-OWN = "custom_names"
+OWN, CODE = "custom_names", ("custom_file", "custom_modules")
 
 Fingerprint = Mapping[str, Any]
 
 
-def with_own_names(config: Config, fingerprint: Fingerprint) -> dict[str, Any]:
-    """A fingerprint with the names that the custom file gives, None where only running it tells.
+def with_own_names(fingerprint: Fingerprint, registry: Registry) -> dict[str, Any]:
+    """A fingerprint with the names that the custom file gives.
 
-    The file's hash tells that it has changed, but not whose code has.
+    The file's hash tells that it has changed, but not whose code has. Earlier versions wrote None
+    where they could not tell the names.
     """
-    registry = declared.names(config.custom_file)
-    own = sorted(registry.own) if registry.complete else None
-    return {**fingerprint, OWN: own}
+    return {**fingerprint, OWN: sorted(registry.own)}
 
 
 def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
@@ -37,7 +35,7 @@ def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
     Args:
         old, new: what `with_own_names` gives for the two.
     """
-    free = {*LISTS, "checkpoints", "custom_file", OWN}
+    free = {*LISTS, "checkpoints", *CODE, OWN}
     return [
         *(
             f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
@@ -71,9 +69,12 @@ def _other_checkpoints(old: Mapping[str, str], new: Mapping[str, str]) -> list[s
 
 def _other_code(old: Fingerprint, new: Fingerprint) -> list[str]:
     """What the old outputs have may not come from a custom file that was another one then."""
-    if old["custom_file"] == new["custom_file"]:
+    modules = [dict(f.get("custom_modules", {}), custom_file=f["custom_file"]) for f in (old, new)]
+    was, now = modules
+    changed = sorted(m for m in was.keys() | now.keys() if was.get(m) != now.get(m))
+    if not changed:
         return []
-    change = f"custom_file: the sha256 was {old['custom_file']}, is {new['custom_file']}"
+    change = ", ".join(f"{m}: the sha256 was {was.get(m)}, is {now.get(m)}" for m in changed)
     if old.get(OWN) is None or new[OWN] is None:
         return [f"{change}; what of the finished outputs comes from it cannot be told"]
     own = {*old[OWN], *new[OWN]}
@@ -98,28 +99,27 @@ def refits(reasons: Iterable[str], config: Config) -> bool:
     return not retyped.isdisjoint(map(gist, reasons))
 
 
-def only_new(config: Config, old: Fingerprint, specs: Mapping[str, ModelSpec]) -> Config:
+def only_new(config: Config, old: Fingerprint, registry: Registry) -> Config:
     """The config that computes what outputs of a fingerprint lack, and nothing else.
 
     Of the models it has those that are new, those that a new column or feature is made of, and
     those whose output one of these needs: it is not on disk, where features may be rounded.
 
     Args:
-        specs: the models of `config`.
+        registry: what is known of the config's names.
     """
     new: dict[str, Any] = {
         key: [name for name in getattr(config, key) if name not in old[key]] for key in LISTS
     }
-    needed = _closure({*new["models"], *_sources(config, new)}, specs)
+    needed = _closure({*new["models"], *_sources(config, new, registry)}, registry.models)
     new["models"] = [name for name in config.models if name in needed]
     # The names and fields of DataComp stand in the old outputs, but new fields are like them.
     new["use_datacomp_keys"] = config.use_datacomp_keys and bool(new["additional_fields"])
     return config.model_copy(update=new)
 
 
-def _sources(config: Config, new: Mapping[str, list[str]]) -> Iterable[str]:
+def _sources(config: Config, new: Mapping[str, list[str]], registry: Registry) -> Iterable[str]:
     """The models that columns and features are made of; all, where one does not say of which."""
-    registry = declared.names(config.custom_file)
     posts = [registry.columns.get(n, Post()) for n in new["postprocess_columns"]]
     posts += [registry.features.get(n, Post()) for n in new["postprocess_features"]]
     return [p.model for p in posts] if all(p.model for p in posts) else config.models

@@ -24,6 +24,11 @@ class Submission:
         return self.folder / "config.yml"
 
     @property
+    def frozen(self) -> Path:
+        """Copies of the custom file and its modules, as `run.frozen` keeps them."""
+        return self.folder / "frozen"
+
+    @property
     def intent(self) -> Path:
         """JSON: when, by whom and for which fingerprint; written before anything is started."""
         return self.folder / "intent.json"

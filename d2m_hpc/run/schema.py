@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2m_hpc.config import Config
-from d2m_hpc.models import declared
 from d2m_hpc.models.registry import COLUMNS, FEATURES
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.values import agreeable
@@ -34,7 +33,7 @@ class Schema:
         fields: types that the config declares.
         columns: types that models declare.
         shapes: of features, as models declare them.
-        version: of the custom file, whose columns another version may give other types.
+        version: of the custom code, whose columns another version may give other types.
         run: keeps what tasks agree on; without one, this object does.
         ahead: where to look for a field that a shard has no value of.
         kept: the type that a field has in what was finished before types were agreed on.
@@ -51,9 +50,8 @@ class Schema:
 
     @classmethod
     def of(cls, config: Config) -> Schema:
-        """Of a config alone, which no other process shares."""
-        own = declared.names(config.custom_file).own
-        built_in = {n: p for n, p in {**COLUMNS, **FEATURES}.items() if n not in own}
+        """Of a config alone, which no other process shares; a custom file's types are found."""
+        built_in = {} if config.custom_file else {**COLUMNS, **FEATURES}
         return cls(
             fields=config.field_types,
             columns={name: post.type for name, post in built_in.items() if post.type},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
@@ -101,22 +100,23 @@ class Peek:
 
 
 def schema_of(
-    run: RunDir, config: Config, part: Config, output: OutputDir, toolbox: Toolbox
+    run: RunDir, config: Config, part: Config, output: OutputDir, toolbox: Toolbox, version: str
 ) -> Schema:
     """The types that a run's outputs have, for one of its tasks.
 
     Args:
         part: of the config, what the task computes.
+        version: of the custom code.
 
     Raises:
         ConfigError: the run's first shard lacks a field, which is told before anything is computed.
     """
-    peek, file = Peek(run, output), config.custom_file
+    peek = Peek(run, output)
     schema = Schema(
         fields=config.field_types,
         columns=toolbox.types,
         shapes=toolbox.shapes,
-        version=hashlib.sha256(file.read_bytes()).hexdigest() if file else "",
+        version=version,
         run=run,
         ahead=peek.values,
         kept=untold if config.reprocess else peek.kept,

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from d2m_hpc.config import Config, load
-from d2m_hpc.errors import NodeError, ShardError
+from d2m_hpc.errors import ConfigError, NodeError, ShardError
+from d2m_hpc.run import frozen
 from d2m_hpc.run.extension import only_new
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Record, Recorder, Shard
@@ -143,8 +144,9 @@ class Task:
     ) -> None:
         self.run, self.name, self.config = run, name, config
         self.report, self.scratch, self.board = report, scratch, board
-        intent = run.submission(name.submission).intent.read_bytes()
-        self.fingerprint: str = json.loads(intent)["fingerprint"]
+        submission = run.submission(name.submission)
+        self.fingerprint: str = json.loads(submission.intent.read_bytes())["fingerprint"]
+        self.custom = frozen.read(submission.frozen)
         self.output = OutputDir(config.output_metadata_dir)
         self.schema = Schema.of(config)
         self.part = config  # what the task computes: for an extension, only what was added
@@ -159,7 +161,7 @@ class Task:
         clean, marks = committer.clean, self.fingerprint
         claims = Claims(run, name, config, marks, report, clean, deadline, self.board, alone)
         toolbox = self._toolbox(claims.extends)
-        self.schema = schema_of(run, config, self.part, self.output, toolbox)
+        self.schema = schema_of(run, config, self.part, self.output, toolbox, self.custom.version)
         graph, recipe = Graph(self.part, toolbox, device), Recipe.of(self.part, toolbox.inputs)
         recorder = Recorder(run.record(name.submission, name.index, name.attempt))
         log_file = run.log_of(name.submission, name.index)
@@ -199,10 +201,16 @@ class Task:
 
     def _toolbox(self, extends: str) -> Toolbox:
         """The models of the config, or of what pairs of an earlier config lack."""
-        toolbox = Toolbox.of(self.config)
+        file, sources = self.config.custom_file, self.custom.sources
+        if file and not sources:
+            raise ConfigError(
+                str(self.run.submission(self.name.submission).folder),
+                [f"{file} is not frozen in it, for an earlier version wrote it; submit again"],
+            )
+        toolbox = Toolbox.of(self.config, sources)
         if extends:
             earlier = json.loads(self.run.fingerprint(extends).read_bytes())
-            self.part = only_new(self.config, earlier, toolbox.specs)
+            self.part = only_new(self.config, earlier, toolbox.registry)
         return toolbox.only(self.part)
 
     def _compute(self, reading: Reading, graph: Graph, claims: Claims) -> Result:

@@ -11,8 +11,9 @@ import torch
 from kit import photographs
 
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.models import custom, declared, postprocessors
+from d2m_hpc.models import custom, postprocessors, registry
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
+from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS, ModelSpec, Post
 from d2m_hpc.worker.batch import collate
 
 SEED = Path(__file__).parent.parent / "seed" / "custom.py"
@@ -33,12 +34,6 @@ model_lookup = {'look': Look}
 """
 
 
-@pytest.fixture(autouse=True)
-def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A custom file's folder is added to it, in what usually is a process of its own."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
 def _look(tmp_path: Path, old: str = "", new: str = "") -> custom.Tables:
     """The tables of a file with one thing changed."""
     assert old in LOOK
@@ -51,20 +46,97 @@ def _write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_the_static_reading_of_a_custom_file_agrees_with_what_it_makes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_seeds_file_gives_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_blip2.save(tmp_path / "Salesforce" / "blip2-opt-2.7b")
     monkeypatch.chdir(tmp_path)
-    read = declared.names(SEED)
     made = custom.registry(custom.lookups(custom.load(SEED)))
-    assert read.complete
-    assert made.models == read.models
-    assert made.preprocessors == read.preprocessors
-    assert made.columns == read.columns
-    assert made.features == read.features
-    assert read.models["blip2"].inputs == (("image", "blip2-aug"),)
-    assert read.columns["blip2-cap"].model == "blip2"
+    assert made.models["blip2"].inputs == (("image", "blip2-aug"),)
+    assert made.columns["blip2-cap"].model == "blip2"
+    assert made.own >= {"blip2", "blip2-aug", "blip2-cap"}
+
+
+CAPTION = """
+from functools import partial
+from dataset2metadata.postprocessors import identity
+
+class Base:
+    raw_inputs = ['image', 'text']
+    dependencies = ['image-stats']
+
+class Caption(Base):
+    preprocessors: tuple = ('small', 'identity')
+    dependencies = ['oai-clip-vit-b32']
+    to_device = False
+
+def small(x):
+    return x
+
+preprocessor_lookup = {'small': small}
+model_lookup = {name: Caption for name in ('caption', 'other')}
+postprocess_parquet_lookup = {'caption-text': partial(identity, model='caption', to_cpu=False)}
+postprocess_feature_lookup = {}
+postprocess_feature_lookup['caption-feature'] = lambda cache: cache['caption']
+output_types = {'caption-text': 'string', 'caption-feature': [7]}
+"""
+
+
+def test_names_of_a_custom_file_come_on_top_of_the_built_in_ones(tmp_path: Path) -> None:
+    module = custom.load(_write(tmp_path, CAPTION))
+    found = custom.registry(custom.lookups(module), custom.output_types(module))
+    assert found.models["other"] == ModelSpec(
+        "other",
+        raw_inputs=("image", "text"),
+        preprocessors=("small", "identity"),
+        dependencies=("oai-clip-vit-b32",),
+        to_device=False,
+    )
+    assert found.columns["caption-text"] == Post("caption", type="string")
+    assert found.features["caption-feature"] == Post("caption", shape=(7,))
+    assert found.own == {"small", "caption", "other", "caption-text", "caption-feature"}
+    assert MODELS.keys() < found.models.keys()
+    assert COLUMNS.keys() < found.columns.keys()
+    assert FEATURES.keys() < found.features.keys()
+    assert found.preprocessors > registry.PREPROCESSORS
+
+
+def helper(values: Any) -> Any:
+    return values
+
+
+NAME = "own"
+
+
+@pytest.mark.parametrize(
+    ("post", "model"),
+    [
+        (lambda cache: cache["own"], "own"),
+        (lambda cache: cache["cache"], "cache"),
+        (lambda c: (c["own"][0] * c["own"][1]).sum(1), "own"),
+        (lambda c: c["own"] * c["other"], ""),
+        (lambda c: helper(c), ""),
+        (lambda c: helper(c) + c["own"], ""),
+        (lambda c: c.get("own"), ""),
+        (lambda c: c[NAME], ""),
+        (lambda c: helper(c["own"]), "own"),
+        (lambda c: [c["own"] for _ in range(2)] and (lambda: c)(), ""),
+        (lambda c, d=1: c["own"], ""),
+        (lambda: 1, ""),
+        (helper, ""),
+        (len, ""),
+        (partial(postprocessors.identity, model="own"), "own"),
+    ],
+)
+def test_a_postprocessors_model_is_told_where_it_can_read_no_other(post: Any, model: str) -> None:
+    assert custom.source(post) == model
+
+
+@pytest.mark.parametrize("fields", ["raw_inputs = 5", "preprocessors = ('a', 3)"])
+def test_a_field_of_other_things_than_names_is_a_mistake(fields: str, tmp_path: Path) -> None:
+    tables = custom.lookups(
+        custom.load(_write(tmp_path, f"class A:\n    {fields}\nmodel_lookup = {{'a': A}}\n"))
+    )
+    with pytest.raises(ConfigError, match=r"A in custom.py: 1 mistake\n  \w+: found .* of names"):
+        custom.registry(tables)
 
 
 def test_the_seeds_postprocessors_are_ours() -> None:
@@ -199,13 +271,7 @@ def test_one_name_may_stand_without_its_list(tmp_path: Path) -> None:
     """`("text")` is what a tuple of one looks like to most who write it."""
     for old, new in (("('text',)", "('text')"), ("('identity',)", "'identity'")):
         made = custom.registry(_look(tmp_path, old, new)).models["look"]
-        read = declared.names(tmp_path / "custom.py").models["look"]
-        assert made.inputs == read.inputs == (("text", "identity"),)
-
-
-def test_the_source_of_a_postprocessor_is_what_its_partial_says() -> None:
-    assert custom.source(partial(postprocessors.identity, model="look")) == "look"
-    assert custom.source(lambda cache: cache["look"]) == ""
+        assert made.inputs == (("text", "identity"),)
 
 
 def _built(tables: custom.Tables) -> Any:
@@ -252,24 +318,3 @@ def test_no_line_is_told_of_an_error_that_came_through_no_custom_file() -> None:
         int("x")
     assert custom.described(caught.value).startswith("ValueError: invalid literal")
     assert "line" not in custom.described(caught.value)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "class M(M):\n    pass\n",
-        "class M(B):\n    pass\nclass B(C):\n    raw_inputs = ('text',)\nclass C(B):\n    pass\n",
-        "class M:\n    raw_inputs = 5\n",
-        "class M:\n    dependencies = {[]: 1}\n",
-        "class M:\n    preprocessors = ('a', 3)\n",
-    ],
-)
-def test_classes_that_no_python_would_make_are_read_all_the_same(text: str, tmp_path: Path) -> None:
-    """Running the file tells what is wrong with it; reading it ends, and without an error."""
-    read = declared.names(_write(tmp_path, text + "model_lookup = {'m': M}\n"))
-    assert read.models["m"].name == "m"
-
-
-def test_a_file_that_is_nested_too_deeply_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises((ValueError, SyntaxError)):
-        declared.names(_write(tmp_path, "x = " + "(" * 20_000 + ")" * 20_000))

@@ -14,6 +14,7 @@ from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import weights
 from d2m_hpc.models.registry import MODELS
 from d2m_hpc.models.weights import CHECKPOINTS, HashCache, check, require
+from d2m_hpc.plan.workload import absolute, customs, run_dir
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,10 @@ def test_a_custom_model_under_a_built_in_name_needs_no_checkpoint(tmp_path: Path
             "custom_pypath": str(tmp_path / "own.py"),
         },
     )
-    names = {c.name for c in weights.needed(load(config).specs.values())}
-    assert names == {"nsfw_torch.pt", "ViT-L-14.pt"}
+    loaded = absolute(load(config))
+    custom, mistakes = customs(loaded, run_dir(loaded))
+    names = {c.name for c in weights.needed(custom.registry.specs(loaded.models).values())}
+    assert (names, mistakes) == ({"nsfw_torch.pt", "ViT-L-14.pt"}, [])
 
 
 def test_a_missing_file_is_named_with_its_url_and_the_command(tmp_path: Path) -> None:

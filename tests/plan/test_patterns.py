@@ -24,11 +24,13 @@ from hypothesis import strategies as st
 from kit import STATS, d2m, write_config, write_tar
 from kit import write_shards as write_shards_of_samples
 
+from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan import braces, patterns
 from d2m_hpc.plan.balance import chunk
 from d2m_hpc.plan.naming import name_shards
-from d2m_hpc.plan.patterns import Expansion, check, expand, plan_shards, read_shards, write_shards
+from d2m_hpc.plan.patterns import Expansion, expand, plan_shards, read_shards, write_shards
+from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.manifest import Shard
 
 
@@ -223,13 +225,18 @@ def test_a_pattern_that_matches_nothing_is_a_mistake_that_names_it(
     touch(tmp_path, "a.tar")
     found = expand([pattern, "a.tar"])
     assert found.mistakes == [f"input_tars: found no tar for {pattern!r}; check the path"]
-    with pytest.raises(ConfigError, match="1 mistake") as raised:
-        check(found, "my.yml")
+    with pytest.raises(ConfigError, match=r"my.yml: 1 mistake") as raised:
+        inspect(asking(pattern, "a.tar"), "my.yml")
     assert repr(pattern) in str(raised.value)
 
 
-def test_check_lets_good_patterns_pass(tmp_path: Path) -> None:
-    check(expand(touch(tmp_path, "a.tar")), "my.yml")
+def test_good_patterns_pass_the_inspection(tmp_path: Path) -> None:
+    [tar] = touch(tmp_path, "a.tar")
+    assert inspect(asking(tar), "my.yml").sizes == {tar: 5}
+
+
+def asking(*patterns: str) -> Config:
+    return Config(models=["text-stats"], input_tars=[*patterns], output_metadata_dir="out")
 
 
 @pytest.mark.parametrize(

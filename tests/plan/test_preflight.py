@@ -10,7 +10,7 @@ from kit import DATACOMP, STATS, write_config, write_shards
 
 from d2m_hpc.config import load
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.plan.preflight import check
+from d2m_hpc.plan.workload import inspect
 
 
 def test_a_good_config_passes_and_leaves_nothing(awkward_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_a_good_config_passes_and_leaves_nothing(awkward_path: Path) -> None:
         input_tars=str(awkward_path / "tars" / "*.tar"),
         output_metadata_dir=str(awkward_path / "out"),
     )
-    check(load(config), "c.yml")
+    inspect(load(config), "c.yml", thorough=True)
     assert [p.name for p in (awkward_path / "out").iterdir()] == [".d2m"]
     assert not list((awkward_path / "out" / ".d2m").glob(".*"))
 
@@ -41,7 +41,7 @@ def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
         custom_pypath=str(tmp_path / "custom.py"),
     )
     with pytest.raises(ConfigError, match="preflight") as caught:
-        check(load(config), "c.yml")
+        inspect(load(config), "c.yml", thorough=True)
     text = "\n".join(caught.value.mistakes)
     assert "output_metadata_dir: " in text
     assert f"found no tar for '{tmp_path / 'tars' / '*.tar'}'" in text
@@ -75,7 +75,7 @@ def test_what_only_running_the_custom_file_can_tell_is_told(tmp_path: Path) -> N
         custom_pypath=str(tmp_path / "custom.py"),
     )
     with pytest.raises(ConfigError, match="'look' needs the output of 'other'") as caught:
-        check(load(config), "c.yml")
+        inspect(load(config), "c.yml", thorough=True)
     assert "unknown raw input 'images'; did you mean 'image'" in str(caught.value)
     assert "banner" not in str(caught.value)
 
@@ -91,7 +91,7 @@ def test_folders_are_not_world_writable_and_colons_are_just_a_name(tmp_path: Pat
     )
     before = os.umask(0)
     try:
-        check(load(config), "c.yml")
+        inspect(load(config), "c.yml", thorough=True)
     finally:
         os.umask(before)
     made = [tmp_path / "new", *(tmp_path / "new").rglob("*")]

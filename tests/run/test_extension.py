@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from kit import DATACOMP, write_config
 
 from d2m_hpc import config as configs
 from d2m_hpc.config import Config
+from d2m_hpc.models import custom
+from d2m_hpc.models.registry import Registry
 from d2m_hpc.run.extension import obstacles, only_new, with_own_names
 
 B32: dict[str, Any] = {
@@ -45,8 +48,16 @@ def config(folder: Path, values: dict[str, Any], **more: Any) -> Config:
     return configs.load(write_config(folder / "c.yml", {**values, **common, **more}))
 
 
+def names(asked: Config) -> Registry:
+    """What is known once the custom file was run."""
+    file = asked.custom_file
+    return custom.registry(custom.lookups(custom.load(file))) if file else Registry()
+
+
 def fingerprint(asked: Config, **hashes: str) -> dict[str, Any]:
-    return with_own_names(asked, asked.fingerprint({**HASHES, **hashes}))
+    file = asked.custom_file
+    code = {"d2m_custom_own": hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
+    return with_own_names(asked.fingerprint({**HASHES, **hashes}, code), names(asked))
 
 
 def test_every_list_may_grow(folder: Path) -> None:
@@ -60,7 +71,7 @@ def test_the_order_of_columns_may_change(folder: Path) -> None:
     turned = {k: v[::-1] if isinstance(v, list) else v for k, v in DATACOMP.items()}
     old, new = (fingerprint(config(folder, values)) for values in (DATACOMP, turned))
     assert obstacles(old, new) == obstacles(new, old) == []
-    lacked = only_new(config(folder, turned), old, config(folder, turned).specs)
+    lacked = only_new(config(folder, turned), old, Registry())
     assert lacked.models == lacked.postprocess_columns == lacked.additional_fields == []
 
 
@@ -103,7 +114,7 @@ def test_a_custom_file_may_not_replace_what_made_the_outputs(name: str, folder: 
     """By any of its lookups: also the preprocessor of a model, which the config does not name."""
     plain = fingerprint(config(folder, B32))
     lookup = {"clip-aug": "preprocessor_lookup"}.get(name, "postprocess_parquet_lookup")
-    (folder / "own.py").write_text(f"import x\n{lookup} = {{{name!r}: x.y}}\n")
+    (folder / "own.py").write_text(f"{lookup} = {{{name!r}: len}}\n")
     replaced = fingerprint(config(folder, B32, custom_pypath=str(folder / "own.py")))
     [why] = obstacles(plain, replaced)
     assert why.endswith(f"; {name} of the finished outputs come from it")
@@ -111,19 +122,36 @@ def test_a_custom_file_may_not_replace_what_made_the_outputs(name: str, folder: 
     assert why.endswith(f"; {name} of the finished outputs come from it")
 
 
-def test_a_file_that_only_running_tells_is_not_trusted(folder: Path) -> None:
+def test_a_file_whose_names_an_earlier_version_could_not_tell_is_not_trusted(folder: Path) -> None:
     plain = fingerprint(config(folder, B32))
-    (folder / "own.py").write_text("from elsewhere import *\n")
-    dynamic = fingerprint(config(folder, B32, custom_pypath=str(folder / "own.py")))
-    assert dynamic["custom_names"] is None
-    [why] = obstacles(plain, dynamic)
-    assert why.endswith("what of the finished outputs comes from it cannot be told")
-    assert obstacles(dynamic, dynamic) == []
+    own = fingerprint(config(folder, B32, custom_pypath=str(folder / "own.py")))
+    untold = {**own, "custom_names": None}
+    for old, new in ((untold, plain), (untold, {**own, "custom_file": "other"})):
+        [why] = obstacles(old, new)
+        assert why.endswith("what of the finished outputs comes from it cannot be told")
+    assert obstacles(untold, own) == []
+
+
+def test_a_module_of_a_custom_file_is_as_much_of_it_as_the_file_itself(folder: Path) -> None:
+    values = {**B32, "models": ["oai-clip-vit-b32", "own"]}
+    asked = config(folder, values, custom_pypath=str(folder / "own.py"))
+    one, other = (
+        with_own_names(
+            asked.fingerprint(HASHES, {"d2m_custom_own": "m", "helper": h}), names(asked)
+        )
+        for h in "ab"
+    )
+    assert one["custom_modules"] == {"helper": "a"}
+    [why] = obstacles(one, other)
+    assert why.startswith("helper: the sha256 was a, is b; own of the finished outputs")
+    alone = with_own_names(asked.fingerprint(HASHES, {"d2m_custom_own": "m"}), names(asked))
+    assert "custom_modules" not in alone
+    assert obstacles(alone, one)[0].startswith("helper: the sha256 was None, is a")
 
 
 def lacked_models(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     asked = config(folder, new)
-    return only_new(asked, fingerprint(config(folder, old)), asked.specs).models
+    return only_new(asked, fingerprint(config(folder, old)), names(asked)).models
 
 
 def test_models_run_that_are_new_asked_of_or_needed(folder: Path) -> None:
@@ -158,8 +186,8 @@ def test_the_names_of_datacomp_are_kept_out_unless_fields_are_new(folder: Path) 
     old = {**B32, "use_datacomp_keys": True}
     columns = {**old, "models": [*B32["models"], "text-stats"]}
     asked = config(folder, columns)
-    lacked = only_new(asked, fingerprint(config(folder, old)), asked.specs)
+    lacked = only_new(asked, fingerprint(config(folder, old)), names(asked))
     assert (lacked.models, lacked.carried) == (["text-stats"], [])
     asked = config(folder, {**old, "additional_fields": ["uid", "url"]})
-    lacked = only_new(asked, fingerprint(config(folder, old)), asked.specs)
+    lacked = only_new(asked, fingerprint(config(folder, old)), names(asked))
     assert (lacked.additional_fields, lacked.use_datacomp_keys) == (["url"], True)

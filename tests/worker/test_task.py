@@ -337,16 +337,19 @@ def test_an_index_without_a_chunk_is_an_error(tmp_path: Path) -> None:
         run_task(run.root, "000", 1)
 
 
-def test_a_custom_file_that_broke_since_is_a_config_error_and_no_shards(tmp_path: Path) -> None:
+def test_a_custom_file_that_breaks_on_a_node_is_a_config_error_and_no_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_shards(tmp_path / "tars", 1)
-    (tmp_path / "picky.py").write_text(PICKY)
+    breaks = '\nimport os\nif "BREAKS" in os.environ:\n    1 / 0\n'
+    (tmp_path / "picky.py").write_text(PICKY + breaks)
     run = _planned(
         tmp_path,
         str(tmp_path / "tars" / "*.tar"),
         models=[*STATS["models"], "picky"],
         custom_pypath=str(tmp_path / "picky.py"),
     )
-    (tmp_path / "picky.py").write_text(PICKY + "\n1 / 0\n")
+    monkeypatch.setenv("BREAKS", "1")
     with pytest.raises(ConfigError, match="ZeroDivisionError"):
         run_task(run.root, "000", 0)
     assert list(run.records.iterdir()) == []

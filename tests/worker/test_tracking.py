@@ -19,7 +19,6 @@ from wandb.proto.wandb_internal_pb2 import Record
 from d2m_hpc.config import load
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.plan.decide import inspect, missing_extras
-from d2m_hpc.plan.preflight import check
 
 TRACK = """
 import json, os, sys, time
@@ -183,7 +182,7 @@ def test_without_wandb_a_submit_is_refused(config: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", [])  # nothing is installed any more
     monkeypatch.chdir(config.parent)
     message = r"logging: true needs wandb, .*pip install 'd2m_hpc\[wandb\]'"
-    for refuse in (inspect, check):
+    for thorough in (False, True):
         with pytest.raises(ConfigError, match=message):
-            refuse(loaded, str(config))
+            inspect(loaded, str(config), thorough)
     assert missing_extras(loaded.model_copy(update={"logging": False})) == []

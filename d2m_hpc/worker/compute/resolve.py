@@ -10,9 +10,10 @@ from d2m_hpc.config import Config
 from d2m_hpc.config.mistakes import registry_mistakes
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import custom, postprocessors, registry
+from d2m_hpc.models.code import Sources
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Preprocessor
 from d2m_hpc.models.preprocessors import custom as as_preprocessor
-from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, ModelSpec
+from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, ModelSpec, Registry
 from d2m_hpc.worker.batch import Input
 
 Postprocessor = Callable[[Mapping[str, Any]], Any]
@@ -22,6 +23,7 @@ Postprocessor = Callable[[Mapping[str, Any]], Any]
 class Toolbox:
     """The specs and functions that a config names, those of its custom file included."""
 
+    registry: Registry
     specs: dict[str, ModelSpec]
     classes: dict[str, Any]
     preprocessors: dict[str, Preprocessor]
@@ -31,21 +33,23 @@ class Toolbox:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Config) -> Toolbox:
+    def of(cls, config: Config, sources: Sources | None = None) -> Toolbox:
         """
+        Args:
+            sources: of the custom file, as the submission has them; without, it is read anew.
+
         Raises:
-            ConfigError: the custom file cannot be imported, or lacks what the config names; the
-                config's own check cannot see what a file makes only when it is run.
+            ConfigError: the custom file cannot be imported, or lacks what the config names.
         """
         file = config.custom_file
-        module = custom.load(file) if file else None
+        module = custom.load(file, sources) if file else None
         tables = custom.lookups(module) if module else {name: {} for name in LOOKUPS}
-        known = custom.registry(tables)
+        known = custom.registry(tables, custom.output_types(module) if module else {})
         if mistakes := registry_mistakes(config, known):
             raise ConfigError(str(file or "models"), mistakes)
         models, made, columns, features = (tables[name] for name in LOOKUPS)
-        declared = custom.output_types(module) if module else {}
         return cls(
+            registry=known,
             specs={name: known.models[name] for name in config.models},
             classes=models,
             preprocessors={**PREPROCESSORS, **{k: as_preprocessor(v) for k, v in made.items()}},
@@ -54,12 +58,12 @@ class Toolbox:
             types={
                 name: kind
                 for name in config.postprocess_columns
-                if (kind := declared.get(name) if name in columns else COLUMNS[name].type)
+                if (kind := known.columns[name].type)
             },
             shapes={
-                name: tuple(shape)
+                name: shape
                 for name in config.postprocess_features
-                if (shape := declared.get(name) if name in features else FEATURES[name].shape)
+                if (shape := known.features[name].shape)
             },
         )
 

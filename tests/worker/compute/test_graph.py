@@ -351,7 +351,8 @@ def post(cache):
     return {made}
 postprocess_parquet_lookup = {{'column': post}}
 """
-    with pytest.raises(ShardError, match=f"'column' made {what} for a batch of 3 samples"):
+    what += " of 'some' for a batch of 3 samples"
+    with pytest.raises(ShardError, match=f"'column' made {what}"):
         bench(text, ["some"], ["column"]).run([1, 2, 3])
 
 

@@ -1,0 +1,136 @@
+"""What a submission keeps of the user's code, so that its tasks compute by nothing else.
+
+`submissions/000/frozen/` holds a copy of the custom file and of each module beside it that it
+imports, and `custom.json`: their places, their hashes, and the names that they give. It is written
+before the intent, so that a submission with an intent has all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from d2m_hpc.errors import D2MError
+from d2m_hpc.models.code import Source, Sources
+from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS, PREPROCESSORS, Registry
+from d2m_hpc.run.damage import undamaged
+from d2m_hpc.run.folder import RunDir, Submission
+from d2m_hpc.storage.files import atomic_write, is_private
+
+NAMES: TypeAdapter[Registry] = TypeAdapter(Registry)
+
+
+@dataclass(frozen=True)
+class Custom:
+    """A custom file that was run: the names that it gives, and the modules that it consists of.
+
+    Attributes:
+        registry: its names, and the built-in ones.
+        sources: its modules; none where a config names no such file.
+        missing: modules that it imports and that were nowhere.
+    """
+
+    registry: Registry = field(default_factory=Registry)
+    sources: Sources = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The sha256 of each module by name, the file itself first."""
+        return {name: source.sha256 for name, source in self.sources.items()}
+
+    @property
+    def version(self) -> str:
+        """One hash for all of it; that of the file itself where it has no other modules."""
+        hashes = self.hashes
+        if len(hashes) < 2:
+            return next(iter(hashes.values()), "")
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+    def is_current(self, file: Path) -> bool:
+        """Whether running the file again would run the same."""
+        main = next(iter(self.sources.values()), None)
+        if main is None or main.path != str(file):
+            return False
+        folder = file.parent
+        appeared = (folder.joinpath(m + end).exists() for m in self.missing for end in ("", ".py"))
+        return all(s.is_unchanged for s in self.sources.values()) and not any(appeared)
+
+    def described(self) -> dict[str, Any]:
+        """As JSON holds it: the custom file's own names, and where its modules lay."""
+        own = self.registry.own
+        named: dict[str, Any] = NAMES.dump_python(self.registry, mode="json")
+        for kind in ("models", "columns", "features"):
+            named[kind] = {name: value for name, value in named[kind].items() if name in own}
+        named["preprocessors"] = sorted(self.registry.preprocessors & own)
+        modules = {n: {"path": s.path, "sha256": s.sha256} for n, s in self.sources.items()}
+        return {**named, "own": sorted(own), "modules": modules, "missing": [*self.missing]}
+
+    @classmethod
+    def of(cls, described: dict[str, Any], sources: Sources) -> Custom:
+        """What `described` told."""
+        named = NAMES.validate_python(
+            {k: v for k, v in described.items() if k in asdict(Registry())}
+        )
+        registry = replace(
+            named,
+            models={**MODELS, **named.models},
+            columns={**COLUMNS, **named.columns},
+            features={**FEATURES, **named.features},
+            preprocessors=PREPROCESSORS | named.preprocessors,
+        )
+        return cls(registry, sources, tuple(described["missing"]))
+
+
+def write(folder: Path, custom: Custom) -> None:
+    """Freeze a custom file in a submission's folder; whoever may not read it may not read these."""
+    described = custom.described()
+    for number, (name, source) in enumerate(custom.sources.items()):
+        copy = f"{number:03d}-{Path(source.path).name[-100:]}"
+        atomic_write(folder / copy, source.data, private=is_private(Path(source.path)))
+        described["modules"][name]["copy"] = copy
+    text = json.dumps(described, indent=1).encode()
+    atomic_write(folder / "custom.json", text)
+
+
+def read(folder: Path) -> Custom:
+    """What a submission has frozen; nothing of one whose config names no custom file.
+
+    Raises:
+        D2MError: a file of it is damaged.
+    """
+    path = folder / "custom.json"
+    advice = "its tasks cannot go on; submit again"
+    try:
+        with undamaged(path, advice):
+            described = json.loads(path.read_bytes())
+            sources = {
+                name: Source(m["path"], (folder / m["copy"]).read_bytes(), str(folder / m["copy"]))
+                for name, m in described["modules"].items()
+            }
+            custom = Custom.of(described, sources)
+    except FileNotFoundError:
+        if path.exists():
+            raise
+        return Custom()
+    for name, source in sources.items():
+        if source.sha256 != described["modules"][name]["sha256"]:
+            raise D2MError(
+                f"{source.copy} is not the copy that was made of {source.path}; {advice}"
+            )
+    return custom
+
+
+def newest(run: RunDir, file: Path) -> Custom | None:
+    """What the last submission froze of a custom file, if the file is still the same."""
+    submissions: list[Submission] = run.submissions()
+    try:
+        custom = read(submissions[-1].frozen) if submissions else Custom()
+    except (OSError, D2MError):  # whoever needs it will tell
+        return None
+    return custom if custom.is_current(file) else None

@@ -1,0 +1,47 @@
+"""Run a custom file and tell what it gives: `python -m d2m_hpc.worker.describe FILE FOLDER`.
+
+In a process of its own, as the file imports torch, and may do anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.models import custom
+from d2m_hpc.models.code import MOST_BYTES, MOST_MODULES, Modules
+from d2m_hpc.run import frozen
+
+
+def describe(file: Path) -> frozen.Custom:
+    """Run a custom file, and give its names and modules.
+
+    Raises:
+        ConfigError: it cannot be run, or its tables hold what they should not.
+    """
+    modules = Modules(file)
+    module = custom.run(modules)
+    registry = custom.registry(custom.lookups(module), custom.output_types(module))
+    size = sum(len(source.data) for source in modules.sources.values())
+    if len(modules.sources) > MOST_MODULES or size > MOST_BYTES:
+        mistake = (
+            f"custom_pypath: it imports {len(modules.sources):,} modules of {size:,} bytes that "
+            f"lie in its folder, {file.parent}; valid are up to {MOST_MODULES:,} of "
+            f"{MOST_BYTES:,} bytes; put it and its modules into a folder of their own"
+        )
+        raise ConfigError(str(file), [mistake])
+    return frozen.Custom(registry, modules.sources, tuple(sorted(modules.missing)))
+
+
+def main(file: Path, folder: Path) -> None:
+    """Write what the file gives to a folder, as a submission has it; or its mistakes."""
+    try:
+        frozen.write(folder, describe(file))
+    except ConfigError as error:
+        (folder / "mistakes.json").write_text(json.dumps(error.mistakes))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
