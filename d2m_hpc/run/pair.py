@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from io import BufferedIOBase
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,16 +30,12 @@ METADATA = b"d2m"
 """Key of the parquet's file metadata that holds the shard's record."""
 TAIL = 64 << 10
 """Bytes that hold almost any parquet's metadata, which stands at its end."""
+AGAIN = "delete {}.parquet to have the shard computed whole by the next submit"
 PARQUET, NPZ = SUFFIXES = (".parquet", ".npz")
 
 
-@dataclass(frozen=True)
-class Contents:
-    """All that a pair holds.
-
-    Attributes:
-        features: the arrays of the npz; [rows, ...] each.
-    """
+class Contents(NamedTuple):
+    """All that a pair holds; features are [rows, ...] each."""
 
     record: Record
     table: pa.Table
@@ -133,7 +129,7 @@ class Pair:
         except Exception as error:  # the libraries raise whatever a damaged byte makes them trip on
             raise ShardError(
                 f"{self.output.path(self.stem)}: this finished pair cannot be extended: "
-                f"{str(error) or type(error).__name__}; {again(self.stem)}"
+                f"{str(error) or type(error).__name__}; {AGAIN.format(self.stem)}"
             ) from error
 
     def problems(
@@ -165,11 +161,6 @@ class Pair:
             problems = [f"cannot be read: {str(error) or type(error).__name__}"]
         other = f"has another sha256 than its record ({sha256[:12]}...)"
         return problems if found == sha256 else [*problems, other]
-
-
-def again(stem: str) -> str:
-    """Advice about a pair that cannot be extended."""
-    return f"delete {stem}.parquet to have the shard computed whole by the next submit"
 
 
 def _sha256(file: BufferedIOBase) -> str:

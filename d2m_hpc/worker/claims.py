@@ -144,7 +144,9 @@ class Claims:
 
     def _steal(self) -> Iterator[Work]:
         """Steal from the end of other tasks' chunks."""
-        finished = self._extended() if self.extends else self._output.stems()
+        folder = self._submission.extended  # by tasks of this submission
+        extended = os.listdir(folder) if folder.is_dir() else ()
+        finished = set(extended) if self.extends else self._output.stems()
         for job in self._others():
             if self.is_late or self._stopped.is_set():
                 return
@@ -162,11 +164,6 @@ class Claims:
         numbers = (i for i in reversed(range(len(self._chunks))) if i != self._index)
         for chunk in self._chunks.read(numbers):
             yield from (job for job in reversed(chunk) if job.extends == self.extends)
-
-    def _extended(self) -> set[str]:
-        """Stems that tasks of this submission have extended; all others have parquets, too."""
-        folder = self._submission.extended
-        return set(os.listdir(folder)) if folder.is_dir() else set()
 
     def _lease(self, job: Job) -> Lease:
         return Lease(self._run.lease(job.stem), self._config.lease_seconds)

@@ -20,17 +20,12 @@ log = logging.getLogger(__name__)
 
 
 class Scratch:
-    """Room for copies of tars.
-
-    Attributes:
-        folder: where they lie.
-        limit: bytes of all copies at once.
-    """
+    """A folder for copies of tars, of `limit` bytes together; `change` is the lock of `used`."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
-        self._used = 0
-        self._change = threading.Condition()
+        self.used = 0
+        self.change = threading.Condition()
 
     @contextmanager
     def copy(self, name: str) -> Iterator[Copy]:
@@ -40,25 +35,9 @@ class Scratch:
             yield copy
         finally:
             copy.path.unlink(missing_ok=True)
-            with self._change:
-                self._used -= copy.granted
-                self._change.notify_all()
-
-    def give(self, copy: Copy, size: int) -> None:
-        """Let a copy be so large; waits until the others leave room for it.
-
-        Raises:
-            ShardError: it would not fit even if it were alone.
-        """
-        if size > self.limit:
-            raise ShardError(
-                f"{copy.path.name} has {size} bytes or more, and copies may take {self.limit} of "
-                f"{self.folder}; raise scratch_bytes, or set TMPDIR to a larger disk"
-            )
-        with self._change:
-            self._change.wait_for(lambda: self._used - copy.granted + size <= self.limit)
-            self._used += size - copy.granted
-            copy.granted = size
+            with self.change:
+                self.used -= copy.granted
+                self.change.notify_all()
 
 
 class Copy:
@@ -69,13 +48,23 @@ class Copy:
         self._scratch = scratch
 
     def reserve(self, size: int) -> None:
-        """Before the copy grows to so many bytes.
+        """Wait until other copies leave so many bytes for this one, before it grows to them.
 
         Raises:
-            ShardError: there can never be so much room.
+            ShardError: the copy would not fit even if it were alone.
         """
-        if size > self.granted:
-            self._scratch.give(self, size)
+        if size <= self.granted:
+            return
+        place = self._scratch
+        if size > place.limit:
+            raise ShardError(
+                f"{self.path.name} has {size} bytes or more, and copies may take {place.limit} of "
+                f"{place.folder}; raise scratch_bytes, or set TMPDIR to a larger disk"
+            )
+        with place.change:
+            place.change.wait_for(lambda: place.used - self.granted + size <= place.limit)
+            place.used += size - self.granted
+            self.granted = size
 
 
 @contextmanager

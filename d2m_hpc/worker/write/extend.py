@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ShardError
 from d2m_hpc.run.manifest import Record, Rejection
-from d2m_hpc.run.pair import Contents, again
+from d2m_hpc.run.pair import AGAIN, Contents
 from d2m_hpc.storage.texts import fit
 from d2m_hpc.worker.write.table import Table
 
@@ -106,7 +106,7 @@ def _require_same_samples(
     rows, rows_now = Counter(map(fit, old)), Counter(map(fit, new))
     samples = rows + Counter(fit(r.key) for r in record.rejections)
     samples_now = rows_now + Counter(fit(r.key) for r in rejected)
-    advice = again(record.shard)
+    advice = AGAIN.format(record.shard)
     # Keys that never had a row do not count: which odd members of a tar are rejections depends on
     # the models and on the version.
     others = {*(samples - samples_now), *(samples_now - samples)}
