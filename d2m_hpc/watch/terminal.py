@@ -84,6 +84,11 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
+def count(number: int, noun: str) -> str:
+    """`1 task`, `1,200 tasks`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def decision(decided: Decision) -> None:
     done, given_up = len(decided.done), len(decided.exhausted)
     line = f"{len(decided.shards)} shards: {done} done, {len(decided.pending)} to do"
@@ -139,32 +144,39 @@ def submitted(arrays: Sequence[Array]) -> None:
         console.print("`d2m status` shows how far it is")
 
 
-def summary(found: Summary) -> None:
-    rows = {
-        "shards": f"{found.shards}",
-        "done": f"{found.done}",
-        "failed": f"{found.failed}",
-        "pending": f"{found.pending}",
-        "running": f"{found.running}",
-        "rows": f"{found.rows:,}",
-        "rejected": f"{found.rejected:,}",
-        "samples a second": f"{found.samples_per_second:,.1f}",
-        "time left": "none" if found.complete else duration(found.eta_seconds),
-        "outputs": found.output,
-        "run folder": found.run_dir,
+def figures(found: Summary) -> dict[str, str]:
+    """The figures of a run by name; those that are seldom are left out where they are 0."""
+    tried = found.rows + found.rejected
+    share = f" ({found.rejected / tried:.2%})" if found.rejected else ""
+    left = duration(found.eta_seconds) if found.running else "nothing runs"
+    counts = ("shards", "done", "failed", "pending", "running", "rows")
+    seldom = {
+        "finished by an earlier config": found.outdated,
+        "finished, and removed since": found.removed,
+        "given up": found.given_up,
+        "run again in float32": found.recomputed,
     }
+    return {
+        **{name: f"{getattr(found, name):,}" for name in counts},
+        "rejected samples": f"{found.rejected:,}{share}",
+        "samples a second": f"{found.samples_per_second:,.1f}",
+        "time left": "none" if found.complete else left,
+        **({"GPU hours": f"{found.gpu_hours:,.1f}"} if found.gpu_hours else {}),
+        **{name: f"{number:,}" for name, number in seldom.items() if number},
+    }
+
+
+def ran_on(found: Summary) -> str:
+    """Such as `NVIDIA H100 80GB HBM3 (12 tasks), CPU (1 task)`."""
+    return ", ".join(f"{model} ({count(n, 'task')})" for model, n in found.hardware.items())
+
+
+def summary(found: Summary) -> None:
+    rows = {**figures(found), "outputs": found.output, "run folder": found.run_dir}
     if found.tasks:
-        rows["array tasks"] = ", ".join(f"{n} {state}" for state, n in found.tasks.items())
-    if found.gpu_hours:
-        rows["GPU-hours"] = f"{found.gpu_hours:,.1f}"
-    if found.outdated:
-        rows["finished by an earlier config"] = f"{found.outdated}"
-    if found.removed:
-        rows["finished, and removed since"] = f"{found.removed}"
-    if found.given_up:
-        rows["given up"] = f"{found.given_up}"
-    if found.recomputed:
-        rows["run again in float32"] = f"{found.recomputed:,}"
+        rows["array tasks"] = ", ".join(f"{n:,} {state}" for state, n in found.tasks.items())
+    if found.hardware:
+        rows["ran on"] = ran_on(found)
     _pairs(rows, found.state)
     console.print(ProgressBar(max(found.shards, 1), found.done, width=50))
     console.print()

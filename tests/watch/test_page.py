@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import troubled
-from kit import STATS, d2m, write_config
+from kit import STATS, d2m, sample, submit, write_config, write_tar
 from PIL import Image
 
 from d2m_hpc import config as configs
@@ -153,6 +153,58 @@ def test_the_head_has_the_figures_of_status(page: Page, folder: Path) -> None:
     assert figures["output"] == str(folder / "out")
     assert page.texts("h1") == [f"Run {run.root}"]
     assert "The run ended with failed shards." in page.texts("main")[0]
+
+
+def test_failures_come_first_and_every_section_has_a_link(page: Page) -> None:
+    titles = page.texts("h2")
+    assert titles[0] == "Rejections and failures"
+    assert [t for a, t in page.all("a") if a["href"].startswith("#")] == titles
+    ids = [a["id"] for a, _ in page.all("section")]
+    assert [a["href"] for a, _ in page.all("a")] == [f"#{i}" for i in ids]
+    faults = page.section("Rejections and failures")
+    assert faults.index("1 shard failed: TruncatedShard") < faults.index("Samples rejected")
+
+
+def test_the_page_says_what_ran(page: Page) -> None:
+    figures = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
+    assert figures["ran on"] == "CPU (3 tasks)"
+    assert "(CPU), " in "".join(page.texts("title"))
+
+
+def test_each_score_says_what_a_threshold_keeps(page: Page, folder: Path) -> None:
+    curves = [a["aria-label"] for a, _ in page.all("svg") if a["aria-label"].startswith("Share")]
+    names = ("image-brightness", "image-contrast", "text-words", "text-uppercase-ratio")
+    assert curves == [f"Share of rows at or above each value of {name}" for name in names]
+    values = np.array(list(_column(folder, "image-brightness").values()))
+    told = re.search(r"rows at or above: ([\d.]+) keeps (\d+) %", page.section("Values"))
+    assert told
+    assert int(told[2]) == round(100 * float((values >= float(told[1])).mean()))
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Of a run of one shard, which is done."""
+    folder = tmp_path_factory.mktemp("single")
+    members = {n: d for i in range(3) for n, d in sample(f"k{i}", i).items()}
+    write_tar(folder / "a.tar", {**members, "z.jpg": b"no picture", "z.txt": b"z", "z.json": b"{}"})
+    config = write_config(
+        folder / "c.yml",
+        STATS,
+        input_tars=str(folder / "a.tar"),
+        output_metadata_dir=str(folder / "out"),
+        max_rejected_fraction=0.9,
+    )
+    assert submit(config).returncode == 0
+    return _page(folder / "out" / ".d2m", folder / "report.html")
+
+
+def test_one_of_a_thing_is_singular(single: Page) -> None:
+    text = " ".join(single.texts("main") + single.texts("title"))
+    assert not re.search(r"(?<![\d.,])1 [a-z ]*(tasks|attempts|shards|rows|samples|hosts)\b", text)
+    assert "1 task, 1 attempt: 1 finished." in single.section("Tasks")
+    assert "From 1 finished shard: 3 rows." in single.section("Values")
+    assert "No shard has failed" in single.section("Rejections and failures")
+    assert "All shards are done." in single.texts("main")[0]
 
 
 def test_each_task_has_a_lane_and_each_attempt_a_bar(page: Page) -> None:
@@ -356,6 +408,7 @@ def test_a_run_of_thousands_of_tasks_shows_the_most_troubled(tmp_path: Path, cop
     assert "Shown are 40: those with the most trouble" in page.section("Tasks")
     assert "000-1" in page.section("Where the time went")
     assert "And 21 faster hosts." in page.section("Shards and hosts")
+    assert "GPU (3,000 tasks), CPU (3 tasks)" in page.section("What is computed")
     assert (tmp_path / "r.html").stat().st_size < 1_000_000
 
 

@@ -19,10 +19,11 @@ from kit import jpeg, sample, write_tar
 from PIL import Image, UnidentifiedImageError
 
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.manifest import Outcome, Shard
 from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.watch.page import charts, columns, count, environment, printed, sheet, values
+from d2m_hpc.watch.page import charts, columns, environment, printed, sheet, timing, values
 from d2m_hpc.watch.page.timing import cumulative, rate
+from d2m_hpc.watch.terminal import count
 
 finite = st.floats(-1e12, 1e12, allow_nan=False)
 
@@ -102,6 +103,13 @@ class TestCharts:
         assert axis.title == f"{unit} since then"
         assert axis.ticks[-1][1] == last
         assert axis.share(seconds) == 1.0
+
+    def test_counts_have_whole_ticks(self) -> None:
+        x, at = charts.plain_axis(0, 1, "x"), np.array([0.0, 1.0])
+        drawn = charts.lines([charts.Curve("done", "green", at, at)], x, "shards", "x")
+        assert [words for _, words in drawn.y.ticks] == ["0", "1"]
+        drawn = charts.lines([charts.Curve("rate", "blue", at, at * 0.9)], x, "rows/s", "x")
+        assert [words for _, words in drawn.y.ticks] == ["0", "0.2", "0.4", "0.6", "0.8"]
 
     def test_a_skewed_histogram_counts_in_powers_of_ten(self) -> None:
         values = np.concatenate([np.zeros(10_000), np.linspace(0, 1, 40)])
@@ -246,6 +254,40 @@ class TestValues:
         column = columns.Column("x", "number", "double")
         column.add(pa.chunked_array([numbers]))
         assert told in values.card(column).told
+
+    def test_what_is_beyond_the_axis_is_counted_in_words(self) -> None:
+        column = columns.Column("x", "number", "double")
+        column.add(pa.chunked_array([np.concatenate([np.linspace(0, 1, 998), [1e6, -1e6]])]))
+        made = values.card(column)
+        told = "Beyond the axis, in grey: 4 below 0.00301 and 4 above 0.997."
+        assert made.told.endswith(told)
+        assert [len(c.bars) > 0 for c in made.charts] == [True, True]
+
+    def test_only_numbers_have_thresholds(self) -> None:
+        column = columns.Column("x", "text", "string")
+        column.add(pa.chunked_array([[str(10**i) for i in range(9)]]))
+        assert [c.label for c in values.card(column).charts] == ["Histogram of x"]
+
+
+class TestHosts:
+    def _outcome(self, host: str, seconds: float) -> Outcome:
+        values = {"started": 1000.0, "finished": 1000.0 + seconds, "rows": 100, "host": host}
+        return Outcome.of(values)
+
+    def test_a_host_that_takes_far_longer_than_the_median_is_slow(self) -> None:
+        times = {"a": 10.0, "b": 12.0, "c": 11.0, "d": 40.0}
+        found = timing.hosts(self._outcome(h, s) for h, s in times.items())
+        assert [(h.name, h.is_slow) for h in found] == [
+            ("d", True),
+            ("b", False),
+            ("c", False),
+            ("a", False),
+        ]
+        assert (found[0].seconds, found[0].speed) == (40.0, 2.5)
+
+    def test_two_hosts_have_no_median(self) -> None:
+        found = timing.hosts([self._outcome("a", 1.0), self._outcome("b", 100.0)])
+        assert not any(h.is_slow for h in found)
 
 
 class TestSheet:

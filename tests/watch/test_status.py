@@ -198,6 +198,10 @@ def test_merged_files_say_what_the_tasks_files_said(
     # The task wakes up: what it says now takes the place of what was merged.
     path.write_text(json.dumps({**told, "updated": 8200.0}))
     assert _summary(run).gpu_hours == 2.0
+    # A task of this version says what its GPU is, and an earlier one did not.
+    assert _summary(run).hardware["GPU"] == 1
+    path.write_text(json.dumps({**told, "updated": 8201.0, "gpu": "NVIDIA H100"}))
+    assert _summary(run).hardware["NVIDIA H100"] == 1
 
 
 @pytest.mark.parametrize(

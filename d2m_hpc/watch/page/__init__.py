@@ -23,7 +23,7 @@ from d2m_hpc.storage.urls import masked
 from d2m_hpc.watch.page import charts, columns, sheet, timing, values
 from d2m_hpc.watch.page.history import History
 from d2m_hpc.watch.status import summarise
-from d2m_hpc.watch.terminal import duration
+from d2m_hpc.watch.terminal import count, duration, figures, ran_on
 
 _UNREADABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters and lone surrogates: no HTML can hold them."""
@@ -100,6 +100,7 @@ def environment() -> Environment:
     )
     made.filters |= {"count": count, "duration": duration, "moment": moment}
     made.filters |= {"number": charts.number, "percent": charts.percent}
+    made.filters |= {"figures": figures, "ran_on": ran_on}
     return made
 
 
@@ -116,11 +117,6 @@ def printed(value: object) -> object:
     text = str(value)
     shown = text if _PICTURE.fullmatch(text) else masked(text)
     return _UNREADABLE.sub("\ufffd", shown)
-
-
-def count(number: int, noun: str) -> str:
-    """`1 task`, `1,200 tasks`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def moment(seconds: float) -> str:

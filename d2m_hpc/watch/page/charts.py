@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -145,9 +145,12 @@ def time_axis(seconds: float, since: str) -> Axis:
 
 
 def lines(curves: Sequence[Curve], x: Axis, y_title: str, label: str) -> Chart:
-    """Curves over one x axis, with the y axis from 0."""
+    """Curves over one x axis, with the y axis from 0; whole numbers have whole ticks."""
     most = max((float(c.y.max()) for c in curves if len(c.y)), default=0.0)
-    return Chart(x, plain_axis(0.0, max(most, 1e-9) * 1.05, y_title), label, curves)
+    y = plain_axis(0.0, max(most, 1e-9) * 1.05, y_title)
+    if all((c.y == np.round(c.y)).all() for c in curves):
+        y = replace(y, ticks=[(v, words) for v, words in y.ticks if v == int(v)])
+    return Chart(x, y, label, curves)
 
 
 def are_alike(values: Values) -> bool:

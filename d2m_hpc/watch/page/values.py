@@ -48,18 +48,22 @@ def card(column: Column) -> Card:
     if charts.are_alike(values):
         return Card(column.name, _listed([_quartiles(values, unit), *rest]))
     histogram = charts.histogram(values, unit, f"Histogram of {column.name}")
-    ends = ", ".join(b.words for b in histogram.bars if b.is_rest)
     drawn = [histogram]
     if column.kind == "number":
         rows = column.rows + column.missing
         label = f"Share of rows at or above each value of {column.name}"
         drawn.append(charts.survival(values, rows, histogram.x, label))
-    told = _listed([_quartiles(values, unit), *rest, f"beyond the axis {ends}" if ends else ""])
+    told = _listed([_quartiles(values, unit), *rest]) + _beyond(histogram)
     return Card(column.name, told, drawn)
 
 
 def _listed(parts: Iterable[str]) -> str:
     return ", ".join(filter(None, parts)) + "."
+
+
+def _beyond(histogram: Chart) -> str:
+    ends = [f"{b.count:,} {b.words.partition(':')[0]}" for b in histogram.bars if b.is_rest]
+    return f" Beyond the axis, in grey: {' and '.join(ends)}." if ends else ""
 
 
 def _quartiles(values: Values, unit: str) -> str:
