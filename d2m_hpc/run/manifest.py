@@ -87,26 +87,29 @@ class Outcome(NamedTuple):
             LookupError, TypeError, ValueError, AttributeError: these are no record's values.
         """
         get = values.get
-        rejections = get("rejections")
+        rejections, notices = get("rejections"), get("notices")
         rows, recomputed = get("rows", 0), get("recomputed", 0)
         finished, started = float(get("finished", 0.0)), float(get("started", 0.0))
         if not (0 <= rows + recomputed < FAR and 0 <= started + finished < FAR):
             raise ValueError("no counts or no times")
-        return cls(
-            finished=finished,
-            started=started,
-            rows=rows,
-            recomputed=recomputed,
-            rejected=_by_reason(rejections) if rejections else (),
-            fingerprint=intern(get("fingerprint", "")),
-            task=intern(get("task", "")),
-            host=intern(get("host", "")),
-            npz_sha256=get("npz_sha256", ""),
-            parquet_sha256=get("parquet_sha256", ""),
-            kind=intern(get("kind", "")),
-            error=intern(get("error", "")),
-            attempt=int(get("attempt", 0)),
-            notices=tuple(map(intern, noticed)) if (noticed := get("notices")) else (),
+        # In the order of the fields: by their names, a tuple takes half as long again.
+        return cls._make(
+            (
+                finished,
+                started,
+                rows,
+                recomputed,
+                _by_reason(rejections) if rejections else (),
+                intern(get("fingerprint", "")),
+                intern(get("task", "")),
+                intern(get("host", "")),
+                get("npz_sha256", ""),
+                get("parquet_sha256", ""),
+                intern(get("kind", "")),
+                intern(get("error", "")),
+                int(get("attempt", 0)),
+                tuple(map(intern, notices)) if notices else (),
+            )
         )
 
 

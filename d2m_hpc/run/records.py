@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from d2m_hpc.run.attempts import Attempt
 from d2m_hpc.storage.files import FILE_MODE, named
 from d2m_hpc.storage.texts import escaped, json_escaped
 
@@ -147,6 +149,21 @@ class Record:
 
 
 _RECORD_FIELDS = frozenset(f.name for f in fields(Record))
+
+
+def died(stem: str, attempt: Attempt, fingerprint: str, error: str) -> Record:
+    """An attempt at a shard whose process ended in the middle of it."""
+    return Record(
+        stem,
+        "failed",
+        attempt=attempt.number,
+        fingerprint=fingerprint,
+        task=attempt.task,
+        host=attempt.host,
+        kind=DIED,
+        error=error,
+        finished=time.time(),
+    )
 
 
 def encode(record: Record) -> bytes:

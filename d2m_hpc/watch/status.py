@@ -144,7 +144,7 @@ def summarise(
     manifest = manifest or Manifest.load(run)
     found = found or standings(run, config, manifest)
     stems, done, failed = found.stems, list(found.done.values()), found.failed
-    running = (_held(run, config.lease_seconds) - found.done.keys()).intersection(stems)
+    running = _running(run, config.lease_seconds, found)
     tasks = attempts(run)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     rows = sum(r.rows for r in done)
@@ -179,11 +179,12 @@ def summarise(
     )
 
 
-def _held(run: RunDir, lease_seconds: float) -> set[str]:
-    """Shards whose lease has had a heartbeat lately."""
+def _running(run: RunDir, lease_seconds: float, found: Standings) -> set[str]:
+    """Shards that are not done, and whose lease has had a heartbeat lately."""
     oldest = time.time() - lease_seconds
     paths = run.leases.glob("*.lock") if run.leases.is_dir() else ()
-    return {p.stem for p in paths if _mtime(p) > oldest}
+    held = {p.stem for p in paths if _mtime(p) > oldest} - found.done.keys()
+    return held.intersection(found.stems) if held else held
 
 
 def _mtime(path: Path) -> float:

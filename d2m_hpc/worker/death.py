@@ -7,12 +7,13 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from resource import struct_rusage
 
 from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import DIED, Record, Recorder
+from d2m_hpc.run.records import Recorder, died
 from d2m_hpc.storage.files import make_folder
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker.board import Board, Entry, Scene
@@ -22,7 +23,7 @@ STALLED = 5
 """Exit code of a task that its own watchdog ended."""
 GB = 1e9
 PATIENCE = 10.0
-"""Seconds for a dead process's lease to be taken over, if nobody else takes it."""
+"""Seconds for a dead process's leases to be taken over, those that nobody else takes."""
 
 
 def told(status: int, usage: struct_rusage, oom_kills: int, stalled: float) -> str:
@@ -99,9 +100,9 @@ def record(board: Board, how: str) -> list[Entry]:
     if scene is None:
         return []
     begun = [entry for entry in entries if entry.begun]
-    for entry in entries:
-        with suppress(OSError), _claimed(scene, entry) as free:
-            if free and entry.begun:
+    for entry in _taken_over(scene, entries):
+        if entry.begun:
+            with suppress(OSError):
                 _fail(scene, entry, how, [e.stem for e in begun if e != entry])
     return begun
 
@@ -110,37 +111,43 @@ def give_back(board: Board) -> None:
     """Leave the shards of a process that was told to end to others; that is no failure."""
     if (scene := board.scene) is None:
         return
-    for entry in board.entries():
-        with suppress(OSError), _claimed(scene, entry) as free:
-            if free and entry.begun:
+    for entry in _taken_over(scene, board.entries()):
+        if entry.begun:
+            with suppress(OSError):
                 _end(scene, entry, died=False)
 
 
-class _claimed:
-    """A dead process's shard, where nobody has taken it over yet."""
+def _taken_over(scene: Scene, entries: list[Entry]) -> Iterator[Entry]:
+    """The shards of a dead process that nobody else takes over, each while its lease is held.
 
-    def __init__(self, scene: Scene, entry: Entry) -> None:
-        run = RunDir(Path(scene.root))
-        self._lease = Lease(run.lease(entry.stem), scene.lease_seconds)
-
-    def __enter__(self) -> bool:
-        """Ask again for a while: that the holder is dead may take more than one look to see."""
-        until = time.monotonic() + PATIENCE
-        while not (claimed := self._lease.claim()) and time.monotonic() < until:
+    A lease is asked for again for a while: that its holder is dead may take more than one look to
+    see. All shards share one deadline, as Slurm may be about to kill this process too.
+    """
+    run, until, waiting = RunDir(Path(scene.root)), time.monotonic() + PATIENCE, list(entries)
+    while waiting:
+        for entry in list(waiting):
+            lease = Lease(run.lease(entry.stem), scene.lease_seconds)
+            try:
+                with suppress(OSError):
+                    if lease.claim():
+                        waiting.remove(entry)
+                        yield entry
+            finally:
+                lease.release()
+        if time.monotonic() > until:
+            return
+        if waiting:
             time.sleep(0.1)
-        return claimed
-
-    def __exit__(self, *_: object) -> None:
-        self._lease.release()
 
 
 def _end(scene: Scene, entry: Entry, died: bool) -> None:
-    attempt = Attempt(entry.attempt, _task(scene), scene.host, died=died)
-    Attempts(RunDir(Path(scene.root)).attempts).end(entry.stem, attempt)
+    attempts = Attempts(RunDir(Path(scene.root)).attempts)
+    attempts.end(entry.stem, replace(_attempt(scene, entry), died=died))
 
 
-def _task(scene: Scene) -> str:
-    return f"{scene.submission}-{scene.index}-{scene.attempt}"
+def _attempt(scene: Scene, entry: Entry) -> Attempt:
+    task = f"{scene.submission}-{scene.index}-{scene.attempt}"
+    return Attempt(entry.attempt, task, scene.host)
 
 
 def _fail(scene: Scene, entry: Entry, how: str, others: list[str]) -> None:
@@ -150,23 +157,9 @@ def _fail(scene: Scene, entry: Entry, how: str, others: list[str]) -> None:
     beside = f"; it may have been {' or '.join(others)}, which it had in hand too" if others else ""
     error = f"the process that worked on {entry.stem} {how}{beside}"
     recorder = Recorder(run.record(scene.submission, scene.index, scene.attempt))
-    recorder.append(failure(entry.stem, entry.attempt, error, scene, _task(scene)))
+    recorder.append(died(entry.stem, _attempt(scene, entry), scene.fingerprint, error))
     _end(scene, entry, died=True)
     if not others:
         path = run.submission(scene.submission).failed(entry.stem)
         make_folder(path.parent)
         path.touch()
-
-
-def failure(stem: str, number: int, error: str, scene: Scene, task: str) -> Record:
-    return Record(
-        stem,
-        "failed",
-        attempt=number,
-        fingerprint=scene.fingerprint,
-        task=task,
-        host=scene.host,
-        kind=DIED,
-        error=error,
-        finished=time.time(),
-    )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from dataclasses import replace
 
 from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import DIED, Job, Record, Recorder
+from d2m_hpc.run.records import Job, Recorder, died
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,11 @@ class Evidence:
             last = replace(last, lost=1)
         else:
             made_by = self._made_by(last.task)
-            self._recorder.append(_failure(job.stem, last, made_by))
+            error = (
+                f"the process that worked on {job.stem} never came to an end, nor did the one "
+                f"that watches it: killed as a whole, or lost with {last.host or 'its node'}"
+            )
+            self._recorder.append(died(job.stem, last, made_by, error))
             log.warning("%s: attempt %d never ended", job.stem, last.number)
             failures += made_by == self._fingerprint
         self._attempts.end(job.stem, replace(last, died=True))
@@ -59,21 +62,3 @@ class Evidence:
             return str(json.loads(intent.read_bytes())["fingerprint"])
         except (OSError, ValueError, LookupError, TypeError):
             return self._fingerprint
-
-
-def _failure(stem: str, last: Attempt, fingerprint: str) -> Record:
-    error = (
-        f"the process that worked on {stem} never came to an end, nor did the one that watches it: "
-        f"killed as a whole, or lost with {last.host or 'its node'}"
-    )
-    return Record(
-        stem,
-        "failed",
-        attempt=last.number,
-        fingerprint=fingerprint,
-        task=last.task,
-        host=last.host,
-        kind=DIED,
-        error=error,
-        finished=time.time(),
-    )

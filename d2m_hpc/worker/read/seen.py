@@ -52,7 +52,7 @@ class Seen:
     def told(self, name: str, where: str) -> str:
         """That a field is missing, with the key that may have been meant."""
         keys = [safe(key, BRIEF) for key in sorted(self.keys)]
-        hint = safe(nearest(name, keys), 200)
+        hint = safe(nearest(name, keys), 200) if keys else "; their JSON has no field at all"
         return f"no sample of {where} has the field {safe(name, BRIEF)!r}{hint}"
 
     def missed(self, config: Config, schema: Schema) -> list[str]:
