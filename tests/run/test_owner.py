@@ -24,6 +24,7 @@ from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.plan.decide import Workload, inspect
 from d2m_hpc.run import fingerprints, owner
 from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import Job
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import OWNER, require_own
 from d2m_hpc.worker.task import run_task
@@ -84,7 +85,7 @@ def test_a_task_of_another_run_computes_nothing(tmp_path: Path) -> None:
     """Its submit may have come before there were owners."""
     other = workload(tmp_path, run_dir=str(tmp_path / "other"))
     with submitting(other):
-        commit(look(other), [look(other).shards])
+        commit(look(other), [list(map(Job, look(other).shards))])
     (tmp_path / "out" / OWNER).unlink()
     run(workload(tmp_path))
     made = {p.name: p.stat().st_ino for p in (tmp_path / "out").glob("*.*")}
@@ -193,7 +194,7 @@ def test_a_config_that_does_not_only_add_waits_for_a_local_submit_at_work(tmp_pa
     """Though no shard is finished yet, by which it could be told."""
     first = workload(tmp_path)
     with submitting(first):
-        submission = commit(look(first), [look(first).shards])
+        submission = commit(look(first), [list(map(Job, look(first).shards))])
     changed = workload(tmp_path, feature_dtype="float32")
     grown = workload(tmp_path, additional_fields=["uid", "caption", "original_width"])
     with fingerprints.working(submission):
@@ -207,7 +208,7 @@ def test_a_config_that_does_not_only_add_waits_for_a_local_submit_at_work(tmp_pa
 def test_a_local_submit_that_was_killed_holds_nobody_up(tmp_path: Path) -> None:
     first = workload(tmp_path)
     with submitting(first):
-        submission = commit(look(first), [look(first).shards])
+        submission = commit(look(first), [list(map(Job, look(first).shards))])
     script = (
         "import os, sys; from pathlib import Path; from d2m_hpc.run import fingerprints\n"
         "from d2m_hpc.run.folder import Submission\n"
