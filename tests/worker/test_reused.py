@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import gc
-import threading
-import time
 import tracemalloc
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
 from d2m_hpc.worker.batch import SIZES, Reused, collate
-from d2m_hpc.worker.read.prepare import Budget, Held
 
 ROWS = 4
 
@@ -106,84 +101,3 @@ def test_memory_outlives_whoever_gave_it() -> None:
     del memory
     gc.collect()
     assert (first == 1).all()
-
-
-def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def test_threads_hold_no_more_than_the_budget_together() -> None:
-    budget, lock = Budget(10), threading.Lock()
-    now = most = 0
-
-    def work(amount: int) -> None:
-        nonlocal now, most
-        with Held(budget) as held:
-            held.need(amount)
-            with lock:
-                now += min(amount, 10)
-                most = max(most, now)
-            time.sleep(0.0005)
-            with lock:
-                now -= min(amount, 10)
-
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(work, [1, 4, 7, 30, 3, 10, 2, 6] * 25))
-    assert now == 0
-    assert 7 < most <= 10
-    assert budget.take(10) == 10
-
-
-def test_who_wants_much_is_not_passed_by_for_ever() -> None:
-    budget = Budget(10)
-    taken: list[str] = []
-    budget.take(6)
-
-    def take(name: str, amount: int) -> None:
-        budget.take(amount)
-        taken.append(name)
-
-    large = threading.Thread(target=take, args=("large", 9))
-    large.start()
-    _until(lambda: len(budget._waiting) == 1)
-    small = threading.Thread(target=take, args=("small", 1))  # there would be room for it
-    small.start()
-    _until(lambda: len(budget._waiting) == 2)
-    assert taken == []
-    budget.give(6)
-    large.join(30)
-    small.join(30)
-    assert sorted(taken) == ["large", "small"]
-
-
-def test_a_sample_that_needs_more_gives_back_what_it_holds_first() -> None:
-    """Two that each hold half and wait for the rest would wait for ever."""
-    budget, met = Budget(10), threading.Barrier(2, timeout=30)
-
-    def work() -> None:
-        with Held(budget) as held:
-            held.need(5)
-            met.wait()
-            held.need(8)
-            held.need(3)
-
-    with ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(work) for _ in range(2)]:
-            future.result(timeout=30)
-    assert budget.take(10) == 10
-
-
-def test_an_error_gives_back_what_was_held() -> None:
-    budget = Budget(3)
-
-    def work() -> None:
-        with Held(budget) as held:
-            held.need(2)
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        work()
-    assert budget.take(3) == 3
