@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from kit import STATS, d2m, write_config, write_shards
 
+from d2m_hpc.config import Slurm
 from d2m_hpc.launch import sbatch
 from d2m_hpc.launch.slurm import Array
 from d2m_hpc.run.folder import RunDir
@@ -80,7 +81,7 @@ def test_a_strangers_file_in_the_folder_is_not_imported(
 
 
 def test_a_rank_of_an_element_finds_its_chunk_and_its_name(tmp_path: Path) -> None:
-    """By Slurm's variables alone, whatever a parent has left of submitit's."""
+    """By the whole script; by Slurm's variables alone, whatever is left of a parent's submitit."""
     write_shards(tmp_path / "tars", 4, 2)
     tars, out = str(tmp_path / "tars" / "*.tar"), str(tmp_path / "out")
     config = write_config(
@@ -93,12 +94,17 @@ def test_a_rank_of_an_element_finds_its_chunk_and_its_name(tmp_path: Path) -> No
         slurm={"tasks_per_node": 2},
     )
     assert d2m("submit", config, "--no-sbatch", "--no-preflight").returncode == 0
-    told = tmp_path / "told"
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(told))}\n')
-    (tmp_path / "scontrol").chmod(0o755)
+    told, folder = tmp_path / "told", tmp_path / "bin"
+    folder.mkdir()
+    commands = {
+        "scontrol": f'echo "$@" >> {shlex.quote(str(told))}',
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    }
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
     run = RunDir(tmp_path / "out" / ".d2m")
     array = Array("a", 0, 2, tasks_per_node=2)
-    words = shlex.split(sbatch.command(run, run.submission("000"), array, {}))
     slurm = {
         "SLURM_JOB_ID": "19",
         "SLURM_ARRAY_JOB_ID": "17",
@@ -106,10 +112,14 @@ def test_a_rank_of_an_element_finds_its_chunk_and_its_name(tmp_path: Path) -> No
         "SLURM_LOCALID": "1",
         "SUBMITIT_EXECUTOR": "local",
     }
-    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ended = subprocess.run(
-        words[words.index("-m") - 3 :], env=environment, capture_output=True, text=True
+        ["bash", "-c", sbatch.script(run, run.submission("000"), Slurm(), array, {})],
+        cwd=tmp_path,
+        env={**os.environ, **slurm, "PATH": f"{folder}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == 0, ended.stderr
     assert [p.name for p in (tmp_path / "out").glob("*.parquet")] == ["00003.parquet"]
     assert told.read_text() == "show job --oneliner 17_1\n"
+    assert list(run.node_failures.iterdir()) == []
