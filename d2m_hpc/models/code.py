@@ -71,7 +71,7 @@ def main_name(file: Path) -> str:
     return f"{MODULE}{file.stem}"
 
 
-class _SourceAtHand(SourceLoader):
+class _KeptLoader(SourceLoader):
     """Run a module from the source at hand, under the name of its file."""
 
     def __init__(self, source: Source) -> None:
@@ -233,7 +233,7 @@ def _imported(name: str, sources: Sources) -> Iterator[str]:
 def _spec(name: str, source: Source) -> ModuleSpec:
     """How to import a module; a compiled one can be loaded from a file only, the copy."""
     if source.path.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(name, source.path, loader=_SourceAtHand(source))
+        spec = importlib.util.spec_from_file_location(name, source.path, loader=_KeptLoader(source))
     else:
         kind = SourcelessFileLoader if source.path.endswith(".pyc") else ExtensionFileLoader
         loader = kind(name, source.copy)
