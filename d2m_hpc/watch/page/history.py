@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -20,7 +21,6 @@ EXAMPLES = 3
 LANES = 40
 """Tasks that are drawn."""
 SLOWEST = 10
-HOSTS = 20
 TROUBLED = ("failed", "requeued", "stopped", "lost")
 
 
@@ -143,23 +143,23 @@ class History:
             if len(known) < EXAMPLES:
                 known.append((key, stem))
 
-    @property
+    @cached_property
     def endings(self) -> Counter[str]:
         """Attempts by how they ended."""
         return Counter(a.ending for lane in self.lanes for a in lane.attempts)
 
-    @property
+    @cached_property
     def slow(self) -> float:
         """Half of the tasks' median speed, where there are enough to compare."""
         speeds = [lane.speed for lane in self.lanes]
         return median(speeds) / 2 if len(speeds) > 2 else 0.0
 
-    @property
+    @cached_property
     def hardware(self) -> dict[str, str]:
-        """By host, what its newest attempt ran on."""
+        """By host, the hardware that an attempt there ran on."""
         return {a.host: a.hardware for lane in self.lanes for a in lane.attempts}
 
-    @property
+    @cached_property
     def total(self) -> Effort:
         whole = Effort()
         for work in self.hosts.values():
@@ -167,17 +167,7 @@ class History:
             whole.rows += work.rows
         return whole
 
-    @property
-    def busiest(self) -> list[tuple[str, Effort]]:
-        """The hosts that did most shards."""
-        return heapq.nlargest(HOSTS, self.hosts.items(), key=lambda pair: pair[1].shards)
-
-    @property
-    def waiting(self) -> list[tuple[str, Effort]]:
-        """The tasks that waited most for samples."""
-        return heapq.nlargest(SLOWEST, self.tasks.items(), key=lambda p: p[1].seconds["wait"])
-
-    @property
+    @cached_property
     def slowest(self) -> list[tuple[str, Outcome]]:
         return heapq.nlargest(SLOWEST, self.manifest.done.items(), key=lambda p: p[1].seconds)
 
