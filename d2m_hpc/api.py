@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from d2m_hpc.plan.decide import Decision, Workload
     from d2m_hpc.run.folder import RunDir
     from d2m_hpc.run.pair import Pair
+    from d2m_hpc.subsets.datacomp import Export
+    from d2m_hpc.subsets.select import Selection
     from d2m_hpc.watch.status import Summary
     from d2m_hpc.watch.verify import Report
     from d2m_hpc.worker.progress import Listener
@@ -36,14 +38,16 @@ FOOTERS = 16
 def _explained() -> Iterator[None]:
     """
     Raises:
-        DiskError: the system refused something.
+        D2MError: the system or a store refused something; a disk, where that is at fault.
     """
     try:
         yield
     except OSError as error:
-        from d2m_hpc.storage.refused import of_system
+        from d2m_hpc.storage.refused import ADVICE, of_system
 
-        raise DiskError(of_system(error)) from error
+        if error.errno in ADVICE:
+            raise DiskError(of_system(error)) from error
+        raise D2MError(f"{type(error).__name__}: {error}") from error
 
 
 @_explained()
@@ -244,6 +248,35 @@ class Run:
         arrays.wait(self._folder)
 
     @_explained()
+    def forget(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Take shards out of the plan.
+
+        Args:
+            names: stems, or patterns of stems, paths or URLs.
+
+        Returns:
+            Their stems, and those of them whose outputs are there and stay.
+
+        Raises:
+            ConfigError: there is no such shard.
+            D2MError: tasks are working on some of them.
+        """
+        from d2m_hpc.launch import arrays
+        from d2m_hpc.plan.forget import forget
+        from d2m_hpc.run.outputs import OutputDir
+
+        gone = [s.stem for s in forget(self._folder, names, arrays.live_stems(self._folder))]
+        present = OutputDir(self.config.output_metadata_dir).stems()
+        return gone, [stem for stem in gone if stem in present]
+
+    @_explained()
+    def remember(self, names: Sequence[str]) -> list[str]:
+        """Put shards back into the plan that `forget` took out; returns their stems."""
+        from d2m_hpc.plan.forget import remember
+
+        return [shard.stem for shard in remember(self._folder, names)]
+
+    @_explained()
     def log(self, shard: str) -> Path:
         """The log of the task that worked on a shard last.
 
@@ -274,6 +307,48 @@ class Run:
 
             write(self._folder, self.config, Path(output), score, samples)
         return Path(output)
+
+    @_explained()
+    def select(
+        self,
+        output: str | os.PathLike[str],
+        where: str = "true",
+        top: float = 0.0,
+        by: str = "",
+        on_shards: Callable[[int, int], None] | None = None,
+    ) -> Selection:
+        """Write the uids of the best samples, as a subset for DataComp's tools.
+
+        Example:
+            run.select("best.npy", "\"text-words\" > 3", top=0.3, by="oai-clip-vit-l14-score")
+
+        Args:
+            output: a file in .npy.
+            where: an SQL expression over the columns.
+            top: of what `where` leaves, the best share, or so many.
+            by: the column whose highest values are the best.
+            on_shards: told how many shards were read, of how many.
+
+        Raises:
+            ConfigError: with every mistake in the query.
+        """
+        from d2m_hpc.subsets.select import Query, select
+
+        query = Query(where, by, top)
+        return select(self._folder, self.config, query, Path(output), on_shards)
+
+    @_explained()
+    def export_datacomp(
+        self, folder: str | os.PathLike[str] = "datacomp", allow_missing: bool = False
+    ) -> Export:
+        """Write DataComp's blur map and sizes.json.
+
+        Args:
+            allow_missing: though shards are not finished.
+        """
+        from d2m_hpc.subsets.datacomp import export
+
+        return export(self._folder, self.config, Path(folder), allow_missing)
 
     @_explained()
     def dataset(self) -> pads.Dataset:

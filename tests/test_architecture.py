@@ -158,7 +158,7 @@ def test_a_login_node_imports_no_worker_before_it_runs_one() -> None:
 def test_the_cli_imports_nothing_of_its_own_but_errors_at_once() -> None:
     commands = {n: i for n, i in _arrows(deferred=False).items() if _room(n) == "d2m_hpc.cli"}
     imported = set().union(*commands.values()) - commands.keys()
-    assert imported == {"d2m_hpc.errors"}
+    assert imported == {"d2m_hpc.api", "d2m_hpc.errors"}
 
 
 def test_there_are_no_circles() -> None:

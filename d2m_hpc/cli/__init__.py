@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 
 import typer
 
-from d2m_hpc.cli import datacomp, inspect, schema, weights
+from d2m_hpc.cli import datacomp, inspect, weights
 from d2m_hpc.cli.common import ending
-from d2m_hpc.cli.report import report
 from d2m_hpc.cli.submit import plan, submit
 from d2m_hpc.cli.trouble import explained
 
@@ -38,14 +38,20 @@ app.command(help="Take shards out of a run's plan: a wrong pattern's, or tars to
 )
 app.command(help="The log of the task that worked on a shard last.")(inspect.logs)
 app.command(help=VERIFY_HELP)(inspect.verify)
-app.command(help="What a run did and made, as one HTML file.")(report)
-app.command(help="The config's JSON schema, for editors.")(schema.schema)
+app.command(help="What a run did and made, as one HTML file.")(inspect.report)
 app.command(help="The uids of the best samples, as a subset for DataComp's tools.")(datacomp.select)
 app.add_typer(datacomp.app, name="export")
 app.add_typer(weights.app, name="weights")
 
 submit_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 submit_app.command(help=SUBMIT_HELP)(submit)
+
+
+@app.command(help="The config's JSON schema, for editors.")
+def schema() -> None:
+    from d2m_hpc.config.reference import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
 
 
 def main() -> None:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from d2m_hpc import api
 from d2m_hpc.cli.common import AsJson, Target, echo, print_json
 from d2m_hpc.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2m_hpc.subsets.datacomp import Export
-    from d2m_hpc.subsets.select import Query, Selection
+    from d2m_hpc.subsets.select import Selection
 
 app = typer.Typer(no_args_is_help=True, help="Files that other tools need beside the outputs.")
 
@@ -35,19 +36,14 @@ def select(
     by: Annotated[str, typer.Option(help="the column whose highest values are the best")] = "",
     as_json: AsJson = False,
 ) -> None:
-    from d2m_hpc.subsets.select import Query
-    from d2m_hpc.subsets.select import select as choose
-    from d2m_hpc.watch.status import find_run
-
     if output.suffix != ".npy":
         raise ConfigError("select", [f"--output: found {str(output)!r}; valid is a name in .npy"])
-    query = Query(where, by, top)
     with _bar() as on_shards:
-        found = choose(*find_run(target), query, output, on_shards)
+        found = api.open(target).select(output, where, top, by, on_shards)
     if as_json:
         print_json(asdict(found))
     else:
-        _show_selection(found, query, output)
+        _show_selection(found, output)
     raise typer.Exit(0 if found.chosen else 1)
 
 
@@ -59,10 +55,7 @@ def datacomp(
         bool, typer.Option("--allow-missing", help="though shards are not finished")
     ] = False,
 ) -> None:
-    from d2m_hpc.subsets.datacomp import export
-    from d2m_hpc.watch.status import find_run
-
-    _show_export(export(*find_run(target), output, allow_missing))
+    _show_export(api.open(target).export_datacomp(output, allow_missing))
 
 
 @contextmanager
@@ -77,7 +70,7 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
         yield lambda read, total: bar.update(row, completed=read, total=total)
 
 
-def _show_selection(found: Selection, query: Query, output: Path) -> None:
+def _show_selection(found: Selection, output: Path) -> None:
     echo(f"{found.rows:,} rows, {found.passed:,} pass")
     if found.unfinished:
         echo(f"{found.unfinished:,} shards are not finished; their samples are not considered")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from d2m_hpc import api
 from d2m_hpc.cli.common import AsJson, Target, echo, print_json
 
 
@@ -15,23 +17,18 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="again every few seconds")] = False,
 ) -> None:
     from d2m_hpc.watch import terminal
-    from d2m_hpc.watch.status import find_run, look
 
-    run, config = find_run(target)
+    run = api.open(target)
     if as_json:
-        print_json(look(run, config).to_dict())
+        print_json(run.status().to_dict())
     elif watch:
-        terminal.watch(lambda: look(run, config))
+        terminal.watch(run.status)
     else:
-        terminal.summary(look(run, config))
+        terminal.summary(run.status())
 
 
 def cancel(target: Target) -> None:
-    from d2m_hpc.launch.arrays import cancel as cancel_all
-    from d2m_hpc.watch.status import find_run
-
-    run, _ = find_run(target)
-    print(f"cancelled {cancel_all(run)} array tasks")
+    print(f"cancelled {api.open(target).cancel()} array tasks")
 
 
 def forget(
@@ -41,28 +38,18 @@ def forget(
     ],
     undo: Annotated[bool, typer.Option("--undo", help="put them back into the plan")] = False,
 ) -> None:
-    from d2m_hpc.launch.arrays import live_stems
-    from d2m_hpc.plan import forget as forgetting
-    from d2m_hpc.run.outputs import OutputDir
-    from d2m_hpc.watch.status import find_run
-
-    run, config = find_run(target)
+    run = api.open(target)
     if undo:
-        found = forgetting.remember(run, shards)
-        print(f"put {len(found)} shards back into the plan")
+        print(f"put {len(run.remember(shards))} shards back into the plan")
         return
-    found = forgetting.forget(run, shards, live_stems(run))
-    print(f"took {len(found)} shards out of the plan: {', '.join(s.stem for s in found[:3])}")
-    present = OutputDir(config.output_metadata_dir).stems()
-    if kept := [s.stem for s in found if s.stem in present]:
+    gone, kept = run.forget(shards)
+    print(f"took {len(gone)} shards out of the plan: {', '.join(gone[:3])}")
+    if kept:
         print(f"the outputs of {len(kept)} of them stay where they are: {', '.join(kept[:3])}")
 
 
 def logs(target: Target, shard: Annotated[str, typer.Argument(metavar="SHARD")]) -> None:
-    from d2m_hpc.watch.status import find_run, log_of
-
-    run, _ = find_run(target)
-    with open(log_of(run, shard), encoding="utf-8", errors="replace") as lines:
+    with open(api.open(target).log(shard), encoding="utf-8", errors="replace") as lines:
         for line in lines:
             echo(line.removesuffix("\n"))
 
@@ -79,12 +66,25 @@ def verify(
     ] = False,
 ) -> None:
     from d2m_hpc.watch import terminal
-    from d2m_hpc.watch.status import find_run
-    from d2m_hpc.watch.verify import verify as check
 
-    report = check(*find_run(target), sample, seed)
+    report = api.open(target).verify(sample, seed)
     if as_json:
         print_json(report.to_dict())
     else:
         terminal.report(report)
     raise typer.Exit(1 if report.faults or (report.unfinished and not partial) else 0)
+
+
+def report(
+    target: Target,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="the HTML file")
+    ] = Path("report.html"),
+    score: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="sorts the contact sheet")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, max=60, metavar="N", help="at each end of the score")
+    ] = 8,
+) -> None:
+    echo(f"wrote {api.open(target).report(output, score, samples)}")

@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2m_hpc import api
 from d2m_hpc.cli.common import ConfigFile, Overrides, load
-from d2m_hpc.errors import SlurmError
+from d2m_hpc.cli.options import WithSlurmOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
-    from d2m_hpc.config import Config
     from d2m_hpc.plan.decide import Workload
     from d2m_hpc.worker.board import Board
     from d2m_hpc.worker.supervise import Past
 
 
-def _slurm(help_text: str) -> Any:
-    return typer.Option(help=help_text, rich_help_panel="Slurm (the config's slurm: keys)")
-
-
-SUBMIT_HELP = (
-    "Compute what is left of a config's shards. The same command again goes on from there."
-)
-
-
+@WithSlurmOptions
 def submit(
     config: ConfigFile,
+    slurm: dict[str, Any],
     set_: Overrides = None,
     local: Annotated[bool, typer.Option("--local", help="run in this process, no Slurm")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
@@ -45,110 +37,54 @@ def submit(
         bool | None,
         typer.Option("--moved/--not-moved", help="tars elsewhere are those that were planned"),
     ] = None,
-    partition: Annotated[str | None, _slurm("partition")] = None,
-    account: Annotated[str | None, _slurm("account to charge")] = None,
-    qos: Annotated[str | None, _slurm("quality of service")] = None,
-    time: Annotated[str | None, _slurm("walltime of a task")] = None,
-    cpus_per_task: Annotated[int | None, _slurm("cores of a task")] = None,
-    mem: Annotated[str | None, _slurm("memory of a task")] = None,
-    gres: Annotated[str | None, _slurm("such as gpu:1")] = None,
-    constraint: Annotated[str | None, _slurm("node features")] = None,
-    exclude: Annotated[str | None, _slurm("nodes to leave out")] = None,
-    max_parallel: Annotated[int | None, _slurm("tasks at once")] = None,
-    tasks_per_node: Annotated[int | None, _slurm("tasks in one array element")] = None,
-    requeue: Annotated[bool | None, _slurm("let Slurm requeue preempted tasks")] = None,
-    setup: Annotated[list[str] | None, _slurm("shell line before the task; repeatable")] = None,
-    extra: Annotated[list[str] | None, _slurm("OPTION=VALUE of sbatch; repeatable")] = None,
 ) -> None:
-    given = dict(locals())
-    loaded = load(config, set_, _slurm_options(given))
-    inspect = partial(_inspect, loaded, config, recompute_changed=recompute_changed, moved=moved)
+    loaded = load(config, set_, slurm)
+    inspect = partial(
+        api.inspect, loaded, recompute_changed=recompute_changed, moved=moved, where=str(config)
+    )
     if dry_run:
         _dry_run(inspect(), local)
     elif local:
         raise typer.Exit(_supervised(inspect))
     elif no_sbatch:
-        _write_only(inspect(preflight=preflight))
+        _write_only(inspect(thorough=preflight))
     else:
-        raise typer.Exit(_run_slurm(inspect(preflight=preflight), wait))
+        raise typer.Exit(_to_slurm(lambda: inspect(thorough=preflight), wait))
 
 
 def plan(config: ConfigFile, set_: Overrides = None) -> None:
-    _dry_run(_inspect(load(config, set_), config), local=False)
-
-
-def _slurm_options(given: dict[str, Any]) -> dict[str, Any]:
-    """The command line's values of the config's `slurm:` keys."""
-    from d2m_hpc.config import Slurm
-
-    options = {key: given[key] for key in Slurm.model_fields if key in given}
-    if options["extra"] is not None:
-        pairs = (text.partition("=") for text in options["extra"])
-        options["extra"] = {key: _plain(value) if equals else True for key, equals, value in pairs}
-    return options
-
-
-def _plain(value: str) -> Any:
-    """As in the config: `true`, `false` and `null` are no texts."""
-    return {"true": True, "false": False, "null": None}.get(value, value)
-
-
-def _inspect(
-    config: Config,
-    path: Path,
-    preflight: bool = False,
-    recompute_changed: bool = False,
-    moved: bool | None = None,
-) -> Workload:
-    from d2m_hpc.plan import decide
-
-    workload = decide.inspect(config, str(path), thorough=preflight)
-    workload.recompute_changed, workload.moved = recompute_changed, moved
-    return workload
-
-
-def _require_slurm() -> None:
-    from d2m_hpc.launch import slurm
-
-    if not slurm.is_here():
-        raise SlurmError("there is no sbatch here; go to a login node, or run with --local")
+    _dry_run(api.inspect(load(config, set_), where=str(config)), local=False)
 
 
 def _dry_run(workload: Workload, local: bool) -> None:
     from d2m_hpc.launch import arrays
-    from d2m_hpc.run.outputs import OutputDir
-    from d2m_hpc.run.owner import require_own
     from d2m_hpc.watch import terminal
 
-    require_own(OutputDir(workload.config.output_metadata_dir), workload.run, take=False)
-    decision = arrays.look(workload)
+    decision = api.dry_run(workload)
     terminal.decision(decision)
     if decision.pending and not local:
         terminal.proposal(arrays.propose(decision, "next"))
 
 
-def _run_slurm(workload: Workload, wait: bool) -> int:
-    from d2m_hpc.launch import arrays, flow
+def _to_slurm(inspect: Callable[[], Workload], wait: bool) -> int:
+    from d2m_hpc.launch.arrays import SlurmArrays
     from d2m_hpc.watch import terminal
-    from d2m_hpc.watch.status import summarise
 
-    slurm = arrays.SlurmArrays()
-    flow.submit(workload, slurm, terminal.decision)
+    slurm = SlurmArrays()  # before anything is looked at: there may be no Slurm here
+    run = api.begin(inspect(), slurm, terminal.decision)
     terminal.submitted(slurm.arrays)
     if not wait:
         return 0
-    arrays.wait(workload.run)
-    summary = summarise(workload.run, workload.config)
-    terminal.summary(summary)
-    return 0 if summary.complete else 1
+    run.wait()
+    return _ended(run)
 
 
 def _write_only(workload: Workload) -> None:
-    from d2m_hpc.launch import arrays, flow
+    from d2m_hpc.launch.arrays import ByHand
     from d2m_hpc.watch import terminal
 
-    by_hand = arrays.ByHand()
-    flow.submit(workload, by_hand, terminal.decision)
+    by_hand = ByHand()
+    api.begin(workload, by_hand, terminal.decision)
     for command in by_hand.commands:
         print(command)
 
@@ -163,26 +99,25 @@ def _supervised(inspect: Callable[[], Workload]) -> int:
         return 1
 
     def work(board: Board | None, past: Past) -> int:
+        from d2m_hpc.launch.local import ThisProcess
+        from d2m_hpc.watch import live, terminal
+
         if board is not None:
             interrupt_once()
-        return _run_local(inspect(), board, past.blamed)
+        here = ThisProcess(live.progress, board)
+        try:
+            return _ended(api.begin(inspect(), here, terminal.decision, past.blamed))
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            return 130
 
     return supervised(work, unfit)
 
 
-def _run_local(workload: Workload, board: Board | None, left_out: Collection[str]) -> int:
-    """Run, show how it ended; 1 when a shard failed, now or before."""
-    from d2m_hpc.launch import flow
-    from d2m_hpc.launch.local import ThisProcess
-    from d2m_hpc.watch import live, terminal
-    from d2m_hpc.watch.status import summarise
+def _ended(run: api.Run) -> int:
+    """Show how a run ended; 1 when a shard failed, now or before."""
+    from d2m_hpc.watch import terminal
 
-    try:
-        here = ThisProcess(live.progress, board)
-        flow.submit(workload, here, terminal.decision, left_out)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    summary = summarise(workload.run, workload.config)
+    summary = run.status()
     terminal.summary(summary)
     return 0 if summary.complete else 1

@@ -13,6 +13,7 @@ from kit import STATS, jpeg, write_config, write_tar
 from pools import subset
 from typer.testing import CliRunner
 
+import d2m_hpc as d2m
 from d2m_hpc.cli import app
 from d2m_hpc.errors import ConfigError, D2MError
 
@@ -48,7 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         input_tars=str(folder / "tars" / "*.tar"),
         output_metadata_dir=str(folder / "out"),
     )
-    assert _d2m("submit", path, "--local").exit_code == 0
+    assert d2m.submit(path, local=True).status().complete
     return path
 
 

@@ -1,0 +1,65 @@
+"""An option for each key of the config's `slurm:` section, described as in the config."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Annotated, Any
+
+import typer
+
+PANEL = "Slurm (the config's slurm: keys)"
+
+
+class WithSlurmOptions:
+    """A command that is given the `slurm:` keys of its command line as one argument, `slurm`.
+
+    The model, whose import takes as long as all else of a help page, is read when typer asks.
+    """
+
+    def __init__(self, command: Callable[..., None]) -> None:
+        update_wrapper(self, command)
+        self._command = command
+        self.__annotations__: dict[str, Any] = {}  # those of the signature are no texts
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        from d2m_hpc.config import Slurm
+
+        own = inspect.signature(self._command, eval_str=True).parameters
+        kept = [parameter for name, parameter in own.items() if name != "slurm"]
+        given = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(field)
+            )
+            for name, field in Slurm.model_fields.items()
+        ]
+        return inspect.Signature([*kept, *given])
+
+    def __call__(self, **given: Any) -> None:
+        from d2m_hpc.config import Slurm
+
+        slurm = {name: given.pop(name) for name in Slurm.model_fields}
+        if slurm["extra"] is not None:
+            pairs = (text.partition("=") for text in slurm["extra"])
+            slurm["extra"] = {k: _plain(value) if equals else True for k, equals, value in pairs}
+        self._command(**given, slurm=slurm)
+
+
+def _option(field: Any) -> Any:
+    """A flag or a repeatable option where the key is one; else a text, which the config checks."""
+    default, description = field.get_default(call_default_factory=True), field.description
+    option = typer.Option(
+        help=description,
+        rich_help_panel=PANEL,
+        metavar="OPTION=VALUE" if isinstance(default, dict) else None,
+    )
+    if isinstance(default, bool):
+        return Annotated[bool | None, option]
+    return Annotated[list[str] | None if isinstance(default, list | dict) else str | None, option]
+
+
+def _plain(value: str) -> Any:
+    """As in the config: `true`, `false` and `null` are no texts."""
+    return {"true": True, "false": False, "null": None}.get(value, value)
