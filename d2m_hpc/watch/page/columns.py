@@ -25,16 +25,16 @@ CATEGORIES = 12
 
 @dataclass
 class Column:
-    """All that is told of the values of one type of one column.
+    """The values of one type of one column.
 
     Attributes:
-        kind: number, list (its values are their lengths), text (likewise, in characters), truth,
-            or other, of which nothing but the number is told.
-        type: as the parquet calls it.
-        parts: float64 values, a part a shard; without NaN and what is too large.
-        categories: how many rows of each text or truth value; None where these are too many.
-        rows: those with a value, however odd.
-        missing: rows without.
+        kind: number, list (its values are the lists' lengths), text (lengths in characters),
+            truth, or other, of which only the rows are counted.
+        type: the parquet's name for it.
+        parts: float64 values, an array for each shard, without NaN and values too large to draw.
+        categories: rows by text or truth value; None where there are too many different ones.
+        rows: rows with a value, however odd.
+        missing: rows without a value.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Column:
 
 
 def kind_of(type_: pa.DataType) -> str:
-    """What can be told of values of a type; 64 bits without a sign are a hash, no quantity."""
+    """How the page shows values of a type; 64 bits without a sign are a hash, not a quantity."""
     if pa.types.is_boolean(type_):
         return "truth"
     if pa.types.is_floating(type_) or (pa.types.is_integer(type_) and type_ != pa.uint64()):
@@ -84,7 +84,7 @@ def kind_of(type_: pa.DataType) -> str:
 
 
 def numbers(array: pa.ChunkedArray, kind: str) -> NDArray[np.float64] | None:
-    """Float64 [rows]: the values, or their lengths; None where there are none to tell."""
+    """Float64 [rows]: the values or their lengths; None for a kind that has neither."""
     if kind == "list":
         array = pc.list_value_length(array)
     elif kind == "text":
@@ -97,12 +97,12 @@ def numbers(array: pa.ChunkedArray, kind: str) -> NDArray[np.float64] | None:
 
 @dataclass
 class Sampled:
-    """What was read of the output.
+    """The columns of some finished shards.
 
     Attributes:
-        shards: the stems that were read, in the order of the draw.
-        of: how many are done.
-        unreadable: why, for shards that were drawn and could not be read.
+        shards: the stems of the shards that were read, in the order of the draw.
+        of: the number of finished shards.
+        unreadable: the errors of shards that were drawn and could not be read, by stem.
     """
 
     columns: list[Column]
@@ -119,7 +119,7 @@ def sample(output: OutputDir, done: Collection[str], most: int = SHARDS, seed: i
     """Read the parquets of some finished shards, drawn at random, one after the other.
 
     Args:
-        most: how many.
+        most: the number of shards to draw.
         seed: of the draw.
     """
     stems = sorted(done)
@@ -138,7 +138,7 @@ def sample(output: OutputDir, done: Collection[str], most: int = SHARDS, seed: i
 
 
 def _settled(columns: Sequence[Column]) -> list[Column]:
-    """Without those types of a column that are there only for want of any value."""
+    """Leave out a type that a column has only in shards where no row has a value."""
     filled = {c.name: c for c in reversed(columns) if c.rows}
     idle = [c for c in columns if not c.rows and c.name in filled]
     for column in idle:

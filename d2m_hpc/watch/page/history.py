@@ -1,4 +1,4 @@
-"""What happened in a run, by its records and its tasks' progress files, in one pass over each."""
+"""The history of a run: its records and its tasks' progress files, each read once."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def notable(tasks: list[Lane], most: int = LANES) -> list[Lane]:
 
 @dataclass
 class Effort:
-    """What was done at one place: seconds by stage, and of how many rows and shards."""
+    """The work done at one place: seconds by stage, shards and rows."""
 
     seconds: Counter[str] = field(default_factory=Counter)
     shards: int = 0
@@ -88,11 +88,12 @@ class Effort:
 
 @dataclass
 class History:
-    """Everything that the page tells of the records.
+    """The records and attempts of a run, counted for the page.
 
     Attributes:
-        examples: a few (key, shard) of each reason for a rejection.
-        hosts, tasks: by node, and by lane.
+        shown: the lanes to draw.
+        examples: a few pairs of key and shard for each reason for a rejection.
+        hosts, tasks: the work by host, and by task.
     """
 
     manifest: Manifest = field(default_factory=Manifest)
@@ -116,7 +117,7 @@ class History:
         return history
 
     def _add(self, values: Any) -> bool:
-        """Whether it is a record, and one that was not seen before."""
+        """Take a record; returns whether it is one that was not seen before."""
         manifest = self.manifest
         try:
             stem, finished = values["shard"], float(values.get("finished", 0.0))

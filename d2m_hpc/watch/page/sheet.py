@@ -6,7 +6,7 @@ import base64
 import io
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,15 +18,14 @@ from d2m_hpc.models import formats
 from d2m_hpc.run.manifest import Shard
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
-from d2m_hpc.storage.texts import valid
 from d2m_hpc.storage.urls import is_local
 from d2m_hpc.watch.page.columns import Column, kind_of, numbers
 
 SHARDS = 12
-"""Shards that samples are taken from, for the headers of each tar are read."""
+"""Samples come from this many shards, for all headers of each tar are read."""
 REMOTE_SHARDS = 2
 REMOTE_BYTES = 512 << 20
-"""A remote tar has to be copied here whole, and larger ones are not."""
+"""A remote tar must be copied here whole; larger ones are left out."""
 SIDE = 176
 """Longest side of a thumbnail, in pixels."""
 CAPTION = 400
@@ -52,11 +51,11 @@ class Picked:
 
 @dataclass
 class Sheet:
-    """Samples by the end of the score that they stand at, and what else is to be said.
+    """Samples by the end of the score at which they stand, with notes for the reader.
 
     Attributes:
-        shards: how many were looked at.
-        notes: why some were not.
+        shards: the number of shards that were looked at.
+        notes: why other shards were not.
     """
 
     score: str = ""
@@ -66,11 +65,11 @@ class Sheet:
 
 
 def choose_score(columns: Sequence[Column], asked: str | None, preferred: Iterable[str]) -> str:
-    """The column to sort by; empty where there is none.
+    """Choose the column to sort by; empty where there is none.
 
     Args:
         asked: the user's choice.
-        preferred: names of scores, the first of which that is a number is taken by default.
+        preferred: names of scores; by default, the first one that is a number is chosen.
 
     Raises:
         ConfigError: the user's choice is no column, or not of numbers.
@@ -91,8 +90,8 @@ def make(
     """Choose samples, and read them from their tars.
 
     Args:
-        shards: finished ones, of which those are taken that can be read cheaply.
-        each: how many at each end.
+        shards: finished ones; samples come from those that can be read cheaply.
+        each: the number of samples at each end.
         max_pixels: larger pictures are not decoded.
     """
     near, notes = _within_reach(shards)
@@ -109,7 +108,7 @@ def make(
 
 
 def _within_reach(shards: Sequence[Shard]) -> tuple[list[Shard], list[str]]:
-    """Those that are read, and a word about the others."""
+    """The shards to read, and a note where none is cheap to read."""
     local = [s for s in shards if is_local(s.url)][:SHARDS]
     remote = [s for s in shards if not is_local(s.url) and (s.size or 0) <= REMOTE_BYTES]
     near = local or remote[:REMOTE_SHARDS]
@@ -143,7 +142,7 @@ def _scored(stem: str, table: pa.Table, score: str) -> list[Picked]:
 
 
 def _pick(rows: Sequence[Picked], each: int) -> dict[str, list[Picked]]:
-    """None is picked twice."""
+    """Samples at each end and in the middle; no sample is picked twice."""
     each = min(each, len(rows) // 3)
     middle = (len(rows) - each) // 2
     spans = (rows[:each], rows[middle : middle + each], rows[len(rows) - each :])
@@ -151,7 +150,7 @@ def _pick(rows: Sequence[Picked], each: int) -> dict[str, list[Picked]]:
 
 
 def _fill(shard: Shard, samples: Sequence[Picked], max_pixels: int) -> None:
-    """Read captions and pictures from a tar; what cannot be had is said of each sample."""
+    """Read captions and pictures from a tar; a sample without says why in `fault`."""
     from d2m_hpc.worker.read.scratch import scratch
     from d2m_hpc.worker.read.stage import stage
 
@@ -172,24 +171,16 @@ def _fill(shard: Shard, samples: Sequence[Picked], max_pixels: int) -> None:
 
 
 def _members(path: Path, keys: set[str]) -> dict[str, dict[str, bytes]]:
-    """The picture and the text of some samples, by key and extension."""
-    from d2m_hpc.worker.read.tar import TarCut, members
+    """The pictures and the text of some samples, by key and extension."""
+    from d2m_hpc.worker.read.shard import Archive
 
-    found: dict[str, dict[str, bytes]] = {}
-    with open(path, "rb") as file, suppress(TarCut):  # what stands before a cut is whole
-        for member in members(file, path.stat().st_size):
-            key, extension = _named(member.name)
-            if key in keys and member.kind == "file":
-                file.seek(member.offset)
-                found.setdefault(key, {}).setdefault(extension, file.read(member.size))
+    wanted, found = {"txt", *formats.EXTENSIONS}, {}
+    with closing(Archive(path)) as archive:
+        for sample in archive.index():  # the samples that are whole before a cut come, too
+            if sample.key in keys and sample.key not in found:
+                spans = ((e, span) for e, span in sample.members.items() if e in wanted)
+                found[sample.key] = {e: archive.read(*span) for e, span in spans}
     return found
-
-
-def _named(member: str) -> tuple[str, str]:
-    """A member's key, which ends at the first dot of the file's name, and its extension."""
-    folder, slash, name = member.rpartition("/")
-    start, _, extension = name.partition(".")
-    return valid(folder + slash + start), extension.lower()
 
 
 def _draw(sample: Picked, members: Mapping[str, bytes], max_pixels: int) -> None:
