@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc import config as configs
-from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.errors import ConfigError, D2MError, WeightsError
 from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.plan.decide import decide, inspect
 from d2m_hpc.run import frozen
@@ -346,3 +348,139 @@ def test_a_submit_that_dies_between_the_copies_and_the_intent_is_none(tmp_path: 
 
 def status_of(run: RunDir) -> tuple[RunDir, configs.Config]:
     return run, configs.glance(run.config, frozen=True)
+
+
+# --- checkpoints ---
+
+READING = OWN.replace(
+    "super().__init__()",
+    "super().__init__()\n        self.by = torch.load(WEIGHTS / 'by.pth', weights_only=True)",
+).replace("float(len(text))", "float(self.by) * len(text)")
+READING = READING.replace(
+    "import torch",
+    "import torch\nfrom pathlib import Path\nWEIGHTS = Path(__file__).parent / 'w'",
+    1,
+)
+DECLARING = READING.replace("to_device = False", "to_device = False\n    checkpoints = PATHS")
+
+
+def with_weights(folder: Path, declared: str | None = "['w/by.pth']", **more: object) -> Path:
+    """A config whose custom model reads a checkpoint, and maybe declares it."""
+    (folder / "code" / "w").mkdir(parents=True, exist_ok=True)
+    if not (folder / "code" / "w" / "by.pth").exists():
+        torch.save(torch.tensor(2.0), folder / "code" / "w" / "by.pth")
+    return config_of(folder, DECLARING.replace("PATHS", declared) if declared else READING, **more)
+
+
+def change(folder: Path, by: float = 5.0) -> None:
+    torch.save(torch.tensor(by), folder / "code" / "w" / "by.pth")
+
+
+@pytest.mark.parametrize("declared", ["['w/by.pth']", "WEIGHTS / 'by.pth'", "'w'"])
+def test_a_declared_checkpoint_that_changed_after_the_submit_stops_the_task(
+    declared: str, tmp_path: Path
+) -> None:
+    run = submitted(with_weights(tmp_path, declared))
+    (name, sha256), *none = json.loads(fingerprint_of(run))["checkpoints"].items()
+    assert name == ("length/w/by.pth" if declared == "'w'" else "length/by.pth")
+    assert not none
+    change(tmp_path)
+    with pytest.raises(WeightsError, match=rf"by.pth is another file: its sha256 was {sha256}, is"):
+        run_task(run.root, "000", 0)
+    assert list(run.records.iterdir()) == []
+    (tmp_path / "code" / "w" / "by.pth").unlink()
+    with pytest.raises(WeightsError, match=r"by.pth cannot be read: No such file"):
+        run_task(run.root, "000", 0)
+
+
+def fingerprint_of(run: RunDir) -> bytes:
+    [path] = run.fingerprints.iterdir()
+    return path.read_bytes()
+
+
+def test_a_checkpoint_of_another_time_and_the_same_content_is_the_same(tmp_path: Path) -> None:
+    run = submitted(with_weights(tmp_path))
+    path = tmp_path / "code" / "w" / "by.pth"
+    os.utime(path, (5, 5))
+    run_task(run.root, "000", 0)
+    assert lengths(tmp_path) == [18.0] * 4
+
+
+def test_a_declared_checkpoint_that_changed_between_two_submits_is_refused(tmp_path: Path) -> None:
+    config = with_weights(tmp_path)
+    run_task(submitted(config).root, "000", 0)
+    change(tmp_path)
+    asked = inspect(configs.load(config), "c.yml")
+    with pytest.raises(ConfigError, match=r"checkpoints: the sha256 of length/by.pth was"):
+        decide(asked)
+    again = inspect(configs.load(config, ["reprocess=true"]), "c.yml")
+    assert len(decide(again).pending) == 2
+
+
+@pytest.mark.parametrize(
+    ("declared", "mistake"),
+    [
+        ("['w/none.pth']", r"checkpoints of 'length': .*none.pth is not there"),
+        ("{'a': 1}.items()", r"checkpoints: found dict_items.*; valid is a list of paths"),
+        ("7", "checkpoints: found 7; valid is a list of paths"),
+    ],
+)
+def test_a_declaration_that_is_wrong_is_refused(
+    declared: str, mistake: str, tmp_path: Path
+) -> None:
+    with pytest.raises((WeightsError, ConfigError), match=mistake):
+        submitted(with_weights(tmp_path, declared))
+
+
+def test_a_changed_published_checkpoint_stops_the_task(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    torch.save({}, weights / "nsfw_torch.pt")
+    shutil.copy(weights / "nsfw_torch.pt", weights / "ViT-L-14.pt")
+    config = config_of(
+        tmp_path,
+        models=["length", "oai-clip-vit-l14", "nsfw-image-oai-clip-vit-l-14"],
+        postprocess_columns=["caption-length"],
+        weights_dir=str(weights),
+        allow_unpublished_weights=True,
+    )
+    run = submitted(config)
+    torch.save({"a": 1}, weights / "nsfw_torch.pt")
+    with pytest.raises(WeightsError) as refused:
+        run_task(run.root, "000", 0)
+    assert str(refused.value).splitlines()[0] == "checkpoints have changed since the submit:"
+    assert "ViT-L-14.pt is another" not in str(refused.value)
+    assert f"{weights}/nsfw_torch.pt is another file" in str(refused.value)
+    assert refused.value.exit_code == 2
+
+
+def test_a_checkpoint_that_nobody_declared_may_not_change_within_a_run(tmp_path: Path) -> None:
+    """A custom model opens it by itself; the first task notes what it is."""
+    config = with_weights(tmp_path, None, steal=False)
+    workload = inspect(configs.load(config), "c.yml")
+    with submitting(workload):
+        decision = decide(workload)
+        commit(decision, [[job] for job in decision.pending])
+    run = workload.run
+    run_task(run.root, "000", 0)
+    assert lengths(tmp_path) == [18.0] * 4
+    os.utime(tmp_path / "code" / "w" / "by.pth", (5, 5))
+    change(tmp_path)
+    with pytest.raises(WeightsError) as refused:
+        run_task(run.root, "000", 1)
+    assert "by.pth is another file: its sha256 was" in str(refused.value)
+    assert "declare it in the custom class (`checkpoints = [...]`)" in str(refused.value)
+    assert not (tmp_path / "out" / "00001.parquet").exists()
+    change(tmp_path, 2.0)  # restored
+    run_task(run.root, "000", 1)
+    assert lengths(tmp_path, "00001") == [24.0] * 4
+
+
+def test_a_checkpoint_that_is_declared_since_takes_the_place_of_one_that_was_not(
+    tmp_path: Path,
+) -> None:
+    run_task(submitted(with_weights(tmp_path, None)).root, "000", 0)
+    change(tmp_path)
+    config = with_weights(tmp_path, "['w/by.pth']", reprocess=True)
+    run_task(submitted(config).root, "001", 0)
+    assert lengths(tmp_path) == [45.0] * 4

@@ -35,6 +35,7 @@ class Blip2(torch.nn.Module):
     preprocessors = ("blip2-image",)
     dependencies = ()
     to_device = True
+    checkpoints = (FOLDER,)  # hashed at submit, and seen to be the same by each task
 
     def __init__(self, device):
         super().__init__()

@@ -54,6 +54,7 @@ class Detector(torch.nn.Module):
     preprocessors = ("letterbox",)
     dependencies = ()
     to_device = False  # onnxruntime copies to the GPU itself
+    checkpoints = (DETECTOR,)  # hashed at submit, and seen to be the same by each task
 
     def __init__(self, device):
         super().__init__()

@@ -29,6 +29,7 @@ class SentenceEmbedding(torch.nn.Module):
     preprocessors = ("identity",)  # one of ours: the caption as it is
     dependencies = ()
     to_device = False  # texts have no device
+    checkpoints = (FOLDER,)  # hashed at submit, and seen to be the same by each task
 
     def __init__(self, device):
         super().__init__()

@@ -105,6 +105,7 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Job]
     write_chunks(submission, chunks, private or is_private(run.shards))
     if workload.custom.sources:
         frozen.write(submission.frozen, workload.custom)
+    frozen.write_checkpoints(submission.frozen, workload.checkpoints)
     document = run.fingerprint(workload.fingerprint_id), canonical(workload.document)
     for path, data in ((submission.config, text), (run.config, text), document):
         atomic_write(path, data, private=private)

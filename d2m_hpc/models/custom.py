@@ -5,11 +5,13 @@ from __future__ import annotations
 import dis
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 import types
 from collections.abc import Iterable, Mapping
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -189,13 +191,18 @@ def spec_of(name: str, model: Any) -> ModelSpec:
     """The static fields of a custom model class; those left out have the seed's defaults.
 
     Raises:
-        ConfigError: one holds something other than names.
+        ConfigError: one holds something other than names, or `checkpoints` other than paths.
     """
     given: dict[str, Any] = {f: _names(getattr(model, f, ())) for f in STATIC_FIELDS}
-    if odd := [f for f, names in given.items() if not all(isinstance(n, str) for n in names)]:
-        mistakes = [f"{f}: found {getattr(model, f)!r}; valid is a list of names" for f in odd]
+    files = _names(getattr(model, "checkpoints", ()))
+    odd = [f for f, names in given.items() if not all(isinstance(n, str) for n in names)]
+    mistakes = [f"{f}: found {getattr(model, f)!r}; valid is a list of names" for f in odd]
+    if not all(isinstance(file, str | PathLike) for file in files):
+        mistakes.append(f"checkpoints: found {model.checkpoints!r}; valid is a list of paths")
+    if mistakes:
         raise ConfigError(origin(model), mistakes)
-    return ModelSpec(name, **given, to_device=bool(getattr(model, "to_device", True)))
+    paths = tuple(os.fspath(file) for file in files)
+    return ModelSpec(name, **given, to_device=bool(getattr(model, "to_device", True)), files=paths)
 
 
 def _names(value: Any) -> tuple[Any, ...]:

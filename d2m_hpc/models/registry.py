@@ -24,6 +24,7 @@ class ModelSpec:
         on_host: preprocessors whose inputs stay on the host even so; the model sends their parts.
         target: `module:class` of a built-in model; empty for one of a custom file.
         checkpoints: names of the files it needs, as `models.weights` knows them.
+        files: paths of the files and folders that a custom class declares as its checkpoints.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ModelSpec:
     on_host: tuple[str, ...] = ()
     target: str = ""
     checkpoints: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[tuple[str, str], ...]:

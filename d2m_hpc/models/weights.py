@@ -25,6 +25,8 @@ from d2m_hpc.storage.lease import Lease
 
 _D2M = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
 _CLIP = "https://openaipublic.azureedge.net/clip/models"
+MOST_FILES = 10_000
+"""Of a folder that a custom class declares."""
 _XLMR = "https://huggingface.co/FacebookAI/xlm-roberta-base/resolve/main"
 
 
@@ -163,6 +165,68 @@ def check(
 ) -> list[Checked]:
     """Look at every checkpoint that these models need."""
     return [look(checkpoint, folder, digest) for checkpoint in needed(specs)]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint as a submit found it, to tell whether tasks find the same."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, digest: Callable[[Path], str] = sha256_of) -> Kept:
+        stat = path.stat()  # first: what is written meanwhile has another time
+        return cls(str(path), stat.st_size, stat.st_mtime_ns, digest(path))
+
+    def other(self) -> str:
+        """What is wrong with the file now; nothing where it is the same, by its time or hash."""
+        try:
+            stat = os.stat(self.path)
+            if (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns):
+                return ""
+            found = sha256_of(Path(self.path))
+        except OSError as error:
+            return f"{self.path} cannot be read: {error.strerror or error}"
+        if found == self.sha256:
+            return ""
+        return f"{self.path} is another file: its sha256 was {self.sha256}, is {found}"
+
+
+def declared(spec: ModelSpec, file: Path) -> dict[str, Path]:
+    """The checkpoints that a custom class declares, by names that do not depend on their place.
+
+    Args:
+        file: the custom file, from whose folder relative paths lead.
+
+    Raises:
+        WeightsError: one is not there, or is a folder of too many files.
+    """
+    found: dict[str, Path] = {}
+    for given in spec.files:
+        path = file.parent / os.path.expanduser(given)
+        inside = _files_in(path) if path.is_dir() else [path]
+        if len(inside) > MOST_FILES:
+            raise WeightsError(
+                f"checkpoints of {spec.name!r}: {path} holds {len(inside):,} files; valid are up "
+                f"to {MOST_FILES:,}; declare those that the model reads"
+            )
+        for each in inside:
+            if not each.is_file():
+                raise WeightsError(f"checkpoints of {spec.name!r}: {each} is not there")
+            name = "/".join((spec.name, *each.relative_to(path.parent).parts))
+            while found.get(name, each) != each:
+                name += "~"
+            found[name] = each
+    return found
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """All that are not hidden: downloaders keep their own notes in hidden folders."""
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return sorted(p for p in files if not any(n[0] == "." for n in p.relative_to(folder).parts))
 
 
 def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) -> dict[str, str]:

@@ -45,6 +45,7 @@ class Workload:
         where: the config file, for messages.
         sizes: url to size of every input tar.
         custom: the custom file that tasks will run; without one, the built-in names.
+        checkpoints: what the models read, as it was found.
         fingerprint: the parts that decide what the output is.
         notices: what the user should know though it stops nothing.
         times: when those of them that stores listed were put there, by url.
@@ -57,6 +58,7 @@ class Workload:
     run: RunDir
     sizes: dict[str, int | None]
     custom: frozen.Custom
+    checkpoints: dict[str, weights.Kept]
     fingerprint: dict[str, Any]
     notices: list[str]
     times: dict[str, float] = field(default_factory=dict)
@@ -98,8 +100,9 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
     problems += preflight.inputs(expansion) if thorough else ()
     custom, mistakes = customs(config, run, thorough)
     problems += mistakes
+    checkpoints: dict[str, weights.Kept] = {}
     try:
-        hashes = checkpoint_hashes(config, custom.registry, run, where)
+        checkpoints = _checkpoints(config, custom.registry, run, where)
     except WeightsError as error:
         if not thorough and not problems:
             raise
@@ -108,10 +111,18 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
     if problems:
         mode = ", preflight (--no-preflight skips it)" if thorough else ""
         raise ConfigError(f"{where}{mode}", located(where, problems))
+    hashes = {name: kept.sha256 for name, kept in checkpoints.items()}
     fingerprint = config.fingerprint(hashes, custom.hashes)
-    notices = _notices(expansion)
     return Workload(
-        config, where, run, expansion.sizes, custom, fingerprint, notices, expansion.times
+        config,
+        where,
+        run,
+        expansion.sizes,
+        custom,
+        checkpoints,
+        fingerprint,
+        _notices(expansion),
+        expansion.times,
     )
 
 
@@ -167,17 +178,25 @@ def missing_extras(config: Config) -> list[str]:
     ]
 
 
-def checkpoint_hashes(
+def _checkpoints(
     config: Config, registry: Registry, run: RunDir, where: str
-) -> dict[str, str]:
-    """The sha256 of each checkpoint that the models need.
+) -> dict[str, weights.Kept]:
+    """Every checkpoint that the models need, those that custom classes declare included.
 
     Raises:
         WeightsError: one is missing or wrong.
     """
-    folder, specs = weights.weights_dir(config.weights_dir), registry.specs(config.models)
-    checked = weights.check(specs.values(), folder, weights.HashCache(run.hashes))
-    return weights.require(checked, config.allow_unpublished_weights, where)
+    folder, specs = weights.weights_dir(config.weights_dir), registry.specs(config.models).values()
+    digest = weights.HashCache(run.hashes)
+    checked = weights.check(specs, folder, digest)
+    weights.require(checked, config.allow_unpublished_weights, where)
+    files = {item.checkpoint.name: item.path for item in checked}
+    for spec in specs:
+        files |= weights.declared(spec, config.custom_file or folder)
+    try:
+        return {name: weights.Kept.of(path, digest) for name, path in files.items()}
+    except OSError as error:
+        raise WeightsError(f"checkpoints: {error.filename}: {error.strerror or error}") from None
 
 
 def _notices(expansion: patterns.Expansion) -> list[str]:

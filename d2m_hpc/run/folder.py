@@ -85,11 +85,14 @@ class RunDir:
 
     @property
     def schema(self) -> Path:
-        """Types that no config or model declares, as the run's first tasks found them."""
+        """What no config or model declares, as the run's first tasks found it: types, files."""
         return self.root / "schema"
 
     def agreed(self, what: str, name: str) -> Path:
-        """JSON: the type of one field, column or feature; never changed once it is there."""
+        """JSON: the type of a field, column or feature, or a file that a model opens.
+
+        It is never changed once it is there.
+        """
         digest = hashlib.sha256(f"{what}/{name}".encode("utf-8", "surrogatepass")).hexdigest()
         return self.schema / f"{digest[:24]}.json"
 

@@ -1,23 +1,27 @@
 """What a submission keeps of the user's code, so that its tasks compute by nothing else.
 
 `submissions/000/frozen/` holds a copy of the custom file and of each module beside it that it
-imports, and `custom.json`: their places, their hashes, and the names that they give. It is written
-before the intent, so that a submission with an intent has all of it.
+imports; `custom.json`, with their places, their hashes, and the names that they give; and
+`checkpoints.json`, with the sizes, times and hashes of the checkpoints, which are not copied. It is
+written before the intent, so that a submission with an intent has all of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from d2m_hpc.errors import D2MError
+from d2m_hpc.errors import D2MError, WeightsError
 from d2m_hpc.models.code import Source, Sources
 from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS, PREPROCESSORS, Registry
+from d2m_hpc.models.weights import Kept
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.storage.files import atomic_write, is_private
@@ -96,6 +100,30 @@ def write(folder: Path, custom: Custom) -> None:
         described["modules"][name]["copy"] = copy
     text = json.dumps(described, indent=1).encode()
     atomic_write(folder / "custom.json", text)
+
+
+def write_checkpoints(folder: Path, checkpoints: Mapping[str, Kept]) -> None:
+    """Freeze what the checkpoints are."""
+    text = json.dumps({name: asdict(kept) for name, kept in checkpoints.items()}, indent=1)
+    atomic_write(folder / "checkpoints.json", text.encode())
+
+
+def require_checkpoints(folder: Path) -> set[str]:
+    """See that the checkpoints are those that the submit found; returns their paths.
+
+    Raises:
+        WeightsError: with each that is another.
+    """
+    path = folder / "checkpoints.json"
+    if not path.exists():  # of an earlier version
+        return set()
+    with undamaged(path, "its tasks cannot go on; submit again"):
+        checkpoints = [Kept(**values) for values in json.loads(path.read_bytes()).values()]
+    if others := [why for kept in checkpoints if (why := kept.other())]:
+        advice = f"restore what {path} tells of, or submit again"
+        told = ["checkpoints have changed since the submit:", *others, advice]
+        raise WeightsError("\n  ".join(told))
+    return {os.path.abspath(kept.path) for kept in checkpoints}
 
 
 def read(folder: Path) -> Custom:

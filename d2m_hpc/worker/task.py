@@ -32,6 +32,7 @@ from d2m_hpc.storage.urls import is_local
 from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.compute.graph import Graph
+from d2m_hpc.worker.compute.opened import noted, require_same
 from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.faults import ends_task, guarded, is_broken, logging_to
 from d2m_hpc.worker.peek import schema_of
@@ -147,6 +148,7 @@ class Task:
         submission = run.submission(name.submission)
         self.fingerprint: str = json.loads(submission.intent.read_bytes())["fingerprint"]
         self.custom = frozen.read(submission.frozen)
+        self.checkpoints = frozen.require_checkpoints(submission.frozen)
         self.output = OutputDir(config.output_metadata_dir)
         self.schema = Schema.of(config)
         self.part = config  # what the task computes: for an extension, only what was added
@@ -160,9 +162,11 @@ class Task:
         require_own(self.output, run, take=False)
         clean, marks = committer.clean, self.fingerprint
         claims = Claims(run, name, config, marks, report, clean, deadline, self.board, alone)
-        toolbox = self._toolbox(claims.extends)
+        with noted(config.custom_file is not None) as opened:
+            toolbox = self._toolbox(claims.extends)
+            graph, recipe = Graph(self.part, toolbox, device), Recipe.of(self.part, toolbox.inputs)
+        require_same(run, self.custom.version, opened - self.checkpoints)
         self.schema = schema_of(run, config, self.part, self.output, toolbox, self.custom.version)
-        graph, recipe = Graph(self.part, toolbox, device), Recipe.of(self.part, toolbox.inputs)
         recorder = Recorder(run.record(name.submission, name.index, name.attempt))
         log_file = run.log_of(name.submission, name.index)
         report(state="running", shards=len(claims.chunk))

@@ -1,0 +1,93 @@
+"""Notice the checkpoints that custom models open by themselves while they are built.
+
+Nobody declares them, so that no submit has a hash of them. What can be known is what Python opens:
+the first task of a run notes it, and the others see that theirs is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from d2m_hpc.errors import WeightsError
+from d2m_hpc.models.code import INSTALLED
+from d2m_hpc.models.weights import Kept
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.storage import first_write
+
+SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("bin", "ckpt", "engine", "gguf", "h5", "joblib", "msgpack", "npy", "npz", "onnx", "pb"),
+        *("pickle", "pkl", "pt", "pth", "safetensors", "tar", "tflite"),
+    )
+)
+"""How names of checkpoints end: what else a library opens may change at any time."""
+
+_noted: set[str] | None = None
+_is_listening = False
+
+
+def _listen(event: str, arguments: tuple[Any, ...]) -> None:
+    if _noted is None or event != "open" or arguments[1] not in ("r", "rb"):
+        return
+    if isinstance(arguments[0], str | bytes):
+        _noted.add(os.path.abspath(os.fsdecode(arguments[0])))
+
+
+@contextmanager
+def noted(listen: bool) -> Iterator[set[str]]:
+    """The paths of checkpoints that Python opens in the block; libraries in C do it unseen.
+
+    Args:
+        listen: there is a custom file; else nothing is noted.
+    """
+    global _noted, _is_listening
+    if not listen:
+        yield set()
+        return
+    if not _is_listening:
+        sys.addaudithook(_listen)  # for the life of the process: Python lets none be removed
+        _is_listening = True
+    found: set[str] = set()
+    opened: set[str] = set()
+    _noted = opened
+    try:
+        yield found
+    finally:
+        _noted = None
+        found |= {p for p in opened if _is_checkpoint(Path(p))}
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.suffix in SUFFIXES and not INSTALLED & {*path.parts} and path.is_file()
+
+
+def require_same(run: RunDir, version: str, paths: set[str]) -> None:
+    """See that the checkpoints are those that the run's first task opened.
+
+    Args:
+        version: of the custom code that opens them.
+
+    Raises:
+        WeightsError: one is another.
+    """
+    others = []
+    for path in sorted(paths):
+        place = run.agreed(f"checkpoint of {version}", path)
+        known = first_write.read(place)
+        if known is None:
+            known = first_write.agree(place, asdict(Kept.of(Path(path))))
+        others.append(Kept(**known).other())
+    if others := [why for why in others if why]:
+        advice = (
+            "shards of this run were made with the one before; restore it, or declare it in the "
+            "custom class (`checkpoints = [...]`) and submit again"
+        )
+        told = ["a custom model opens other checkpoints than before:", *others, advice]
+        raise WeightsError("\n  ".join(told))
