@@ -14,7 +14,12 @@ PY
     rm -rf build # setuptools would pack modules that are gone by now
 }
 
-install() { # install [EXTRA]
+install() { # install [EXTRA]: as a user does
     has_uv
     .venv/bin/uv pip install --quiet --python .venv/bin/python ".${1:+[$1]}"
+}
+
+develop() { # develop EXTRA: the checkout itself, so that tests in this process and commands see one program
+    has_uv
+    .venv/bin/uv pip install --quiet --python .venv/bin/python --editable ".[$1]"
 }

@@ -22,6 +22,28 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+QUICK = ("architecture", "config", "gc_paused", "schema")
+"""Files of whole-program tests that start no program."""
+SLOW = (
+    *("benchmarks/", "fuzz/", "models/test_compiled", "watch/test_page_browser"),
+    *("worker/test_disk", "worker/test_supervise", "worker/test_task", "worker/test_tracking"),
+)
+"""Files and folders whose tests take seconds each."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a Slurm, what needs an S3 server, and what is slow: `scripts/check`."""
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        if path.startswith("slurm/"):
+            item.add_marker("slurm")
+        if {"s3_server", "bucket", "s3_bucket"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("s3")
+        whole = "/" not in path and path[len("test_") : -len(".py")] not in QUICK
+        if whole or path.startswith(SLOW):
+            item.add_marker("slow")
+
+
 class _ByFile(LoadFileScheduling):
     """A file's tests share what they set up, and there is but one Slurm."""
 

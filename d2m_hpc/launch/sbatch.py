@@ -17,6 +17,7 @@ from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.storage.files import atomic_write
 from d2m_hpc.storage.urls import has_secret
 
+TEMPLATE = Path(__file__).with_name("array.sbatch")
 USR2_SECONDS = 120
 """How long before its walltime a task is told to come to an end."""
 
@@ -163,10 +164,10 @@ def _array_options(array: Array, proposal: Proposal) -> dict[str, Any]:
 
 
 def by_hand(run: RunDir, submission: Submission, array: Array, proposal: Proposal) -> str:
-    """The command that starts an array by the plain template slurm/array.sbatch."""
+    """The command that starts an array by the plain template `array.sbatch`."""
     options = {**_array_options(array, proposal), "chdir": str(run.logs)}
     told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]
-    return shlex.join(["sbatch", *_flags(options), "slurm/array.sbatch", *told])
+    return shlex.join(["sbatch", *_flags(options), str(TEMPLATE), *told])
 
 
 def _flags(options: dict[str, Any]) -> list[str]:

@@ -71,7 +71,7 @@ def test_a_strangers_file_in_the_folder_is_not_imported(
     words = shlex.split(sbatch.command(run, run.submission("000"), Array("a", 0, 1), {}))
     python = words[words.index("-m") - 3 :]
     if template:
-        path = Path(__file__).parents[2] / "slurm" / "array.sbatch"
+        path = sbatch.TEMPLATE
         flags = path.read_text().partition('"${PYTHON:-python}" ')[2].split()[:4]
         python = [python[0], *flags, *python[5:]]
     environment = {**os.environ, "SLURM_JOB_END_TIME": "4102444800"}

@@ -1,0 +1,75 @@
+"""The built wheel: what a user installs, who has no checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKED = ("d2m_hpc", "configs", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that setuptools leaves nothing in the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    tracked = subprocess.run(
+        [
+            "git",
+            "ls-files",
+            "-z",
+            "d2m_hpc",
+            "configs",
+            "setup.cfg",
+            "pyproject.toml",
+            "README.md",
+            "LICENSE",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout.split("\0")
+    for name in filter(None, tracked):
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    uv = Path(sys.executable).with_name("uv")
+    command = [uv, "build", "--quiet", "--wheel", "--out-dir", folder / "dist", folder / "source"]
+    subprocess.run(command, check=True)
+    [path] = (folder / "dist").glob("*.whl")
+    return path
+
+
+def test_all_that_the_program_reads_is_in_the_wheel(wheel: Path) -> None:
+    names = set(ZipFile(wheel).namelist())
+    wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "d2m_hpc").rglob("*") if p.is_file()}
+    wanted = {name for name in wanted if "__pycache__" not in name}
+    assert "d2m_hpc/launch/array.sbatch" in wanted
+    assert "d2m_hpc/py.typed" in wanted
+    assert wanted <= names
+
+
+def test_the_configs_are_in_the_wheel(wheel: Path) -> None:
+    share = "data/share/d2m_hpc/configs/"
+    found = {n.partition(share)[2] for n in ZipFile(wheel).namelist() if share in n}
+    configs = ROOT / "configs"
+    assert found == {p.relative_to(configs).as_posix() for p in configs.rglob("*") if p.is_file()}
+
+
+def test_a_program_without_the_checkout_runs(wheel: Path, tmp_path: Path) -> None:
+    """From the wheel alone, with this environment's libraries."""
+    with ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import d2m_hpc\n"
+        "assert d2m_hpc.__file__.startswith(sys.argv[1])\n"
+        "from d2m_hpc.cli import main; sys.argv = ['d2m', 'schema']; main()\n"
+    )
+    command = [sys.executable, "-I", "-c", code, str(tmp_path / "installed")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert '"models"' in ended.stdout
