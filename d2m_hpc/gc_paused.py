@@ -7,16 +7,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_owned = False
-
-
-def own_process() -> None:
-    """Let what is made without the collector stay out of its sight: no caller has things here."""
-    global _owned
-    if not _owned:
-        _owned = True
-        # What is frozen still is not torn down, of which compiled libraries complain for pages.
-        atexit.register(gc.unfreeze)
+from d2m_hpc.stopping import is_own_process
 
 
 @contextmanager
@@ -31,7 +22,10 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
-        if _owned:
+        if is_own_process():
+            # What is frozen still is not torn down, of which compiled libraries complain for pages.
+            atexit.unregister(gc.unfreeze)
+            atexit.register(gc.unfreeze)
             gc.freeze()
         if enabled:
             gc.enable()

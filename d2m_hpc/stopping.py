@@ -1,4 +1,4 @@
-"""Signals that ask a task to end."""
+"""Who may end this process, and the signals that ask a task to end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ import signal
 from types import FrameType
 
 STOPS = (signal.SIGTERM, signal.SIGUSR2)
+
+
+_own = False
+
+
+def own_process() -> None:
+    """Say that this process is a command's or a task's, and not one of a caller from Python."""
+    global _own
+    _own = True
+
+
+def is_own_process() -> bool:
+    """Whether the process may be ended, and its garbage collector kept from what stays."""
+    return _own
 
 
 class Stopped(BaseException):

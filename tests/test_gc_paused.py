@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from d2m_hpc import gc_paused
+from d2m_hpc import stopping
 from d2m_hpc.gc_paused import uncollected
 
 
@@ -57,7 +57,7 @@ def test_what_was_made_meanwhile_is_not_gone_through_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In a process of a command's own."""
-    monkeypatch.setattr(gc_paused, "_owned", True)
+    monkeypatch.setattr(stopping, "_own", True)
     with uncollected():
         made = [[i] for i in range(1000)]
     try:
@@ -68,7 +68,8 @@ def test_what_was_made_meanwhile_is_not_gone_through_later(
 
 
 CYCLE = """
-from d2m_hpc.gc_paused import own_process, uncollected
+from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.stopping import own_process
 
 own_process()
 

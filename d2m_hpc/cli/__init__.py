@@ -66,7 +66,7 @@ def main_submit() -> None:
 
 def _run(command: typer.Typer) -> None:
     """Print errors as lines without a traceback, and end with their exit codes."""
-    from d2m_hpc.gc_paused import own_process
+    from d2m_hpc.stopping import own_process
 
     own_process()
     _escape_what_cannot_be_encoded()

@@ -21,10 +21,9 @@ from pathlib import Path
 from submitit import JobEnvironment
 
 from d2m_hpc.errors import D2MError, DiskError, NodeError
-from d2m_hpc.gc_paused import own_process
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.stopping import Stopped, interrupt_once, stop_on_signals
+from d2m_hpc.stopping import Stopped, interrupt_once, own_process, stop_on_signals
 from d2m_hpc.storage.files import FILE_MODE, atomic_write
 from d2m_hpc.storage.refused import of_system
 from d2m_hpc.storage.texts import ERROR, safe

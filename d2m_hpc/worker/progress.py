@@ -6,13 +6,16 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from d2m_hpc.errors import D2MError
 from d2m_hpc.run.tasks import Progress
+from d2m_hpc.stopping import is_own_process
 from d2m_hpc.storage.files import overwrite
 from d2m_hpc.worker.death import STALLED
 
@@ -76,6 +79,9 @@ class Reporter:
 class Watchdog:
     """Ends the process when it has told nothing for long: a hung mount, a dead GPU.
 
+    The process of a caller from Python is not ended: its main thread is interrupted, if that is
+    where the task works.
+
     Time in which the process stood still itself, stopped by a signal, by Slurm or with its whole
     machine, is no silence.
 
@@ -83,20 +89,27 @@ class Watchdog:
         seconds: the longest silence.
         path: the log file, which gets the stacks of all threads.
         let_go: releases what the process holds.
+
+    Raises:
+        D2MError: the task was interrupted.
     """
 
     def __init__(
         self, report: Reporter, seconds: float, path: Path, let_go: Callable[[], None]
     ) -> None:
         self._report, self._seconds, self._path, self._let_go = report, seconds, path, let_go
-        self._over = threading.Event()
+        self._over, self._stalled = threading.Event(), False
+        self._is_main = threading.current_thread() is threading.main_thread()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> None:
         self._thread.start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._over.set()
+        if self._stalled and kind is KeyboardInterrupt:
+            what = f"nothing happened for {self._seconds:g} s"
+            raise D2MError(f"{what}; the stacks of all threads are in {self._path}")
 
     def _watch(self) -> None:
         step, silent, heard = min(self._seconds / 4, 10.0), 0.0, -1
@@ -108,11 +121,15 @@ class Watchdog:
             if self._report.beats != heard:
                 heard, silent = self._report.beats, 0.0
             elif silent > self._seconds:
-                self._end()
+                return self._end()
 
     def _end(self) -> None:
         log.error("nothing happened for %.0f s; all stacks follow; the task ends", self._seconds)
         with open(self._path, "a", encoding="utf-8") as file:
             faulthandler.dump_traceback(file)
         self._let_go()
-        os._exit(STALLED)
+        if is_own_process():
+            os._exit(STALLED)
+        self._stalled = True
+        if self._is_main:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
