@@ -20,7 +20,7 @@ from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.models.preprocessors import PREPROCESSORS
 from d2m_hpc.models.registry import COLUMNS, FEATURES
 from d2m_hpc.models.transfer import CudaCopies
-from d2m_hpc.plan.decide import inspect
+from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.manifest import Job, Shard
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.worker.batch import Batch

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from d2m_hpc.config import Config
     from d2m_hpc.launch.flow import Backend
-    from d2m_hpc.plan.decide import Decision, Workload
+    from d2m_hpc.plan.decide import Decision
+    from d2m_hpc.plan.workload import Workload
     from d2m_hpc.run.folder import RunDir
     from d2m_hpc.run.pair import Pair
     from d2m_hpc.subsets.datacomp import Export

@@ -34,7 +34,8 @@ from d2m_hpc.launch.alone import submitting
 from d2m_hpc.launch.flow import commit, repair, submit
 from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.plan import balance as chunking
-from d2m_hpc.plan.decide import Decision, Workload, decide, inspect
+from d2m_hpc.plan.decide import Decision, decide
+from d2m_hpc.plan.workload import Workload, inspect
 from d2m_hpc.run.manifest import Manifest, Record, all_values
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair

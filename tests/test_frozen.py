@@ -19,7 +19,8 @@ from kit import STATS, d2m, submit, write_config, write_shards
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError, WeightsError
 from d2m_hpc.launch.flow import commit, submitting
-from d2m_hpc.plan.decide import decide, inspect
+from d2m_hpc.plan.decide import decide
+from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run import frozen
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest

@@ -15,7 +15,7 @@ from d2m_hpc.cli.options import WithSlurmOptions
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from d2m_hpc.plan.decide import Workload
+    from d2m_hpc.plan.workload import Workload
     from d2m_hpc.worker.board import Board
     from d2m_hpc.worker.supervise import Past
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from d2m_hpc.errors import D2MError
-from d2m_hpc.plan.decide import Workload
+from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.merge import merge_silent
 from d2m_hpc.run.outputs import OutputDir

@@ -11,7 +11,8 @@ from d2m_hpc.gc_paused import uncollected
 from d2m_hpc.launch import sbatch, slurm, waiting
 from d2m_hpc.launch.flow import Backend
 from d2m_hpc.plan import balance
-from d2m_hpc.plan.decide import Decision, Workload, decide
+from d2m_hpc.plan.decide import Decision, decide
+from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run import nodes
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir, Submission

@@ -13,13 +13,14 @@ import yaml
 
 from d2m_hpc.gc_paused import uncollected
 from d2m_hpc.launch.alone import submitting
-from d2m_hpc.plan import patterns
-from d2m_hpc.plan.decide import Decision, Workload, canonical
+from d2m_hpc.plan.decide import Decision
+from d2m_hpc.plan.workload import Workload, canonical
 from d2m_hpc.run import fingerprints, frozen
 from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.chunks import write_chunks
 from d2m_hpc.run.folder import Submission
 from d2m_hpc.run.manifest import Job, Recorder
+from d2m_hpc.run.shards import write_shards
 from d2m_hpc.run.user import user_name
 from d2m_hpc.storage.files import atomic_write, is_private
 from d2m_hpc.storage.lease import Lease
@@ -101,7 +102,7 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Job]
     }
     private = has_secret(values)
     if not decision.is_planned:
-        patterns.write_shards(run.shards, decision.shards, private)
+        write_shards(run.shards, decision.shards, private)
     write_chunks(submission, chunks, private or is_private(run.shards))
     if workload.custom.sources:
         frozen.write(submission.frozen, workload.custom)

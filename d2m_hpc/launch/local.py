@@ -11,7 +11,8 @@ from d2m_hpc.launch import arrays
 from d2m_hpc.launch.flow import Backend
 from d2m_hpc.launch.guest import guest
 from d2m_hpc.plan import balance
-from d2m_hpc.plan.decide import Decision, Workload
+from d2m_hpc.plan.decide import Decision
+from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run import fingerprints
 from d2m_hpc.run.folder import Submission
 from d2m_hpc.run.manifest import Job

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
@@ -14,31 +14,27 @@ from d2m_hpc.gc_paused import uncollected
 from d2m_hpc.plan import changed, patterns
 from d2m_hpc.plan.forget import Forgotten
 from d2m_hpc.plan.standing import Standings, stand
-from d2m_hpc.plan.tried import Tried, jobs, replaced, tried
-from d2m_hpc.plan.workload import (
-    Workload,
-    absolute,
-    canonical,
-    inspect,
-    missing_extras,
-    run_dir,
-)
+from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run import fingerprints, nodes
+from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.extension import only_new
-from d2m_hpc.run.manifest import Job, Manifest, Record, Shard
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import DIED, Job, Manifest, Outcome, Record, Shard
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.shards import read_shards
 
-__all__ = [
-    "Decision",
-    "Workload",
-    "absolute",
-    "canonical",
-    "decide",
-    "inspect",
-    "missing_extras",
-    "run_dir",
-]
+
+class Tried(NamedTuple):
+    """The last fields of a `Job`."""
+
+    attempt: int = 0
+    failures: int = 0
+    alone: bool = False
+    again: bool = False
+
+
+UNTRIED = Tried()
 
 
 @dataclass
@@ -100,7 +96,7 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
         ConfigError: the run was made by a config that this one does not only add to, or the output
             folder by another program.
     """
-    known, sizes = patterns.read_shards(workload.run.shards), workload.sizes
+    known, sizes = read_shards(workload.run.shards), workload.sizes
     if gone := (forgotten := Forgotten.of(workload.run)).by_url:
         sizes = {url: size for url, size in sizes.items() if url not in gone}
         known = [s for s in known if s.url not in gone]
@@ -233,3 +229,48 @@ def _refuse_foreign(workload: Workload, stems: list[str]) -> None:
             "set `reprocess: true` to replace them"
         )
         raise ConfigError(workload.where, [mistake])
+
+
+def tried(
+    manifest: Manifest, removed: Mapping[str, Outcome], run: RunDir, ours: str
+) -> dict[str, Tried]:
+    """Of shards that failed, at which a process died, or whose pair is gone.
+
+    A pair by the config at hand that lies there in spite of a later failure is to be replaced.
+
+    An attempt that is under way looks as one that never ended does; its shard is in flight.
+
+    Args:
+        removed: what the records say of shards whose pair is gone.
+        ours: the fingerprint of which failures count.
+    """
+    found = {stem: Tried(outcome.attempt) for stem, outcome in removed.items()}
+    for stem, failed in manifest.failures.items():
+        counted = [f for f in failed if f.fingerprint == ours]
+        alone = any(f.kind == DIED for f in counted)
+        again = stem in manifest.done and manifest.done[stem].fingerprint == ours
+        found[stem] = Tried(max(f.attempt for f in failed), len(counted), alone, again)
+    for stem, attempt in Attempts(run.attempts).unended().items():
+        known = found.get(stem, UNTRIED)
+        number = max(known.attempt, attempt.number)
+        found[stem] = known._replace(attempt=number, alone=True)
+    return found
+
+
+def replaced(known: Tried | None, made: Outcome | None) -> Tried:
+    """Of a shard whose pair is of another tar: it stays until a later attempt replaces it."""
+    known = known or UNTRIED
+    return known._replace(attempt=max(known.attempt, made.attempt if made else 0), again=True)
+
+
+def jobs(
+    shards: Sequence[Shard], extends: Mapping[str, str], tried: Mapping[str, Tried]
+) -> list[Job]:
+    """What tasks are to do with some shards.
+
+    Args:
+        extends: the fingerprints of the pairs that are to be extended, by stem.
+    """
+    if not extends and not tried:
+        return list(map(Job, shards))
+    return [Job(s, extends.get(s.stem, ""), *tried.get(s.stem, UNTRIED)) for s in shards]

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.plan import braces, patterns
+from d2m_hpc.plan import braces
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.shards import read_shards, write_shards
 from d2m_hpc.run.user import user_name
 from d2m_hpc.storage.files import is_private, own_only, owned
 from d2m_hpc.storage.lease import Lease
@@ -68,7 +69,7 @@ def forget(run: RunDir, names: Sequence[str], busy: Collection[str]) -> list[Sha
         D2MError: tasks are working on some of them.
     """
     with _alone(run):
-        known = patterns.read_shards(run.shards)
+        known = read_shards(run.shards)
         chosen = _chosen(known, names)
         gone = {s.stem for s in chosen}
         if held := sorted(stem for stem in gone if stem in busy or _is_held(run, stem)):
@@ -77,7 +78,7 @@ def forget(run: RunDir, names: Sequence[str], busy: Collection[str]) -> list[Sha
                 "`d2m cancel` ends them, or wait until they have ended"
             )
         _put_down(run, chosen, True)
-        patterns.write_shards(run.shards, [s for s in known if s.stem not in gone])
+        write_shards(run.shards, [s for s in known if s.stem not in gone])
     return chosen
 
 
@@ -90,9 +91,9 @@ def remember(run: RunDir, names: Sequence[str]) -> list[Shard]:
     with _alone(run):
         gone = Forgotten.of(run).by_url
         chosen = _chosen([Shard(stem, url) for url, stem in gone.items()], names)
-        known = patterns.read_shards(run.shards)
+        known = read_shards(run.shards)
         there = {s.url for s in known}
-        patterns.write_shards(run.shards, [*known, *(s for s in chosen if s.url not in there)])
+        write_shards(run.shards, [*known, *(s for s in chosen if s.url not in there)])
         _put_down(run, chosen, False)
     return chosen
 

@@ -19,17 +19,7 @@ from d2m_hpc.plan.naming import is_archive, name_shards
 from d2m_hpc.plan.oddities import Oddities
 from d2m_hpc.plan.remote import MISSING
 from d2m_hpc.run.manifest import Shard
-from d2m_hpc.run.shards import read_shards, read_stems, write_shards
 from d2m_hpc.storage.urls import GLOB, is_local, is_pipe, is_remote
-
-__all__ = [
-    "Expansion",
-    "expand",
-    "plan_shards",
-    "read_shards",
-    "read_stems",
-    "write_shards",
-]
 
 
 @dataclass

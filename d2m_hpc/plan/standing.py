@@ -12,11 +12,11 @@ from typing import Literal
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
 from d2m_hpc.gc_paused import uncollected
-from d2m_hpc.plan import patterns
 from d2m_hpc.run import fingerprints
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.shards import read_stems
 
 State = Literal["done", "outdated", "failed", "given up", "pending"]
 
@@ -136,4 +136,4 @@ def standings(
     if present is None:
         present = OutputDir(config.output_metadata_dir).stems()
     asked = fingerprints.newest(run)
-    return stand(patterns.read_stems(run.shards), manifest, present, asked, config.max_attempts)
+    return stand(read_stems(run.shards), manifest, present, asked, config.max_attempts)

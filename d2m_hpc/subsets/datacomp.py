@@ -15,12 +15,12 @@ from pathlib import Path
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.plan import patterns
 from d2m_hpc.plan.naming import location
 from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Outcome, Shard
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage.asked_for import require_writable, writing
 from d2m_hpc.storage.files import atomic_write
 from d2m_hpc.storage.urls import is_remote
@@ -83,7 +83,7 @@ def export(run: RunDir, config: Config, folder: Path, allow_missing: bool = Fals
     _require_ready(run, config, missing, len(found.stems), allow_missing)
     require_writable(folder / "sizes.json")
     repeated, folder, lacks = _repeated(run, config, found), folder.absolute(), lacking(config)
-    there = [s for s in patterns.read_shards(run.shards) if s.stem in found.done]
+    there = [s for s in read_shards(run.shards) if s.stem in found.done]
     with writing(folder):
         sizes = _write_sizes(folder, there, found.done)
         blur = [] if BLUR in lacks else [_write_blur_map(folder, there, config)]

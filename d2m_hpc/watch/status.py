@@ -17,8 +17,8 @@ from d2m_hpc.launch import slurm
 from d2m_hpc.launch.waiting import Waiting, why
 from d2m_hpc.plan import changed
 from d2m_hpc.plan.changed import Changed
-from d2m_hpc.plan.decide import run_dir
 from d2m_hpc.plan.standing import Standings, standings
+from d2m_hpc.plan.workload import run_dir
 from d2m_hpc.run import nodes
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome

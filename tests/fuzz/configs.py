@@ -20,7 +20,8 @@ import yaml
 from d2m_hpc.config import Config, load
 from d2m_hpc.config.reference import json_schema
 from d2m_hpc.errors import D2MError
-from d2m_hpc.plan.decide import decide, inspect
+from d2m_hpc.plan.decide import decide
+from d2m_hpc.plan.workload import inspect
 
 SLOWEST = 20.0
 """Seconds after which reading a config counts as a hang."""

@@ -18,6 +18,7 @@ from d2m_hpc.errors import D2MError, SlurmError
 from d2m_hpc.launch import alone, arrays, flow, slurm
 from d2m_hpc.launch.slurm import Element, Queue
 from d2m_hpc.plan import decide, patterns
+from d2m_hpc.plan.workload import Workload, inspect
 from d2m_hpc.run import merge
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
@@ -43,22 +44,22 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def workload(config: Path) -> decide.Workload:
-    return decide.inspect(configs.load(config), str(config))
+def workload(config: Path) -> Workload:
+    return inspect(configs.load(config), str(config))
 
 
-def prepare(workload: decide.Workload) -> list[decide.Decision]:
+def prepare(workload: Workload) -> list[decide.Decision]:
     """A submit but for sbatch; what it decided."""
     return [flow.submit(workload, arrays.ByHand())]
 
 
-def live(workload: decide.Workload, *elements: int) -> Queue:
+def live(workload: Workload, *elements: int) -> Queue:
     """Slurm's word that these elements of submission 000 are pending."""
     name = f"d2m-{slurm.token(workload.run.root)}-000-0"
     return Queue([Element("1", i, "PENDING", name) for i in elements])
 
 
-def test_shards_of_live_tasks_are_in_flight(workload: decide.Workload) -> None:
+def test_shards_of_live_tasks_are_in_flight(workload: Workload) -> None:
     prepare(workload)
     run = workload.run
     chunks = list(Chunks(run.submission("000")).read([1, 4]))
@@ -67,7 +68,7 @@ def test_shards_of_live_tasks_are_in_flight(workload: decide.Workload) -> None:
     assert len(chunks[0] + chunks[1]) == 4
 
 
-def test_an_element_may_have_fewer_chunks_than_ranks(workload: decide.Workload) -> None:
+def test_an_element_may_have_fewer_chunks_than_ranks(workload: Workload) -> None:
     values = workload.config.slurm.model_copy(update={"tasks_per_node": 3})
     workload.config = workload.config.model_copy(update={"slurm": values})
     prepare(workload)
@@ -76,7 +77,7 @@ def test_an_element_may_have_fewer_chunks_than_ranks(workload: decide.Workload) 
 
 @pytest.mark.parametrize(("age", "files"), [(7200.0, 1), (60.0, 4)])
 def test_a_submit_merges_what_was_left_long_ago(
-    age: float, files: int, workload: decide.Workload, monkeypatch: pytest.MonkeyPatch
+    age: float, files: int, workload: Workload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice as long as a task may be silent."""
     monkeypatch.setattr(merge, "MANY", 3)
@@ -92,7 +93,7 @@ def test_a_submit_merges_what_was_left_long_ago(
     assert Manifest.load(run) == before
 
 
-def test_a_submit_sweeps_what_a_killed_one_was_writing(workload: decide.Workload) -> None:
+def test_a_submit_sweeps_what_a_killed_one_was_writing(workload: Workload) -> None:
     run = workload.run
     prepare(workload)
     folders = (run.root, run.records, run.progress, run.submission("000").folder)
@@ -125,7 +126,7 @@ def test_a_submit_reads_records_and_inputs_once(
     assert counts == {"load": 1, "expand": 1}
 
 
-def test_leases_that_kills_left_on_finished_shards_go(workload: decide.Workload) -> None:
+def test_leases_that_kills_left_on_finished_shards_go(workload: Workload) -> None:
     """Also the name under which one is set aside while it is taken over; others' stay."""
     run = workload.run
     run.create()
@@ -147,7 +148,7 @@ def held_elsewhere(run: RunDir, host: str = "login9") -> None:
 
 
 def test_a_submit_that_waits_for_another_says_so_and_gives_up_in_the_end(
-    workload: decide.Workload, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workload: Workload, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(alone, "SILENT_SECONDS", 0.3)
     monkeypatch.setattr(alone, "SUBMIT_SECONDS", 1.0)
@@ -166,7 +167,7 @@ exit 0
 
 
 @pytest.fixture
-def squeue(tmp_path: Path, workload: decide.Workload, monkeypatch: pytest.MonkeyPatch) -> Path:
+def squeue(tmp_path: Path, workload: Workload, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file from which `squeue` answers, of a run whose array is submitted."""
     prepare(workload)
     monkeypatch.setattr(slurm, "is_here", lambda: True)
@@ -177,12 +178,12 @@ def squeue(tmp_path: Path, workload: decide.Workload, monkeypatch: pytest.Monkey
     return tmp_path / "queue"
 
 
-def rows(workload: decide.Workload, state: str, *elements: int) -> str:
+def rows(workload: Workload, state: str, *elements: int) -> str:
     name = f"d2m-{slurm.token(workload.run.root)}-000-0"
     return "".join(f"19|{i}|{state}||{name}\n" for i in elements)
 
 
-def test_a_submit_tells_why_live_tasks_do_not_run(workload: decide.Workload, squeue: Path) -> None:
+def test_a_submit_tells_why_live_tasks_do_not_run(workload: Workload, squeue: Path) -> None:
     squeue.write_text(rows(workload, "PENDING|JobHeldUser", 0, 1, 2, 3, 4))
     [decision] = prepare(workload)
     assert decision.pending == []
@@ -191,7 +192,7 @@ def test_a_submit_tells_why_live_tasks_do_not_run(workload: decide.Workload, squ
 
 
 def test_status_tells_why_tasks_wait_and_what_slurm_did_not_say(
-    workload: decide.Workload, squeue: Path
+    workload: Workload, squeue: Path
 ) -> None:
     squeue.write_text(
         rows(workload, "RUNNING|None", 0) + rows(workload, "PENDING|QOSMaxGRESPerUser", 1, 2)
@@ -207,7 +208,7 @@ def test_status_tells_why_tasks_wait_and_what_slurm_did_not_say(
 
 
 def test_wait_ends_when_nothing_can_start(
-    workload: decide.Workload, squeue: Path, monkeypatch: pytest.MonkeyPatch
+    workload: Workload, squeue: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arrays, "SHORTEST_WAIT", 0.05)
     monkeypatch.setattr(arrays, "STUCK_SECONDS", 0.5)

@@ -12,10 +12,10 @@ from kit import STATS, d2m, submit, write_config, write_shards
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan import forget as forgetting
 from d2m_hpc.plan.forget import Forgotten, forget, remember
-from d2m_hpc.plan.patterns import read_stems
-from d2m_hpc.plan.patterns import write_shards as write_plan
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.shards import read_stems
+from d2m_hpc.run.shards import write_shards as write_plan
 from d2m_hpc.storage.lease import Lease
 
 SHARDS = [

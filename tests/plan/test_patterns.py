@@ -29,9 +29,10 @@ from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan import braces, patterns
 from d2m_hpc.plan.balance import chunk
 from d2m_hpc.plan.naming import name_shards
-from d2m_hpc.plan.patterns import Expansion, expand, plan_shards, read_shards, write_shards
+from d2m_hpc.plan.patterns import Expansion, expand, plan_shards
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.shards import read_shards, write_shards
 
 
 def touch(folder: Path, *names: str) -> list[str]:
@@ -510,11 +511,11 @@ def test_shards_are_read_back_as_they_were_written(tmp_path: Path, folder: str) 
 def test_a_plan_is_written_without_pandas(tmp_path: Path) -> None:
     """Which takes a second to import, where it is installed."""
     code = (
-        "import sys; from pathlib import Path; from d2m_hpc.plan import patterns;"
-        "shards = [patterns.Shard('ü', 's3://b/ü.tar', None), patterns.Shard('b', '/b.tar', 7)];"
+        "import sys; from pathlib import Path; from d2m_hpc.run import shards as plan;"
+        "shards = [plan.Shard('ü', 's3://b/ü.tar', None), plan.Shard('b', '/b.tar', 7)];"
         "path = Path(sys.argv[1]);"
-        "patterns.write_shards(path, shards);"
-        "assert patterns.read_shards(path) == shards and patterns.read_stems(path) == ['ü', 'b'];"
+        "plan.write_shards(path, shards);"
+        "assert plan.read_shards(path) == shards and plan.read_stems(path) == ['ü', 'b'];"
         "assert 'pandas' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "s.parquet")], check=True)

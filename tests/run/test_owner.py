@@ -21,7 +21,7 @@ from d2m_hpc.launch.alone import submitting
 from d2m_hpc.launch.arrays import look
 from d2m_hpc.launch.flow import commit
 from d2m_hpc.launch.local import ThisProcess
-from d2m_hpc.plan.decide import Workload, inspect
+from d2m_hpc.plan.workload import Workload, inspect
 from d2m_hpc.run import fingerprints, owner
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Job

@@ -15,8 +15,8 @@ from pools import make_run, table, uid
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.plan.patterns import write_shards
 from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.shards import write_shards
 from d2m_hpc.subsets.datacomp import BLUR, Export, export, lacking, numbering
 
 STEMS = ["00000000", "00000001"]

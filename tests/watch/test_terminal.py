@@ -18,7 +18,8 @@ from d2m_hpc.errors import ConfigError
 from d2m_hpc.launch import flow
 from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.models import weights
-from d2m_hpc.plan.decide import Decision, decide, inspect
+from d2m_hpc.plan.decide import Decision, decide
+from d2m_hpc.plan.workload import inspect
 from d2m_hpc.watch import live
 from d2m_hpc.watch import terminal as show
 from d2m_hpc.watch.status import Failure, Summary

@@ -23,8 +23,9 @@ from d2m_hpc import config as configs
 from d2m_hpc.errors import DiskError, NodeError
 from d2m_hpc.launch.alone import submitting
 from d2m_hpc.launch.flow import commit
-from d2m_hpc.plan.decide import decide, inspect
+from d2m_hpc.plan.decide import decide
 from d2m_hpc.plan.standing import standings
+from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Record, Recorder, Shard, read_records

@@ -22,7 +22,8 @@ from d2m_hpc.errors import ConfigError, D2MError, NodeError
 from d2m_hpc.launch.alone import submitting
 from d2m_hpc.launch.flow import commit
 from d2m_hpc.models.transfer import CudaCopies
-from d2m_hpc.plan.decide import decide, inspect
+from d2m_hpc.plan.decide import decide
+from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Record, read_records
 from d2m_hpc.run.owner import OWNER

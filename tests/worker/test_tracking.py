@@ -18,7 +18,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from d2m_hpc.config import load
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.plan.decide import inspect, missing_extras
+from d2m_hpc.plan.workload import inspect, missing_extras
 
 TRACK = """
 import json, os, sys, time

@@ -13,10 +13,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from d2m_hpc.config import Config
-from d2m_hpc.plan import patterns
 from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage.asked_for import require_writable, writing
 from d2m_hpc.storage.files import atomic_write
 from d2m_hpc.storage.urls import masked
@@ -62,7 +62,7 @@ def _contents(run: RunDir, config: Config, score: str | None, each: int) -> dict
     chosen = sheet.choose_score(sampled.columns, score, preferred)
     made = sheet.Sheet()
     if chosen and each:
-        urls = {s.stem: s for s in patterns.read_shards(run.shards)}
+        urls = {s.stem: s for s in read_shards(run.shards)}
         shards = [urls[stem] for stem in sampled.shards if stem in urls]
         made = sheet.make(output, shards, chosen, each, config.max_image_pixels)
     begin, end = history.span
