@@ -18,17 +18,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that setuptools leaves nothing in the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     tracked = subprocess.run(
-        [
-            "git",
-            "ls-files",
-            "-z",
-            "d2m_hpc",
-            "configs",
-            "setup.cfg",
-            "pyproject.toml",
-            "README.md",
-            "LICENSE",
-        ],
+        ["git", "ls-files", "-z", *PACKED],
         cwd=ROOT,
         capture_output=True,
         check=True,
