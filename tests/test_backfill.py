@@ -30,8 +30,7 @@ from test_resume import fork, leftovers
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch.alone import submitting
-from d2m_hpc.launch.flow import commit, repair, submit
+from d2m_hpc.launch.flow import commit, repair, submit, submitting
 from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.plan import balance as chunking
 from d2m_hpc.plan.decide import Decision, decide

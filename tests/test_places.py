@@ -15,7 +15,7 @@ from kit import STATS, submit, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch.alone import submitting
+from d2m_hpc.launch.flow import submitting
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.tasks import Progress

@@ -12,8 +12,7 @@ from unittest import mock
 from kit import STATS, jpeg, sample, write_config, write_tar
 
 from d2m_hpc import config as configs
-from d2m_hpc.launch.alone import submitting
-from d2m_hpc.launch.flow import commit
+from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.plan.decide import decide
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.folder import RunDir

@@ -6,21 +6,26 @@ import json
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import yaml
 
 from d2m_hpc.gc_paused import uncollected
-from d2m_hpc.launch.alone import submitting
 from d2m_hpc.plan.decide import Decision
 from d2m_hpc.plan.workload import Workload, canonical
 from d2m_hpc.run import fingerprints, frozen
+from d2m_hpc.run.alone import alone
 from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.chunks import write_chunks
 from d2m_hpc.run.folder import Submission
 from d2m_hpc.run.manifest import Job, Recorder
+from d2m_hpc.run.merge import merge_silent
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.owner import require_own
 from d2m_hpc.run.shards import write_shards
+from d2m_hpc.run.staging import STAGING, Staging
 from d2m_hpc.run.user import user_name
 from d2m_hpc.storage.files import atomic_write, is_private
 from d2m_hpc.storage.lease import Lease
@@ -79,6 +84,47 @@ def submit(
             held.enter_context(backend.start(decision, submission))
         backend.finish()
     return decision
+
+
+@contextmanager
+def submitting(workload: Workload) -> Iterator[None]:
+    """One submit at a time in a run.
+
+    What a killed one left half-written is swept away, and the many small files of tasks that the
+    watchdog would have ended twice over become few.
+    """
+    run, output = workload.run, OutputDir(workload.config.output_metadata_dir)
+    require_own(output, run, take=True)
+    run.create()
+    with alone(run):
+        folders = [
+            run.root,
+            run.fingerprints,
+            run.records,
+            run.progress,
+            run.node_failures,
+            run.schema,
+            run.attempts,
+        ]
+        for folder in (*folders, *(s.folder for s in run.submissions())):
+            for left in folder.glob(".*.tmp"):
+                left.unlink(missing_ok=True)
+        _sweep(workload, output)
+        merge_silent(run, 2 * workload.config.stall_seconds)
+        yield
+
+
+def _sweep(workload: Workload, output: OutputDir) -> None:
+    """Remove what killed tasks left of commits, of whatever shard nobody has in hand."""
+    staging = Staging(Path(output.root) / STAGING) if output.is_local else None
+    for stem in staging.stems() if staging else ():
+        lease = Lease(workload.run.lease(stem), workload.config.lease_seconds)
+        if staging and lease.claim():
+            with suppress(OSError):
+                staging.fence(stem)
+            lease.release()
+    if staging:
+        staging.close()
 
 
 def commit(decision: Decision, chunks: Iterable[list[Job]]) -> Submission:

@@ -7,12 +7,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan import braces
+from d2m_hpc.run.alone import alone
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Shard
 from d2m_hpc.run.shards import read_shards, write_shards
@@ -21,9 +22,6 @@ from d2m_hpc.storage.files import is_private, own_only, owned
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.storage.texts import BRIEF, safe
 from d2m_hpc.storage.urls import GLOB, is_local
-
-PATIENCE = 60.0
-"""Seconds to wait for another submit of the run to end."""
 
 
 @dataclass
@@ -68,7 +66,7 @@ def forget(run: RunDir, names: Sequence[str], busy: Collection[str]) -> list[Sha
         ConfigError: a name that no shard has.
         D2MError: tasks are working on some of them.
     """
-    with _alone(run):
+    with alone(run):
         known = read_shards(run.shards)
         chosen = _chosen(known, names)
         gone = {s.stem for s in chosen}
@@ -88,7 +86,7 @@ def remember(run: RunDir, names: Sequence[str]) -> list[Shard]:
     Raises:
         ConfigError: a name that no forgotten shard has.
     """
-    with _alone(run):
+    with alone(run):
         gone = Forgotten.of(run).by_url
         chosen = _chosen([Shard(stem, url) for url, stem in gone.items()], names)
         known = read_shards(run.shards)
@@ -96,24 +94,6 @@ def remember(run: RunDir, names: Sequence[str]) -> list[Shard]:
         write_shards(run.shards, [*known, *(s for s in chosen if s.url not in there)])
         _put_down(run, chosen, False)
     return chosen
-
-
-@contextmanager
-def _alone(run: RunDir) -> Iterator[None]:
-    """One at a time with submits, which write the plan too.
-
-    Raises:
-        D2MError: another one does not end.
-    """
-    lease, began = Lease(run.submit_lock), time.monotonic()
-    while not lease.claim():
-        if time.monotonic() - began > PATIENCE:
-            raise D2MError("a submit of this run is at work; try again when it has ended")
-        time.sleep(0.2)
-    try:
-        yield
-    finally:
-        lease.release()
 
 
 def _chosen(shards: Sequence[Shard], names: Sequence[str]) -> list[Shard]:

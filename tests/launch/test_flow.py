@@ -15,11 +15,11 @@ from kit import STATS, write_config
 from d2m_hpc import cli
 from d2m_hpc import config as configs
 from d2m_hpc.errors import D2MError, SlurmError
-from d2m_hpc.launch import alone, arrays, flow, slurm
+from d2m_hpc.launch import arrays, flow, slurm
 from d2m_hpc.launch.slurm import Element, Queue
 from d2m_hpc.plan import decide, patterns
 from d2m_hpc.plan.workload import Workload, inspect
-from d2m_hpc.run import merge
+from d2m_hpc.run import alone, merge
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Record, Recorder

@@ -10,8 +10,8 @@ import pytest
 from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.plan import forget as forgetting
 from d2m_hpc.plan.forget import Forgotten, forget, remember
+from d2m_hpc.run import alone
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Shard
 from d2m_hpc.run.shards import read_stems
@@ -73,10 +73,10 @@ def test_shards_in_the_hands_of_tasks_are_kept(run: RunDir) -> None:
 def test_a_submit_at_work_is_waited_for_and_told(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forgetting, "PATIENCE", 0.3)
+    monkeypatch.setattr(alone, "SUBMIT_SECONDS", 0.3)
     lease = Lease(run.submit_lock)
     assert lease.claim()
-    with pytest.raises(D2MError, match="a submit of this run is at work"):
+    with pytest.raises(D2MError, match=r"another submit of this run has worked for 0 s \(pid="):
         forget(run, ["00001"], ())
     lease.release()
 

@@ -17,9 +17,8 @@ from kit import STATS, d2m, submit, write_config, write_shards
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.launch import flow
-from d2m_hpc.launch.alone import submitting
 from d2m_hpc.launch.arrays import look
-from d2m_hpc.launch.flow import commit
+from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.plan.workload import Workload, inspect
 from d2m_hpc.run import fingerprints, owner

@@ -21,8 +21,7 @@ from PIL import Image
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.launch.alone import submitting
-from d2m_hpc.launch.flow import commit
+from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.plan.decide import decide
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.folder import RunDir

@@ -21,8 +21,7 @@ from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import DiskError, NodeError
-from d2m_hpc.launch.alone import submitting
-from d2m_hpc.launch.flow import commit
+from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.plan.decide import decide
 from d2m_hpc.plan.standing import standings
 from d2m_hpc.plan.workload import inspect

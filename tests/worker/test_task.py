@@ -19,8 +19,7 @@ from kit import SHARDS, STATS, sample, write_config, write_shards, write_tar
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError, NodeError
-from d2m_hpc.launch.alone import submitting
-from d2m_hpc.launch.flow import commit
+from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.plan.decide import decide
 from d2m_hpc.plan.workload import inspect

@@ -1,20 +1,14 @@
-"""One submit at a time in a run."""
+"""One at a time in a run, of submits and of what else writes its plan."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 from d2m_hpc.errors import D2MError
-from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.merge import merge_silent
-from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.run.owner import require_own
-from d2m_hpc.run.staging import STAGING, Staging
 from d2m_hpc.storage.lease import LEASE_SECONDS, Lease
 from d2m_hpc.storage.texts import safe
 
@@ -23,48 +17,18 @@ SILENT_SECONDS, SUBMIT_SECONDS = 3.0, 600.0
 
 
 @contextmanager
-def submitting(workload: Workload) -> Iterator[None]:
-    """One submit at a time in a run.
+def alone(run: RunDir) -> Iterator[None]:
+    """Hold the submit lock of a run.
 
-    What a killed one left half-written is swept away, and the many small files of tasks that the
-    watchdog would have ended twice over become few.
+    Raises:
+        D2MError: another submit has held it for too long.
     """
-    run, output = workload.run, OutputDir(workload.config.output_metadata_dir)
-    require_own(output, run, take=True)
-    run.create()
     lease = Lease(run.submit_lock)
     _take(lease, run)
     try:
-        folders = [
-            run.root,
-            run.fingerprints,
-            run.records,
-            run.progress,
-            run.node_failures,
-            run.schema,
-            run.attempts,
-        ]
-        for folder in (*folders, *(s.folder for s in run.submissions())):
-            for left in folder.glob(".*.tmp"):
-                left.unlink(missing_ok=True)
-        _sweep(workload, output)
-        merge_silent(run, 2 * workload.config.stall_seconds)
         yield
     finally:
         lease.release()
-
-
-def _sweep(workload: Workload, output: OutputDir) -> None:
-    """Remove what killed tasks left of commits, of whatever shard nobody has in hand."""
-    staging = Staging(Path(output.root) / STAGING) if output.is_local else None
-    for stem in staging.stems() if staging else ():
-        lease = Lease(workload.run.lease(stem), workload.config.lease_seconds)
-        if staging and lease.claim():
-            with suppress(OSError):
-                staging.fence(stem)
-            lease.release()
-    if staging:
-        staging.close()
 
 
 def _take(lease: Lease, run: RunDir) -> None:
