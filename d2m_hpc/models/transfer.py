@@ -1,4 +1,4 @@
-"""Copies between host and device that nobody waits for before the values are needed."""
+"""Copy between host and device without waiting before the values are needed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class CudaCopies:
         with torch.cuda.stream(self._copying):
             sent = each(value, lambda tensor: tensor.to(self.device, non_blocking=True))
         computing.wait_stream(self._copying)
-        # Its memory belongs to the copies: without this they would be given it too early again.
+        # `record_stream` keeps the allocator from giving this memory to the next copy too early.
         each(sent, lambda tensor: _used_by(tensor, computing))
         return sent
 
@@ -68,11 +68,11 @@ class CudaCopies:
     def mark(self) -> Callable[[], None]:
         """Mark what was launched so far; the answer waits until all of it is done.
 
-        It raises what CUDA says of kernels that failed, a `torch.AcceleratorError`.
+        The answer raises the `torch.AcceleratorError` of a kernel that failed.
         """
         if self._copying is None:
             return lambda: None
-        # It sleeps rather than spins: the decode threads need the cores.
+        # Blocking, the host sleeps rather than spins: the decode threads need the cores.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event.synchronize

@@ -35,7 +35,7 @@ class OutputDir:
 
     @property
     def fs(self) -> Any:
-        """Asked for each time, as it is another one after a fork."""
+        """The filesystem; asked for each time, as a fork has another one."""
         return stores.filesystem(self._url)[0]
 
     @cached_property
@@ -108,7 +108,7 @@ class OutputDir:
         return found
 
     def _names(self) -> Iterator[str]:
-        """Of everything in the folder.
+        """Names of all files and folders in the folder.
 
         Raises:
             D2MError: the store does not say.
@@ -124,7 +124,7 @@ class OutputDir:
         yield from (path.rsplit("/", 1)[-1] for path in paths)
 
     def _paths(self) -> list[str]:
-        """Where there is nothing, s3fs would list the folder above."""
+        """List a store; of a folder that is not there, s3fs would list the parent."""
         fs = self.fs
         return fs.ls(self.root, detail=False) if fs.exists(self.root) else []
 

@@ -40,13 +40,13 @@ REQUEUE_SECONDS = 1200.0
 LONGEST_PAUSE = 5.0
 """Seconds between two tries: slurmctld looks for ended walltimes half a minute after its start."""
 REFUSED = re.compile("disabled|nvalid job|denied|not permitted|already", re.IGNORECASE)
-"""What will not become another answer, as that the job is not to be requeued."""
+"""Answers that asking again will not change."""
 
 
 def main(arguments: list[str]) -> int:
     root, submission, first, tasks_per_node = arguments
     own_process()
-    # As submitit's own scripts say; a custom file, too, may ask `JobEnvironment` where it runs.
+    # As in submitit's own scripts; a custom file, too, may ask `JobEnvironment` where it runs.
     os.environ["SUBMITIT_EXECUTOR"] = "slurm"
     run, job = RunDir(Path(root)), JobEnvironment()
     index = int(first) + int(job.array_task_id or 0) * int(tasks_per_node) + job.local_rank
@@ -71,7 +71,7 @@ def _unfit(run: RunDir, submission: str, index: int, why: str) -> int:
 def _as_task(
     run: RunDir, submission: str, index: int, job: JobEnvironment, board: Board | None, past: Past
 ) -> int:
-    """In a process of its own, as `past` tells after others died."""
+    """Work in this process; `past` tells of earlier ones that died."""
     stop_on_signals()
     interrupt_once()
     try:
@@ -89,7 +89,7 @@ def _as_task(
 
 
 def _node() -> str:
-    """As Slurm knows it; several of its nodes may share a host."""
+    """The node's name in Slurm; several nodes may share a host."""
     return os.environ.get("SLURMD_NODENAME", "")
 
 
@@ -197,7 +197,7 @@ def _requeue(job: JobEnvironment, record: Path) -> None:
 
 
 def _ask_for_requeue(job: JobEnvironment) -> None:
-    """Until slurmctld has heard it: while it is away, no walltime ends either.
+    """Ask until slurmctld answers: while it is away, no walltime ends either.
 
     Raises:
         D2MError: it refuses, or is away for too long.
@@ -216,7 +216,7 @@ def _ask_for_requeue(job: JobEnvironment) -> None:
 
 
 def _scontrol(*words: str) -> tuple[str, str]:
-    """What it prints, and why it failed; in Slurm's own format of time."""
+    """Run scontrol; returns its output and why it failed, with times in Slurm's own format."""
     environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
     done = subprocess.run(
         ["scontrol", *words],

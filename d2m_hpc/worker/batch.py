@@ -94,12 +94,12 @@ class Batch:
 
 @dataclass
 class Outputs:
-    """What is written for a batch.
+    """The outputs that a batch is written as.
 
     Attributes:
         columns: B values each, as arrays or lists.
         features: [B, ...] each, float32.
-        rejections: samples of the batch that have no row here.
+        rejections: samples of the batch that have no row.
         recomputed: rows that were run again in float32.
     """
 
@@ -221,7 +221,7 @@ def non_finite(value: Any) -> list[int]:
 def flags(value: Any) -> list[Tensor]:
     """For each part in which a number may be one, bool [B]: the rows that hold NaN or infinity.
 
-    They are where the parts are: nothing waits for a device.
+    The flags stay on the parts' device, so that nothing waits for it.
     """
     if isinstance(value, tuple | dict):
         return [flag for part in _parts(value) for flag in flags(part)]

@@ -1,4 +1,4 @@
-"""What a task's process tells the one that watches it, in memory that both share."""
+"""Memory by which a task's process tells the process that watches it how far it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 SLOTS, SLOT, HEAD, SCENE = 64, 512, 64, 4096
 _ENTRY = struct.Struct("<BxHI")
-"""Of a slot: its state, the length of the stem, the attempt's number; the stem follows."""
+"""A slot's start: its state, the length of the stem, the attempt's number; the stem follows."""
 _FREE, _CLAIMED, _BEGUN = range(3)
 
 
@@ -82,7 +82,7 @@ class Board:
         return bool(self._map[16])
 
     def set_scene(self, scene: Scene | None) -> None:
-        """What the task works on from now on; None while it works on nothing."""
+        """Say where the task works from now on; None while it does not work."""
         text = json.dumps(asdict(scene)).encode() if scene else b""
         self._map[HEAD : HEAD + SCENE] = text[:SCENE].ljust(SCENE, b"\0")
 
@@ -123,7 +123,7 @@ class Board:
             self._map[self._at(slot)] = _FREE
 
     def entries(self) -> list[Entry]:
-        """What the process holds, or held when it ended."""
+        """The shards that the process holds, or held when it ended."""
         found = []
         for slot in range(SLOTS):
             at = self._at(slot)

@@ -1,4 +1,4 @@
-"""What user code and devices do to a task, and where it is told."""
+"""Sort errors of user code, devices and disks, and log them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def guarded(outputs: Iterator[Outputs]) -> Iterator[Outputs]:
 
 
 def ends_task(error: BaseException) -> bool:
-    """It is no shard's fault: the disk's, the node's, or somebody wants an end."""
+    """Whether an error is no fault of the shard's, but of a disk or the node, or a wish to stop."""
     own = isinstance(error, Exception) and not isinstance(error, DiskError | NodeError)
     return not own or is_broken(error)
 

@@ -1,4 +1,4 @@
-"""A look at other shards of a run: at their JSON, or at what became of it."""
+"""Look at other shards of a run: at their JSON, or at the pairs made of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from d2m_hpc.worker.read.shard import Archive
 
 SHARDS = 16
 SAMPLES = 64
-"""Of the first shards of a run, so many samples of each are looked at."""
+"""Samples that are looked at in each of the first shards of a run."""
 
 
 class Peek:

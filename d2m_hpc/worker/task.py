@@ -74,7 +74,7 @@ def choose_device(configured: int | str, local: bool) -> torch.device:
 
 
 def node_name() -> str:
-    """As Slurm knows it; several of its nodes may share a host."""
+    """The node's name in Slurm; several nodes may share a host."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -121,7 +121,7 @@ def run_task(
 
 
 def _device_name(device: torch.device) -> str:
-    """With the GPU's own index where Slurm shows this task only some."""
+    """The device, with the indices of the GPUs that Slurm shows this task."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return f"{device} of {visible}" if visible else str(device)
 

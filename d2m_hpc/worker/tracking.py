@@ -17,16 +17,16 @@ log = logging.getLogger(__name__)
 PROJECT = "d2m_hpc"
 EVERY_SECONDS = 10.0
 START_SECONDS = 30.0
-"""To log in, or to reach the server."""
+"""Limit for logging in and for reaching the server."""
 FINISH_SECONDS = 20.0
-"""To send what is left: Slurm usually gives a preempted task 30."""
+"""Limit for sending the rest: Slurm usually gives a preempted task 30."""
 
 
 class Tracker:
-    """As a context, a wandb run that is told every few seconds how far a task is.
+    """A context in which a wandb run is told every few seconds how far a task is.
 
-    All of wandb happens in a thread of its own. Where it fails, that is logged once, and the rest
-    of the task is not shown there.
+    All of wandb happens in a thread of its own. A failure is logged once, and the rest of the task
+    is not shown there.
 
     Args:
         run: gets wandb's own files.

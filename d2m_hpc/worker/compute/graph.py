@@ -1,4 +1,4 @@
-"""Models in dependency order, on one device, a batch ahead of whoever reads their outputs."""
+"""Run models in dependency order on one device, one batch ahead of the reader of their outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from d2m_hpc.worker.compute.resolve import Toolbox
 log = logging.getLogger(__name__)
 
 Finished = dict[tuple[Input, torch.device], Any]
-"""Inputs as models are given them, by where they are."""
+"""Inputs as models take them, by device."""
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -91,8 +91,8 @@ class Graph:
     def __enter__(self) -> Graph:
         self._kept.__enter__()  # type: ignore[no-untyped-call]
         if self.device.type == "cuda":
-            # What is left to this thread is little, and all cores decode: threads of torch would
-            # wait for one another, milliseconds a call.
+            # This thread has little to compute, and all cores decode: threads of torch would wait
+            # for one another, milliseconds a call.
             torch.set_num_threads(1)
         return self
 
@@ -100,7 +100,7 @@ class Graph:
         self._kept.__exit__(*error)
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Outputs]:
-        """The outputs of each batch in turn; while they are read, the next one is computed.
+        """Yield each batch's outputs in turn; while these are read, the next batch is computed.
 
         Raises:
             ShardError: a model or postprocessor failed, on a batch whose turn is at most next.
@@ -121,7 +121,7 @@ class Graph:
         return self.launch(batch).outputs()
 
     def launch(self, batch: Batch) -> Launched:
-        """Have a batch computed, without waiting for it.
+        """Start computing a batch, without waiting for it.
 
         Raises:
             ShardError: a model failed.
@@ -150,7 +150,7 @@ class Graph:
         return torch.device("cpu") if stays else self.device
 
     def _finished(self, inputs: Mapping[Input, Any]) -> Finished:
-        """Every input where some model wants it, copied and finished once."""
+        """Copy every input to where models want it, once, and finish it there."""
         wanted = {(i, self._place(s, i)) for s in self.toolbox.specs.values() for i in s.inputs}
         there = {pair for pair in wanted if pair[1] == self.device}
         sent = self._copies.send({i: inputs[i] for i, _ in there})
@@ -166,7 +166,7 @@ class Graph:
         return own + [cache[d] for d in spec.dependencies]
 
     def _at_once(self, name: str, output: Any) -> Any:
-        """What dependents are given of a model that is read on the host; this waits for it."""
+        """Wait for the output and run `on_host` before passing it on, where the model has that."""
         if not hasattr(self.models[name], "on_host"):
             return output
         fetched = self._copies.fetch(output)

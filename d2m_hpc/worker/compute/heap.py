@@ -1,4 +1,4 @@
-"""Gives memory back to the system that lies free between what is still held."""
+"""Give memory back to the system that lies free between blocks still in use."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PAUSE = 5.0
 class Heap:
     """The C library's heap of this process.
 
-    Of every batch small results stay until the shard is written, where large blocks of its
-    computing lay. The next batch's blocks do not fit between them and are laid on top, and the
-    pages of the gaps stay with the process: 2 GB after 6,000 samples in batches of 16. Blocks with
-    a mapping of their own would leave no gaps, but to zero their pages takes time for each picture.
+    A batch's small results stay until the shard is written, at addresses where large blocks lay
+    while it was computed. The next batch's large blocks do not fit between them and are put on top,
+    and the process keeps the pages of the gaps: 2 GB after 6,000 samples in batches of 16. Blocks
+    with a mapping of their own would leave no gaps, but zeroing their pages costs time a picture.
     """
 
     def __init__(self, growth: int = GROWTH, pause: float = PAUSE) -> None:

@@ -1,4 +1,4 @@
-"""Batches whose outputs are still computed, and how they are read once they are there."""
+"""Batches that are still being computed, and how their outputs are read."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Pending:
     """All models' outputs of some rows, on their way to the host.
 
     Attributes:
-        outputs: by model, to be read after `wait` only.
-        flags: by model, the rows that are not finite, as `batch.flags` tells them.
-        wait: returns when all is there.
+        outputs: by model; read after `wait` only.
+        flags: by model, the rows that are not finite, as `batch.flags` gives them.
+        wait: returns when all outputs have arrived.
         on_host: a model's output to what columns and dependents are made of.
     """
 
@@ -97,7 +97,7 @@ class Launched:
         while not bad.keys() <= precise:
             precise |= bad.keys()
             again, bad = self._compute(inputs, precise).read()
-        # What overflowed in half precision would do so again in a tensor of it.
+        # Values that overflowed in half precision would overflow again in a tensor of that type.
         mended = {name: put(_widened(value), rows, again[name]) for name, value in cache.items()}
         return mended, {name: [rows[i] for i in found] for name, found in bad.items()}
 

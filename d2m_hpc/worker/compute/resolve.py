@@ -68,7 +68,7 @@ class Toolbox:
         )
 
     def only(self, config: Config) -> Toolbox:
-        """What a config names that asks for a part of this one's."""
+        """The same, less all that a smaller config does not name."""
         return replace(
             self,
             specs={name: self.specs[name] for name in config.models},

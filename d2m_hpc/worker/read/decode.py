@@ -37,7 +37,7 @@ def image(data: bytes, max_pixels: int, need: Callable[[int], None] = lambda siz
 
 
 def _jpeg(data: bytes, max_pixels: int, need: Callable[[int], None]) -> Picture | None:
-    """None where PIL should try: CMYK, truncated, or not quite a JPEG."""
+    """Decode a JPEG; None where PIL should try: CMYK, truncated, or not quite a JPEG."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         formats.require_size(width, height, max_pixels)

@@ -63,7 +63,7 @@ def is_reserved(name: str) -> bool:
 
 
 def kind_of(extension: str) -> str:
-    """What a member would be, by what stands behind its name's last dot; empty if unknown."""
+    """The kind of a member by the part of its name after the last dot; empty if unknown."""
     return KIND.get(extension.rpartition(".")[2].lower(), "")
 
 
@@ -73,7 +73,7 @@ def lacks(members: Collection[str], needed: Iterable[str]) -> bool:
 
 
 class Notes:
-    """Counts members by what is to be said of them, and keeps the first names."""
+    """Counts members by the note on them, and keeps the first names."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -95,7 +95,7 @@ class Notes:
         return [what.format(self._some(what, SHOWN)) for what in self._counts]
 
     def foremost(self, at_least: float = 0) -> str:
-        """What is to be said of most, with one name; empty where it is of fewer than `at_least`."""
+        """The note on most members, with one name; empty if on fewer than `at_least`."""
         most = self._counts.most_common(1)
         return next((w.format(self._some(w, 1)) for w, count in most if count >= at_least), "")
 
@@ -217,7 +217,7 @@ class Ledger:
             self.stray(links[0][1], LINK)
             self.causes.add(LINKED, links[0][1])
         for names in self._parts.values():
-            # What most samples have is the data set's form: `a.seg.png` beside each `a.jpg`.
+            # A part that most samples have is the data set's form: `a.seg.png` beside each `a.jpg`.
             if len(self._parts) <= MOST_PARTS and 2 * len(names) >= count:
                 for name in names:
                     self.notes.add(PARTS, name)

@@ -29,10 +29,10 @@ SHOWN = 5
 
 
 class Budget:
-    """Lets threads in while what they hold together is within a bound; first come, first served.
+    """Bound the amount that threads hold together; first come, first served.
 
     Args:
-        most: the bound; who asks for more waits until nobody else holds anything.
+        most: the bound; a thread that asks for more waits until no other holds anything.
     """
 
     def __init__(self, most: int) -> None:
@@ -41,7 +41,7 @@ class Budget:
         self._changed = threading.Condition()
 
     def take(self, amount: int) -> int:
-        """Wait for it; returns what is to be given back."""
+        """Wait for an amount; returns how much to give back."""
         amount = min(amount, self._most)
         with self._changed:
             if self._waiting or self._free < amount:
@@ -61,9 +61,10 @@ class Budget:
 
 
 class Held:
-    """What one sample holds of a budget, until the context ends.
+    """The share of a budget that one sample holds until the context ends.
 
-    Never more than once at a time: who held some and waited for more could wait for ever.
+    A sample that needs more gives its share back first: samples that each held some and waited for
+    more could wait for ever.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -91,7 +92,7 @@ class Recipe:
         inputs: each distinct (raw input, preprocessor) that a model asks for.
         fields: keys of the samples' JSON that are carried over.
         strict: fail at the first rejection (`warn_and_continue: false`).
-        asked: the additional fields, as the config has them.
+        asked: the additional fields, as the config names them.
         datacomp_keys: `text` and `uid` are as DataComp's tools need them; a sample for which
             they cannot be is rejected.
         budget: of bytes for pictures that are decoded, for all threads together.
@@ -124,7 +125,7 @@ class Recipe:
 
     @property
     def raw_inputs(self) -> list[str]:
-        """What a sample must have, and nothing more."""
+        """The kinds of members that a sample must have."""
         wanted = dict.fromkeys(raw for raw, _ in self.inputs)
         return list(wanted | dict.fromkeys(["json"] if self.fields else []))
 
@@ -144,7 +145,7 @@ def prepare(
     """Decode one sample once and run every distinct preprocessor on it once.
 
     Args:
-        seen: is told which fields the sample's JSON has.
+        seen: notes which fields the sample's JSON has.
     """
     try:
         with Held(recipe.budget) as held:

@@ -31,7 +31,7 @@ def truncated(url: str, where: str, whole: int) -> TruncatedShard:
 
 
 def rejected(url: str, rejection: Rejection) -> ShardError:
-    """Where none may be."""
+    """The first rejection of a shard that may have none."""
     key, reason = _short(rejection)
     return ShardError(_line(url, f": sample {key}: {reason} (warn_and_continue: true goes on)"))
 

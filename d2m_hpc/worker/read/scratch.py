@@ -71,15 +71,15 @@ class Copy:
 def scratch(limit: int | None = None, sharers: int = 1) -> Iterator[Scratch]:
     """A new folder on the node's own disk, for as long as the block lasts.
 
-    A lock that the kernel drops with the process tells folders in use from those that a killed task
-    left; the latter are removed.
+    A lock, which the kernel drops with the process, tells folders in use from leftovers of killed
+    tasks, which are removed.
 
     Args:
         limit: bytes of tars that may lie there at once; by default half of what is free now.
         sharers: tasks that share the default.
 
     Raises:
-        NodeError: it cannot be made.
+        NodeError: the folder cannot be made.
     """
     try:
         disk = _disk()
@@ -97,9 +97,9 @@ def scratch(limit: int | None = None, sharers: int = 1) -> Iterator[Scratch]:
 
 
 def _disk() -> Path:
-    """Sites that give each job a folder of its own name it so; elsewhere TMPDIR, or /tmp.
+    """The folder for scratch: SLURM_TMPDIR, where a site makes one a job, or TMPDIR, or /tmp.
 
-    A variable that a login node handed on may name a folder that no node has.
+    A variable that a login node handed on may name a folder that this node does not have.
     """
     for name in ("SLURM_TMPDIR", "TMPDIR"):
         given = os.environ.get(name, "")
@@ -111,7 +111,7 @@ def _disk() -> Path:
 
 
 def _prefix() -> str:
-    """With the host's name: a lock need not hold between hosts, where they share the folder."""
+    """The start of folders' names: a host's own, as locks may not hold between hosts."""
     return f"d2m-{socket.gethostname()}-"
 
 
@@ -119,7 +119,7 @@ def _locked_folder(disk: Path) -> tuple[Path, int]:
     """A new folder, and the descriptor that holds its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_prefix(), dir=disk))
-        # Until it is locked, another task may take it for one that was left, and remove it.
+        # Until the folder is locked, another task may take it for a leftover and remove it.
         with suppress(FileNotFoundError):
             lock = os.open(folder, os.O_RDONLY)
             if _lock(lock) and folder.is_dir():
@@ -128,7 +128,7 @@ def _locked_folder(disk: Path) -> tuple[Path, int]:
 
 
 def _lock(folder: int) -> bool:
-    """False where another has it; a disk that knows no locks is one where nothing is swept."""
+    """Lock a folder; False if another process has. On a disk without locks nothing is swept."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which fields the samples' JSON has: one that none has is misspelt more often than missing."""
+"""Note which fields the samples' JSON has: one that no sample has is mostly misspelt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST = 100
 
 @dataclass
 class Seen:
-    """What was seen of the fields in the JSON of a shard's samples; decode threads add to it.
+    """The fields in the JSON of a shard's samples; decode threads add to them.
 
     Attributes:
         samples: how many had a JSON.
@@ -50,16 +50,16 @@ class Seen:
         return names if self.samples else []
 
     def told(self, name: str, where: str) -> str:
-        """That a field is missing, with the key that may have been meant."""
+        """A line that says that a field is missing, with the key that may have been meant."""
         keys = [safe(key, BRIEF) for key in sorted(self.keys)]
         hint = safe(nearest(name, keys), 200) if keys else "; their JSON has no field at all"
         return f"no sample of {where} has the field {safe(name, BRIEF)!r}{hint}"
 
     def missed(self, config: Config, schema: Schema) -> list[str]:
-        """What is to be told of fields that no sample of a shard has; keeps those that one has.
+        """Notices of fields that no sample of a shard has; others are marked as seen in the run.
 
         Raises:
-            ShardError: no shard before had it either, and the config does not allow it.
+            ShardError: no earlier shard had the field either, and the config does not allow that.
         """
         for name in self.present:
             schema.mark_seen(name)

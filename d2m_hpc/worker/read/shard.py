@@ -59,13 +59,13 @@ class Archive:
         return data
 
     def nature(self) -> str:
-        """What the file is if it is no tar."""
+        """What the file is, if no tar; else empty."""
         fd = self._file.fileno()
         begins_well = not nature(os.pread(fd, BLOCK, 0), self.size)
         return "" if begins_well else nature(os.pread(fd, HEAD, 0), self.size)
 
     def ends_in_zeros(self) -> bool:
-        """As every whole tar does; the last block of one that was cut off seldom happens to."""
+        """Whether the last block is zeros, as in every whole tar and in few that were cut off."""
         return not any(os.pread(self._file.fileno(), BLOCK, max(0, self.size - BLOCK)))
 
     def index(self, needed: Collection[str] = tuple(EXTENSIONS)) -> Index:
@@ -107,7 +107,7 @@ class Index:
 
     @property
     def strays(self) -> list[Rejection]:
-        """What is no sample and should be one, so far."""
+        """Members so far that should be samples and are none."""
         return self.ledger.strays
 
     def __iter__(self) -> Iterator[Sample]:

@@ -27,7 +27,7 @@ STEP = 1 << 20
 SAID = 2000
 """Bytes of a failed command's last words that go on record."""
 SILENCE = 900.0
-"""Seconds without a byte after which a command hangs; the watchdog would end the whole task."""
+"""Seconds without a byte until a command counts as hung, before the watchdog ends the task."""
 Blocks = Generator[bytes, None, None]
 
 
@@ -69,10 +69,10 @@ def _is_compressed(path: str) -> bool:
 
 
 def _fetch(shard: Shard, copy: Copy) -> str:
-    """Returns what is wrong with the stream, if anything.
+    """Copy a tar to scratch; returns what is wrong with its stream, if anything.
 
     Raises:
-        ShardError: it cannot be had.
+        ShardError: the tar cannot be had.
     """
     with open(copy.path, "wb") as file, closing(_blocks(shard)) as blocks:
         try:
@@ -102,14 +102,14 @@ def _read(path: str) -> Blocks:
 
 
 def _said(command: str) -> Blocks:
-    """A command's output. The command is the user's own shell line, as webdataset runs it.
+    """Yield a command's output; the command is the user's own shell line, as webdataset runs it.
 
     Raises:
-        ShardError: it ends with another exit code than 0, or says nothing for long.
+        ShardError: the command ends with another exit code than 0, or is silent for long.
     """
     shell = ["/bin/bash", "-o", "pipefail", "-c", command]
     with tempfile.TemporaryFile() as words:
-        # In a session of its own, so that all that it starts can be ended with it.
+        # The command has a session of its own, so that its children can be killed with it.
         process = subprocess.Popen(
             shell,
             stdin=subprocess.DEVNULL,
@@ -128,7 +128,7 @@ def _said(command: str) -> Blocks:
 
 @contextmanager
 def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """A command that is still there when the block ends is killed, with all that it started."""
+    """Kill a command that still runs when the block ends, with all that it started."""
     try:
         yield
     finally:

@@ -36,10 +36,10 @@ class Table:
         return sum(len(part.keys) for part in self.parts)
 
     def settle(self) -> list[Rejection]:
-        """Find the fields' types and take out the rows with a value that does not fit.
+        """Find the fields' types and drop rows with a value that does not fit.
 
         Raises:
-            ShardError: there are some, and the config has the first one fail its shard.
+            ShardError: a row was dropped, and the config lets the first such row fail the shard.
         """
         made: dict[str, pa.Array] = {}
         reasons: dict[int, str] = {}
@@ -72,7 +72,7 @@ class Table:
 
     @property
     def undecided(self) -> list[str]:
-        """What neither this shard nor the run so far tells the type or shape of."""
+        """Fields, columns and features of a type or shape that neither shard nor run tells yet."""
         config, schema = self.config, self.schema
         return [
             *(n for n in config.carried if not schema.field(n)),
@@ -122,7 +122,7 @@ class Table:
         return pa.table(columns)
 
     def _column(self, name: str) -> tuple[pa.Array, bool]:
-        """A column, and whether its type is more than a guess.
+        """Make a column; tell whether its type is known or a guess.
 
         Raises:
             ShardError: the values are not of the type that the run has.
@@ -140,7 +140,7 @@ class Table:
 def _typed(given: Any, schema: Schema, name: str) -> tuple[pa.Array, bool]:
     kind = schema.column(name)
     if "int" in leaf(kind) and isinstance(given, list):
-        # By its own type first: Arrow would cut 5.5 to the integer 5 without a word.
+        # The values' own type comes first: Arrow would cut 5.5 to the integer 5 without a word.
         array, kind = _array(given, None), ""
     else:
         array = _array(given, fields.arrow_type(kind) if kind else None)
@@ -179,7 +179,7 @@ def _array(given: Any, wanted: pa.DataType | None) -> pa.Array:
 
 
 def _is_void(kind: pa.DataType) -> bool:
-    """Nothing but nulls and empty lists, whose type tells nothing."""
+    """Whether a type is that of nulls and empty lists alone, which tells nothing."""
     while pa.types.is_list(kind):
         kind = kind.value_type
     return bool(pa.types.is_null(kind))
@@ -213,7 +213,7 @@ def _require_finite(name: str, numbers: pa.Array) -> None:
 
 
 def _float32(kind: pa.DataType) -> pa.DataType:
-    """A type with its float64 narrowed, and float32 where there was nothing to tell it by."""
+    """A type with float64 narrowed to float32, and float32 in place of no type."""
     if pa.types.is_list(kind):
         return pa.list_(_float32(kind.value_type))
     if pa.types.is_null(kind):
