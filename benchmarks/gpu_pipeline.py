@@ -15,8 +15,8 @@ from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.in_flight import Launched
+from d2m_hpc.worker.read.loader import Reading
 from d2m_hpc.worker.task import Task
-from d2m_hpc.worker.work import Work
 from d2m_hpc.worker.write.thread import Settler
 
 
@@ -53,8 +53,8 @@ class Stopwatch:
         finally:
             self.waits[who] += time.perf_counter() - started
 
-    def loaded(self, original: Any, work: Work) -> Iterator[Batch]:
-        batches = original(work)
+    def loaded(self, original: Any, reading: Reading) -> Iterator[Batch]:
+        batches = original(reading)
         while (batch := self.waiting("loader", next, batches, None)) is not None:
             yield batch
 
@@ -92,7 +92,7 @@ def tar_to_files(keys: dict[str, Any], device: torch.device) -> dict[str, Any]:
     with ExitStack() as stack:
         for owner, name, wrapper in (
             (Task, "_compute", watch.shard),
-            (Work, "__iter__", watch.loaded),
+            (Reading, "__iter__", watch.loaded),
             (Graph, "launch", watch.launched),
             (CudaCopies, "mark", watch.marked),
             (Settler, "put", lambda original, *given: watch.waiting("writer", original, *given)),
