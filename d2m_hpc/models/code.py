@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.abc import MetaPathFinder, SourceLoader
+from importlib.abc import Loader, MetaPathFinder, SourceLoader
 from importlib.machinery import (
     ExtensionFileLoader,
     ModuleSpec,
@@ -74,8 +74,8 @@ def main_name(file: Path) -> str:
 class _KeptLoader(SourceLoader):
     """Run a module from the source at hand, under the name of its file."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, source: Source, ran: Sources) -> None:
+        self._source, self._ran = source, ran
 
     def get_filename(self, fullname: str) -> str:
         return self._source.path
@@ -83,6 +83,10 @@ class _KeptLoader(SourceLoader):
     def get_data(self, path: str | bytes) -> bytes:
         """Of the module, or of another file beside it, for `pkgutil.get_data`."""
         return self._source.data if path == self._source.path else Path(str(path)).read_bytes()
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._ran.setdefault(module.__name__, self._source)
+        super().exec_module(module)
 
     def get_code(self, fullname: str) -> CodeType:
         source = self._source
@@ -93,13 +97,28 @@ class _KeptLoader(SourceLoader):
         return code
 
 
+class _RefusingLoader(Loader):
+    """Say why a module is not imported, to who imports it; whoever only looks for it goes on."""
+
+    def __init__(self, source: Source) -> None:
+        self._path = source.path
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise ModuleNotFoundError(
+            f"{module.__name__!r} ({self._path}) was not found when the run was submitted, so that "
+            "it is not frozen; import it by its name at the top of the custom file, and submit "
+            "again",
+            name=module.__name__,
+        )
+
+
 @dataclass
 class Modules(MetaPathFinder):
     """Find the modules of a custom file, before anything else does.
 
     Attributes:
         file: the custom file.
-        sources: its modules that are known.
+        sources: its modules that are known: those that were imported.
         frozen: all are known; others that lie beside the file are not imported.
         missing: top-level names that the sources import and that are nowhere.
     """
@@ -123,28 +142,18 @@ class Modules(MetaPathFinder):
         name = main_name(self.file)
         if name not in self.sources:
             self.sources[name] = Source(str(self.file), self.file.read_bytes())
-        return _spec(name, self.sources[name])
+        return _spec(name, self.sources[name], self.sources)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """
-        Raises:
-            ModuleNotFoundError: the module lies beside the file, but is not frozen.
-        """
-        if fullname not in self.sources:
-            found = self._beside(fullname)
-            if found is None:
-                return None
-            if self.frozen:
-                raise ModuleNotFoundError(
-                    f"{fullname!r} ({found.path}) was not found when the run was submitted, so "
-                    "that it is not frozen; import it by its name at the top of the custom file, "
-                    "and submit again",
-                    name=fullname,
-                )
-            self.sources[fullname] = found
-        return _spec(fullname, self.sources[fullname])
+        """How to import a module of the file; None where it is not one."""
+        known = self.sources.get(fullname) or self._beside(fullname)
+        if known is None:
+            return None
+        if self.frozen and fullname not in self.sources:
+            return ModuleSpec(fullname, _RefusingLoader(known))
+        return _spec(fullname, known, self.sources)
 
     def _beside(self, name: str) -> Source | None:
         """A module that lies beside or below the custom file and is not installed."""
@@ -230,13 +239,16 @@ def _imported(name: str, sources: Sources) -> Iterator[str]:
             yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
-def _spec(name: str, source: Source) -> ModuleSpec:
+def _spec(name: str, source: Source, ran: Sources) -> ModuleSpec:
     """How to import a module; a compiled one can be loaded from a file only, the copy."""
     if source.path.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(name, source.path, loader=_KeptLoader(source))
+        spec = importlib.util.spec_from_file_location(
+            name, source.path, loader=_KeptLoader(source, ran)
+        )
     else:
         kind = SourcelessFileLoader if source.path.endswith(".pyc") else ExtensionFileLoader
         loader = kind(name, source.copy)
         spec = importlib.util.spec_from_file_location(name, source.copy, loader=loader)
+        ran.setdefault(name, source)
     assert spec is not None  # with a loader there always is one
     return spec

@@ -25,7 +25,7 @@ from d2m_hpc.storage.lease import Lease
 
 _D2M = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
 _CLIP = "https://openaipublic.azureedge.net/clip/models"
-MOST_FILES = 10_000
+MOST_FILES = 1000
 """Of a folder that a custom class declares."""
 _XLMR = "https://huggingface.co/FacebookAI/xlm-roberta-base/resolve/main"
 

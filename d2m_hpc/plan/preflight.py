@@ -93,6 +93,6 @@ def described(file: Path) -> tuple[Custom, list[str]]:
         if told.exists():
             return Custom(), [f"{file}: {m}" for m in json.loads(told.read_bytes())]
         if done.returncode:
-            why = done.stderr.strip() or "it ended without a reason"
+            why = done.stderr.strip().split("\n")[-1] or f"it ended with {done.returncode}"
             return Custom(), [f"{file}: custom_pypath: importing it failed: {safe(why, ERROR)}"]
         return frozen.read(Path(folder)), []

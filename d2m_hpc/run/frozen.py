@@ -45,8 +45,8 @@ class Custom:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """The sha256 of each module by name, the file itself first."""
-        return {name: source.sha256 for name, source in self.sources.items()}
+        """The sha256 of each module that holds anything, by name, the file itself first."""
+        return {name: s.sha256 for name, s in self.sources.items() if s.data}
 
     @property
     def version(self) -> str:

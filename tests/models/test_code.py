@@ -124,3 +124,16 @@ def test_what_appears_beside_a_frozen_file_is_not_imported(tmp_path: Path) -> No
     with pytest.raises(ModuleNotFoundError, match="No module named 'late_d'"):
         frozen.get("late_d")  # type: ignore[attr-defined]
     assert module is not frozen
+
+
+def test_a_module_that_is_only_looked_for_is_none_of_the_files(tmp_path: Path) -> None:
+    """As libraries do for what they can do without; a folder of that name may appear any time."""
+    look = "import importlib.util as util\nFOUND = util.find_spec('optional_e') is not None"
+    file = write(tmp_path, own=look)
+    _, modules = run(file)
+    assert set(modules.sources) == {"d2m_custom_own"}
+    (tmp_path / "optional_e").mkdir()
+    _, later = run(file)
+    assert set(later.sources) == {"d2m_custom_own"}
+    frozen, _ = run(file, modules.sources)
+    assert frozen.FOUND  # type: ignore[attr-defined]
