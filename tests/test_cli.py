@@ -15,6 +15,7 @@ import pytest
 from kit import DATACOMP, SHARDS, STATS, d2m, submit, write_config, write_shards
 
 import d2m_hpc
+from d2m_hpc.config import Slurm
 from d2m_hpc.models.weights import CHECKPOINTS
 
 BIN = Path(sys.executable).parent
@@ -67,6 +68,17 @@ def test_both_commands_help() -> None:
     options = ("--set", "--local", "--dry-run", "--wait", "--partition", "--gres", "--max-parallel")
     for option in options:
         assert option in submit_help.stdout, option
+
+
+def test_every_slurm_key_is_an_option_described_as_in_the_config() -> None:
+    environment = {**os.environ, "COLUMNS": "400", "TERMINAL_WIDTH": "400"}
+    command = [BIN / "d2m-submit", "--help"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    told = {line.split()[1]: line for line in ended.stdout.splitlines() if " --" in line}
+    for name, field in Slurm.model_fields.items():
+        described = " ".join((field.description or "").split())
+        assert described, name
+        assert described in told[f"--{name.replace('_', '-')}"]
 
 
 def test_d2m_alone_shows_its_help() -> None:
