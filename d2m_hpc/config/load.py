@@ -15,7 +15,7 @@ from d2m_hpc.config.document import Document
 from d2m_hpc.config.mistakes import nearest, semantic_mistakes
 from d2m_hpc.config.places import Loc, Mistake, dotted
 from d2m_hpc.config.schema import Config, Slurm
-from d2m_hpc.config.variables import expanded, with_variables
+from d2m_hpc.config.variables import as_pattern, with_variables
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.storage.urls import masked
 
@@ -116,9 +116,9 @@ def _with_place(document: Document, mistake: Mistake, read: Callable[[str], str]
 
 
 def _read_path(text: str) -> str:
-    """What a path in the file means; where nothing is known of it, it means itself."""
+    """What a pattern in the file means; where nothing is known of it, it means itself."""
     with suppress(ValueError):
-        return expanded(text)
+        return as_pattern(text)
     return text
 
 

@@ -5,8 +5,10 @@ A task may run in another environment, or as nobody's home; it gets what was mea
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 from d2m_hpc.config.places import Mistake
@@ -23,7 +25,7 @@ def with_variables(config: Config) -> tuple[Config, list[Mistake]]:
 
     def of(key: str, text: str, item: str | None = None) -> str | None:
         try:
-            return expanded(text)
+            return expanded(text) if item is None else as_pattern(text)
         except ValueError as error:
             mistakes.append(Mistake((key,), f"found {text!r}; {error}", item))
             return None  # nobody may look at what it stands for
@@ -35,11 +37,25 @@ def with_variables(config: Config) -> tuple[Config, list[Mistake]]:
     return config.model_copy(update=update), mistakes
 
 
-def expanded(text: str) -> str:
+def as_pattern(text: str) -> str:
+    """A pattern with its variables; the name of a file or folder that is there stands for itself.
+
+    Such a variable's value, and the home folder, may hold `[`, `?` and `*`.
+    """
+    made = expanded(text)
+    if made == text or is_pipe(text) or not is_local(made) or os.path.lexists(made):
+        return made
+    return expanded(text, lambda value: glob.escape(value) if os.path.lexists(value) else value)
+
+
+def expanded(text: str, taken: Callable[[str], str] = str) -> str:
     """A path, pattern or URL with its variables; a file of that very name is taken as it is.
 
     A command (`pipe:`) is left to the shell that runs it, the query of a web address to its
     server. `$$` stands for one `$`.
+
+    Args:
+        taken: what stands for the value of a variable, or of `~`.
 
     Raises:
         ValueError: a variable is not set, or the home folder of `~` is not known.
@@ -56,17 +72,18 @@ def expanded(text: str) -> str:
     if unset:
         names = ", ".join(f"${name}" for name in unset)
         raise ValueError(f"{names} is not set; export it, or write `$$` for a `$` in a name")
-    head = _VARIABLE.sub(lambda m: "$" if m[1] else os.environ[m[2] or m[3]], head)
-    if not (made := _home(head) + query).strip():
+    head = _VARIABLE.sub(lambda m: "$" if m[1] else taken(os.environ[m[2] or m[3]]), head)
+    if not (made := _home(head, taken) + query).strip():
         raise ValueError("with its variables it is empty")
     if any("\ud800" <= c <= "\udfff" for c in made):
         raise ValueError("with its variables it is not UTF-8")
     return made
 
 
-def _home(text: str) -> str:
+def _home(text: str, taken: Callable[[str], str]) -> str:
     if not text.startswith("~") or not is_local(text):
         return text
-    if (path := os.path.expanduser(text)) == text and not os.path.lexists(text.split("/")[0]):
+    name, slash, rest = text.partition("/")
+    if (home := os.path.expanduser(name)) == name and not os.path.lexists(name):
         raise ValueError("the home folder is not known; set HOME, or give the whole path")
-    return path
+    return taken(home) + slash + rest

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan import braces
+from d2m_hpc.plan.patterns import absolute_pattern
 from d2m_hpc.run.alone import alone
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Shard
@@ -117,8 +118,9 @@ def _matching(shards: Sequence[Shard], name: str) -> list[Shard]:
     braces.require_few(name, braces.MOST)
     patterns = set(braces.expand(name))
     if "/" in name:
-        paths = (os.path.abspath(os.path.expanduser(p)) for p in patterns if is_local(p))
-        patterns |= set(paths)
+        local = [p for p in patterns if is_local(p)]
+        patterns |= {os.path.abspath(os.path.expanduser(p)) for p in local if not GLOB.search(p)}
+        patterns |= {absolute_pattern(p) for p in local if GLOB.search(p)}
     named, wild = set(), []
     for pattern in patterns:
         if GLOB.search(pattern):

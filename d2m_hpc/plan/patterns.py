@@ -21,6 +21,12 @@ from d2m_hpc.plan.remote import MISSING
 from d2m_hpc.run.manifest import Shard
 from d2m_hpc.storage.urls import GLOB, is_local, is_pipe, is_remote
 
+SPECIAL = -2
+"""In the place of a size: what is there is a device, a pipe or a socket."""
+_STARS = re.compile(r"/(\*\*/)+")
+_LITERAL = re.compile(r"\[([*?\[])\]")
+"""What `glob.escape` makes of a character."""
+
 
 @dataclass
 class Expansion:
@@ -49,6 +55,9 @@ class Expansion:
         count = 0
         for url, size in named:
             count += 1
+            if size == SPECIAL:
+                self.wrong(f"{url} is a device, a pipe or a socket; valid are regular files")
+                continue
             if not (url.endswith(".tar") or is_archive(url)) and size != MISSING:
                 odd.add(url)
             if not (url.isascii() or _is_utf8(url)):  # no parquet can hold it
@@ -132,7 +141,7 @@ class _Disk:
         folder, _, name = pattern.rpartition("/")
         if name == "**":
             folder, name = pattern, "*"
-        folders = glob.glob(f"{folder}/", recursive=True) if GLOB.search(folder) else [f"{folder}/"]
+        folders = _folders(folder) if GLOB.search(folder) else [f"{folder}/"]
         # As in a shell, what begins with a dot is named only by a pattern that does.
         visible = "" if name.startswith(".") else r"(?!\.)"
         matches = re.compile(visible + fnmatch.translate(name)).match
@@ -145,20 +154,65 @@ class _Disk:
         """
         found, sized = [], self._sized
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-            files = (e for e in entries if matches(e.name) and not e.is_dir())
+            files = (e for e in entries if matches(e.name) and not _is_folder(e))
             found = [(e.name, _size(e, sized)) for e in files]
         found.sort()
         # Made in the order in which all that follows goes through them, paths lie so in memory.
         return [(folder + name, size) for name, size in found]
 
 
+def _folders(pattern: str) -> list[str]:
+    """The folders that a pattern names, sorted, each with a slash at its end.
+
+    `**` stands for a folder and all below it, but for those that begin with a dot, as Python's own
+    `glob` takes it; that one follows a link to a folder above it until paths become too long.
+    """
+    head, stars, rest = _STARS.sub("/**/", f"{pattern}/").partition("/**/")
+    if not stars:
+        return sorted(glob.glob(head))
+    bases = _folders(head) if GLOB.search(head) else [f"{head}/"]
+    below = dict.fromkeys(chain.from_iterable(_walk(base, frozenset()) for base in bases))
+    if not rest:
+        return sorted(below)
+    found = (_folders(glob.escape(each) + rest.rstrip("/")) for each in below)
+    return sorted(set(chain.from_iterable(found)))
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """A folder and those below it; of one that lies within itself, by a link, nothing more.
+
+    Args:
+        above: devices and inodes of the folders on the way down.
+    """
+    try:
+        there = os.stat(folder)
+    except OSError:  # it is not there, or its link leads to itself
+        return
+    if (own := (there.st_dev, there.st_ino)) in above:
+        return
+    yield folder
+    with suppress(OSError):  # `_list` tells of one that cannot be read
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if not e.name.startswith(".") and _is_folder(e)]
+        for name in names:
+            yield from _walk(f"{folder}{name}/", above | {own})
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
 def _size(entry: os.DirEntry[str], sized: bool) -> int | None:
     try:
         if entry.is_file():
             return entry.stat().st_size if sized else None
-    except OSError:  # it was there a moment ago
-        pass
-    return MISSING
+        entry.stat()
+    except OSError:  # it was there a moment ago, or is a link to what is not
+        return MISSING
+    return SPECIAL
 
 
 def _expand_one(
@@ -178,13 +232,16 @@ def _expand_one(
         if is_pipe(name):
             yield name, None
         elif name:  # the path of an empty one would be this folder's
-            yield from _named(_absolute(name), disk)
+            yield from _named(name, disk)
 
 
-def _named(path: str, disk: _Disk) -> Iterable[tuple[str, int | None]]:
-    """What a path without braces names."""
-    if GLOB.search(path) and not os.path.isfile(path):
-        return disk.glob(path)
+def _named(name: str, disk: _Disk) -> Iterable[tuple[str, int | None]]:
+    """What a pattern without braces names."""
+    path = _absolute(name)
+    if GLOB.search(name) and not os.path.isfile(path):
+        if GLOB.search(_LITERAL.sub("", name)):
+            return disk.glob(absolute_pattern(name))
+        path = _absolute(_LITERAL.sub(r"\1", name))
     if (size := disk[path]) == MISSING and not is_archive(path) and os.path.isdir(path):
         return disk.tars(path)
     return [(path, size)]
@@ -192,6 +249,14 @@ def _named(path: str, disk: _Disk) -> Iterable[tuple[str, int | None]]:
 
 def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
+
+
+def absolute_pattern(pattern: str) -> str:
+    """A whole pattern; the names of this folder and of `~` stand for themselves in it."""
+    if pattern.startswith("~"):
+        home, slash, rest = pattern.partition("/")
+        pattern = glob.escape(os.path.expanduser(home)) + slash + rest
+    return os.path.normpath(os.path.join(glob.escape(os.getcwd()), pattern))
 
 
 def plan_shards(

@@ -53,6 +53,15 @@ def test_shards_are_named_by_stem_path_or_url(
     assert set(Forgotten.of(run).by_url.values()) == set(stems)
 
 
+def test_this_folder_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, here = RunDir(tmp_path / "run"), tmp_path / "w[12]"
+    run.create()
+    here.mkdir()
+    write_plan(run.shards, [Shard("0", f"{here}/0.tar"), Shard("1", f"{tmp_path}/w1/1.tar")])
+    monkeypatch.chdir(here)
+    assert [s.stem for s in forget(run, ["./*.tar"], ())] == ["0"]
+
+
 def test_a_name_of_no_shard_changes_nothing(run: RunDir) -> None:
     with pytest.raises(ConfigError, match=r"no shard of the plan is named '\*.html'"):
         forget(run, ["00001", "*.html"], ())

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from kit import STATS, d2m, write_config, write_tar
 from kit import write_shards as write_shards_of_samples
 
-from d2m_hpc.config import Config
+from d2m_hpc.config import Config, load
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan import braces, patterns
 from d2m_hpc.plan.balance import chunk
@@ -266,6 +266,86 @@ def test_a_file_of_that_very_name_comes_before_any_expansion(tmp_path: Path, nam
 def test_a_glob_finds_names_that_look_like_patterns(tmp_path: Path) -> None:
     paths = touch(tmp_path, "[0-9].tar", "{0..2}.tar")
     assert list(expand([f"{tmp_path}/*.tar"]).sizes) == paths
+
+
+@pytest.mark.parametrize("name", ["run*", "a?b", "[ab]", "x[!y]z"])
+def test_this_folder_is_no_pattern(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = touch(tmp_path / name, "sub/1.tar", "sub/deep/2.tar")
+    for other in ("run1", "axb", "a", "xaz"):
+        touch(tmp_path / other, "sub/1.tar", "sub/deep/2.tar")
+    monkeypatch.chdir(tmp_path / name)
+    assert list(expand(["sub/*.tar"]).sizes) == own[:1]
+    assert list(expand([f"../{name}/sub/1.tar", "sub"]).sizes) == own[:1]
+    assert list(expand(["su[b]/**/?.tar"]).sizes) == own
+    assert list(expand(["{sub,sub/deep}/?.tar"]).sizes) == own
+
+
+@pytest.mark.parametrize(
+    "pattern", ["~/t/*.tar", "$DATA/t/*.tar", "${DATA}/t/{1,2}.tar", "$DATA/t"]
+)
+def test_values_of_variables_are_no_patterns_where_they_are_folders(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = touch(tmp_path / "v[12]", "t/1.tar", "t/2.tar")
+    touch(tmp_path / "v1", "t/1.tar", "t/2.tar", "t/3.tar")
+    for name in ("DATA", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "v[12]"))
+    path = write_config(tmp_path / "c.yml", STATS, input_tars=pattern, output_metadata_dir="o")
+    assert list(expand(load(path).input_tars).sizes) == own
+    monkeypatch.setenv("DATA", str(tmp_path / "v[1]"))  # no folder: a pattern
+    if pattern == "$DATA/t/*.tar":
+        assert names(expand(load(path).input_tars)) == ["1.tar", "2.tar", "3.tar"]
+
+
+def test_a_missing_tar_of_braces_is_told_below_such_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path / "v[12]", "1.tar")
+    monkeypatch.setenv("DATA", str(tmp_path / "v[12]"))
+    path = write_config(
+        tmp_path / "c.yml", STATS, input_tars="$DATA/{1..2}.tar", output_metadata_dir="o"
+    )
+    assert expand(load(path).input_tars).missing == [str(tmp_path / "v[12]/2.tar")]
+
+
+def test_two_stars_do_not_follow_a_link_to_a_folder_above(tmp_path: Path) -> None:
+    paths = touch(tmp_path, "t/1.tar", "t/a/2.tar", "t/b/3.tar", "other/4.tar")
+    for link, target in (
+        ("t/a/up", ".."),
+        ("t/self", "."),
+        ("t/b/to", "../a"),
+        ("t/o", "../other"),
+    ):
+        (tmp_path / link).symlink_to(target)
+    there = [str(tmp_path / name) for name in ("t/b/to/2.tar", "t/o/4.tar")]
+    for pattern in ("t/**/*.tar", "t/**/**/*.tar", "**/t/**/?.tar"):
+        found = expand([f"{tmp_path}/{pattern}"])
+        assert list(found.sizes) == sorted([*paths[:3], *there]), pattern
+        assert not found.mistakes
+
+
+def test_a_link_to_itself_is_missing_and_spoils_no_other(tmp_path: Path) -> None:
+    paths = touch(tmp_path, "1.tar")
+    (tmp_path / "loop.tar").symlink_to("loop.tar")
+    found = expand([f"{tmp_path}/**/*.tar"])
+    assert found.missing == [str(tmp_path / "loop.tar")]
+    assert list(found.sizes) == [*paths, *found.missing]
+    assert not found.mistakes
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "odd.tar", "", "{odd,1}.tar", "**/*.tar"])
+@pytest.mark.parametrize("sized", [True, False])
+def test_what_is_no_regular_file_is_named_and_not_planned(
+    pattern: str, sized: bool, tmp_path: Path
+) -> None:
+    touch(tmp_path, "1.tar")
+    os.mkfifo(tmp_path / "odd.tar")
+    found = expand([f"{tmp_path}/{pattern}"], sized)
+    assert f"{tmp_path}/odd.tar is a device, a pipe or a socket" in str(found.mistakes[0])
+    assert str(tmp_path / "odd.tar") not in found.sizes
+    assert not found.missing
 
 
 def test_an_awkward_folder_is_searched(awkward_path: Path) -> None:
