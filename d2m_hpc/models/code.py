@@ -112,7 +112,7 @@ class _RefusingLoader(Loader):
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Modules(MetaPathFinder):
     """Find the modules of a custom file, before anything else does.
 
