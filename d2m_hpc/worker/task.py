@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Collection
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,14 +21,13 @@ from d2m_hpc.errors import ConfigError, NodeError, ShardError
 from d2m_hpc.run import frozen
 from d2m_hpc.run.extension import only_new
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Record, Recorder, Shard
+from d2m_hpc.run.manifest import Record, Recorder
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import require_own
 from d2m_hpc.run.pair import Contents, Pair
 from d2m_hpc.run.schema import Schema
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.suspension import Awake
-from d2m_hpc.storage.urls import is_local
 from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.compute.graph import Graph
@@ -233,6 +232,7 @@ class Task:
                     record.recomputed += outputs.recomputed
                     self.report(rows=len(outputs.keys))
             found = reading.found
+            record.tar_size, record.tar_mtime_ns = found.tar
             record.notices += found.seen.missed(self.part, self.schema)
             record.rejections = [*found.rejections, *record.rejections, *table.settle()]
             record.rows = table.rows
@@ -255,7 +255,6 @@ class Task:
         return result
 
     def _record(self, work: Work) -> Record:
-        size, mtime_ns = _size_and_time(work.shard)
         return Record(
             work.shard.stem,
             "done",
@@ -264,8 +263,6 @@ class Task:
             started=time.time(),
             task=str(self.name),
             host=self.report.progress.host,
-            tar_size=size,
-            tar_mtime_ns=mtime_ns,
         )
 
     def _extend(self, result: Result, finished: Contents, lacked: Table) -> None:
@@ -288,12 +285,3 @@ class Task:
         record.notices += found.notices + found.causes.texts()
         for notice in record.notices:
             log.info("%s: %s", record.shard, notice)
-
-
-def _size_and_time(shard: Shard) -> tuple[int, int]:
-    """A tar's size and time, by which a later look tells whether the tar has changed."""
-    if is_local(shard.url):
-        with suppress(OSError):
-            there = os.stat(shard.url)
-            return there.st_size, there.st_mtime_ns
-    return shard.size or 0, 0

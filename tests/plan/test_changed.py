@@ -109,6 +109,77 @@ def test_programs_and_verify_are_told_too(config: Path) -> None:
     assert json.loads(told(config, "verify", "--json"))["changed"]["stems"] == ["00001"]
 
 
+REPLACING = '''
+import os
+import time
+
+import torch
+
+
+def look(text):
+    """Tell that the second tar is being read."""
+    if text == "caption 1000":
+        open("read", "w").close()
+    return text
+
+
+class Replacing(torch.nn.Module):
+    """Put another tar in the second one's place while the first one is computed."""
+    raw_inputs = ["text"]
+    preprocessors = ["look"]
+    dependencies = []
+    to_device = False
+
+    def __init__(self, device):
+        super().__init__()
+
+    def forward(self, texts):
+        if "caption 0" in texts:
+            while not os.path.exists("read"):
+                time.sleep(0.01)
+            os.replace("new", f"tars/{os.environ['SECOND']}")
+        return torch.tensor([float(len(text)) for text in texts])
+
+
+model_lookup = {"replacing": Replacing}
+preprocessor_lookup = {"look": look}
+postprocess_parquet_lookup = {"length": lambda cache: cache["replacing"]}
+'''
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_that_is_replaced_while_the_one_before_is_computed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The second tar is open when the first one's batch is computed: the old file is read."""
+    name = "b.tar" if mode == "w" else "b.tar.gz"
+    monkeypatch.setenv("SECOND", name)
+    write_tar(tmp_path / "tars" / "a.tar", sample("first", 0))
+    write_tar(tmp_path / "tars" / name, sample("old", 1000), mode=mode)
+    write_tar(tmp_path / "new", sample("new", 1001), mode=mode)
+    (tmp_path / "replacing.py").write_text(REPLACING)
+    values: dict[str, Any] = {
+        **STATS,
+        "models": ["replacing"],
+        "postprocess_columns": ["length"],
+        "postprocess_features": [],
+        "custom_pypath": "replacing.py",
+        "input_tars": "tars/*",
+        "output_metadata_dir": "out",
+    }
+    config = write_config(tmp_path / "c.yml", values)
+    ended = submit(config, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert keys(config, "b") == ["old"]
+    for command in ("status", "verify"):
+        assert "1 tars are not those that were computed, by size or time (b)" in told(
+            config, command
+        )
+    ended = submit(config, "--recompute-changed", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert keys(config, "b") == ["new"]
+
+
 def test_extending_a_pair_of_another_tar_is_noted(config: Path) -> None:
     tar, folder = config.parent / "tars" / "00001.tar", config.parent
     had = tar.stat().st_size

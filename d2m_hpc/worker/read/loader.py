@@ -29,7 +29,7 @@ from d2m_hpc.worker.read.prefetch import Coming, Stager, received
 from d2m_hpc.worker.read.prepare import Ready, Recipe, prepare
 from d2m_hpc.worker.read.scratch import Scratch
 from d2m_hpc.worker.read.seen import Seen
-from d2m_hpc.worker.read.shard import Archive, Index, Sample
+from d2m_hpc.worker.read.shard import Archive, Index, Sample, Version
 from d2m_hpc.worker.work import Work
 
 AHEAD = 4
@@ -52,6 +52,7 @@ class Findings:
         notices: remarks on members that are no samples.
         causes: reasons why samples lack something, with advice, as far as the tar tells.
         seen: which fields the samples have.
+        tar: the file that was read.
     """
 
     rejections: list[Rejection] = field(default_factory=list)
@@ -59,6 +60,7 @@ class Findings:
     notices: list[str] = field(default_factory=list)
     causes: Notes = field(default_factory=Notes)
     seen: Seen = field(default_factory=Seen)
+    tar: Version = field(default_factory=Version)
 
 
 class Reading:
@@ -200,6 +202,7 @@ class Loader:
                 staged = stack.enter_context(coming.arrived())
                 reading.work.begin()
                 archive = stack.enter_context(closing(Archive(staged.path)))
+                found.tar = staged.origin if staged.copied else archive.version
                 if not staged.damage and (what := archive.nature()):
                     raise refusal.no_tar(url, what)
                 if staged.damage or not archive.ends_in_zeros():  # it is cut off somewhere

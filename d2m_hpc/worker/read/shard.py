@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
@@ -36,12 +36,26 @@ class Sample:
     again: bool = False
 
 
+class Version(NamedTuple):
+    """A file's size and time, by which a later look tells whether the file has changed."""
+
+    size: int = 0
+    mtime_ns: int = 0
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> Version:
+        """Of an open file: its path may lead to another one by now."""
+        there = os.fstat(file.fileno())
+        return cls(there.st_size, there.st_mtime_ns)
+
+
 class Archive:
     """A plain tar on this node, read from many threads at once."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "rb")  # noqa: SIM115
-        self.size = os.fstat(self._file.fileno()).st_size
+        self.version = Version.of(self._file)
+        self.size = self.version.size
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of a member.

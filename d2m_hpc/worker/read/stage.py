@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +22,7 @@ from d2m_hpc.storage.refused import of_system
 from d2m_hpc.storage.urls import PIPE, is_local, is_pipe
 from d2m_hpc.worker.read.compressed import BROKEN, HEAD, Readable, codec_of
 from d2m_hpc.worker.read.scratch import Copy, Scratch
+from d2m_hpc.worker.read.shard import Version
 
 STEP = 1 << 20
 SAID = 2000
@@ -38,11 +39,14 @@ class Staged:
     Attributes:
         damage: what is wrong with the stream that it came from.
         copied: it lies in scratch.
+        origin: of the file that was copied; of a tar in a store or from a command, the size in the
+            plan.
     """
 
     path: Path
     damage: str = ""
     copied: bool = True
+    origin: Version = field(default_factory=Version)
 
 
 @contextmanager
@@ -57,7 +61,9 @@ def stage(shard: Shard, scratch: Scratch) -> Iterator[Staged]:
         return
     with scratch.copy(f"{shard.stem}.tar") as copy:
         copy.reserve(shard.size or 0)
-        yield Staged(copy.path, _fetch(shard, copy))
+        staged = Staged(copy.path, origin=Version(shard.size or 0))
+        staged.damage = _fetch(shard, copy, staged)
+        yield staged
 
 
 def _is_compressed(path: str) -> bool:
@@ -68,13 +74,13 @@ def _is_compressed(path: str) -> bool:
         raise ShardError(f"{path}: {error.strerror or error}") from None
 
 
-def _fetch(shard: Shard, copy: Copy) -> str:
+def _fetch(shard: Shard, copy: Copy, staged: Staged) -> str:
     """Copy a tar to scratch; returns what is wrong with its stream, if anything.
 
     Raises:
         ShardError: the tar cannot be had.
     """
-    with open(copy.path, "wb") as file, closing(_blocks(shard)) as blocks:
+    with open(copy.path, "wb") as file, closing(_blocks(shard, staged)) as blocks:
         try:
             return _write(Stream(blocks), file, copy)
         except (ShardError, NodeError):
@@ -86,17 +92,18 @@ def _fetch(shard: Shard, copy: Copy) -> str:
             raise ShardError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _blocks(shard: Shard) -> Blocks:
+def _blocks(shard: Shard, staged: Staged) -> Blocks:
     """The bytes of a tar, as they come."""
     if is_pipe(shard.url):
         return _said(shard.url.removeprefix(PIPE))
     if is_local(shard.url):  # fsspec would take `::` in a path for a chain of stores
-        return _read(shard.url)
+        return _read(shard.url, staged)
     return stores.blocks(shard.url, shard.size)
 
 
-def _read(path: str) -> Blocks:
+def _read(path: str, staged: Staged) -> Blocks:
     with open(path, "rb") as file:
+        staged.origin = Version.of(file)
         while block := file.read(STEP):
             yield block
 
