@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pages
@@ -93,23 +90,6 @@ def test_what_is_left_to_ci_is_run_by_it(line: str, file: str) -> None:
     text = (pages.ROOT / file).read_text(encoding="utf-8")
     wanted = r"uv pip install .*\"\.\$\{1" if line.startswith("pip") else f"^{line}$"
     assert re.search(wanted, text, re.MULTILINE)
-
-
-def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(
-        pages.ROOT / "d2m_hpc", source / "d2m_hpc", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(pages.ROOT / name, source)
-    build = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "wheel"]
-    options = ["--no-deps", "--no-build-isolation", f"--wheel-dir={tmp_path}", str(source)]
-    subprocess.run([*build, *options], check=True)
-    [wheel] = tmp_path.glob("d2m_hpc-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        packed = {n for n in archive.namelist() if n.startswith("d2m_hpc/")}
-    files = (p for p in (source / "d2m_hpc").rglob("*") if p.is_file())
-    assert packed == {p.relative_to(source).as_posix() for p in files}
 
 
 class TestPages:
