@@ -15,6 +15,8 @@ from typing import BinaryIO, NamedTuple
 from d2m_hpc.storage.texts import BRIEF, safe
 
 BLOCK = tarfile.BLOCKSIZE
+ENCODING = "utf-8"
+"""Of names, whatever the locale of a task is: a key may not depend on where it was read."""
 _TIME_ONLY = re.compile(rb"(\d+) mtime=[0-9.]+\n")
 """The PAX header that webdataset puts before every member."""
 LONGEST_HEADER = 1 << 20
@@ -94,7 +96,7 @@ def _ordinary(file: BinaryIO, offset: int) -> tuple[Member, int] | None:
     header = blocks[start : start + BLOCK]
     if header[156:157] != tarfile.REGTYPE or header[345] or (size := _size(header)) is None:
         return None
-    name = header[:100].partition(b"\0")[0].decode(tarfile.ENCODING, "surrogateescape")
+    name = header[:100].partition(b"\0")[0].decode(ENCODING, "surrogateescape")
     data = offset + start + BLOCK
     return Member(name, data, size), data + -(-size // BLOCK) * BLOCK
 
@@ -125,7 +127,9 @@ class _SlowReader:
     """One header at a time, by the standard library."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._tar = tarfile.TarFile(fileobj=io.BytesIO(bytes(tarfile.RECORDSIZE)))
+        self._tar = tarfile.TarFile(
+            fileobj=io.BytesIO(bytes(tarfile.RECORDSIZE)), encoding=ENCODING
+        )
         self._tar.fileobj = file  # only now, so that the constructor reads nothing of it
         self._file = file
 
@@ -158,7 +162,7 @@ def _require_bounded(file: BinaryIO, offset: int) -> None:
         block = file.read(BLOCK)
         if len(block) < BLOCK or block[156] not in _EXTENDED:
             return
-        size = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape").size
+        size = tarfile.TarInfo.frombuf(block, ENCODING, "surrogateescape").size
         if not 0 <= size <= LONGEST_HEADER:
             raise tarfile.HeaderError(f"a header of {size} bytes, over {LONGEST_HEADER}")
         if block[156] in b"xgX":

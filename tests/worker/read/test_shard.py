@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import re
+import subprocess
+import sys
 import tarfile
 import threading
 from collections import Counter
@@ -107,6 +110,34 @@ def test_long_and_foreign_names_are_read(format: str) -> None:
     assert [key for key, _ in contents(data)] == keys
     assert contents(data) == by_webdataset(data)
     assert index_of(data).cut == ""
+
+
+TELL = """
+import io, sys
+from d2m_hpc.worker.read.shard import Index
+data = sys.stdin.buffer.read()
+for sample in Index(io.BytesIO(data), len(data)):
+    print(ascii(sample.key))
+"""
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("locale", ["C", "en_US.ISO-8859-1", "C.UTF-8"])
+def test_names_are_utf8_whatever_the_locale(format: int, locale: str) -> None:
+    """Without Python's own ways out of a locale of ASCII, which others do not have."""
+    keys = ["caf\xe9", "\u6f22\u5b57", "\u0436" * 45, "\u0436" * 70]
+    if format == tarfile.USTAR_FORMAT:
+        keys.pop()
+    data = tar_bytes([(f"{key}.txt", b"x") for key in keys], format)
+    plain = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", TELL],
+        input=data,
+        stdout=-1,
+        env={**os.environ, **plain},
+        check=True,
+    )
+    assert ended.stdout.decode().split() == [ascii(key) for key in keys]
 
 
 def test_a_prefix_of_ustar_is_part_of_the_name() -> None:
