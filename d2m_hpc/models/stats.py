@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,10 @@ from d2m_hpc.models.checkpoint import Weights
 
 HISTOGRAM_BINS = 16
 HASH_SIDE = 8
+LONG = 1 << 20
+"""Characters beyond which a text's words are looked at one by one, in little memory."""
+_WORD = re.compile(r"\S+")
+"""As `str.split` takes words, which is five times as fast."""
 
 
 def _dct_rows(size: int, rows: int) -> Tensor:
@@ -107,15 +112,28 @@ class TextStats(nn.Module):
             characters and words; then float32 [B] in [0, 1]: shares of alphanumeric, upper-case and
             digit characters, and of distinct words (0 for an empty text).
         """
-        words = [text.split() for text in texts]
+        # One text after the other: the words of a batch of long texts take gigabytes.
+        words = [_words(text) for text in texts]
         return (
             [len(text) for text in texts],
-            [len(w) for w in words],
+            [number for number, _ in words],
             _share(texts, str.isalnum),
             _share(texts, str.isupper),
             _share(texts, str.isdigit),
-            torch.tensor([len({x.lower() for x in w}) / max(len(w), 1) for w in words]),
+            torch.tensor([distinct / max(number, 1) for number, distinct in words]),
         )
+
+
+def _words(text: str) -> tuple[int, int]:
+    """The number of a text's words, and of its distinct ones."""
+    if len(text) <= LONG:
+        words = text.split()
+        return len(words), len({word.lower() for word in words})
+    number, distinct = 0, set()
+    for found in _WORD.finditer(text):
+        number += 1
+        distinct.add(found[0].lower())
+    return number, len(distinct)
 
 
 def _share(texts: list[str], test: Callable[[str], bool]) -> Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scipy.ndimage import convolve
 from skimage.measure import shannon_entropy
 from torch import Tensor
 
+from d2m_hpc.models import stats
 from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.preprocessors import Options, Picture, stats_image
 from d2m_hpc.models.stats import ImageStats, TextStats
@@ -168,3 +170,27 @@ def test_text_stats_are_those_counted_by_hand(
     counted, split, *found = TEXT([text, "another caption"])
     assert (counted[0], split[0]) == (characters, words)
     assert [float(share[0]) for share in found] == pytest.approx(shares, abs=1e-6)
+
+
+@pytest.mark.parametrize("space", [" ", "\u3000", "\x1c", "\x85\n", "\t\u2028 ", "\x0b\xa0"])
+def test_the_words_of_a_long_text_are_those_of_a_short_one(
+    space: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = space.join(["One", "one", "ΣΑΣ", "σας", "é\u0301t", "\u200b", "\ufeff", "x_y-z"]) + space
+    short = TEXT([text])
+    monkeypatch.setattr(stats, "LONG", 0)
+    long = TEXT([text])
+    assert (long[1], long[5].tolist()) == (short[1], short[5].tolist())
+    assert long[1] == [8]
+
+
+@pytest.mark.parametrize(("texts", "repeats"), [(8, 50_000), (1, 250_000)])
+def test_words_take_little_memory_however_many_and_long_the_texts(texts: int, repeats: int) -> None:
+    batch = ["a cat sits " * repeats] * texts
+    tracemalloc.start()
+    try:
+        TEXT(batch)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6
