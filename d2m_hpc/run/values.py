@@ -60,6 +60,14 @@ def json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def _strict(value: Any) -> str:
+    """A text that every JSON parser takes: JSON has no NaN and no infinity."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise _Misfit(value) from None
+
+
 def inferred(values: Iterable[Any], depth: int = 0) -> str:
     """The type that holds all of some JSON values; empty where nulls and empty lists tell none.
 
@@ -153,7 +161,9 @@ def _helping(kind: str, value: Any) -> str:
         return "float64"
     if kind == "float64" and whole and value in RANGES["int64"]:
         return "int64"
-    return "string" if isinstance(value, str) and not parts(kind)[1] else "json"
+    if not parts(kind)[1] and (kind == "json" or isinstance(value, str)):
+        return "string"
+    return "json"
 
 
 def _is_exact(value: float) -> bool:
@@ -168,7 +178,7 @@ def _fitting(kind: str) -> Callable[[Any], Any]:
     """What makes a value one of a type, or raises `_Misfit`."""
     outer, inner = parts(kind)
     if kind == "json":
-        return json_text
+        return _strict
     if kind == "string":
         return lambda value: value if isinstance(value, str) else json_text(value)
     if outer == "list":

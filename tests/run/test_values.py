@@ -133,6 +133,24 @@ def test_known_fields_have_their_type_unless_the_values_are_of_another(
     assert agreeable(name, values) == kind
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["json", "list<json>", "map<json>"])
+def test_json_texts_are_strict(kind: str, odd: float) -> None:
+    deep: Any = {"a": [1.5, {"b": odd}]}
+    value = {"json": deep, "list<json>": [1, deep], "map<json>": {"k": deep}}[kind]
+    held, bad = column("exif", kind, [None, value])
+    assert held.to_pylist() == [None, None]
+    assert "found" in bad[1]
+    assert f"where the run has {kind}" in bad[1]
+
+
+def test_a_column_of_strings_takes_what_no_json_holds() -> None:
+    """As the reason of the misfit says."""
+    (reason,) = column("exif", "json", [{"a": float("nan")}])[1].values()
+    assert "`exif: string` under additional_fields takes it" in reason
+    assert column("exif", "string", [{"a": float("nan")}])[0].to_pylist() == ['{"a": NaN}']
+
+
 def test_the_cost_of_objects_grows_with_their_keys_alone() -> None:
     """Of 30,000 objects with 20 keys of their own each; a struct of them has 600,000 columns."""
     values = [{f"{i}-{j}": j for j in range(20)} for i in range(30_000)]

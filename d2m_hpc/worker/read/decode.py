@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from decimal import Decimal
 from typing import Any
 
 import simplejpeg
@@ -92,11 +95,34 @@ def _depth(data: bytes) -> int:
     return deepest
 
 
+MOST_DIGITS = 4000
+"""Of a number beyond what a float holds; Python refuses integers of more than 4300."""
+
+
+def _number(text: str) -> float:
+    """A float, or the integer that a number beyond all floats is: `1e400` is no infinity.
+
+    Raises:
+        ValueError: the number is no integer, or has too many digits.
+    """
+    value = float(text)
+    if math.isfinite(value):
+        return value
+    with suppress(ArithmeticError):
+        exact = Decimal(text)
+        if exact.adjusted() < MOST_DIGITS and exact == exact.to_integral_value():
+            return int(exact)
+    raise ValueError(f"the number {text[:40]} is beyond what a column can hold")
+
+
+_DECODER = json.JSONDecoder(parse_float=_number)
+
+
 def json_object(data: bytes) -> dict[str, Any]:
     if _depth(data) > DEEPEST_JSON:
         raise Rejected(f"the JSON cannot be parsed: it nests more than {DEEPEST_JSON} deep")
     try:
-        values = json.loads(data)
+        values = _DECODER.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise Rejected(f"the JSON cannot be parsed: {error}") from None
     if not isinstance(values, dict):

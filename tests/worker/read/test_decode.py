@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import tarfile
 import zlib
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from d2m_hpc.models.preprocessors import Rejected
+from d2m_hpc.run.values import column
 from d2m_hpc.worker.read import decode
 
 LIMIT = 10_000_000
@@ -276,3 +278,31 @@ def test_objects_are_read(data: bytes, values: dict[str, Any]) -> None:
 def test_what_is_no_object_is_rejected_with_a_reason(data: bytes, why: str) -> None:
     with pytest.raises(Rejected, match=why):
         decode.json_object(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e400", 10**400),
+        ("-2.5e310", -25 * 10**309),
+        ("1" + "0" * 350 + ".0", 10**350),
+        ("1e308", 1e308),
+        ("1e-400", 0.0),
+    ],
+)
+def test_a_number_beyond_all_floats_is_the_integer_that_it_says(text: str, value: float) -> None:
+    found = decode.json_object(b'{"n": [%b], "e": "1e400"}' % text.encode())
+    assert found == {"n": [value], "e": "1e400"}
+    assert type(found["n"][0]) is type(value)
+    assert column("n", "json", [found["n"]])[0].to_pylist() == [json.dumps([value])]
+
+
+@pytest.mark.parametrize("text", ["1e5000", "1e99999999999999999999999", "9" * 310 + ".5"])
+def test_a_number_that_no_column_holds_is_told(text: str) -> None:
+    with pytest.raises(Rejected, match=f"the number {text[:4]}.* is beyond what a column can hold"):
+        decode.json_object(b'{"n": %b}' % text.encode())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_json_is_read_in_the_encodings_of_json(encoding: str) -> None:
+    assert decode.json_object('{"é": "漢"}'.encode(encoding)) == json.loads('{"é": "漢"}')
