@@ -30,6 +30,7 @@ _FILES = (
     r"|[^/]*\.(?i:md5|sha(1|224|256|384|512)|(md5|sha(1|256|512))sums?|crc(32c?)?|sfv|asc|sig|par2)"
     r"|[^/]*~|\.[^/]*\.sw[a-p]"
 )
+_HIDDEN = re.compile(r"((?:.*/)?\.)([^/]*)", re.DOTALL)
 _FOREIGN = re.compile(rf"(.*/)?(({_FOLDERS})/.*|({_FILES}))", re.DOTALL)
 
 UNREAD = "foreign members are not read: {}"
@@ -41,6 +42,7 @@ PARTS = "further members of samples are not used: {}"
 LINK = "a link or a special file"
 MERGED = "merged into another sample: its name holds a dot before the extension"
 NAMELESS = "a member without an extension"
+HIDDEN = "a name that begins with a dot has no key before its first dot; rename it"
 SKIPPED = "skipped: webdataset reserves names that begin with __...__"
 MOST_PARTS = 16
 """Further members that a data set's samples may have; more are taken for samples of their own."""
@@ -123,6 +125,7 @@ class Ledger:
         self.notes, self.causes = Notes(), Notes()
         self._needed = needed
         self._reserved = ""
+        self._hidden: tuple[str, set[str]] = ("", set())
         self._links: dict[str, list[tuple[str, str]]] = {}
         self._parts: dict[str, list[str]] = {}
 
@@ -136,12 +139,27 @@ class Ledger:
         elif is_reserved(name):
             self._reserve(name, key, extension or "")
         elif key is None:
-            self.stray(name, NAMELESS)
+            self._nameless(name)
         elif not is_file:
             self._links.setdefault(key, []).append(((extension or "").lower(), name))
         else:
             return False
         return True
+
+    def _nameless(self, name: str) -> None:
+        """Account for a member that has no key; those of what would be one sample count once."""
+        dotted = _HIDDEN.fullmatch(name)
+        if not dotted or not kind_of(dotted[2]):
+            self.stray(name, NAMELESS)
+            return
+        stem, _, extension = dotted[2].lstrip(".").partition(".")
+        # A name that is an extension alone is of the sample without a name.
+        key = name.removesuffix(f".{extension}") if extension else dotted[1]
+        extension = (extension or stem).lower()
+        if key != self._hidden[0] or extension in self._hidden[1]:
+            self._hidden = (key, set())
+            self.stray(name, HIDDEN)
+        self._hidden[1].add(extension)
 
     def _reserve(self, name: str, key: str | None, extension: str) -> None:
         if key is None or kind_of(extension) not in ("image", "text"):

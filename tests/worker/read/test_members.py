@@ -8,7 +8,17 @@ from collections.abc import Iterable
 
 import pytest
 
-from d2m_hpc.worker.read.members import LINK, MERGED, SHOWN, SKIPPED, Notes, is_foreign
+from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.worker.read.members import (
+    HIDDEN,
+    LINK,
+    MERGED,
+    NAMELESS,
+    SHOWN,
+    SKIPPED,
+    Notes,
+    is_foreign,
+)
 from d2m_hpc.worker.read.shard import Index
 
 ALL = ("image", "text", "json")
@@ -182,6 +192,24 @@ def test_samples_under_a_reserved_name_count_each() -> None:
     assert index.ledger.notes.texts()[-1].endswith(
         "not read: __data__/0.json, __data__/1.json, __data__/2.json and 8 more"
     )
+
+
+@pytest.mark.parametrize("stem", [".b", "..b", "./.b", "v1.0/...b", "", "./"])
+def test_a_sample_whose_name_begins_with_a_dot_counts_once(stem: str) -> None:
+    index = index_of([*triples("a"), *triples(stem), *triples("c")])
+    assert index.count == 2
+    assert index.strays == [Rejection(f"{stem}.jpg", HIDDEN)]
+
+
+def test_samples_under_dotted_names_count_each() -> None:
+    index = index_of([*triples(".a", ".b", ".b"), *triples("a"), *triples(".a")])
+    assert index.count == 1
+    assert [s.key for s in index.strays] == [".a.jpg", ".b.jpg", ".b.jpg", ".a.jpg"]
+
+
+@pytest.mark.parametrize("name", ["plain", "d/plain", ".hidden", ".profile.d"])
+def test_what_has_neither_key_nor_known_extension_says_so(name: str) -> None:
+    assert index_of([name]).strays == [Rejection(name, NAMELESS)]
 
 
 def test_notes_are_short_however_many_and_odd_the_names() -> None:
