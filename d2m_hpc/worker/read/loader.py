@@ -49,7 +49,7 @@ class Findings:
 
     Attributes:
         total: samples in the tar.
-        notices: remarks on members that are no samples.
+        notices: remarks on the whole tar, such as members that are no samples, or a cut.
         causes: reasons why samples lack something, with advice, as far as the tar tells.
         seen: which fields the samples have.
         tar: the file that was read.
@@ -211,9 +211,12 @@ class Loader:
                     self._require_whole(url, whole, staged.damage or whole.cut)
                 index = archive.index(self._recipe.raw_inputs)
                 self._emit(reading, found, index, archive)
-                self._require_whole(url, index, staged.damage or index.cut)
+                if cut := staged.damage or index.cut:
+                    self._require_whole(url, index, cut)
+                    found.notices.append(refusal.taken(cut, index.count))
                 found.total = index.count + len(index.strays)
-                found.notices, found.causes = index.ledger.notes.texts(), index.ledger.causes
+                found.notices += index.ledger.notes.texts()
+                found.causes = index.ledger.causes
                 self._reject(url, found, index.strays)
             reading.put(found)
         except BaseException as error:

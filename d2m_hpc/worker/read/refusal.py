@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from d2m_hpc.errors import ShardError, TruncatedShard
 from d2m_hpc.run.manifest import Rejection
 from d2m_hpc.storage.texts import safe
+from d2m_hpc.worker.read.tar import JOINED
 
 LONGEST = 299
 SHORTEST_URL = 40
@@ -24,10 +25,18 @@ def truncated(url: str, where: str, whole: int) -> TruncatedShard:
         whole: samples before that.
     """
     advice = " (allow_truncated_shards: true takes them)" if whole else ""
-    where = safe(where, 150)
+    what, mend = f"truncated {safe(where, 150)}", ""
+    if where.startswith(JOINED):
+        what, mend = where, "; join tars by `tar -A`, or unpack it by `tar -xi` and pack again"
     return TruncatedShard(
-        _line(url, f" is truncated {where}; {whole} samples before it are whole{advice}")
+        _line(url, f" is {what}; {whole} samples before it are whole{advice}{mend}")
     )
+
+
+def taken(where: str, whole: int) -> str:
+    """A notice on a cut tar whose whole samples were taken all the same."""
+    what = where if where.startswith(JOINED) else f"cut {safe(where, 150)}"
+    return f"the tar is {what}; what follows is not read, the {whole} samples before it are taken"
 
 
 def rejected(url: str, rejection: Rejection) -> ShardError:

@@ -31,6 +31,7 @@ PADDING = tarfile.RECORDSIZE + BLOCK
 usual 10,240 bytes, which is one more where there is but one block left in the record before."""
 RECORDS = [BLOCK << power for power in range(5, 12)]
 """Larger records, 16 KiB to 1 MiB, that archives for tapes and fast disks are padded to."""
+JOINED = "two archives, one after the other"
 _UNREADABLE = (
     *(tarfile.HeaderError, ValueError, ArithmeticError, LookupError),
     *(MemoryError, RecursionError),
@@ -196,18 +197,35 @@ def _cut_at(error: Exception, file: BinaryIO, offset: int, size: int) -> str:
         reason = "the end-of-archive mark is missing"
     elif kind == "EOFHeaderError":
         reason = "zeros, and more data after them"  # what a lost write leaves
-        if _only_zeros(file, offset):
+        if (after := _after_zeros(file, offset)) is None:
             if _is_padding(offset, size):
                 return ""
             reason = "zeros to the end, far more than padding: a write that never finished"
+        elif _is_next_archive(file, offset, after):
+            return f"{JOINED}: the next begins at byte {after // BLOCK * BLOCK} of {size}"
     return f"at byte {offset} of {size}: {reason}"
 
 
-def _only_zeros(file: BinaryIO, offset: int) -> bool:
+def _after_zeros(file: BinaryIO, offset: int) -> int | None:
+    """Where the first other byte stands; None if there is none."""
     file.seek(offset)
     while block := file.read(1 << 20):
-        if block.count(0) < len(block):
-            return False
+        if rest := block.lstrip(b"\0"):
+            return offset + len(block) - len(rest)
+        offset += len(block)
+    return None
+
+
+def _is_next_archive(file: BinaryIO, offset: int, after: int) -> bool:
+    """Whether an archive ends in these zeros, padded to a record as `tar` does, and one follows."""
+    start = after // BLOCK * BLOCK
+    if start % tarfile.RECORDSIZE or not 2 * BLOCK <= start - offset <= PADDING:
+        return False
+    file.seek(start)
+    try:
+        tarfile.TarInfo.frombuf(file.read(BLOCK), ENCODING, "surrogateescape")
+    except _UNREADABLE:
+        return False
     return True
 
 

@@ -318,6 +318,54 @@ def test_a_truncated_shard_is_taken_when_that_is_asked_for(scratch: Scratch) -> 
     assert keys(batches) == [f"{i:07d}" for i in range(100, 119)]
     assert reading.found.rejections == [Rejection("0000119", "cut off where the archive ends")]
     assert reading.found.total == 20
+    (notice,) = reading.found.notices
+    size = (SHARDS / "cut.tar").stat().st_size
+    assert notice.startswith("the tar is cut at byte ")
+    assert f"of {size}" in notice or f"at byte {size}: " in notice
+    assert notice.endswith("the 19 samples before it are taken")
+
+
+def test_a_broken_stream_that_is_taken_leaves_a_notice(tmp_path: Path, scratch: Scratch) -> None:
+    members = {**sample("a"), **sample("b"), "b.npy": os.urandom(3 << 20), **sample("c")}
+    packed = write_tar(tmp_path / "p.tar.gz", members, mode="w:gz")
+    packed.write_bytes(packed.read_bytes()[:-6000])
+    batches, reading = load(packed, recipe(allow_truncated=True), scratch)
+    assert keys(batches) == ["a"]
+    (notice,) = reading.found.notices
+    assert notice.startswith("the tar is cut in the gzip stream, after ")
+
+
+def test_a_whole_shard_has_no_notice_of_a_cut(tmp_path: Path, scratch: Scratch) -> None:
+    (whole,) = write_shards(tmp_path, 1, samples=2)
+    _, reading = load(whole, recipe(allow_truncated=True), scratch)
+    assert reading.found.notices == []
+
+
+@pytest.mark.parametrize("samples", [2, 4, 11])
+def test_two_tars_in_one_file_are_called_that(
+    tmp_path: Path, scratch: Scratch, samples: int
+) -> None:
+    """`cat a.tar b.tar`: whatever comes first, the second one is not read by any `tar` either."""
+    first = write_tar(
+        tmp_path / "a.tar", dict(i for k in range(samples) for i in sample(f"{k}").items())
+    )
+    second = write_tar(tmp_path / "b.tar", sample("z"))
+    both = tmp_path / "both.tar"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    says = f"two archives, one after the other: the next begins at byte {first.stat().st_size} of"
+    with pytest.raises(TruncatedShard, match=rf"both\.tar is {says}.*`tar -A`.*`tar -xi`"):
+        load(both, recipe(), scratch)
+    batches, reading = load(both, recipe(allow_truncated=True), scratch)
+    assert len(keys(batches)) == samples
+    (notice,) = reading.found.notices
+    assert notice.startswith(f"the tar is {says}")
+
+
+def test_zeros_before_what_is_no_header_are_no_second_tar(tmp_path: Path, scratch: Scratch) -> None:
+    first = write_tar(tmp_path / "a.tar", sample("a"))
+    first.write_bytes(first.read_bytes() + b"notes on the side" * 60)
+    with pytest.raises(TruncatedShard, match=r"truncated at byte \d+.*zeros, and more data after"):
+        load(first, recipe(), scratch)
 
 
 @pytest.mark.parametrize(
