@@ -8,6 +8,7 @@ they tell the size (ICO, ICNS).
 from __future__ import annotations
 
 import io
+import re
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -22,6 +23,18 @@ GRANTED = 2 << 30
 """Bytes that decoding one picture may take at any `max_image_pixels`: what the default allows a
 picture of most formats. The others reach it with fewer pixels."""
 
+SCANS = 32
+"""Scans that a JPEG of any size may have; progressive photographs have ten or so."""
+MOST_SCANS = 500
+"""Scans that a small JPEG may have, as libjpeg's authors advise."""
+SCANNED = 1e9
+"""Pixels times scans that a JPEG with more than `SCANS` may have: five seconds of decoding."""
+_SEGMENT = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])", re.DOTALL)
+"""A marker of JPEG but those that stand alone; FF in coded data is followed by 0."""
+_START_OF_SCAN, _END = b"\xda", b"\xd9"
+_FRAMES = bytes({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+_PROGRESSIVE = b"\xc2\xc6\xca\xce"
+
 
 def lift_limits() -> None:
     """Set PIL's own limits, which every decoding in this process shares."""
@@ -35,7 +48,7 @@ lift_limits()
 
 
 class TooLarge(ValueError):
-    """A picture has more pixels than are allowed, or takes more memory."""
+    """A picture has more pixels than are allowed, or takes more memory or time."""
 
 
 def require_size(width: int, height: int, max_pixels: int) -> None:
@@ -49,14 +62,61 @@ def require_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
+def require_few_scans(data: bytes) -> None:
+    """Refuse a JPEG whose scans take minutes to decode, however small the file is.
+
+    Each scan costs a pass over all pixels. A JPEG of one scan is known by its header, and its data
+    are not looked at.
+
+    Raises:
+        TooLarge: the JPEG has too many scans for its pixels.
+    """
+    width = height = colours = position = 0
+    progressive = False
+    while found := _SEGMENT.search(data, position):
+        position = found.end()
+        segment = data[position : position + 8]
+        if len(segment) < 8 or found[1] == _END:
+            return
+        if found[1] in _FRAMES:
+            progressive, colours = found[1] in _PROGRESSIVE, segment[7]
+            height, width = int.from_bytes(segment[3:5]), int.from_bytes(segment[5:7])
+        elif found[1] == _START_OF_SCAN:
+            if progressive or segment[2] < colours:
+                _count_scans(data, position, width, height)
+            return
+        position += int.from_bytes(segment[:2])
+
+
+def _count_scans(data: bytes, position: int, width: int, height: int) -> None:
+    """
+    Args:
+        position: behind the first scan's marker.
+    """
+    most = max(SCANS, min(MOST_SCANS, int(SCANNED / max(width * height, 1))))
+    if data.count(b"\xff" + _START_OF_SCAN, position) < most:
+        return  # a few of them may be no markers
+    scans = 1
+    while (found := _SEGMENT.search(data, position)) and found[1] != _END:
+        scans += found[1] == _START_OF_SCAN
+        if scans > most:
+            raise TooLarge(
+                f"the JPEG has over {most} scans, the most for {width}x{height} pixels; "
+                "photographs have about 10, and each costs a pass over all pixels"
+            )
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+
+
 def opened(data: bytes, max_pixels: int) -> Image.Image:
     """Open a picture by its header, without decoding it.
 
     Raises:
-        TooLarge: the header tells more than `max_pixels`.
+        TooLarge: the header tells more than `max_pixels`, or a JPEG has too many scans.
         UnidentifiedImageError: none of `FORMATS`.
         Exception: what PIL's plugins raise for a damaged header.
     """
+    if data[:2] == b"\xff\xd8":
+        require_few_scans(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:

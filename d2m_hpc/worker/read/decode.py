@@ -44,6 +44,7 @@ def _jpeg(data: bytes, max_pixels: int, need: Callable[[int], None]) -> Picture 
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         formats.require_size(width, height, max_pixels)
+        formats.require_few_scans(data)
         if colours in ("CMYK", "YCCK"):
             return None
         need(formats.cost("JPEG", width, height, max_pixels))

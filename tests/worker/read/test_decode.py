@@ -16,6 +16,7 @@ from kit import SHARDS, jpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from d2m_hpc.models.formats import TooLarge, opened
 from d2m_hpc.models.preprocessors import Rejected
 from d2m_hpc.run.values import column
 from d2m_hpc.worker.read import decode
@@ -306,3 +307,50 @@ def test_a_number_that_no_column_holds_is_told(text: str) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
 def test_json_is_read_in_the_encodings_of_json(encoding: str) -> None:
     assert decode.json_object('{"é": "漢"}'.encode(encoding)) == json.loads('{"é": "漢"}')
+
+
+def scans(count: int, size: tuple[int, int] = (64, 48), **options: Any) -> bytes:
+    """A progressive JPEG with so many scans, by its header of a given size."""
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(3, (64, 48)))).save(buffer, "JPEG", progressive=True, **options)
+    data = buffer.getvalue()
+    start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    data = data[:end] + data[start:end] * (count - data.count(b"\xff\xda")) + data[end:]
+    frame = data.index(b"\xff\xc2") + 5
+    return data[:frame] + struct.pack(">HH", size[1], size[0]) + data[frame + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(501, (64, 48)), (2000, (64, 48)), (33, (8000, 9000)), (101, (3000, 3400))]
+)
+@pytest.mark.parametrize("tail", [b"", b"\xff\xd9", b"trailing"])
+def test_a_jpeg_of_very_many_scans_is_rejected_before_it_is_decoded(
+    count: int, size: tuple[int, int], tail: bytes
+) -> None:
+    with pytest.raises(Rejected, match=r"has over \d+ scans, the most for \d+x\d+ pixels"):
+        decode.image(scans(count, size) + tail, 10**8)
+    with pytest.raises(TooLarge, match="scans"):  # the report's pictures
+        opened(scans(count, size) + tail, 10**8)
+
+
+@pytest.mark.parametrize("count", [10, 32, 400])
+def test_a_small_jpeg_may_have_many_scans(count: int) -> None:
+    assert_pils_pixels(scans(count))
+
+
+def test_a_jpeg_is_judged_by_its_own_scans_alone() -> None:
+    """Not by a thumbnail in its header, a note, or what an application puts behind the end."""
+    marks = b"\xff\xda\x00\x08" * 600
+    note = b"\xff\xfe" + struct.pack(">H", len(marks) + 2) + marks
+    for whole in (scans(10), jpeg(5)):
+        assert_pils_pixels(whole[:2] + note + whole[2:] + marks)
+
+
+def test_scans_of_one_colour_each_are_counted_too() -> None:
+    """Without SOF2: a sequential JPEG whose first scan lacks a colour has several, too."""
+    data = jpeg(4)
+    start = data.index(b"\xff\xda")
+    one = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + data[start + 14 : -2]
+    with pytest.raises(Rejected, match="has over 500 scans"):
+        decode.image(data[:start] + one * 501 + b"\xff\xd9", LIMIT)
+    assert decode.image(data[:start] + data[start:-2] * 501 + b"\xff\xd9", LIMIT).size == (40, 30)
