@@ -69,6 +69,7 @@ def _run(command: typer.Typer) -> None:
     from d2m_hpc.stopping import own_process
 
     own_process()
+    _open_what_is_closed()
     _escape_what_cannot_be_encoded()
     with ending():
         try:
@@ -79,6 +80,13 @@ def _run(command: typer.Typer) -> None:
             words, code = explained(error)
             print(f"error: {words}", file=sys.stderr)
             sys.exit(code)
+
+
+def _open_what_is_closed() -> None:
+    """Open standard streams that the caller has closed: no other file may get their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode))  # noqa: SIM115
 
 
 def _escape_what_cannot_be_encoded() -> None:

@@ -23,8 +23,14 @@ ALIASED = 100_000
 LARGEST = 2**63 - 1
 _UNHELD = re.compile("[\0\ud800-\udfff]")
 """No path, name or file can hold these."""
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 _WRONG = object()
+
+
+def joined(text: str) -> str:
+    """A text with one character for each pair of surrogates, as JSON escapes those of emojis."""
+    return _PAIR.sub(lambda m: m[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,8 +163,8 @@ class Document:
         return {**{k: v for k, v in merged.items() if k not in lines}, **found}
 
     def _key(self, node: yaml.Node, loc: Loc) -> str | None:
-        if isinstance(node, yaml.ScalarNode) and not _UNHELD.search(node.value):
-            return str(node.value)
+        if isinstance(node, yaml.ScalarNode) and not _UNHELD.search(name := joined(node.value)):
+            return name
         what = "found a key that is no text; valid keys are names such as `batch_size`"
         self._add(loc, what, Place.of(node))
         return None
@@ -239,6 +245,7 @@ def _plain(node: yaml.Node, kind: str) -> Any:
         tag = f"!!{kind}" if node.tag.startswith(_TAG) else node.tag[:WIDEST]
         raise ValueError(f"found the tag {tag!r}; valid are plain values, without a tag")
     if kind in ("str", "merge"):
+        text = joined(text)
         if bad := _UNHELD.search(text):
             what = f"found the character U+{ord(bad[0]):04X}, which no name or path can hold"
             raise ValueError(f"{what}; remove it")

@@ -25,6 +25,8 @@ APART = "x-"
 """How a key begins that is for the file's own use: YAML anchors to repeat elsewhere."""
 REQUIRED: dict[str, Any] = {"models": [" "], "input_tars": [" "], "output_metadata_dir": " "}
 """Any values that are valid."""
+LARGEST = 10_000_000
+"""Bytes of a config file."""
 PLACES = ("output_metadata_dir", "run_dir")
 """The keys that tell where a run lies."""
 BLANK: dict[str, Any] = {"models": [], "input_tars": [], "output_metadata_dir": ""}
@@ -128,7 +130,12 @@ def _read(path: Path) -> Document:
         ConfigError: it holds no mapping of keys.
     """
     try:
-        document = Document(path.read_text(encoding="utf-8"), str(path))
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise ConfigError(str(path), [f"is larger than {LARGEST:,} bytes; give a YAML config"])
+        text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
+        document = Document(text, str(path))
     except FileNotFoundError:
         raise ConfigError(str(path), ["no such file; give the path of a YAML config"]) from None
     except UnicodeDecodeError as error:

@@ -51,9 +51,12 @@ class Changed:
         if self.stems:
             few = ", ".join(self.stems[:3])
             some = "" if self.all else f" of {self.looked_at:,} that were looked at, at random"
+            one = len(self.stems) == 1
+            count = "1 tar" if one else f"{len(self.stems):,} tars"
+            others = "is not the one that was" if one else "are not those that were"
             yield (
-                f"{len(self.stems)} tars{some} are not those that were computed, by size or time "
-                f"({few}); `d2m-submit --recompute-changed` computes them again"
+                f"{count}{some} {others} computed, by size or time ({few}); "
+                f"`d2m-submit --recompute-changed` computes {'it' if one else 'them'} again"
             )
 
 

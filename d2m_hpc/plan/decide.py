@@ -151,7 +151,11 @@ def _see_changed(
         for stem in again:
             decision.extends.pop(stem, None)
             decision.tried[stem] = replaced(decision.tried.get(stem), changed.made(found, stem))
-        decision.notices.append(f"{len(again)} tars have changed; computed again")
+        if again:
+            tars = "1 tar has" if len(again) == 1 else f"{len(again):,} tars have"
+            decision.notices.append(f"{tars} changed and will be computed again")
+        else:
+            decision.notices.append("no tar has changed since it was computed")
     elif other.stems:
         decision.notices += other.notices()
         as_made = {s.stem: s for s in known if s.stem in {*other.stems}}

@@ -41,7 +41,7 @@ class Forgotten:
         found: dict[str, str] = {}
         with suppress(FileNotFoundError, NotADirectoryError), open(run.forgotten, "rb") as file:
             for line in file:
-                with suppress(ValueError, LookupError, TypeError):
+                with suppress(ValueError, LookupError, TypeError, RecursionError):
                     said = json.loads(line)
                     if said["forgotten"]:
                         found[said["url"]] = said["stem"]

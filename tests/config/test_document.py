@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from textwrap import dedent
 
@@ -342,3 +343,19 @@ def test_a_file_of_that_very_name_and_a_frozen_config_are_taken_as_they_are(
     assert load(path).input_tars == ["$NO_SUCH.tar"]
     (tmp_path / "$NO_SUCH.tar").unlink()
     assert load(path, frozen=True).input_tars == ["$NO_SUCH.tar"]
+
+
+def test_pairs_of_surrogates_are_one_character() -> None:
+    values = {"name \U0001f600": "a \U0001f680 b", "list": ["\U0001f600\U0001f600"]}
+    read = Document(json.dumps(values))
+    assert not read.mistakes
+    assert read.value == values
+    alone = Document('a: "\\ud83d b"')
+    assert "U+D83D" in str(alone.mistakes[0])
+
+
+def test_a_config_is_not_read_beyond_its_bound(tmp_path: Path) -> None:
+    (tmp_path / "big.yml").write_bytes(b"#" * 10_000_001)
+    for path in (tmp_path / "big.yml", Path("/dev/zero")):
+        with pytest.raises(ConfigError, match="is larger than 10,000,000 bytes"):
+            load(path)

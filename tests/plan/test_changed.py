@@ -58,7 +58,7 @@ def test_nothing_is_told_of_tars_that_are_as_they_were(config: Path) -> None:
     for command in ("status", "plan"):
         assert "are not those" not in told(config, command)
     ended = submit(config, "--recompute-changed", cwd=config.parent)
-    assert "0 tars have changed" in ended.stdout
+    assert "no tar has changed since" in ended.stdout
     assert "3 done, 0 to do" in ended.stdout
 
 
@@ -75,9 +75,9 @@ def test_a_tar_that_was_replaced_is_told_and_computed_again_on_request(
     before = keys(config, "00001")
     for command in ("status", "plan"):
         said = told(config, command)
-        assert "1 tars are not those that were computed, by size or time (00001)" in said
+        assert "1 tar is not the one that was computed, by size or time (00001)" in said
         assert "--recompute-changed" in said
-    assert "are not those" in submit(config, cwd=config.parent).stdout
+    assert "is not the one that was" in submit(config, cwd=config.parent).stdout
     assert "are not those" in told(config, "plan")  # again, as nothing was done about it
     assert keys(config, "00001") == before
     ended = submit(config, "--recompute-changed", cwd=config.parent)
@@ -105,7 +105,7 @@ def test_programs_and_verify_are_told_too(config: Path) -> None:
     write_tar(config.parent / "tars" / "00001.tar", sample("new", 5))
     found = json.loads(told(config, "status", "--json"))["changed"]
     assert found == {"stems": ["00001"], "looked_at": 3, "all": True}
-    assert "1 tars are not those that were computed" in told(config, "verify")
+    assert "1 tar is not the one that was computed" in told(config, "verify")
     assert json.loads(told(config, "verify", "--json"))["changed"]["stems"] == ["00001"]
 
 

@@ -133,3 +133,10 @@ def test_the_stem_of_a_forgotten_shard_stays_taken(tmp_path: Path) -> None:
     (tmp_path / "a").rename(tmp_path / "b")
     assert submit(config, "--set", "input_tars=b", cwd=tmp_path).returncode == 0
     assert {p.stem for p in (tmp_path / "out").glob("*.parquet")} == {"00000", "b_00000"}
+
+
+def test_a_line_of_nothing_but_brackets_is_none(run: RunDir) -> None:
+    forget(run, ["00001"], ())
+    with run.forgotten.open("a") as file:
+        file.write("[" * 200_000 + "\n")
+    assert set(Forgotten.of(run).by_url.values()) == {"00001"}
