@@ -40,7 +40,7 @@ class ConfigError(D2MError):
 
 
 class DiskError(D2MError):
-    """The run folder or the outputs cannot be written, which is no shard's fault."""
+    """The run folder or the outputs cannot be written or read, which is no shard's fault."""
 
     exit_code = 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -151,6 +152,7 @@ def copy(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     folder = tmp_path / "copy"
     for path in (folder / "out" / ".d2m").rglob("config.yml"):
         path.write_text(path.read_text().replace(str(finished), str(folder)))
+    (folder / "made").mkdir()
     monkeypatch.chdir(folder)
     return folder
 
@@ -225,3 +227,25 @@ def test_a_damaged_file_is_named(file: str, copy: Path, call: Call) -> None:
             said = call(*COMMANDS[name])
             assert said.code in (1, 2), (name, damage, said.out)
             assert path.name in said.err, (name, damage, said.err)
+
+
+def test_a_pipe_among_tars_and_outputs_keeps_nobody_waiting(tmp_path: Path) -> None:
+    tars = write_shards(tmp_path / "tars", 2, samples=2)
+    config = write_config(
+        tmp_path / "c.yml",
+        STATS,
+        input_tars=str(tmp_path / "tars"),
+        output_metadata_dir=str(tmp_path / "out"),
+    )
+    assert submit(config).returncode == 0
+    tars = write_shards(tmp_path / "tars", 3, samples=2)
+    os.mkfifo(tmp_path / "out" / "00002.parquet")
+    ended = submit(config, timeout=60)
+    assert ended.returncode in (1, 2)
+    assert "it is no regular file" in " ".join(ended.stderr.split())
+    (tmp_path / "out" / "00002.parquet").unlink()
+    tars[0].unlink()
+    os.mkfifo(tars[0])
+    ended = submit(config, timeout=60)
+    assert ended.returncode == 2
+    assert f"{tars[0]} is a device, a pipe or a socket" in ended.stderr

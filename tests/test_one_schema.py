@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from kit import STATS, jpeg, submit, write_config, write_tar
 
+from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Record
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
@@ -304,3 +305,31 @@ def test_what_is_no_type_is_told(tmp_path: Path) -> None:
 def test_mistakes_in_declared_types(tmp_path: Path, fields: Any, says: str) -> None:
     run(tmp_path, [{"rank": 1}], code=2, additional_fields=fields)
     assert says in said(tmp_path)
+
+
+def test_a_parquet_of_another_program_decides_no_type(tmp_path: Path) -> None:
+    strange = {"rank": pa.array([1], pa.int16()), "uid": pa.array([[2.5]], pa.list_(pa.float32()))}
+    (tmp_path / "out").mkdir()
+    pq.write_table(pa.table(strange), tmp_path / "out" / "other.parquet")
+    out = run(tmp_path, [{"rank": 1}], [{"rank": 2}], additional_fields=["uid", "rank"])
+    (out / "other.parquet").unlink()
+    assert types(out)["uid"] == pa.string()
+    assert types(out)["rank"] == pa.float64()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "", "[]", '{"type": "none"}', '{"kind": 1}', '{"type": 7}', "[" * 90_000]
+)
+def test_a_damaged_note_of_a_type_stops_the_task_and_is_named(tmp_path: Path, text: str) -> None:
+    fields = {"additional_fields": ["rank"], "max_attempts": 1}
+    out = run(tmp_path, [{"rank": 1}], **fields)
+    note = RunDir(out / ".d2m").agreed("field", "rank")
+    note.write_text(text)
+    shard(tmp_path / "tars" / "1.tar", [{"rank": 2}])
+    shard(tmp_path / "tars" / "2.tar", [{"rank": 3}])
+    run(tmp_path, code=2, **fields)
+    assert re.sub(r"\s", "", f"{note} is damaged:") in re.sub(r"\s", "", said(tmp_path))
+    assert "remove it, and run the same command again" in said(tmp_path)
+    note.unlink()
+    run(tmp_path, **fields)
+    assert types(out)["rank"] == pa.float64()

@@ -19,6 +19,7 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.frozen import Custom
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.storage import stores
+from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.storage.texts import ERROR, safe
 from d2m_hpc.storage.urls import is_local, is_pipe
@@ -72,7 +73,7 @@ def inputs(expansion: patterns.Expansion) -> Iterator[str]:
 
 def _read_some(url: str) -> None:
     if is_local(url):  # fsspec would take `::` in a path for a chain of stores
-        Path(url).open("rb").close()
+        open(url, "rb", opener=regular).close()
     else:
         stores.peek(url)
 

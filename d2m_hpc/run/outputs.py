@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.storage import stores
-from d2m_hpc.storage.files import make_folder, owned
+from d2m_hpc.storage.files import make_folder, owned, regular
 from d2m_hpc.storage.urls import is_local, scheme
 
 BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
@@ -134,6 +134,11 @@ class OutputDir:
         Raises:
             OSError, or what else the store raises.
         """
+        if self.is_local:
+            with self.open(name) as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0 if last is None else max(0, size - last))
+                return file.read()
         path, start = self.path(name), None if last is None else -last
         data: bytes = self._ask(lambda: self.fs.cat_file(path, start=start))
         return data
@@ -144,7 +149,9 @@ class OutputDir:
         Raises:
             OSError, or what else the store raises.
         """
-        return open(self.path(name), "rb") if self.is_local else io.BytesIO(self.read(name))
+        if self.is_local:
+            return open(self.path(name), "rb", opener=regular)
+        return io.BytesIO(self.read(name))
 
     def has(self, name: str) -> bool:
         return bool(self._ask(lambda: self.fs.exists(self.path(name))))

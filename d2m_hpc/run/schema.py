@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from d2m_hpc.config import Config
 from d2m_hpc.models.registry import COLUMNS, FEATURES
+from d2m_hpc.models.types import is_field_type
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.values import agreeable
+from d2m_hpc.run.values import agreeable, arrow_type
 from d2m_hpc.storage import first_write
 
 Shape = tuple[int, ...]
@@ -111,11 +113,28 @@ class Schema:
         if self.run is None:
             known = None if proposal == "" else proposal
         else:
-            path = self.run.agreed(what, name)
-            found = first_write.read(path)
-            if found is None and proposal not in (None, ""):
-                found = first_write.agree(path, {"name": name, "what": what, "type": proposal})
-            known = found["type"] if found else None
+            path, take = self.run.agreed(what, name), partial(_type, what)
+            known = first_write.read(path, take)
+            if known is None and proposal not in (None, ""):
+                note = {"name": name, "what": what, "type": proposal}
+                known = first_write.agree(path, note, take)
         if known is not None:
             self._known[what, name] = known
         return known
+
+
+def _type(what: str, found: Any) -> Any:
+    """What a note of `Schema` says.
+
+    Raises:
+        ValueError, LookupError, TypeError: it is none.
+    """
+    kind = found["type"]
+    if what.startswith("feature"):
+        if not all(isinstance(length, int) for length in kind):
+            raise TypeError(f"{kind!r} is no shape")
+    elif what != "seen":
+        arrow_type(str(kind))
+        if what == "field" and not is_field_type(str(kind)):
+            raise ValueError(f"{kind!r} is no type of a field")
+    return kind

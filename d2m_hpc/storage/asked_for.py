@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.storage.files import make_folder
+from d2m_hpc.storage import files
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     """
     Raises:
         ConfigError: the system does not let the file be written.
@@ -25,15 +26,59 @@ def writing(path: Path) -> Iterator[None]:
         raise ConfigError("-o", [mistake]) from error
 
 
+def write(path: Path, data: Iterable[bytes]) -> None:
+    """Replace a file, or that which a link leads to; a device or pipe is written into.
+
+    Args:
+        data: the parts of the content.
+
+    Raises:
+        ConfigError: the system does not let the file be written.
+    """
+    with _writing(path):
+        if _is_special(path):
+            with open(path, "wb") as file:
+                file.writelines(data)
+        else:
+            _require_folder(path)
+            files.atomic_write(Path(os.path.realpath(path)), data)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder in one that is there.
+
+    Raises:
+        ConfigError: the folder above is missing, or the system does not let it be made.
+    """
+    with _writing(folder):
+        _require_folder(folder)
+        files.make_folder(folder.absolute())
+
+
 def require_writable(path: Path) -> None:
     """Find out before hours of reading whether a file can be written in the end.
 
     Raises:
-        ConfigError: its folder cannot be made or written into, or the name is a folder's.
+        ConfigError: its folder is missing or cannot be written into, or the name is a folder's.
     """
-    with writing(path):
+    with _writing(path):
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-        make_folder(path.absolute().parent)
-        with tempfile.TemporaryFile(dir=path.absolute().parent) as file:
+        if _is_special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(None, "you may not write into it")
+            return
+        with tempfile.TemporaryFile(dir=_require_folder(path)) as file:
             file.write(b"d2m")
+
+
+def _require_folder(path: Path) -> str:
+    """The folder in which a file is replaced: that which a link leads into."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(None, f"there is no folder {folder}; make it")
+    return folder
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +38,20 @@ def make_folder(folder: Path) -> None:
 def owned(path: str, flags: int) -> int:
     """An opener for `open`, of files that are not world-writable, whatever the umask."""
     return os.open(path, flags, FILE_MODE)
+
+
+def regular(path: str, flags: int) -> int:
+    """An opener for `open`, of files to read; it never waits, as for somebody to write into a pipe.
+
+    Raises:
+        OSError: the path is a device's, a pipe's or a socket's.
+    """
+    fd = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` has words for a folder
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no regular file, but a device or a pipe", path)
+    return fd
 
 
 @contextmanager

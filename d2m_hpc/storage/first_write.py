@@ -7,33 +7,61 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from d2m_hpc.errors import DiskError
 from d2m_hpc.storage.files import FILE_MODE, make_folder, named
+from d2m_hpc.storage.texts import safe
 
 WITHOUT_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 """Filesystems that know no hard links say one of these."""
 PATIENCE = 10.0
 """Seconds for the first one to finish a short file, where it cannot appear whole."""
+WHY = 200
+"""Characters of what is wrong with a damaged file."""
+T = TypeVar("T")
 
 
-def read(path: Path) -> Any:
-    """What was agreed on; None where nothing was yet."""
+def as_it_is(found: Any) -> Any:
+    return found
+
+
+def read(path: Path, take: Callable[[Any], T] = as_it_is) -> T | None:
+    """What was agreed on; None where nothing was yet.
+
+    Args:
+        take: what to make of the JSON; raises where nobody can have written that.
+
+    Raises:
+        DiskError: the file is damaged.
+    """
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            return json.loads(path.read_bytes())
+            found = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (ValueError, RecursionError) as error:
             if time.monotonic() > deadline:
-                raise
+                raise _damaged(path, error) from error
             time.sleep(0.05)
+            continue
+        try:
+            return take(found)
+        except (ValueError, LookupError, TypeError) as error:
+            raise _damaged(path, error) from error
 
 
-def agree(path: Path, proposal: Any) -> Any:
+def _damaged(path: Path, error: Exception) -> DiskError:
+    why = safe(f"{type(error).__name__}: {error}", WHY)
+    advice = "remove it, and run the same command again: tasks make it anew"
+    return DiskError(f"{path} is damaged: {why}; {advice}")
+
+
+def agree(path: Path, proposal: Any, take: Callable[[Any], T] = as_it_is) -> T | None:
     """Write a proposal if nobody has; returns what stands there then, for all the same.
 
     The file appears whole, by a hard link, which fails where there is one already, on NFS too.
@@ -53,7 +81,7 @@ def agree(path: Path, proposal: Any) -> Any:
                 raise
     finally:
         temporary.unlink(missing_ok=True)
-    return read(path)
+    return read(path, take)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -21,8 +21,7 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Outcome, Shard
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.shards import read_shards
-from d2m_hpc.storage.asked_for import require_writable, writing
-from d2m_hpc.storage.files import atomic_write
+from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.urls import is_remote
 from d2m_hpc.subsets.samples import UID, opened
 
@@ -81,12 +80,12 @@ def export(run: RunDir, config: Config, folder: Path, allow_missing: bool = Fals
     found = standings(run, config)
     missing = found.unfinished
     _require_ready(run, config, missing, len(found.stems), allow_missing)
-    require_writable(folder / "sizes.json")
+    asked_for.make_folder(folder)
+    asked_for.require_writable(folder / "sizes.json")
     repeated, folder, lacks = _repeated(run, config, found), folder.absolute(), lacking(config)
     there = [s for s in read_shards(run.shards) if s.stem in found.done]
-    with writing(folder):
-        sizes = _write_sizes(folder, there, found.done)
-        blur = [] if BLUR in lacks else [_write_blur_map(folder, there, config)]
+    sizes = _write_sizes(folder, there, found.done)
+    blur = [] if BLUR in lacks else [_write_blur_map(folder, there, config)]
     commands = {where: _command(where, table, blur) for where, table in sizes.items()}
     return Export(
         files=[*sizes.values(), *blur],
@@ -145,7 +144,7 @@ def _write_sizes(
     many = len(sizes) > 1
     paths = {w: folder / (f"sizes-{i}.json" if many else "sizes.json") for i, w in enumerate(sizes)}
     for where, path in paths.items():
-        atomic_write(path, json.dumps(sizes[where], indent=0).encode())
+        asked_for.write(path, [json.dumps(sizes[where], indent=0).encode()])
     return paths
 
 
@@ -160,7 +159,7 @@ def _write_blur_map(folder: Path, shards: Iterable[Shard], config: Config) -> Pa
         for shard in shards
     }
     path = folder / "blur_metadata_map.json"
-    atomic_write(path, json.dumps(table, indent=0).encode())
+    asked_for.write(path, [json.dumps(table, indent=0).encode()])
     return path
 
 

@@ -17,8 +17,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.config.mistakes import nearest
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.storage.asked_for import require_writable, writing
-from d2m_hpc.storage.files import atomic_write
+from d2m_hpc.storage import asked_for
 from d2m_hpc.subsets.samples import UID, Pool, is_of_file, opened
 from d2m_hpc.subsets.widest import NUMBERS, quoted
 
@@ -112,15 +111,14 @@ def select(
     """
     if query.mistakes:
         raise ConfigError(WHERE, query.mistakes)
-    require_writable(path)
+    asked_for.require_writable(path)
     with opened(run, config) as pool:
         _check(pool, query)
         with _explained(pool, query):
             _keep(pool, query, on_shards)
         selection = _choose(pool, query)
         if selection.chosen:
-            with writing(path):
-                atomic_write(path, _npy(pool, selection.chosen))
+            asked_for.write(path, _npy(pool, selection.chosen))
     return selection
 
 

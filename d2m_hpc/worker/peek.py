@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models.preprocessors import Rejected
+from d2m_hpc.models.types import is_field_type
 from d2m_hpc.run import values
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.pair import METADATA, Pair
 from d2m_hpc.run.schema import Schema, untold
+from d2m_hpc.run.shards import read_stems
 from d2m_hpc.storage.urls import is_local
 from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.read import decode
@@ -57,7 +59,10 @@ class Peek:
         """The type that a field has in finished pairs; empty where none tells it."""
         for parquet in self._parquets:
             schema = parquet.schema.to_arrow_schema()
-            if name not in schema.names or (kind := values.name_of(schema.field(name).type)) == "":
+            if name not in schema.names:
+                continue
+            kind = values.name_of(schema.field(name).type)
+            if not is_field_type(kind):
                 continue
             if kind != "string" or not _is_null(parquet, name):
                 return kind
@@ -65,14 +70,17 @@ class Peek:
 
     @cached_property
     def _parquets(self) -> list[pq.FileMetaData]:
-        folder = Path(self._output.root) if self._output.is_local else None
-        found = []
-        for path in islice(folder.glob("*.parquet") if folder else (), SHARDS):
-            try:
-                found.append(Pair(self._output, path.stem).metadata())
-            except (OSError, ValueError):  # damaged; others will tell of it
-                continue
-        return found
+        """Of pairs of this run: beside them may lie parquets of other programs."""
+        stems = self._output.stems() if self._output.is_local else set()
+        mine = (stem for stem in read_stems(self._run.shards) if stem in stems)
+        return [*islice(filter(None, map(self._metadata, mine)), SHARDS)]
+
+    def _metadata(self, stem: str) -> pq.FileMetaData | None:
+        """None where the parquet is another program's, or damaged, which others will tell."""
+        with suppress(OSError, ValueError):
+            found = Pair(self._output, stem).metadata()
+            return found if METADATA in (found.metadata or {}) else None
+        return None
 
     def require(self, config: Config, schema: Schema) -> None:
         """Look for each field in the run's first shard, once in a run.

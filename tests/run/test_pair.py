@@ -99,10 +99,11 @@ def test_a_parquet_that_cannot_be_read_is_no_missing_one(
 ) -> None:
     """Its shard would be computed again, or its folder taken for another program's."""
 
-    def silent(path: str, start: int | None = None) -> bytes:
+    def silent(*_: object, **options: object) -> bytes:
         raise TimeoutError("no answer from the store")
 
     monkeypatch.setattr(output.fs, "cat_file", silent)
+    monkeypatch.setattr(OutputDir, "open", silent)  # as one on a disk is read
     monkeypatch.setattr(stores, "FIRST_WAIT", 0.0)
     with pytest.raises(D2MError, match=r"s\.parquet cannot be read: .*no answer .* run the same"):
         Pair(output, "s").record()

@@ -430,7 +430,12 @@ def _no_space(*_: object) -> None:
 
 
 def test_the_command_writes_the_page_and_says_where(folder: Path, tmp_path: Path) -> None:
-    said = d2m("report", folder / "c.yml", "-o", "new/page.html", "--samples", 1, cwd=tmp_path)
+    asked = ("report", folder / "c.yml", "-o", "new/page.html", "--samples", 1)
+    missing = d2m(*asked, cwd=tmp_path)
+    assert missing.returncode == 2
+    assert f"there is no folder {tmp_path}/new; make it" in missing.stderr
+    (tmp_path / "new").mkdir()
+    said = d2m(*asked, cwd=tmp_path)
     assert (said.returncode, said.stdout, said.stderr) == (0, "wrote new/page.html\n", "")
     assert len(Page((tmp_path / "new" / "page.html").read_text("utf-8")).all("figure")) == 3
     wrong = d2m("report", folder / "out", cwd=tmp_path)

@@ -17,8 +17,7 @@ from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.shards import read_shards
-from d2m_hpc.storage.asked_for import require_writable, writing
-from d2m_hpc.storage.files import atomic_write
+from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.urls import masked
 from d2m_hpc.watch.page import charts, columns, sheet, timing, values
 from d2m_hpc.watch.page.history import History
@@ -43,11 +42,10 @@ def write(run: RunDir, config: Config, path: Path, score: str | None, each: int)
     Raises:
         ConfigError: `score` names no column of numbers, or the file cannot be written.
     """
-    require_writable(path)
+    asked_for.require_writable(path)
     template = environment().get_template("page.html.j2")
     page = _BETWEEN_TAGS.sub("><", template.render(_contents(run, config, score, each)))
-    with writing(path):
-        atomic_write(path.absolute(), page.encode("utf-8"))
+    asked_for.write(path, [page.encode("utf-8")])
 
 
 def _contents(run: RunDir, config: Config, score: str | None, each: int) -> dict[str, Any]:

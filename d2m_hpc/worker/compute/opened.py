@@ -80,10 +80,10 @@ def require_same(run: RunDir, version: str, paths: set[str]) -> None:
     others = []
     for path in sorted(paths):
         place = run.agreed(f"checkpoint of {version}", path)
-        known = first_write.read(place)
-        if known is None:
-            known = first_write.agree(place, asdict(Kept.of(Path(path))))
-        others.append(Kept(**known).other())
+        known = first_write.read(place, _kept)
+        known = known or first_write.agree(place, asdict(Kept.of(Path(path))), _kept)
+        assert known is not None
+        others.append(known.other())
     if others := [why for why in others if why]:
         advice = (
             "shards of this run were made with the one before; restore it, or declare it in the "
@@ -91,3 +91,7 @@ def require_same(run: RunDir, version: str, paths: set[str]) -> None:
         )
         told = ["a custom model opens other checkpoints than before:", *others, advice]
         raise WeightsError("\n  ".join(told))
+
+
+def _kept(found: Any) -> Kept:
+    return Kept(**found)

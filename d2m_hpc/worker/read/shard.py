@@ -12,6 +12,7 @@ from webdataset.tariterators import base_plus_ext
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.texts import valid
 from d2m_hpc.worker.read.decode import EXTENSIONS
 from d2m_hpc.worker.read.members import Ledger, is_foreign, is_reserved
@@ -53,7 +54,7 @@ class Archive:
     """A plain tar on this node, read from many threads at once."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115
+        self._file = open(path, "rb", opener=regular)  # noqa: SIM115
         self.version = Version.of(self._file)
         self.size = self.version.size
 

@@ -18,6 +18,7 @@ from typing import BinaryIO
 from d2m_hpc.errors import NodeError, ShardError
 from d2m_hpc.run.manifest import Shard
 from d2m_hpc.storage import stores
+from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.refused import of_system
 from d2m_hpc.storage.urls import PIPE, is_local, is_pipe
 from d2m_hpc.worker.read.compressed import BROKEN, HEAD, Readable, codec_of
@@ -68,7 +69,7 @@ def stage(shard: Shard, scratch: Scratch) -> Iterator[Staged]:
 
 def _is_compressed(path: str) -> bool:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             return codec_of(file.read(HEAD)) is not None
     except OSError as error:
         raise ShardError(f"{path}: {error.strerror or error}") from None
@@ -102,7 +103,7 @@ def _blocks(shard: Shard, staged: Staged) -> Blocks:
 
 
 def _read(path: str, staged: Staged) -> Blocks:
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         staged.origin = Version.of(file)
         while block := file.read(STEP):
             yield block

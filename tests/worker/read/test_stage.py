@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import re
 import sys
 import tarfile
@@ -489,3 +490,15 @@ def test_a_web_server_that_says_too_short_a_length_is_found_by_the_tar(
     keys, cut = read_all(web.url, scratch)
     assert keys == ["a"]
     assert cut.startswith("at byte")
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_what_is_no_regular_file_is_told_and_not_waited_for(
+    name: str, tmp_path: Path, scratch: Scratch
+) -> None:
+    os.mkfifo(tmp_path / name)
+    shard, why = Shard("a", str(tmp_path / name), 1), f"{name}: it is no regular file"
+    with pytest.raises(ShardError, match=why), stage(shard, scratch):
+        pass
+    with pytest.raises(OSError, match="it is no regular file"):
+        Archive(tmp_path / name)
