@@ -78,7 +78,9 @@ def test_a_tar_that_was_replaced_is_told_and_computed_again_on_request(
         assert "1 tar is not the one that was computed, by size or time (00001)" in said
         assert "--recompute-changed" in said
     assert "computed, by size or time" in submit(config, cwd=config.parent).stdout
-    assert "computed, by size or time" in told(config, "plan")  # again, as nothing was done about it
+    assert "computed, by size or time" in told(
+        config, "plan"
+    )  # again, as nothing was done about it
     assert keys(config, "00001") == before
     ended = submit(config, "--recompute-changed", cwd=config.parent)
     assert ended.returncode == 0, ended.stderr
