@@ -313,7 +313,7 @@ def test_any_column_may_sort_the_sheet(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_score_that_is_none_is_a_usage_error(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no column 'nope' of numbers; valid are: image-bright"):
+    with pytest.raises(ConfigError, match=r"no column 'nope' to sort by; valid are: image-bright"):
         _page(folder / "out" / ".d2m", tmp_path / "r.html", score="nope")
     assert not (tmp_path / "r.html").exists()
 

@@ -40,7 +40,7 @@ def write(run: RunDir, config: Config, path: Path, score: str | None, each: int)
         each: samples at each end of the score.
 
     Raises:
-        ConfigError: `score` names no column of numbers, or the file cannot be written.
+        ConfigError: `score` names no column to sort by, or the file cannot be written.
     """
     asked_for.require_writable(path)
     template = environment().get_template("page.html.j2")

@@ -72,13 +72,13 @@ def choose_score(columns: Sequence[Column], asked: str | None, preferred: Iterab
         preferred: names of scores; by default, the first one that is a number is chosen.
 
     Raises:
-        ConfigError: the user's choice is no column, or not of numbers.
+        ConfigError: the user's choice is no such column.
     """
     valid = [c.name for c in columns if c.kind in ("number", "list", "text") and c.rows]
     if asked is not None:
         if asked not in valid:
             names = ", ".join(valid) or "none, as no shard is done"
-            raise ConfigError("--score", [f"no column {asked!r} of numbers; valid are: {names}"])
+            raise ConfigError("--score", [f"no column {asked!r} to sort by; valid are: {names}"])
         return asked
     scores = {c.name for c in columns if c.kind == "number" and c.rows}
     return next((n for n in preferred if n in scores), "")
