@@ -10,6 +10,7 @@ import sys
 sys.exit(sys.version_info < (3, 11))
 PY
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+    [ -x .venv/bin/uv ] || .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
     [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
     rm -rf build # setuptools would pack modules that are gone by now
 }

@@ -122,16 +122,16 @@ def command(line: str) -> str:
 
 
 def make_world(folder: Path) -> Path:
-    """The folder that a page is run in: `configs/` and `tars/`, and `slurm/` as in the checkout."""
-    (folder / "tars").mkdir(parents=True)
+    """The folder that a page is run in: `configs/`, `demo/tars/`, and the checkout's `slurm/`."""
+    (folder / "demo" / "tars").mkdir(parents=True)
     for number, stem in enumerate(TARS):
-        shutil.copy(SHARDS / f"{stem}.tar", folder / "tars" / f"{number:05d}.tar")
+        shutil.copy(SHARDS / f"{stem}.tar", folder / "demo" / "tars" / f"{number:05d}.tar")
     shutil.copytree(ROOT / "configs", folder / "configs")
     for path in (folder / "configs").rglob("*.yml"):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         # Six nets take a second a sample here: the tar with the fewest.
         small = path.stem == "datacomp"
-        values["input_tars"] = "tars/00002.tar" if small else "tars/{00000..00002}.tar"
+        values["input_tars"] = "demo/tars/00002.tar" if small else "demo/tars/{00000..00002}.tar"
         values["allow_unpublished_weights"] = True
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     (folder / "slurm").symlink_to(ROOT / "slurm")

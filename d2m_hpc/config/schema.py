@@ -161,9 +161,10 @@ class Config(Section):
     allow_truncated_shards: bool = False
     """take the whole samples of a tar that was cut off, instead of failing it"""
     max_image_pixels: Bytes = 178_956_970
-    """an image of more pixels, by its header, is rejected; and so is one whose format takes more
-    than 2 GiB and more than 12 bytes for each of these pixels to decode: at the default, WebP of
-    more than 113 million pixels, JPEG 2000 of 107 and AVIF of 165"""
+    """an image of more pixels, by its header, is rejected. Some formats take more memory to decode:
+    their images are rejected where that would be more than 12 bytes for each pixel of this limit,
+    and more than 2 GiB. At the default these are WebP of more than 113 million pixels, JPEG 2000 of
+    107 and AVIF of 165"""
     max_attempts: Count = 3
     """submits that try a failing tar before it is given up"""
     max_node_failures: Annotated[int, Field(ge=0), NoSwitch] = 3
