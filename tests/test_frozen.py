@@ -152,7 +152,7 @@ def test_status_tells_of_a_newer_versions_key(tmp_path: Path) -> None:
     config = config_of(tmp_path, shards=1)
     assert submit(config).returncode == 0
     frozen = RunDir(tmp_path / "out" / ".d2m").config
-    frozen.write_text(frozen.read_text() + "warp: 9\n")
+    frozen.write_text(frozen.read_text().replace("\nslurm:", "\nwarp: 9\nslurm:"))
     ended = d2m("status", tmp_path / "out" / ".d2m")
     assert (ended.returncode, "warp" in ended.stderr) == (0, True), ended.stderr
 
@@ -336,6 +336,18 @@ def test_a_damaged_copy_stops_a_task_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"own.py is not frozen in it"):
         run_task(run.root, "000", 0)
     assert list(run.records.iterdir()) == []
+
+
+def test_a_frozen_config_that_is_cut_anywhere_is_named(tmp_path: Path) -> None:
+    """Where its first lines are whole, its run would be looked at with defaults for the rest."""
+    path = submitted(config_of(tmp_path)).config
+    whole = path.read_bytes()
+    assert configs.glance(path, frozen=True)
+    for end in range(len(whole) - 1):
+        path.write_bytes(whole[:end])
+        for read in (configs.glance, configs.load):
+            with pytest.raises(ConfigError, match=r"config\.yml"):
+                read(path, frozen=True)
 
 
 def test_a_submit_that_dies_between_the_copies_and_the_intent_is_none(tmp_path: Path) -> None:

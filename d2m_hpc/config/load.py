@@ -61,7 +61,7 @@ def load(
     Raises:
         ConfigError: with every mistake that was found.
     """
-    document = _read(path)
+    document = _read(path, frozen)
     source = _Source(document, options)
     for text in overrides:
         source.override(text)
@@ -87,7 +87,7 @@ def glance(path: Path, frozen: bool = False) -> Config:
     Raises:
         ConfigError: where the run lies cannot be told.
     """
-    document = _read(path)
+    document = _read(path, frozen)
     source = _Source(document, {})
     if frozen:
         source.leave_unknown(path)
@@ -124,10 +124,10 @@ def _read_path(text: str) -> str:
     return text
 
 
-def _read(path: Path) -> Document:
+def _read(path: Path, frozen: bool = False) -> Document:
     """
     Raises:
-        ConfigError: it holds no mapping of keys.
+        ConfigError: the file holds no mapping of keys, or a frozen one is cut.
     """
     try:
         with path.open("rb") as file:
@@ -135,6 +135,8 @@ def _read(path: Path) -> Document:
         if len(data) > LARGEST:
             raise ConfigError(str(path), [f"is larger than {LARGEST:,} bytes; give a YAML config"])
         text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
+        if frozen and text.startswith("---") and not text.endswith(("\n...\n", "\n...")):
+            raise ConfigError(str(path), ["is cut: its end mark is missing; submit again"])
         document = Document(text, str(path))
     except FileNotFoundError:
         raise ConfigError(str(path), ["no such file; give the path of a YAML config"]) from None

@@ -138,7 +138,10 @@ def commit(decision: Decision, chunks: Iterable[list[Job]]) -> Submission:
 def write(submission: Submission, decision: Decision, chunks: Iterable[list[Job]]) -> None:
     workload, run = decision.workload, decision.workload.run
     values = workload.config.model_dump(mode="json")
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
+    # With marks of its start and end: what a full disk or a crash has cut is known by them.
+    text = yaml.safe_dump(
+        values, sort_keys=False, allow_unicode=True, explicit_start=True, explicit_end=True
+    ).encode()
     intent = {
         "fingerprint": workload.fingerprint_id,
         "created": time.time(),
