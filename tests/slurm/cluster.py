@@ -108,7 +108,8 @@ class Cluster:
 
     def resume_nodes(self) -> None:
         """Take back what a test, or Slurm at a task that it did not know, made of nodes."""
-        for line in self.run("sinfo", "-hN", "-p", "low", "-o", "%N %T").stdout.splitlines():
+        shown = self.run("sinfo", "-hN", "-p", "low", "-o", "%N %T").stdout if is_up() else ""
+        for line in shown.splitlines():
             node, state = line.split()
             if state.rstrip("*") in ("drained", "draining", "down"):
                 self.set_node(node, "resume")
