@@ -174,7 +174,7 @@ def test_a_tar_that_is_replaced_while_the_one_before_is_computed_is_told(
     assert ended.returncode == 0, ended.stderr
     assert keys(config, "b") == ["old"]
     for command in ("status", "verify"):
-        assert "1 tars are not those that were computed, by size or time (b)" in told(
+        assert "1 tar is not the one that was computed, by size or time (b)" in told(
             config, command
         )
     ended = submit(config, "--recompute-changed", cwd=tmp_path)
