@@ -16,6 +16,7 @@ from kit import GOLDEN, SHARDS
 from pages import TARS
 from xdist.scheduler import LoadFileScheduling
 
+from d2m_hpc import stopping
 from d2m_hpc.storage import stores
 
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -56,6 +57,12 @@ class _ByFile(LoadFileScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
     """With several workers (`-n 2`)."""
     return _ByFile(config, log)
+
+
+@pytest.fixture(autouse=True)
+def callers_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is a caller's again, though a test runs commands in it, which make it theirs."""
+    monkeypatch.setattr(stopping, "_own", False)
 
 
 @pytest.fixture(scope="session")

@@ -51,8 +51,9 @@ def test_it_loads_without_the_network(
 def test_it_says_nothing_while_it_loads_and_runs(checkpoints: Path) -> None:
     """A process of its own, as a task is: nothing there has silenced the libraries before."""
     code = (
-        "import sys, torch; from pathlib import Path; from d2m_hpc.models import loading, toxicity;"
-        "weights = loading.Weights(Path(sys.argv[1]));"
+        "import sys, torch; from pathlib import Path;"
+        "from d2m_hpc.models import checkpoint, toxicity;"
+        "weights = checkpoint.Weights(Path(sys.argv[1]));"
         "model = toxicity.Detoxify(torch.device('cpu'), weights);"
         "model.eval()(['a', 'long ' * 2000])"
     )
