@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,18 +18,15 @@ PACKED = ("d2m_hpc", "configs", "setup.cfg", "pyproject.toml", "README.md", "LIC
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that setuptools leaves nothing in the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z", *PACKED],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout.split("\0")
-    for name in filter(None, tracked):
-        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    source, ignored = folder / "source", shutil.ignore_patterns("__pycache__")
+    source.mkdir()
+    for name in PACKED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source)
     uv = Path(sys.executable).with_name("uv")
-    command = [uv, "build", "--quiet", "--wheel", "--out-dir", folder / "dist", folder / "source"]
+    command = [uv, "build", "--quiet", "--wheel", "--out-dir", folder / "dist", source]
     subprocess.run(command, check=True)
     [path] = (folder / "dist").glob("*.whl")
     return path
