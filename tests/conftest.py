@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from pages import TARS
 from xdist.scheduler import LoadFileScheduling
 
 from d2m_hpc import stopping
+from d2m_hpc.models.weights import OFFLINE
 from d2m_hpc.storage import stores
 
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -63,6 +65,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
 def callers_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is a caller's again, though a test runs commands in it, which make it theirs."""
     monkeypatch.setattr(stopping, "_own", False)
+
+
+@pytest.fixture
+def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a task changes of its process, which usually is its own."""
+    for switch in OFFLINE:
+        monkeypatch.setenv(switch, "1")
+    package = logging.getLogger("d2m_hpc")
+    before, level = list(package.handlers), package.level
+    yield
+    for handler in [h for h in package.handlers if h not in before]:
+        package.removeHandler(handler)
+        handler.close()
+    package.setLevel(level)
 
 
 @pytest.fixture(scope="session")

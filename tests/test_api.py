@@ -21,7 +21,7 @@ from kit import STATS, write_config, write_shards
 
 import d2m_hpc as d2m
 from d2m_hpc.errors import ConfigError, D2MError, SlurmError
-from d2m_hpc.launch.guest import OFFLINE
+from d2m_hpc.models.weights import OFFLINE
 
 CUSTOM = """
 import os

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from d2m_hpc.run import frozen
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.watch.verify import verify
-from d2m_hpc.worker.task import OFFLINE, run_task
+from d2m_hpc.worker.task import run_task
 
 OWN = """
 import torch
@@ -160,18 +158,7 @@ def test_status_tells_of_a_newer_versions_key(tmp_path: Path) -> None:
 # --- code ---
 
 
-@pytest.fixture(autouse=True)
-def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a task changes of its process, which usually is its own."""
-    for switch in OFFLINE:
-        monkeypatch.setenv(switch, "1")
-    package = logging.getLogger("d2m_hpc")
-    before, level = list(package.handlers), package.level
-    yield
-    for handler in [h for h in package.handlers if h not in before]:
-        package.removeHandler(handler)
-        handler.close()
-    package.setLevel(level)
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 def submitted(config: Path, **how: Any) -> RunDir:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from d2m_hpc.models.code import forget
+from d2m_hpc.models.weights import OFFLINE
 
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 HUB = "huggingface_hub.constants"
 SEED = "dataset2metadata"
 """How the names begin of modules that custom files of the seed program import."""

@@ -25,6 +25,8 @@ from d2m_hpc.storage.lease import Lease
 
 _D2M = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
 _CLIP = "https://openaipublic.azureedge.net/clip/models"
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+"""Variables that keep Hugging Face's libraries from asking their hub."""
 MOST_FILES = 1000
 """Of a folder that a custom class declares."""
 _XLMR = "https://huggingface.co/FacebookAI/xlm-roberta-base/resolve/main"

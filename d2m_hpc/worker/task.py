@@ -18,6 +18,7 @@ import torch
 
 from d2m_hpc.config import Config, load
 from d2m_hpc.errors import ConfigError, NodeError, ShardError
+from d2m_hpc.models.weights import OFFLINE
 from d2m_hpc.run import frozen
 from d2m_hpc.run.extension import only_new
 from d2m_hpc.run.folder import RunDir
@@ -48,8 +49,6 @@ from d2m_hpc.worker.write.thread import Result, Settler, last_if_undecided
 from d2m_hpc.worker.write.writer import Committer
 
 log = logging.getLogger(__name__)
-
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def choose_device(configured: int | str, local: bool) -> torch.device:

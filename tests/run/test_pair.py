@@ -23,19 +23,6 @@ from d2m_hpc.storage import stores
 RECORD = Record("s", "done", 2, [Rejection("k\udce9", "nö")], fingerprint="f", finished=1.5)
 
 
-@pytest.fixture(params=["local", "awkward", "chain", "file", "memory"])
-def output(request: pytest.FixtureRequest, awkward_path: Path) -> OutputDir:
-    """A folder that is not there yet."""
-    urls = {
-        "local": f"{awkward_path.parent}/out",
-        "awkward": f"{awkward_path}/{{a,b}} [x]*?",
-        "chain": f"{awkward_path}/a::b",
-        "file": f"file://{awkward_path.parent}/out",
-        "memory": f"memory://{awkward_path.parent.name}/out",
-    }
-    return OutputDir(urls[request.param])
-
-
 def put(output: OutputDir, name: str, data: bytes) -> None:
     output.fs.makedirs(output.root, exist_ok=True)
     with output.fs.open(output.path(name), "wb") as file:

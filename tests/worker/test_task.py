@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Record, read_records
 from d2m_hpc.run.owner import OWNER
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.worker.task import OFFLINE, Progress, choose_device, run_task
+from d2m_hpc.worker.task import Progress, choose_device, run_task
 
 PICKY = '''
 import torch
@@ -56,18 +54,7 @@ postprocess_parquet_lookup = {"picky-length": lambda cache: cache["picky"]}
 '''
 
 
-@pytest.fixture(autouse=True)
-def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a task changes of its process, which usually is its own."""
-    for switch in OFFLINE:
-        monkeypatch.setenv(switch, "1")
-    package = logging.getLogger("d2m_hpc")
-    before, level = list(package.handlers), package.level
-    yield
-    for handler in [h for h in package.handlers if h not in before]:
-        package.removeHandler(handler)
-        handler.close()
-    package.setLevel(level)
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 def _planned(folder: Path, tars: str | list[str], chunks: int = 1, **values: Any) -> RunDir:
