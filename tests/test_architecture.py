@@ -39,6 +39,7 @@ LEVELS = {
     "d2m_hpc.watch": 8,
     "d2m_hpc.api": 9,
     "d2m_hpc.cli": 10,
+    "d2m_hpc.__main__": 11,
 }
 """A module imports from its own room and from lower ones."""
 

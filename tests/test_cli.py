@@ -106,7 +106,7 @@ def test_the_help_of_submit_costs_under_half_a_second_of_cpu() -> None:
 
 
 def test_importing_the_commands_loads_no_large_library() -> None:
-    ended = _run(sys.executable, "-X", "importtime", "-c", "import d2m_hpc.cli")
+    ended = _run(sys.executable, "-X", "importtime", "-c", "import d2m_hpc.cli.commands")
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in ended.stderr.splitlines()}
     assert {"d2m_hpc", "typer"} <= loaded
     assert loaded & HEAVY == set()
@@ -286,3 +286,43 @@ def test_names_that_a_terminal_cannot_show_are_escaped(command: str, tmp_path: P
     assert "Traceback (most recent call last)" not in ended.stderr
     assert ended.returncode == (1 if command == "submit" else 0), ended.stderr
     assert "\\xe9" in ended.stdout
+
+
+INTERRUPTS = """
+import os, signal, sys
+
+class AtImport:
+    def find_spec(self, name, path, target=None):
+        if name == os.environ["INTERRUPTED_AT"]:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, AtImport())
+"""
+"""A `sitecustomize` that sends the process a SIGINT when it imports a module."""
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("d2m", "d2m_hpc.cli.commands"),
+        ("d2m", "d2m_hpc.config.schema"),
+        ("d2m", "yaml"),
+        ("d2m-submit", "typer"),
+        ("d2m-submit", "pydantic"),
+        ("-m d2m_hpc", "typer"),
+    ],
+)
+def test_an_interrupt_while_libraries_are_imported_is_quiet(
+    command: str, module: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS)
+    words = {"d2m": [BIN / "d2m", "plan"], "d2m-submit": [BIN / "d2m-submit", "--dry-run"]}
+    started = words.get(command, [sys.executable, *command.split(), "plan"])
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "INTERRUPTED_AT": module}
+    ended = subprocess.run(
+        [*map(str, started), str(folder / "c.yml")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from kit import DATACOMP, d2m, write_config
 
-from d2m_hpc.cli import app
+from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.weights import CHECKPOINTS
 

@@ -34,7 +34,7 @@ import d2m_hpc.worker.__main__
 import d2m_hpc.worker.task
 early = [name for name in ("huggingface_hub", "transformers") if name in sys.modules]
 
-from d2m_hpc.cli import app
+from d2m_hpc.cli.commands import app
 app(["submit", sys.argv[1], "--local"], standalone_mode=False)
 
 during = list(asked)

@@ -18,7 +18,7 @@ import s3
 from kit import STATS, write_config, write_shards
 from typer.testing import CliRunner
 
-from d2m_hpc.cli import app
+from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import D2MError
 from d2m_hpc.plan.patterns import expand
 from d2m_hpc.run.owner import OWNER

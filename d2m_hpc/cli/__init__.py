@@ -1,96 +1,25 @@
-"""The commands: parse, print, exit codes. Everything else is imported when it is needed."""
+"""The entry points of the commands: Ctrl-C ends them quietly, at any moment, with exit code 130.
 
-from __future__ import annotations
+This module imports the standard library only, as typer's import takes a noticeable time.
+"""
 
-import io
-import json
-import os
 import sys
-
-import typer
-
-from d2m_hpc.cli import datacomp, inspect, weights
-from d2m_hpc.cli.common import ending
-from d2m_hpc.cli.submit import plan, submit
-from d2m_hpc.cli.trouble import explained
-
-SUBMIT_HELP = (
-    "Compute what is left of a config's shards. The same command again goes on from there."
-)
-VERIFY_HELP = (
-    "Check every output against its record. Exit 0: all shards are finished and right; 1: a file "
-    "is wrong, or shards are not finished; 2: there is no such run."
-)
-
-app = typer.Typer(
-    name="d2m",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Metadata for folders of webdataset tars: every shard exactly once.",
-)
-app.command(help=SUBMIT_HELP)(submit)
-app.command(help="Show what a submit would do; the same as submit --dry-run.")(plan)
-app.command(help="How far a run is.")(inspect.status)
-app.command(help="Cancel a run's pending and running array tasks.")(inspect.cancel)
-app.command(help="Take shards out of a run's plan: a wrong pattern's, or tars to do without.")(
-    inspect.forget
-)
-app.command(help="The log of the task that worked on a shard last.")(inspect.logs)
-app.command(help=VERIFY_HELP)(inspect.verify)
-app.command(help="What a run did and made, as one HTML file.")(inspect.report)
-app.command(help="The uids of the best samples, as a subset for DataComp's tools.")(datacomp.select)
-app.add_typer(datacomp.app, name="export")
-app.add_typer(weights.app, name="weights")
-
-submit_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-submit_app.command(help=SUBMIT_HELP)(submit)
-
-
-@app.command(help="The config's JSON schema, for editors.")
-def schema() -> None:
-    from d2m_hpc.config.reference import json_schema
-
-    print(json.dumps(json_schema(), indent=1))
 
 
 def main() -> None:
-    """`d2m`."""
-    _run(app)
+    """Run `d2m`."""
+    _run("app")
 
 
 def main_submit() -> None:
-    """`d2m-submit`, the same as `d2m submit`."""
-    _run(submit_app)
+    """Run `d2m-submit`, the same as `d2m submit`."""
+    _run("submit_app")
 
 
-def _run(command: typer.Typer) -> None:
-    """Print errors as lines without a traceback, and end with their exit codes."""
-    from d2m_hpc.stopping import own_process
+def _run(name: str) -> None:
+    try:
+        from d2m_hpc.cli import commands
 
-    own_process()
-    _open_what_is_closed()
-    _escape_what_cannot_be_encoded()
-    with ending():
-        try:
-            command()
-        except Exception as error:
-            if os.environ.get("D2M_TRACEBACK"):
-                raise
-            words, code = explained(error)
-            print(f"error: {words}", file=sys.stderr)
-            sys.exit(code)
-
-
-def _open_what_is_closed() -> None:
-    """Open standard streams that the caller has closed: no other file may get their numbers."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode))  # noqa: SIM115
-
-
-def _escape_what_cannot_be_encoded() -> None:
-    """Names of files may hold any bytes, and a terminal may be able to show ASCII only."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        commands.run(getattr(commands, name))
+    except KeyboardInterrupt:
+        sys.exit(130)

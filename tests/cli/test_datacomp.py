@@ -14,7 +14,7 @@ from pools import subset
 from typer.testing import CliRunner
 
 import d2m_hpc as d2m
-from d2m_hpc.cli import app
+from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import ConfigError, D2MError
 
 UIDS = ["FF", "0" * 31 + "A", "9e3779b97f4a7c15f39cc0605cedc834", "1"]

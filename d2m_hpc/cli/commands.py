@@ -1,0 +1,86 @@
+"""The commands of `d2m`, and how each ends; a command imports the rest when it needs it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+
+import typer
+
+from d2m_hpc.cli import datacomp, inspect, weights
+from d2m_hpc.cli.common import ending
+from d2m_hpc.cli.submit import plan, submit
+from d2m_hpc.cli.trouble import explained
+
+SUBMIT_HELP = (
+    "Compute what is left of a config's shards. The same command again goes on from there."
+)
+VERIFY_HELP = (
+    "Check every output against its record. Exit 0: all shards are finished and right; 1: a file "
+    "is wrong, or shards are not finished; 2: there is no such run."
+)
+
+app = typer.Typer(
+    name="d2m",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Metadata for folders of webdataset tars: every shard exactly once.",
+)
+app.command(help=SUBMIT_HELP)(submit)
+app.command(help="Show what a submit would do; the same as submit --dry-run.")(plan)
+app.command(help="How far a run is.")(inspect.status)
+app.command(help="Cancel a run's pending and running array tasks.")(inspect.cancel)
+app.command(help="Take shards out of a run's plan: a wrong pattern's, or tars to do without.")(
+    inspect.forget
+)
+app.command(help="The log of the task that worked on a shard last.")(inspect.logs)
+app.command(help=VERIFY_HELP)(inspect.verify)
+app.command(help="What a run did and made, as one HTML file.")(inspect.report)
+app.command(help="The uids of the best samples, as a subset for DataComp's tools.")(datacomp.select)
+app.add_typer(datacomp.app, name="export")
+app.add_typer(weights.app, name="weights")
+
+submit_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+submit_app.command(help=SUBMIT_HELP)(submit)
+
+
+@app.command(help="The config's JSON schema, for editors.")
+def schema() -> None:
+    from d2m_hpc.config.reference import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+
+
+def run(command: typer.Typer) -> None:
+    """Run a command; print an error as lines without a traceback, and end with its exit code."""
+    from d2m_hpc.stopping import own_process
+
+    own_process()
+    _open_closed_streams()
+    _escape_unencodable()
+    with ending():
+        try:
+            command()
+        except Exception as error:
+            if os.environ.get("D2M_TRACEBACK"):
+                raise
+            words, code = explained(error)
+            print(f"error: {words}", file=sys.stderr)
+            sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Open the standard streams that the caller has closed, lest other files get their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode))  # noqa: SIM115
+
+
+def _escape_unencodable() -> None:
+    """Escape characters that a terminal cannot show: file names may hold any bytes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
