@@ -32,10 +32,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def files_below(folder: Path) -> set[str]:
+    """What is written by hand: other tests compile what lies there."""
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {name for name in files if "__pycache__" not in name}
+
+
 def test_all_that_the_program_reads_is_in_the_wheel(wheel: Path) -> None:
     packed = {name for name in ZipFile(wheel).namelist() if name.startswith("d2m_hpc/")}
-    wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "d2m_hpc").rglob("*") if p.is_file()}
-    wanted = {name for name in wanted if "__pycache__" not in name}
+    wanted = {f"d2m_hpc/{name}" for name in files_below(ROOT / "d2m_hpc")}
     assert "d2m_hpc/launch/array.sbatch" in wanted
     assert "d2m_hpc/py.typed" in wanted
     assert packed == wanted
@@ -44,8 +49,7 @@ def test_all_that_the_program_reads_is_in_the_wheel(wheel: Path) -> None:
 def test_the_configs_are_in_the_wheel(wheel: Path) -> None:
     share = "data/share/d2m_hpc/configs/"
     found = {n.partition(share)[2] for n in ZipFile(wheel).namelist() if share in n}
-    configs = ROOT / "configs"
-    assert found == {p.relative_to(configs).as_posix() for p in configs.rglob("*") if p.is_file()}
+    assert found == files_below(ROOT / "configs")
 
 
 def test_a_program_without_the_checkout_runs(wheel: Path, tmp_path: Path) -> None:

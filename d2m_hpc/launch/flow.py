@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -106,7 +107,8 @@ def submitting(workload: Workload) -> Iterator[None]:
             run.schema,
             run.attempts,
         ]
-        for folder in (*folders, *(s.folder for s in run.submissions())):
+        submitted = chain.from_iterable((s.folder, s.frozen) for s in run.submissions())
+        for folder in (*folders, *submitted):
             for left in folder.glob(".*.tmp"):
                 left.unlink(missing_ok=True)
         _sweep(workload, output)

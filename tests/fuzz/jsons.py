@@ -12,6 +12,7 @@ import math
 import random
 import sys
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,19 @@ def _compare(out: Path, texts: dict[str, bytes], found: Found) -> None:
         return
     rows = zip(table["key"].to_pylist(), *(table[name].to_pylist() for name in FIELDS), strict=True)
     for key, *carried in rows:
-        held = json.loads(texts[key])
+        held = json.loads(texts[key], parse_float=number)
         for name, value in zip(FIELDS, carried, strict=True):
             found.values += 1
             if name != "key" and not same(held.get(name), value):
                 found.faults.append(
                     f"{key}: {name} holds {held.get(name)!r:.99}, got {value!r:.99}"
                 )
+
+
+def number(text: str) -> float:
+    """A float, or the integer that a number too large for floats is."""
+    value = float(text)
+    return value if math.isfinite(value) else int(Decimal(text))
 
 
 def same(held: Any, value: Any) -> bool:

@@ -549,6 +549,8 @@ def is_told(name: str, known: set[str], told: str) -> bool:
     key = folder + slash + file.partition(".")[0]
     if not name.isprintable():
         return True
+    if file.startswith(".") and name.rpartition(".")[0] in {k.rpartition(".")[0] for k in known}:
+        return True  # members of what would be one sample are told by the first
     return bool({name, key} & known) or name[:30] in told or " more" in told
 
 
