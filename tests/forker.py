@@ -34,14 +34,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import pandas  # noqa: F401  (pyarrow imports it where it is installed)
+import yaml
 
 from d2m_hpc import cli
 from d2m_hpc.launch import flow  # noqa: F401
+from d2m_hpc.plan import preflight
 from d2m_hpc.worker import task
 
 
@@ -64,6 +67,14 @@ def wait(pid: int) -> str:
     ended = "killed" if os.WIFSIGNALED(state) else str(os.WEXITSTATUS(state))
     print(ended, flush=True)
     return ended
+
+
+def describe_once(config: str) -> None:
+    """Run the custom file here, once; each fork would start a process that imports torch for it."""
+    preflight.described = cache(preflight.described)
+    custom = yaml.safe_load(Path(config).read_bytes()).get("custom_pypath")
+    if custom:
+        preflight.described(Path(custom))
 
 
 def kill_at_random(config: str, out: str, seed: int, kills: int, seconds: float) -> None:
@@ -178,6 +189,7 @@ def kill_at_every_request(config: str, out: str) -> None:
 
 if __name__ == "__main__":
     kind, config, out, *rest = sys.argv[1:]
+    describe_once(config)
     if kind == "random":
         kill_at_random(config, out, int(rest[0]), int(rest[1]), float(rest[2]))
     elif kind == "task-steps":
