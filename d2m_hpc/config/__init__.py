@@ -1,4 +1,4 @@
-"""The YAML file, typed. Every mistake in it is reported at once, with its key.
+"""The YAML config, typed; every mistake in the file is reported at once, with its key.
 
 The keys of the seed program (dataset2metadata) keep their names and meanings.
 """

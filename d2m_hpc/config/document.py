@@ -1,8 +1,8 @@
-"""A YAML file as plain values, with the place of each, and every mistake in its syntax.
+"""A YAML file as plain values, with the place of each value, and every mistake in its syntax.
 
-Plain values are texts, whole and finite numbers, `true` and `false`, null, lists and mappings. What
-YAML 1.1 makes of other words is left a text: dates, `4:00:00` (a number of base 60), `010` (eight),
-`yes` and `off`. The types of the keys know better what these mean.
+Plain values are texts, whole and finite numbers, `true` and `false`, null, lists and mappings.
+Words that YAML 1.1 would convert stay texts: dates, `4:00:00` (a number of base 60), `010` (eight),
+`yes` and `off`. The types of the keys decide what these mean.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from d2m_hpc.config.places import WIDEST, Lines, Loc, Mistake, Place
 DEEPEST = 50
 DEEP = f"found values nested more than {DEEPEST} deep"
 ALIASED = 100_000
-"""Values that aliases (`*name`) may repeat, all in all."""
+"""The most values that aliases (`*name`) may repeat in one file."""
 LARGEST = 2**63 - 1
 _UNHELD = re.compile("[\0\ud800-\udfff]")
-"""No path, name or file can hold these."""
+"""Characters that no path, name or file can hold."""
 _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 _WRONG = object()
 
 
 def joined(text: str) -> str:
-    """A text with one character for each pair of surrogates, as JSON escapes those of emojis."""
+    """Replace each pair of surrogates, as JSON escapes an emoji, by one character."""
     return _PAIR.sub(lambda m: m[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; the values are made of them by `Document`."""
+    """A loader that composes nodes; `Document` makes the values of them."""
 
     composed = depth = 0
 
@@ -60,7 +60,7 @@ _WORDS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "merge": ("<<", "<"),
 }
-_Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's own
+_Loader.yaml_implicit_resolvers = {}  # without those of YAML 1.1
 for _name, (_words, _first) in _WORDS.items():
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_words})$"), list(_first))
 
@@ -69,12 +69,12 @@ class Document:
     """A YAML text.
 
     Attributes:
-        value: of the whole text; entries of mappings that hold a mistake are left out of it.
-        left_out: where those entries would be.
-        mistakes: in the text itself.
+        value: the value of the whole text, without the entries of mappings that hold a mistake.
+        left_out: the places of the entries left out.
+        mistakes: mistakes in the syntax.
 
     Args:
-        name: of the file, for messages; empty for a text that is in none.
+        name: the file's name, for messages; empty for a text without a file.
     """
 
     def __init__(self, text: str, name: str = "") -> None:
@@ -110,13 +110,13 @@ class Document:
         self._add((), f"is not valid YAML: {what}", place)
 
     def _add(self, loc: Loc, what: str, *places: Place | None) -> object:
-        """Note a mistake; returns what stands for the value."""
+        """Note a mistake; return the mark that stands for its value."""
         frames = (self._lines.frame(place) for place in places if place)
         self.mistakes.append(Mistake(loc, "\n".join([what, *frames])))
         return _WRONG
 
     def _value(self, node: yaml.Node, loc: Loc) -> Any:
-        """Aliases repeat a node, and may lie within the node that they repeat."""
+        """Make a node's value, within bounds: an alias may lie within the node that it repeats."""
         self._left -= 1
         if self._depth > DEEPEST:
             return self._add(loc[:1], DEEP, Place.of(node))
@@ -140,7 +140,10 @@ class Document:
         return self._scalar(node, kind, loc)
 
     def _mapping(self, node: yaml.MappingNode, loc: Loc) -> Any:
-        """Of a key that is given twice, both places are told; keys from `<<` come second."""
+        """Make a mapping; the mapping's own keys win over those from `<<`.
+
+        A key that is given twice is a mistake that shows both places.
+        """
         found: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         lines: dict[str, yaml.Node] = {}
@@ -170,7 +173,7 @@ class Document:
         return None
 
     def _twice(self, loc: Loc, first: yaml.Node, second: yaml.Node) -> None:
-        """A mapping that aliases repeat is told once."""
+        """Note a key that is given twice, once for all aliases of its mapping."""
         if id(second) not in self._told:
             self._told.add(id(second))
             lines = f"lines {first.start_mark.line + 1} and {second.start_mark.line + 1}"
@@ -178,7 +181,7 @@ class Document:
             self._add(loc, what, Place.of(first), Place.of(second))
 
     def _merged(self, node: yaml.Node, loc: Loc) -> dict[str, Any]:
-        """What `<<: *name` or `<<: [*first, *second]` brings; the first wins."""
+        """Make the entries of `<<: *name` or `<<: [*first, *second]`; the first mapping wins."""
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
         found: dict[str, Any] = {}
         for each in reversed(nodes):
@@ -196,11 +199,11 @@ class Document:
             return self._add(loc, str(error), Place.of(node))
 
     def place(self, loc: Loc, item: object = None, read: Callable[[str], str] = str) -> str:
-        """The line that a mistake is in, with its number; empty where the text has it not.
+        """The line of a mistake, with its number; empty if the text has no such place.
 
         Args:
-            item: the value in the list at `loc`, or the only one there, where it is about one.
-            read: what a text in the file means.
+            item: the wrong value in the list at `loc`; None if the whole of `loc` is wrong.
+            read: turns a text of the file into the value that it means.
         """
         node, found = self._root, None
         for part in loc:
@@ -215,7 +218,7 @@ class Document:
 
 
 def _child(node: yaml.Node | None, part: str | int) -> tuple[Place | None, yaml.Node | None]:
-    """What a key or a position leads to, and the place to show for it."""
+    """The node that a key or a position leads to, after the place to show for that node."""
     if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
         if part < len(node.value):
             return Place.of(node.value[part]), node.value[part]
@@ -227,7 +230,7 @@ def _child(node: yaml.Node | None, part: str | int) -> tuple[Place | None, yaml.
 
 
 def _entries(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    """Of a mapping and of those that are merged into it."""
+    """The entries of a mapping, then those of the mappings merged into it."""
     yield from node.value
     for key, value in node.value:
         if key.tag == f"{_TAG}merge":
@@ -236,10 +239,7 @@ def _entries(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
 
 
 def _plain(node: yaml.Node, kind: str) -> Any:
-    """
-    Raises:
-        ValueError: it is no plain value.
-    """
+    """The plain value of a scalar node; raise ValueError if the node is none."""
     text = node.value
     if not isinstance(text, str) or kind not in ("str", "int", "float", "bool", "null", "merge"):
         tag = f"!!{kind}" if node.tag.startswith(_TAG) else node.tag[:WIDEST]

@@ -22,18 +22,19 @@ from d2m_hpc.storage.urls import masked
 log = logging.getLogger(__name__)
 
 APART = "x-"
-"""How a key begins that is for the file's own use: YAML anchors to repeat elsewhere."""
+"""The prefix of keys for the file's own use: YAML anchors to repeat elsewhere."""
 REQUIRED: dict[str, Any] = {"models": [" "], "input_tars": [" "], "output_metadata_dir": " "}
-"""Any values that are valid."""
-LARGEST = 10_000_000
-"""Bytes of a config file."""
-PLACES = ("output_metadata_dir", "run_dir")
-"""The keys that tell where a run lies."""
+"""Valid values of the required keys, to check the other keys without them."""
 BLANK: dict[str, Any] = {"models": [], "input_tars": [], "output_metadata_dir": ""}
+"""Values of the required keys in a config that lacks them."""
+LARGEST = 10_000_000
+"""The most bytes of a config file."""
+PLACES = ("output_metadata_dir", "run_dir")
+"""The keys that decide where a run lies."""
 
 
 class _Masked(reprlib.Repr):
-    """Masks first: of a long text the middle is left out, and a secret's name may be there."""
+    """Short texts, masked before they are cut: the cut may take a secret's name away."""
 
     def repr_str(self, x: str, level: int) -> str:
         return super().repr_str(masked(x), level)
@@ -55,8 +56,8 @@ def load(
         path: the YAML file.
         overrides: `key=value`, with dots for keys of a section; the value is YAML.
         options: values of `slurm:` keys from the command line; None means not given.
-        frozen: a submission's copy, which was checked when it was submitted, maybe by a newer
-            version: keys that this one does not know are logged and left aside.
+        frozen: whether the file is a submission's copy. The submit has checked the copy, maybe by
+            a newer version, so unknown keys are logged and left aside.
 
     Raises:
         ConfigError: with every mistake that was found.
@@ -77,15 +78,15 @@ def load(
 
 
 def glance(path: Path, frozen: bool = False) -> Config:
-    """Read what is valid of a config, to look at its run; the rest is logged, or has defaults.
+    """Read the valid part of a config, to look at its run; the rest has defaults.
 
     Neither the custom file nor any name in the config is looked up.
 
     Args:
-        frozen: a submission's copy, in whose paths variables have been expanded.
+        frozen: whether the file is a submission's copy, whose variables are expanded already.
 
     Raises:
-        ConfigError: where the run lies cannot be told.
+        ConfigError: a key that decides where the run lies is wrong.
     """
     document = _read(path, frozen)
     source = _Source(document, {})
@@ -104,7 +105,7 @@ def glance(path: Path, frozen: bool = False) -> Config:
 
 
 def located(path: str, mistakes: Iterable[str]) -> list[str]:
-    """Mistakes that were found after a config was read, with their lines where it has them."""
+    """Add the config's lines to mistakes that were found after the config was read."""
     try:
         document = _read(Path(path))
     except ConfigError:
@@ -118,17 +119,14 @@ def _with_place(document: Document, mistake: Mistake, read: Callable[[str], str]
 
 
 def _read_path(text: str) -> str:
-    """What a pattern in the file means; where nothing is known of it, it means itself."""
+    """The path that a pattern in the file means; the pattern itself if that is not known."""
     with suppress(ValueError):
         return as_pattern(text)
     return text
 
 
 def _read(path: Path, frozen: bool = False) -> Document:
-    """
-    Raises:
-        ConfigError: the file holds no mapping of keys, or a frozen one is cut.
-    """
+    """Read a file; raise ConfigError if it holds no mapping of keys, or is a frozen one and cut."""
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
@@ -153,12 +151,12 @@ def _read(path: Path, frozen: bool = False) -> Document:
 
 
 class _Source:
-    """Where a config's values come from.
+    """The values of a config, and where each comes from.
 
     Attributes:
-        values: those of the file, of `--set` and of the command line's own options.
-        origins: where values come from that the file does not have.
-        left_out: values that are given, but not valid YAML.
+        values: the values of the file, of `--set` and of the command line's own options.
+        origins: the options that values come from, by place.
+        left_out: the places of values that are not valid YAML.
     """
 
     def __init__(self, document: Document, options: Mapping[str, Any]) -> None:
@@ -202,7 +200,7 @@ class _Source:
             values[str(loc[-1])] = made.value
 
     def leave_unknown(self, path: Path) -> None:
-        """Leave the keys of newer versions aside, and log them."""
+        """Leave unknown keys aside, as a newer version wrote them, and log them."""
         section = self.values.get("slurm")
         unknown = [k for k in self.values if k not in Config.model_fields]
         if isinstance(section, dict):
@@ -219,7 +217,7 @@ class _Source:
             )
 
     def shown(self, mistake: Mistake) -> str:
-        """With where it comes from."""
+        """A mistake with the option or the line that it comes from."""
         for loc, origin in self.origins.items():
             if mistake.loc[: len(loc)] == loc:
                 return f"{mistake}\n  --> {origin}"
@@ -227,7 +225,7 @@ class _Source:
 
 
 def _without_apart(values: dict[str, Any]) -> dict[str, Any]:
-    """Also in sections, but not in `extra`, whose keys are sbatch's."""
+    """Values without the keys for the file's own use; keys of `slurm.extra` are sbatch's."""
     kept = {k: v for k, v in values.items() if not k.startswith(APART)}
     if isinstance(section := kept.get("slurm"), dict):
         kept["slurm"] = {k: v for k, v in section.items() if not k.startswith(APART)}
@@ -235,7 +233,7 @@ def _without_apart(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _validate(source: _Source) -> Config:
-    """The config, or what is valid of it."""
+    """Make the config of the valid values, and note the mistakes."""
     values = source.values
     try:
         return Config.model_validate(values)
@@ -250,7 +248,7 @@ def _validate(source: _Source) -> Config:
 
 
 def _described(errors: Iterable[Any], values: Any, left_out: set[Loc]) -> list[Mistake]:
-    """Of a value that fits none of several types, one mistake."""
+    """Describe pydantic's errors: one mistake for a value that fits none of several types."""
     found: dict[Loc, list[Any]] = {}
     for error in errors:
         loc = error["loc"] if error["type"] == "missing" else _within(values, error["loc"])
@@ -260,7 +258,7 @@ def _described(errors: Iterable[Any], values: Any, left_out: set[Loc]) -> list[M
 
 
 def _within(values: Any, loc: Loc) -> Loc:
-    """As much of a place as a config has: pydantic adds the types that it tried."""
+    """The part of a place that the values have: pydantic adds the types that it tried."""
     for i, part in enumerate(loc):
         is_key = isinstance(values, dict) and part in values
         if not is_key and not (isinstance(values, list) and part in range(len(values))):

@@ -1,4 +1,4 @@
-"""What is wrong with a config that types cannot tell."""
+"""Mistakes in a config that types cannot find."""
 
 from __future__ import annotations
 
@@ -16,15 +16,11 @@ from d2m_hpc.models.registry import RAW_INPUTS, ModelSpec, Post, Registry, in_or
 from d2m_hpc.storage.texts import BRIEF, safe
 
 MANY = 20
-"""Wrong names in a list that are told one by one."""
-
-
-def one_line(error: object) -> str:
-    return " ".join(str(error).split())
+"""The most wrong names of a list that are reported one by one."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean ...?` and all valid names."""
+    """The end of a message about an unknown name: `; did you mean ...?` and all valid names."""
     names = sorted(valid)
     close = difflib.get_close_matches(name[:BRIEF], names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
@@ -36,9 +32,9 @@ def quoted(name: str) -> str:
 
 
 def semantic_mistakes(config: Config) -> list[Mistake]:
-    """What types cannot tell; works on a config of which parts are missing.
+    """Find all mistakes that types cannot find; parts of the config may be missing.
 
-    What a custom file gives is not known before it is run: `registry_mistakes` is for then.
+    The names of a custom file are known once it has run: `registry_mistakes` checks them then.
     """
     names = registry_mistakes(config, Registry()) if config.custom_file is None else []
     return [
@@ -50,7 +46,7 @@ def semantic_mistakes(config: Config) -> list[Mistake]:
 
 
 def _file_mistakes(file: Path | None) -> list[Mistake]:
-    """Why a custom file cannot be run, as far as that is known without running it."""
+    """Find out why a custom file cannot run, without running it."""
     if file is None:
         return []
     try:
@@ -63,14 +59,14 @@ def _file_mistakes(file: Path | None) -> list[Mistake]:
     except (RecursionError, MemoryError):
         what = f"{file} is nested too deeply; valid is a Python file"
     except (SyntaxError, ValueError) as error:
-        what = f"{one_line(error)}; valid is a Python file"
+        what = f"{' '.join(str(error).split())}; valid is a Python file"
     else:
         return []
     return [Mistake(("custom_pypath",), what)]
 
 
 def registry_mistakes(config: Config, registry: Registry) -> list[Mistake]:
-    """Models, columns and features that a registry does not have or cannot connect."""
+    """Find models, columns and features that a registry lacks or cannot connect."""
     return [
         *_model_mistakes(config, registry),
         *_post_mistakes(config, "postprocess_columns", registry.columns, registry),
@@ -98,11 +94,7 @@ def _model_mistakes(config: Config, registry: Registry) -> list[Mistake]:
     mistakes += _more("models", unknown)
     for name, spec in known.items():
         mistakes += [
-            Mistake(
-                ("models",),
-                f"{name!r} needs the output of {d!r}, which is not listed; add it",
-                name,
-            )
+            _listed(f"{name!r} needs the output of {d!r}, which is not listed; add it", name)
             for d in spec.dependencies
             if d not in config.models
         ]
@@ -117,12 +109,11 @@ def _model_mistakes(config: Config, registry: Registry) -> list[Mistake]:
 
 
 def _listed(what: str, name: str) -> Mistake:
-    """What is wrong with a model that is listed."""
     return Mistake(("models",), what, name)
 
 
 def _more(key: str, wrong: Sequence[str]) -> list[Mistake]:
-    """What stands for the wrong names of a list that are not told one by one."""
+    """One mistake for the wrong names of a list beyond the first `MANY`."""
     left = len(wrong) - MANY
     return [Mistake((key,), f"found {left:,} more unknown names")] if left > 0 else []
 
@@ -189,7 +180,7 @@ def _repeated(names: Iterable[str]) -> set[str]:
 
 
 def _name_mistakes(config: Config) -> list[Mistake]:
-    """Two columns of one name would make a parquet that nobody can read."""
+    """Find repeated names of columns, which make an unreadable parquet, and unknown types."""
     names = ["key", *map(config.renamed, config.postprocess_columns), *config.carried]
     twice = sorted(_repeated(names) - _repeated(config.postprocess_columns))
     what = "another column's name; valid is a name of its own"

@@ -1,4 +1,4 @@
-"""Where a mistake is: the keys that lead to it, and the line of the file."""
+"""The place of a mistake: the keys that lead to it, and the line of the file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from d2m_hpc.storage.urls import masked
 Loc = tuple[str | int, ...]
 """The keys, and the positions in lists, that lead to a value."""
 WIDEST = 100
-"""Characters of a line that are shown."""
+"""The most characters of a line that are shown."""
 _BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
-"""What ends a line in YAML 1.1."""
+"""An end of a line in YAML 1.1."""
 
 
 class Mistake(str):
-    """What is wrong with a key, as text; `item` is which value of the key's list, if it is one."""
+    """A message about a key; `item` is the wrong value in the key's list, if only one is wrong."""
 
     loc: Loc
     item: object
@@ -32,7 +32,7 @@ def dotted(loc: Loc) -> str:
 
 
 class Place(NamedTuple):
-    """Part of a line of a file, both counted from 0."""
+    """A part of a line; lines and columns are counted from 0."""
 
     line: int
     start: int
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, node: Any, key: Any = None) -> Place:
-        """Of a YAML node, from its key on where that is given; only what is in the first line."""
+        """The first line's part of a YAML node, or of a key and its node."""
         start, end = (key or node).start_mark, node.end_mark
         if key and node.start_mark.line != start.line:
             end = key.end_mark
@@ -49,11 +49,7 @@ class Place(NamedTuple):
 
 
 class Lines:
-    """The lines of a file.
-
-    Args:
-        name: the file's; empty for a text that is in none.
-    """
+    """The lines of a text; `name` is its file's name, or empty for a text without a file."""
 
     def __init__(self, name: str, text: str) -> None:
         self._name = name
@@ -61,15 +57,15 @@ class Lines:
 
     @staticmethod
     def number(text: str) -> int:
-        """Of the line, counted from 0, in which a text ends."""
+        """The number of the line in which a text ends, counted from 0."""
         return len(_BREAK.findall(text))
 
     def frame(self, place: Place) -> str:
-        """As compilers show it: file and line, the line, and a mark below the part."""
+        """A place as compilers show it: file and number, the line, and marks below the part."""
         if not self._name or place.line >= len(self._lines):
             return ""
         whole, column = self._lines[place.line], place.start + 1
-        if (text := masked(whole)) != whole:  # the part is where what stands before it ends
+        if (text := masked(whole)) != whole:  # the part begins where the masked text before it ends
             start = min(len(masked(whole[: place.start])), len(text) - 1)
             place = Place(place.line, start, max(start + 1, len(text) - len(whole) + place.end))
         cut = max(0, place.start - WIDEST // 2)

@@ -1,4 +1,4 @@
-"""What a config may hold, for editors."""
+"""The JSON schema of a config, for editors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 KNOWN = {"models": MODELS, "postprocess_columns": COLUMNS, "postprocess_features": FEATURES}
-"""Names that an editor may offer; a custom file has others, which are as valid."""
+"""Names that an editor may offer; those of a custom file are as valid."""
 
 
 def json_schema() -> dict[str, Any]:
-    """Of the YAML file: what types can tell of it. `load` knows more, and says it better."""
+    """Make the schema: the keys and their types. `load` finds more mistakes, in better words."""
     schema = Config.model_json_schema()
     for key, names in KNOWN.items():
         for array in _arrays(schema["properties"][key]):

@@ -15,7 +15,7 @@ from d2m_hpc.models.registry import DATACOMP_KEYS
 
 
 def _as_list(value: object) -> object:
-    """YAML's `key:` without a value means an empty list."""
+    """Turn `key:` without a value into an empty list."""
     return [] if value is None else value
 
 
@@ -24,7 +24,7 @@ def _tars_as_list(value: object) -> object:
 
 
 def _fields_as_list(value: Any) -> Any:
-    """`{score: float64}` as the text `score: float64`, in a list or for the whole of it."""
+    """Turn `{score: float64}` into the text `score: float64`, in a list or in place of one."""
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list):
@@ -39,7 +39,7 @@ def _fields_as_list(value: Any) -> Any:
 
 
 def _off_as_text(value: object) -> object:
-    """YAML reads a bare `off` as false."""
+    """Turn YAML's false, which other loaders make of a bare `off`, into that text."""
     return "off" if value is False else value
 
 
@@ -89,11 +89,11 @@ class Slurm(Section):
     constraint: Line | None = None
     """node features"""
     exclude: Line | None = None
-    """nodes to leave out; those that `max_node_failures` finds broken come on top"""
+    """nodes to leave out, besides those that `max_node_failures` finds broken"""
     max_parallel: Count | None = None
     """tasks that may run at once, over all arrays of a submission"""
     tasks_per_node: Count = 1
-    """tasks in one array element, each with a chunk of its own, and a GPU where there are many"""
+    """tasks in one array element, each with a chunk of its own, and with several GPUs one each"""
     requeue: bool = True
     """`--requeue`, so that Slurm starts preempted tasks again, or `--no-requeue`"""
     setup: Names = []
@@ -107,7 +107,7 @@ class Config(Section):
     """One workload: which models, over which tars, to which folder."""
 
     models: Annotated[list[str], Field(min_length=1)]
-    """what is run on every sample: built-in models, or those of `custom_pypath`"""
+    """models to run on every sample: built-in ones, or those of `custom_pypath`"""
     postprocess_columns: Names = []
     """outputs that become columns of the parquet"""
     postprocess_features: Names = []
@@ -121,7 +121,7 @@ class Config(Section):
     nworkers: Count | None = None
     """decode threads of a task; by default as many as it has cores"""
     batch_size: Count = 512
-    """samples that the models get at once"""
+    """samples in a batch of the models"""
     device: Annotated[int | str, NoSwitch] = 0
     """a CUDA index, `cuda:N` or `cpu`; with `--local`, a machine without CUDA takes the CPU"""
     input_tars: Tars
@@ -132,7 +132,7 @@ class Config(Section):
     custom_pypath: str | None = None
     """Python file with models, preprocessors and postprocessors of your own"""
     reprocess: bool = False
-    """compute again what another config made, and replace what another program made"""
+    """compute shards that another config made again, and replace another program's files"""
     use_datacomp_keys: bool = False
     """the names that DataComp's tools read, in place of the models' own, a column `text` (the
     caption), and a `uid` of 32 lower-case hex digits"""
@@ -153,13 +153,13 @@ class Config(Section):
     resize: Literal["fast", "exact"] = "fast"
     """`exact` is PIL, bit for bit; `fast` differs in 0.3 % of the pixels, by 2 of 255 at most"""
     feature_dtype: Literal["float16", "float32"] = "float16"
-    """of the arrays in the npz"""
+    """type of the arrays in the npz"""
     shards_per_task: Count | None = None
     """tars that an array task is given; by default 16"""
     max_rejected_fraction: float = Field(0.1, ge=0, le=1)
     """share of a tar's samples that may be rejected before the tar counts as failed"""
     allow_truncated_shards: bool = False
-    """take the whole samples of a tar that was cut off, instead of failing it"""
+    """take the whole samples of a tar that was cut off, instead of failing the tar"""
     max_image_pixels: Bytes = 178_956_970
     """an image of more pixels, by its header, is rejected. Some formats take more memory to decode:
     their images are rejected where that would be more than 12 bytes for each pixel of this limit,
@@ -170,7 +170,7 @@ class Config(Section):
     max_node_failures: Annotated[int, Field(ge=0), NoSwitch] = 3
     """tasks in a row that a node may fail to start before the next submit leaves it out"""
     lease_seconds: Seconds = 120.0
-    """seconds without a sign of life after which a task's tar is taken over"""
+    """seconds without a sign of life after which other tasks take a task's tar over"""
     stall_seconds: Seconds = 1800.0
     """seconds without any progress after which a task ends itself"""
     scratch_bytes: Bytes | None = None
@@ -178,7 +178,7 @@ class Config(Section):
     (`$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`); by default half of what is free, shared by the tasks of
     an array element"""
     steal: bool = True
-    """a task that is done takes tars that slower ones have not begun"""
+    """a task that is done takes tars that slower tasks have not begun"""
     weights_dir: str | None = None
     """folder of the checkpoints; by default `$D2M_WEIGHTS`, or `~/.cache/d2m_hpc`"""
     allow_unpublished_weights: bool = False
@@ -192,9 +192,9 @@ class Config(Section):
 
     @property
     def carried(self) -> list[str]:
-        """The columns that hold the samples' own values, in their order.
+        """The columns that hold the samples' own values, in order, without `key`.
 
-        `key` is none of them: it is the first column whether it is asked for or not.
+        `key` is the first column of every parquet, whether a config lists it or not.
         """
         text = ["text"] if self.use_datacomp_keys else []
         named = [name for name, _ in self.asked_fields]
@@ -202,10 +202,9 @@ class Config(Section):
 
     @property
     def asked_fields(self) -> list[tuple[str, str]]:
-        """The additional fields' names and declared types; no type is an empty text."""
-        entries = _fields_as_list(
-            self.additional_fields
-        )  # as YAML has them, where others are wrong
+        """The additional fields' names and declared types; an empty type is not declared."""
+        # A config with mistakes has the entries as in the file.
+        entries = _fields_as_list(self.additional_fields)
         return [types.split(entry) for entry in entries if isinstance(entry, str)]
 
     @property
@@ -221,10 +220,10 @@ class Config(Section):
     def fingerprint(
         self, hashes: Mapping[str, str], code: Mapping[str, str] = {}
     ) -> dict[str, Any]:
-        """The parts that decide what the output is.
+        """The values that decide the output.
 
-        `compile` is none, as little as the batch size or the GPU's model: it moves values by
-        rounding, and a run has both, as the last batch of each shard is not compiled.
+        `compile` is left out, like the batch size and the GPU's model: all three change values by
+        rounding only, and a run mixes them, as the last batch of each shard is not compiled.
 
         Args:
             hashes: sha256 of each checkpoint, by its published name.

@@ -1,4 +1,4 @@
-"""Values that mean something else to Slurm than they say, told before Slurm is asked."""
+"""Checks of values for Slurm, which would take some wrong values for others."""
 
 from __future__ import annotations
 
@@ -17,32 +17,21 @@ _CONTROL = re.compile("[\0-\x1f\x7f]")
 
 
 def no_switch(value: object) -> object:
-    """`true` is no number, though Python takes it for 1.
-
-    Raises:
-        ValueError: it is `true` or `false`.
-    """
+    """Refuse `true` and `false` with a ValueError: Python takes them for numbers."""
     if isinstance(value, bool):
         raise ValueError("valid is a value, not `true` or `false`")
     return value
 
 
 def one_line(text: str) -> str:
-    """
-    Raises:
-        ValueError: it has line ends or other control characters.
-    """
+    """Refuse line ends and other control characters with a ValueError."""
     if _CONTROL.search(text):
         raise ValueError("valid is one line without control characters")
     return text
 
 
 def walltime(value: object) -> object:
-    """One of the forms that sbatch knows; `010` stays ten minutes, as Slurm reads it.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Refuse a time of a form unknown to sbatch with a ValueError; `010` stays ten minutes."""
     if value is None or (isinstance(value, str) and WALLTIME.fullmatch(value)):
         return value
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
@@ -51,7 +40,7 @@ def walltime(value: object) -> object:
 
 
 def _meant(value: object) -> str:
-    """What was probably meant by a number with a unit."""
+    """The form that a number with a unit was probably meant as."""
     match = _UNITS.fullmatch(value) if isinstance(value, str) and len(value) < 20 else None
     if not match:
         return ""
@@ -61,11 +50,7 @@ def _meant(value: object) -> str:
 
 
 def options(value: object) -> object:
-    """Options of sbatch to their values.
-
-    Raises:
-        ValueError: one is no option's name, or has no plain value.
-    """
+    """Refuse names that are no long options and values that are not plain with a ValueError."""
     if value is None:
         return {}
     for name, given in value.items() if isinstance(value, dict) else ():

@@ -1,6 +1,6 @@
-"""`$NAME` and `~` in the paths of a config, replaced where the command is called.
+"""`$NAME` and `~` in the paths of a config, replaced by the command that reads the config.
 
-A task may run in another environment, or as nobody's home; it gets what was meant at submit.
+A task may run in another environment, or without a home folder, so the submit decides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _VARIABLE = re.compile(r"\$(?:(\$)|\{(\w+)\}|([A-Za-z_]\w*))", re.ASCII)
 
 
 def with_variables(config: Config) -> tuple[Config, list[Mistake]]:
-    """The config with its paths expanded, and what of them cannot be."""
+    """Expand the paths of a config; those that cannot be expanded are left out, as mistakes."""
     mistakes: list[Mistake] = []
 
     def of(key: str, text: str, item: str | None = None) -> str | None:
@@ -28,7 +28,7 @@ def with_variables(config: Config) -> tuple[Config, list[Mistake]]:
             return expanded(text) if item is None else as_pattern(text)
         except ValueError as error:
             mistakes.append(Mistake((key,), f"found {text!r}; {error}", item))
-            return None  # nobody may look at what it stands for
+            return None  # nothing may read or write the path that is meant
 
     given = ((key, getattr(config, key)) for key in PATHS)
     update: dict[str, Any] = {key: of(key, text) for key, text in given if text}
@@ -38,9 +38,9 @@ def with_variables(config: Config) -> tuple[Config, list[Mistake]]:
 
 
 def as_pattern(text: str) -> str:
-    """A pattern with its variables; the name of a file or folder that is there stands for itself.
+    """Expand the variables of a pattern; characters of existing files and folders are no globs.
 
-    Such a variable's value, and the home folder, may hold `[`, `?` and `*`.
+    The value of a variable, like the home folder's name, may hold `[`, `?` and `*`.
     """
     made = expanded(text)
     if made == text or is_pipe(text) or not is_local(made) or os.path.lexists(made):
@@ -49,13 +49,13 @@ def as_pattern(text: str) -> str:
 
 
 def expanded(text: str, taken: Callable[[str], str] = str) -> str:
-    """A path, pattern or URL with its variables; a file of that very name is taken as it is.
+    """Expand the variables of a path, pattern or URL; the name of an existing file stays as it is.
 
-    A command (`pipe:`) is left to the shell that runs it, the query of a web address to its
-    server. `$$` stands for one `$`.
+    A command (`pipe:`) is left to its shell, the query of a web address to its server. `$$` stands
+    for one `$`.
 
     Args:
-        taken: what stands for the value of a variable, or of `~`.
+        taken: turns the value of a variable, or of `~`, into the text to insert.
 
     Raises:
         ValueError: a variable is not set, or the home folder of `~` is not known.
