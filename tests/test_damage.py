@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -242,10 +243,33 @@ def test_a_pipe_among_tars_and_outputs_keeps_nobody_waiting(tmp_path: Path) -> N
     os.mkfifo(tmp_path / "out" / "00002.parquet")
     ended = submit(config, timeout=60)
     assert ended.returncode in (1, 2)
-    assert "it is no regular file" in " ".join(ended.stderr.split())
+    assert "00002.parquet is no regular file" in " ".join(ended.stderr.split())
     (tmp_path / "out" / "00002.parquet").unlink()
     tars[0].unlink()
     os.mkfifo(tars[0])
     ended = submit(config, timeout=60)
     assert ended.returncode == 2
     assert f"{tars[0]} is a device, a pipe or a socket" in ended.stderr
+
+
+def test_what_stands_in_a_parquets_place_and_is_no_file_is_told(copy: Path, call: Call) -> None:
+    """The shard is not done, nobody waits for a pipe, and nothing of a folder is moved away."""
+    out = copy / "out"
+    kept, *_ = sorted(out.glob("*.parquet"))
+    stem, there = kept.stem, kept.read_bytes()
+    before = json.loads(call("status", "out/.d2m", "--json").out)
+    for make in (os.mkfifo, os.mkdir):
+        kept.unlink()
+        make(kept)
+        figures = json.loads(call("status", "out/.d2m", "--json").out)
+        assert (figures["done"], figures["removed"]) == (before["done"] - 1, before["removed"] + 1)
+        assert figures["odd"] == [str(kept)]
+        assert f"{stem}.parquet is no regular file" in call("status", "out/.d2m").out
+        said = call("verify", "out/.d2m")
+        assert (said.code, f"{stem}.parquet cannot be read" in said.out) == (1, True)
+        said = call("plan", "c.yml")
+        assert said.code == 2
+        assert f"{stem}.parquet is no regular file" in " ".join(said.err.split())
+        os.rename(kept, copy / make.__name__)
+        kept.write_bytes(there)
+    assert json.loads(call("status", "out/.d2m", "--json").out)["odd"] == []

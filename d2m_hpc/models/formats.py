@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import Any
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 EXTENSIONS = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 """Of a sample's pictures, in the order in which one is looked for."""
@@ -34,6 +37,9 @@ _SEGMENT = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])", re.DOTALL)
 _START_OF_SCAN, _END = b"\xda", b"\xd9"
 _FRAMES = bytes({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _PROGRESSIVE = b"\xc2\xc6\xca\xce"
+_COMPRESSION, _JPEG_IN_TIFF = 259, 7
+_PLACES = ((273, 279), (324, 325))
+"""Tags of TIFF: where strips begin and their sizes in bytes; likewise of tiles."""
 
 
 def lift_limits() -> None:
@@ -62,11 +68,14 @@ def require_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def require_few_scans(data: bytes) -> None:
+def require_few_scans(data: bytes, most: int | None = None) -> None:
     """Refuse a JPEG whose scans take minutes to decode, however small the file is.
 
     Each scan costs a pass over all pixels. A JPEG of one scan is known by its header, and its data
     are not looked at.
+
+    Args:
+        most: the scans that the JPEG may have; None for what suits its pixels.
 
     Raises:
         TooLarge: the JPEG has too many scans for its pixels.
@@ -83,17 +92,17 @@ def require_few_scans(data: bytes) -> None:
             height, width = int.from_bytes(segment[3:5]), int.from_bytes(segment[5:7])
         elif found[1] == _START_OF_SCAN:
             if progressive or segment[2] < colours:
-                _count_scans(data, position, width, height)
+                suited = max(SCANS, min(MOST_SCANS, int(SCANNED / max(width * height, 1))))
+                _count_scans(data, position, f"{width}x{height}", most or suited)
             return
         position += int.from_bytes(segment[:2])
 
 
-def _count_scans(data: bytes, position: int, width: int, height: int) -> None:
+def _count_scans(data: bytes, position: int, size: str, most: int) -> None:
     """
     Args:
         position: behind the first scan's marker.
     """
-    most = max(SCANS, min(MOST_SCANS, int(SCANNED / max(width * height, 1))))
     if data.count(b"\xff" + _START_OF_SCAN, position) < most:
         return  # a few of them may be no markers
     scans = 1
@@ -101,10 +110,26 @@ def _count_scans(data: bytes, position: int, width: int, height: int) -> None:
         scans += found[1] == _START_OF_SCAN
         if scans > most:
             raise TooLarge(
-                f"the JPEG has over {most} scans, the most for {width}x{height} pixels; "
+                f"the JPEG has over {most} scans, the most for {size} pixels; "
                 "photographs have about 10, and each costs a pass over all pixels"
             )
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+
+
+def _require_few_scans_in_strips(data: bytes, tags: Mapping[int, Any]) -> None:
+    """Refuse a TIFF of JPEGs, one a strip or tile, of which any has many scans.
+
+    Strips may share their bytes, so that no sum over the file bounds what decoding takes.
+
+    Raises:
+        TooLarge: a strip or tile has over `SCANS` scans.
+    """
+    if tags.get(_COMPRESSION) != _JPEG_IN_TIFF or data.count(b"\xff" + _START_OF_SCAN) <= SCANS:
+        return
+    for starts, sizes in _PLACES:
+        known = tags.get(starts, ())
+        for start, size in {*zip_longest(known, tags.get(sizes, ())[: len(known)])}:
+            require_few_scans(data[start : start + size if size else None], SCANS)
 
 
 def opened(data: bytes, max_pixels: int) -> Image.Image:
@@ -122,6 +147,8 @@ def opened(data: bytes, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError:
         raise UnidentifiedImageError("its format is not known") from None
     require_size(*image.size, max_pixels)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _require_few_scans_in_strips(data, image.tag_v2)
     return image
 
 

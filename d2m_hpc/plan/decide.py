@@ -189,7 +189,10 @@ def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
     config, ours = workload.config, workload.fingerprint_id
     manifest, output = Manifest.load(workload.run), OutputDir(config.output_metadata_dir)
     stems = [s.stem for s in decision.shards]
-    found = stand(stems, manifest, output.stems(), ours, config.max_attempts)
+    odd = set[str]()
+    present = output.stems(odd=odd)
+    found = stand(stems, manifest, present, ours, config.max_attempts, odd)
+    _refuse_odd(workload, output, found.odd)
     foreign = _take_back(decision, found, output)
     decision.done.update(found.done)
     decision.exhausted = found.given_up - decision.done
@@ -223,6 +226,16 @@ def _take_back(decision: Decision, found: Standings, output: OutputDir) -> list[
         elif not workload.config.reprocess:
             decision.extends[stem] = record.fingerprint
     return foreign
+
+
+def _refuse_odd(workload: Workload, output: OutputDir, stems: list[str]) -> None:
+    if stems:
+        others = f", nor are {len(stems) - 1} more" if stems[1:] else ""
+        mistake = (
+            f"output_metadata_dir: {output.path(f'{stems[0]}.parquet')} is no regular file, but "
+            f"a folder, a pipe or a device{others}; move it away"
+        )
+        raise ConfigError(workload.where, [mistake])
 
 
 def _refuse_foreign(workload: Workload, stems: list[str]) -> None:

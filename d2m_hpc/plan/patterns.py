@@ -164,38 +164,41 @@ class _Disk:
 def _folders(pattern: str) -> list[str]:
     """The folders that a pattern names, sorted, each with a slash at its end.
 
-    `**` stands for a folder and all below it, but for those that begin with a dot, as Python's own
-    `glob` takes it; that one follows a link to a folder above it until paths become too long.
+    `**` stands for a folder and all below it, but for those that begin with a dot. Links to other
+    folders are followed, but each folder counts once: by its own path, or by the first link to it.
     """
     head, stars, rest = _STARS.sub("/**/", f"{pattern}/").partition("/**/")
     if not stars:
         return sorted(glob.glob(head))
     bases = _folders(head) if GLOB.search(head) else [f"{head}/"]
-    below = dict.fromkeys(chain.from_iterable(_walk(base, frozenset()) for base in bases))
+    below = _below(bases)
     if not rest:
         return sorted(below)
     found = (_folders(glob.escape(each) + rest.rstrip("/")) for each in below)
     return sorted(set(chain.from_iterable(found)))
 
 
-def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """A folder and those below it; of one that lies within itself, by a link, nothing more.
-
-    Args:
-        above: devices and inodes of the folders on the way down.
-    """
-    try:
-        there = os.stat(folder)
-    except OSError:  # it is not there, or its link leads to itself
-        return
-    if (own := (there.st_dev, there.st_ino)) in above:
-        return
-    yield folder
-    with suppress(OSError):  # `_list` tells of one that cannot be read
-        with os.scandir(folder) as entries:
-            names = [e.name for e in entries if not e.name.startswith(".") and _is_folder(e)]
-        for name in names:
-            yield from _walk(f"{folder}{name}/", above | {own})
+def _below(bases: Iterable[str]) -> list[str]:
+    """Some folders and all below them, each once; links are followed once all else is known."""
+    found: list[str] = []
+    known: set[tuple[int, int]] = set()
+    links: list[str] = []
+    folders = [*bases]
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            there = os.stat(folder)
+        except OSError:  # it is not there, or its link leads to itself
+            continue
+        if (there.st_dev, there.st_ino) in known:
+            continue
+        known.add((there.st_dev, there.st_ino))
+        found.append(folder)
+        with suppress(OSError), os.scandir(folder) as entries:  # `_list` tells what is unreadable
+            for entry in sorted(entries, key=lambda e: e.name):
+                if not entry.name.startswith(".") and _is_folder(entry):
+                    (links if entry.is_symlink() else folders).append(f"{folder}{entry.name}/")
+    return found
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

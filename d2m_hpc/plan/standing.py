@@ -38,6 +38,7 @@ class Standings:
         removed: what the records say of shards that are done on record, and whose parquet is not
             there, by stem.
         unrecorded: stems whose parquet is there, and of which no record says that they are done.
+        odd: stems whose parquet's name is that of a folder, a pipe or a device.
     """
 
     stems: list[str]
@@ -48,6 +49,7 @@ class Standings:
     given_up: set[str] = field(default_factory=set)
     removed: dict[str, Outcome] = field(default_factory=dict)
     unrecorded: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
@@ -74,6 +76,7 @@ def stand(
     present: Collection[str],
     asked: str,
     max_attempts: int,
+    odd: Collection[str] = (),
 ) -> Standings:
     """Sort the shards of a plan by how far they are.
 
@@ -81,6 +84,7 @@ def stand(
         present: the stems of all parquets in the output folder.
         asked: the fingerprint of what is asked for.
         max_attempts: so many failures by that fingerprint, and a shard is given up.
+        odd: stems of folders, pipes and devices that are named as parquets.
     """
     recorded, known = manifest.done, manifest.done.get
     found = Standings(list(stems), asked)
@@ -97,6 +101,7 @@ def stand(
             found.outdated[stem] = recorded[stem]
         else:
             found.unrecorded.append(stem)
+    found.odd = [stem for stem in found.stems if stem in odd] if odd else []
     _set_failed_apart(found, manifest.failures, max_attempts)
     return found
 
@@ -133,7 +138,8 @@ def standings(
     if not run.shards.exists():
         raise D2MError(f"{run.shards} is missing; submit again, and the plan is made anew")
     manifest = known or Manifest.load(run)
+    odd = set[str]()
     if present is None:
-        present = OutputDir(config.output_metadata_dir).stems()
+        present = OutputDir(config.output_metadata_dir).stems(odd=odd)
     asked = fingerprints.newest(run)
-    return stand(read_stems(run.shards), manifest, present, asked, config.max_attempts)
+    return stand(read_stems(run.shards), manifest, present, asked, config.max_attempts, odd)

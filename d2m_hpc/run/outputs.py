@@ -89,14 +89,21 @@ class OutputDir:
         path = self.path(name)
         return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
-    def stems(self, suffix: str = ".parquet") -> set[str]:
-        """The stems of all files with a suffix, by one listing; a finished shard has a parquet."""
+    def stems(self, suffix: str = ".parquet", odd: set[str] | None = None) -> set[str]:
+        """The stems of all files with a suffix, by one listing; a finished shard has a parquet.
+
+        Args:
+            odd: takes the stems of folders, pipes and devices with such names.
+        """
         cut = -len(suffix)
-        if self.is_local:  # without a step a name: there are millions
-            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
-                return {entry.name[:cut] for entry in entries if entry.name.endswith(suffix)}
-            return set()
-        return {name[:cut] for name in self._names() if name.endswith(suffix)}
+        if not self.is_local:
+            return {name[:cut] for name in self._names() if name.endswith(suffix)}
+        files, others = set[str](), set[str]() if odd is None else odd
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
+            for entry in entries:
+                if entry.name.endswith(suffix):
+                    (files if entry.is_file() else others).add(entry.name[:cut])
+        return files
 
     def pairs(self) -> dict[str, set[str]]:
         """The stems by suffix of all outputs, by one listing."""
@@ -108,14 +115,14 @@ class OutputDir:
         return found
 
     def _names(self) -> Iterator[str]:
-        """Names of all files and folders in the folder.
+        """Names of all files in the folder; of a store, of folders too.
 
         Raises:
             D2MError: the store does not say.
         """
         if self.is_local:  # one at a time: fsspec holds a list of all paths
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
-                yield from (entry.name for entry in entries)
+                yield from (entry.name for entry in entries if entry.is_file())
             return
         try:
             paths = stores.retrying(self._paths)

@@ -22,6 +22,7 @@ from d2m_hpc.plan.workload import run_dir
 from d2m_hpc.run import nodes
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
+from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.shards import read_some
 from d2m_hpc.run.tasks import Progress, attempts, log_file
 from d2m_hpc.storage.texts import ERROR, safe
@@ -49,7 +50,8 @@ class Summary:
     failed ones that the next submit does not try again.
     `eta_seconds` is None where nothing runs or nothing is known of its speed. `tasks` counts array
     elements by what Slurm says of them; it is empty where Slurm says nothing. `waiting` are the
-    reasons why some of them do not run; `unasked` is why Slurm could not be asked. `changed` are
+    reasons why some of them do not run; `unasked` is why Slurm could not be asked. `odd` are the
+    paths of folders, pipes and devices in the place of parquets. `changed` are
     the shards whose tars are others now, where the tars were looked at. `notices` counts done
     shards by what was noted of them, as members that are no samples. `hardware` counts tasks by
     what they ran on: a GPU's model, or `CPU`.
@@ -79,6 +81,7 @@ class Summary:
     given_up: int = 0
     waiting: list[Waiting] = field(default_factory=list)
     unasked: str = ""
+    odd: list[str] = field(default_factory=list)
     changed: Changed | None = None
     notices: dict[str, int] = field(default_factory=dict)
 
@@ -149,9 +152,6 @@ def summarise(
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     rows = sum(r.rows for r in done)
     active = [t for t in tasks if t.is_active]
-    speed = sum(t.speed for t in active)
-    left = len(stems) - len(done) - len(failed.keys() - running)
-    mean = rows / len(done) if done else 0
     rejections = _by_reason(done)
     return Summary(
         run_dir=str(run.root),
@@ -164,8 +164,7 @@ def summarise(
         rows=rows,
         rejected=sum(rejections.values()),
         recomputed=sum(r.recomputed for r in done),
-        samples_per_second=round(speed or _past_speed(done), 2),
-        eta_seconds=round(left * mean / speed, 1) if speed and mean else None,
+        **_pace(active, done, pending + len(running)),
         **_ran_on(tasks),
         **_queued(run),
         stragglers=_stragglers(active),
@@ -174,6 +173,7 @@ def summarise(
         rejections=rejections,
         outdated=len(found.outdated),
         removed=len(found.removed),
+        odd=[OutputDir(config.output_metadata_dir).path(f"{s}.parquet") for s in found.odd],
         given_up=len(found.given_up),
         notices=noticed(done),
     )
@@ -220,6 +220,16 @@ def _stragglers(active: list[Progress]) -> list[str]:
     shares = {t.task: t.done / max(t.shards, 1) for t in active}
     median = statistics.median(shares.values()) if len(shares) > 2 else 0.0
     return sorted(task for task, share in shares.items() if share < median / 2)
+
+
+def _pace(active: list[Progress], done: list[Outcome], left: int) -> dict[str, Any]:
+    """Samples a second, now or over the whole run, and the seconds that the rest will take."""
+    speed = sum(task.speed for task in active)
+    mean = sum(r.rows for r in done) / len(done) if done else 0
+    return {
+        "samples_per_second": round(speed or _past_speed(done), 2),
+        "eta_seconds": round(left * mean / speed, 1) if speed and mean else None,
+    }
 
 
 def _past_speed(done: list[Outcome]) -> float:

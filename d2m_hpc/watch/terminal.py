@@ -194,6 +194,9 @@ def summary(found: Summary) -> None:
 
 
 def _remarks(found: Summary) -> None:
+    for path in found.odd:
+        what = "is no regular file, but a folder, a pipe or a device; move it away"
+        console.print(f"{path} {what}, and submit again", style="red")
     if found.changed:
         notices(found.changed.notices())
     for wait in found.waiting:

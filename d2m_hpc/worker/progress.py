@@ -98,7 +98,7 @@ class Watchdog:
         self, report: Reporter, seconds: float, path: Path, let_go: Callable[[], None]
     ) -> None:
         self._report, self._seconds, self._path, self._let_go = report, seconds, path, let_go
-        self._over, self._stalled = threading.Event(), False
+        self._over, self._stalled = threading.Event(), threading.Event()
         self._is_main = threading.current_thread() is threading.main_thread()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -107,7 +107,7 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._over.set()
-        if self._stalled and kind is KeyboardInterrupt:
+        if self._stalled.is_set() and kind is KeyboardInterrupt:
             what = f"nothing happened for {self._seconds:g} s"
             raise D2MError(f"{what}; the stacks of all threads are in {self._path}")
 
@@ -130,6 +130,6 @@ class Watchdog:
         self._let_go()
         if is_own_process():
             os._exit(STALLED)
-        self._stalled = True
+        self._stalled.set()
         if self._is_main:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -63,7 +63,8 @@ class Work:
     @property
     def rests(self) -> bool:
         """Whether the shard is computed and waits until all others are."""
-        return self._rests
+        with self._lock:
+            return self._rests
 
     def begin(self) -> None:
         """Put the attempt on disk, so that other tasks see it even if this process dies.

@@ -89,7 +89,7 @@ class Stager:
     def __init__(self, works: Iterator[Work], scratch: Scratch) -> None:
         self._works, self._scratch = works, scratch
         self._queue: Queue[Coming | BaseException | None] = Queue()
-        self._stopped = False
+        self._stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="stager", daemon=True)
 
     def __iter__(self) -> Iterator[Coming]:
@@ -101,7 +101,7 @@ class Stager:
 
     def stop(self) -> None:
         """Release shards that nobody took; do not wait for a copy that hangs."""
-        self._stopped = True
+        self._stopped.set()
         while True:
             try:
                 coming = self._queue.get_nowait()
@@ -119,14 +119,14 @@ class Stager:
             for work in self._works:
                 coming = Coming(work)
                 self._queue.put(coming)
-                if self._stopped:
+                if self._stopped.is_set():
                     coming.abandon()
                     break
                 copied = coming.bring(self._scratch)
                 if coming.ended.is_set():
                     coming.drop()
                 (coming.begun if copied else coming.ended).wait()
-                if self._stopped:
+                if self._stopped.is_set():
                     break
         except BaseException as error:
             end = error

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Queue
 
@@ -52,7 +53,7 @@ class Settler:
         self._committer, self._recorder = committer, recorder
         self._claims, self._report = claims, report
         self._queue: Queue[Result | None] = Queue(1)
-        self._error: BaseException | None = None
+        self._end: Future[None] = Future()
         self._thread = threading.Thread(target=self._loop, name="writer", daemon=True)
 
     def __enter__(self) -> Settler:
@@ -64,8 +65,8 @@ class Settler:
         Raises:
             The error that stopped the thread: without records the task cannot go on.
         """
-        if self._error is not None:
-            raise self._error
+        if self._end.done():
+            self._end.result()
         self._queue.put(result)
 
     def __exit__(self, *_: object) -> None:
@@ -73,16 +74,17 @@ class Settler:
         self._queue.put(None)
         self._thread.join()
         self._committer.close()
-        if self._error is not None:
-            raise self._error
+        self._end.result()
 
     def _loop(self) -> None:
-        while (result := self._queue.get()) is not None:
-            if self._error is None:
-                try:
-                    self._settle(result)
-                except BaseException as error:
-                    self._error = error
+        try:
+            while (result := self._queue.get()) is not None:
+                self._settle(result)
+            self._end.set_result(None)
+        except BaseException as error:
+            self._end.set_exception(error)
+            while self._queue.get() is not None:
+                pass  # `put` may be waiting for room
 
     def _settle(self, result: Result) -> None:
         record = result.record

@@ -354,3 +354,36 @@ def test_scans_of_one_colour_each_are_counted_too() -> None:
     with pytest.raises(Rejected, match="has over 500 scans"):
         decode.image(data[:start] + one * 501 + b"\xff\xd9", LIMIT)
     assert decode.image(data[:start] + data[start:-2] * 501 + b"\xff\xd9", LIMIT).size == (40, 30)
+
+
+def tiff(strip: bytes, size: tuple[int, int], strips: int = 1, counted: bool = True) -> bytes:
+    """A TIFF of one column of strips, each the same bytes of a JPEG."""
+    width, height = size
+    offset = 8 + 2 + 9 * 12 + 4
+    lists = struct.pack(f"<{strips}I", *[offset + 8 * strips] * strips)
+    lists += struct.pack(f"<{strips}I", *[len(strip) if counted else 0] * strips)
+    places = (offset, offset + 4 * strips)
+    if strips == 1:
+        places = struct.unpack("<2I", lists)
+    tags = {256: width, 257: height * strips, 258: 8, 259: 7, 262: 6, 277: 3, 278: height}
+    many = {273: (strips, places[0]), 279: (strips, places[1])}
+    entries = sorted({**{t: (1, v) for t, v in tags.items()}, **many}.items())
+    listed = b"".join(struct.pack("<HHII", tag, 4, *value) for tag, value in entries)
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    return head + listed + bytes(4) + lists + strip
+
+
+@pytest.mark.parametrize(("strips", "counted"), [(1, True), (1, False), (5, True)])
+def test_a_tiff_of_jpegs_with_very_many_scans_is_rejected_too(strips: int, counted: bool) -> None:
+    """One of each 32 scans is decoded; libtiff itself takes 100 in each strip, at any size."""
+    size = (64, 48)
+    few, many = (tiff(scans(n), size, strips, counted) for n in (32, 33))
+    assert decode.image(few, LIMIT).size == (64, 48 * strips)
+    with pytest.raises(Rejected, match="has over 32 scans, the most for 64x48 pixels"):
+        decode.image(many, LIMIT)
+    with pytest.raises(TooLarge, match="scans"):
+        opened(many, LIMIT)
+
+
+def test_a_tiff_may_have_more_strips_than_a_jpeg_has_scans() -> None:
+    assert decode.image(tiff(scans(3), (64, 48), 40), LIMIT).size == (64, 1920)
