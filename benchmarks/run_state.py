@@ -25,7 +25,7 @@ import yaml
 
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Job, Record, Rejection, encode
+from d2m_hpc.run.records import Job, Record, Rejection, encode
 
 TARS = [f"crawl-{i}/part-{j}" for i in range(2) for j in range(5)]
 ROWS = 20

@@ -21,7 +21,7 @@ from d2m_hpc.models.preprocessors import PREPROCESSORS
 from d2m_hpc.models.registry import COLUMNS, FEATURES
 from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.plan.workload import inspect
-from d2m_hpc.run.manifest import Job, Shard
+from d2m_hpc.run.records import Job, Shard
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.compute.resolve import Toolbox

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from d2m_hpc import config as configs
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Record, Recorder, Rejection, Shard
+from d2m_hpc.run.records import Record, Recorder, Rejection, Shard
 from d2m_hpc.run.shards import write_shards
 
 CLIP = "clip_l14_similarity_score"

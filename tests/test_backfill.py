@@ -35,9 +35,10 @@ from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.plan import balance as chunking
 from d2m_hpc.plan.decide import Decision, decide
 from d2m_hpc.plan.workload import Workload, inspect
-from d2m_hpc.run.manifest import Manifest, Record, all_values
+from d2m_hpc.run.manifest import Manifest, all_values
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.records import Record
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.watch.status import summarise
 from d2m_hpc.watch.verify import verify

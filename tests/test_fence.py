@@ -19,9 +19,10 @@ from test_resume import fork, leftovers
 from d2m_hpc.errors import D2MError
 from d2m_hpc.plan.decide import decide
 from d2m_hpc.run import staging
-from d2m_hpc.run.manifest import DIED, Manifest, Record, read_records
+from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.records import DIED, Record, read_records
 from d2m_hpc.run.staging import Staging
 from d2m_hpc.watch.verify import verify
 from d2m_hpc.worker.write.writer import Committer, TakenOver

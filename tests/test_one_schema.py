@@ -20,9 +20,9 @@ import pytest
 from kit import STATS, jpeg, submit, write_config, write_tar
 
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Record
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.records import Record
 
 Values = Sequence[Mapping[str, Any]]
 

@@ -18,7 +18,7 @@ from kit import STATS, d2m, sample, submit, write_config, write_shards
 from d2m_hpc import cli
 from d2m_hpc.cli.trouble import explained
 from d2m_hpc.errors import ConfigError, SlurmError
-from d2m_hpc.run.manifest import Record, Recorder
+from d2m_hpc.run.records import Record, Recorder
 from d2m_hpc.storage.texts import as_json
 from d2m_hpc.watch.alike import alike
 from d2m_hpc.watch.status import find_run, summarise

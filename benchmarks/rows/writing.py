@@ -22,7 +22,7 @@ from benchmarks.captions import captions
 from benchmarks.harness import Row, Setting, Sides, timed
 from benchmarks.noop_models import WIDTHS
 from d2m_hpc.config import Config
-from d2m_hpc.run.manifest import Record
+from d2m_hpc.run.records import Record
 from d2m_hpc.worker.batch import Outputs
 from d2m_hpc.worker.write.table import Table
 from d2m_hpc.worker.write.writer import write_pair

@@ -16,7 +16,7 @@ from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run import nodes
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir, Submission
-from d2m_hpc.run.manifest import Job
+from d2m_hpc.run.records import Job
 
 SHARDS_PER_TASK = 16
 SHORTEST_WAIT, LONGEST_WAIT = 2.0, 30.0

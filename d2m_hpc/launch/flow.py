@@ -21,10 +21,10 @@ from d2m_hpc.run.alone import alone
 from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.chunks import write_chunks
 from d2m_hpc.run.folder import Submission
-from d2m_hpc.run.manifest import Job, Recorder
 from d2m_hpc.run.merge import merge_silent
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import require_own
+from d2m_hpc.run.records import Job, Recorder
 from d2m_hpc.run.shards import write_shards
 from d2m_hpc.run.staging import STAGING, Staging
 from d2m_hpc.run.user import user_name

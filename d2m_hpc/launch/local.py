@@ -15,7 +15,7 @@ from d2m_hpc.plan.decide import Decision
 from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run import fingerprints
 from d2m_hpc.run.folder import Submission
-from d2m_hpc.run.manifest import Job
+from d2m_hpc.run.records import Job
 
 if TYPE_CHECKING:
     from d2m_hpc.worker.board import Board

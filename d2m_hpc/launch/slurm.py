@@ -18,7 +18,7 @@ from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch.commands import ask
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.folder import RunDir, Submission
-from d2m_hpc.run.manifest import Job
+from d2m_hpc.run.records import Job
 from d2m_hpc.storage.files import atomic_write
 
 DEFAULT_MAX_ARRAY_SIZE = 1001

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from d2m_hpc.run.manifest import Job
+from d2m_hpc.run.records import Job
 
 
 def groups(jobs: Iterable[Job]) -> list[list[Job]]:

@@ -18,9 +18,10 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
 from d2m_hpc.plan.naming import own_name
 from d2m_hpc.plan.standing import Standings
-from d2m_hpc.run.manifest import Outcome, Record, Shard
+from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.records import Record, Shard
 from d2m_hpc.storage.urls import is_local
 
 LOOKED_AT = 1000

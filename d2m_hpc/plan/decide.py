@@ -19,9 +19,10 @@ from d2m_hpc.run import fingerprints, nodes
 from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.extension import only_new
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import DIED, Job, Manifest, Outcome, Record, Shard
+from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.records import DIED, Job, Record, Shard
 from d2m_hpc.run.shards import read_shards
 
 

@@ -16,7 +16,7 @@ from d2m_hpc.plan import braces
 from d2m_hpc.plan.patterns import absolute_pattern
 from d2m_hpc.run.alone import alone
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards, write_shards
 from d2m_hpc.run.user import user_name
 from d2m_hpc.storage.files import is_private, own_only, owned

@@ -18,7 +18,7 @@ from d2m_hpc.plan import braces, remote
 from d2m_hpc.plan.naming import is_archive, name_shards
 from d2m_hpc.plan.oddities import Oddities
 from d2m_hpc.plan.remote import MISSING
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.records import Shard
 from d2m_hpc.storage.urls import GLOB, is_local, is_pipe, is_remote
 
 SPECIAL = -2

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.folder import Submission
-from d2m_hpc.run.manifest import Job, Shard
+from d2m_hpc.run.records import Job, Shard
 from d2m_hpc.storage.files import atomic_write
 
 _OFFSET = struct.Struct("<Q")

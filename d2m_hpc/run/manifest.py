@@ -10,36 +10,7 @@ from typing import Any, NamedTuple
 
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.merge import listed
-from d2m_hpc.run.records import (
-    DIED,
-    EARLIEST,
-    Job,
-    Order,
-    Record,
-    Recorder,
-    Rejection,
-    Shard,
-    encode,
-    order,
-    read_records,
-    read_values,
-)
-
-__all__ = [
-    "DIED",
-    "Job",
-    "Manifest",
-    "Outcome",
-    "Record",
-    "Recorder",
-    "Rejection",
-    "Shard",
-    "all_values",
-    "encode",
-    "gist",
-    "read_records",
-]
-
+from d2m_hpc.run.records import EARLIEST, Order, order, read_values
 
 FAR = 1e13
 """More than any count or time that a record may have; a damaged one may have any."""

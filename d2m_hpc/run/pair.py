@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from d2m_hpc.errors import D2MError, ShardError
-from d2m_hpc.run.manifest import Outcome, Record
+from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.records import Record
 
 METADATA = b"d2m"
 """Key of the parquet's file metadata that holds the shard's record."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2m_hpc.run.damage import undamaged
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.records import Shard
 from d2m_hpc.storage.files import atomic_write, is_private
 
 _SCHEMA = pa.schema([("stem", pa.string()), ("url", pa.string()), ("size", pa.int64())])

@@ -18,8 +18,9 @@ from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan.naming import location
 from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Outcome, Shard
+from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.urls import is_remote

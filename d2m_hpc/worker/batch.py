@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.run.records import Rejection
 
 Input = tuple[str, str]
 """A raw input and its preprocessor."""

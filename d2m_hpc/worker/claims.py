@@ -17,9 +17,9 @@ from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.extension import refits
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Job, Record, Recorder, read_records
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.records import Job, Record, Recorder, read_records
 from d2m_hpc.storage.files import FILE_MODE, make_folder
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.storage.refused import require_there

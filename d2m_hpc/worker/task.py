@@ -22,10 +22,10 @@ from d2m_hpc.models.weights import OFFLINE
 from d2m_hpc.run import frozen
 from d2m_hpc.run.extension import only_new
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Record, Recorder
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import require_own
 from d2m_hpc.run.pair import Contents, Pair
+from d2m_hpc.run.records import Record, Recorder
 from d2m_hpc.run.schema import Schema
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.suspension import Awake

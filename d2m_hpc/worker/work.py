@@ -7,7 +7,7 @@ from threading import Lock
 
 from d2m_hpc.errors import DiskError, ShardError
 from d2m_hpc.run.attempts import Attempt, Attempts
-from d2m_hpc.run.manifest import Job, Shard
+from d2m_hpc.run.records import Job, Shard
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.storage.refused import of_system
 from d2m_hpc.worker.board import Board

@@ -22,7 +22,8 @@ from d2m_hpc.plan.workload import Workload, inspect
 from d2m_hpc.run import alone, merge
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Manifest, Record, Recorder
+from d2m_hpc.run.manifest import Manifest
+from d2m_hpc.run.records import Record, Recorder
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.watch.status import summarise
 

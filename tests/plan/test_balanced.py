@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2m_hpc.plan.balance import balanced, groups
-from d2m_hpc.run.manifest import Job, Shard
+from d2m_hpc.run.records import Job, Shard
 
 SIZES = st.lists(st.none() | st.integers(0, 10**12), max_size=60)
 

@@ -21,8 +21,9 @@ from d2m_hpc.plan.changed import moved
 from d2m_hpc.plan.remote import expand
 from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Outcome, Record, Shard, all_values
+from d2m_hpc.run.manifest import Outcome, all_values
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.records import Record, Shard
 from d2m_hpc.run.shards import read_some
 
 

@@ -13,7 +13,7 @@ from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan.forget import Forgotten, forget, remember
 from d2m_hpc.run import alone
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_stems
 from d2m_hpc.run.shards import write_shards as write_plan
 from d2m_hpc.storage.lease import Lease

@@ -31,7 +31,7 @@ from d2m_hpc.plan.balance import chunk
 from d2m_hpc.plan.naming import name_shards
 from d2m_hpc.plan.patterns import Expansion, expand, plan_shards
 from d2m_hpc.plan.workload import inspect
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards, write_shards
 
 

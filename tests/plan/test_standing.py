@@ -10,7 +10,8 @@ import pytest
 from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc.plan.standing import stand
-from d2m_hpc.run.manifest import Manifest, Record
+from d2m_hpc.run.manifest import Manifest
+from d2m_hpc.run.records import Record
 
 OURS, OTHER = "a" * 16, "b" * 16
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from d2m_hpc.run.chunks import Chunks, write_chunks
 from d2m_hpc.run.folder import RunDir, Submission
-from d2m_hpc.run.manifest import Job, Shard
+from d2m_hpc.run.records import Job, Shard
 
 SIZES = st.none() | st.integers(0, 10**12)
 SHARDS = st.builds(Shard, st.text(), st.text(), SIZES)

@@ -13,15 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import (
-    Manifest,
-    Outcome,
-    Record,
-    Recorder,
-    Rejection,
-    encode,
-    read_records,
-)
+from d2m_hpc.run.manifest import Manifest, Outcome
+from d2m_hpc.run.records import Record, Recorder, Rejection, encode, read_records
 from d2m_hpc.storage.texts import safe
 
 STEM = "döner \udcff\n☃"

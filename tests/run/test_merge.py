@@ -18,8 +18,9 @@ import pytest
 
 from d2m_hpc.run import merge
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Manifest, Outcome, Record, Recorder, Rejection
+from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.merge import listed, merge_silent
+from d2m_hpc.run.records import Record, Recorder, Rejection
 
 LONG_AGO = time.time() - 10_000
 SILENT = 3600.0
@@ -249,7 +250,7 @@ def test_a_task_frozen_while_it_writes_loses_nothing(
 WRITER = """
 import sys
 from pathlib import Path
-from d2m_hpc.run.manifest import Record, Recorder
+from d2m_hpc.run.records import Record, Recorder
 recorder = Recorder(Path(sys.argv[1]) / f"000-{sys.argv[2]}-0.jsonl")
 for i in range(300):
     recorder.append(Record(f"{sys.argv[2]}-{i}", "done"))

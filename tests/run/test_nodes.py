@@ -11,7 +11,8 @@ import pytest
 
 from d2m_hpc.run import nodes
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Manifest, Record, Recorder
+from d2m_hpc.run.manifest import Manifest
+from d2m_hpc.run.records import Record, Recorder
 
 
 @pytest.fixture

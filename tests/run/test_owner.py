@@ -23,9 +23,9 @@ from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.plan.workload import Workload, inspect
 from d2m_hpc.run import fingerprints, owner
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Job
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import OWNER, require_own
+from d2m_hpc.run.records import Job
 from d2m_hpc.worker.task import run_task
 
 

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from d2m_hpc.errors import D2MError, ShardError
-from d2m_hpc.run.manifest import Record, Rejection
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import METADATA, Pair
+from d2m_hpc.run.records import Record, Rejection
 from d2m_hpc.storage import stores
 
 RECORD = Record("s", "done", 2, [Rejection("k\udce9", "nö")], fingerprint="f", finished=1.5)

@@ -21,7 +21,7 @@ from slurm.cluster import PATIENCE, Cluster, is_up
 from slurm.runs import Run, Tars, config_of
 from test_resume import contents
 
-from d2m_hpc.run.manifest import read_records
+from d2m_hpc.run.records import read_records
 from d2m_hpc.watch.status import find_run
 from d2m_hpc.watch.verify import verify
 

@@ -17,7 +17,7 @@ from kit import STATS, d2m, submit, write_config, write_shards
 from slurm.cluster import Cluster, wait_until
 from test_resume import contents, leftovers, times_computed
 
-from d2m_hpc.run.manifest import read_records
+from d2m_hpc.run.records import read_records
 from d2m_hpc.watch.status import find_run, summarise
 from d2m_hpc.watch.verify import verify
 

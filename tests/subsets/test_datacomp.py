@@ -15,7 +15,7 @@ from pools import make_run, table, uid
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import write_shards
 from d2m_hpc.subsets.datacomp import BLUR, Export, export, lacking, numbering
 

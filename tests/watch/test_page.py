@@ -25,7 +25,7 @@ from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.plan.decide import decide
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Record, encode, read_records
+from d2m_hpc.run.records import Record, encode, read_records
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.watch import page as report
 from d2m_hpc.watch.page.timing import STAGES

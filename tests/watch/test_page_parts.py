@@ -19,8 +19,9 @@ from kit import jpeg, sample, write_tar
 from PIL import Image, UnidentifiedImageError
 
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.run.manifest import Outcome, Shard
+from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.records import Shard
 from d2m_hpc.watch.page import charts, columns, environment, printed, sheet, timing, values
 from d2m_hpc.watch.page.timing import cumulative, rate
 from d2m_hpc.watch.terminal import count

@@ -16,7 +16,8 @@ from kit import SHARDS, STATS, d2m, jpeg, sample, submit, write_config, write_sh
 
 from d2m_hpc.run import fingerprints, merge
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Manifest, Record, Recorder
+from d2m_hpc.run.manifest import Manifest
+from d2m_hpc.run.records import Record, Recorder
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.watch import status
 from d2m_hpc.watch.status import find_run, summarise

@@ -16,8 +16,9 @@ import pytest
 from kit import STATS, d2m, sample, submit, write_config, write_shards, write_tar
 
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Manifest, Outcome, Record, Recorder
+from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.records import Record, Recorder
 from d2m_hpc.watch.verify import check_shard
 
 ROWS = 5

@@ -17,9 +17,9 @@ from d2m_hpc.errors import D2MError, ShardError
 from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.chunks import Chunks, write_chunks
 from d2m_hpc.run.folder import RunDir, Submission
-from d2m_hpc.run.manifest import DIED, Job, Record, Shard, read_records
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import METADATA, Pair
+from d2m_hpc.run.records import DIED, Job, Record, Shard, read_records
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker.board import Board

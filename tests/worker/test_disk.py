@@ -27,7 +27,8 @@ from d2m_hpc.plan.standing import standings
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Manifest, Record, Recorder, Shard, read_records
+from d2m_hpc.run.manifest import Manifest
+from d2m_hpc.run.records import Record, Recorder, Shard, read_records
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.worker.progress import Listener
 from d2m_hpc.worker.read.scratch import Scratch, scratch

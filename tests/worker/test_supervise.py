@@ -15,7 +15,8 @@ from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import DIED, Manifest, Record, read_records
+from d2m_hpc.run.manifest import Manifest
+from d2m_hpc.run.records import DIED, Record, read_records
 from d2m_hpc.worker.board import Board, Entry, Scene
 from d2m_hpc.worker.death import memory_limit, oom_kills
 

@@ -22,8 +22,9 @@ from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.plan.decide import decide
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.manifest import Manifest, Record, read_records
+from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.owner import OWNER
+from d2m_hpc.run.records import Record, read_records
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker.task import Progress, choose_device, run_task
 

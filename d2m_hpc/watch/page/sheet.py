@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.models import formats
-from d2m_hpc.run.manifest import Shard
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.records import Shard
 from d2m_hpc.storage.urls import is_local
 from d2m_hpc.watch.page.columns import Column, kind_of, numbers
 

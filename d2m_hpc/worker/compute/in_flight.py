@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.models import custom
-from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.batch import Batch, Input, Outputs, each_part, flagged, non_finite, put, take
 from d2m_hpc.worker.compute.resolve import Postprocessor, Toolbox
 

@@ -20,7 +20,7 @@ from threading import Event, Semaphore
 import torch
 
 from d2m_hpc.errors import ShardError
-from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.batch import Allocate, Batch, Reused, collate, pinned
 from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.read import refusal

@@ -14,7 +14,7 @@ from typing import Any
 from d2m_hpc.config import Config
 from d2m_hpc.models import custom
 from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
-from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.texts import safe
 from d2m_hpc.worker.batch import Input
 from d2m_hpc.worker.read import decode

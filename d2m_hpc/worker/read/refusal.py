@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from d2m_hpc.errors import ShardError, TruncatedShard
-from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.texts import safe
 from d2m_hpc.worker.read.tar import JOINED
 

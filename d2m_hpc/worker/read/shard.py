@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 from webdataset.tariterators import base_plus_ext
 
 from d2m_hpc.errors import ShardError
-from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.texts import valid
 from d2m_hpc.worker.read.decode import EXTENSIONS

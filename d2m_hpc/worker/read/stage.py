@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from d2m_hpc.errors import NodeError, ShardError
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.records import Shard
 from d2m_hpc.storage import stores
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.refused import of_system

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ShardError
-from d2m_hpc.run.manifest import Record, Rejection
 from d2m_hpc.run.pair import AGAIN, Contents
+from d2m_hpc.run.records import Record, Rejection
 from d2m_hpc.storage.texts import fit
 from d2m_hpc.worker.write.table import Table
 

@@ -14,7 +14,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import ShardError
 from d2m_hpc.models.types import leaf
 from d2m_hpc.run import values as fields
-from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.run.records import Rejection
 from d2m_hpc.run.schema import Schema, Shape
 from d2m_hpc.worker.batch import Outputs, join, take
 

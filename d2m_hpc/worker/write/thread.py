@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from queue import Queue
 
 from d2m_hpc.errors import D2MError, DiskError, NodeError
-from d2m_hpc.run.manifest import Job, Record, Recorder
+from d2m_hpc.run.records import Job, Record, Recorder
 from d2m_hpc.storage.refused import require_there
 from d2m_hpc.storage.texts import traceback_of
 from d2m_hpc.worker.claims import Claims

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from d2m_hpc.errors import D2MError, DiskError, ShardError
 from d2m_hpc.models.weights import sha256_of
-from d2m_hpc.run.manifest import Record
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import METADATA, Pair
+from d2m_hpc.run.records import Record
 from d2m_hpc.run.staging import STAGING, Staging, remove
 from d2m_hpc.storage.files import fsync_dir, owned
 from d2m_hpc.storage.refused import DISK, of_system

@@ -21,7 +21,7 @@ from kit import SHARDS, jpeg, sample, write_shards, write_tar
 
 from d2m_hpc.errors import ShardError, TruncatedShard
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Preprocessor, custom
-from d2m_hpc.run.manifest import Job, Rejection, Shard
+from d2m_hpc.run.records import Job, Rejection, Shard
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker.batch import Batch, Input
 from d2m_hpc.worker.read import loader as module

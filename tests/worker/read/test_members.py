@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.read.members import (
     HIDDEN,
     LINK,

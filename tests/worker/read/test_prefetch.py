@@ -12,7 +12,7 @@ import pytest
 from kit import sample, write_tar
 
 from d2m_hpc.errors import ShardError
-from d2m_hpc.run.manifest import Job, Shard
+from d2m_hpc.run.records import Job, Shard
 from d2m_hpc.worker.read.prefetch import Stager
 from d2m_hpc.worker.read.scratch import Scratch
 from d2m_hpc.worker.work import Work

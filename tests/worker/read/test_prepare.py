@@ -20,7 +20,7 @@ from PIL import Image, ImageFile
 from d2m_hpc import config as configs
 from d2m_hpc.models import formats
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Rejected
-from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.read import decode
 from d2m_hpc.worker.read.prepare import Budget, Held, Ready, Recipe, prepare
 from d2m_hpc.worker.read.shard import Archive

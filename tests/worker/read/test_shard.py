@@ -23,7 +23,7 @@ from kit import write_tar
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from d2m_hpc.errors import ShardError
-from d2m_hpc.run.manifest import Rejection
+from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.read.members import MERGED, is_foreign
 from d2m_hpc.worker.read.shard import CUT_OFF, Archive, Index, Sample
 

@@ -26,7 +26,7 @@ import s3
 from kit import write_tar
 
 from d2m_hpc.errors import ShardError
-from d2m_hpc.run.manifest import Shard
+from d2m_hpc.run.records import Shard
 from d2m_hpc.storage import stores
 from d2m_hpc.worker.read import stage as module
 from d2m_hpc.worker.read.scratch import Scratch

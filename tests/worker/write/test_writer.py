@@ -22,9 +22,9 @@ from kit import STATS, write_config
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import D2MError, DiskError, ShardError
-from d2m_hpc.run.manifest import Record, Rejection
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.records import Record, Rejection
 from d2m_hpc.worker.batch import Outputs
 from d2m_hpc.worker.write.table import Table
 from d2m_hpc.worker.write.writer import Committer, write_pair
