@@ -3,16 +3,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 import s3
+from hubs import serving_folder
 from kit import GOLDEN, SHARDS
 from pages import TARS
 from xdist.scheduler import LoadFileScheduling
@@ -90,22 +88,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
 def weights_mirror(checkpoints: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     """A site's mirror of the kit's checkpoints and an empty weights folder, as variables."""
-    handler = partial(_Quiet, directory=checkpoints)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
-        thread.start()
-        address = f"http://127.0.0.1:{running.server_port}"
+    with serving_folder(checkpoints) as address:
         yield {"D2M_WEIGHTS_MIRROR": address, "D2M_WEIGHTS": str(tmp_path / "fetched")}
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture

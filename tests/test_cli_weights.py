@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from hubs import Hub, serving, serving_folder
+from huggingface_hub import constants
 from kit import DATACOMP, d2m, write_config
 
 from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import WeightsError
+from d2m_hpc.models import registry
+from d2m_hpc.models.published import HubRepo
+from d2m_hpc.models.registry import ModelSpec
 from d2m_hpc.models.weights import CHECKPOINTS
 
 NO_OUTPUT: dict[str, Any] = {
@@ -38,9 +46,9 @@ def _weights(*words: object) -> None:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    return {
-        p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()
-    }
+    """Sizes of all that is in a weights folder but the lock file."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "weights.lock.json"]
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
 
 
 def test_from_nothing_to_all_that_a_config_needs(
@@ -57,6 +65,8 @@ def test_from_nothing_to_all_that_a_config_needs(
         line = rf"^not the published file {folder / name} \(accepted: allow_unpublished_weights"
         assert re.search(line, said, re.MULTILINE), name
     assert said.count("ok  ") == len(CHECKPOINTS) - len(accepted)
+    locked = json.loads((folder / "weights.lock.json").read_bytes())["files"]
+    assert {name: file["size"] for name, file in locked.items()} == _files(folder)
     _weights("check", config)
     assert capsys.readouterr().out == said
     _weights("list", config)
@@ -93,3 +103,84 @@ def test_the_option_wins_over_the_environment(
     )
     _weights("fetch", config, "--mirror", weights_mirror["D2M_WEIGHTS_MIRROR"])
     assert _files(folder).keys() == {"isc_ft_v107.pth.tar", "eval_dedup_embeddings.pt"}
+
+
+# --- repositories of the hub, and what custom files declare ---
+
+STATS = ["text-stats"]
+OWN = """
+from torch import nn
+
+class Own(nn.Module):
+    name, raw_inputs, preprocessors = "own", ["text"], ["identity"]
+    checkpoints = ["mine.pth"]
+
+model_lookup = {"own": Own}
+"""
+
+
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with a repository that `text-stats` needs in these tests."""
+    spec = replace(registry.MODELS["text-stats"], checkpoints=(HubRepo("Org/net"),))
+    monkeypatch.setitem(cast("dict[str, ModelSpec]", registry.MODELS), "text-stats", spec)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("D2M_WEIGHTS_MIRROR")
+    with serving() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        running.put("Org/net", config__json=b"{}", model__safetensors=bytes(2000))
+        yield running
+
+
+def test_a_repository_is_listed_fetched_and_checked(
+    hub: Hub, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(tmp_path, **{**NO_OUTPUT, "allow_unpublished_weights": False}, models=STATS)
+    place, net = folder / "hub/Org--net@main", folder / "hub/Org--net@main/model.safetensors"
+    _weights("list", config)
+    assert re.search(rf"{place}.*missing.*{hub.url}/Org/net at main", capsys.readouterr().out)
+    hub.ways = ["right", "right", "404"]
+    with pytest.raises(WeightsError, match="/Org/net: the server answers 404"):
+        _weights("fetch", config)
+    _weights("list", config)
+    assert re.search(rf"{place}.*2 bytes, partial", capsys.readouterr().out)
+    _weights("fetch", config)
+    commit = next(iter(hub.commits))[:12]
+    assert f"present  {place} (2 files, 2.0 kB, main is {commit})" in capsys.readouterr().out
+    _weights("check", config)
+    _weights("list", config)
+    assert re.search(rf"{place}.*2.0 kB, present.*{commit}", capsys.readouterr().out)
+    net.write_bytes(bytes(1999))
+    with pytest.raises(WeightsError, match=rf"{net} has sha256 .*, published is "):
+        _weights("check", config)
+    assert f"changed  {place}" in capsys.readouterr().out
+
+
+def test_a_mirror_with_a_lock_file_gives_repositories_too(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tmp_path, models=STATS, **NO_OUTPUT)
+    _weights("fetch", config)
+    before = _files(folder)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with serving_folder(folder) as mirror:
+        monkeypatch.setenv("D2M_WEIGHTS", str(tmp_path / "other"))
+        _weights("fetch", config, "--mirror", mirror)
+    assert _files(tmp_path / "other") == before
+
+
+def test_the_checkpoints_of_a_custom_file_are_listed_and_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    config = _config(tmp_path, models=["own"], custom_pypath=str(tmp_path / "own.py"), **NO_OUTPUT)
+    _weights("list", config)
+    assert re.search(
+        rf"{tmp_path}/mine.pth.*missing.*declared by a custom", capsys.readouterr().out
+    )
+    with pytest.raises(WeightsError, match=r"mine.pth is missing; a custom file declares it"):
+        _weights("check", config)
+    (tmp_path / "mine.pth").write_bytes(b"net")
+    capsys.readouterr()
+    _weights("check", config)
+    assert capsys.readouterr().out == f"ok       {tmp_path}/mine.pth\n"

@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="The published checkpoints of the models.")
 
 
-@app.command("list", help="All published checkpoints, or those that a config needs.")
+@app.command("list", help="What all models of this program need, or those of a config.")
 def weights_list(config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]")] = None) -> None:
     from d2m_hpc.models import registry, weights
     from d2m_hpc.watch import terminal
 
-    loaded = None if config is None else load(config)
-    specs = registry.MODELS if config is None else _specs(config, load(config))
-    folder = weights.weights_dir(None if loaded is None else loaded.weights_dir)
-    terminal.checkpoints(weights.needed(specs.values()), folder)
+    if config is None:
+        found = weights.survey_all(registry.MODELS.values(), weights.default_dir(), quick=True)
+    else:
+        loaded = load(config)
+        folder, specs = weights.weights_dir(loaded.weights_dir), _specs(config, loaded).values()
+        found = weights.survey_all(specs, folder, loaded.custom_file, quick=True)
+    terminal.checkpoints(found)
 
 
 @app.command("check", help="Whether a config's checkpoints are there and right.")
@@ -35,9 +38,11 @@ def weights_check(config: ConfigFile) -> None:
 
     loaded = load(config)
     specs = _specs(config, loaded)
-    checked = weights.check(specs.values(), weights.weights_dir(loaded.weights_dir))
-    terminal.checked(checked, loaded.allow_unpublished_weights)
-    weights.require(checked, loaded.allow_unpublished_weights, str(config))
+    folder = weights.weights_dir(loaded.weights_dir)
+    found = weights.survey_all(specs.values(), folder, loaded.custom_file)
+    terminal.checked(found, loaded.allow_unpublished_weights)
+    files = [checked for group in found for checked in group.files]
+    weights.require(files, loaded.allow_unpublished_weights, str(config))
 
 
 @app.command("fetch", help="Download a config's checkpoints; again goes on where it broke off.")
@@ -51,21 +56,24 @@ def weights_fetch(
             help="a folder with the files under their published names",
         ),
     ] = "",
+    update: Annotated[
+        bool,
+        typer.Option(help="take the newest commit of hub repositories, not the locked one"),
+    ] = False,
 ) -> None:
-    from d2m_hpc.models import weights
+    from d2m_hpc.models import hub, weights
     from d2m_hpc.watch import terminal
 
     loaded = load(config)
     folder, any_hash = weights.weights_dir(loaded.weights_dir), loaded.allow_unpublished_weights
     specs = _specs(config, loaded)
+    wish = hub.Wish(terminal.download, mirror, any_hash, update)
     wanted, failed = weights.needed(specs.values()), []
     if not wanted:
         terminal.checked([], any_hash)
-    for checkpoint in wanted:
+    for need in wanted:
         try:
-            with terminal.download(checkpoint.name) as on_bytes:
-                found = weights.fetch(checkpoint, folder, mirror, any_hash, on_bytes)
-            terminal.checked([found], any_hash)
+            terminal.checked([hub.fetch(need, folder, wish)], any_hash)
         except WeightsError as error:
             failed.append(str(error))
     if failed:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from d2m_hpc.errors import WeightsError
+from d2m_hpc.models.published import HubRepo
 
 WRAPPERS = ("_orig_mod.", "module.")
 """What torch.compile and DistributedDataParallel put before the names of a net's tensors."""
@@ -20,12 +21,28 @@ WRAPPERS = ("_orig_mod.", "module.")
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights folder of a task; its files were checked against their hashes at submit."""
+    """The weights folder of a task; its files were checked against their hashes at submit.
+
+    Example:
+        >>> Weights(Path("/w")).path("ViT-B-32.pt")
+        PosixPath('/w/ViT-B-32.pt')
+    """
 
     folder: Path
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+    def repo(self, repo: HubRepo) -> Path:
+        """The folder of a hub repository, for the loaders of transformers, timm and others.
+
+        Raises:
+            WeightsError: the folder is missing.
+        """
+        folder = self.path(repo.name)
+        if not folder.is_dir():
+            raise WeightsError(f"{folder} is missing; run `d2m weights check`")
+        return folder
 
     def load(self, name: str) -> Any:
         """A checkpoint's content on the CPU, by the restricted unpickler.

@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from itertools import chain
@@ -21,18 +21,31 @@ TRIES = 4
 """Without getting further than before; a transfer that does goes on for as long as it takes."""
 PAUSE_SECONDS = 1.0
 """Before the second try; twice as long before each later one."""
+LONGEST_PAUSE = 60.0
+"""For a server that says when to come back."""
 TIMEOUT_SECONDS = 60.0
 """Without a byte."""
 BLOCK = 1 << 20
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Statuses that may be others in a moment."""
 
+NO_HEADERS: Mapping[str, str] = {}
+
 OnBytes = Callable[[int, int | None], None]
 """Told the bytes so far and in all; None where the server does not say."""
 
 
 class DownloadError(Exception):
-    """The server does not give the file."""
+    """The server does not give the file.
+
+    Attributes:
+        status: of its answer; 0 where there is none.
+        retry_after: the header of that name.
+    """
+
+    def __init__(self, why: str, status: int = 0, retry_after: str | None = None) -> None:
+        super().__init__(why)
+        self.status, self.retry_after = status, retry_after
 
 
 class Broken(DownloadError):
@@ -72,8 +85,13 @@ class PartialFile:
         self._origin.unlink(missing_ok=True)
 
 
-def download(url: str, part: PartialFile, on_bytes: OnBytes) -> str:
+def download(
+    url: str, part: PartialFile, on_bytes: OnBytes, headers: Mapping[str, str] = NO_HEADERS
+) -> str:
     """Complete a part; it is as durable as the disk when this returns.
+
+    Args:
+        headers: for this server alone; another one that it redirects to gets none of them.
 
     Returns:
         sha256 of the whole file, in hex.
@@ -85,40 +103,59 @@ def download(url: str, part: PartialFile, on_bytes: OnBytes) -> str:
     furthest, tries = part.size, 0
     while True:
         try:
-            return _attempt(url, part, on_bytes)
-        except Broken:
+            return _attempt(url, part, on_bytes, headers)
+        except Broken as error:
             tries = 1 if part.size > furthest else tries + 1
             furthest = max(furthest, part.size)
             if tries == TRIES:
                 raise
-        time.sleep(PAUSE_SECONDS * 2 ** (tries - 1) * random.uniform(0.5, 1.5))
+            asked = error.retry_after
+        pause(tries, asked)
 
 
-def _attempt(url: str, part: PartialFile, on_bytes: OnBytes) -> str:
+def pause(tries: int, retry_after: str | None = None) -> None:
+    """Wait before another try: as long as the server says, within limits, or longer each time."""
+    seconds = PAUSE_SECONDS * 2 ** (tries - 1) * random.uniform(0.5, 1.5)
+    if retry_after and retry_after.isdecimal():
+        seconds = max(seconds, min(float(retry_after), LONGEST_PAUSE))
+    time.sleep(seconds)
+
+
+def _attempt(url: str, part: PartialFile, on_bytes: OnBytes, headers: Mapping[str, str]) -> str:
     version = part.version(url)
     wish = {"Range": f"bytes={part.size}-", "If-Range": version} if version else {}
-    with _open(Request(url, headers=wish), part) as response:
+    with _open(url, {**headers, **wish}, part) as response:
         first = _read(response)
         if response.status == 206:
             _check_continues(response, part, version)
-        elif first.lstrip()[:1] == b"<":  # a gateway's login, an error; no checkpoint begins so
+        elif first.lstrip()[:1] == b"<" and _is_page(response):
             raise DownloadError("the server sent a web page instead of the file")
         else:
             part.begin(url, _version(response))
         return _append(part, chain([first], _blocks(response)), _total(response), on_bytes)
 
 
-def _open(request: Request, part: PartialFile) -> HTTPResponse:
+def _is_page(response: HTTPResponse) -> bool:
+    """Whether it may be a gateway's login or an error; a vocabulary begins with `<`, too."""
+    return "ml" in response.headers.get("Content-Type", "html")
+
+
+def _open(url: str, headers: Mapping[str, str], part: PartialFile) -> HTTPResponse:
     try:
+        request = Request(url)
+        for name, value in headers.items():
+            redirected = name in ("Range", "If-Range")
+            (request.add_header if redirected else request.add_unredirected_header)(name, value)
         response: HTTPResponse = urlopen(request, timeout=TIMEOUT_SECONDS)
         return response
     except HTTPError as error:
         error.close()
-        if error.code == 416 and request.has_header("Range"):  # it is shorter than the part
+        if error.code == 416 and "Range" in headers:  # it is shorter than the part
             part.remove()
-            return _open(Request(request.full_url), part)
+            return _open(url, {n: v for n, v in headers.items() if "Range" not in n}, part)
         kind = Broken if error.code in PASSING else DownloadError
-        raise kind(f"the server answers {error.code} {error.reason}") from None
+        why = f"the server answers {error.code} {error.reason}"
+        raise kind(why, error.code, error.headers.get("Retry-After")) from None
     except URLError as error:
         # Where nobody listens or the name is unknown, waiting helps little: often there is no way.
         kind = Broken if isinstance(error.reason, TimeoutError) else DownloadError

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any
 
+from d2m_hpc.models.published import Checkpoint, HubRepo
+
 RAW_INPUTS = ("image", "text", "json")
 
 
@@ -23,7 +25,7 @@ class ModelSpec:
         to_device: move the inputs to the model's device.
         on_host: preprocessors whose inputs stay on the host even so; the model sends their parts.
         target: `module:class` of a built-in model; empty for one of a custom file.
-        checkpoints: names of the files it needs, as `models.weights` knows them.
+        checkpoints: what it needs: files, hub repositories, and names that `models.weights` knows.
         files: paths of the files and folders that a custom class declares as its checkpoints.
     """
 
@@ -34,7 +36,7 @@ class ModelSpec:
     to_device: bool = True
     on_host: tuple[str, ...] = ()
     target: str = ""
-    checkpoints: tuple[str, ...] = ()
+    checkpoints: tuple[str | Checkpoint | HubRepo, ...] = ()
     files: tuple[str, ...] = ()
 
     @property

@@ -10,18 +10,24 @@ import hashlib
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models.download import DownloadError, OnBytes, PartialFile, download
+from d2m_hpc.models.download import (
+    NO_HEADERS,
+    DownloadError,
+    OnBytes,
+    PartialFile,
+    download,
+)
+from d2m_hpc.models.lock import Lock, alone
+from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.models.registry import ModelSpec
 from d2m_hpc.storage.files import atomic_write, fsync_dir, make_folder
-from d2m_hpc.storage.lease import Lease
 
 _D2M = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
 _CLIP = "https://openaipublic.azureedge.net/clip/models"
@@ -30,24 +36,6 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 MOST_FILES = 1000
 """Of a folder that a custom class declares."""
 _XLMR = "https://huggingface.co/FacebookAI/xlm-roberta-base/resolve/main"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A published file.
-
-    Attributes:
-        name: path below the weights folder.
-        sha256: published hash in hex, or the prefix of it that was published, or empty.
-    """
-
-    name: str
-    url: str
-    sha256: str = ""
-
-    def is_published(self, sha256: str) -> bool:
-        """Whether a file with this hash is the published one; True where no hash was published."""
-        return sha256.startswith(self.sha256)
 
 
 def _clip(name: str, sha256: str) -> Checkpoint:
@@ -105,9 +93,10 @@ def weights_dir(configured: str | None) -> Path:
     return Path(os.path.expanduser(configured)) if configured else default_dir()
 
 
-def needed(specs: Iterable[ModelSpec]) -> list[Checkpoint]:
-    """The checkpoints of these models, each once; custom models bring their own."""
-    return [CHECKPOINTS[n] for n in dict.fromkeys(n for s in specs for n in s.checkpoints)]
+def needed(specs: Iterable[ModelSpec]) -> list[Checkpoint | HubRepo]:
+    """What these models need, each once; custom models bring their own."""
+    given = dict.fromkeys(need for spec in specs for need in spec.checkpoints)
+    return [CHECKPOINTS[need] if isinstance(need, str) else need for need in given]
 
 
 def sha256_of(path: Path) -> str:
@@ -162,11 +151,77 @@ def look(
     return Checked(checkpoint, path, digest(path) if path.is_file() else "")
 
 
+@dataclass(frozen=True)
+class Found:
+    """What is there of one thing that models need.
+
+    Attributes:
+        place: path of the file or of the repository's folder.
+        files: one for a published file; those of a repository, or its folder while it is missing.
+        commit: which a repository's revision is, by the lock file; empty where that has none.
+    """
+
+    need: Checkpoint | HubRepo
+    place: Path
+    files: Sequence[Checked]
+    commit: str = ""
+
+    @property
+    def state(self) -> str:
+        """Of a file as `Checked` says; a repository is present, partial, missing or changed."""
+        states = {checked.state for checked in self.files}
+        if isinstance(self.need, Checkpoint):
+            return self.files[0].state
+        if "missing" in states:
+            return "missing" if states == {"missing"} else "partial"
+        return "present" if states == {"ok"} else "changed" if self.commit else "not locked"
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(c.path.stat().st_size for c in self.files if c.sha256)
+
+
 def check(
-    specs: Iterable[ModelSpec], folder: Path, digest: Callable[[Path], str] = sha256_of
+    specs: Iterable[ModelSpec],
+    folder: Path,
+    digest: Callable[[Path], str] = sha256_of,
+    lock: Lock | None = None,
 ) -> list[Checked]:
-    """Look at every checkpoint that these models need."""
-    return [look(checkpoint, folder, digest) for checkpoint in needed(specs)]
+    """Look at every file that these models need, those of hub repositories one by one."""
+    lock = Lock.read(folder) if lock is None else lock
+    return [c for need in needed(specs) for c in survey(need, folder, lock, digest).files]
+
+
+def survey(
+    need: Checkpoint | HubRepo, folder: Path, lock: Lock, digest: Callable[[Path], str] = sha256_of
+) -> Found:
+    """Look at one file, or at those of a repository, and compare them with the lock file, too."""
+    if isinstance(need, Checkpoint):
+        return Found(need, folder / need.name, [look(lock.expected(need), folder, digest)])
+    files = [look(checkpoint, folder, digest) for checkpoint in lock.of(need, folder)]
+    locked = lock.repositories.get(need.name)
+    return Found(need, folder / need.name, files, locked.commit if locked else "")
+
+
+def survey_all(
+    specs: Iterable[ModelSpec],
+    folder: Path,
+    custom_file: Path | None = None,
+    quick: bool = False,
+) -> list[Found]:
+    """Look at all that these models need, and at what custom classes declare as theirs.
+
+    Args:
+        quick: read no file; one of the right size is taken for the right one.
+    """
+    specs, lock = [*specs], Lock.read(folder)
+    digest = lock.digest(folder, lambda path: "unread", timed=False) if quick else sha256_of
+    own = [p for s in specs for given in s.files for p in _paths(given, custom_file or folder)]
+    return [
+        *(survey(need, folder, lock, digest) for need in needed(specs)),
+        *(survey(Checkpoint(str(p), ""), folder, lock, digest) for p in dict.fromkeys(own)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -209,7 +264,7 @@ def declared(spec: ModelSpec, file: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for given in spec.files:
         path = file.parent / os.path.expanduser(given)
-        inside = _files_in(path) if path.is_dir() else [path]
+        inside = _paths(given, file)
         if len(inside) > MOST_FILES:
             raise WeightsError(
                 f"checkpoints of {spec.name!r}: {path} holds {len(inside):,} files; valid are up "
@@ -223,6 +278,12 @@ def declared(spec: ModelSpec, file: Path) -> dict[str, Path]:
                 name += "~"
             found[name] = each
     return found
+
+
+def _paths(given: str, file: Path) -> list[Path]:
+    """The files of one entry of a custom class's checkpoints."""
+    path = file.parent / os.path.expanduser(given)
+    return _files_in(path) if path.is_dir() else [path]
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -240,7 +301,9 @@ def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) ->
     problems = []
     for item in checked:
         if item.state == "missing":
-            problems.append(f"{item.path} is missing; it is published at {item.checkpoint.url}")
+            url = item.checkpoint.url
+            where = f"it is published at {url}" if url else "a custom file declares it"
+            problems.append(f"{item.path} is missing; {where}")
         elif not item.is_usable(allow_unpublished):
             problems.append(
                 f"{item.path} has sha256 {item.sha256}, published is {item.checkpoint.sha256} "
@@ -288,54 +351,71 @@ def fetch(
         WeightsError: the server cannot be reached, breaks off, or sends another file.
     """
     path = folder / checkpoint.name
-    url = address(checkpoint, mirror)
     try:
-        found = look(checkpoint, folder)
-        if not found.is_usable(allow_unpublished):
-            make_folder(path.parent)
-            with _alone(path):
-                found = look(checkpoint, folder)  # another process may have fetched it meanwhile
-                if not found.is_usable(allow_unpublished):
-                    accept_any = allow_unpublished and bool(mirror)
-                    found = _fetch(checkpoint, url, path, accept_any, on_bytes)
+        with writable(path):
+            return fetched(checkpoint, folder, mirror, allow_unpublished, on_bytes)
     except DownloadError as error:
         reason = " ".join(str(error).split())
+        url = address(checkpoint, mirror)
         raise WeightsError(f"{url}: {reason}; try again, or copy to {path}") from None
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Say what to do where a weights folder takes no file.
+
+    Raises:
+        WeightsError: the block failed for the disk's sake.
+    """
+    try:
+        yield
     except OSError as error:
         raise WeightsError(
             f"{path} cannot be written or read: {error}; make room, or choose another weights_dir"
         ) from None
-    return found
 
 
-def _fetch(
-    checkpoint: Checkpoint, url: str, path: Path, accept_any: bool, on_bytes: OnBytes
+def fetched(
+    checkpoint: Checkpoint,
+    folder: Path,
+    mirror: str,
+    allow_unpublished: bool,
+    on_bytes: OnBytes,
+    headers: Mapping[str, str] = NO_HEADERS,
 ) -> Checked:
-    part = PartialFile(path.with_name(f"{path.name}.part"))
-    resumed = part.size > 0
-    found = Checked(checkpoint, path, download(url, part, on_bytes))
-    if resumed and not found.is_usable(accept_any):  # the beginning may have been another file's
+    """Do what `fetch` does, for callers that know better what to do about errors.
+
+    Args:
+        headers: for the server of the checkpoint's URL.
+
+    Raises:
+        DownloadError: the server does not give the file.
+        WeightsError: it sends another.
+        OSError: it cannot be written.
+    """
+    path, url = folder / checkpoint.name, address(checkpoint, mirror)
+    found = look(checkpoint, folder)
+    if found.is_usable(allow_unpublished):
+        return found
+    make_folder(path.parent)
+    with alone(path):
+        found = look(checkpoint, folder)  # another process may have fetched it meanwhile
+        if found.is_usable(allow_unpublished):
+            return found
+        part = PartialFile(path.with_name(f"{path.name}.part"))
+        accept_any = allow_unpublished and bool(mirror)
+        resumed = part.size > 0
+        found = Checked(checkpoint, path, download(url, part, on_bytes, headers))
+        if resumed and not found.is_usable(accept_any):  # its beginning may be another file's
+            part.remove()
+            found = Checked(checkpoint, path, download(url, part, on_bytes, headers))
+        if not found.is_usable(accept_any):
+            part.remove()
+            raise WeightsError(
+                f"{url} sent a file of sha256 {found.sha256}, published is {checkpoint.sha256}; "
+                "nothing was kept (allow_unpublished_weights: true accepts what a mirror has)"
+            )
+        os.replace(part.path, path)
         part.remove()
-        found = Checked(checkpoint, path, download(url, part, on_bytes))
-    if not found.is_usable(accept_any):
-        part.remove()
-        raise WeightsError(
-            f"{url} sent a file of sha256 {found.sha256}, published is {checkpoint.sha256}; "
-            "nothing was kept (allow_unpublished_weights: true accepts what a mirror has)"
-        )
-    os.replace(part.path, path)
-    part.remove()
-    fsync_dir(path.parent)
+        fsync_dir(path.parent)
     return found
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time, of all machines that share the folder."""
-    lease = Lease(path.with_name(f"{path.name}.lock"))
-    while not lease.claim():
-        time.sleep(0.2)
-    try:
-        yield
-    finally:
-        lease.release()

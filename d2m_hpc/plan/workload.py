@@ -17,6 +17,7 @@ from d2m_hpc.config.load import located
 from d2m_hpc.config.mistakes import registry_mistakes
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.models import weights
+from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.registry import Registry
 from d2m_hpc.plan import patterns, preflight
 from d2m_hpc.run import frozen
@@ -187,7 +188,7 @@ def _checkpoints(
         WeightsError: one is missing or wrong.
     """
     folder, specs = weights.weights_dir(config.weights_dir), registry.specs(config.models).values()
-    digest = weights.HashCache(run.hashes)
+    digest = Lock.read(folder).digest(folder, weights.HashCache(run.hashes))
     checked = weights.check(specs, folder, digest)
     weights.require(checked, config.allow_unpublished_weights, where)
     files = {item.checkpoint.name: item.path for item in checked}

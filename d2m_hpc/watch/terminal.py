@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,12 +21,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.storage.texts import safe
 
 if TYPE_CHECKING:
     from d2m_hpc.config import Config
     from d2m_hpc.launch.slurm import Array, Proposal
-    from d2m_hpc.models.weights import Checked, Checkpoint
+    from d2m_hpc.models.weights import Checked, Found
     from d2m_hpc.plan.decide import Decision
     from d2m_hpc.watch.status import Summary
     from d2m_hpc.watch.verify import Report
@@ -239,24 +239,45 @@ def report(found: Report) -> None:
         console.print(f"{left}; `d2m status` says why, and `d2m-submit` goes on", style="yellow")
 
 
-def checkpoints(known: Sequence[Checkpoint], folder: Path) -> None:
+def checkpoints(known: Sequence[Found]) -> None:
     """Where they lie or belong, how large those are that are there, where they come from."""
-    table = Table("file", "size", "published at", "sha256", show_edge=False)
+    table = Table("file or folder", "size", "published at", "sha256 or commit", show_edge=False)
     for item in known:
-        path = folder / item.name
-        size = decimal(path.stat().st_size) if path.is_file() else "missing"
-        table.add_row(str(path), size, item.url, item.sha256[:12] or "not published")
+        need, state = item.need, item.state
+        size = "missing" if state == "missing" else decimal(item.size)
+        if isinstance(need, Checkpoint):
+            whose = need.url or "declared by a custom file"
+            table.add_row(str(item.place), size, whose, need.sha256[:12] or "not published")
+        else:
+            size = size if state == "missing" else f"{size}, {state}"
+            where = f"{need.url} at {need.revision}"
+            table.add_row(str(item.place), size, where, item.commit[:12] or "not fetched")
     console.print(table)
 
 
-def checked(found: Sequence[Checked], allow_unpublished: bool) -> None:
+def checked(found: Sequence[Found], allow_unpublished: bool) -> None:
+    """The state of each file, and of each repository with its files that are not right."""
     for item in found:
-        accepted = item.state != "ok" and item.is_usable(allow_unpublished)
-        style = "green" if item.state == "ok" else "yellow" if accepted else "red"
-        why = " (accepted: allow_unpublished_weights is true)" if accepted else ""
-        console.print(f"{item.state:8} {item.path}{why}", style=style)
+        if isinstance(item.need, Checkpoint):
+            for file in item.files:
+                _state(file, allow_unpublished)
+            continue
+        style = "green" if item.state == "present" else "yellow"
+        at = f"{item.need.revision} is {item.commit[:12]}" if item.commit else item.need.revision
+        told = f"{len(item.files)} files, {decimal(item.size)}, {at}"
+        console.print(f"{item.state:8} {item.place} ({told})", style=style)
+        for file in item.files:
+            if file.state != "ok":
+                _state(file, allow_unpublished)
     if not found:
         console.print("no checkpoint is needed")
+
+
+def _state(item: Checked, allow_unpublished: bool) -> None:
+    accepted = item.state != "ok" and item.is_usable(allow_unpublished)
+    style = "green" if item.state == "ok" else "yellow" if accepted else "red"
+    why = " (accepted: allow_unpublished_weights is true)" if accepted else ""
+    console.print(f"{item.state:8} {item.path}{why}", style=style)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from flaky import SIZE, Served, serving
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import download, weights
-from d2m_hpc.models.weights import Checkpoint, fetch
+from d2m_hpc.models.published import Checkpoint
+from d2m_hpc.models.weights import fetch
 
 HALF = SIZE // 2
 

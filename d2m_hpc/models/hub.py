@@ -1,0 +1,223 @@
+"""Fetch repositories of the Hugging Face hub into the weights folder, at one commit for all.
+
+huggingface_hub tells the commit, its files and who may read them. Their bytes come by
+`models.download`: that library's own downloads begin anew when the process was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d2m_hpc.errors import WeightsError
+from d2m_hpc.models import download, lock, weights
+from d2m_hpc.models.download import DownloadError, OnBytes
+from d2m_hpc.models.lock import Lock, LockedFile, LockedRepo
+from d2m_hpc.models.published import Checkpoint, HubRepo, endpoint
+from d2m_hpc.models.weights import OFFLINE, Checked, Found, address, writable
+from d2m_hpc.storage.files import atomic_write
+from d2m_hpc.storage.texts import safe
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+WHY = 200
+"""Characters of what a library says of an error."""
+
+TransferBar = Callable[[str], AbstractContextManager[OnBytes]]
+"""Shows the transfer of one file while it lasts."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How to fetch.
+
+    Attributes:
+        progress: shows the transfer of a file by name while it lasts.
+        mirror: URL of a weights folder to ask instead of the publishers.
+        allow_unpublished: take what is in the folder, or what a mirror has, whatever its hash.
+        update: ask the hub which commit a revision is now, though the lock file has one.
+    """
+
+    progress: TransferBar
+    mirror: str = ""
+    allow_unpublished: bool = False
+    update: bool = False
+
+
+def fetch(need: Checkpoint | HubRepo, folder: Path, wish: Wish) -> Found:
+    """Download what a model needs, and enter it into the lock file; again goes on where it was.
+
+    Raises:
+        WeightsError: a server refuses, cannot be reached, or sends another file; or the folder
+            cannot be written.
+    """
+    if isinstance(need, HubRepo):
+        return _repository(need, folder, wish)
+    with wish.progress(need.name) as on_bytes:
+        found = weights.fetch(need, folder, wish.mirror, wish.allow_unpublished, on_bytes)
+    _note(found, folder)
+    return Found(need, found.path, [found])
+
+
+def _note(found: Checked, folder: Path) -> None:
+    with writable(folder), lock.changing(folder) as held:
+        held.note(found.checkpoint.name, found.path, found.sha256)
+
+
+def _repository(repo: HubRepo, folder: Path, wish: Wish) -> Found:
+    locked = Lock.read(folder).repositories.get(repo.name)
+    if locked is None or wish.update:
+        locked = _from_mirror(repo, wish.mirror) if wish.mirror else _from_hub(repo)
+        _switch(repo, folder, locked)
+    wanted = locked.checkpoints(repo)
+    if not wanted:
+        has = ", ".join(sorted(locked.files)[:8])
+        raise WeightsError(safe(f"{repo.url} has none of {[*repo.files]}; it has {has}", 2 * WHY))
+    files = [_file(checkpoint, repo, locked, folder, wish) for checkpoint in wanted]
+    return Found(repo, folder / repo.name, files, locked.commit)
+
+
+def _switch(repo: HubRepo, folder: Path, new: LockedRepo) -> None:
+    """Enter a commit into the lock file; drop what the commit before it had and this one lacks."""
+    with writable(folder), lock.changing(folder) as held:
+        old = held.repositories.get(repo.name)
+        if old and old.commit == new.commit:
+            return
+        held.repositories[repo.name] = new
+    for name, file in old.files.items() if old else ():
+        now = new.files.get(name, LockedFile(-1))
+        if (now.git, now.git or now.sha256) != (file.git, file.git or file.sha256):
+            (folder / repo.name / name).unlink(missing_ok=True)
+
+
+def _file(
+    checkpoint: Checkpoint, repo: HubRepo, locked: LockedRepo, folder: Path, wish: Wish
+) -> Checked:
+    path = folder / checkpoint.name
+    listed = locked.files[checkpoint.name.removeprefix(f"{repo.name}/")]
+    git = "" if wish.allow_unpublished else listed.git
+    with writable(path):
+        if git and path.is_file() and not listed.sha256 and _git_hash(path) != git:
+            path.unlink()  # of another commit
+        if not listed.size and not path.is_file():
+            atomic_write(path, b"")
+        found = weights.look(checkpoint, folder)
+        if not found.is_usable(wish.allow_unpublished):
+            found = _downloaded(checkpoint, repo, folder, wish)
+        if git and _git_hash(path) != git:
+            path.unlink()
+            raise WeightsError(f"{path}: another file came than the commit has; try again")
+    _note(found, folder)
+    return found
+
+
+def _downloaded(checkpoint: Checkpoint, repo: HubRepo, folder: Path, wish: Wish) -> Checked:
+    headers = {} if wish.mirror else _headers(repo)
+    try:
+        with wish.progress(checkpoint.name) as on_bytes:
+            return weights.fetched(
+                checkpoint, folder, wish.mirror, wish.allow_unpublished, on_bytes, headers
+            )
+    except DownloadError as error:
+        if wish.mirror:
+            raise WeightsError(f"{address(checkpoint, wish.mirror)}: {error}") from None
+        raise _refused(repo, error.status, str(error)) from None
+
+
+def _git_hash(path: Path) -> str:
+    """The hash by which git, and so the hub, knows a small file."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def _from_mirror(repo: HubRepo, mirror: str) -> LockedRepo:
+    """What the lock file of a mirror says of a repository."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights.fetch(Checkpoint(lock.NAME, ""), Path(folder), mirror)
+        locked = Lock.read(Path(folder)).repositories.get(repo.name)
+    if locked is None:
+        raise WeightsError(f"{mirror}: its {lock.NAME} has no {repo.name}; fetch it there first")
+    return locked
+
+
+def _from_hub(repo: HubRepo) -> LockedRepo:
+    """The commit that the revision is now, and its files."""
+    info = _asked(repo)
+    files = {
+        sibling.rfilename: LockedFile(
+            -1 if sibling.size is None else sibling.size,
+            sha256=sibling.lfs.sha256 if sibling.lfs else "",
+            git="" if sibling.lfs else sibling.blob_id or "",
+        )
+        for sibling in info.siblings or ()
+    }
+    found = LockedRepo(info.id, repo.revision, info.sha or "", files)
+    if wrong := next(found.unsafe(), None):
+        raise WeightsError(f"{repo.url}: {wrong!r} is no name of a file that can be fetched")
+    return found
+
+
+def _asked(repo: HubRepo) -> ModelInfo:
+    """The hub's answer; waits and asks again where another answer may come."""
+    _headers(repo)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+
+    api = HfApi(endpoint=endpoint(), library_name="d2m_hpc")
+    for tries in range(1, download.TRIES + 1):
+        try:
+            return api.model_info(
+                repo.repo_id,
+                revision=repo.revision,
+                files_metadata=True,
+                timeout=download.TIMEOUT_SECONDS,
+            )
+        except RevisionNotFoundError:
+            valid = "valid is a branch, a tag or a commit"
+            raise WeightsError(f"{repo.url} has no revision {repo.revision!r}: {valid}") from None
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status not in download.PASSING or tries == download.TRIES:
+                raise _refused(repo, status, f"the server answers {status}") from None
+            download.pause(tries, error.response.headers.get("Retry-After"))
+        except Exception as error:  # of the HTTP library, which is another in each version
+            reason = f"{type(error).__name__}: {error}"
+            raise _refused(repo, 0, f"the hub cannot be reached: {reason}") from None
+    raise AssertionError("the last try raises")
+
+
+def _headers(repo: HubRepo) -> dict[str, str]:
+    """What tells the hub who asks.
+
+    Raises:
+        WeightsError: the hub is not to be asked.
+    """
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        advice = f"unset {' and '.join(OFFLINE)}, or fetch on another machine"
+        raise WeightsError(f"{repo.url}: the hub is switched off here; {advice}")
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+ADVICE = {
+    401: "the repository is gated, private or misspelt: check its name, accept its licence on that "
+    "page, then `hf auth login` or set HF_TOKEN",
+    403: "the account of your token has no access: accept the licence on that page, or use the "
+    "token of another account in HF_TOKEN",
+    404: "check the name of the repository; `--update` asks for its newest commit",
+    429: "too many requests came from here: wait some minutes; `hf auth login` raises the limit",
+}
+
+
+def _refused(repo: HubRepo, status: int, reason: str) -> WeightsError:
+    """What to do about an answer; it holds no token."""
+    advice = ADVICE.get(status, f"try again, or set HF_ENDPOINT to a mirror of {endpoint()}")
+    return WeightsError(safe(f"{repo.url}: {' '.join(reason.split())}; {advice}", 2 * WHY))

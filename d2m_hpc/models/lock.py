@@ -1,0 +1,190 @@
+"""`weights.lock.json`: what was fetched into a weights folder, so that all later fetches and tasks
+have the same."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from urllib.parse import quote
+
+from pydantic import TypeAdapter
+
+from d2m_hpc.errors import WeightsError
+from d2m_hpc.models.published import Checkpoint, HubRepo, endpoint
+from d2m_hpc.storage.files import atomic_write, make_folder
+from d2m_hpc.storage.lease import Lease
+
+NAME = "weights.lock.json"
+UNLOCKED = f"not known: {NAME} beside it does not name it"
+"""In place of the published hash of a repository's file that nobody fetched."""
+
+
+@dataclass(frozen=True)
+class LockedFile:
+    """A file as it was fetched, or as the hub lists it.
+
+    Attributes:
+        sha256: in hex; empty until the file is fetched where the hub does not tell it.
+        git: the hash by which git knows a small file.
+        modified_ns: when the file was last written; 0 before it is fetched.
+    """
+
+    size: int
+    sha256: str = ""
+    git: str = ""
+    modified_ns: int = 0
+
+
+@dataclass(frozen=True)
+class LockedRepo:
+    """A repository as it was fetched: which commit its revision was, and every file of that."""
+
+    repo_id: str
+    revision: str
+    commit: str
+    files: Mapping[str, LockedFile]
+
+    def unsafe(self) -> Iterator[str]:
+        """Names of files that would lead out of the repository's folder."""
+        for name in self.files:
+            if {"", ".", ".."} & {*name.split("/")} or "\\" in name or "\0" in name:
+                yield name
+
+    def checkpoints(self, repo: HubRepo) -> list[Checkpoint]:
+        """Those of the commit's files that are needed, as files to fetch and to check."""
+        return [
+            Checkpoint(f"{repo.name}/{name}", self.url(name), self.files[name].sha256)
+            for name in repo.selected(self.files)
+        ]
+
+    def url(self, name: str) -> str:
+        """Where the commit's file is published."""
+        return f"{endpoint()}/{self.repo_id}/resolve/{self.commit}/{quote(name)}"
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What a weights folder's lock file says.
+
+    Example:
+        >>> Lock.read(Path("/nowhere")).repositories
+        {}
+
+    Attributes:
+        files: published files by name.
+        repositories: hub repositories by their folder's name.
+    """
+
+    files: dict[str, LockedFile] = field(default_factory=dict)
+    repositories: dict[str, LockedRepo] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Lock:
+        """
+        Raises:
+            WeightsError: there is a lock file, and it cannot be read.
+        """
+        path = folder / NAME
+        try:
+            lock = JSON.validate_json(path.read_bytes())
+            if wrong := next((n for r in lock.repositories.values() for n in r.unsafe()), None):
+                raise ValueError(f"{wrong!r} is no name of a file")
+        except (FileNotFoundError, NotADirectoryError):
+            return cls()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no lock file"
+            advice = "restore it, or remove it and run `d2m weights fetch` again"
+            raise WeightsError(f"{path} cannot be read: {why}; {advice}") from None
+        return lock
+
+    def expected(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A checkpoint with the hash that was fetched, where none was published."""
+        locked = self.files.get(checkpoint.name)
+        if checkpoint.sha256 or locked is None:
+            return checkpoint
+        return Checkpoint(checkpoint.name, checkpoint.url, locked.sha256)
+
+    def of(self, repo: HubRepo, folder: Path) -> list[Checkpoint]:
+        """The files that are needed of a repository; its folder where none is known.
+
+        What lies in the folder without an entry in the lock file is no published file.
+        """
+        if locked := self.repositories.get(repo.name):
+            return locked.checkpoints(repo)
+        place = folder / repo.name
+        inside = [p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()]
+        names = repo.selected(n for n in inside if not n.startswith(".cache/"))
+        found = [Checkpoint(f"{repo.name}/{n}", repo.url, UNLOCKED) for n in names]
+        return found or [Checkpoint(repo.name, repo.url)]
+
+    def digest(
+        self, folder: Path, other: Callable[[Path], str], timed: bool = True
+    ) -> Callable[[Path], str]:
+        """sha256 of files in the folder: from the lock while size and time are those fetched.
+
+        Args:
+            other: computes it for all other files.
+            timed: False to look at sizes alone.
+        """
+        known = {str(folder / name): file for name, file in self.files.items()}
+        for place, repo in self.repositories.items():
+            known |= {str(folder / place / name): file for name, file in repo.files.items()}
+
+        def of(path: Path) -> str:
+            size, modified_ns = _seen(path.stat())
+            file = known.get(str(path))
+            if file is None or not file.sha256 or file.size != size:
+                return other(path)
+            return other(path) if timed and file.modified_ns != modified_ns else file.sha256
+
+        return of
+
+    def note(self, name: str, path: Path, sha256: str) -> None:
+        """Keep what a fetched file is."""
+        size, modified_ns = _seen(path.stat())
+        for place, repo in self.repositories.items():
+            if known := repo.files.get(inside := name.removeprefix(f"{place}/")):
+                found = replace(known, size=size, sha256=sha256, modified_ns=modified_ns)
+                self.repositories[place] = replace(repo, files={**repo.files, inside: found})
+                return
+        self.files[name] = LockedFile(size, sha256, modified_ns=modified_ns)
+
+
+JSON = TypeAdapter(Lock)
+
+
+def _seen(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[Lock]:
+    """Change a folder's lock file, one process at a time.
+
+    Raises:
+        WeightsError: the lock file that is there cannot be read.
+        OSError: none can be written.
+    """
+    make_folder(folder)
+    with alone(folder / NAME):
+        lock = Lock.read(folder)
+        before = JSON.dump_json(lock)
+        yield lock
+        if JSON.dump_json(lock) != before:
+            atomic_write(folder / NAME, JSON.dump_json(lock, indent=1))
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Change a file while no other process does, of all machines that share its folder."""
+    lease = Lease(path.with_name(f"{path.name}.lock"))
+    while not lease.claim():
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lease.release()
