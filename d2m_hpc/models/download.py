@@ -1,4 +1,8 @@
-"""Download a file, going on where an earlier try broke off (RFC 9110, sections 13 and 14)."""
+"""Download a file, going on where an earlier try broke off (RFC 9110, sections 13 and 14).
+
+`storage.stores` reads shards by fsspec instead: that knows stores, but neither a file's version nor
+a part of it that outlives the process, and its HTTP is an extra that this package does without.
+"""
 
 from __future__ import annotations
 

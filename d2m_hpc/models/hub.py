@@ -10,7 +10,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,8 @@ class Wish:
         progress: shows the transfer of a file by name while it lasts.
         mirror: URL of a weights folder to ask instead of the publishers.
         allow_unpublished: take what is in the folder, or what a mirror has, whatever its hash.
-        update: ask the hub which commit a revision is now, though the lock file has one.
+        update: take the commit that a revision is now, and files that their publishers replaced,
+            though the lock file has others.
     """
 
     progress: TransferBar
@@ -59,22 +60,25 @@ def fetch(need: Checkpoint | HubRepo, folder: Path, wish: Wish) -> Found:
     """
     if isinstance(need, HubRepo):
         return _repository(need, folder, wish)
+    wanted = need if wish.update else Lock.read(folder).expected(need)
     with wish.progress(need.name) as on_bytes:
-        found = weights.fetch(need, folder, wish.mirror, wish.allow_unpublished, on_bytes)
+        found = weights.fetch(wanted, folder, wish.mirror, wish.allow_unpublished, on_bytes)
     _note(found, folder)
     return Found(need, found.path, [found])
 
 
 def _note(found: Checked, folder: Path) -> None:
-    with writable(folder), lock.changing(folder) as held:
-        held.note(found.checkpoint.name, found.path, found.sha256)
+    """Enter a file into the lock file, but none that is only accepted in the place of another."""
+    if found.state == "ok":
+        with writable(folder), lock.changing(folder) as held:
+            held.note(found.checkpoint.name, found.path, found.sha256)
 
 
 def _repository(repo: HubRepo, folder: Path, wish: Wish) -> Found:
     locked = Lock.read(folder).repositories.get(repo.name)
     if locked is None or wish.update:
         locked = _from_mirror(repo, wish.mirror) if wish.mirror else _from_hub(repo)
-        _switch(repo, folder, locked)
+        locked = _entered(repo, folder, locked)
     wanted = locked.checkpoints(repo)
     if not wanted:
         has = ", ".join(sorted(locked.files)[:8])
@@ -83,17 +87,16 @@ def _repository(repo: HubRepo, folder: Path, wish: Wish) -> Found:
     return Found(repo, folder / repo.name, files, locked.commit)
 
 
-def _switch(repo: HubRepo, folder: Path, new: LockedRepo) -> None:
-    """Enter a commit into the lock file; drop what the commit before it had and this one lacks."""
+def _entered(repo: HubRepo, folder: Path, new: LockedRepo) -> LockedRepo:
+    """Enter a commit into the lock file; remove the files that the commit before it had and this
+    one has not, or has others of."""
     with writable(folder), lock.changing(folder) as held:
-        old = held.repositories.get(repo.name)
-        if old and old.commit == new.commit:
-            return
-        held.repositories[repo.name] = new
-    for name, file in old.files.items() if old else ():
-        now = new.files.get(name, LockedFile(-1))
-        if (now.git, now.git or now.sha256) != (file.git, file.git or file.sha256):
+        old = held.repositories.get(repo.name, LockedRepo("", "", "", {})).files
+        same = {name: file for name, file in old.items() if file.is_same(new.files.get(name))}
+        for name in old.keys() - same.keys():
             (folder / repo.name / name).unlink(missing_ok=True)
+        held.repositories[repo.name] = replace(new, files={**new.files, **same})
+        return held.repositories[repo.name]
 
 
 def _file(
@@ -101,20 +104,31 @@ def _file(
 ) -> Checked:
     path = folder / checkpoint.name
     listed = locked.files[checkpoint.name.removeprefix(f"{repo.name}/")]
-    git = "" if wish.allow_unpublished else listed.git
     with writable(path):
-        if git and path.is_file() and not listed.sha256 and _git_hash(path) != git:
-            path.unlink()  # of another commit
         if not listed.size and not path.is_file():
             atomic_write(path, b"")
-        found = weights.look(checkpoint, folder)
-        if not found.is_usable(wish.allow_unpublished):
+        if path.is_file() and not wish.allow_unpublished and not _is_listed(path, listed):
+            path.unlink()
+        found, accept_any = weights.look(checkpoint, folder), wish.allow_unpublished
+        if not found.is_usable(accept_any):
             found = _downloaded(checkpoint, repo, folder, wish)
-        if git and _git_hash(path) != git:
+            accept_any = accept_any and bool(wish.mirror)
+        right = _is_listed(path, listed)
+        if not right and not accept_any:
             path.unlink()
             raise WeightsError(f"{path}: another file came than the commit has; try again")
-    _note(found, folder)
+    if right:
+        _note(found, folder)
     return found
+
+
+def _is_listed(path: Path, listed: LockedFile) -> bool:
+    """Whether a file has the hash by which git, and so the hub, knows a small one."""
+    if not listed.git:
+        return True
+    data = path.read_bytes()
+    content = b"blob %d\0" % len(data) + data
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest() == listed.git
 
 
 def _downloaded(checkpoint: Checkpoint, repo: HubRepo, folder: Path, wish: Wish) -> Checked:
@@ -128,12 +142,6 @@ def _downloaded(checkpoint: Checkpoint, repo: HubRepo, folder: Path, wish: Wish)
         if wish.mirror:
             raise WeightsError(f"{address(checkpoint, wish.mirror)}: {error}") from None
         raise _refused(repo, error.status, str(error)) from None
-
-
-def _git_hash(path: Path) -> str:
-    """The hash by which git, and so the hub, knows a small file."""
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _from_mirror(repo: HubRepo, mirror: str) -> LockedRepo:
@@ -157,7 +165,9 @@ def _from_hub(repo: HubRepo) -> LockedRepo:
         )
         for sibling in info.siblings or ()
     }
-    found = LockedRepo(info.id, repo.revision, info.sha or "", files)
+    if not info.sha:
+        raise _refused(repo, 0, "the hub tells no commit")
+    found = LockedRepo(info.id, repo.revision, info.sha, files)
     if wrong := next(found.unsafe(), None):
         raise WeightsError(f"{repo.url}: {wrong!r} is no name of a file that can be fetched")
     return found
@@ -165,12 +175,13 @@ def _from_hub(repo: HubRepo) -> LockedRepo:
 
 def _asked(repo: HubRepo) -> ModelInfo:
     """The hub's answer; waits and asks again where another answer may come."""
-    _headers(repo)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-    api = HfApi(endpoint=endpoint(), library_name="d2m_hpc")
-    for tries in range(1, download.TRIES + 1):
+    _headers(repo)  # raises where the hub is not to be asked
+    api, tries = HfApi(endpoint=endpoint(), library_name="d2m_hpc"), 0
+    while True:
+        tries += 1
         try:
             return api.model_info(
                 repo.repo_id,
@@ -189,7 +200,6 @@ def _asked(repo: HubRepo) -> ModelInfo:
         except Exception as error:  # of the HTTP library, which is another in each version
             reason = f"{type(error).__name__}: {error}"
             raise _refused(repo, 0, f"the hub cannot be reached: {reason}") from None
-    raise AssertionError("the last try raises")
 
 
 def _headers(repo: HubRepo) -> dict[str, str]:

@@ -38,6 +38,11 @@ class LockedFile:
     git: str = ""
     modified_ns: int = 0
 
+    def is_same(self, other: LockedFile | None) -> bool:
+        """Whether two commits have the same file, by the hash that the hub tells."""
+        known = (self.git, self.git or self.sha256)
+        return other is not None and known == (other.git, other.git or other.sha256)
+
 
 @dataclass(frozen=True)
 class LockedRepo:

@@ -413,7 +413,8 @@ def fetched(
             part.remove()
             raise WeightsError(
                 f"{url} sent a file of sha256 {found.sha256}, published is {checkpoint.sha256}; "
-                "nothing was kept (allow_unpublished_weights: true accepts what a mirror has)"
+                "nothing was kept (allow_unpublished_weights: true accepts what a mirror has, "
+                "--update what took the place of a file that has no published hash)"
             )
         os.replace(part.path, path)
         part.remove()

@@ -9,18 +9,24 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from hubs import TOKEN, Hub, serving
+from hubs import TOKEN, Hub, commit_of, serving
 from huggingface_hub import constants
+from kit import write_config, write_shards
 
+from d2m_hpc.cli import trouble
+from d2m_hpc.config import load
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models import download, weights
+from d2m_hpc.models import download, registry, weights
+from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.hub import Wish, fetch
 from d2m_hpc.models.lock import Lock
-from d2m_hpc.models.published import HubRepo
+from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.models.registry import ModelSpec
+from d2m_hpc.plan.workload import inspect
+from d2m_hpc.run import frozen
 
 NET = os.urandom(100_000)
 REPO = HubRepo("Org/net")
@@ -311,3 +317,108 @@ def test_a_damaged_lock_file_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "weights.lock.json").write_bytes(content)
     with pytest.raises(WeightsError, match=r"weights.lock.json cannot be read: .*restore it"):
         Lock.read(tmp_path)
+
+
+def test_another_file_under_a_locked_name_is_no_new_truth(hub: Hub, folder: Path) -> None:
+    """Neither for a file without a published hash, nor for one of a repository."""
+    hub.put_files("Org/files", {"net.pt": NET})
+    commit = commit_of({"net.pt": NET})
+    file = Checkpoint("net.pt", f"{hub.url}/Org/files/resolve/{commit}/net.pt")
+    fetch(file, folder, WISH)
+    fetch(REPO, folder, WISH)
+    own = replace(WISH, allow_unpublished=True)
+    for name in (file.name, f"{REPO.name}/config.json"):
+        (folder / name).write_bytes(b"mine")
+    for need in (file, REPO):
+        assert [f.path.read_bytes() for f in fetch(need, folder, own).files].count(b"mine") == 1
+    with pytest.raises(WeightsError, match=r"config.json has sha256"):
+        _require(folder)
+    for need in (file, REPO):
+        assert fetch(need, folder, WISH).state in ("ok", "present")
+    assert (folder / "net.pt").read_bytes() == NET
+    assert (folder / REPO.name / "config.json").read_bytes() == b"{}"
+
+
+def test_a_published_file_that_changed_is_taken_on_request(hub: Hub, folder: Path) -> None:
+    hub.put_files("Org/files", {"net.pt": NET})
+    file = Checkpoint("net.pt", f"{hub.url}/Org/files/resolve/main/net.pt")
+    fetch(file, folder, WISH)
+    hub.put_files("Org/files", {"net.pt": NET[::-1]})
+    (folder / "net.pt").unlink()
+    with pytest.raises(WeightsError, match="sent a file of sha256"):
+        fetch(file, folder, WISH)
+    fetch(file, folder, replace(WISH, update=True))
+    assert (folder / "net.pt").read_bytes() == NET[::-1]
+    fetch(file, folder, WISH)
+
+
+def test_a_submission_freezes_the_files_of_a_repository(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = replace(registry.MODELS["text-stats"], checkpoints=(REPO,))
+    monkeypatch.setitem(cast("dict[str, ModelSpec]", registry.MODELS), "text-stats", spec)
+    fetch(REPO, folder, WISH)
+    config = write_config(
+        tmp_path / "c.yml",
+        {},
+        models=["text-stats"],
+        input_tars=str(write_shards(tmp_path / "tars", 1, samples=1)[0]),
+        output_metadata_dir=str(tmp_path / "out"),
+        weights_dir=str(folder),
+    )
+    work = inspect(load(config), "c.yml")
+    names = {f"{REPO.name}/{name}" for name in ("config.json", "model.safetensors", "vocab.txt")}
+    assert work.checkpoints.keys() == work.fingerprint["checkpoints"].keys() == names
+    net = folder / REPO.name / "model.safetensors"
+    assert work.fingerprint["checkpoints"][f"{REPO.name}/{net.name}"] == weights.sha256_of(net)
+    frozen.write_checkpoints(tmp_path / "frozen", work.checkpoints)
+    assert frozen.require_checkpoints(tmp_path / "frozen") == {str(folder / n) for n in names}
+    assert Weights(folder).repo(REPO) == folder / REPO.name
+    net.write_bytes(NET[::-1])
+    with pytest.raises(WeightsError, match=r"model.safetensors is another file: its sha256 was"):
+        frozen.require_checkpoints(tmp_path / "frozen")
+    with pytest.raises(WeightsError, match=r"a--b@main is missing; run `d2m weights check`"):
+        Weights(folder).repo(HubRepo("a/b"))
+
+
+def test_a_password_in_the_hub_s_address_is_in_no_message(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("//", "//me:s3cret@"))
+    with pytest.raises(WeightsError) as caught:
+        fetch(REPO, folder, WISH)
+    assert "s3cret" not in trouble.explained(caught.value)[0]
+
+
+def test_a_file_system_that_takes_nothing_is_told(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"cannot be written or read: .*choose another weights"):
+        fetch(REPO, tmp_path / "file", WISH)
+
+
+def test_own_files_are_accepted_on_request_but_never_locked(hub: Hub, folder: Path) -> None:
+    own = replace(WISH, allow_unpublished=True)
+    (folder / REPO.name).mkdir(parents=True)
+    (folder / REPO.name / "config.json").write_bytes(b"mine")
+    fetch(REPO, folder, own)
+    assert (folder / REPO.name / "config.json").read_bytes() == b"mine"
+    hub.ways = ["right", "other"]
+    with pytest.raises(WeightsError, match=r"vocab.txt: another file came"):
+        fetch(HubRepo("Org/net", "main", ("vocab.txt",)), _emptied(folder), own)
+    fetch(REPO, folder, WISH)
+    assert (folder / REPO.name / "config.json").read_bytes() == b"{}"
+
+
+def _emptied(folder: Path) -> Path:
+    (folder / REPO.name / "vocab.txt").unlink()
+    (folder / "weights.lock.json").unlink()
+    return folder
+
+
+def test_a_file_that_two_commits_share_stays_checked(hub: Hub, folder: Path) -> None:
+    fetch(REPO, folder, WISH)
+    hub.put("Org/net", config__json=b"{}", model__safetensors=NET[::-1], vocab__txt=b"<s>\n</s>")
+    fetch(HubRepo("Org/net", files=("model.safetensors",)), folder, replace(WISH, update=True))
+    assert _state(folder) == "present"
+    (folder / REPO.name / "config.json").write_bytes(b"[]")
+    assert _state(folder) == "changed"
