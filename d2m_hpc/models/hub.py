@@ -6,6 +6,7 @@ huggingface_hub tells the commit, its files and who may read them. Their bytes c
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import tempfile
 from collections.abc import Callable
@@ -68,10 +69,19 @@ def fetch(need: Checkpoint | HubRepo, folder: Path, wish: Wish) -> Found:
 
 
 def _note(found: Checked, folder: Path) -> None:
-    """Enter a file into the lock file, but none that is only accepted in the place of another."""
-    if found.state == "ok":
-        with writable(folder), lock.changing(folder) as held:
+    """Enter a file into the lock file, but none that is only accepted in the place of another.
+
+    Where files are all right in a folder of somebody else's, its lock file stays as it is.
+    """
+    if found.state != "ok":
+        return
+    try:
+        with lock.changing(folder) as held:
             held.note(found.checkpoint.name, found.path, found.sha256)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            with writable(folder / lock.NAME):
+                raise
 
 
 def _repository(repo: HubRepo, folder: Path, wish: Wish) -> Found:
@@ -213,7 +223,11 @@ def _headers(repo: HubRepo) -> dict[str, str]:
     if constants.HF_HUB_OFFLINE:
         advice = f"unset {' and '.join(OFFLINE)}, or fetch on another machine"
         raise WeightsError(f"{repo.url}: the hub is switched off here; {advice}")
-    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    try:
+        token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    except (OSError, ValueError):
+        path = constants.HF_TOKEN_PATH
+        raise WeightsError(f"{path} cannot be read as a token; `hf auth login` again") from None
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 

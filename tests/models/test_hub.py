@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -247,6 +248,14 @@ def test_a_gated_repository_says_how_to_get_it_and_a_token_opens_it(
     assert hub.leaked == []  # the server of large files is another one
 
 
+def test_a_token_that_cannot_be_read_is_told(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path))  # a folder
+    with pytest.raises(WeightsError, match=r"cannot be read as a token; `hf auth login` again"):
+        fetch(REPO, folder, WISH)
+
+
 def test_no_network_and_the_offline_switch(
     hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,3 +431,23 @@ def test_a_file_that_two_commits_share_stays_checked(hub: Hub, folder: Path) -> 
     assert _state(folder) == "present"
     (folder / REPO.name / "config.json").write_bytes(b"[]")
     assert _state(folder) == "changed"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to be another user")
+def test_a_folder_of_somebody_else_that_is_all_right_needs_no_rights(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)  # any user reaches it, unlike those of pytest
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{name}/no-token")
+        fetch(REPO, Path(name), WISH)
+        before = (Path(name) / "weights.lock.json").read_bytes()
+        os.seteuid(65534)
+        try:
+            assert fetch(REPO, Path(name), WISH).state == "present"
+            hub.put("Org/net", "v2", config__json=b"{}")
+            with pytest.raises(WeightsError, match=r"Permission denied.*another weights_dir"):
+                fetch(HubRepo("Org/net", "v2"), Path(name), WISH)
+        finally:
+            os.seteuid(0)
+        assert (Path(name) / "weights.lock.json").read_bytes() == before
