@@ -31,6 +31,8 @@ from torch import Tensor
 from torchvision.ops import nms
 from torchvision.transforms import functional as F
 
+from d2m_hpc.models.inputs import NAMED, as_prepared
+
 Input = tuple[str, str]
 Compute = Callable[[Sequence[Any]], tuple[dict[str, Any], dict[str, Tensor]]]
 """A batch's inputs to its columns and features."""
@@ -79,6 +81,13 @@ PREPROCESSORS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
+NAMES = {
+    **{name: name for name in NAMED},
+    **{as_prepared(("", form))[1]: name for name, form in NAMED.items()},
+}
+"""Of preprocessors, by how the program describes them."""
+
+
 def _json(fields: Sequence[str], extension: str, value: bytes) -> list[Any] | None:
     """A handler of webdataset's: the fields asked for; None leaves other members to the next."""
     if not extension.endswith("json"):
@@ -107,7 +116,7 @@ def loader(
         worker's tars and may be smaller than `batch_size` at its end.
     """
     raw = [name for name, _ in inputs] + (["json"] if fields else [])
-    made = [PREPROCESSORS[name] for _, name in inputs] + ([identity] if fields else [])
+    made = [PREPROCESSORS[NAMES[form]] for _, form in inputs] + ([identity] if fields else [])
     pipeline = wds.DataPipeline(
         wds.SimpleShardList([str(tar) for tar in tars]),
         wds.split_by_worker,

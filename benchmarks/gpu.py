@@ -133,7 +133,7 @@ def whole_graph(
     bench: Bench, graph: Graph, batch: Batch, mode: str, flops: float, most: float
 ) -> Row:
     """All models with resident inputs, batch after batch, to outputs on the host."""
-    inputs = graph._copies.send({i: v for i, v in batch.inputs.items() if i[1] != "clip-tokens"})
+    inputs = graph._copies.send({i: v for i, v in batch.inputs.items() if i[0] != "text"})
     resident = Batch(batch.keys, {**batch.inputs, **inputs}, batch.fields)
     outputs = graph.run(cycle([resident]))
     row = _speed(bench, lambda: next(outputs), batch, mode, flops, most)

@@ -61,7 +61,7 @@ def compute(graph: Graph, batch: Sequence[Any]) -> list[Any]:
             image = net.encode_image(images.to(device), normalize=True)
             text = net.encode_text(tokens.to(device), normalize=True)
             found += [(image * text).sum(dim=1).cpu(), image.cpu(), text.cpu()]
-        found.append(models["nsfw-image-oai-clip-vit-l-14"]((image, text)).cpu())
+        found.append(models["nsfw-image-oai-clip-vit-l-14"](image).cpu())
         found.append(_toxicity(models["nsfw-detoxify"], texts, device))
         levels = models["faces-scrfd10g"].net(squares.to(device))
         found.append(baseline.faces([_on_host(level) for level in levels], paddings, SIDE))

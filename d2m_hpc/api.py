@@ -483,7 +483,7 @@ def _require_known(kind: str, name: str, known: Collection[str]) -> None:
     Raises:
         ConfigError: a name is none of those known.
     """
-    from d2m_hpc.config.mistakes import nearest
+    from d2m_hpc.storage.texts import nearest
 
     if name not in known:
         raise ConfigError("run", [f"found no {kind} {name!r}{nearest(name, known)}"])

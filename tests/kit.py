@@ -15,6 +15,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from d2m_hpc.models import weights
+from d2m_hpc.models.registry import MODELS
+
 GOLDEN = Path(__file__).parent / "golden"
 SHARDS = GOLDEN / "shards"
 EXPECTED = GOLDEN / "expected"
@@ -54,6 +57,9 @@ DATACOMP: dict[str, Any] = {
     "device": "cpu",
     "nworkers": 2,
 }
+
+CHECKPOINTS = {c.name: c for c in weights.needed(MODELS[name] for name in DATACOMP["models"])}
+"""What the six models of DataComp need."""
 
 STATS: dict[str, Any] = {
     "models": ["image-stats", "text-stats"],

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from kit import DATACOMP, SHARDS, STATS, d2m, submit, write_config, write_shards
+from kit import CHECKPOINTS, DATACOMP, SHARDS, STATS, d2m, submit, write_config, write_shards
 
 import d2m_hpc
 from d2m_hpc.config import Slurm
-from d2m_hpc.models.weights import CHECKPOINTS
 
 BIN = Path(sys.executable).parent
 HEAVY = {"torch", "torchvision", "numpy", "pyarrow", "pydantic", "PIL", "fsspec", "pandas"}

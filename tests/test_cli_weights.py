@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hubs import Hub, serving, serving_folder
 from huggingface_hub import constants
-from kit import DATACOMP, d2m, write_config
+from kit import CHECKPOINTS, DATACOMP, d2m, write_config
 
 from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models import registry
+from d2m_hpc.models.families.stats import StatsOfText
 from d2m_hpc.models.published import HubRepo
-from d2m_hpc.models.registry import ModelSpec
-from d2m_hpc.models.weights import CHECKPOINTS
 
 NO_OUTPUT: dict[str, Any] = {
     "postprocess_columns": [],
@@ -123,8 +120,7 @@ model_lookup = {"own": Own}
 @pytest.fixture
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with a repository that `text-stats` needs in these tests."""
-    spec = replace(registry.MODELS["text-stats"], checkpoints=(HubRepo("Org/net"),))
-    monkeypatch.setitem(cast("dict[str, ModelSpec]", registry.MODELS), "text-stats", spec)
+    monkeypatch.setattr(StatsOfText, "checkpoints", lambda self, use: [HubRepo("Org/net")])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("D2M_WEIGHTS_MIRROR")
     with serving() as running:

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks import baseline, data, noop_models, reference, workload
 from benchmarks.harness import Row, Setting, Sides, timed
 from d2m_hpc.config import Config
-from d2m_hpc.worker.batch import Input
+from d2m_hpc.models.inputs import Input
 from d2m_hpc.worker.compute.resolve import Toolbox
 
 SHARDS = 20

@@ -12,7 +12,7 @@ from d2m_hpc.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
     from d2m_hpc.config import Config
-    from d2m_hpc.models.registry import ModelSpec
+    from d2m_hpc.models.family import ModelSpec
 
 app = typer.Typer(no_args_is_help=True, help="The published checkpoints of the models.")
 
@@ -88,4 +88,4 @@ def _specs(path: Path, config: Config) -> dict[str, ModelSpec]:
     custom, mistakes = customs(config, run_dir(config))
     if mistakes:
         raise ConfigError(str(path), mistakes)
-    return custom.registry.specs(config.models)
+    return custom.registry.specs(config.model_names)

@@ -12,11 +12,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from d2m_hpc.config.document import Document
-from d2m_hpc.config.mistakes import nearest, semantic_mistakes
+from d2m_hpc.config.mistakes import semantic_mistakes
 from d2m_hpc.config.places import Loc, Mistake, dotted
 from d2m_hpc.config.schema import Config, Slurm
 from d2m_hpc.config.variables import as_pattern, with_variables
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.storage.texts import nearest
 from d2m_hpc.storage.urls import masked
 
 log = logging.getLogger(__name__)

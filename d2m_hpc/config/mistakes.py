@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from graphlib import CycleError
 from pathlib import Path
 
 from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import Config
 from d2m_hpc.models import types
-from d2m_hpc.models.registry import RAW_INPUTS, ModelSpec, Post, Registry, in_order
-from d2m_hpc.storage.texts import BRIEF, safe
+from d2m_hpc.models.family import ModelSpec, Post
+from d2m_hpc.models.inputs import RAW_INPUTS
+from d2m_hpc.models.registry import Registry, in_order
+from d2m_hpc.storage.texts import BRIEF, nearest, safe
 
 MANY = 20
 """The most wrong names of a list that are reported one by one."""
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of a message about an unknown name: `; did you mean ...?` and all valid names."""
-    names = sorted(valid)
-    close = difflib.get_close_matches(name[:BRIEF], names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{hint} valid: {', '.join(names)}"
 
 
 def quoted(name: str) -> str:
@@ -66,11 +59,18 @@ def _file_mistakes(file: Path | None) -> list[Mistake]:
 
 
 def registry_mistakes(config: Config, registry: Registry) -> list[Mistake]:
-    """Find models, columns and features that a registry lacks or cannot connect."""
+    """Find models, columns and features that a registry lacks or cannot connect.
+
+    Args:
+        registry: the built-in names, and those of a custom file.
+    """
+    registry, problems = config.registry(registry)
+    wrong = [problem.model for problem in problems]
     return [
-        *_model_mistakes(config, registry),
-        *_post_mistakes(config, "postprocess_columns", registry.columns, registry),
-        *_post_mistakes(config, "postprocess_features", registry.features, registry),
+        *(Mistake(("models", *p.loc), p.what) for p in problems),
+        *_model_mistakes(config, registry, wrong),
+        *_post_mistakes(config, "postprocess_columns", registry.columns, registry, wrong),
+        *_post_mistakes(config, "postprocess_features", registry.features, registry, wrong),
     ]
 
 
@@ -83,10 +83,15 @@ def _device_mistakes(config: Config) -> list[Mistake]:
     return [Mistake(("device",), what)]
 
 
-def _model_mistakes(config: Config, registry: Registry) -> list[Mistake]:
-    mistakes = _duplicates("models", config.models)
-    known = {n: registry.models[n] for n in config.models if n in registry.models}
-    unknown = [name for name in config.models if name not in known]
+def _model_mistakes(config: Config, registry: Registry, wrong: Collection[str]) -> list[Mistake]:
+    """
+    Args:
+        wrong: models of which more than this is wrong.
+    """
+    listed = config.model_names
+    mistakes = _duplicates("models", listed)
+    known = registry.specs(n for n in listed if n not in wrong)
+    unknown = [name for name in listed if name not in known and name not in wrong]
     mistakes += [
         _listed(f"unknown model {quoted(n)}{nearest(n, registry.models)}", n)
         for n in unknown[:MANY]
@@ -96,7 +101,7 @@ def _model_mistakes(config: Config, registry: Registry) -> list[Mistake]:
         mistakes += [
             _listed(f"{name!r} needs the output of {d!r}, which is not listed; add it", name)
             for d in spec.dependencies
-            if d not in config.models
+            if d not in listed
         ]
         mistakes += (_listed(what, name) for what in _input_mistakes(spec, registry))
     try:
@@ -133,22 +138,27 @@ def _input_mistakes(spec: ModelSpec, registry: Registry) -> list[str]:
         f"{spec.name!r} asks for the unknown preprocessor {name!r}"
         f"{nearest(name, registry.preprocessors)}"
         for name in spec.preprocessors
-        if name not in registry.preprocessors
+        if isinstance(name, str) and name not in registry.preprocessors
     ]
 
 
 def _post_mistakes(
-    config: Config, key: str, known: Mapping[str, Post], registry: Registry
+    config: Config,
+    key: str,
+    known: Mapping[str, Post],
+    registry: Registry,
+    wrong: Collection[str],
 ) -> list[Mistake]:
     names: list[str] = getattr(config, key) or []
     mistakes = _duplicates(key, names)
-    unknown = [name for name in names if name not in known]
+    untold = tuple(f"{model}-" for model in wrong)
+    unknown = [name for name in names if name not in known and not name.startswith(untold)]
     mistakes += [
         Mistake((key,), f"unknown name {quoted(name)}{_other_list(key, name, registry)}", name)
         for name in unknown[:MANY]
     ]
     mistakes += _more(key, unknown)
-    listed = set(config.models)
+    listed = set(config.model_names)
     for name in dict.fromkeys(names):
         if name in known and known[name].model and known[name].model not in listed:
             what = (

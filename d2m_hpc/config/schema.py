@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from d2m_hpc.config.slurm_values import no_switch, one_line, options, walltime
 from d2m_hpc.models import types
-from d2m_hpc.models.registry import DATACOMP_KEYS
+from d2m_hpc.models.entries import name_of, with_paths
+
+if TYPE_CHECKING:
+    from d2m_hpc.models.registry import Problem, Registry
 
 
 def _as_list(value: object) -> object:
@@ -43,6 +46,13 @@ def _off_as_text(value: object) -> object:
     return "off" if value is False else value
 
 
+def _one_name(value: Any) -> Any:
+    if isinstance(value, Mapping) and len(value) != 1:
+        raise ValueError("valid is one name, with a mapping that has its `kind`")
+    return value
+
+
+ListedModel = Annotated[str | dict[str, dict[str, Any]], AfterValidator(_one_name)]
 Precision = Literal["auto", "float16", "bfloat16", "off"]
 Names = Annotated[list[str], BeforeValidator(_as_list, list[str] | None)]
 Fields = Annotated[
@@ -106,8 +116,9 @@ class Slurm(Section):
 class Config(Section):
     """One workload: which models, over which tars, to which folder."""
 
-    models: Annotated[list[str], Field(min_length=1)]
-    """models to run on every sample: built-in ones, or those of `custom_pypath`"""
+    models: Annotated[list[ListedModel], Field(min_length=1)]
+    """models to run on every sample: built-in ones, those of `custom_pypath`, or families with
+    parameters: `siglip: {kind: open_clip, model: ViT-B-16-SigLIP, pretrained: webli}`"""
     postprocess_columns: Names = []
     """outputs that become columns of the parquet"""
     postprocess_features: Names = []
@@ -191,6 +202,22 @@ class Config(Section):
         return Path(os.path.expanduser(self.custom_pypath)) if self.custom_pypath else None
 
     @property
+    def model_names(self) -> list[str]:
+        """The names of `models`, which may have parameters."""
+        return [name_of(entry) for entry in self.models]
+
+    def registry(self, base: Registry) -> tuple[Registry, list[Problem]]:
+        """The names that the config may use, its own models' among them, and what is wrong there.
+
+        Args:
+            base: the built-in names, and those of a custom file.
+        """
+        from d2m_hpc.models import weights
+
+        asked = [*(self.postprocess_columns or ()), *(self.postprocess_features or ())]
+        return base.with_models(self.models, asked, weights.weights_dir(self.weights_dir))
+
+    @property
     def carried(self) -> list[str]:
         """The columns that hold the samples' own values, in order, without `key`.
 
@@ -215,6 +242,8 @@ class Config(Section):
 
     def renamed(self, name: str) -> str:
         """A column's or feature's name in the output files."""
+        from d2m_hpc.models.registry import DATACOMP_KEYS
+
         return DATACOMP_KEYS.get(name, name) if self.use_datacomp_keys else name
 
     def fingerprint(
@@ -236,6 +265,7 @@ class Config(Section):
         main, *others = [*code] or [""]
         return {
             **{key: getattr(self, key) for key in keys.split()},
+            "models": [with_paths(entry, lambda path: path.name) for entry in self.models],
             "checkpoints": dict(sorted(hashes.items())),
             "custom_file": code.get(main),
             **({"custom_modules": {n: code[n] for n in sorted(others)}} if others else {}),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import tempfile
 import warnings
 import zipfile
+from collections.abc import Collection, Mapping
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +23,14 @@ from d2m_hpc.models.transfer import conv_layout, to_device
 log = logging.getLogger(__name__)
 
 
-class OpenAIClip(nn.Module):
-    """Image and text features of one batch, L2-normalised."""
+class Clip(nn.Module):
+    """A net of open_clip, and how its texts are encoded."""
 
-    checkpoint: str
-
-    def __init__(self, device: torch.device, weights: Weights) -> None:
+    def __init__(self, net: Any, device: torch.device) -> None:
         super().__init__()
-        self.clip = load(weights, self.checkpoint).to(device).eval()
-        self.clip.visual.conv1.to(memory_format=conv_layout(device))
+        self.clip = net.to(device).eval()
+        if hasattr(self.clip.visual, "conv1"):
+            self.clip.visual.conv1.to(memory_format=conv_layout(device))
         self.device = device
 
     @property
@@ -35,21 +39,25 @@ class OpenAIClip(nn.Module):
         net: nn.Module = self.clip.visual
         return net
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """
+    def encode_image(self, images: Tensor) -> Tensor:
+        """float32 [B, D], each row of length 1."""
+        return F.normalize(self.clip.encode_image(images).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """float32 [B, D], each row of length 1.
+
         Args:
-            images: float32 [B, 3, 224, 224], normalised.
-            tokens: int64 [B, 77], on the CPU: their lengths are looked at before they are sent.
-
-        Returns:
-            float32 [B, D] of the images and of the texts, each row of length 1.
+            tokens: int64 [B, L], on the CPU: their lengths are looked at before they are sent.
         """
-        image = self.clip.encode_image(images)
-        text = self._encode_text(tokens)
-        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        clip = self.clip
+        if getattr(clip, "text_pool_type", "") == "argmax" and clip.attn_mask is not None:
+            features = self._encode_by_length(tokens)
+        else:
+            features = clip.encode_text(to_device(tokens, self.device))
+        return F.normalize(features.float(), dim=-1)
 
-    def _encode_text(self, tokens: Tensor) -> Tensor:
-        """The tower is causal and pools at the first end token: nothing after it is computed."""
+    def _encode_by_length(self, tokens: Tensor) -> Tensor:
+        """A causal tower that pools at the end token: nothing after that is computed."""
         ends = tokens.argmax(dim=1)
 
         def run(rows: Tensor, length: int) -> Tensor:
@@ -62,9 +70,34 @@ class OpenAIClip(nn.Module):
         clip, length = self.clip, tokens.shape[1]
         x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
         x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
-        pooled = clip.ln_final(x)[torch.arange(len(x), device=x.device), ends]
-        features: Tensor = pooled @ clip.text_projection
+        pooled: Tensor = clip.ln_final(x)[torch.arange(len(x), device=x.device), ends]
+        projection = clip.text_projection
+        if projection is None:
+            return pooled
+        features: Tensor = (
+            projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        )
         return features
+
+
+class OpenAIClip(Clip):
+    """Image and text features of one batch, L2-normalised."""
+
+    checkpoint: str
+
+    def __init__(self, device: torch.device, weights: Weights) -> None:
+        super().__init__(load(weights, self.checkpoint), device)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            images: float32 [B, 3, 224, 224], normalised.
+            tokens: int64 [B, 77], on the CPU: their lengths are looked at before they are sent.
+
+        Returns:
+            float32 [B, D] of the images and of the texts, each row of length 1.
+        """
+        return self.encode_image(images), self.encode_text(tokens)
 
 
 class ClipB32(OpenAIClip):
@@ -73,6 +106,52 @@ class ClipB32(OpenAIClip):
 
 class ClipL14(OpenAIClip):
     checkpoint = "ViT-L-14.pt"
+
+
+class OpenClipNet(Clip):
+    """A model of open_clip, which computes what is wanted of it.
+
+    Args:
+        name: of the checkpoint below the weights folder, or its path.
+        config: the architecture, as open_clip's JSON files have it.
+        wanted: of `image`, `text` and `score`, which needs both.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        weights: Weights,
+        name: str,
+        config: Mapping[str, Any],
+        wanted: Collection[str],
+    ) -> None:
+        self.encoders = [kind for kind in ("image", "text") if {kind, "score"} & {*wanted}]
+        super().__init__(create(weights, name, config), device)
+
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            inputs: images float32 [B, 3, H, W], and tokens int64 [B, L] on the CPU; or what is
+                wanted of them.
+
+        Returns:
+            `image` and `text`, float32 [B, D], as far as they are wanted.
+        """
+        encode = {"image": self.encode_image, "text": self.encode_text}
+        return {k: encode[k](given) for k, given in zip(self.encoders, inputs, strict=True)}
+
+
+def create(weights: Weights, name: str, config: Mapping[str, Any]) -> Any:
+    """Build the net of an architecture and load a checkpoint, without asking the hub."""
+    import open_clip
+
+    with weights.used(name), tempfile.TemporaryDirectory() as folder:
+        if is_torchscript(weights, name):  # OpenAI's own, which tell their architecture
+            return load(weights, name)
+        kept = Path(folder) / f"d2m-{sha256(json.dumps(config).encode()).hexdigest()[:16]}.json"
+        kept.write_text(json.dumps(config))
+        open_clip.add_model_config(kept)
+        return open_clip.create_model(kept.stem, pretrained=str(weights.path(name)))
 
 
 def load(weights: Weights, name: str) -> Any:

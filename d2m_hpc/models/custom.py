@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import postprocessors
 from d2m_hpc.models.code import MODULE, Modules, Sources
+from d2m_hpc.models.family import ModelSpec, Post
+from d2m_hpc.models.inputs import NAMED
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture, Preprocessor
-from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, MODELS, ModelSpec, Post, Registry
+from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, MODELS, Registry
 from d2m_hpc.models.types import is_column_type
 from d2m_hpc.stopping import is_asked
 
@@ -182,7 +184,7 @@ def registry(tables: Tables, types: Mapping[str, Any] = {}) -> Registry:
         models={**MODELS, **{name: spec_of(name, model) for name, model in models.items()}},
         columns={**COLUMNS, **typed},
         features={**FEATURES, **shaped},
-        preprocessors=frozenset(PREPROCESSORS.keys() | made.keys()),
+        preprocessors=frozenset(NAMED.keys() | made.keys()),
         own=frozenset(name for table in tables.values() for name in table),
     )
 

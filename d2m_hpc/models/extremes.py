@@ -32,19 +32,26 @@ def shortened(image: Image.Image) -> Image.Image:
 
 
 def centre(
-    picture: NDArray[np.uint8] | Image.Image, wide: int, high: int, side: int
+    picture: NDArray[np.uint8] | Image.Image,
+    wide: int,
+    high: int,
+    size: tuple[int, int],
+    how: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Image.Image:
-    """The square in the middle of a picture that would be `wide` x `high` when it is resized.
+    """The middle of a picture that would be `wide` x `high` when it is resized.
 
-    Only what lies under the square is resized (bicubic).
+    Only what lies under the middle is resized.
+
+    Args:
+        size: width and height of the middle.
     """
     image = picture if isinstance(picture, Image.Image) else None
     width, height = image.size if image else (picture.shape[1], picture.shape[0])  # type: ignore[union-attr]
-    across, down = _span(width, wide, side), _span(height, high, side)
+    across, down = _span(width, wide, size[0]), _span(height, high, size[1])
     (x0, x1), (y0, y1) = _around(across, width), _around(down, height)
     part = image.crop((x0, y0, x1, y1)) if image else Image.fromarray(picture[y0:y1, x0:x1])  # type: ignore[index]
     box = (across[0] - x0, down[0] - y0, across[1] - x0, down[1] - y0)
-    return part.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    return part.resize(size, how, box=box)
 
 
 def _span(given: int, made: int, side: int) -> tuple[float, float]:
@@ -58,19 +65,19 @@ def _around(span: tuple[float, float], length: int) -> tuple[int, int]:
     return max(0, math.floor(span[0]) - margin), min(length, math.ceil(span[1]) + margin)
 
 
-def in_white(strip: Tensor, before: int, square: int, axis: int) -> Tensor:
-    """Set a strip in white and resize it across (bicubic), without making the white.
+def filled(strip: Tensor, before: int, square: int, axis: int, fill: int) -> Tensor:
+    """Pad a strip to a square and resize it across (bicubic), without making the padding.
 
     Args:
         strip: uint8 [3, H, W], resized along the other axis already.
-        before: pixels of white before it.
-        square: pixels of strip and white together.
+        before: pixels of padding before it.
+        square: pixels of strip and padding together.
         axis: of `strip`, the one to resize to the length of the other.
     """
     other = 3 - axis
     weights = torch.from_numpy(_weights(strip.shape[axis], before, square, strip.shape[other]))
-    moved = strip.movedim(axis, -1).float() - 255
-    pixels = (255 + moved @ weights).round_().clamp_(0, 255).to(torch.uint8)
+    moved = strip.movedim(axis, -1).float() - fill
+    pixels = (fill + moved @ weights).round_().clamp_(0, 255).to(torch.uint8)
     return in_memory(pixels.movedim(-1, axis))
 
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from d2m_hpc.models.checkpoint import Weights, state_of
-from d2m_hpc.models.preprocessors import FACES_SIZE
 from d2m_hpc.models.scrfd import ANCHORS, STRIDES, Level, ScrfdNet
 from d2m_hpc.models.transfer import conv_layout
 
 CHECKPOINT = "scrfd_10g.pt"
+SIDE = 224
+"""Pixels of the square that the net sees."""
 MIN_SCORE = 0.3
 MAX_IOU = 0.45
 TOGETHER = 512
@@ -25,7 +26,7 @@ UNUSED = "bbox_head.integral."
 Boxes = list[list[float]]
 
 
-def detect(levels: Sequence[Level], paddings: Tensor, side: int = FACES_SIZE) -> list[Boxes]:
+def detect(levels: Sequence[Level], paddings: Tensor, side: int = SIDE) -> list[Boxes]:
     """The faces that the net found.
 
     Args:

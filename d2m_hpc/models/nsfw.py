@@ -22,15 +22,15 @@ class NsfwImage(nn.Module):
             self.head.load_state_dict(state_of(weights.load(CHECKPOINT)))
         self.head.to(device).eval()
 
-    def forward(self, clip_l14: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """
         Args:
-            clip_l14: CLIP ViT-L/14's features, the images' ([B, 768]) first.
+            features: [B, 768], CLIP ViT-L/14's of the images.
 
         Returns:
             float32 [B], in [0, 1].
         """
-        features = clip_l14[0].float()
+        features = features.float()
         # In half precision an overflow would end in the sigmoid as a score of 1, and pass.
         with torch.autocast(features.device.type, enabled=False):
             scores: Tensor = self.head(features).squeeze(1)

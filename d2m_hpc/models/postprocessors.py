@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from d2m_hpc.models.registry import Post
+from d2m_hpc.models.family import Post
 
 Cache = Mapping[str, Any]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,15 +21,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2m_hpc.models import extremes
+from d2m_hpc.models.inputs import NAMED, Form, ImageInput, OwnInput
 from d2m_hpc.models.pixels import Pixels, in_memory, size_of, tensor_of
-from d2m_hpc.models.tokens import clip_tokens
 
-CLIP_SIZE = 224
-FACES_SIZE = 224
-DEDUP_SIZE = 512
-STATS_SIZE = 256
+FAST = ("bicubic", "bilinear")
+"""What torch's kernels for uint8 resize by; PIL does all else."""
 SQUARE = 178_956_970
 """Pixels of the largest square that the faces' white is made for, some rows at a time."""
+
+
+Padding = tuple[int, int, int, int]
+"""Pixels at the left, top, right and bottom."""
 
 
 class Rejected(Exception):
@@ -77,7 +80,8 @@ class Picture:
         """Resized once for all that ask alike: of a square, CLIP and the faces want the same."""
         key = width, height, how, exact
         if key not in self._resized:
-            self._resized[key] = _resize(self.short.form(exact), width, height, how)
+            form = self.short.form(exact or how not in FAST)
+            self._resized[key] = _resize(form, width, height, how)
         return self._resized[key]
 
 
@@ -123,35 +127,66 @@ def _resize_once(image: Pixels, width: int, height: int, how: str) -> Pixels:
     return F.interpolate(batch, (height, width), mode=how, antialias=True)[0]
 
 
-def clip_image(picture: Picture, options: Options) -> Tensor:
-    """uint8 [3, 224, 224]: short side to 224 (bicubic), centre crop (OpenAI CLIP)."""
-    width, height = picture.size
-    short = min(width, height)
-    wide, high = (int(CLIP_SIZE * side / short) for side in (width, height))
+def prepared_image(picture: Picture, options: Options, wanted: ImageInput) -> Any:
+    """uint8 [3, H, W], as `wanted` describes it; for `pad`, and the padding, float32 [4]."""
+    if wanted.resize == "pad":
+        return _padded(picture, wanted, options.exact)
+    if wanted.resize == "squash":
+        return tensor_of(_plain(picture, wanted.width, wanted.height, wanted, options.exact))
+    make = _cut_out if wanted.resize == "shortest" else _within
+    return make(picture, wanted, options.exact)
+
+
+def _plain(picture: Picture, width: int, height: int, wanted: ImageInput, exact: bool) -> Pixels:
+    return picture.resized(width, height, wanted.interpolation, exact)
+
+
+def _cut_out(picture: Picture, wanted: ImageInput, exact: bool) -> Tensor:
+    """Bring the short side to a length and cut the middle out, as torchvision and open_clip do."""
+    (width, height), size = picture.size, (wanted.width, wanted.height)
+    if size[0] == size[1] or wanted.short:
+        short, length = min(width, height), wanted.short or wanted.height
+        wide, high = (int(length * side / short) for side in (width, height))
+    else:
+        ratio = min(width / size[0], height / size[1])
+        wide, high = round(width / ratio), round(height / ratio)
     if wide * high > extremes.LARGE:
-        return tensor_of(extremes.centre(picture.source, wide, high, CLIP_SIZE))
-    left, top = (round((side - CLIP_SIZE) / 2) for side in (wide, high))
-    if options.exact and wide > CLIP_SIZE:
-        return tensor_of(_landscape(picture.pil, wide, left))
-    resized = tensor_of(picture.resized(wide, high, "bicubic", options.exact))
-    crop = resized[:, top : top + CLIP_SIZE, left : left + CLIP_SIZE]
+        how = Image.Resampling[wanted.interpolation.upper()]
+        return tensor_of(extremes.centre(picture.source, wide, high, size, how))
+    left, top = round((wide - size[0]) / 2), round((high - size[1]) / 2)
+    if exact and wide > size[0] and high == size[1]:
+        return tensor_of(_landscape(picture.pil, wide, left, wanted))
+    resized = tensor_of(_plain(picture, wide, high, wanted, exact))
+    crop = resized[:, top : top + size[1], left : left + size[0]]
     # A view holds all of what was resized until its batch is made.
-    return crop if wide * high <= 4 * CLIP_SIZE**2 else in_memory(crop)
+    return crop if wide * high <= 4 * size[0] * size[1] else in_memory(crop)
 
 
-def _landscape(image: Image.Image, wide: int, left: int) -> Image.Image:
+def _landscape(image: Image.Image, wide: int, left: int, wanted: ImageInput) -> Image.Image:
     """The columns that a crop takes away go before the second of resizing's passes."""
-    first = image.resize((wide, image.height), Image.Resampling.BICUBIC)
-    cropped = first.crop((left, 0, left + CLIP_SIZE, image.height))
-    return cropped.resize((CLIP_SIZE, CLIP_SIZE), Image.Resampling.BICUBIC)
+    how = Image.Resampling[wanted.interpolation.upper()]
+    first = image.resize((wide, image.height), how)
+    cropped = first.crop((left, 0, left + wanted.width, image.height))
+    return cropped.resize((wanted.width, wanted.height), how)
 
 
-def faces_image(picture: Picture, options: Options) -> tuple[Tensor, Tensor]:
-    """Pad to a square with white, resize to 224 (bicubic).
+def _within(picture: Picture, wanted: ImageInput, exact: bool) -> Tensor:
+    """Bring the long side to the size, with `fill` around, as open_clip does."""
+    width, height = picture.size
+    ratio = max(width / wanted.width, height / wanted.height)
+    wide, high = max(1, round(width / ratio)), max(1, round(height / ratio))
+    resized = tensor_of(_plain(picture, wide, high, wanted, exact))
+    left, top = (wanted.width - wide) // 2, (wanted.height - high) // 2
+    padding = (left, top, wanted.width - wide - left, wanted.height - high - top)
+    return tensor_of(_pad(resized, padding, wanted.fill)) if any(padding) else resized
+
+
+def _padded(picture: Picture, wanted: ImageInput, exact: bool) -> tuple[Tensor, Tensor]:
+    """Pad to a square and resize that.
 
     Returns:
-        uint8 [3, 224, 224], and float32 [4]: the padding at left, top, right and bottom as
-        fractions of the square's side.
+        uint8 [3, H, W], and float32 [4]: the padding at left, top, right and bottom as fractions
+        of the square's side.
     """
     picture = picture.short
     width, height = picture.size
@@ -160,23 +195,24 @@ def faces_image(picture: Picture, options: Options) -> tuple[Tensor, Tensor]:
     padding = (left, top, side - width - left, side - height - top)
     make = _in_square if side * side <= SQUARE else _in_endless_square
     told = torch.tensor(padding, dtype=torch.float32) / side
-    return tensor_of(make(picture, padding, options.exact)), told
+    return tensor_of(make(picture, padding, wanted, exact)), told
 
 
-def _in_square(picture: Picture, padding: tuple[int, int, int, int], exact: bool) -> Pixels:
+def _in_square(picture: Picture, padding: Padding, wanted: ImageInput, exact: bool) -> Pixels:
+    size, how = (wanted.width, wanted.height), wanted.interpolation
     if not any(padding):
-        return picture.resized(FACES_SIZE, FACES_SIZE, "bicubic", exact)
-    image, (_, height) = picture.form(exact), picture.size
-    if padding[1] + padding[3]:  # white rows are white after the first of resizing's passes, too
-        image = _pad(_resize(image, FACES_SIZE, height, "bicubic"), padding)
+        return picture.resized(*size, how, exact)
+    image, (_, height) = picture.form(exact or how not in FAST), picture.size
+    if padding[1] + padding[3]:  # filled rows are so after the first of resizing's passes, too
+        image = _pad(_resize(image, size[0], height, how), padding, wanted.fill)
     elif height * height <= extremes.LARGE:
-        image = _pad(image, padding)
+        image = _pad(image, padding, wanted.fill)
     else:
-        image = _narrowed(image, padding)
-    return _resize(image, FACES_SIZE, FACES_SIZE, "bicubic")
+        image = _narrowed(image, padding, wanted)
+    return _resize(image, *size, how)
 
 
-def _narrowed(image: Pixels, padding: tuple[int, int, int, int]) -> Tensor | Image.Image:
+def _narrowed(image: Pixels, padding: Padding, wanted: ImageInput) -> Pixels:
     """The first of resizing's passes over a square, whose rows are padded some at a time."""
     width, height = size_of(image)
     rows = extremes.LARGE // (4 * height)
@@ -187,7 +223,8 @@ def _narrowed(image: Pixels, padding: tuple[int, int, int, int]) -> Tensor | Ima
             part: Pixels = image.crop((0, top, width, bottom))
         else:
             part = image[:, top:bottom]
-        part = _resize(_pad(part, padding), FACES_SIZE, bottom - top, "bicubic")
+        part = _pad(part, padding, wanted.fill)
+        part = _resize(part, wanted.width, bottom - top, wanted.interpolation)
         parts.append(tensor_of(part).permute(1, 2, 0))
     narrow = torch.cat(parts)
     if isinstance(image, Image.Image):
@@ -195,36 +232,28 @@ def _narrowed(image: Pixels, padding: tuple[int, int, int, int]) -> Tensor | Ima
     return narrow.permute(2, 0, 1)
 
 
-def _in_endless_square(picture: Picture, padding: tuple[int, int, int, int], exact: bool) -> Pixels:
-    """Along the long side first, and across without making the white."""
+def _in_endless_square(
+    picture: Picture, padding: Padding, wanted: ImageInput, exact: bool
+) -> Pixels:
+    """Along the long side first, and across without making the padding (always bicubic)."""
     image, (width, height), side = picture.form(exact), picture.size, max(picture.size)
     tall = height > width
-    size = (width, FACES_SIZE) if tall else (FACES_SIZE, height)
+    size = (width, wanted.height) if tall else (wanted.width, height)
     strip = tensor_of(_resize(image, *size, "bicubic"))
     before = padding[0] if tall else padding[1]
-    return extremes.in_white(strip, before, side, axis=2 if tall else 1)
+    return extremes.filled(strip, before, side, axis=2 if tall else 1, fill=wanted.fill)
 
 
-def _pad(image: Pixels, padding: tuple[int, int, int, int]) -> Pixels:
-    """In white; tensors by hand, as torch's `pad` takes a pixel's channels apart."""
+def _pad(image: Pixels, padding: Padding, fill: int) -> Pixels:
+    """Tensors by hand, as torch's `pad` takes a pixel's channels apart."""
     if isinstance(image, Image.Image):
-        return ImageOps.expand(image, padding, "white")
+        return ImageOps.expand(image, padding, (fill, fill, fill))
     left, top, right, bottom = padding
     _, height, width = image.shape
     shape = (top + height + bottom, left + width + right, 3)
-    padded = torch.full(shape, 255, dtype=torch.uint8).permute(2, 0, 1)
+    padded = torch.full(shape, fill, dtype=torch.uint8).permute(2, 0, 1)
     padded[:, top : top + height, left : left + width] = image
     return padded
-
-
-def dedup_image(picture: Picture, options: Options) -> Tensor:
-    """uint8 [3, 512, 512], whatever the aspect (bilinear)."""
-    return tensor_of(picture.resized(DEDUP_SIZE, DEDUP_SIZE, "bilinear", options.exact))
-
-
-def stats_image(picture: Picture, options: Options) -> Tensor:
-    """uint8 [3, 256, 256], whatever the aspect (bilinear)."""
-    return tensor_of(picture.resized(STATS_SIZE, STATS_SIZE, "bilinear", options.exact))
 
 
 def identity(value: Any, options: Options) -> Any:
@@ -251,20 +280,37 @@ def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Ten
     return normalise
 
 
-_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-_halves = normaliser(*_HALF)
+@cache
+def of_form(form: Form) -> Preprocessor:
+    """The preprocessor that a value describes."""
+    if isinstance(form, str):
+        return Preprocessor(identity)
+    if isinstance(form, OwnInput):
+        return Preprocessor(partial(_own, form=form))
+    finish: Callable[[Any], Any] = Preprocessor.finish
+    if form.mean and form.std:
+        finish = normaliser(form.mean, form.std)
+        if form.resize == "pad":
+            finish = partial(_first, finish)
+    return Preprocessor(partial(prepared_image, wanted=form.pixels), finish)
 
-PREPROCESSORS: dict[str, Preprocessor] = {
-    "clip-aug": Preprocessor(
-        clip_image,
-        normaliser((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    ),
-    "clip-tokens": Preprocessor(lambda text, options: clip_tokens(text)),
-    "faces-aug": Preprocessor(faces_image, lambda batch: (_halves(batch[0]), batch[1])),
-    "dedup-aug": Preprocessor(dedup_image, _halves),
-    "stats-aug": Preprocessor(stats_image),
-    "identity": Preprocessor(identity),
-}
+
+def _own(value: Any, options: Options, form: OwnInput) -> Any:
+    return _maker(form)(identity(value, options))
+
+
+@cache
+def _maker(form: OwnInput) -> Callable[[Any], Any]:
+    module, name = form.made_by.split(":")
+    made: Callable[[Any], Any] = getattr(import_module(module), name)(**dict(form.options))
+    return made
+
+
+def _first(finish: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Any:
+    return finish(batch[0]), batch[1]
+
+
+PREPROCESSORS: dict[str, Preprocessor] = {name: of_form(form) for name, form in NAMED.items()}
 
 
 def custom(function: Callable[[Any], Any]) -> Preprocessor:

@@ -1,198 +1,21 @@
-"""Names to models, preprocessors and postprocessors; those of a custom file come on top.
+"""Names to models, columns and features: the families', a config's own, and a custom file's on top.
 
 Nothing here imports torch: the login node checks a config with the same tables that a task runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
-from d2m_hpc.models.published import Checkpoint, HubRepo
-
-RAW_INPUTS = ("image", "text", "json")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What the graph and the loader must know of a model before it is built.
-
-    Attributes:
-        raw_inputs, preprocessors: pairwise, the inputs of `forward`.
-        dependencies: models whose outputs follow as further inputs of `forward`.
-        to_device: move the inputs to the model's device.
-        on_host: preprocessors whose inputs stay on the host even so; the model sends their parts.
-        target: `module:class` of a built-in model; empty for one of a custom file.
-        checkpoints: what it needs: files, hub repositories, and names that `models.weights` knows.
-        files: paths of the files and folders that a custom class declares as its checkpoints.
-    """
-
-    name: str
-    raw_inputs: tuple[str, ...] = ()
-    preprocessors: tuple[str, ...] = ()
-    dependencies: tuple[str, ...] = ()
-    to_device: bool = True
-    on_host: tuple[str, ...] = ()
-    target: str = ""
-    checkpoints: tuple[str | Checkpoint | HubRepo, ...] = ()
-    files: tuple[str, ...] = ()
-
-    @property
-    def inputs(self) -> tuple[tuple[str, str], ...]:
-        """The distinct (raw input, preprocessor) pairs, in the order of `forward`."""
-        return tuple(zip(self.raw_inputs, self.preprocessors, strict=True))
-
-
-@dataclass(frozen=True)
-class Post:
-    """A column or feature: a function of `models.postprocessors` applied to a model's output.
-
-    Attributes:
-        model: empty where the code of a custom file may read any.
-        type: of a column, in the words of `models.types`; empty where it is not declared.
-        shape: of a feature's row, likewise.
-    """
-
-    model: str = ""
-    function: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    type: str = ""
-    shape: tuple[int, ...] = ()
-
-
-_IMAGE_TEXT: dict[str, Any] = {
-    "raw_inputs": ("image", "text"),
-    "preprocessors": ("clip-aug", "clip-tokens"),
-    "on_host": ("clip-tokens",),
-}
-
-MODELS: Mapping[str, ModelSpec] = {
-    spec.name: spec
-    for spec in (
-        ModelSpec(
-            "oai-clip-vit-b32",
-            **_IMAGE_TEXT,
-            target="clip:ClipB32",
-            checkpoints=("ViT-B-32.pt",),
-        ),
-        ModelSpec(
-            "oai-clip-vit-l14",
-            **_IMAGE_TEXT,
-            target="clip:ClipL14",
-            checkpoints=("ViT-L-14.pt",),
-        ),
-        ModelSpec(
-            "nsfw-detoxify",
-            raw_inputs=("text",),
-            preprocessors=("identity",),
-            to_device=False,
-            target="toxicity:Detoxify",
-            checkpoints=(
-                "multilingual_debiased-0b549669.ckpt",
-                "xlm-roberta-base/config.json",
-                "xlm-roberta-base/tokenizer.json",
-                "xlm-roberta-base/tokenizer_config.json",
-            ),
-        ),
-        ModelSpec(
-            "nsfw-image-oai-clip-vit-l-14",
-            dependencies=("oai-clip-vit-l14",),
-            target="nsfw:NsfwImage",
-            checkpoints=("nsfw_torch.pt",),
-        ),
-        ModelSpec(
-            "faces-scrfd10g",
-            raw_inputs=("image",),
-            preprocessors=("faces-aug",),
-            target="faces:Scrfd10G",
-            checkpoints=("scrfd_10g.pt",),
-        ),
-        ModelSpec(
-            "dedup-isc-ft-v107",
-            raw_inputs=("image",),
-            preprocessors=("dedup-aug",),
-            target="dedup:IscFtV107",
-            checkpoints=("isc_ft_v107.pth.tar", "eval_dedup_embeddings.pt"),
-        ),
-        ModelSpec(
-            "image-stats",
-            raw_inputs=("image",),
-            preprocessors=("stats-aug",),
-            target="stats:ImageStats",
-        ),
-        ModelSpec(
-            "text-stats",
-            raw_inputs=("text",),
-            preprocessors=("identity",),
-            to_device=False,
-            target="stats:TextStats",
-        ),
-    )
-}
-
-PREPROCESSORS = frozenset(
-    {"clip-aug", "clip-tokens", "faces-aug", "dedup-aug", "stats-aug", "identity"}
-)
-
-
-def _score(model: str, function: str = "identity") -> Post:
-    return Post(model, function, type="float32")
-
-
-def _column(model: str, index: int, kind: str = "float32") -> Post:
-    return Post(model, "select", {"index": index}, type=kind)
-
-
-def _vector(model: str, index: int, width: int) -> Post:
-    return Post(model, "select", {"index": index}, shape=(width,))
-
-
-def _fields(model: str, prefix: str, **kinds: str) -> dict[str, Post]:
-    names = (name.replace("_", "-") for name in kinds)
-    return {
-        f"{prefix}-{name}": _column(model, i, kind)
-        for i, (name, kind) in enumerate(zip(names, kinds.values(), strict=True))
-    }
-
-
-COLUMNS: Mapping[str, Post] = {
-    "oai-clip-vit-b32-score": _score("oai-clip-vit-b32", "batched_dot_product"),
-    "oai-clip-vit-l14-score": _score("oai-clip-vit-l14", "batched_dot_product"),
-    "nsfw-detoxify-score": _score("nsfw-detoxify"),
-    "nsfw-image-score": _score("nsfw-image-oai-clip-vit-l-14"),
-    "face-boxes": Post("faces-scrfd10g", "identity", {"to_cpu": False}, type="list<list<float32>>"),
-    "dedup-isc-ft-v107-score": _column("dedup-isc-ft-v107", 1),
-    **_fields(
-        "image-stats",
-        "image",
-        brightness="float32",
-        contrast="float32",
-        sharpness="float32",
-        entropy="float32",
-        phash="string",
-    ),
-    **_fields(
-        "text-stats",
-        "text",
-        characters="int64",
-        words="int64",
-        alphanumeric_ratio="float32",
-        uppercase_ratio="float32",
-        digit_ratio="float32",
-        unique_word_ratio="float32",
-    ),
-}
-
-FEATURES: Mapping[str, Post] = {
-    "oai-clip-vit-b32-image": _vector("oai-clip-vit-b32", 0, 512),
-    "oai-clip-vit-b32-text": _vector("oai-clip-vit-b32", 1, 512),
-    "oai-clip-vit-l14-image": _vector("oai-clip-vit-l14", 0, 768),
-    "oai-clip-vit-l14-text": _vector("oai-clip-vit-l14", 1, 768),
-    "dedup-isc-ft-v107-image": _vector("dedup-isc-ft-v107", 0, 256),
-    "image-histogram": _vector("image-stats", 5, 48),
-}
+from d2m_hpc.models import weights
+from d2m_hpc.models.entries import Listed, family_of, name_of, presets, require_packages
+from d2m_hpc.models.family import Family, ModelSpec, Output, ParameterError, Post, Use
+from d2m_hpc.models.inputs import NAMED
+from d2m_hpc.storage.texts import nearest
 
 DATACOMP_KEYS: Mapping[str, str] = {
     "oai-clip-vit-b32-score": "clip_b32_similarity_score",
@@ -205,6 +28,99 @@ DATACOMP_KEYS: Mapping[str, str] = {
     "oai-clip-vit-l14-text": "l14_txt",
 }
 """The names that DataComp's tools read, with `use_datacomp_keys`."""
+LOOKUPS = (
+    "model_lookup",
+    "preprocessor_lookup",
+    "postprocess_parquet_lookup",
+    "postprocess_feature_lookup",
+)
+
+
+class Problem(NamedTuple):
+    """What is wrong with a model of a config.
+
+    Attributes:
+        model: its name.
+        loc: the keys below `models` that lead to the mistake.
+    """
+
+    model: str
+    loc: tuple[str | int, ...]
+    what: str
+
+
+class Chosen(NamedTuple):
+    """A model and its outputs, by their full names.
+
+    Attributes:
+        loc: the keys below a config's `models` that lead to the model.
+    """
+
+    name: str
+    family: Family
+    outputs: Mapping[str, Output]
+    loc: tuple[str | int, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, family: Family, folder: Path, loc: tuple[str | int, ...] = ()) -> Chosen:
+        """
+        Raises:
+            ParameterError: a parameter has a value that cannot be used.
+        """
+        prefix = family.prefixes.get(name, name)
+        outputs = family.outputs(Use(name, folder, frozenset()))
+        return cls(name, family, {f"{prefix}-{o.name}": o for o in outputs}, loc)
+
+    def posts(self, columns: bool) -> dict[str, Post]:
+        """The columns, or the features."""
+        named = self.outputs.items()
+        return {n: o.post(self.name) for n, o in named if bool(o.type) == columns}
+
+    def spec(self, folder: Path, asked: Collection[str], posts: Mapping[str, Post]) -> ModelSpec:
+        """
+        Args:
+            asked: full names of outputs; where none is this model's, the model gives all.
+            posts: how the outputs of other models are read.
+
+        Raises:
+            ParameterError: it reads an output that no model gives.
+        """
+        named, reads = self.outputs.items(), tuple(self.family.reads())
+        for name in reads:
+            if not posts.get(name, Post()).model:
+                what = f"no model gives {name!r}{nearest(name, posts)}"
+                given = self.family.model_dump().items()
+                raise ParameterError(next((p for p, value in given if value == name), ""), what)
+        wanted = [o.name for n, o in named if n in asked] or [o.name for _, o in named]
+        use = Use(self.name, folder, frozenset(wanted))
+        inputs = [i if isinstance(i, tuple) else (i.raw, i) for i in self.family.inputs(use)]
+        needed = self.family.checkpoints(use)
+        return ModelSpec(
+            self.name,
+            raw_inputs=tuple(raw for raw, _ in inputs),
+            preprocessors=tuple(form for _, form in inputs),
+            dependencies=tuple(dict.fromkeys(posts[n].model for n in reads)),
+            to_device=self.family.to_device,
+            on_host=self.family.on_host,
+            checkpoints=tuple(c for c in needed if not isinstance(c, Path)),
+            files=tuple(str(c) for c in needed if isinstance(c, Path)),
+            reads=reads,
+            family=self.family,
+            use=use,
+        )
+
+
+def _posts(chosen: Iterable[Chosen], columns: bool) -> dict[str, Post]:
+    return {name: post for c in chosen for name, post in c.posts(columns).items()}
+
+
+_FOLDER = weights.default_dir()
+_PRESETS = [Chosen.of(name, family, _FOLDER) for name, family in presets().items()]
+COLUMNS: Mapping[str, Post] = _posts(_PRESETS, columns=True)
+FEATURES: Mapping[str, Post] = _posts(_PRESETS, columns=False)
+MODELS: Mapping[str, ModelSpec] = {
+    chosen.name: chosen.spec(_FOLDER, (), {**COLUMNS, **FEATURES}) for chosen in _PRESETS
+}
 
 
 @dataclass(frozen=True)
@@ -214,21 +130,75 @@ class Registry:
     models: Mapping[str, ModelSpec] = field(default_factory=lambda: MODELS)
     columns: Mapping[str, Post] = field(default_factory=lambda: COLUMNS)
     features: Mapping[str, Post] = field(default_factory=lambda: FEATURES)
-    preprocessors: frozenset[str] = PREPROCESSORS
+    preprocessors: frozenset[str] = frozenset(NAMED)
     own: frozenset[str] = frozenset()
     """The names that a custom file gives, of all kinds; they go before built-in ones."""
+
+    def post(self, name: str) -> Post:
+        """How a column or feature is made; one that reads no model where there is none."""
+        return self.features.get(name) or self.columns.get(name) or Post()
 
     def specs(self, names: Iterable[str]) -> dict[str, ModelSpec]:
         """Of the models that are known."""
         return {name: self.models[name] for name in names if name in self.models}
 
+    def with_models(
+        self, entries: Sequence[Listed], asked: Collection[str], folder: Path
+    ) -> tuple[Registry, list[Problem]]:
+        """Add the models of a config.
 
-LOOKUPS = (
-    "model_lookup",
-    "preprocessor_lookup",
-    "postprocess_parquet_lookup",
-    "postprocess_feature_lookup",
-)
+        Args:
+            entries: the config's `models`.
+            asked: its columns and features; a model gives those and no others, where it can.
+            folder: the weights folder.
+
+        Returns:
+            the registry, without those models with which something is wrong; and what is.
+        """
+        chosen, problems = self._chosen(entries, folder)
+        own = [c for c in chosen if c.name not in self.models]
+        columns = {**self.columns, **_posts(own, columns=True)}
+        features = {**self.features, **_posts(own, columns=False)}
+        asked = {*asked, *(name for c in chosen for name in c.family.reads())}
+        models = dict(self.models)
+        for c in chosen:
+            try:
+                models[c.name] = c.spec(folder, asked, {**columns, **features})
+            except ParameterError as error:
+                problems += _problems(c.name, c.loc, error)
+        return replace(self, models=models, columns=columns, features=features), problems
+
+    def _chosen(
+        self, entries: Sequence[Listed], folder: Path
+    ) -> tuple[list[Chosen], list[Problem]]:
+        chosen: list[Chosen] = []
+        problems: list[Problem] = []
+        for i, entry in enumerate(entries):
+            name = name_of(entry)
+            loc = (i,) if isinstance(entry, str) else (i, name)
+            try:
+                if not isinstance(entry, str):
+                    self._require_new(name)
+                    family = family_of(entry)
+                elif name in presets() and name not in self.own:
+                    family = presets()[name]
+                else:
+                    continue
+                require_packages(family)
+                chosen.append(Chosen.of(name, family, folder, loc))
+            except ParameterError as error:
+                problems += _problems(name, loc, error)
+        return chosen, problems
+
+    def _require_new(self, name: str) -> None:
+        whose = "the custom file's" if name in self.own else "a built-in model's"
+        if name in self.models:
+            raise ParameterError("", f"{name!r} is {whose} name; choose another")
+
+
+def _problems(name: str, loc: tuple[str | int, ...], error: ParameterError) -> list[Problem]:
+    found = error.mistakes
+    return [Problem(name, (*loc, *([p] if p and len(loc) > 1 else [])), what) for p, what in found]
 
 
 def in_order(specs: Mapping[str, ModelSpec]) -> list[str]:

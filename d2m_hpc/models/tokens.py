@@ -1,11 +1,13 @@
-"""Captions to CLIP's tokens."""
+"""Captions to the tokens of CLIP-like models."""
 
 from __future__ import annotations
 
 import html
 import re
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import ftfy
@@ -31,16 +33,89 @@ _MARKS = regex.compile(r"\P{ccc=0}{32,}")
 """More marks on one letter than any script has."""
 
 
+def of_clip() -> Callable[[str], Tensor]:
+    """OpenAI's tokens, for `inputs.OwnInput`."""
+    return clip_tokens
+
+
+def of_open_clip(context: int = CONTEXT, **options: Any) -> Callable[[str], Tensor]:
+    """The tokens of open_clip's own tokenizer, for `inputs.OwnInput`."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    if not options:
+        return ClipTokens(context, openai=False)
+    made = SimpleTokenizer(context_length=context, **options)
+    return lambda text: made(text)[0]
+
+
+def of_transformers(source: str, context: int, **options: Any) -> Callable[[str], Tensor]:
+    """The tokens of a tokenizer of transformers as open_clip uses it, for `inputs.OwnInput`.
+
+    Args:
+        source: the folder of the tokenizer's files.
+    """
+    from open_clip.tokenizer import HFTokenizer
+
+    made, one = HFTokenizer(source, context_length=context, **options), Lock()
+
+    def tokens(text: str) -> Tensor:
+        with one:  # tokenizers keep padding and truncation as state, which threads would share
+            found: Tensor = made(text)[0]
+            return found
+
+    return tokens
+
+
+class ClipTokens:
+    """CLIP's BPE tokens: int64 [context], cut with the end token kept, padded with 0.
+
+    Args:
+        openai: read OpenAI's special tokens in a text, as openai/CLIP does (simple_tokenizer.py)
+            and DataComp's published features were made; else open_clip's own.
+    """
+
+    def __init__(self, context: int = CONTEXT, openai: bool = True) -> None:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        made = SimpleTokenizer(context_length=context)
+        self._context, self._encoder, self._bytes = context, made.encoder, made.byte_encoder
+        self._start, self._end = made.all_special_ids
+        named = {made.decoder[token]: token for token in made.all_special_ids}
+        for name in named:
+            del self._encoder[name]
+        self._bpe = Bpe(made.bpe_ranks, self._encoder)
+        self._special = dict(zip(SPECIAL, named.values(), strict=True)) if openai else named
+        special = "|".join(map(regex.escape, self._special))
+        rest = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+        self._words = regex.compile(f"{special}|{rest}", regex.IGNORECASE)
+        self._of_word = lru_cache(maxsize=WORDS)(self._encoded)
+
+    def __call__(self, text: str) -> Tensor:
+        tokens = [self._start]
+        for word in self._words.finditer(clean(text)):
+            is_short = word.end() - word.start() <= LETTERS
+            tokens += self._of_word(word[0]) if is_short else self._encoded(word[0])
+            if len(tokens) >= self._context:
+                break
+        tokens = [*tokens[: self._context - 1], self._end]
+        return torch.tensor(tokens + [0] * (self._context - len(tokens)))
+
+    def _encoded(self, word: str) -> tuple[int, ...]:
+        """A word's tokens, or the first of them where they are more than are kept."""
+        if word in self._special:
+            return (self._special[word],)
+        letters = "".join(map(self._bytes.__getitem__, word.encode()))
+        return tuple(self._encoder[part] for part in self._bpe.first(letters, self._context))
+
+
+@lru_cache(maxsize=1)
+def _openai() -> ClipTokens:
+    return ClipTokens()
+
+
 def clip_tokens(text: str) -> Tensor:
-    """int64 [77]: CLIP's BPE tokens, cut with the end token kept, padded with 0."""
-    tokenizer = _tokenizer()
-    tokens = [tokenizer.sot_token_id]
-    for word in tokenizer.pat.finditer(clean(text)):
-        tokens += _of_word(word[0]) if word.end() - word.start() <= LETTERS else _encoded(word[0])
-        if len(tokens) >= CONTEXT:
-            break
-    tokens = [*tokens[: CONTEXT - 1], tokenizer.eot_token_id]
-    return torch.tensor(tokens + [0] * (CONTEXT - len(tokens)))
+    """int64 [77]: OpenAI's tokens, cut with the end token kept, padded with 0."""
+    return _openai()(text)
 
 
 def clean(text: str) -> str:
@@ -57,43 +132,3 @@ def clean(text: str) -> str:
 
 def _in_order(marks: regex.Match[str]) -> str:
     return "".join(sorted(marks[0], key=unicodedata.combining))
-
-
-@lru_cache(maxsize=WORDS)
-def _of_word(word: str) -> tuple[int, ...]:
-    return _encoded(word)
-
-
-def _encoded(word: str) -> tuple[int, ...]:
-    """A word's tokens, or the first of them where they are more than are kept."""
-    tokenizer = _tokenizer()
-    if word in SPECIAL:
-        return (tokenizer.encoder[word],)
-    letters = "".join(map(tokenizer.byte_encoder.__getitem__, word.encode()))
-    return tuple(tokenizer.encoder[part] for part in _bpe().first(letters, CONTEXT))
-
-
-@lru_cache(maxsize=1)
-def _bpe() -> Bpe:
-    tokenizer = _tokenizer()
-    return Bpe(tokenizer.bpe_ranks, set(tokenizer.encoder) - set(SPECIAL))
-
-
-@lru_cache(maxsize=1)
-def _tokenizer() -> Any:
-    """open_clip's tokenizer with OpenAI's special tokens.
-
-    OpenAI's reads `<|endoftext|>` inside a caption as that token (openai/CLIP,
-    simple_tokenizer.py); DataComp's published features were made so.
-    """
-    from open_clip.tokenizer import SimpleTokenizer
-
-    tokenizer = SimpleTokenizer(context_length=CONTEXT)
-    for name, token in zip(SPECIAL, tokenizer.all_special_ids, strict=True):
-        del tokenizer.encoder[tokenizer.decoder[token]]
-        tokenizer.encoder[name] = token
-        tokenizer.decoder[token] = name
-    special = "|".join(map(regex.escape, SPECIAL))
-    rest = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-    tokenizer.pat = regex.compile(f"{special}|{rest}", regex.IGNORECASE)
-    return tokenizer

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from d2m_hpc.errors import WeightsError
@@ -26,58 +27,15 @@ from d2m_hpc.models.download import (
 )
 from d2m_hpc.models.lock import Lock, alone
 from d2m_hpc.models.published import Checkpoint, HubRepo
-from d2m_hpc.models.registry import ModelSpec
 from d2m_hpc.storage.files import atomic_write, fsync_dir, make_folder
 
-_D2M = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
-_CLIP = "https://openaipublic.azureedge.net/clip/models"
+if TYPE_CHECKING:
+    from d2m_hpc.models.family import ModelSpec
+
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 """Variables that keep Hugging Face's libraries from asking their hub."""
 MOST_FILES = 1000
 """Of a folder that a custom class declares."""
-_XLMR = "https://huggingface.co/FacebookAI/xlm-roberta-base/resolve/main"
-
-
-def _clip(name: str, sha256: str) -> Checkpoint:
-    return Checkpoint(name, f"{_CLIP}/{sha256}/{name}", sha256)
-
-
-CHECKPOINTS = {
-    c.name: c
-    for c in (
-        _clip("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-        _clip("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-        Checkpoint(
-            "multilingual_debiased-0b549669.ckpt",
-            "https://github.com/unitaryai/detoxify/releases/download/v0.4-alpha/"
-            "multilingual_debiased-0b549669.ckpt",
-            "0b549669",
-        ),
-        Checkpoint("xlm-roberta-base/config.json", f"{_XLMR}/config.json"),
-        Checkpoint("xlm-roberta-base/tokenizer.json", f"{_XLMR}/tokenizer.json"),
-        Checkpoint("xlm-roberta-base/tokenizer_config.json", f"{_XLMR}/tokenizer_config.json"),
-        Checkpoint(
-            "nsfw_torch.pt",
-            f"{_D2M}/nsfw_torch.pt",
-            "3c97d5478477c181bfa29a33e6933f710c8ec587e3c3551ff855e293acdaf390",
-        ),
-        Checkpoint(
-            "scrfd_10g.pt",
-            f"{_D2M}/scrfd_10g.pt",
-            "963570df5e0ebf6bb313239d0f9f3f0c096c1ff6937e8e28e45abad4d8b1d5c7",
-        ),
-        Checkpoint(
-            "isc_ft_v107.pth.tar",
-            "https://github.com/lyakaap/ISC21-Descriptor-Track-1st/releases/download/v1.0.1/"
-            "isc_ft_v107.pth.tar",
-        ),
-        Checkpoint(
-            "eval_dedup_embeddings.pt",
-            f"{_D2M}/eval_dedup_embeddings.pt",
-            "18aeb08e1d53638761e05ac95254a2ef49653bfdb59a631c9304117ceef23d14",
-        ),
-    )
-}
 
 
 def default_dir() -> Path:
@@ -95,8 +53,7 @@ def weights_dir(configured: str | None) -> Path:
 
 def needed(specs: Iterable[ModelSpec]) -> list[Checkpoint | HubRepo]:
     """What these models need, each once; custom models bring their own."""
-    given = dict.fromkeys(need for spec in specs for need in spec.checkpoints)
-    return [CHECKPOINTS[need] if isinstance(need, str) else need for need in given]
+    return list(dict.fromkeys(need for spec in specs for need in spec.checkpoints))
 
 
 def sha256_of(path: Path) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from d2m_hpc.config.load import located
 from d2m_hpc.config.mistakes import registry_mistakes
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.models import weights
+from d2m_hpc.models.entries import with_paths
 from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.registry import Registry
 from d2m_hpc.plan import patterns, preflight
@@ -133,15 +134,14 @@ def customs(config: Config, run: RunDir, thorough: bool = False) -> tuple[frozen
     Args:
         thorough: run the file even if it is as it was at the last submit.
     """
-    file = config.custom_file
-    if file is None:
-        return frozen.Custom(), []
-    custom = None if thorough else frozen.newest(run, file)
-    if custom is None:
-        custom, mistakes = preflight.described(file)
-        if mistakes:
-            return custom, mistakes
-    return custom, [*registry_mistakes(config, custom.registry)]
+    file, custom = config.custom_file, frozen.Custom()
+    mistakes: list[str] = []
+    if file is not None:
+        known = None if thorough else frozen.newest(run, file)
+        custom, mistakes = (known, []) if known else preflight.described(file)
+        mistakes = mistakes or [*registry_mistakes(config, custom.registry)]
+    registry, _ = config.registry(custom.registry)
+    return replace(custom, registry=registry), mistakes
 
 
 def has_plan(run: RunDir, where: str) -> bool:
@@ -166,7 +166,8 @@ def absolute(config: Config) -> Config:
         if (value := getattr(config, key)) and is_local(value)
     }
     folder = str(weights.weights_dir(config.weights_dir).absolute())
-    return config.model_copy(update={"weights_dir": folder, **paths})
+    models = [with_paths(entry, str) for entry in config.models]
+    return config.model_copy(update={"models": models, "weights_dir": folder, **paths})
 
 
 def missing_extras(config: Config) -> list[str]:
@@ -187,7 +188,8 @@ def _checkpoints(
     Raises:
         WeightsError: one is missing or wrong.
     """
-    folder, specs = weights.weights_dir(config.weights_dir), registry.specs(config.models).values()
+    folder = weights.weights_dir(config.weights_dir)
+    specs = registry.specs(config.model_names).values()
     digest = Lock.read(folder).digest(folder, weights.HashCache(run.hashes))
     checked = weights.check(specs, folder, digest)
     weights.require(checked, config.allow_unpublished_weights, where)

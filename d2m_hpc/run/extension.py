@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from d2m_hpc.config.schema import Config
-from d2m_hpc.models.registry import MODELS, ModelSpec, Post, Registry
+from d2m_hpc.models.entries import name_of
+from d2m_hpc.models.family import ModelSpec
+from d2m_hpc.models.registry import MODELS, Registry
 from d2m_hpc.models.types import misfit, split
 from d2m_hpc.run.manifest import gist
 
@@ -84,8 +86,9 @@ def _other_code(old: Fingerprint, new: Fingerprint) -> list[str]:
 
 def _used(fingerprint: Fingerprint) -> list[str]:
     """Every name whose code decides what the outputs are."""
-    models = fingerprint["models"]
-    made = (name for model in models if model in MODELS for name in MODELS[model].preprocessors)
+    models = [name_of(entry) for entry in fingerprint["models"]]
+    specs = (MODELS[model] for model in models if model in MODELS)
+    made = (name for spec in specs for name in spec.preprocessors if isinstance(name, str))
     posts = (*fingerprint["postprocess_columns"], *fingerprint["postprocess_features"])
     return list(dict.fromkeys((*models, *made, *posts)))
 
@@ -111,8 +114,9 @@ def only_new(config: Config, old: Fingerprint, registry: Registry) -> Config:
     new: dict[str, Any] = {
         key: [name for name in getattr(config, key) if name not in old[key]] for key in LISTS
     }
-    needed = _closure({*new["models"], *_sources(config, new, registry)}, registry.models)
-    new["models"] = [name for name in config.models if name in needed]
+    added = map(name_of, new["models"])
+    needed = _closure({*added, *_sources(config, new, registry)}, registry.models)
+    new["models"] = [entry for entry in config.models if name_of(entry) in needed]
     # The names and fields of DataComp stand in the old outputs, but new fields are like them.
     new["use_datacomp_keys"] = config.use_datacomp_keys and bool(new["additional_fields"])
     return config.model_copy(update=new)
@@ -120,9 +124,9 @@ def only_new(config: Config, old: Fingerprint, registry: Registry) -> Config:
 
 def _sources(config: Config, new: Mapping[str, list[str]], registry: Registry) -> Iterable[str]:
     """The models that columns and features are made of; all, where one does not say of which."""
-    posts = [registry.columns.get(n, Post()) for n in new["postprocess_columns"]]
-    posts += [registry.features.get(n, Post()) for n in new["postprocess_features"]]
-    return [p.model for p in posts] if all(p.model for p in posts) else config.models
+    names = (*new["postprocess_columns"], *new["postprocess_features"])
+    posts = [registry.post(name) for name in names]
+    return [p.model for p in posts] if all(p.model for p in posts) else config.model_names
 
 
 def _closure(names: Iterable[str], specs: Mapping[str, ModelSpec]) -> set[str]:

@@ -20,7 +20,8 @@ from pydantic import TypeAdapter
 
 from d2m_hpc.errors import D2MError, WeightsError
 from d2m_hpc.models.code import Source, Sources
-from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS, PREPROCESSORS, Registry
+from d2m_hpc.models.inputs import NAMED
+from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS, Registry
 from d2m_hpc.models.weights import Kept
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.folder import RunDir, Submission
@@ -86,7 +87,7 @@ class Custom:
             models={**MODELS, **named.models},
             columns={**COLUMNS, **named.columns},
             features={**FEATURES, **named.features},
-            preprocessors=PREPROCESSORS | named.preprocessors,
+            preprocessors=named.preprocessors | NAMED.keys(),
         )
         return cls(registry, sources, tuple(described["missing"]))
 

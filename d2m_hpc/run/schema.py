@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from d2m_hpc.config import Config
-from d2m_hpc.models.registry import COLUMNS, FEATURES
+from d2m_hpc.models.registry import Registry
 from d2m_hpc.models.types import is_field_type
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.values import agreeable, arrow_type
@@ -53,7 +53,8 @@ class Schema:
     @classmethod
     def of(cls, config: Config) -> Schema:
         """Of a config alone, which no other process shares; a custom file's types are found."""
-        built_in = {} if config.custom_file else {**COLUMNS, **FEATURES}
+        known, _ = config.registry(Registry())
+        built_in = {} if config.custom_file else {**known.columns, **known.features}
         return cls(
             fields=config.field_types,
             columns={name: post.type for name, post in built_in.items() if post.type},

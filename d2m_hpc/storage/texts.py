@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 from d2m_hpc.storage.urls import masked
@@ -41,6 +43,14 @@ def fit(text: str, limit: int = LIMIT, lines: bool = False) -> str:
     if not _ODD.search(text):
         return text
     return _cut(_ODD.sub(_kept if lines else _escaped, text), limit)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`; did you mean ...?` and all valid names."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name[:BRIEF], names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"{hint} valid: {', '.join(names)}"
 
 
 def valid(text: str) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from d2m_hpc.config import Config
-from d2m_hpc.config.mistakes import nearest
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage import asked_for
+from d2m_hpc.storage.texts import nearest
 from d2m_hpc.subsets.samples import UID, Pool, is_of_file, opened
 from d2m_hpc.subsets.widest import NUMBERS, quoted
 

@@ -121,7 +121,7 @@ def _gained(lacked: Config) -> str:
         "fields": lacked.additional_fields,
     }
     said = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
-    models = f"models run: {', '.join(lacked.models) or 'none'}"
+    models = f"models run: {', '.join(lacked.model_names) or 'none'}"
     return f"{'; '.join(said) or 'no column, feature or field'} ({models})"
 
 

@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d2m_hpc.models.inputs import Input
 from d2m_hpc.run.records import Rejection
 
-Input = tuple[str, str]
-"""A raw input and its preprocessor."""
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """Makes a tensor of a shape and type, whose values are not set."""
 
@@ -83,7 +82,7 @@ class Batch:
 
     Attributes:
         keys: the samples' keys, B of them.
-        inputs: for each distinct (raw input, preprocessor), B rows of what the preprocessor made.
+        inputs: for each distinct input as it is prepared, B rows of what the preprocessor made.
         fields: for each additional field, B values from the samples' JSON.
     """
 

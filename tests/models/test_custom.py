@@ -11,9 +11,11 @@ import torch
 from kit import photographs
 
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.models import custom, postprocessors, registry
+from d2m_hpc.models import custom, postprocessors
+from d2m_hpc.models.family import ModelSpec, Post
+from d2m_hpc.models.inputs import NAMED
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
-from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS, ModelSpec, Post
+from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS
 from d2m_hpc.worker.batch import collate
 
 SEED = Path(__file__).parent.parent / "seed" / "custom.py"
@@ -96,7 +98,7 @@ def test_names_of_a_custom_file_come_on_top_of_the_built_in_ones(tmp_path: Path)
     assert MODELS.keys() < found.models.keys()
     assert COLUMNS.keys() < found.columns.keys()
     assert FEATURES.keys() < found.features.keys()
-    assert found.preprocessors > registry.PREPROCESSORS
+    assert found.preprocessors > NAMED.keys()
 
 
 def helper(values: Any) -> Any:
@@ -230,7 +232,7 @@ def test_the_static_fields_have_the_seeds_defaults() -> None:
         pass
 
     spec = custom.spec_of("bare", Bare)
-    assert (spec.inputs, spec.dependencies, spec.to_device, spec.target) == ((), (), True, "")
+    assert (spec.inputs, spec.dependencies, spec.to_device, spec.family) == ((), (), True, None)
 
 
 def test_a_custom_class_can_be_pickled_by_its_module(tmp_path: Path) -> None:

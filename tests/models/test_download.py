@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from flaky import SIZE, Served, serving
+from kit import CHECKPOINTS
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models import download, weights
+from d2m_hpc.models import download
 from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.models.weights import fetch
 
@@ -384,7 +385,7 @@ def test_a_mirror_gives_files_under_their_published_names(served: Served, tmp_pa
 @pytest.mark.parametrize("mirror", ["weights.site/d2m", "file:///weights", "/weights"])
 def test_a_mirror_that_is_no_url_is_refused(mirror: str, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"valid is http"):
-        fetch(weights.CHECKPOINTS["scrfd_10g.pt"], tmp_path, mirror)
+        fetch(CHECKPOINTS["scrfd_10g.pt"], tmp_path, mirror)
 
 
 def test_a_mirror_s_own_file_is_taken_only_where_the_config_allows_it(

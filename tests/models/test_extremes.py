@@ -27,7 +27,7 @@ def _long(width: int, height: int) -> Picture:
 
 
 def _faces(picture: Picture, exact: bool) -> Tensor:
-    return preprocessors.faces_image(picture, Options(exact))[0]
+    return PREPROCESSORS["faces-aug"].prepare(picture, Options(exact))[0]
 
 
 def _apart(one: Tensor, other: Tensor) -> int:
@@ -66,10 +66,10 @@ def test_a_square_too_large_to_make_is_what_it_would_be(
 def test_the_centre_alone_is_that_of_the_whole(
     size: tuple[int, int], exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = preprocessors.clip_image(_long(*size), Options(exact))
+    expected = PREPROCESSORS["clip-aug"].prepare(_long(*size), Options(exact))
     monkeypatch.setattr(extremes, "LARGE", 0)
     monkeypatch.setattr(preprocessors, "_resize", None)  # a call would be an error
-    assert _apart(preprocessors.clip_image(_long(*size), Options(exact)), expected) <= MOST
+    assert _apart(PREPROCESSORS["clip-aug"].prepare(_long(*size), Options(exact)), expected) <= MOST
 
 
 @EXACT
@@ -155,11 +155,11 @@ def test_no_shape_takes_more_than_some_hundred_megabytes(how: str) -> None:
 def test_an_array_and_an_image_have_the_same_centre() -> None:
     image = photographs(1)[0].resize((5, 4000))
     sides = 224, 179_200
-    one, other = (extremes.centre(p, *sides, 224) for p in (image, np.asarray(image)))
+    one, other = (extremes.centre(p, *sides, (224, 224)) for p in (image, np.asarray(image)))
     assert torch.equal(tensor_of(one), tensor_of(other))
 
 
 def test_a_wide_pictures_crop_holds_no_more_than_itself() -> None:
     """Samples wait for their batch; a strip of 900 x 9 would take 224 times as much till then."""
-    crop = preprocessors.clip_image(_long(900, 9), Options())
+    crop = PREPROCESSORS["clip-aug"].prepare(_long(900, 9), Options())
     assert crop.untyped_storage().nbytes() == crop.nbytes

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hubs import TOKEN, Hub, commit_of, serving
@@ -20,12 +20,13 @@ from kit import write_config, write_shards
 from d2m_hpc.cli import trouble
 from d2m_hpc.config import load
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models import download, registry, weights
+from d2m_hpc.models import download, weights
 from d2m_hpc.models.checkpoint import Weights
+from d2m_hpc.models.families.stats import StatsOfText
+from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.hub import Wish, fetch
 from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.published import Checkpoint, HubRepo
-from d2m_hpc.models.registry import ModelSpec
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run import frozen
 
@@ -364,8 +365,7 @@ def test_a_published_file_that_changed_is_taken_on_request(hub: Hub, folder: Pat
 def test_a_submission_freezes_the_files_of_a_repository(
     hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = replace(registry.MODELS["text-stats"], checkpoints=(REPO,))
-    monkeypatch.setitem(cast("dict[str, ModelSpec]", registry.MODELS), "text-stats", spec)
+    monkeypatch.setattr(StatsOfText, "checkpoints", lambda self, use: [REPO])
     fetch(REPO, folder, WISH)
     config = write_config(
         tmp_path / "c.yml",

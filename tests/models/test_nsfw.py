@@ -33,7 +33,7 @@ def _by_hand(state: dict[str, torch.Tensor], features: torch.Tensor) -> np.ndarr
 def test_scores_are_those_of_the_formula(checkpoints: Path) -> None:
     weights, features = Weights(checkpoints), _features()
     with torch.inference_mode():
-        scores = NsfwImage(CPU, weights)((features, torch.zeros(16, 768)))
+        scores = NsfwImage(CPU, weights)(features)
     expected = _by_hand(weights.load(CHECKPOINT), features)
     assert scores.dtype == torch.float32
     assert expected.std() > 1e-3
@@ -47,7 +47,7 @@ def test_batch_norm_has_no_epsilon(checkpoints: Path, tmp_path: Path) -> None:
     torch.save(state, tmp_path / CHECKPOINT)
     features = _features()
     with torch.inference_mode():
-        scores = NsfwImage(CPU, Weights(tmp_path))((features, features))
+        scores = NsfwImage(CPU, Weights(tmp_path))(features)
     np.testing.assert_allclose(scores.numpy(), _by_hand(state, features), atol=1e-5)
 
 
@@ -69,9 +69,9 @@ def test_the_epsilon_that_every_torch_takes_changes_no_bit() -> None:
 def test_scores_are_float32s_under_autocast(checkpoints: Path) -> None:
     """The head is tiny: half precision would save nothing and blur scores near the threshold."""
     model, features = NsfwImage(CPU, Weights(checkpoints)), _features()
-    plain = model((features, features))
+    plain = model(features)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model((features, features)), plain)
+        assert torch.equal(model(features), plain)
 
 
 def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from d2m_hpc.models import postprocessors
-from d2m_hpc.models.registry import Post
+from d2m_hpc.models.family import Post
 
 A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 B = torch.tensor([[5.0, 6.0], [7.0, 8.0]])

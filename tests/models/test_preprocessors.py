@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 from d2m_hpc.models import preprocessors
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
+from d2m_hpc.models.registry import Registry
 
 BICUBIC = T.InterpolationMode.BICUBIC
 HALF = ([0.5] * 3, [0.5] * 3)
@@ -175,7 +176,7 @@ def test_an_array_of_pixels_gives_what_a_pil_image_gives(exact: bool) -> None:
 def test_faces_padding_is_told_in_fractions_of_the_square(
     size: tuple[int, int], padding: list[float]
 ) -> None:
-    pixels, told = preprocessors.faces_image(Picture(Image.new("RGB", size)), Options())
+    pixels, told = PREPROCESSORS["faces-aug"].prepare(Picture(Image.new("RGB", size)), Options())
     np.testing.assert_allclose(told.numpy(), padding, atol=1e-7)
     white = int((pixels.float().mean(dim=0) > 127).sum()) / 224**2
     assert white == pytest.approx(sum(padding), abs=0.02)
@@ -191,8 +192,8 @@ def test_a_square_is_resized_once_for_clip_and_the_faces(
         preprocessors, "_resize", lambda *given: sizes.append(given[1:]) or real(*given)
     )
     picture, options = Picture(photographs(1)[0].resize((300, 300))), Options(exact=exact)
-    for_clip = preprocessors.clip_image(picture, options)
-    for_faces, _ = preprocessors.faces_image(picture, options)
+    for_clip = PREPROCESSORS["clip-aug"].prepare(picture, options)
+    for_faces, _ = PREPROCESSORS["faces-aug"].prepare(picture, options)
     assert torch.equal(for_clip, for_faces)
     assert sizes == [(224, 224, "bicubic")]
 
@@ -219,9 +220,7 @@ def test_a_custom_preprocessor_is_given_a_pil_image() -> None:
 
 
 def test_the_registry_knows_every_preprocessor() -> None:
-    from d2m_hpc.models import registry
-
-    assert PREPROCESSORS.keys() == registry.PREPROCESSORS
+    assert PREPROCESSORS.keys() == Registry().preprocessors
 
 
 def test_one_half_normalises_every_byte_bit_for_bit_as_the_reference_does() -> None:

@@ -6,13 +6,14 @@ from importlib import import_module
 
 import pytest
 
-from d2m_hpc.models import postprocessors, registry, weights
+from d2m_hpc.models import postprocessors, weights
+from d2m_hpc.models.family import ModelSpec
+from d2m_hpc.models.inputs import RAW_INPUTS
 from d2m_hpc.models.registry import (
     COLUMNS,
     DATACOMP_KEYS,
     FEATURES,
     MODELS,
-    ModelSpec,
     Registry,
     in_order,
 )
@@ -21,21 +22,23 @@ from d2m_hpc.models.registry import (
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_names_a_class_known_preprocessors_and_known_checkpoints(name: str) -> None:
     spec = MODELS[name]
-    module, target = spec.target.split(":")
-    model = getattr(import_module(f"d2m_hpc.models.{module}"), target)
-    assert list(inspect.signature(model).parameters) == ["device", "weights"]
     assert spec.name == name
-    assert {preprocessor for _, preprocessor in spec.inputs} <= registry.PREPROCESSORS
-    assert set(spec.raw_inputs) <= set(registry.RAW_INPUTS)
-    assert set(spec.checkpoints) <= weights.CHECKPOINTS.keys()
+    assert spec.family is not None
+    assert {f for _, f in spec.inputs if isinstance(f, str)} <= Registry().preprocessors
+    assert set(spec.raw_inputs) <= set(RAW_INPUTS)
     assert set(spec.dependencies) <= MODELS.keys()
-    parameters = inspect.signature(model.forward).parameters
-    assert len(parameters) - 1 == len(spec.inputs) + len(spec.dependencies)
+    if spec.family.built_by:
+        module, target = spec.family.built_by.split(":")
+        model = getattr(import_module(module), target)
+        taken = list(inspect.signature(model).parameters)
+        assert taken == ["device", "weights", *type(spec.family).model_fields]
+        parameters = inspect.signature(model.forward).parameters
+        assert len(parameters) - 1 == len(spec.inputs) + len(spec.reads)
 
 
-def test_every_checkpoint_is_some_models() -> None:
-    used = {name for spec in MODELS.values() for name in spec.checkpoints}
-    assert used == weights.CHECKPOINTS.keys()
+def test_no_two_checkpoints_have_one_name() -> None:
+    needed = weights.needed(MODELS.values())
+    assert len({checkpoint.name for checkpoint in needed}) == len(needed)
 
 
 @pytest.mark.parametrize("name", [*COLUMNS, *FEATURES])

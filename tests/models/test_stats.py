@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d2m_hpc.models import stats
 from d2m_hpc.models.checkpoint import Weights
-from d2m_hpc.models.preprocessors import Options, Picture, stats_image
+from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
 from d2m_hpc.models.stats import ImageStats, TextStats
 
 CPU = torch.device("cpu")
@@ -25,7 +25,12 @@ TEXT = TextStats(CPU, Weights.__new__(Weights))
 
 
 def _pixels(images: list[Image.Image]) -> Tensor:
-    return torch.stack([stats_image(Picture(image), Options(exact=True)) for image in images])
+    return torch.stack(
+        [
+            PREPROCESSORS["stats-aug"].prepare(Picture(image), Options(exact=True))
+            for image in images
+        ]
+    )
 
 
 def _luma(pixels: Tensor) -> NDArray[np.float64]:

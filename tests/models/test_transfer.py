@@ -49,7 +49,7 @@ def _tokens() -> torch.Tensor:
     [
         (clip.ClipL14, lambda: [_pixels("clip-aug", 224), _tokens()]),
         (toxicity.Detoxify, lambda: [captions()[:5]]),
-        (nsfw.NsfwImage, lambda: [(torch.zeros(5, 768, device=META), None)]),
+        (nsfw.NsfwImage, lambda: [torch.zeros(5, 768, device=META)]),
         (faces.Scrfd10G, lambda: [_pixels("faces-aug", 224)]),
         (dedup.IscFtV107, lambda: [_pixels("dedup-aug", 128)]),
         (stats.ImageStats, lambda: [_pixels("stats-aug", 256)]),

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import open_clip
 import pytest
-from kit import write_config
+from kit import CHECKPOINTS, DATACOMP, write_config
 
 from d2m_hpc.config import load
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import weights
 from d2m_hpc.models.registry import MODELS
-from d2m_hpc.models.weights import CHECKPOINTS, HashCache, check, require
+from d2m_hpc.models.weights import HashCache, check, require
 from d2m_hpc.plan.workload import absolute, customs, run_dir
 
 
@@ -29,7 +29,8 @@ def test_clips_urls_are_those_that_open_clip_knows(name: str, model: str) -> Non
 def test_needed_lists_each_checkpoint_once() -> None:
     clip = MODELS["oai-clip-vit-b32"]
     assert [c.name for c in weights.needed([clip, MODELS["text-stats"], clip])] == ["ViT-B-32.pt"]
-    assert {c.name for c in weights.needed(MODELS.values())} == CHECKPOINTS.keys()
+    six = [MODELS[name] for name in DATACOMP["models"]]
+    assert [c.name for c in weights.needed([*six, *six])] == [*CHECKPOINTS]
 
 
 def test_a_custom_model_under_a_built_in_name_needs_no_checkpoint(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_a_custom_model_under_a_built_in_name_needs_no_checkpoint(tmp_path: Path
     )
     loaded = absolute(load(config))
     custom, mistakes = customs(loaded, run_dir(loaded))
-    names = {c.name for c in weights.needed(custom.registry.specs(loaded.models).values())}
+    names = {c.name for c in weights.needed(custom.registry.specs(loaded.model_names).values())}
     assert (names, mistakes) == ({"nsfw_torch.pt", "ViT-L-14.pt"}, [])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import STATS, write_config, write_shards
+from kit import CHECKPOINTS, STATS, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
@@ -149,7 +149,7 @@ def test_a_report_of_a_sample_says_so(file: Screen) -> None:
 
 
 def test_checkpoints_have_their_urls_whole_in_a_file(file: Screen, tmp_path: Path) -> None:
-    known = list(weights.CHECKPOINTS.values())
+    known = list(CHECKPOINTS.values())
     (tmp_path / known[1].name).write_bytes(bytes(1500))
     show.checkpoints(known, tmp_path)
     assert [c.url for c in known if c.url not in file.text] == []
@@ -164,7 +164,7 @@ def test_a_workload_without_checkpoints_says_so(file: Screen) -> None:
 
 
 def test_a_file_of_ones_own_is_accepted_aloud_where_the_config_allows_it(file: Screen) -> None:
-    checkpoint = weights.CHECKPOINTS["scrfd_10g.pt"]
+    checkpoint = CHECKPOINTS["scrfd_10g.pt"]
     found = [weights.Checked(checkpoint, Path(checkpoint.name), "0" * 64)]
     show.checked(found, False)
     show.checked(found, True)

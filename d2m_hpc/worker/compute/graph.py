@@ -12,13 +12,14 @@ from torch import Tensor
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError, ShardError
-from d2m_hpc.models import custom, weights
-from d2m_hpc.models.checkpoint import Weights
+from d2m_hpc.models import custom
 from d2m_hpc.models.compiled import compile_for
-from d2m_hpc.models.registry import ModelSpec, in_order
-from d2m_hpc.models.transfer import CudaCopies
+from d2m_hpc.models.family import ModelSpec
+from d2m_hpc.models.inputs import Input, as_prepared
+from d2m_hpc.models.registry import in_order
+from d2m_hpc.models.transfer import CudaCopies, each
 from d2m_hpc.stopping import is_asked
-from d2m_hpc.worker.batch import Batch, Input, Outputs, count, flags, join, take
+from d2m_hpc.worker.batch import Batch, Outputs, count, flags, join, take
 from d2m_hpc.worker.compute.heap import Heap
 from d2m_hpc.worker.compute.in_flight import Launched, Pending, row_count
 from d2m_hpc.worker.compute.resolve import Toolbox
@@ -52,11 +53,9 @@ class Graph:
         self._batch_size = config.batch_size
         # float32 means float32 (rows that are run again, `amp: off`), and not 10 bits of it.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        folder = Weights(weights.weights_dir(config.weights_dir))
         as_given = config.device if device.type == "cuda" else "cpu"
         self.models = {
-            name: self._build(toolbox.specs[name], folder, as_given)
-            for name in in_order(toolbox.specs)
+            name: self._build(toolbox.specs[name], as_given) for name in in_order(toolbox.specs)
         }
         self._awaited = {d for spec in toolbox.specs.values() for d in spec.dependencies}
         # Autocast forgets the weights that it cast when the outermost of its contexts is left; one
@@ -65,12 +64,12 @@ class Graph:
         if config.compile:
             self._compile()
 
-    def _build(self, spec: ModelSpec, folder: Weights, as_given: int | str) -> Any:
-        made = None if spec.target else self.toolbox.classes[spec.name]
+    def _build(self, spec: ModelSpec, as_given: int | str) -> Any:
+        made = None if spec.family else self.toolbox.classes[spec.name]
         try:
-            if made is not None:
-                return custom.build(spec, made, as_given)
-            return _import(spec.target)(self.device, folder)
+            if spec.family and spec.use:
+                return spec.family.build(spec.use, self.device)
+            return custom.build(spec, made, as_given)
         except (D2MError, torch.OutOfMemoryError):
             raise
         except BaseException as error:
@@ -146,24 +145,27 @@ class Graph:
         return Pending(outputs, fetched, self._copies.mark(), self._on_host)
 
     def _place(self, spec: ModelSpec, wanted: Input) -> torch.device:
-        stays = not spec.to_device or wanted[1] in spec.on_host
+        stays = not spec.to_device or wanted[0] in spec.on_host
         return torch.device("cpu") if stays else self.device
 
     def _finished(self, inputs: Mapping[Input, Any]) -> Finished:
         """Copy every input to where models want it, once, and finish it there."""
         wanted = {(i, self._place(s, i)) for s in self.toolbox.specs.values() for i in s.inputs}
-        there = {pair for pair in wanted if pair[1] == self.device}
-        sent = self._copies.send({i: inputs[i] for i, _ in there})
-        made = self.toolbox.preprocessors
+        made, prepared = self.toolbox.preprocessors, {i: as_prepared(i) for i, _ in wanted}
+        there = {prepared[i] for i, place in wanted if place == self.device}
+        sent = self._copies.send({i: inputs[i] for i in there})
         return {
-            (i, place): made[i[1]].finish((sent if (i, place) in there else inputs)[i])
+            (i, place): made[i[1]].finish((sent if place == self.device else inputs)[prepared[i]])
             for i, place in wanted
         }
 
     def _arguments(self, name: str, inputs: Finished, cache: dict[str, Any]) -> list[Any]:
         spec = self.toolbox.specs[name]
         own = [inputs[i, self._place(spec, i)] for i in spec.inputs]
-        return own + [cache[d] for d in spec.dependencies]
+        if not spec.reads:
+            return own + [cache[d] for d in spec.dependencies]
+        read = (self.toolbox.reads[n](cache) for n in spec.reads)
+        return own + [each(value, lambda t: t.to(self.device)) for value in read]
 
     def _at_once(self, name: str, output: Any) -> Any:
         """Wait for the output and run `on_host` before passing it on, where the model has that."""
@@ -200,13 +202,6 @@ class Graph:
 
     def _autocast(self, dtype: torch.dtype | None) -> Any:
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
-
-
-def _import(target: str) -> Any:
-    from importlib import import_module
-
-    module, name = target.split(":")
-    return getattr(import_module(f"d2m_hpc.models.{module}"), name)
 
 
 def _outputs(output: Any, arguments: Sequence[Any]) -> Any:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.models import custom
+from d2m_hpc.models.inputs import Input
 from d2m_hpc.run.records import Rejection
-from d2m_hpc.worker.batch import Batch, Input, Outputs, each_part, flagged, non_finite, put, take
+from d2m_hpc.worker.batch import Batch, Outputs, each_part, flagged, non_finite, put, take
 from d2m_hpc.worker.compute.resolve import Postprocessor, Toolbox
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from threading import Event, Semaphore
 import torch
 
 from d2m_hpc.errors import ShardError
+from d2m_hpc.models.inputs import told
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.batch import Allocate, Batch, Reused, collate, pinned
 from d2m_hpc.worker.clock import Clock
@@ -277,7 +278,7 @@ class Loader:
             try:
                 inputs[wanted] = collate([r.inputs[wanted] for r in ready], self._allocate)
             except ValueError as error:
-                raise ShardError(f"preprocessor {wanted[1]!r}: {error}") from None
+                raise ShardError(f"preprocessor {told(wanted[1])}: {error}") from None
         columns = zip(*(r.fields for r in ready), strict=True)
         fields = dict(zip(self._recipe.fields, map(list, columns), strict=True))
         return Batch([r.key for r in ready], inputs, fields)

@@ -13,10 +13,10 @@ from typing import Any
 
 from d2m_hpc.config import Config
 from d2m_hpc.models import custom
+from d2m_hpc.models.inputs import Input, told
 from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.texts import safe
-from d2m_hpc.worker.batch import Input
 from d2m_hpc.worker.read import decode
 from d2m_hpc.worker.read.seen import Seen
 from d2m_hpc.worker.read.shard import Archive, Sample
@@ -211,9 +211,9 @@ def _preprocess(wanted: Input, made: Preprocessor, value: Any, options: Options)
         raise
     except Exception as error:  # a custom file's own code: one odd sample must not cost the shard
         reason = custom.described(error)
-        raise Rejected(f"preprocessor {wanted[1]!r} raised {reason}") from error
+        raise Rejected(f"preprocessor {told(wanted[1])} raised {reason}") from error
     if prepared is None:
-        raise Rejected(f"preprocessor {wanted[1]!r} returned None; is a `return` missing?")
+        raise Rejected(f"preprocessor {told(wanted[1])} returned None; is a `return` missing?")
     return prepared
 
 

@@ -8,10 +8,9 @@ from threading import Lock
 from typing import Any
 
 from d2m_hpc.config import Config
-from d2m_hpc.config.mistakes import nearest
 from d2m_hpc.errors import ShardError
 from d2m_hpc.run.schema import Schema
-from d2m_hpc.storage.texts import BRIEF, safe
+from d2m_hpc.storage.texts import BRIEF, nearest, safe
 
 MOST = 100
 """Keys of samples that are kept, to find the one that was meant."""

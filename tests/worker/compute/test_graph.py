@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, ShardError
+from d2m_hpc.models import inputs
+from d2m_hpc.models.inputs import Input
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Preprocessor
-from d2m_hpc.worker.batch import Batch, Input, Outputs
+from d2m_hpc.worker.batch import Batch, Outputs
 from d2m_hpc.worker.compute.graph import Graph, amp_dtype
 from d2m_hpc.worker.compute.resolve import Toolbox
 
@@ -496,7 +498,7 @@ def test_a_distinct_input_is_finished_once_and_reaches_every_model_finished(
     monkeypatch.setitem(PREPROCESSORS, "clip-aug", Preprocessor(made.prepare, finish))
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     graph = bench(SHARED, ["a", "b"], [], postprocess_features=["a", "b"])
-    outputs = graph.run([1, 2], {("image", "clip-aug"): pixels})
+    outputs = graph.run([1, 2], {inputs.as_prepared(("image", inputs.NAMED["clip-aug"])): pixels})
     expected = made.finish(pixels).numpy()
     np.testing.assert_array_equal(outputs.features["a"], expected)
     np.testing.assert_array_equal(outputs.features["b"], expected)

@@ -20,10 +20,11 @@ import torch
 from kit import SHARDS, jpeg, sample, write_shards, write_tar
 
 from d2m_hpc.errors import ShardError, TruncatedShard
+from d2m_hpc.models.inputs import Input
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Preprocessor, custom
 from d2m_hpc.run.records import Job, Rejection, Shard
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.worker.batch import Batch, Input
+from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.read import loader as module
 from d2m_hpc.worker.read.loader import AHEAD, GROUP, Loader, Reading
 from d2m_hpc.worker.read.prepare import Recipe

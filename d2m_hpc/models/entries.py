@@ -1,0 +1,110 @@
+"""An item of a config's `models`: a plain name, or a name with its family and parameters."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from d2m_hpc.models import families
+from d2m_hpc.models.family import Family, ParameterError, at_hand
+from d2m_hpc.storage.texts import BRIEF, nearest, safe
+
+Listed = str | Mapping[str, Mapping[str, Any]]
+
+
+def name_of(entry: Listed) -> str:
+    """The model's name.
+
+    Example:
+        >>> name_of({"siglip": {"kind": "open_clip", "model": "ViT-B-16-SigLIP"}})
+        'siglip'
+    """
+    return entry if isinstance(entry, str) else next(iter(entry))
+
+
+@cache
+def known_families() -> dict[str, type[Family]]:
+    """All families by kind."""
+    modules = (m.name for m in pkgutil.iter_modules(families.__path__, f"{families.__name__}."))
+    found = (value for module in modules for value in vars(import_module(module)).values())
+    return {value.kind: value for value in found if _is_family(value)}
+
+
+def _is_family(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Family) and "kind" in vars(value)
+
+
+@cache
+def presets() -> dict[str, Family]:
+    """The models that a config may list by a plain name."""
+    kinds = known_families().values()
+    return {name: kind(**given) for kind in kinds for name, given in kind.presets.items()}
+
+
+def family_of(entry: Mapping[str, Mapping[str, Any]]) -> Family:
+    """The family that an item names, with its parameters.
+
+    Raises:
+        ParameterError: the kind or a parameter is none, or a parameter has a wrong value.
+    """
+    parameters = dict(next(iter(entry.values())))
+    kind, known = str(parameters.pop("kind", "")), known_families()
+    if not kind:
+        raise ParameterError("", f"found no `kind`; valid: {', '.join(sorted(known))}")
+    if kind not in known:
+        raise ParameterError("kind", f"unknown kind {_shown(kind)}{nearest(kind, known)}")
+    try:
+        return known[kind](**parameters)
+    except ValidationError as error:
+        told = error.errors(include_url=False, include_context=False)
+        raise ParameterError(*(_mistake(known[kind], e) for e in told)) from None
+
+
+def with_paths(entry: Listed, change: Callable[[Path], str]) -> Listed:
+    """The item with those parameters changed that are paths at hand.
+
+    Example:
+        >>> given = {"own": {"kind": "open_clip", "model": "ViT-B-32", "pretrained": "/w/net.pt"}}
+        >>> with_paths(given, lambda path: path.name)["own"]["pretrained"]
+        'net.pt'
+    """
+    if isinstance(entry, str):
+        return entry
+    [(name, given)] = entry.items()
+    family = known_families().get(str(given.get("kind")), Family)
+    paths = {p: at_hand(given[p]) for p in family.paths if isinstance(given.get(p), str)}
+    return {name: {**given, **{p: change(path) for p, path in paths.items() if path}}}
+
+
+def _mistake(family: type[Family], error: Any) -> tuple[str, str]:
+    """A parameter, and what is wrong with it."""
+    parameter = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "extra_forbidden":
+        return parameter, f"unknown parameter{nearest(parameter, family.model_fields)}"
+    if error["type"] == "missing":
+        told = (family.model_fields[parameter].description or "").split("\n")[0]
+        return "", f"found no `{parameter}`, which is required: {told}"
+    what = error["msg"].removeprefix("Value error, ")
+    return parameter, f"found {_shown(error['input'])}; {what[0].lower()}{what[1:]}"
+
+
+def _shown(value: Any) -> str:
+    return safe(repr(value), BRIEF)
+
+
+def require_packages(family: Family) -> None:
+    """
+    Raises:
+        ParameterError: a package that the family needs is not installed.
+    """
+    for module, wheel in family.packages.items():
+        if find_spec(module) is None:
+            what = f"needs {module}, which is not installed; `pip install '{wheel}'`"
+            raise ParameterError("kind", what)

@@ -1,0 +1,1 @@
+"""One module a model family, without torch; docs/models-adding.md shows how one is added."""

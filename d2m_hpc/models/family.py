@@ -1,0 +1,209 @@
+"""What a model family declares: parameters, inputs, outputs, checkpoints, and how it is built.
+
+Nothing here imports torch: the login node checks a config with the same declarations that a task
+runs. docs/models-adding.md shows how a family is added.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from d2m_hpc.models.inputs import Form, ImageInput, Input, OwnInput
+from d2m_hpc.models.published import Checkpoint, HubRepo
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Post:
+    """A column or feature: a function of `models.postprocessors` applied to a model's output.
+
+    Attributes:
+        model: empty where the code of a custom file may read any.
+        type: of a column, in the words of `models.types`; empty where it is not declared.
+        shape: of a feature's row, likewise.
+    """
+
+    model: str = ""
+    function: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    type: str = ""
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """A column or feature that a model gives; a config names it `<model>-<output>`.
+
+    Attributes:
+        type: of a column, in the words of `models.types`; empty for a feature.
+        shape: of a feature's row; empty where it is not known before the model is built.
+        function, options: of `models.postprocessors`, to read it from the model's result; by
+            default the part of the result under this name.
+    """
+
+    name: str
+    type: str = ""
+    shape: tuple[int, ...] = ()
+    function: str = "select"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def post(self, model: str) -> Post:
+        read = {"index": self.name} if self.function == "select" else {}
+        return Post(model, self.function, {**read, **self.options}, self.type, self.shape)
+
+
+def at_hand(given: str) -> Path | None:
+    """The absolute path that a parameter is, where it is one, and no name on a hub.
+
+    A path begins so (`/`, `~`, `.`), or names something that is there and is not a plain word.
+
+    Example:
+        >>> at_hand("/weights/net.pt"), at_hand("laion2b_s34b_b79k")
+        (PosixPath('/weights/net.pt'), None)
+    """
+    path = Path(os.path.expanduser(given))
+    if given.startswith(("/", "~", "./", "../")) or (re.search(r"[/.]", given) and path.exists()):
+        return Path(os.path.abspath(path))
+    return None
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a config uses a family.
+
+    Attributes:
+        name: the model's name in the config.
+        folder: the weights folder.
+        wanted: the outputs that are asked for, by their own names; a model need not compute others.
+    """
+
+    name: str
+    folder: Path
+    wanted: frozenset[str]
+
+
+class ParameterError(ValueError):
+    """Parameters have values that the family cannot use.
+
+    Example:
+        >>> ParameterError("size", "found 0; valid is 1 or more").mistakes
+        [('size', 'found 0; valid is 1 or more')]
+
+    Args:
+        mistakes: a parameter and what is wrong with it; or several such pairs. The parameter is
+            empty where the mistake is in none of them.
+    """
+
+    def __init__(self, *mistakes: Any) -> None:
+        is_one = len(mistakes) == 2 and isinstance(mistakes[0], str)
+        self.mistakes: list[tuple[str, str]] = [mistakes] if is_one else [*mistakes]
+        super().__init__("; ".join(what for _, what in self.mistakes))
+
+
+class Family(BaseModel):
+    """A kind of model; its fields are the parameters, and the text below a field describes it.
+
+    The first line of a family's docstring says what it computes.
+
+    Attributes:
+        kind: the name in a config.
+        presets: parameters of well-known models, by the plain names under which a config may list
+            them.
+        prefixes: what the names of a preset's outputs begin with, where it is not the preset's.
+        paths: parameters that may be paths of files or folders at hand.
+        packages: modules that must be installed, each with what to install.
+        built_by: `module:class` of the model, which `build` calls.
+        to_device: move the inputs to the model's device.
+        on_host: raw inputs that stay on the host even so; the model sends their parts.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+    kind: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    prefixes: ClassVar[Mapping[str, str]] = {}
+    paths: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[Mapping[str, str]] = {}
+    built_by: ClassVar[str] = ""
+    to_device: ClassVar[bool] = True
+    on_host: ClassVar[tuple[str, ...]] = ()
+
+    def inputs(self, use: Use) -> Sequence[ImageInput | OwnInput | Input]:
+        """What `forward` is given, in this order; `("text", "identity")` is the text itself."""
+        return ()
+
+    def reads(self) -> Sequence[str]:
+        """Outputs of other models, by their full names, that follow as further inputs."""
+        return ()
+
+    def outputs(self, use: Use) -> Sequence[Output]:
+        """All that the model can give.
+
+        Raises:
+            ParameterError: a parameter has a value for which that cannot be told.
+        """
+        raise NotImplementedError
+
+    def checkpoints(self, use: Use) -> Sequence[Checkpoint | HubRepo | Path]:
+        """What is read when the model is built: published files, repositories of the hub, and files or
+        folders at hand."""
+        return ()
+
+    def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
+        """The model: called with a batch of each input, it gives what `outputs` are read from.
+
+        By default `built_by`, called with the device, the weights and the parameters. A module that
+        imports torch is imported here, not at the top of the family's own.
+
+        Raises:
+            WeightsError: a checkpoint cannot be used.
+        """
+        from d2m_hpc.models.checkpoint import Weights
+
+        module, name = self.built_by.split(":")
+        made: Callable[..., Callable[..., Any]] = getattr(import_module(module), name)
+        return made(device, Weights(use.folder), **self.model_dump())
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the graph and the loader must know of a model before it is built.
+
+    Attributes:
+        raw_inputs, preprocessors: pairwise, the inputs of `forward`.
+        dependencies: models whose outputs follow as further inputs of `forward`.
+        to_device: move the inputs to the model's device.
+        on_host: raw inputs that stay on the host even so; the model sends their parts.
+        checkpoints: the published files and repositories that it needs.
+        files: paths of the files and folders that it needs besides.
+        reads: full names of the outputs that are given in place of the dependencies' results.
+        family, use: of a model that is none of a custom file.
+    """
+
+    name: str
+    raw_inputs: tuple[str, ...] = ()
+    preprocessors: tuple[Form, ...] = ()
+    dependencies: tuple[str, ...] = ()
+    to_device: bool = True
+    on_host: tuple[str, ...] = ()
+    checkpoints: tuple[Checkpoint | HubRepo, ...] = ()
+    files: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    family: Family | None = None
+    use: Use | None = None
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """The distinct (raw input, preprocessor) pairs, in the order of `forward`."""
+        return tuple(zip(self.raw_inputs, self.preprocessors, strict=True))

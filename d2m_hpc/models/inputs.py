@@ -1,0 +1,131 @@
+"""What models are given, described by values: equal ones are prepared once. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+RAW_INPUTS = ("image", "text", "json")
+Resize = Literal["shortest", "longest", "squash", "pad"]
+Interpolation = Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """Pictures as uint8 [B, 3, H, W], normalised on the device.
+
+    Models whose inputs are equal but for mean and std share one decoding and one resizing.
+
+    Example:
+        >>> ImageInput(224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).size
+        (224, 224)
+
+    Attributes:
+        size: height and width; one number for a square.
+        resize: `shortest` brings the short side to `short` and cuts the middle out; `longest`
+            brings the long side to `size` and puts `fill` around; `squash` ignores the aspect;
+            `pad` puts `fill` around to make a square, then resizes, and a model is given the
+            pictures and the padding, float32 [B, 4]: at the left, top, right and bottom, as
+            fractions of the square's side.
+        short: pixels of the short side before the middle is cut out; `size` where it is not given.
+        fill: grey value, in [0, 255].
+        mean, std: of pixels in [0, 1], by channel; without them the model is given uint8.
+    """
+
+    size: tuple[int, int] | int
+    resize: Resize = "shortest"
+    interpolation: Interpolation = "bicubic"
+    short: int = 0
+    fill: int = 0
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+    raw: ClassVar[str] = "image"
+
+    def __post_init__(self) -> None:
+        size = self.size if isinstance(self.size, Iterable) else (self.size, self.size)
+        object.__setattr__(self, "size", tuple(size))
+        for name in ("mean", "std"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(float, value)))
+
+    @property
+    def pixels(self) -> ImageInput:
+        """The same without mean and std: what is decoded and resized."""
+        return replace(self, mean=None, std=None)
+
+    @property
+    def height(self) -> int:
+        return self.size[0]  # type: ignore[index]
+
+    @property
+    def width(self) -> int:
+        return self.size[1]  # type: ignore[index]
+
+    def __str__(self) -> str:
+        return f"image of {self.width} x {self.height} ({self.resize}, {self.interpolation})"
+
+
+@dataclass(frozen=True)
+class OwnInput:
+    """An input that a family's own code prepares, sample by sample, in the decode threads.
+
+    Equal inputs are prepared once for all models that ask for them.
+
+    Example:
+        >>> OwnInput("text", "d2m_hpc.models.tokens:tokenizer", context=64).options
+        (('context', 64),)
+
+    Attributes:
+        raw: what the code is given: `image` (RGB, as PIL), `text` (a str) or `json` (a dict).
+        made_by: `module:function`; called with the options once a process, it returns what is
+            called for each sample.
+    """
+
+    raw: str
+    made_by: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __init__(self, raw: str, made_by: str, **options: Any) -> None:
+        given = options.pop("options", ())  # as `repr` and a file of a submission have them
+        for name, value in (
+            ("raw", raw),
+            ("made_by", made_by),
+            ("options", tuple(sorted({**dict(given), **options}.items()))),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __str__(self) -> str:
+        return f"{self.raw} by {self.made_by}"
+
+
+Form = str | ImageInput | OwnInput
+"""How a raw input is prepared: by value, or by the name of a preprocessor."""
+Input = tuple[str, Form]
+"""A raw input and how it is prepared."""
+
+
+def told(form: Form) -> str:
+    """A preprocessor, for messages: its name, or our own one's, or what it does."""
+    same = (n for n, f in NAMED.items() if f == form or getattr(f, "pixels", None) == form)
+    return repr(form if isinstance(form, str) else next(same, str(form)))
+
+
+def as_prepared(wanted: Input) -> Input:
+    """The input as decode threads prepare it: of images, all that differs in mean and std alone."""
+    raw, form = wanted
+    return raw, form.pixels if isinstance(form, ImageInput) else form
+
+
+_HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+NAMED: Mapping[str, Form] = {
+    "clip-aug": ImageInput(224, mean=CLIP_MEAN, std=CLIP_STD),
+    "clip-tokens": OwnInput("text", "d2m_hpc.models.tokens:of_clip"),
+    "faces-aug": ImageInput(224, "pad", fill=255, mean=_HALF, std=_HALF),
+    "dedup-aug": ImageInput(512, "squash", "bilinear", mean=_HALF, std=_HALF),
+    "stats-aug": ImageInput(256, "squash", "bilinear"),
+    "identity": "identity",
+}
+"""The names that a custom class may give in `preprocessors`; `identity` is the sample as it is."""
