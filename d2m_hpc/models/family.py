@@ -156,8 +156,7 @@ class Family(BaseModel):
         raise NotImplementedError
 
     def checkpoints(self, use: Use) -> Sequence[Checkpoint | HubRepo | Path]:
-        """What is read when the model is built: published files, repositories of the hub, and files or
-        folders at hand."""
+        """What building reads: published files, repositories, and files or folders at hand."""
         return ()
 
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:

@@ -87,7 +87,7 @@ class Custom:
             models={**MODELS, **named.models},
             columns={**COLUMNS, **named.columns},
             features={**FEATURES, **named.features},
-            preprocessors=named.preprocessors | NAMED.keys(),
+            preprocessors=named.preprocessors | frozenset(NAMED),
         )
         return cls(registry, sources, tuple(described["missing"]))
 

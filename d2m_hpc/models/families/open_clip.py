@@ -9,8 +9,9 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
-from functools import cache, cached_property
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand
 from d2m_hpc.models.inputs import CLIP_MEAN, CLIP_STD, ImageInput, OwnInput
-from d2m_hpc.models.published import Checkpoint
+from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.texts import nearest
 
 if TYPE_CHECKING:
@@ -42,6 +43,13 @@ WEIGHTS = (
 """Files in which models are exported, those that are taken first before."""
 NEEDED = (".json", ".txt", ".model")
 """How the other files of an exported model end: its config and its tokenizer."""
+HUB = "hf-hub:"
+CONFIG = "open_clip_config.json"
+EXPORTED = ("open_clip_*model.safetensors", "open_clip_*model.bin")
+TOKENIZER = (
+    *("config.json", "*tokenizer*", "*vocab*", "merges.txt", "*.model"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 _SHA256 = re.compile("[0-9a-f]{64}|[0-9a-f]{8}")
 Triple = tuple[float, float, float]
 
@@ -101,6 +109,22 @@ def _imports(node: ast.stmt) -> str | None:
     return node.module if isinstance(node, ast.ImportFrom) else None
 
 
+def exported(folder: Path) -> Path | None:
+    """The weights of a model that open_clip has exported."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def merged(needs: Iterable[Checkpoint | HubRepo | Path]) -> list[Checkpoint | HubRepo | Path]:
+    """With one entry a repository, which has the files of all of them."""
+    found: dict[str, Checkpoint | HubRepo | Path] = {}
+    for need in needs:
+        name = str(need) if isinstance(need, Path) else need.name
+        if isinstance(need, HubRepo) and isinstance(known := found.get(name), HubRepo):
+            need = replace(need, files=tuple(dict.fromkeys((*known.files, *need.files))))
+        found[name] = need
+    return list(found.values())
+
+
 class OpenClip(Family):
     """Features of image and text, and their cosine, by a model of open_clip.
 
@@ -113,10 +137,13 @@ class OpenClip(Family):
     paths: ClassVar = ("model", "pretrained")
 
     model: str
-    """a name that `open_clip.list_models()` has, or a folder with an `open_clip_config.json`"""
+    """a name that `open_clip.list_models()` has; a folder with an `open_clip_config.json`; or
+    `hf-hub:<owner>/<name>`, a repository of the hub with one"""
     pretrained: str = ""
     """a tag that `open_clip.list_pretrained()` has for the model, or the path of a checkpoint,
     which may be one of a training (`.pt`, `.bin`, `.safetensors`, `.npz`)"""
+    revision: str = "main"
+    """branch, tag or commit of an `hf-hub:` model"""
     image_mean: Triple | None = None
     """of pixels in [0, 1], in place of the tag's"""
     image_std: Triple | None = None
@@ -128,11 +155,12 @@ class OpenClip(Family):
 
     def inputs(self, use: Use) -> list[Any]:
         needed = {"image": self._image, "text": self._text}
-        return [make() for kind, make in needed.items() if use.wanted & {kind, "score"}]
+        return [make(use) for kind, make in needed.items() if use.wanted & {kind, "score"}]
 
     def outputs(self, use: Use) -> list[Output]:
-        self._weights()
-        shape = (int(self._config["embed_dim"]),)
+        self._weights(use)
+        width = self._config(use).get("embed_dim")
+        shape = (int(width),) if width else ()  # not known before the repository is fetched
         dot = {"i": "image", "j": "text"}
         return [
             Output("score", "float32", function="batched_dot_product_index", options=dot),
@@ -140,97 +168,124 @@ class OpenClip(Family):
             Output("text", shape=shape),
         ]
 
-    def checkpoints(self, use: Use) -> list[Checkpoint | Path]:
-        found: list[Checkpoint | Path] = [self._weights()]
-        if self._home:
-            found += sorted(p for p in self._home.iterdir() if p.suffix in NEEDED)
-        return found
+    def checkpoints(self, use: Use) -> list[Checkpoint | HubRepo | Path]:
+        found: list[Checkpoint | HubRepo | Path] = [self._weights(use)]
+        text = self._config(use).get("text_cfg", {})
+        if use.wanted & {"text", "score"}:
+            found += self._tokenizer(use, text)
+        if name := text.get("hf_model_name"):
+            found += [] if at_hand(name) else [HubRepo(name, files=("config.json",))]
+        if home := at_hand(self.model):
+            found += sorted(p for p in home.iterdir() if p.suffix in NEEDED)
+        return merged(found)
 
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.checkpoint import Weights
         from d2m_hpc.models.clip import OpenClipNet
 
-        weights, config = self._weights(), dict(self._config)
-        if self._tag.get("quick_gelu"):
+        config = self._config(use)
+        if self._tag().get("quick_gelu"):
             config["quick_gelu"] = True
-        name = str(weights) if isinstance(weights, Path) else weights.name
-        return OpenClipNet(device, Weights(use.folder), name, config, use.wanted)
+        text = config["text_cfg"]
+        if (name := text.get("hf_model_name")) and not at_hand(name):
+            text["hf_model_name"] = str(use.folder / HubRepo(name).name)
+        weights = self._weights(use)
+        path = weights if isinstance(weights, Path) else use.folder / weights.name
+        if isinstance(weights, HubRepo):
+            path = exported(path) or path / weights.files[0]
+        return OpenClipNet(device, Weights(use.folder), str(path), config, use.wanted)
 
-    @cached_property
-    def _home(self) -> Path | None:
+    def _repo(self) -> HubRepo | None:
+        """The repository that the model is, where it is one."""
+        name = self.model.removeprefix(HUB)
+        if name == self.model:
+            return None
+        try:
+            return HubRepo(name, self.revision, (CONFIG, *EXPORTED, *TOKENIZER))
+        except ValueError as error:
+            raise ParameterError("model", str(error)) from None
+
+    def _home(self, use: Use) -> Path | None:
         """The folder that the model is read from, where open_clip has it not built in."""
-        return at_hand(self.model)
+        repo = self._repo()
+        return use.folder / repo.name if repo else at_hand(self.model)
 
-    @cached_property
-    def _document(self) -> dict[str, Any]:
-        """What open_clip keeps of a model: its architecture, and how its images are prepared."""
-        home, name = self._home, self.model.replace("/", "-")
+    def _document(self, use: Use) -> dict[str, Any]:
+        """What is kept of a model: its architecture, and how its images are prepared.
+
+        Nothing of a repository that is not fetched.
+        """
+        home, name = self._home(use), self.model.replace("/", "-")
         if home is None:
             if name not in architectures():
-                raise ParameterError(
-                    "model", f"unknown model {name!r}{nearest(name, architectures())}"
-                )
+                what = f"unknown model {name!r}{nearest(name, architectures())}"
+                raise ParameterError("model", what)
             path = _library() / "model_configs" / f"{name}.json"
             return {"model_cfg": json.loads(path.read_bytes())}
+        if self._repo() and not (home / CONFIG).exists():
+            return {"model_cfg": {}}
         try:
-            found: dict[str, Any] = json.loads((home / "open_clip_config.json").read_bytes())
-            int(found["model_cfg"]["embed_dim"])
+            found: dict[str, Any] = json.loads((home / CONFIG).read_bytes())
+            config = found["model_cfg"]
+            int(config["embed_dim"]), {**config["text_cfg"]}, {**config["vision_cfg"]}
             return found
         except (OSError, ValueError, LookupError, TypeError) as error:
-            what = f"{home / 'open_clip_config.json'} cannot be used: {error}"
-            raise ParameterError("model", what) from None
+            raise ParameterError("model", f"{home / CONFIG} cannot be used: {error}") from None
 
-    @property
-    def _config(self) -> dict[str, Any]:
-        config: dict[str, Any] = self._document["model_cfg"]
+    def _config(self, use: Use) -> dict[str, Any]:
+        config: dict[str, Any] = self._document(use)["model_cfg"]
         return config
 
-    @cached_property
     def _tag(self) -> Mapping[str, Any]:
-        """What open_clip's table says of the tag; nothing of a checkpoint at hand."""
-        if self._home or at_hand(self.pretrained):
+        """What open_clip's table says of the tag; nothing of other checkpoints."""
+        if self._repo() or at_hand(self.model) or at_hand(self.pretrained):
             return {}
         tags = pretrained().get(self.model.replace("/", "-"), {})
         found = tags.get(self.pretrained.lower().replace("-", "_"))
-        if found is None and self._document:
-            missing = f"unknown tag {self.pretrained!r}" if self.pretrained else "no tag is given"
-            valid = nearest(self.pretrained, tags) if tags else "; the model has none"
-            what = f"{missing}{valid}, or the path of a checkpoint"
+        if found is None:
+            given = f"unknown tag {self.pretrained!r}" if self.pretrained else "no tag is given"
+            valid = nearest(self.pretrained, tags) if tags else "; the model has none; valid"
+            what = f"{given}{valid}, or the path of a checkpoint"
             raise ParameterError("pretrained" if self.pretrained else "", what)
-        return found or {}
+        return found
 
-    def _weights(self) -> Checkpoint | Path:
+    def _weights(self, use: Use) -> Checkpoint | HubRepo | Path:
         """
         Raises:
-            ParameterError: neither a tag nor a file.
+            ParameterError: there is no such model, tag or file.
         """
+        self._document(use)
         if path := at_hand(self.pretrained):
             return path
-        if self._home:
-            found = [p for name in WEIGHTS for p in [self._home / name] if p.is_file()]
-            if not found:
-                what = f"{self._home} has none of {', '.join(WEIGHTS)}; give `pretrained`"
+        if repo := self._repo():
+            return repo
+        if home := at_hand(self.model):
+            if (path := exported(home)) is None:
+                what = f"{home} has none of {', '.join(WEIGHTS)}; give `pretrained`"
                 raise ParameterError("model", what)
-            return found[0]
-        url: str = self._tag.get("url", "")
-        name = url.rpartition("/")[2]
-        if not name:
-            raise ParameterError("pretrained", f"{self.pretrained!r} is on the hub alone")
-        parts = (url.split("/")[-2], name.rpartition(".")[0].rpartition("-")[2])
-        published = "".join(p for p in parts if _SHA256.fullmatch(p))
-        return Checkpoint(name, url, published)
+            return path
+        tag = self._tag()
+        url = tag.get("url", "")
+        if not url:
+            repo_id, _, file = tag["hf_hub"].rpartition("/")
+            return HubRepo(repo_id, files=(file,) if file else EXPORTED)
+        folder, name = url.split("/")[-2:]
+        parts = (folder, name.rpartition(".")[0].rpartition("-")[2])
+        return Checkpoint(name, url, next((p for p in parts if _SHA256.fullmatch(p)), ""))
 
-    def _image(self) -> ImageInput:
-        told = {k: v for k, v in self._document.get("preprocess_cfg", {}).items() if v is not None}
+    def _image(self, use: Use) -> ImageInput:
+        document = self._document(use)
         own = {
             "mean": self.image_mean,
             "std": self.image_std,
             "interpolation": self.image_interpolation,
             "resize_mode": self.image_resize_mode,
         }
-        chosen = {**DEFAULTS, **told, **self._tag, **{k: v for k, v in own.items() if v}}
+        chosen = dict(DEFAULTS)
+        for told in (document.get("preprocess_cfg", {}), self._tag(), own):
+            chosen |= {key: value for key, value in told.items() if value is not None}
         return ImageInput(
-            self._config["vision_cfg"].get("image_size", 224),
+            document["model_cfg"].get("vision_cfg", {}).get("image_size", 224),
             chosen["resize_mode"],
             chosen["interpolation"],
             fill=chosen["fill_color"] if chosen["resize_mode"] == "longest" else 0,
@@ -238,18 +293,28 @@ class OpenClip(Family):
             std=chosen["std"],
         )
 
-    def _text(self) -> OwnInput:
-        text = self._config["text_cfg"]
+    def _tokenizer(self, use: Use, text: Mapping[str, Any]) -> list[HubRepo]:
+        """The repository of the model's tokenizer, where it has one."""
+        name = text.get("hf_tokenizer_name")
+        if not name or at_hand(self.model):
+            return []
+        repo = self._repo()
+        return [
+            HubRepo(name, self.revision if repo and repo.repo_id == name else "main", TOKENIZER)
+        ]
+
+    def _text(self, use: Use) -> OwnInput:
+        text = self._config(use).get("text_cfg", {})
         context, options = text.get("context_length", CONTEXT), text.get("tokenizer_kwargs", {})
         if not text.get("hf_tokenizer_name"):
-            return OwnInput(
-                "text", "d2m_hpc.models.tokens:of_open_clip", context=context, **options
-            )
+            made_by = "d2m_hpc.models.tokens:of_open_clip"
+            return OwnInput("text", made_by, context=context, **options)
+        repos = self._tokenizer(use, text)
         return OwnInput(
             "text",
             "d2m_hpc.models.tokens:of_transformers",
-            source=str(self._home),
+            source=str(use.folder / repos[0].name if repos else self._home(use)),
             context=context,
-            mode=text.get("tokenizer_mode"),
+            tokenizer_mode=text.get("tokenizer_mode"),
             **options,
         )

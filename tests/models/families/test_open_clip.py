@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from bench import run
+from kit import captions, photographs
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+VISION = {"image_size": 48, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
+CLIP: dict[str, Any] = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
+SIGLIP: dict[str, Any] = {
+    "embed_dim": 40,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 224,
+        "timm_model_name": "vit_tiny_patch16_224",
+        "timm_model_pretrained": False,
+        "timm_pool": "token",
+        "timm_proj": "linear",
+    },
+    "text_cfg": {
+        **TEXT,
+        "context_length": 16,
+        "vocab_size": 64,
+        "hf_tokenizer_name": "timm/some-SigLIP",
+        "tokenizer_kwargs": {"clean": "canonicalize"},
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+    },
+}
+SIGLIP_IMAGES = {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+}
+
+
+def _tokenizer(folder: Path) -> None:
+    """A small tokenizer of words, with end and padding tokens as SigLIP's."""
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    words |= {
+        word: i + 3
+        for i, word in enumerate(["a", "of", "the", "in", "photo", "cat", "dog", "on", "with"])
+    }
+    made = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = Whitespace()
+    made.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def export(
+    folder: Path, config: dict[str, Any], images: dict[str, Any] | None = None, seed: int = 0
+) -> Path:
+    """A small random model in the layout in which open_clip exports one."""
+    folder.mkdir(parents=True)
+    document = {"model_cfg": config, "preprocess_cfg": images or {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
+    torch.manual_seed(seed)
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    given = {k: v for k, v in config.items() if k != "custom_text"}
+    net = kind(**given)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    torch.save(net.state_dict(), folder / "open_clip_pytorch_model.bin")
+    if config["text_cfg"].get("hf_tokenizer_name"):
+        _tokenizer(folder)
+    return folder
+
+
+def theirs(folder: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Features as open_clip's README computes them."""
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.eval()
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(picture) for picture in photographs(len(texts))])
+        image = model.encode_image(pixels)
+        text = model.encode_text(open_clip.get_tokenizer(name)(texts))
+        image /= image.norm(dim=-1, keepdim=True)
+        text /= text.norm(dim=-1, keepdim=True)
+    return image.numpy(), text.numpy()
+
+
+def _config(name: str, entry: dict[str, Any], *outputs: str) -> dict[str, Any]:
+    full = [f"{name}-{output}" for output in outputs]
+    return {
+        "models": [{name: {"kind": "open_clip", **entry}}],
+        "postprocess_columns": [n for n in full if n.endswith("-score")],
+        "postprocess_features": [n for n in full if not n.endswith("-score")],
+    }
+
+
+RESIZING: list[dict[str, Any]] = [
+    {},
+    {"interpolation": "bilinear"},
+    {"resize_mode": "squash", "interpolation": "bilinear", "mean": [0, 0, 0], "std": [1, 1, 1]},
+    {"resize_mode": "longest", "fill_color": 30},
+    {"resize_mode": "longest", "interpolation": "bilinear"},
+]
+
+
+@pytest.mark.parametrize("images", RESIZING)
+def test_features_and_score_are_open_clips(images: dict[str, Any], tmp_path: Path) -> None:
+    folder, texts = export(tmp_path / "net", CLIP, images), captions()[:8]
+    ours = run(
+        _config("own", {"model": str(folder)}, "score", "image", "text"), photographs(8), texts
+    )
+    image, text = theirs(folder, texts)
+    assert image.std(axis=0).max() > 1e-2
+    np.testing.assert_allclose(ours.features["own-image"], image, atol=1e-5)
+    np.testing.assert_allclose(ours.features["own-text"], text, atol=1e-5)
+    np.testing.assert_allclose(ours.columns["own-score"], (image * text).sum(axis=1), atol=1e-5)
+
+
+def test_siglip_and_a_clip_of_another_size_run_together(tmp_path: Path) -> None:
+    siglip = export(tmp_path / "siglip", SIGLIP, SIGLIP_IMAGES, seed=1)
+    clip, texts = export(tmp_path / "clip", CLIP), captions()[:8]
+    keys = {
+        "models": [
+            {"big": {"kind": "open_clip", "model": str(siglip)}},
+            {"small": {"kind": "open_clip", "model": str(clip)}},
+        ],
+        "postprocess_features": ["big-image", "big-text", "small-image", "small-text"],
+    }
+    ours = run(keys, photographs(8), texts)
+    for name, folder in (("big", siglip), ("small", clip)):
+        image, text = theirs(folder, texts)
+        np.testing.assert_allclose(ours.features[f"{name}-image"], image, atol=1e-5)
+        np.testing.assert_allclose(ours.features[f"{name}-text"], text, atol=1e-5)
