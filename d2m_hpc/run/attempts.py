@@ -1,9 +1,9 @@
 """Which attempt at a shard is under way, or ended without finishing it.
 
 Every attempt has a number, larger than those of all earlier attempts at the shard. Whoever holds
-the shard's lease writes it down before the shard is read, and removes the file once the shard is
-done. A file that says nothing of an end, of a shard whose lease is free, is of an attempt that
-never ended: its process was killed or crashed.
+the shard's lease writes it down before the shard is copied or read, and removes the file once the
+shard is done. A file that says nothing of an end, of a shard whose lease is free, is of an attempt
+that never ended: its process was killed or crashed.
 """
 
 from __future__ import annotations

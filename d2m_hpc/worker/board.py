@@ -20,7 +20,7 @@ class Entry:
     """A shard that a task holds.
 
     Attributes:
-        begun: it is being read, computed or written; else it was only claimed.
+        begun: it is being copied, read, computed or written; else it was only claimed, or waits.
     """
 
     stem: str
@@ -108,12 +108,12 @@ class Board:
             return slot
 
     def begin(self, slot: int) -> None:
-        """The shard is read from now on."""
+        """The shard is copied, read, computed or written from now on."""
         if slot >= 0:
             self._map[self._at(slot)] = _BEGUN
 
     def rest(self, slot: int) -> None:
-        """The shard is computed, and waits to be written."""
+        """The shard waits: copied, to be read; or computed, to be written."""
         if slot >= 0:
             self._map[self._at(slot)] = _CLAIMED
 

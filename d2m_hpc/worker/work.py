@@ -19,7 +19,7 @@ UNCOUNTED = Attempt(0)
 
 
 class Work:
-    """A job, its lease, and the attempt that is on disk while the shard is read and computed.
+    """A job, its lease, and the attempt that is on disk while the shard is copied and computed.
 
     The threads of a task share a work: one claims it, another begins with it, the writer settles
     it, and each may have to give it back. The methods change its state one at a time, under a lock;
@@ -67,15 +67,16 @@ class Work:
             return self._rests
 
     def begin(self) -> None:
-        """Put the attempt on disk, so that other tasks see it even if this process dies.
+        """Put the attempt on disk before the shard's first byte is asked for.
+
+        Copying and decompressing may kill the process too; other tasks then see the attempt.
 
         Raises:
             ShardError: the shard was given back meanwhile, or another task has taken it over.
             DiskError: the run folder does not take it.
         """
         with self._lock:
-            if self._is_over:
-                raise ShardError(f"{self.job.stem}: given back before it was read")
+            self._require_held()
             try:
                 if self._attempts is not None:
                     self._attempts.begin(self.job.stem, self.attempt, anew=self._is_first)
@@ -84,6 +85,21 @@ class Work:
             except OSError as error:
                 raise DiskError(of_system(error)) from error
             self._is_open = True
+            self._board.begin(self._slot)
+
+    def wait(self) -> None:
+        """Note that the shard waits to be read; if the process dies meanwhile, it is not blamed."""
+        with self._lock:
+            self._board.rest(self._slot)
+
+    def read(self) -> None:
+        """Note that the shard is read from now on.
+
+        Raises:
+            ShardError: the shard was given back meanwhile.
+        """
+        with self._lock:
+            self._require_held()
             self._board.begin(self._slot)
 
     def rest(self) -> None:
@@ -128,6 +144,10 @@ class Work:
         """Release the lease alone: other tasks find an attempt that never ended."""
         if self._lease is not None:
             self._lease.release()
+
+    def _require_held(self) -> None:
+        if self._is_over:
+            raise ShardError(f"{self.job.stem}: given back before it was read")
 
     def _free(self) -> None:
         self._board.free(self._slot)

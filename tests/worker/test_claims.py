@@ -22,9 +22,11 @@ from d2m_hpc.run.pair import METADATA, Pair
 from d2m_hpc.run.records import DIED, Job, Record, Shard, read_records
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.worker.board import Board
+from d2m_hpc.worker.board import Board, Entry
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.progress import Reporter
+from d2m_hpc.worker.read.prefetch import Coming
+from d2m_hpc.worker.read.scratch import Scratch
 
 CHUNKS = [["a", "b"], ["c", "d"], ["e"], ["f", "g"]]
 
@@ -215,11 +217,17 @@ def numbers(claimed: Claims, state: str = "") -> dict[str, int]:
     return found
 
 
-def test_an_attempt_is_on_disk_from_the_first_byte_that_is_read(run: RunDir) -> None:
+def test_an_attempt_is_on_disk_before_the_first_byte_is_asked_for(
+    run: RunDir, tmp_path: Path
+) -> None:
+    seen = tmp_path / "seen.json"
+    url = f"pipe:cp '{run.attempts / 'c.json'}' '{seen}'"
+    write_chunks(run.submission("000"), [[], [Job(Shard("c", url))]])
     attempts, claimed = Attempts(run.attempts), claims(run, steal=False)
     work = next(iter(claimed))
-    assert attempts.unended() == {}  # it is only brought here as yet
-    work.begin()
+    assert attempts.unended() == {}  # nothing of it was begun as yet
+    Coming(work).bring(Scratch(tmp_path, 10_000))
+    assert json.loads(seen.read_bytes())["number"] == 1
     assert attempts.unended() == {"c": Attempt(1, "000-1-0", claimed._report.progress.host)}
     claimed.mark(work, "done")
     assert list(run.attempts.iterdir()) == []
@@ -361,6 +369,22 @@ def test_a_clock_that_jumps_ends_no_task(run: RunDir, monkeypatch: pytest.Monkey
     claimed = claims(run, steal=False, deadline=time.time() + 600)
     monkeypatch.setattr(time, "time", lambda real=time.time: real() + 3600)
     assert not claimed.is_late
+
+
+def test_a_copy_that_waits_to_be_read_is_not_to_blame(run: RunDir, tmp_path: Path) -> None:
+    write_chunks(run.submission("000"), [[], [Job(Shard("c", "pipe:true"))]])
+    board = Board()
+    claimed = claims(run, steal=False, board=board)
+    work = next(iter(claimed))
+    coming = Coming(work)
+    assert coming.bring(Scratch(tmp_path, 10_000))
+    assert board.entries() == [Entry("c", 1, False)]
+    work.read()
+    assert board.entries() == [Entry("c", 1, True)]
+    coming.drop()
+    claimed.let_all_go()
+    with pytest.raises(ShardError, match="given back before it was read"):
+        work.read()
 
 
 def test_results_that_wait_for_the_last_shard_do_not_keep_it_waiting(run: RunDir) -> None:

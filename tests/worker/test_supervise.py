@@ -122,6 +122,24 @@ def test_what_is_raised_to_end_the_process_fails_its_shard_only(tmp_path: Path, 
     assert "a model or preprocessor raised" in failed.error
 
 
+@pytest.mark.parametrize(("deadly", "name"), [(0, "SEGV"), (1, "KILL")])
+def test_a_death_while_a_tar_is_copied_is_its_shards(
+    tmp_path: Path, deadly: int, name: str
+) -> None:
+    """The other shards are done, also one that was in hand beside it."""
+    tars = write_shards(tmp_path / "tars", 3)
+    urls = [f"pipe:cat {tar}" for tar in tars]
+    urls[deadly] = f"pipe:kill -{name} $PPID; sleep 60; cat {tars[deadly]}"
+    values = {**STATS, "input_tars": urls, "output_metadata_dir": str(tmp_path / "out")}
+    ended = submit(write_config(tmp_path / "c.yml", values))
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert done(tmp_path) == {"00000", "00001", "00002"} - {f"{deadly:05d}"}
+    died = [r for r in records(tmp_path) if r.kind == DIED]
+    assert f"{deadly:05d}" in {r.shard for r in died}
+    assert all(f"was killed by SIG{name}" in r.error for r in died)
+
+
 def test_a_thread_that_a_model_left_does_not_keep_the_run(tmp_path: Path) -> None:
     how = "threading.Thread(target=time.sleep, args=(10_000,)).start()"
     assert submit(fatal_config(tmp_path, how, {0}, count=1), timeout=120).returncode == 0

@@ -201,7 +201,7 @@ class Loader:
         try:
             with ExitStack() as stack:
                 staged = stack.enter_context(coming.arrived())
-                reading.work.begin()
+                reading.work.read()
                 archive = stack.enter_context(closing(Archive(staged.path)))
                 found.tar = staged.origin if staged.copied else archive.version
                 if not staged.damage and (what := archive.nature()):

@@ -39,13 +39,20 @@ class Coming:
         self._stack = ExitStack()
 
     def bring(self, scratch: Scratch) -> bool:
-        """Whether a copy was made; errors are raised by `arrived`."""
+        """Put the attempt on record and copy the shard; errors are raised by `arrived`.
+
+        Returns:
+            Whether a copy was made.
+        """
         try:
+            self.work.begin()
             with self.work.clock("stage"):
                 staged = self._stack.enter_context(stage(self.work.shard, scratch))
         except BaseException as error:
+            self.work.wait()
             self._arrival.set_exception(error)
             return False
+        self.work.wait()
         self._arrival.set_result(staged)
         return staged.copied
 

@@ -21,7 +21,7 @@ from d2m_hpc.storage import stores
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.refused import of_system
 from d2m_hpc.storage.urls import PIPE, is_local, is_pipe
-from d2m_hpc.worker.read.compressed import BROKEN, HEAD, Readable, codec_of
+from d2m_hpc.worker.read.compressed import BROKEN, HEAD, MEMORY, Readable, codec_of, is_hungry
 from d2m_hpc.worker.read.scratch import Copy, Scratch
 from d2m_hpc.worker.read.shard import Version
 
@@ -55,7 +55,7 @@ def stage(shard: Shard, scratch: Scratch) -> Iterator[Staged]:
     """Bring a shard to this node; a copy in scratch is deleted afterwards.
 
     Raises:
-        ShardError: it cannot be had, or is too large for scratch.
+        ShardError: it cannot be had, is too large for scratch, or takes too much memory.
     """
     if is_local(shard.url) and not _is_compressed(shard.url):
         yield Staged(Path(shard.url), copied=False)
@@ -173,6 +173,12 @@ def _write(stream: Stream, file: BinaryIO, copy: Copy) -> str:
         return _copy(stream, file, copy)
     with codec.open(stream) as plain:
         damage = _copy(plain, file, copy, stream)
+    if is_hungry(damage):
+        raise ShardError(
+            f"{copy.path.name}: decompressing its {codec.name} stream takes more than "
+            f"{MEMORY >> 20} MiB of memory; compress it with a smaller dictionary or window, as "
+            f"{codec.name} does by itself"
+        )
     if damage:
         damage = f"in the {codec.name} stream, after {file.tell()} bytes of tar: {damage}"
         stream.drain()

@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import re
+import resource
 import sys
 import tarfile
 import threading
@@ -98,6 +99,35 @@ def test_a_stream_of_many_parts_is_read_to_its_end(
     data, path, compress = tar_bytes(THREE), tmp_path / "a.tar.gz", COMPRESS[codec]
     path.write_bytes(compress(data[:3000]) + compress(data[3000:]))
     assert read_all(str(path), scratch) == (["a", "b", "c"], "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "xz --lzma2=preset=0,dict=512MiB --memlimit=0",
+        "(xz -0; xz --lzma2=preset=0,dict=512MiB --memlimit=0 < {tar})",
+        "zstd -1 --long=30",
+    ],
+)
+def test_a_stream_that_takes_much_memory_is_refused_and_not_called_damaged(
+    tmp_path: Path, scratch: Scratch, command: str
+) -> None:
+    tar = write_tar(tmp_path / "a.tar", THREE)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ShardError, match=r"stem\.tar: .* 256 MiB of memory; compress it"):
+        read_all(f"pipe:{command.format(tar=tar)} < {tar}", scratch)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+
+
+def test_what_follows_an_xz_stream_is_padding_and_a_stream_that_ends_early_is_cut(
+    tmp_path: Path, scratch: Scratch
+) -> None:
+    path, data = tmp_path / "a.tar", lzma.compress(tar_bytes(THREE))
+    for padding in (bytes(4), bytes(512), b"anything" * 4):
+        path.write_bytes(data + padding)
+        assert read_all(str(path), scratch) == (["a", "b", "c"], "")
+    path.write_bytes(data[:-12])
+    assert "in the xz stream" in read_all(str(path), scratch)[1]
 
 
 @pytest.mark.parametrize("first", ["BZh9", "BZh91AY&S", "(", "\x1fx"])
