@@ -1,4 +1,4 @@
-"""Work on a million of things at once."""
+"""Disable the garbage collector while building large plans."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from d2m_hpc.stopping import is_own_process
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Also a decorator: run without the garbage collector.
+def gc_paused() -> Iterator[None]:
+    """Run a block, or as a decorator a function, without the garbage collector.
 
-    A plan is millions of objects that stay, in no cycle. The collector would go through all of them
-    each time that they are a quarter more, and once more at the end: half of a submit's time.
+    A plan is millions of objects that stay, without cycles. The collector would visit all of them
+    whenever their number has grown by a quarter, and at the end: half of a submit's time.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -23,7 +23,7 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if is_own_process():
-            # What is frozen still is not torn down, of which compiled libraries complain for pages.
+            # Objects must not be frozen at exit: compiled libraries complain of those not freed.
             atexit.unregister(gc.unfreeze)
             atexit.register(gc.unfreeze)
             gc.freeze()

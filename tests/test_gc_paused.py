@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from d2m_hpc import stopping
-from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.gc_paused import gc_paused
 
 
-@uncollected()
+@gc_paused()
 def is_collecting() -> bool:
     return gc.isenabled()
 
@@ -24,14 +24,14 @@ def test_nothing_is_collected_meanwhile() -> None:
 
 
 def test_it_goes_on_after_the_outermost() -> None:
-    with uncollected():
+    with gc_paused():
         assert not is_collecting()
         assert not gc.isenabled()
     assert gc.isenabled()
 
 
 def test_it_goes_on_after_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), uncollected():
+    with pytest.raises(ZeroDivisionError), gc_paused():
         raise ZeroDivisionError
     assert gc.isenabled()
 
@@ -47,7 +47,7 @@ def test_whoever_had_it_off_keeps_it_off() -> None:
 
 def test_a_callers_process_is_not_touched() -> None:
     before = gc.get_freeze_count()
-    with uncollected():
+    with gc_paused():
         made = [[i] for i in range(1000)]
     assert gc.get_freeze_count() == before
     assert {id(one) for one in made} < set(map(id, gc.get_objects()))
@@ -58,7 +58,7 @@ def test_what_was_made_meanwhile_is_not_gone_through_later(
 ) -> None:
     """In a process of a command's own."""
     monkeypatch.setattr(stopping, "_own", True)
-    with uncollected():
+    with gc_paused():
         made = [[i] for i in range(1000)]
     try:
         assert not {id(one) for one in made} & set(map(id, gc.get_objects()))
@@ -68,7 +68,7 @@ def test_what_was_made_meanwhile_is_not_gone_through_later(
 
 
 CYCLE = """
-from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.stopping import own_process
 
 own_process()
@@ -77,7 +77,7 @@ class Last:
     def __del__(self):
         print("gone")
 
-with uncollected():
+with gc_paused():
     last = Last()
     last.itself = last
 del last

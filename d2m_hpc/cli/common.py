@@ -1,4 +1,4 @@
-"""What the commands share: their arguments' types, and reading the config."""
+"""Shared parts of the commands: types of arguments, reading the config, printing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def print_json(values: Any) -> None:
 
 
 def echo(text: str) -> None:
-    """Print a line, whatever names it holds."""
+    """Print a line that may hold any file names, fit for a terminal."""
     from d2m_hpc.storage.texts import TRACEBACK, safe
 
     print(safe(text, TRACEBACK, lines=True))
@@ -43,7 +43,7 @@ def echo(text: str) -> None:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Let a process that is watched by another end at once, whatever threads a model left."""
+    """End a supervised process at once, even if a model has left threads running."""
     try:
         yield
     except BaseException as error:

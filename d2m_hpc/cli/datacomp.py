@@ -1,4 +1,4 @@
-"""What comes after a run: subsets of its samples, and files for DataComp's tools."""
+"""Commands on finished outputs: subsets of samples, and files for DataComp's tools."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(no_args_is_help=True, help="Files that other tools need beside
 
 @app.callback()
 def _commands() -> None:
-    """Without it, a single command would have no name."""
+    """Make typer keep the name of the only command."""
 
 
 def select(
@@ -60,7 +60,7 @@ def datacomp(
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
-    """Of the shards that were read; none where nobody sits at a terminal."""
+    """Show a progress bar of the shards that were read, on a terminal only."""
     from rich.progress import Progress
 
     from d2m_hpc.watch.terminal import console
@@ -75,9 +75,7 @@ def _show_selection(found: Selection, output: Path) -> None:
     if found.unfinished:
         echo(f"{found.unfinished:,} shards are not finished; their samples are not considered")
     if found.undecided:
-        print(
-            f"{found.undecided:,} rows lack a value (null or NaN) to decide by; they are left out"
-        )
+        echo(f"{found.undecided:,} rows lack a value (null or NaN) to decide by; they are left out")
     if found.without_uid:
         echo(f"{found.without_uid:,} rows have no usable uid; they are left out")
     if found.repeated:

@@ -1,4 +1,4 @@
-"""What became of a run."""
+"""Commands that look at a run or change its plan."""
 
 from __future__ import annotations
 

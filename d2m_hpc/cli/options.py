@@ -13,15 +13,15 @@ PANEL = "Slurm (the config's slurm: keys)"
 
 
 class WithSlurmOptions:
-    """A command that is given the `slurm:` keys of its command line as one argument, `slurm`.
+    """A command with an option for each `slurm:` key; it takes them as one argument, `slurm`.
 
-    The model, whose import takes as long as all else of a help page, is read when typer asks.
+    `Slurm` is imported when typer asks for the signature, as pydantic's import takes long.
     """
 
     def __init__(self, command: Callable[..., None]) -> None:
         update_wrapper(self, command)
         self._command = command
-        self.__annotations__: dict[str, Any] = {}  # those of the signature are no texts
+        self.__annotations__: dict[str, Any] = {}  # typer would take these texts for types
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -48,7 +48,7 @@ class WithSlurmOptions:
 
 
 def _option(field: Any) -> Any:
-    """A flag or a repeatable option where the key is one; else a text, which the config checks."""
+    """The type of a key's option: a flag, a repeatable option, or a text that the config checks."""
     default, description = field.get_default(call_default_factory=True), field.description
     option = typer.Option(
         help=description,
@@ -61,5 +61,5 @@ def _option(field: Any) -> Any:
 
 
 def _plain(value: str) -> Any:
-    """As in the config: `true`, `false` and `null` are no texts."""
+    """The value that the config has for `true`, `false` and `null`; any other text is itself."""
     return {"true": True, "false": False, "null": None}.get(value, value)

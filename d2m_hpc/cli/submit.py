@@ -1,4 +1,4 @@
-"""`d2m-submit`, and what it would do."""
+"""`d2m-submit`, and `d2m plan`, which only shows what a submit would do."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _to_slurm(inspect: Callable[[], Workload], wait: bool) -> int:
     from d2m_hpc.launch.arrays import SlurmArrays
     from d2m_hpc.watch import terminal
 
-    slurm = SlurmArrays()  # before anything is looked at: there may be no Slurm here
+    slurm = SlurmArrays()  # first, as it raises an error if there is no Slurm here
     run = api.begin(inspect(), slurm, terminal.decision)
     terminal.submitted(slurm.arrays)
     if not wait:
@@ -90,7 +90,7 @@ def _write_only(workload: Workload) -> None:
 
 
 def _supervised(inspect: Callable[[], Workload]) -> int:
-    """Run in a child of this process, which tells what becomes of it."""
+    """Run in a child of this process, which reports how the child ends."""
     from d2m_hpc.stopping import interrupt_once
     from d2m_hpc.worker.supervise import supervised
 
@@ -115,7 +115,7 @@ def _supervised(inspect: Callable[[], Workload]) -> int:
 
 
 def _ended(run: api.Run) -> int:
-    """Show how a run ended; 1 when a shard failed, now or before."""
+    """Show how a run ended; returns 1 if the run is not complete."""
     from d2m_hpc.watch import terminal
 
     summary = run.status()

@@ -10,7 +10,7 @@ LONGEST_LINE = 3000
 
 
 def explained(error: Exception) -> tuple[str, int]:
-    """An error's words and the exit code of a command that it ends."""
+    """The message of an error, and the exit code of a command that ends with the error."""
     from d2m_hpc.storage.refused import ADVICE, of_system
 
     if isinstance(error, D2MError):
@@ -21,7 +21,7 @@ def explained(error: Exception) -> tuple[str, int]:
 
 
 def _unexpected(error: Exception) -> str:
-    """A mistake of this program: where it was made is enough to report it."""
+    """The message of a fault in this program, with the place of the fault."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     what = f"{type(error).__name__}: {error}".rstrip(": ")
@@ -29,7 +29,7 @@ def _unexpected(error: Exception) -> str:
 
 
 def _safe(text: str) -> str:
-    """As many lines as there are, each of them fit for a terminal."""
+    """Make each line of a text fit for a terminal."""
     from d2m_hpc.storage.texts import safe
 
     return "\n".join(safe(line, LONGEST_LINE) for line in text.split("\n"))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 from d2m_hpc.errors import SlurmError
-from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.launch import sbatch, slurm, waiting
 from d2m_hpc.launch.flow import Backend
 from d2m_hpc.plan import balance
@@ -141,7 +141,7 @@ def _stems(submission: Submission, numbers: Iterable[int]) -> set[str]:
     return {s.stem for chunk in chunks.read(i for i in numbers if i < count) for s in chunk}
 
 
-@uncollected()
+@gc_paused()
 def propose(decision: Decision, submission: str) -> slurm.Proposal:
     """The arrays that a submit would make; asks Slurm only for its MaxArraySize."""
     workload, config = decision.workload, decision.workload.config

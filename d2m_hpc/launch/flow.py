@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.plan.decide import Decision
 from d2m_hpc.plan.workload import Workload, canonical
 from d2m_hpc.run import fingerprints, frozen
@@ -136,7 +136,7 @@ def commit(decision: Decision, chunks: Iterable[list[Job]]) -> Submission:
     return submission
 
 
-@uncollected()
+@gc_paused()
 def write(submission: Submission, decision: Decision, chunks: Iterable[list[Job]]) -> None:
     workload, run = decision.workload, decision.workload.run
     values = workload.config.model_dump(mode="json")

@@ -1,1 +1,1 @@
-"""From patterns to shards, and from shards to what is left to do; changes nothing but the plan."""
+"""Patterns to shards, and shards to the jobs that are left; changes nothing but the plan."""

@@ -1,4 +1,4 @@
-"""Pending jobs to chunks, one for each array task."""
+"""Divide pending jobs into chunks, one for each array task."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from d2m_hpc.run.records import Job
 
 
 def groups(jobs: Iterable[Job]) -> list[list[Job]]:
-    """Group the jobs that a task can do with the same models: those that extend the same, in order.
+    """Group jobs that extend pairs of the same fingerprint, as these need the same models.
 
-    A shard at which a process died comes last, and has a task of its own.
+    A shard at which a process died comes last, in a group of its own.
     """
     found: dict[str, list[Job]] = {}
     alone = []
@@ -26,15 +26,15 @@ def groups(jobs: Iterable[Job]) -> list[list[Job]]:
 
 
 def count(jobs: Sequence[Job], per_task: int) -> int:
-    """The fewest chunks of at most `per_task` jobs that these fit into."""
+    """The smallest number of chunks of at most `per_task` jobs."""
     return -(-len(jobs) // per_task)
 
 
 def balanced(jobs: Sequence[Job], per_task: int) -> list[list[Job]]:
-    """As few chunks of at most `per_task` shards as can be, of about the same number of bytes.
+    """Divide jobs into as few chunks of at most `per_task` shards as possible, of similar sizes.
 
     The largest shard goes to the lightest chunk that is not full, and so on (LPT, Graham, 1969);
-    shards of unknown size weigh as much as the mean. Each chunk keeps the jobs' order.
+    a shard of unknown size weighs as much as the mean. Each chunk keeps the jobs' order.
     """
     known = [j.shard.size for j in jobs if j.shard.size is not None]
     if not known:
@@ -55,5 +55,5 @@ def balanced(jobs: Sequence[Job], per_task: int) -> list[list[Job]]:
 
 
 def chunk(jobs: Sequence[Job], per_task: int) -> list[list[Job]]:
-    """Consecutive chunks of at most `per_task` shards."""
+    """Divide jobs into consecutive chunks of at most `per_task` shards."""
     return [list(jobs[i : i + per_task]) for i in range(0, len(jobs), per_task)]

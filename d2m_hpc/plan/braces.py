@@ -14,9 +14,9 @@ import braceexpand
 from d2m_hpc.errors import D2MError
 
 MOST = 10_000_000
-"""Names in a plan; a million of them are a large one."""
+"""The most names in a plan; a million names are a large plan."""
 MOST_TEXT = 2_000_000_000
-"""Characters of all names of a pattern."""
+"""The most characters of all names of a pattern."""
 DEEPEST = 40
 _NUMBERS = re.compile(r"^(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?$")
 _LETTERS = re.compile(r"^([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?$")
@@ -30,10 +30,10 @@ def expand(pattern: str) -> Iterator[str]:
 
 
 def require_few(pattern: str, most: int) -> int:
-    """How many names a pattern stands for, globs not counted.
+    """Count the names that a pattern's braces stand for.
 
     Raises:
-        D2MError: they are more than `most`, or nested too deep to be counted.
+        D2MError: there are more than `most` names, or the braces are nested too deep.
     """
     try:
         count = _pattern(pattern, 0)
@@ -42,25 +42,19 @@ def require_few(pattern: str, most: int) -> int:
     if count <= min(most, MOST_TEXT // max(1, len(pattern))):
         return count
     advice = "; patterns joined by `::` are entries of a list" if "::" in pattern else ""
+    shown = pattern if len(pattern) <= 200 else f"{pattern[:200]}..."
+    number = f"{count:,}" if count < 10**15 else f"more than {10**15:,}"
     raise D2MError(
-        f"the braces of {_shown(pattern)} stand for {_number(count)} names; valid are {most:,} at "
-        f"most{advice}"
+        f"the braces of {shown!r} stand for {number} names; valid are {most:,} at most{advice}"
     )
 
 
-def _shown(pattern: str) -> str:
-    return repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
-
-
-def _number(count: int) -> str:
-    return f"{count:,}" if count < 10**15 else f"more than {10**15:,}"
-
-
 def _pattern(text: str, depth: int) -> int:
-    """
+    """Count the names of a pattern.
+
     Raises:
         ValueError: the braces do not match.
-        D2MError: they are nested too deep.
+        D2MError: the braces are nested too deep.
     """
     if depth > DEEPEST:
         raise D2MError(f"a pattern's braces are nested more than {DEEPEST} deep")
@@ -80,7 +74,7 @@ def _pattern(text: str, depth: int) -> int:
 
 
 def _bounded(counts: list[int]) -> int:
-    """Their product, as far as it matters: that of thousands of factors takes long."""
+    """Multiply counts, up to a bound: the product of thousands of factors takes long."""
     product = 1
     for count in counts:
         product *= count
@@ -90,20 +84,19 @@ def _bounded(counts: list[int]) -> int:
 
 
 def _expression(text: str, depth: int) -> int:
-    """What stands between two braces."""
+    """Count the names of the text between two braces."""
     if match := _NUMBERS.match(text):
         first, last, step = (int(group or 1) for group in match.groups())
     elif match := _LETTERS.match(text):
         first, last = (braceexpand.alphabet.index(group) for group in match.groups()[:2])
         step = int(match[3] or 1)
     else:
-        parts = _parts(text)
-        return sum(_pattern(part, depth) for part in parts)
+        return sum(_pattern(part, depth) for part in _parts(text))
     return abs(last - first) // (step or 1) + 1
 
 
 def _parts(text: str) -> list[str]:
-    """A list's entries; without a comma it is no list, and stands for itself."""
+    """The entries of a list; a text without a comma is its only entry."""
     parts, level, start = [], 0, 0
     for at, character in enumerate(text):
         level += (character == "{") - (character == "}")

@@ -1,8 +1,8 @@
-"""Tars that are others now than those whose outputs lie there, and tars that were moved.
+"""Find tars that were replaced since their outputs were made, and tars that were moved.
 
-What a task has read is in its record, which the shard's parquet holds: the tar's size and time. To
-look into millions of parquets takes long. Only those are looked into whose tar has another size
-than the plan says, or was touched since the task began. Of a tar in a store its listing tells both.
+A shard's record, which its parquet holds, has the size and time of the tar that was read. Reading
+millions of parquets takes long, so only those are read whose tar differs in size from the plan, or
+was touched since the task began. For a tar in a store, the store's listing shows both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
@@ -25,23 +26,24 @@ from d2m_hpc.run.records import Record, Shard
 from d2m_hpc.storage.urls import is_local
 
 LOOKED_AT = 1000
-"""Tars that a command looks at unasked: each is a question to a file server."""
+"""The most tars that a command checks unless asked: each check asks a file server."""
 AT_ONCE = 16
+"""Checks at the same time."""
 SLACK = 600.0
-"""Seconds that the clocks of file servers and nodes may differ."""
+"""Seconds by which the clocks of file servers and nodes may differ."""
 COPIES = 100
-"""Old places that are looked at to tell tars that were moved from others of the same names."""
+"""Old places that are checked to tell moved tars from other tars of the same names."""
 NOTHING: Mapping[str, float] = {}
 
 
 @dataclass
 class Changed:
-    """What was found.
+    """The result of `find`.
 
     Attributes:
-        stems: of shards whose tar is another one now.
-        looked_at: finished shards whose tars were asked for.
-        all: whether that were all of them.
+        stems: shards whose tar was replaced.
+        looked_at: the number of finished shards whose tars were checked.
+        all: whether all tars were checked.
     """
 
     stems: list[str] = field(default_factory=list)
@@ -69,12 +71,12 @@ def find(
     sizes: Mapping[str, int | None] | None = None,
     times: Mapping[str, float] = NOTHING,
 ) -> Changed:
-    """Look at the tars of finished shards.
+    """Check the tars of finished shards.
 
     Args:
-        shards: of the plan, with the sizes that it has.
-        most: so many local tars are looked at, drawn at random; None for all.
-        sizes, times: of tars in stores, as they are listed now; all of them are looked at.
+        shards: the plan's shards, with the plan's sizes.
+        most: the number of local tars to check, drawn at random; None for all.
+        sizes, times: sizes and times of tars in stores, by a new listing; all of these are checked.
     """
     drawn = shards if most is None or len(shards) <= most else random.sample(shards, most)
     local = [s for s in drawn if is_local(s.url) and made(found, s.stem)]
@@ -92,25 +94,23 @@ def find(
 
 
 def among(some: Sequence[Shard], config: Config, found: Standings) -> Changed:
-    """Look at local tars that were drawn from a run's plan, by where its shards stand."""
+    """Check local tars that were drawn from a run's plan."""
     other = find(some, found, OutputDir(config.output_metadata_dir), most=None)
     other.all = len(some) == len(found.stems)
     return other
 
 
 def made(found: Standings, stem: str) -> Outcome | None:
-    """What the record says of the pair that lies there."""
+    """The record of the pair in the output folder; None if there is no such pair."""
     return found.done.get(stem) or found.outdated.get(stem)
 
 
 def _stats(shards: Sequence[Shard]) -> list[os.stat_result | None]:
-    """Several at once, as a file server takes its time over each; None where there is no tar."""
+    """Stat local tars, several at once, as a file server may be slow; None for a missing tar."""
     step = -(-len(shards) // AT_ONCE) or 1
     parts = [shards[i : i + step] for i in range(0, len(shards), step)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return [
-            one for part in pool.map(lambda part: [_stat(s) for s in part], parts) for one in part
-        ]
+        return list(chain.from_iterable(pool.map(lambda part: [*map(_stat, part)], parts)))
 
 
 def _stat(shard: Shard) -> os.stat_result | None:
@@ -120,15 +120,15 @@ def _stat(shard: Shard) -> os.stat_result | None:
 
 
 def _is_suspect(shard: Shard, now: os.stat_result, found: Standings) -> bool:
-    touched = max(now.st_mtime, now.st_ctime)  # a copy may keep the time of what it is copied from
+    touched = max(now.st_mtime, now.st_ctime)  # a copy may keep the original's mtime
     outcome = made(found, shard.stem)
     return now.st_size != shard.size or (outcome is not None and touched > outcome.started - SLACK)
 
 
 def is_other(shard: Shard, now: os.stat_result, record: Record | None) -> bool:
-    """By what the task has read; a record from before that was kept tells it less well."""
+    """Whether a tar is not the one on record; guesses for records of earlier versions."""
     if record is None:
-        return False  # submit and verify have their own words for it
+        return False  # submit and verify report a missing record
     if record.tar_mtime_ns:
         return (now.st_size, now.st_mtime_ns) != (record.tar_size, record.tar_mtime_ns)
     later = now.st_mtime > record.started + SLACK
@@ -142,7 +142,7 @@ def _is_other_in_store(
     sizes: Mapping[str, int | None],
     times: Mapping[str, float],
 ) -> bool:
-    """A store keeps the time at which a tar was put, and does not let it be set."""
+    """Whether a tar in a store was replaced; a store's times cannot be set by users."""
     outcome, size = made(found, shard.stem), sizes[shard.url]
     if outcome is not None and times[shard.url] > outcome.started + SLACK:
         return True
@@ -161,15 +161,18 @@ def _record(output: OutputDir, shard: Shard) -> Record | None:
 def moved(
     known: Sequence[Shard], new: Sequence[Shard], named: Mapping[str, object]
 ) -> dict[str, Shard]:
-    """Planned shards whose tars lie elsewhere now, by their old URLs: same name, same size.
+    """Find planned shards whose tars lie elsewhere now, with the same name and size.
 
     Args:
-        known: shards that are planned.
-        new: shards that would be added.
-        named: all that the patterns name.
+        known: the planned shards.
+        new: the shards that would be added.
+        named: all URLs that the patterns name.
+
+    Returns:
+        The new shards by the old URLs.
     """
     gone = {(own_name(s.url), s.size): s for s in known if s.size and s.url not in named}
     pairs = [(gone[key], s) for s in new if (key := (own_name(s.url), s.size)) in gone]
     if all(is_local(old.url) and os.path.lexists(old.url) for old, _ in pairs[:COPIES]):
-        return {}  # these are others, or copies, and both sets may be wanted
+        return {}  # the new tars are others, or copies, and both may be wanted
     return {old.url: s for old, s in pairs}

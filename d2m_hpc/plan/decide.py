@@ -1,18 +1,18 @@
-"""What of a config is left to do; changes nothing."""
+"""Decide what is left to do for a config; changes nothing."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.plan import changed, patterns
-from d2m_hpc.plan.forget import Forgotten
+from d2m_hpc.plan.forget import forgotten
 from d2m_hpc.plan.standing import Standings, stand
 from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run import fingerprints, nodes
@@ -27,7 +27,7 @@ from d2m_hpc.run.shards import read_shards
 
 
 class Tried(NamedTuple):
-    """The last fields of a `Job`."""
+    """The earlier attempts at a shard: the last fields of a `Job`."""
 
     attempt: int = 0
     failures: int = 0
@@ -40,21 +40,20 @@ UNTRIED = Tried()
 
 @dataclass
 class Decision:
-    """What a submit would do.
+    """The plan of a submit, and which shards it leaves out.
 
     Attributes:
-        shards: all of the run, done or not.
-        is_planned: the run folder has this plan already.
+        shards: all shards of the run, done or not.
+        is_planned: whether the run folder has this plan already.
         done: stems of finished shards.
-        extends: stems of shards that lack only what was added to the config since they were
-            finished, with the fingerprints of their pairs.
+        extends: stems of finished shards to extend, with the fingerprints of their pairs.
         earlier: those fingerprints' values, by their short hashes.
-        tried: of stems that were tried before, what a `Job` says of that.
+        tried: earlier attempts, by stem.
         exhausted: stems that failed `max_attempts` times.
         lost: records that are missing and were read back from finished parquets.
-        in_flight: stems that pending or running array tasks will do.
-        left_out: stems that are not to be tried this time.
-        shard_seconds: mean time of the finished shards; None where there are none.
+        in_flight: stems in the hands of pending or running array tasks.
+        left_out: stems that this submit does not try.
+        shard_seconds: mean time of the finished shards; None if there are none.
         last_finished: when each node last finished a shard, in seconds since the epoch.
     """
 
@@ -75,30 +74,34 @@ class Decision:
 
     @cached_property
     def pending(self) -> list[Job]:
-        """Computed once: all else has to be known before it is asked for."""
+        """The jobs to submit; computed once, after all other attributes are set."""
         settled = self.done | self.exhausted | self.in_flight | self.left_out
-        return jobs([s for s in self.shards if s.stem not in settled], self.extends, self.tried)
+        pending = [shard for shard in self.shards if shard.stem not in settled]
+        if not self.extends and not self.tried:
+            return list(map(Job, pending))
+        extends, tried = self.extends, self.tried
+        return [Job(s, extends.get(s.stem, ""), *tried.get(s.stem, UNTRIED)) for s in pending]
 
     def gains(self) -> list[tuple[int, Config]]:
-        """How many of the pending shards are to be extended, and the config of what they lack."""
+        """The extensions: how many pending shards each is for, and the config that computes it."""
         config, names = self.workload.config, self.workload.custom.registry
         pairs = Counter(j.extends for j in self.pending if j.extends)
         return [(n, only_new(config, self.earlier[b], names)) for b, n in pairs.items()]
 
 
-@uncollected()
+@gc_paused()
 def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
-    """Compare what is asked for with records and outputs.
+    """Compare a workload with its run's records and outputs.
 
     Args:
         in_flight: stems in the hands of live array tasks.
 
     Raises:
-        ConfigError: the run was made by a config that this one does not only add to, or the output
-            folder by another program.
+        ConfigError: the config changes more than it adds to the run's earlier config, or another
+            program's files are in the output folder.
     """
     known, sizes = read_shards(workload.run.shards), workload.sizes
-    if gone := (forgotten := Forgotten.of(workload.run)).by_url:
+    if gone := forgotten(workload.run):
         sizes = {url: size for url, size in sizes.items() if url not in gone}
         known = [s for s in known if s.url not in gone]
     planned = known
@@ -106,8 +109,12 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
     if len(shards) > max(len(known), len(sizes)) and (places := _moved(workload, known, shards)):
         known = [places.get(s.url, s)._replace(stem=s.stem) for s in known]
         shards = patterns.plan_shards(sizes, known, gone.values())
-    notices = [*workload.notices, *forgotten.notices(workload.sizes)]
-    decision = Decision(workload, shards, notices=notices)
+    decision = Decision(workload, shards, notices=[*workload.notices])
+    if count := len(workload.sizes) - len(sizes):
+        decision.notices.append(
+            f"{count} tars are left out: `d2m forget` took them out of the plan (--undo puts them "
+            "back)"
+        )
     if left := len(shards) - len(sizes):
         decision.notices.append(
             f"{left} shards of earlier submits match no pattern now; they are kept"
@@ -121,10 +128,10 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
 
 
 def _moved(workload: Workload, known: list[Shard], shards: list[Shard]) -> dict[str, Shard]:
-    """Where planned tars lie now, by their old URLs, if the user says so.
+    """Find planned tars that were moved, by their old URLs, if the user says that they were.
 
     Raises:
-        ConfigError: it looks so, and the user has not said.
+        ConfigError: tars look moved, and the user has not said whether they are.
     """
     places = changed.moved(known, shards[len(known) :], workload.sizes)
     if not places or workload.moved is not None:
@@ -141,7 +148,7 @@ def _moved(workload: Workload, known: list[Shard], shards: list[Shard]) -> dict[
 def _see_changed(
     decision: Decision, found: Standings, output: OutputDir, known: list[Shard], busy: set[str]
 ) -> None:
-    """Tell tars that are others now; those that are to be computed again are pending."""
+    """Note tars that were replaced, or make their shards pending if they are to be recomputed."""
     workload = decision.workload
     most = None if workload.recompute_changed else changed.LOOKED_AT
     other = changed.find(known, found, output, most, workload.sizes, workload.times)
@@ -151,7 +158,9 @@ def _see_changed(
         decision.exhausted.difference_update(again)
         for stem in again:
             decision.extends.pop(stem, None)
-            decision.tried[stem] = replaced(decision.tried.get(stem), changed.made(found, stem))
+            tries, made = decision.tried.get(stem, UNTRIED), changed.made(found, stem)
+            newest = max(tries.attempt, made.attempt if made else 0)
+            decision.tried[stem] = tries._replace(attempt=newest, again=True)
         if again:
             tars = "1 tar has" if len(again) == 1 else f"{len(again):,} tars have"
             decision.notices.append(f"{tars} changed and will be computed again")
@@ -164,10 +173,10 @@ def _see_changed(
 
 
 def _earlier(decision: Decision) -> dict[str, dict[str, Any]]:
-    """The fingerprints that other shards have, or will have once their live tasks have ended.
+    """Read the fingerprints of shards that are finished or in flight by an earlier config.
 
     Raises:
-        ConfigError: the config does not only add to one of them; with what differs.
+        ConfigError: the config changes more than it adds to one of them.
     """
     workload, run = decision.workload, decision.workload.run
     stems: dict[str, list[str]] = {}
@@ -185,7 +194,7 @@ def _earlier(decision: Decision) -> dict[str, dict[str, Any]]:
 
 
 def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
-    """Fill in how far each shard is, by the records and by what lies in the output."""
+    """Fill in the state of each shard, by the records and the output folder."""
     workload = decision.workload
     config, ours = workload.config, workload.fingerprint_id
     manifest, output = Manifest.load(workload.run), OutputDir(config.output_metadata_dir)
@@ -210,10 +219,10 @@ def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
 
 
 def _take_back(decision: Decision, found: Standings, output: OutputDir) -> list[str]:
-    """Read the records of finished pairs back that killed tasks could not write any more.
+    """Read back the records of finished pairs that killed tasks did not write.
 
     Returns:
-        The stems of parquets that are not ours.
+        The stems of parquets of other programs.
     """
     workload, foreign = decision.workload, []
     for stem in found.unrecorded:
@@ -252,15 +261,14 @@ def _refuse_foreign(workload: Workload, stems: list[str]) -> None:
 def tried(
     manifest: Manifest, removed: Mapping[str, Outcome], run: RunDir, ours: str
 ) -> dict[str, Tried]:
-    """Of shards that failed, at which a process died, or whose pair is gone.
+    """Collect the earlier attempts at shards that failed or died, or whose pair is gone.
 
-    A pair by the config at hand that lies there in spite of a later failure is to be replaced.
-
-    An attempt that is under way looks as one that never ended does; its shard is in flight.
+    A pair by the config at hand is to be replaced if the shard has failed since. An attempt under
+    way looks like one that never ended; its shard is in flight.
 
     Args:
-        removed: what the records say of shards whose pair is gone.
-        ours: the fingerprint of which failures count.
+        removed: the records of shards whose pair is gone, by stem.
+        ours: the fingerprint whose failures count.
     """
     found = {stem: Tried(outcome.attempt) for stem, outcome in removed.items()}
     for stem, failed in manifest.failures.items():
@@ -273,22 +281,3 @@ def tried(
         number = max(known.attempt, attempt.number)
         found[stem] = known._replace(attempt=number, alone=True)
     return found
-
-
-def replaced(known: Tried | None, made: Outcome | None) -> Tried:
-    """Of a shard whose pair is of another tar: it stays until a later attempt replaces it."""
-    known = known or UNTRIED
-    return known._replace(attempt=max(known.attempt, made.attempt if made else 0), again=True)
-
-
-def jobs(
-    shards: Sequence[Shard], extends: Mapping[str, str], tried: Mapping[str, Tried]
-) -> list[Job]:
-    """What tasks are to do with some shards.
-
-    Args:
-        extends: the fingerprints of the pairs that are to be extended, by stem.
-    """
-    if not extends and not tried:
-        return list(map(Job, shards))
-    return [Job(s, extends.get(s.stem, ""), *tried.get(s.stem, UNTRIED)) for s in shards]

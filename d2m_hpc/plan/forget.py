@@ -1,4 +1,4 @@
-"""Shards that a user takes out of a run's plan, on record: a wrong pattern is no run's end."""
+"""Take shards out of a run's plan, and put them back: a wrong pattern does not spoil a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan import braces
@@ -20,40 +19,27 @@ from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards, write_shards
 from d2m_hpc.run.user import user_name
 from d2m_hpc.storage.files import is_private, own_only, owned
-from d2m_hpc.storage.lease import Lease
+from d2m_hpc.storage.lease import is_held
 from d2m_hpc.storage.texts import BRIEF, safe
 from d2m_hpc.storage.urls import GLOB, is_local
 
 
-@dataclass
-class Forgotten:
-    """Shards that are in no plan any more, though patterns may still name their tars.
+def forgotten(run: RunDir) -> dict[str, str]:
+    """Read the shards that were taken out of a run's plan: their stems, by URL.
 
-    Attributes:
-        by_url: their stems, which stay taken: their outputs may lie where others' would go.
+    No other shard may have these stems, as the shards' outputs may remain. A line that a kill has
+    torn was never committed.
     """
-
-    by_url: dict[str, str]
-
-    @classmethod
-    def of(cls, run: RunDir) -> Forgotten:
-        """A line that a kill has torn was never promised to anybody."""
-        found: dict[str, str] = {}
-        with suppress(FileNotFoundError, NotADirectoryError), open(run.forgotten, "rb") as file:
-            for line in file:
-                with suppress(ValueError, LookupError, TypeError, RecursionError):
-                    said = json.loads(line)
-                    if said["forgotten"]:
-                        found[said["url"]] = said["stem"]
-                    else:
-                        found.pop(said["url"], None)
-        return cls(found)
-
-    def notices(self, named: Iterable[str]) -> list[str]:
-        """What a submit says of those whose tars are named all the same."""
-        count = sum(url in self.by_url for url in named)
-        what = "`d2m forget` took them out of the plan (--undo puts them back)"
-        return [f"{count} tars are left out: {what}"] if count else []
+    found: dict[str, str] = {}
+    with suppress(FileNotFoundError, NotADirectoryError), open(run.forgotten, "rb") as file:
+        for line in file:
+            with suppress(ValueError, LookupError, TypeError, RecursionError):
+                change = json.loads(line)
+                if change["forgotten"]:
+                    found[change["url"]] = change["stem"]
+                else:
+                    found.pop(change["url"], None)
+    return found
 
 
 def forget(run: RunDir, names: Sequence[str], busy: Collection[str]) -> list[Shard]:
@@ -64,36 +50,35 @@ def forget(run: RunDir, names: Sequence[str], busy: Collection[str]) -> list[Sha
         busy: stems in the hands of live array tasks.
 
     Raises:
-        ConfigError: a name that no shard has.
-        D2MError: tasks are working on some of them.
+        ConfigError: no shard has one of the names.
+        D2MError: tasks are working on some of the shards.
     """
     with alone(run):
         known = read_shards(run.shards)
         chosen = _chosen(known, names)
         gone = {s.stem for s in chosen}
-        if held := sorted(stem for stem in gone if stem in busy or _is_held(run, stem)):
+        if held := sorted(stem for stem in gone if stem in busy or is_held(run.lease(stem))):
             raise D2MError(
                 f"{len(held)} of these shards are in the hands of tasks ({', '.join(held[:3])}); "
                 "`d2m cancel` ends them, or wait until they have ended"
             )
-        _put_down(run, chosen, True)
+        _write_down(run, chosen, True)
         write_shards(run.shards, [s for s in known if s.stem not in gone])
     return chosen
 
 
 def remember(run: RunDir, names: Sequence[str]) -> list[Shard]:
-    """Undo `forget`; the shards have their stems back.
+    """Put forgotten shards back into the plan, with their stems.
 
     Raises:
-        ConfigError: a name that no forgotten shard has.
+        ConfigError: no forgotten shard has one of the names.
     """
     with alone(run):
-        gone = Forgotten.of(run).by_url
-        chosen = _chosen([Shard(stem, url) for url, stem in gone.items()], names)
+        chosen = _chosen([Shard(stem, url) for url, stem in forgotten(run).items()], names)
         known = read_shards(run.shards)
         there = {s.url for s in known}
         write_shards(run.shards, [*known, *(s for s in chosen if s.url not in there)])
-        _put_down(run, chosen, False)
+        _write_down(run, chosen, False)
     return chosen
 
 
@@ -114,7 +99,7 @@ def _chosen(shards: Sequence[Shard], names: Sequence[str]) -> list[Shard]:
 
 
 def _matching(shards: Sequence[Shard], name: str) -> list[Shard]:
-    """By stem, or by path where the pattern is one."""
+    """Choose shards by a pattern of stems, paths or URLs."""
     braces.require_few(name, braces.MOST)
     patterns = set(braces.expand(name))
     if "/" in name:
@@ -135,30 +120,12 @@ def _matching(shards: Sequence[Shard], name: str) -> list[Shard]:
     ]
 
 
-def _is_held(run: RunDir, stem: str) -> bool:
-    path = run.lease(stem)
-    if not path.exists():
-        return False
-    lease = Lease(path)
-    if lease.claim():
-        lease.release()
-        return False
-    return True
-
-
-def _put_down(run: RunDir, shards: Iterable[Shard], forgotten: bool) -> None:
-    """On disk when it returns, and before the plan changes."""
-    told = {"forgotten": forgotten, "when": time.time(), "user": _user()}
+def _write_down(run: RunDir, shards: Iterable[Shard], forgotten: bool) -> None:
+    """Write the change to disk, before the plan changes."""
+    told = {"forgotten": forgotten, "when": time.time(), "user": user_name()}
     lines = [json.dumps({"stem": s.stem, "url": s.url, **told}, ensure_ascii=True) for s in shards]
     opener = own_only if is_private(run.shards) else owned
     with open(run.forgotten, "ab", opener=opener) as file:
         file.write(("\n" + "\n".join(lines) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _user() -> str:
-    try:
-        return user_name()
-    except (KeyError, OSError):  # a container without the user
-        return str(os.getuid())

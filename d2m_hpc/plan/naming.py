@@ -1,4 +1,4 @@
-"""Urls to stems: the names of shards and of their outputs."""
+"""URLs to stems, the names of shards and of their outputs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from d2m_hpc.storage.urls import PIPE, has_secret, is_local, is_pipe, is_remote,
 
 _ARCHIVE = re.compile(r"\.(tar(\.(gz|xz|bz2|zst))?|tgz|txz|tbz2?|tzst)$", re.IGNORECASE)
 _LONGEST = 200
-"""Bytes of a stem: a file name has 255, and temporary names are made from it."""
+"""The most bytes of a stem: a file name has 255, and temporary names are longer than stems."""
 
 
 def is_archive(name: str) -> bool:
-    """Whether a path or URL is named as a tar, compressed or not; a command may do as it likes."""
+    """Whether a path or URL has the name of a tar, compressed or not, or is a command."""
     return is_pipe(name) or _ARCHIVE.search(location(name)) is not None
 
 
 def location(url: str) -> str:
-    """The path-like part of a url that names the tar: for a command, its word that ends in .tar."""
+    """The part of a URL that names the tar: for a command, its last word that ends in .tar."""
     if is_pipe(url):
         tars = [w for w in _words(url.removeprefix(PIPE)) if _ARCHIVE.search(w)]
         if not tars:
@@ -38,13 +38,13 @@ def location(url: str) -> str:
 
 
 def _without_user(path: str) -> str:
-    """Without the user and password that may stand before a host."""
+    """Remove the user and password before a host."""
     host, slash, rest = path.partition("/")
     return host.rpartition("@")[2] + slash + rest
 
 
 def _words(command: str) -> list[str]:
-    """A shell line's words, without its operators and with options' values on their own."""
+    """Split a shell line into words without operators; `--option=` is cut off its value."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
     lexer.whitespace_split, lexer.commenters = True, ""
     try:
@@ -59,14 +59,14 @@ def _short_hash(url: str) -> str:
 
 
 def name_shards(urls: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
-    """Give every url a stem of its own: the tar's, with its folders in front if stems collide.
+    """Give every URL a stem of its own: the tar's name, after its folders' if names collide.
 
     Args:
-        urls: distinct urls.
-        taken: stems that other shards have.
+        urls: distinct URLs.
+        taken: stems of other shards.
 
     Returns:
-        A stem for each url, in their order.
+        A stem for each URL, in their order.
     """
     stems = [""] * len(urls)
     used = set(taken)
@@ -92,7 +92,7 @@ def name_shards(urls: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
 
 @lru_cache(maxsize=1000)
 def _front(folders: tuple[str, ...], depth: int) -> str:
-    """What stands in front of the names of a folder's tars at some depth."""
+    """The prefix of the stems of a folder's tars, made of so many of its folders' names."""
     return "".join(f"{folder}_" for folder in folders[max(0, len(folders) - depth) :])
 
 
@@ -107,7 +107,7 @@ def own_name(url: str) -> str:
 
 def _stem_parts(url: str) -> tuple[tuple[str, ...], str]:
     path = location(url)
-    if not is_local(url) and has_secret(path):  # names are shown, and are those of files
+    if not is_local(url) and has_secret(path):  # stems are shown, and name files
         return (), _short_hash(url)
     folder, _, name = path.rstrip("/").rpartition("/")
     return _folders(folder), _ARCHIVE.sub("", name) or name or "shard"
@@ -115,5 +115,5 @@ def _stem_parts(url: str) -> tuple[tuple[str, ...], str]:
 
 @lru_cache(maxsize=1000)
 def _folders(path: str) -> tuple[str, ...]:
-    """Of all urls in one folder it is the same tuple, or a million would fill the memory."""
+    """Split a folder's path; cached, as a million tuples of one folder would fill the memory."""
     return tuple(part for part in path.split("/") if part)

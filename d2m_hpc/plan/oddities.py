@@ -1,4 +1,4 @@
-"""Files that a pattern names and whose names are no tars', looked into before they are planned."""
+"""Find out whether files that a pattern names are tars, if their names are not those of tars."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from d2m_hpc.storage import stores
 from d2m_hpc.storage.urls import GLOB, is_local
 
 LOOKED_AT = 3
-"""Files of each ending that are opened: tars may be named in any way, and all in the same."""
+"""The most files of one ending that are opened: tars may have any ending, but all the same one."""
 KINDS = 10
-"""Endings that are looked at, and told."""
+"""The most endings that are checked and reported."""
 HEAD = 4096
+"""Bytes that are read of a file."""
 COMPRESSED = 1 << 20
-"""Bytes of a compressed file that give its first plain ones: bzip2 has blocks of up to 900 kB."""
+"""Bytes that are read of a compressed file: blocks of bzip2 have up to 900 kB."""
 
 
 class Oddities:
-    """What one pattern names that is not called a tar, by its endings."""
+    """The files that one pattern names and that are not named as tars, by their endings."""
 
     def __init__(self, pattern: str) -> None:
         self._pattern = pattern
@@ -31,7 +32,7 @@ class Oddities:
         self._kinds[re.sub(r"\d+", "0", name.partition(".")[2])].append(url)
 
     def told(self) -> str:
-        """What is wrong with the pattern; empty where all that was looked at are tars."""
+        """The mistake in the pattern; empty if all files that were opened are tars."""
         found, files = [], 0
         for kind, urls in list(self._kinds.items())[:KINDS]:
             step = max(1, len(urls) // LOOKED_AT)
@@ -51,8 +52,8 @@ class Oddities:
 
 
 def _nature(url: str) -> str:
-    """What a file is; empty for a tar, compressed or not, and for what cannot be read now."""
-    # These load no torch, but what runs on a login node loads nothing of a task's unasked.
+    """The kind of a file; empty for a tar, compressed or not, and for a file that is unreadable."""
+    # Neither module loads torch, but a login node imports modules of the worker only if needed.
     from d2m_hpc.worker.read.compressed import codec_of, start_of
     from d2m_hpc.worker.read.nature import nature
 
@@ -63,7 +64,7 @@ def _nature(url: str) -> str:
             what = nature(plain, len(plain)) if plain else ""
             return f"compressed with {codec.name}, {what}" if what else ""
         return nature(head, Path(url).stat().st_size if is_local(url) else len(head))
-    except Exception:  # each store raises errors of its own; preflight and the task tell them
+    except Exception:  # each store raises errors of its own, which preflight and the task report
         return ""
 
 

@@ -1,4 +1,4 @@
-"""Input patterns to shards."""
+"""Input patterns to tars, and tars to shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from itertools import chain
 
 from d2m_hpc.config.places import Mistake
 from d2m_hpc.errors import D2MError
-from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.plan import braces, remote
 from d2m_hpc.plan.naming import is_archive, name_shards
 from d2m_hpc.plan.oddities import Oddities
@@ -22,22 +22,22 @@ from d2m_hpc.run.records import Shard
 from d2m_hpc.storage.urls import GLOB, is_local, is_pipe, is_remote
 
 SPECIAL = -2
-"""In the place of a size: what is there is a device, a pipe or a socket."""
+"""The size of a device, a pipe or a socket."""
 _STARS = re.compile(r"/(\*\*/)+")
 _LITERAL = re.compile(r"\[([*?\[])\]")
-"""What `glob.escape` makes of a character."""
+"""A character as `glob.escape` writes it."""
 
 
 @dataclass
 class Expansion:
-    """What the patterns name.
+    """The tars that patterns name.
 
     Attributes:
-        sizes: url to size in bytes, or None where it is not known, in the order of the patterns.
-        duplicates: how many times a url was named again.
-        times: when the tars that stores listed were put there, by url.
-        missing: local files that a pattern names and that are not there.
-        mistakes: patterns that name nothing, or what is no tar.
+        sizes: URL to size in bytes, or None if not known, in the order of the patterns.
+        times: when each tar that a store listed was put there, in seconds since the epoch, by URL.
+        duplicates: how many times a URL was named again.
+        missing: local files that are named without a glob and do not exist.
+        mistakes: patterns that name nothing, or files that are no tars.
     """
 
     sizes: dict[str, int | None] = field(default_factory=dict)
@@ -47,10 +47,10 @@ class Expansion:
     mistakes: list[Mistake] = field(default_factory=list)
 
     def take(self, named: Iterable[tuple[str, int | None]], odd: Oddities) -> int:
-        """Take what a pattern names; how many of it are there.
+        """Take the files that a pattern names; returns how many of them exist.
 
         Args:
-            odd: takes what is not named as a tar.
+            odd: receives the files that are not named as tars.
         """
         count = 0
         for url, size in named:
@@ -85,14 +85,14 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-@uncollected()
+@gc_paused()
 def expand(patterns: Iterable[str], sized: bool = True) -> Expansion:
     """List the tars that patterns name.
 
     Args:
         patterns: local paths, fsspec URLs or `pipe:` commands, each with braces (nested,
-            zero-padded ranges) and, but for commands, globs; a folder stands for the tars in it.
-        sized: local tars are asked for their sizes, which is most of the work.
+            zero-padded ranges) and, except in commands, globs; a folder stands for the tars in it.
+        sized: whether to find the sizes of local tars, which is most of the work.
     """
     found = Expansion()
     disk = _Disk(sized)
@@ -105,7 +105,7 @@ def expand(patterns: Iterable[str], sized: bool = True) -> Expansion:
         except D2MError as error:
             found.wrong(str(error), pattern)
             continue
-        except Exception as error:  # a store's own library raises what it likes
+        except Exception as error:  # each store raises errors of its own
             found.wrong(f"cannot list {pattern!r}: {type(error).__name__}: {error}", pattern)
             continue
         if not matched:
@@ -116,10 +116,10 @@ def expand(patterns: Iterable[str], sized: bool = True) -> Expansion:
 
 
 class _Disk:
-    """Local files, by one listing of each folder: a look-up each is slow on Lustre.
+    """Local files, by one listing of each folder: looking files up one by one is slow on Lustre.
 
     Args:
-        sized: with their sizes, asked for in the folder's own order, which Lustre reads ahead.
+        sized: whether to find sizes, in the folder's own order, which Lustre reads ahead.
     """
 
     def __init__(self, sized: bool) -> None:
@@ -127,7 +127,7 @@ class _Disk:
         self._folders: dict[str, dict[str, int | None]] = {}
 
     def tars(self, folder: str) -> list[tuple[str, int | None]]:
-        """All files in a folder that are named as tars are, sorted."""
+        """All files in a folder that are named as tars, sorted."""
         return self._list(f"{folder.rstrip('/')}/", is_archive)
 
     def __getitem__(self, path: str) -> int | None:
@@ -137,35 +137,32 @@ class _Disk:
         return self._folders[folder].get(path, MISSING)
 
     def glob(self, pattern: str) -> list[tuple[str, int | None]]:
-        """All that a pattern names, but for folders, sorted."""
+        """All files that a pattern names, sorted."""
         folder, _, name = pattern.rpartition("/")
         if name == "**":
             folder, name = pattern, "*"
         folders = _folders(folder) if GLOB.search(folder) else [f"{folder}/"]
-        # As in a shell, what begins with a dot is named only by a pattern that does.
+        # As in a shell, only a pattern that begins with a dot names files that do.
         visible = "" if name.startswith(".") else r"(?!\.)"
         matches = re.compile(visible + fnmatch.translate(name)).match
         return sorted(chain.from_iterable(self._list(f, matches) for f in sorted(folders)))
 
     def _list(self, folder: str, matches: Callable[[str], object]) -> list[tuple[str, int | None]]:
-        """The paths in a folder whose names match, but for folders, sorted.
-
-        Nothing else is asked for its size: beside tars lie as many files that are none.
-        """
+        """The files in a folder whose names match, sorted; other files are not asked for sizes."""
         found, sized = [], self._sized
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
             files = (e for e in entries if matches(e.name) and not _is_folder(e))
             found = [(e.name, _size(e, sized)) for e in files]
         found.sort()
-        # Made in the order in which all that follows goes through them, paths lie so in memory.
+        # Paths that are made in sorted order lie in memory as they are used later.
         return [(folder + name, size) for name, size in found]
 
 
 def _folders(pattern: str) -> list[str]:
     """The folders that a pattern names, sorted, each with a slash at its end.
 
-    `**` stands for a folder and all below it, but for those that begin with a dot. Links to other
-    folders are followed, but each folder counts once: by its own path, or by the first link to it.
+    `**` stands for a folder and all folders below it whose names do not begin with a dot. Links to
+    folders are followed, and each folder counts once: by its own path, or by the first link to it.
     """
     head, stars, rest = _STARS.sub("/**/", f"{pattern}/").partition("/**/")
     if not stars:
@@ -179,7 +176,7 @@ def _folders(pattern: str) -> list[str]:
 
 
 def _below(bases: Iterable[str]) -> list[str]:
-    """Some folders and all below them, each once; links are followed once all else is known."""
+    """Some folders and all below them, each once; links are followed last."""
     found: list[str] = []
     known: set[tuple[int, int]] = set()
     links: list[str] = []
@@ -188,13 +185,13 @@ def _below(bases: Iterable[str]) -> list[str]:
         folder = folders.pop() if folders else links.pop(0)
         try:
             there = os.stat(folder)
-        except OSError:  # it is not there, or its link leads to itself
+        except OSError:  # the folder is missing, or a link that leads to itself
             continue
         if (there.st_dev, there.st_ino) in known:
             continue
         known.add((there.st_dev, there.st_ino))
         found.append(folder)
-        with suppress(OSError), os.scandir(folder) as entries:  # `_list` tells what is unreadable
+        with suppress(OSError), os.scandir(folder) as entries:  # `_list` reports the error
             for entry in sorted(entries, key=lambda e: e.name):
                 if not entry.name.startswith(".") and _is_folder(entry):
                     (links if entry.is_symlink() else folders).append(f"{folder}{entry.name}/")
@@ -213,7 +210,7 @@ def _size(entry: os.DirEntry[str], sized: bool) -> int | None:
         if entry.is_file():
             return entry.stat().st_size if sized else None
         entry.stat()
-    except OSError:  # it was there a moment ago, or is a link to what is not
+    except OSError:  # the file was removed meanwhile, or is a broken link
         return MISSING
     return SPECIAL
 
@@ -234,12 +231,12 @@ def _expand_one(
     for name in braces.expand(pattern):
         if is_pipe(name):
             yield name, None
-        elif name:  # the path of an empty one would be this folder's
+        elif name:  # an empty path would be this folder's
             yield from _named(name, disk)
 
 
 def _named(name: str, disk: _Disk) -> Iterable[tuple[str, int | None]]:
-    """What a pattern without braces names."""
+    """List the files that a pattern without braces names."""
     path = _absolute(name)
     if GLOB.search(name) and not os.path.isfile(path):
         if GLOB.search(_LITERAL.sub("", name)):
@@ -255,7 +252,7 @@ def _absolute(path: str) -> str:
 
 
 def absolute_pattern(pattern: str) -> str:
-    """A whole pattern; the names of this folder and of `~` stand for themselves in it."""
+    """Make a pattern absolute; characters of this folder's path and of `~` are no globs in it."""
     if pattern.startswith("~"):
         home, slash, rest = pattern.partition("/")
         pattern = glob.escape(os.path.expanduser(home)) + slash + rest
@@ -265,11 +262,11 @@ def absolute_pattern(pattern: str) -> str:
 def plan_shards(
     sizes: Mapping[str, int | None], known: Sequence[Shard] = (), taken: Iterable[str] = ()
 ) -> list[Shard]:
-    """All shards of a run: those planned before, in their order, then the new ones.
+    """Plan all shards of a run: those planned before, in their order, then the new ones.
 
     Args:
-        sizes: of all tars that the patterns name, by url; of new local ones that are not known
-            they are asked for.
+        sizes: sizes of all tars that the patterns name, by URL; a missing size of a new local tar
+            is looked up.
         taken: stems that no new shard may have.
     """
     planned = {s.url for s in known}
@@ -287,5 +284,5 @@ def plan_shards(
 def _size_now(url: str) -> int | None:
     try:
         return os.path.getsize(url) if is_local(url) else None
-    except OSError:  # it is not there
+    except OSError:  # the tar is missing
         return None

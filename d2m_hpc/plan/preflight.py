@@ -1,4 +1,4 @@
-"""What would go wrong on every node, found at submit and all at once."""
+"""Find mistakes that would stop every task, at submit and all at once."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from d2m_hpc.storage.texts import ERROR, safe
 from d2m_hpc.storage.urls import is_local, is_pipe
 
 PROBED = 3
-"""Inputs that are opened: the first, the middle one and the last."""
+"""The number of inputs that are opened: the first, the middle one and the last."""
 
 
 def folders(config: Config, run: RunDir) -> Iterator[str]:
-    """What is wrong with the folders that tasks write into."""
+    """Find mistakes in the folders that tasks write into."""
     yield from _output(config)
     yield from _leases(run)
 
@@ -38,14 +38,14 @@ def _output(config: Config) -> Iterator[str]:
     try:
         output = OutputDir(config.output_metadata_dir)
         output.make()
-        if output.is_local:  # a store was asked already
+        if output.is_local:  # `make` probes a store
             output.probe()
     except ConfigError as error:
         yield from error.mistakes
 
 
 def _leases(run: RunDir) -> Iterator[str]:
-    """Leases need exclusive creation of files, which a few network filesystems do not keep."""
+    """Check exclusive creation of files, which leases need and a few network filesystems lack."""
     try:
         run.create()
         path = run.root / f".probe-{uuid.uuid4().hex}.lock"
@@ -60,7 +60,7 @@ def _leases(run: RunDir) -> Iterator[str]:
 
 
 def inputs(expansion: patterns.Expansion) -> Iterator[str]:
-    """Which of a few inputs cannot be read."""
+    """Open a few inputs, and report those that cannot be read."""
     missing = set(expansion.missing)
     urls = [u for u in expansion.sizes if not is_pipe(u) and u not in missing]
     step = max(1, (len(urls) - 1) // (PROBED - 1))
@@ -72,17 +72,16 @@ def inputs(expansion: patterns.Expansion) -> Iterator[str]:
 
 
 def _read_some(url: str) -> None:
-    if is_local(url):  # fsspec would take `::` in a path for a chain of stores
+    if is_local(url):  # fsspec would read `::` in a path as a chain of stores
         open(url, "rb", opener=regular).close()
     else:
         stores.peek(url)
 
 
 def described(file: Path) -> tuple[Custom, list[str]]:
-    """What a custom file gives, and its mistakes, as a process of its own finds them.
+    """Run a custom file in a process of its own; returns its names and modules, and its mistakes.
 
-    The process runs the file as a task would: without internet, and without what happens to lie
-    in this folder.
+    The process runs the file as a task would: without internet, and without modules of this folder.
     """
     with tempfile.TemporaryDirectory(prefix="d2m-") as folder:
         command = [sys.executable, "-P", "-m", "d2m_hpc.worker.describe", str(file), folder]

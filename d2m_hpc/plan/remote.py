@@ -1,4 +1,4 @@
-"""Patterns of URLs to tars: a listing a folder, and no question a tar."""
+"""Patterns of URLs to tars, by one listing of each folder and no request for each tar."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from d2m_hpc.storage import stores
 from d2m_hpc.storage.urls import GLOB, scheme
 
 MISSING = -1
+"""The size of a tar that does not exist."""
 TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")
-"""What libraries call the time at which a file was put into a store."""
+"""The names that libraries give to the time at which a file was put into a store."""
 WORTH_LISTING = 8
-"""Named tars in a folder for which it is listed: a folder may hold a million others."""
+"""The fewest named tars of a folder that are worth its listing, as it may hold a million others."""
 FEW = 100
-"""Names of no tar for which a store is asked whether they are folders."""
+"""The most URLs for which the store is asked whether they are folders."""
 
 
 def expand(
     urls: Sequence[str], times: dict[str, float] | None = None
 ) -> Iterator[tuple[str, int | None]]:
-    """What URLs name, in their order, globs sorted.
+    """List the tars that URLs name, in their order; those of a glob sorted.
 
     Args:
-        times: takes when each tar that was listed was put into its store, in seconds since the
-            epoch; 0 where the listing does not tell.
+        times: receives when each listed tar was put into its store, in seconds since the epoch; 0
+            if the listing does not show the time.
 
     Returns:
-        pairs of URL and size in bytes; None where it is not known, `MISSING` where there is no such
-        tar.
+        Pairs of URL and size in bytes; None for an unknown size, `MISSING` for a missing tar.
 
     Raises:
         D2MError: the library for such URLs is not installed.
@@ -44,41 +44,34 @@ def expand(
     for url in urls:
         if url in sizes:
             yield url, sizes[url]
-        elif url in folders:
-            yield from _tars(url, times)
         else:
-            yield from _glob(url, times)
+            yield from _listed(url, url in folders, times)
 
 
 def _is_folder(url: str, asked: bool) -> bool:
-    """Whether a URL names a folder of tars; the store is asked where its name is no tar's."""
+    """Whether a URL names a folder of tars; asks the store if its name is not a tar's."""
     if url.endswith(".tar") or scheme(url) in stores.WEB or is_archive(url):
         return False
     fs, path = stores.filesystem(url)
     return url.endswith("/") or (asked and bool(stores.retrying(lambda: fs.isdir(path))))
 
 
-def _tars(folder: str, times: dict[str, float]) -> Iterator[tuple[str, int | None]]:
-    """All in a folder that are named as tars are."""
-    fs, path = stores.filesystem(folder)
-    infos: list[dict[str, Any]] = stores.retrying(lambda: fs.ls(path, detail=True))
-    for info in sorted(infos, key=lambda info: str(info["name"])):
-        if info.get("type") != "directory" and is_archive(info["name"]):
-            times[found := fs.unstrip_protocol(info["name"])] = _put(info)
-            yield found, info.get("size")
-
-
-def _glob(url: str, times: dict[str, float]) -> Iterator[tuple[str, int | None]]:
+def _listed(url: str, is_folder: bool, times: dict[str, float]) -> Iterator[tuple[str, int | None]]:
+    """The files that a glob names, or the files in a folder that are named as tars; sorted."""
     fs, path = stores.filesystem(url)
-    found = stores.retrying(lambda: fs.glob(path, detail=True))
-    for match, info in sorted(found.items()):
+    if is_folder:
+        infos: list[dict[str, Any]] = stores.retrying(lambda: fs.ls(path, detail=True))
+        found = {info["name"]: info for info in infos if is_archive(info["name"])}
+    else:
+        found = stores.retrying(lambda: fs.glob(path, detail=True))
+    for name, info in sorted(found.items()):
         if info.get("type") != "directory":
-            times[tar := fs.unstrip_protocol(match)] = _put(info)
+            times[tar := fs.unstrip_protocol(name)] = _put_time(info)
             yield tar, info.get("size")
 
 
-def _put(info: Mapping[str, Any]) -> float:
-    """When a file was put into a store, by the name and form that its library gives that."""
+def _put_time(info: Mapping[str, Any]) -> float:
+    """The time at which a file was put into a store, in any library's form; 0 if not known."""
     value = next((info[key] for key in TIMES if info.get(key)), 0.0)
     try:
         value = datetime.fromisoformat(value) if isinstance(value, str) else value
@@ -88,7 +81,7 @@ def _put(info: Mapping[str, Any]) -> float:
 
 
 def _sizes(urls: Sequence[str], times: dict[str, float]) -> dict[str, int | None]:
-    """Of tars that are named one by one; folders of which many are named are listed."""
+    """Find the sizes of tars that are named one by one; folders with many of them are listed."""
     sizes: dict[str, int | None] = {}
     in_folder = Counter(_folder(url) for url in urls)
     listed: dict[str, Mapping[str, tuple[int | None, float]] | None] = {}
@@ -97,7 +90,7 @@ def _sizes(urls: Sequence[str], times: dict[str, float]) -> dict[str, int | None
         if folder not in listed:
             worth = in_folder[folder] >= WORTH_LISTING and scheme(url) not in stores.WEB
             listed[folder] = _listing(folder) if worth else None
-            stores.filesystem(url)  # a store that no library is here for
+            stores.filesystem(url)  # raises if the store's library is not installed
         if (names := listed[folder]) is None:
             sizes[url] = None
         else:
@@ -110,7 +103,7 @@ def _folder(url: str) -> str:
 
 
 def _listing(folder: str) -> dict[str, tuple[int | None, float]] | None:
-    """Sizes and times of a folder's files by name; None where it may not be listed."""
+    """The sizes and times of a folder's files by name; None if the folder may not be listed."""
     fs, path = stores.filesystem(folder)
     try:
         infos: list[dict[str, Any]] = stores.retrying(lambda: fs.ls(path, detail=True))
@@ -118,4 +111,4 @@ def _listing(folder: str) -> dict[str, tuple[int | None, float]] | None:
         return {}
     except PermissionError:
         return None
-    return {i["name"].rpartition("/")[2]: (i.get("size"), _put(i)) for i in infos}
+    return {i["name"].rpartition("/")[2]: (i.get("size"), _put_time(i)) for i in infos}

@@ -1,6 +1,6 @@
-"""Where each shard of a run stands: what is on record, against what lies in the output folder.
+"""The state of each shard of a run: the records compared with the output folder.
 
-Status, submit, verify, select, export and every exit code ask here, so that all say the same.
+Status, submit, verify, select, export and every exit code use this module, so all agree.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
-from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.run import fingerprints
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
@@ -23,22 +23,21 @@ State = Literal["done", "outdated", "failed", "given up", "pending"]
 
 @dataclass
 class Standings:
-    """The shards of a plan by how far they are.
+    """The shards of a plan, by state.
 
-    A shard is done if a record says so with the fingerprint that was asked for, its parquet is in
-    place, and no failure was recorded since.
+    A shard is done if it is done on record by the fingerprint asked for, its parquet is in place,
+    and no failure was recorded since.
 
     Attributes:
-        stems: of all shards, in the plan's order.
-        asked: the fingerprint of what is asked for.
-        done: what the records say of finished shards, by stem.
-        outdated: likewise of pairs that are in place and were made by another fingerprint.
+        stems: the stems of all shards, in the plan's order.
+        asked: the fingerprint asked for.
+        done: the records of done shards, by stem.
+        outdated: the records of shards whose pairs another fingerprint made, by stem.
         failed: the failures of shards that are not done, oldest first, by stem.
         given_up: stems of `failed` that failed too often to be tried again.
-        removed: what the records say of shards that are done on record, and whose parquet is not
-            there, by stem.
-        unrecorded: stems whose parquet is there, and of which no record says that they are done.
-        odd: stems whose parquet's name is that of a folder, a pipe or a device.
+        removed: the records of shards that are done on record and lack a parquet, by stem.
+        unrecorded: stems of parquets without a record.
+        odd: stems with a folder, a pipe or a device in place of a parquet.
     """
 
     stems: list[str]
@@ -62,7 +61,7 @@ class Standings:
         return [stem for stem in self.stems if stem not in self.done]
 
     def state(self, stem: str) -> State:
-        """Where one shard stands; a failure says more than an outdated pair."""
+        """The state of one shard; failed, if it has failed and its pair is outdated."""
         if stem in self.done:
             return "done"
         if stem in self.failed:
@@ -78,12 +77,12 @@ def stand(
     max_attempts: int,
     odd: Collection[str] = (),
 ) -> Standings:
-    """Sort the shards of a plan by how far they are.
+    """Sort the shards of a plan by state.
 
     Args:
         present: the stems of all parquets in the output folder.
-        asked: the fingerprint of what is asked for.
-        max_attempts: so many failures by that fingerprint, and a shard is given up.
+        asked: the fingerprint asked for.
+        max_attempts: the number of failures by that fingerprint after which a shard is given up.
         odd: stems of folders, pipes and devices that are named as parquets.
     """
     recorded, known = manifest.done, manifest.done.get
@@ -109,7 +108,7 @@ def stand(
 def _set_failed_apart(
     found: Standings, failures: Mapping[str, list[Outcome]], max_attempts: int
 ) -> None:
-    """Take shards that failed since out of those that are done; few shards fail."""
+    """Move shards that failed since they were done from `done` to `failed`."""
     planned = set(found.stems) if failures else ()
     for stem, failed in failures.items():
         if stem in planned:
@@ -119,18 +118,18 @@ def _set_failed_apart(
                 found.given_up.add(stem)
 
 
-@uncollected()
+@gc_paused()
 def standings(
     run: RunDir,
     config: Config,
     known: Manifest | None = None,
     present: Collection[str] | None = None,
 ) -> Standings:
-    """Where every shard of a run stands, as the newest submission asks; one listing of the output.
+    """Find the state of every shard of a run, by its newest submission.
 
     Args:
-        known: the run's manifest, where it was read already.
-        present: the stems of all parquets, where the output was listed already.
+        known: the run's manifest, if it was read before.
+        present: the stems of all parquets, if the output folder was listed before.
 
     Raises:
         D2MError: the plan is missing or damaged, or the output cannot be listed.

@@ -1,4 +1,4 @@
-"""What a config asks for: inputs, checkpoints and folders, looked at; changes nothing."""
+"""The workload of a config: its inputs, checkpoints and folders, checked; changes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from d2m_hpc.storage.urls import is_local
 
 
 def run_dir(config: Config) -> RunDir:
-    """Where a config's run lives: `run_dir`, or beside the outputs, or here if those are remote."""
+    """The run folder of a config: `run_dir`, or beside the outputs, or here if these are remote."""
     if config.run_dir:
         return RunDir(Path(os.path.expanduser(config.run_dir)).absolute())
     output = config.output_metadata_dir
@@ -41,18 +41,19 @@ def run_dir(config: Config) -> RunDir:
 
 @dataclass
 class Workload:
-    """What a config asks for, checked; nothing of a run's state is in it.
+    """A checked config and its inputs, without any state of a run.
 
     Attributes:
         where: the config file, for messages.
-        sizes: url to size of every input tar.
+        sizes: URL to size of every input tar.
         custom: the custom file that tasks will run; without one, the built-in names.
-        checkpoints: what the models read, as it was found.
-        fingerprint: the parts that decide what the output is.
-        notices: what the user should know though it stops nothing.
-        times: when those of them that stores listed were put there, by url.
-        recompute_changed: compute what was made of tars that are others now once more.
-        moved: whether tars of the same names and sizes elsewhere are the same; None if not said.
+        checkpoints: the models' checkpoints, by name.
+        fingerprint: the values that decide the output.
+        notices: messages to the user that stop nothing.
+        times: when tars that stores listed were put there, by URL.
+        recompute_changed: whether to compute tars again that were replaced.
+        moved: whether tars of planned names and sizes elsewhere are the planned ones; None if the
+            user has not said.
     """
 
     config: Config
@@ -74,7 +75,7 @@ class Workload:
 
     @cached_property
     def document(self) -> dict[str, Any]:
-        """What is kept of this config to compare later ones with."""
+        """The values that a run keeps of the config, to compare later configs with."""
         return with_own_names(self.fingerprint, self.custom.registry)
 
 
@@ -83,16 +84,16 @@ def canonical(values: dict[str, Any]) -> bytes:
 
 
 def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
-    """Look at inputs, checkpoints and the custom file; nothing but probes of folders is written.
+    """Check inputs, checkpoints and the custom file; writes nothing but probes of folders.
 
     Args:
         where: the config file, for messages.
-        thorough: look for all that would fail on every node, and run the custom file even if it
-            is as it was at the last submit.
+        thorough: whether to look for all mistakes that would stop every task, and to run the
+            custom file even if it has not changed since the last submit.
 
     Raises:
-        ConfigError: with everything that was found.
-        WeightsError: nothing else was found, but checkpoints are missing or wrong.
+        ConfigError: with every mistake that was found.
+        WeightsError: the only mistakes are missing or wrong checkpoints.
     """
     config = absolute(config)
     run = run_dir(config)
@@ -129,10 +130,13 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
 
 
 def customs(config: Config, run: RunDir, thorough: bool = False) -> tuple[frozen.Custom, list[str]]:
-    """What the custom file gives, and what is wrong with it or with the names in the config.
+    """Run a config's custom file, or read what the last submit froze of an unchanged one.
 
     Args:
-        thorough: run the file even if it is as it was at the last submit.
+        thorough: run the file even if it has not changed since the last submit.
+
+    Returns:
+        The custom file, and the mistakes in it and in the config's names.
     """
     file, custom = config.custom_file, frozen.Custom()
     mistakes: list[str] = []
@@ -145,10 +149,7 @@ def customs(config: Config, run: RunDir, thorough: bool = False) -> tuple[frozen
 
 
 def has_plan(run: RunDir, where: str) -> bool:
-    """
-    Raises:
-        ConfigError: there can be no such folder.
-    """
+    """Whether a run has a plan; raise ConfigError if there can be no such folder."""
     try:
         return run.shards.exists()
     except OSError as error:
@@ -157,7 +158,7 @@ def has_plan(run: RunDir, where: str) -> bool:
 
 
 def absolute(config: Config) -> Config:
-    """Paths as a task on another machine needs them."""
+    """Make the paths of a config absolute, for tasks on other machines."""
     output = config.output_metadata_dir.removeprefix("file://")
     config = config.model_copy(update={"output_metadata_dir": output})
     paths = {
@@ -171,7 +172,7 @@ def absolute(config: Config) -> Config:
 
 
 def missing_extras(config: Config) -> list[str]:
-    """What the config needs that is installed on request only."""
+    """Find libraries that the config needs and that are installed only on request."""
     if not config.logging or any(metadata.distributions(name="wandb")):
         return []
     return [
@@ -183,10 +184,10 @@ def missing_extras(config: Config) -> list[str]:
 def _checkpoints(
     config: Config, registry: Registry, run: RunDir, where: str
 ) -> dict[str, weights.Kept]:
-    """Every checkpoint that the models need, those that custom classes declare included.
+    """Check every checkpoint that the models need, also those that custom classes declare.
 
     Raises:
-        WeightsError: one is missing or wrong.
+        WeightsError: a checkpoint is missing or wrong.
     """
     folder = weights.weights_dir(config.weights_dir)
     specs = registry.specs(config.model_names).values()

@@ -1,1 +1,1 @@
-"""The run folder and the outputs: what lies on the shared filesystem, and what it says."""
+"""The run folder and the output folder: their files, and what the files mean."""

@@ -1,9 +1,9 @@
-"""Which attempt at a shard is under way, or ended without finishing it.
+"""The attempts at shards that are under way, or that ended without finishing their shard.
 
-Every attempt has a number, larger than those of all earlier attempts at the shard. Whoever holds
-the shard's lease writes it down before the shard is copied or read, and removes the file once the
-shard is done. A file that says nothing of an end, of a shard whose lease is free, is of an attempt
-that never ended: its process was killed or crashed.
+Every attempt has a number, larger than those of all earlier attempts at the shard. The holder of
+the shard's lease writes the number to a file before copying or reading the shard, and removes the
+file once the shard is done. A file without an end, of a shard whose lease is free, belongs to an
+attempt that never ended: its process was killed or crashed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from d2m_hpc.storage.files import FILE_MODE, atomic_write, fsync_dir, make_folde
 
 @dataclass(frozen=True)
 class Attempt:
-    """What is on disk of one shard.
+    """The newest attempt at a shard, as its file has it.
 
     Attributes:
-        number: of the newest attempt; 1 is the first one.
+        number: 1 for the first attempt.
         task: `submission-index-attempt` of the array task.
-        ended: it failed, or was given back on purpose; the number is kept.
-        died: a process died while it had the shard in hand.
-        lost: how many attempts ended with their whole node, and were not counted as failed.
+        ended: whether the attempt failed, or gave the shard back on purpose.
+        died: whether a process died while it had the shard in hand.
+        lost: how many attempts ended with their whole node, and do not count as failed.
     """
 
     number: int
@@ -41,13 +41,13 @@ _FIELDS = frozenset(f.name for f in fields(Attempt))
 
 
 class Attempts:
-    """The attempts of a run's shards; write about a shard only while its lease is held."""
+    """The files of all attempts of a run; the holder of a shard's lease writes that shard's."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def last(self, stem: str) -> Attempt | None:
-        """What is on disk; None where there is nothing."""
+        """Read the newest attempt at a shard; None if there is no file."""
         try:
             values = json.loads(self._path(stem).read_bytes())
             known = {k: v for k, v in values.items() if k in _FIELDS}
@@ -58,13 +58,13 @@ class Attempts:
             return Attempt(0, ended=True)  # its writer was killed before it began with the shard
 
     def begin(self, stem: str, attempt: Attempt, anew: bool) -> None:
-        """Put an attempt on disk, before its work begins.
+        """Write an attempt to disk, before its work begins.
 
         Args:
-            anew: no file was there when the lease was claimed.
+            anew: whether there was no file when the lease was claimed.
 
         Raises:
-            FileExistsError: another task has begun since, so that the lease is lost.
+            FileExistsError: another task has begun since, so the lease is lost.
         """
         data = json.dumps(asdict(attempt)).encode()
         if not anew:
@@ -81,24 +81,24 @@ class Attempts:
         fsync_dir(self._folder)
 
     def done(self, stem: str) -> None:
-        """The shard is done; its outputs carry the number."""
+        """Remove the file of a finished shard, whose outputs carry the attempt's number."""
         self._path(stem).unlink(missing_ok=True)
 
     def end(self, stem: str, attempt: Attempt) -> None:
-        """The attempt ended without finishing the shard; the next one needs its number."""
+        """Write down that an attempt ended without finishing the shard; its number stays taken."""
         data = json.dumps(asdict(replace(attempt, ended=True))).encode()
         try:
             atomic_write(self._path(stem), data)
-        except OSError:  # a full disk may still take what is no longer than what is there
+        except OSError:  # a full disk may still take a file in the space of the file before it
             overwrite(self._path(stem), data)
 
     def unended(self) -> dict[str, Attempt]:
-        """Attempts that are under way or never ended, by stem."""
+        """Read the attempts that are under way or never ended, by stem."""
         found = ((stem, self.last(stem)) for stem in self._stems())
         return {stem: a for stem, a in found if a is not None and not a.ended}
 
     def drop(self, done: Collection[str]) -> None:
-        """Remove what killed tasks left of shards that are done."""
+        """Remove the files that killed tasks left of finished shards."""
         for stem in self._stems():
             if stem in done:
                 self.done(stem)

@@ -18,11 +18,11 @@ _UNTRIED = Job(Shard("", ""))
 def write_chunks(
     submission: Submission, chunks: Iterable[Sequence[Job]], private: bool = False
 ) -> None:
-    """Line i of `chunks.jsonl` is what task i is to do; where it begins goes to a file beside it.
+    """Write the jobs of task i as line i of `chunks.jsonl`, and the lines' offsets beside it.
 
-    A million shards are 150 MB of lines, and tens of thousands of tasks want one of them each. The
+    A million shards are 150 MB of lines, and each of tens of thousands of tasks reads one line. The
     jobs of one chunk extend pairs of one fingerprint, or none. A job is written as its shard's
-    fields and its own, without the last ones where these are an untried shard's.
+    fields and its own; the last fields of an untried shard are left out.
     """
     offsets, end = bytearray(), 0
 
@@ -46,7 +46,7 @@ def _short(job: Job) -> tuple[object, ...]:
 
 
 class Chunks:
-    """The chunks of a submission; `len` is how many, and only those asked for are read."""
+    """The chunks of a submission; `len` is their number, and a read takes only the lines needed."""
 
     def __init__(self, submission: Submission) -> None:
         self._submission = submission
@@ -55,10 +55,10 @@ class Chunks:
         return self._submission.chunk_offsets.stat().st_size // _OFFSET.size
 
     def read(self, numbers: Iterable[int]) -> Iterator[list[Job]]:
-        """The jobs of some tasks, chunk by chunk, in the order that is asked for.
+        """Read the chunks of some tasks, in their order.
 
         Args:
-            numbers: of tasks, each from 0 to `len` - 1.
+            numbers: the tasks' indices, from 0 to `len` - 1.
 
         Raises:
             D2MError: one of the two files is damaged.

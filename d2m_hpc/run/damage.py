@@ -1,4 +1,4 @@
-"""Files of a run folder that are not as this program wrote them."""
+"""Damaged files of a run folder, reported by their paths."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from d2m_hpc.errors import D2MError
 from d2m_hpc.storage.texts import safe
 
 WHY = 200
-"""Characters of what a library says of a damaged file."""
+"""The most characters of a library's words about a damaged file."""
 
 
 @contextmanager
 def undamaged(path: Path, advice: str) -> Iterator[None]:
-    """Take whatever goes wrong while a file is read and parsed for damage of that file.
+    """Raise every error in reading and parsing a file as a D2MError that names the file.
 
     Args:
-        advice: what to do about it.
+        advice: the user's way out, for the message.
 
     Raises:
         OSError: the system cannot read the file.
-        D2MError: what is in it is not what this program writes.
+        D2MError: the file's content cannot be understood.
     """
     try:
         yield
     except D2MError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # arrow's have none
+        if isinstance(error, OSError) and error.errno is not None:  # arrow's errors have none
             raise
         why = safe(str(error) or type(error).__name__, WHY)
         raise D2MError(f"{path} is damaged: {why}; {advice}") from error

@@ -1,6 +1,6 @@
-"""A config that was added to: what of it finished outputs lack, and whether they can be extended.
+"""Extensions: whether finished outputs can take a config's added columns, and what these need.
 
-Outputs of an earlier config are told by its fingerprint, as `Config.fingerprint` gives it.
+The earlier config is known by its fingerprint, as `Config.fingerprint` makes it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ Fingerprint = Mapping[str, Any]
 
 
 def with_own_names(fingerprint: Fingerprint, registry: Registry) -> dict[str, Any]:
-    """A fingerprint with the names that the custom file gives.
+    """Add the names that the custom file defines to a fingerprint.
 
-    The file's hash tells that it has changed, but not whose code has. Earlier versions wrote None
-    where they could not tell the names.
+    The file's hash shows that the file has changed, but not which names have. Earlier versions
+    wrote None if they did not know the names.
     """
     return {**fingerprint, OWN: sorted(registry.own)}
 
 
 def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """Why outputs of one config cannot be extended to another's, a line a reason; none if they can.
+    """List the reasons why outputs of one config cannot be extended to another config's.
 
     Args:
-        old, new: what `with_own_names` gives for the two.
+        old, new: the two fingerprints, each by `with_own_names`.
     """
     free = {*LISTS, "checkpoints", *CODE, OWN}
     return [
@@ -56,12 +56,12 @@ def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
 
 
 def _names(key: str, entries: Iterable[str]) -> list[str]:
-    """Of fields without their types: one of another type is read again, by itself."""
+    """The entries of a list; fields without types, as a field of another type is read again."""
     return [split(entry)[0] if key == "additional_fields" else entry for entry in entries]
 
 
 def _other_checkpoints(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """One that is not needed any more belongs to a model that is not listed any more."""
+    # A checkpoint that the new config does not need is of a model reported as no longer listed.
     return [
         f"checkpoints: the sha256 of {name} was {sha256}, is {new[name]}"
         for name, sha256 in old.items()
@@ -70,7 +70,7 @@ def _other_checkpoints(old: Mapping[str, str], new: Mapping[str, str]) -> list[s
 
 
 def _other_code(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """What the old outputs have may not come from a custom file that was another one then."""
+    """List the names in the old outputs whose custom code has changed."""
     modules = [dict(f.get("custom_modules", {}), custom_file=f["custom_file"]) for f in (old, new)]
     was, now = modules
     changed = sorted(m for m in was.keys() | now.keys() if was.get(m) != now.get(m))
@@ -78,14 +78,14 @@ def _other_code(old: Fingerprint, new: Fingerprint) -> list[str]:
         return []
     change = ", ".join(f"{m}: the sha256 was {was.get(m)}, is {now.get(m)}" for m in changed)
     if old.get(OWN) is None or new[OWN] is None:
-        return [f"{change}; what of the finished outputs comes from it cannot be told"]
+        return [f"{change}; it is not known which finished outputs come from it"]
     own = {*old[OWN], *new[OWN]}
     theirs = [name for name in _used(old) if name in own]
     return [f"{change}; {', '.join(theirs)} of the finished outputs come from it"] if theirs else []
 
 
 def _used(fingerprint: Fingerprint) -> list[str]:
-    """Every name whose code decides what the outputs are."""
+    """The names of all code that decides the outputs of a fingerprint."""
     models = [name_of(entry) for entry in fingerprint["models"]]
     specs = (MODELS[model] for model in models if model in MODELS)
     made = (name for spec in specs for name in spec.preprocessors if isinstance(name, str))
@@ -96,20 +96,20 @@ def _used(fingerprint: Fingerprint) -> list[str]:
 def refits(reasons: Iterable[str], config: Config) -> bool:
     """Whether rejected samples may be rows now, as the config declares the type of their field.
 
-    A finished pair has no values of them, so that it cannot be extended by these rows.
+    A finished pair has no values of rejected samples, so it cannot be extended by their rows.
     """
     retyped = {gist(misfit(name)) for name in config.field_types}
     return not retyped.isdisjoint(map(gist, reasons))
 
 
 def only_new(config: Config, old: Fingerprint, registry: Registry) -> Config:
-    """The config that computes what outputs of a fingerprint lack, and nothing else.
+    """Make the config that computes only the columns and features that old outputs lack.
 
-    Of the models it has those that are new, those that a new column or feature is made of, and
-    those whose output one of these needs: it is not on disk, where features may be rounded.
+    Its models are the new ones, those that a new column or feature is made of, and all models that
+    these depend on: the old outputs lack their values, or have rounded ones.
 
     Args:
-        registry: what is known of the config's names.
+        registry: the names in the config.
     """
     new: dict[str, Any] = {
         key: [name for name in getattr(config, key) if name not in old[key]] for key in LISTS
@@ -117,20 +117,20 @@ def only_new(config: Config, old: Fingerprint, registry: Registry) -> Config:
     added = map(name_of, new["models"])
     needed = _closure({*added, *_sources(config, new, registry)}, registry.models)
     new["models"] = [entry for entry in config.models if name_of(entry) in needed]
-    # The names and fields of DataComp stand in the old outputs, but new fields are like them.
+    # The old outputs have DataComp's own fields already; new fields get DataComp's names, too.
     new["use_datacomp_keys"] = config.use_datacomp_keys and bool(new["additional_fields"])
     return config.model_copy(update=new)
 
 
 def _sources(config: Config, new: Mapping[str, list[str]], registry: Registry) -> Iterable[str]:
-    """The models that columns and features are made of; all, where one does not say of which."""
+    """The models that columns and features are made of; all models if one does not name its own."""
     names = (*new["postprocess_columns"], *new["postprocess_features"])
     posts = [registry.post(name) for name in names]
     return [p.model for p in posts] if all(p.model for p in posts) else config.model_names
 
 
 def _closure(names: Iterable[str], specs: Mapping[str, ModelSpec]) -> set[str]:
-    """Models and all that they depend on."""
+    """Models and all models that they depend on."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:

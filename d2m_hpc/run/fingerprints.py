@@ -1,4 +1,4 @@
-"""The configs that a run's shards were made by, kept to compare later ones with."""
+"""The fingerprints of a run's earlier configs, kept to compare later configs with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.extension import Fingerprint, obstacles, refits
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.manifest import Outcome
-from d2m_hpc.storage.lease import Lease
+from d2m_hpc.storage.lease import Lease, is_held
 
 
 @contextmanager
 def working(submission: Submission) -> Iterator[None]:
-    """Tell other submits that this `--local` one is at work, for as long as the block lasts."""
+    """Show other submits that this `--local` submit is at work, as long as the block lasts."""
     lease = Lease(submission.local)
     lease.claim()
     try:
@@ -28,34 +28,31 @@ def working(submission: Submission) -> Iterator[None]:
 
 
 def of_local_submits(run: RunDir) -> set[str]:
-    """The short hashes of the configs that `--local` submits work by now."""
-    names = set()
-    for submission in run.submissions():
-        if submission.local.exists():
-            lease = Lease(submission.local)
-            if lease.claim():  # it was killed
-                lease.release()
-            else:
-                names.add(str(json.loads(submission.intent.read_bytes())["fingerprint"]))
-    return names
+    """The short hashes of the configs of all `--local` submits that are at work."""
+    return {
+        str(json.loads(submission.intent.read_bytes())["fingerprint"])
+        for submission in run.submissions()
+        if is_held(submission.local)
+    }
 
 
 def newest(run: RunDir) -> str:
-    """The short hash of the last submit's fingerprint; empty where there was none.
+    """The short hash of the last submit's fingerprint; empty before the first submit.
 
     Raises:
-        D2MError: what tells it is damaged.
+        D2MError: the file with the hash is damaged.
     """
     for submission in reversed(run.submissions()):
         path = submission.intent
         advice = "remove it and submit again with the config that the run has now"
-        with suppress(FileNotFoundError), undamaged(path, advice):  # its submit was killed
+        # A submit that was killed may have left no file.
+        with suppress(FileNotFoundError), undamaged(path, advice):
             return str(json.loads(path.read_bytes())["fingerprint"])
     return ""
 
 
 def extendable(outdated: Mapping[str, Outcome], config: Config) -> dict[str, str]:
-    """Of finished shards, by stem, the fingerprints of those that need not be computed whole."""
+    """The fingerprints of outdated shards that can be extended, by stem."""
     return {
         stem: made.fingerprint
         for stem, made in outdated.items()
@@ -66,16 +63,16 @@ def extendable(outdated: Mapping[str, Outcome], config: Config) -> dict[str, str
 def require_growth(
     run: RunDir, name: str, stems: Sequence[str], now: Fingerprint, where: str
 ) -> dict[str, Any]:
-    """An earlier fingerprint, of which nothing was lost or changed since.
+    """Read an earlier fingerprint, which the config may only add to.
 
     Args:
-        name: its short hash.
-        stems: of the shards that were made by it, for messages; none if live tasks will make them.
+        name: the fingerprint's short hash.
+        stems: its finished shards, for messages; empty if live tasks will finish the first.
         now: the fingerprint of the config at hand.
-        where: its file, for messages.
+        where: the config's file, for messages.
 
     Raises:
-        ConfigError: with what differs.
+        ConfigError: the config differs in more than additions; names each difference.
     """
     path = run.fingerprint(name)
     if not path.exists():

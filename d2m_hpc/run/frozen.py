@@ -1,9 +1,9 @@
-"""What a submission keeps of the user's code, so that its tasks compute by nothing else.
+"""The user's code as a submission keeps it, so that its tasks run that code and no other.
 
-`submissions/000/frozen/` holds a copy of the custom file and of each module beside it that it
-imports; `custom.json`, with their places, their hashes, and the names that they give; and
-`checkpoints.json`, with the sizes, times and hashes of the checkpoints, which are not copied. It is
-written before the intent, so that a submission with an intent has all of it.
+`submissions/000/frozen/` holds copies of the custom file and of the modules beside it that the file
+imports; `custom.json`, with their places, their hashes, and the names that they define; and
+`checkpoints.json`, with the sizes, times and hashes of the checkpoints, which are not copied. The
+folder is written before the intent, so a submission with an intent has the whole folder.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ NAMES: TypeAdapter[Registry] = TypeAdapter(Registry)
 
 @dataclass(frozen=True)
 class Custom:
-    """A custom file that was run: the names that it gives, and the modules that it consists of.
+    """A custom file that has run: the names that the file defines, and its modules.
 
     Attributes:
-        registry: its names, and the built-in ones.
-        sources: its modules; none where a config names no such file.
-        missing: modules that it imports and that were nowhere.
+        registry: the file's names and the built-in ones.
+        sources: the file's modules; empty for a config without a custom file.
+        missing: modules that the file imports and that were not found.
     """
 
     registry: Registry = field(default_factory=Registry)
@@ -46,19 +46,19 @@ class Custom:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """The sha256 of each module that holds anything, by name, the file itself first."""
+        """The sha256 of each module that is not empty, by name, the file itself first."""
         return {name: s.sha256 for name, s in self.sources.items() if s.data}
 
     @property
     def version(self) -> str:
-        """One hash for all of it; that of the file itself where it has no other modules."""
+        """One hash for all modules; the file's own hash if it has no other modules."""
         hashes = self.hashes
         if len(hashes) < 2:
             return next(iter(hashes.values()), "")
         return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
     def is_current(self, file: Path) -> bool:
-        """Whether running the file again would run the same."""
+        """Whether running the file again would run the same code."""
         main = next(iter(self.sources.values()), None)
         if main is None or main.path != str(file):
             return False
@@ -67,7 +67,7 @@ class Custom:
         return all(s.is_unchanged for s in self.sources.values()) and not any(appeared)
 
     def described(self) -> dict[str, Any]:
-        """As JSON holds it: the custom file's own names, and where its modules lay."""
+        """Describe the custom file as JSON: its own names, and the places of its modules."""
         own = self.registry.own
         named: dict[str, Any] = NAMES.dump_python(self.registry, mode="json")
         for kind in ("models", "columns", "features"):
@@ -78,7 +78,7 @@ class Custom:
 
     @classmethod
     def of(cls, described: dict[str, Any], sources: Sources) -> Custom:
-        """What `described` told."""
+        """Make the object of which `described` made a description."""
         named = NAMES.validate_python(
             {k: v for k, v in described.items() if k in asdict(Registry())}
         )
@@ -93,7 +93,7 @@ class Custom:
 
 
 def write(folder: Path, custom: Custom) -> None:
-    """Freeze a custom file in a submission's folder; whoever may not read it may not read these."""
+    """Freeze a custom file in a submission's folder; copies of private files are private, too."""
     described = custom.described()
     for number, (name, source) in enumerate(custom.sources.items()):
         copy = f"{number:03d}-{Path(source.path).name[-100:]}"
@@ -104,19 +104,19 @@ def write(folder: Path, custom: Custom) -> None:
 
 
 def write_checkpoints(folder: Path, checkpoints: Mapping[str, Kept]) -> None:
-    """Freeze what the checkpoints are."""
+    """Freeze the sizes, times and hashes of the checkpoints."""
     text = json.dumps({name: asdict(kept) for name, kept in checkpoints.items()}, indent=1)
     atomic_write(folder / "checkpoints.json", text.encode())
 
 
 def require_checkpoints(folder: Path) -> set[str]:
-    """See that the checkpoints are those that the submit found; returns their paths.
+    """Require the checkpoints that the submit found; returns their paths.
 
     Raises:
-        WeightsError: with each that is another.
+        WeightsError: checkpoints have changed; names each.
     """
     path = folder / "checkpoints.json"
-    if not path.exists():  # of an earlier version
+    if not path.exists():  # an earlier version made the submission
         return set()
     with undamaged(path, "its tasks cannot go on; submit again"):
         checkpoints = [Kept(**values) for values in json.loads(path.read_bytes()).values()]
@@ -128,10 +128,10 @@ def require_checkpoints(folder: Path) -> set[str]:
 
 
 def read(folder: Path) -> Custom:
-    """What a submission has frozen; nothing of one whose config names no custom file.
+    """Read a frozen custom file; an empty one if the submission's config names none.
 
     Raises:
-        D2MError: a file of it is damaged.
+        D2MError: a file in the folder is damaged.
     """
     path = folder / "custom.json"
     advice = "its tasks cannot go on; submit again"
@@ -156,10 +156,10 @@ def read(folder: Path) -> Custom:
 
 
 def newest(run: RunDir, file: Path) -> Custom | None:
-    """What the last submission froze of a custom file, if the file is still the same."""
+    """Read the custom file that the last submission froze; None if the file has changed since."""
     submissions: list[Submission] = run.submissions()
     try:
         custom = read(submissions[-1].frozen) if submissions else Custom()
-    except (OSError, D2MError):  # whoever needs it will tell
+    except (OSError, D2MError):  # the damage is reported by the tasks that need the files
         return None
     return custom if custom.is_current(file) else None

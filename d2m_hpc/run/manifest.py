@@ -1,4 +1,4 @@
-"""What is known of each shard: the state that follows from all records of a run."""
+"""The state of each shard that follows from all records of a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FAR = 1e13
 
 
 class Outcome(NamedTuple):
-    """What is held of a record in memory: all but the names of its samples and its traceback.
+    """A record as it is held in memory: without the keys of samples and the traceback.
 
     Attributes:
-        rejected: how many samples were rejected, by the start of their reason.
-        The others are a `Record`'s.
+        rejected: how many samples were rejected, by the gist of their reason.
+        The other attributes are those of `Record`.
     """
 
     finished: float
@@ -45,17 +45,17 @@ class Outcome(NamedTuple):
 
     @property
     def order(self) -> Order:
-        """Larger than that of all earlier records of the shard."""
+        """The order among a shard's records; a later record has a larger one."""
         return order(self.attempt, self.task, self.finished)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Outcome:
-        """Straight from a record's values, for there are millions.
+        """Make an outcome of a record's values, at once, for there are millions.
 
-        Of a string that many of them have in common, one is held.
+        Strings that many records have in common are held once.
 
         Raises:
-            LookupError, TypeError, ValueError, AttributeError: these are no record's values.
+            LookupError, TypeError, ValueError, AttributeError: the values are no record's.
         """
         get = values.get
         rejections, notices = get("rejections"), get("notices")
@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
         finished, started = float(get("finished", 0.0)), float(get("started", 0.0))
         if not (0 <= rows + recomputed < FAR and 0 <= started + finished < FAR):
             raise ValueError("no counts or no times")
-        # In the order of the fields: by their names, a tuple takes half as long again.
+        # In the order of the fields: passing them by name takes half as long again.
         return cls._make(
             (
                 finished,
@@ -85,12 +85,12 @@ class Outcome(NamedTuple):
 
 
 def gist(reason: str) -> str:
-    """What a reason says before it goes into one sample's particulars."""
+    """The start of a reason, which many samples have in common."""
     return reason.split(":", 1)[0].split(";", 1)[0]
 
 
 def _by_reason(rejections: Iterable[Sequence[str]]) -> tuple[tuple[str, int], ...]:
-    """Counts by the gist of a reason."""
+    """Count rejections by the gist of their reasons."""
     counts: dict[str, int] = {}
     for rejection in rejections:
         start = gist(rejection[1])
@@ -103,15 +103,15 @@ class Manifest:
     """The union of all records of a run.
 
     Attributes:
-        done: what the newest `done` record of each shard says, by stem.
-        failures: what the `failed` records since then say, by stem, oldest first.
+        done: the newest `done` record of each shard, by stem.
+        failures: the `failed` records since then, by stem, oldest first.
     """
 
     done: dict[str, Outcome] = field(default_factory=dict)
     failures: dict[str, list[Outcome]] = field(default_factory=dict)
 
     def add(self, values: Any) -> None:
-        """Take a record's values; what is no record is left out."""
+        """Add a record by its values; values of no record are left out."""
         try:
             stem, state, outcome = values["shard"], values["state"], Outcome.of(values)
         except (LookupError, TypeError, ValueError, AttributeError):
@@ -127,7 +127,7 @@ class Manifest:
             self.done[stem] = outcome
 
     def settle(self) -> None:
-        """A shard that is done now has no failures any more; a line read twice is one failure."""
+        """Drop failures that a later `done` record makes void, and count lines read twice once."""
         for stem, failed in list(self.failures.items()):
             since = self.done[stem].order if stem in self.done else EARLIEST
             later = {f for f in failed if f.order > since}
@@ -137,7 +137,7 @@ class Manifest:
 
     @classmethod
     def of(cls, lines: Iterable[Mapping[str, Any]]) -> Manifest:
-        """Of records' values, in any order."""
+        """Make a manifest of records' values, in any order."""
         manifest = cls()
         for values in lines:
             manifest.add(values)
@@ -151,7 +151,7 @@ class Manifest:
 
 
 def all_values(run: RunDir) -> Iterator[Any]:
-    """What the lines of all records files of a run hold, records or not; some may come twice."""
+    """Read the values of all lines of all records files; a line may come twice or be no record."""
     for path in listed(run.records):
         with suppress(FileNotFoundError):
             yield from read_values(path)

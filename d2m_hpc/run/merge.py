@@ -1,15 +1,14 @@
-"""Many small files to few: a cluster's filesystem takes about a millisecond to open each.
+"""Merge many small files: a cluster's filesystem takes about a millisecond to open each.
 
-Tasks leave a file of records and one of progress each, tens of thousands in a large run, and every
-submit and status reads them all. A submit, which holds the run's lock, merges those of tasks that
-have been silent for long, as a log-structured merge does: into a new file each time, which is never
-written again.
+Each task leaves a file of records and a file of progress, tens of thousands in a large run, and
+every submit and status reads all of them. A submit, which holds the run's lock, merges the files of
+tasks that have been silent for long, as a log-structured merge does: each time into a new file,
+which is never written again.
 
-No line can be lost. A file is set aside by a rename before it is read, so that what its task still
-writes goes to a new file; a task that had it open at that moment finds it moved after its write,
-and writes again (`Recorder`). The merged file is on disk before the first one set aside is removed.
-Killed in between, a submit leaves files that readers take for what they are, and lines that are
-there twice, which count once.
+No line is lost. A file is renamed before the merge reads it, so a later line of its task goes to a
+new file; a task that had the file open at that moment notices the rename after its write, and
+writes again (`Recorder`). The merged file is on disk before the first renamed file is removed. A
+submit that is killed in between leaves lines twice; readers count such lines once.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage.files import atomic_write
 
 MANY = 256
-"""Fewer files are not worth it."""
+"""Fewer files are not worth a merge."""
 BATCH = 4096
-"""Files that become one; a submit that is killed has at most so many to merge again."""
+"""The most files that become one; a submit that is killed has to merge so many again."""
 MERGED = "merged-"
 SUFFIXES = (".json", ".jsonl")
 
@@ -37,11 +36,11 @@ def _names(folder: Path) -> list[str]:
 
 
 def listed(folder: Path) -> Iterator[Path]:
-    """The files of a folder, each once, for a reader who skips those that are gone.
+    """List the files of a folder, each once; readers skip files that are gone by then.
 
-    What is in a file that was merged meanwhile is in one that the next listing shows, and there is
-    no end before a listing shows nothing new. No listing is a snapshot: in the midst of renames it
-    may miss one. Whoever decides on records does so under the lock.
+    A file that was merged meanwhile is part of a file in the next listing, so the folder is listed
+    until nothing new shows. A listing in the midst of renames may still miss a file: decisions by
+    records are made under the lock.
     """
     seen: set[str] = set()
     while folder.is_dir() and (new := sorted(set(_names(folder)) - seen)):
@@ -50,10 +49,10 @@ def listed(folder: Path) -> Iterator[Path]:
 
 
 def merge_silent(run: RunDir, seconds: float) -> int:
-    """Merge the files of tasks that have written nothing for so long; the submit lock is held.
+    """Merge the files of tasks that have been silent for `seconds`; the caller holds the lock.
 
     Returns:
-        how many files were merged.
+        The number of files merged.
     """
     folders = [run.records, run.progress]
     if max(len(_unmerged(folder)) for folder in folders) < MANY:
@@ -67,14 +66,14 @@ def _unmerged(folder: Path) -> list[str]:
 
 
 def _task(name: str) -> str:
-    """Whose file it is."""
+    """The task that wrote a file."""
     return name.partition(".")[0]
 
 
 def _silent_tasks(folders: Iterable[Path], since: float) -> set[str]:
-    """Tasks that have written neither records nor progress since then, in epoch seconds.
+    """The tasks that have written neither records nor progress since a time, in epoch seconds.
 
-    A task that works tells its progress every few seconds, whatever the length of its shards.
+    A working task writes its progress every few seconds, whatever the length of its shards.
     """
     written: dict[str, float] = {}
     for path in (folder / name for folder in folders for name in _unmerged(folder)):
@@ -101,7 +100,7 @@ def _merge_batch(folder: Path, names: Sequence[str]) -> None:
 
 
 def _set_aside(path: Path) -> Path:
-    """Under a new name, which no task writes to and all readers read."""
+    """Rename a file to a name that no task writes to and all readers read."""
     aside = path.with_name(f"{_task(path.name)}.{secrets.token_hex(8)}{path.suffix}")
     with suppress(FileNotFoundError):
         path.rename(aside)
@@ -109,7 +108,7 @@ def _set_aside(path: Path) -> Path:
 
 
 def _lines(paths: Iterable[Path]) -> Iterator[bytes]:
-    """What is in these files; the last line of each ends, though a kill may have torn it."""
+    """Read files; each ends with a line end, though a kill may have torn its last line."""
     for path in paths:
         with suppress(FileNotFoundError):
             data = path.read_bytes()

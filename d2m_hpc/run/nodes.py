@@ -1,4 +1,4 @@
-"""Nodes that could not start their tasks, and which of them to leave out."""
+"""Nodes that failed to start tasks, and the choice of nodes to leave out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 
 FORGOTTEN_SECONDS = 86400.0
-"""After which a failure says no more of its node, which may have been mended or replaced."""
+"""The age at which a failure does not count any more: its node may have been mended."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class NodeFailure:
     """A task that ended before it touched a shard.
 
     Attributes:
-        time: in seconds since the epoch, by the node's clock.
-        written: the same by the filesystem's.
+        time: seconds since the epoch, by the node's clock.
+        written: seconds since the epoch, by the filesystem's clock.
     """
 
     node: str
@@ -31,20 +31,20 @@ class NodeFailure:
 
 
 def failures(run: RunDir) -> list[NodeFailure]:
-    """All that tasks wrote down, oldest first."""
+    """Read all failures that tasks wrote down, oldest first."""
     found = []
     for path in run.node_failures.glob("*.json") if run.node_failures.is_dir() else ():
         try:
             values, written = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
             node, why, when = str(values["node"]), str(values["why"]), float(values["time"])
         except (ValueError, KeyError, TypeError, OSError):
-            continue  # it is being written, or damaged
+            continue  # the file is being written, or damaged
         found.append(NodeFailure(node, why, when, written))
     return sorted(found, key=lambda f: f.time)
 
 
 def last_finished(manifest: Manifest) -> dict[str, float]:
-    """When each node last finished a shard, in seconds since the epoch."""
+    """The time at which each node last finished a shard, in seconds since the epoch."""
     last: dict[str, float] = {}
     for outcome in manifest.done.values():
         last[outcome.host] = max(last.get(outcome.host, 0.0), outcome.finished)
@@ -52,9 +52,9 @@ def last_finished(manifest: Manifest) -> dict[str, float]:
 
 
 def in_a_row(run: RunDir, finished: Mapping[str, float]) -> dict[str, list[NodeFailure]]:
-    """For each node its failures since a shard was last finished there, of the last day.
+    """Each node's failures of the last day, since a shard was last finished there.
 
-    A node that was mended has finished nothing, as nobody was sent there.
+    Older failures do not count: a mended node that is left out cannot finish a shard.
     """
     rows: dict[str, list[NodeFailure]] = defaultdict(list)
     oldest = time.time() - FORGOTTEN_SECONDS
@@ -65,20 +65,20 @@ def in_a_row(run: RunDir, finished: Mapping[str, float]) -> dict[str, list[NodeF
 
 
 def broken(run: RunDir, manifest: Manifest) -> dict[str, str]:
-    """Why each node that finished nothing since could not start its last task."""
+    """The reason of the last failure of each node that has finished nothing since."""
     return {n: row[-1].why for n, row in in_a_row(run, last_finished(manifest)).items()}
 
 
 def to_exclude(
     run: RunDir, finished: Mapping[str, float], most: int, known: Collection[str] = ()
 ) -> list[str]:
-    """Nodes that failed more than `most` tasks in a row, while another node finished shards.
+    """Choose the nodes that failed more than `most` tasks in a row while others finished shards.
 
-    Where none did, the fault is rather the config's, and no node would be left to try it on.
+    If no other node finished one, the config is rather at fault, and some node has to run it.
 
     Args:
         finished: when each node last finished a shard.
-        known: the cluster's nodes, where it could be asked: sbatch refuses the name of another.
+        known: the cluster's nodes, as sbatch refuses other names; empty if they are not known.
     """
     return sorted(
         node

@@ -1,4 +1,4 @@
-"""The output folder, on a disk or an object store: listed, read and written by names of files."""
+"""The output folder, on a disk or an object store, as a flat set of named files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from d2m_hpc.storage.files import make_folder, owned, regular
 from d2m_hpc.storage.urls import is_local, scheme
 
 BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
-"""Stores without folders; to make one would make a bucket, where its name is misspelt."""
+"""Stores without folders: making one would make a bucket of a misspelt name."""
 PROBE = ".d2m-probe"
 T = TypeVar("T")
 
@@ -35,12 +35,12 @@ class OutputDir:
 
     @property
     def fs(self) -> Any:
-        """The filesystem; asked for each time, as a fork has another one."""
+        """The filesystem; not kept, as a forked process needs its own."""
         return stores.filesystem(self._url)[0]
 
     @cached_property
     def root(self) -> str:
-        """The folder's path as its filesystem takes it."""
+        """The folder's path in its filesystem."""
         return stores.filesystem(self._url)[1]
 
     @cached_property
@@ -48,10 +48,10 @@ class OutputDir:
         return str(Path(os.path.expanduser(self.url)).absolute()) if self.is_local else self.url
 
     def make(self) -> None:
-        """Make the folder where it is missing; a store is asked whether it takes objects.
+        """Make the folder if it is missing; probe a store.
 
         Raises:
-            ConfigError: it cannot be made, or written into.
+            ConfigError: the folder cannot be made, or the store takes no objects.
         """
         with self._writing():
             self._make()
@@ -65,10 +65,7 @@ class OutputDir:
             self.fs.makedirs(self.root, exist_ok=True)
 
     def probe(self) -> None:
-        """
-        Raises:
-            ConfigError: files cannot be written and removed.
-        """
+        """Write and remove a file; raise ConfigError if that fails."""
         with self._writing():
             self._ask(lambda: self.fs.pipe_file(self.path(PROBE), b"d2m"))
             self.remove(PROBE)
@@ -85,15 +82,15 @@ class OutputDir:
         return f"{self.root}/{name}"
 
     def address(self, name: str) -> str:
-        """A file's path, or its URL on a store, as other programs take it."""
+        """A file's path, or its URL on a store, for other programs."""
         path = self.path(name)
         return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
     def stems(self, suffix: str = ".parquet", odd: set[str] | None = None) -> set[str]:
-        """The stems of all files with a suffix, by one listing; a finished shard has a parquet.
+        """List the stems of all files with a suffix; every finished shard has a parquet.
 
         Args:
-            odd: takes the stems of folders, pipes and devices with such names.
+            odd: receives the stems of folders, pipes and devices with such names.
         """
         cut = -len(suffix)
         if not self.is_local:
@@ -106,7 +103,7 @@ class OutputDir:
         return files
 
     def pairs(self) -> dict[str, set[str]]:
-        """The stems by suffix of all outputs, by one listing."""
+        """List the stems of all outputs, by suffix."""
         found: dict[str, set[str]] = {".npz": set(), ".parquet": set()}
         for name in self._names():
             stem, dot, suffix = name.rpartition(".")
@@ -115,10 +112,10 @@ class OutputDir:
         return found
 
     def _names(self) -> Iterator[str]:
-        """Names of all files in the folder; of a store, of folders too.
+        """List the names of all files in the folder; in a store, of folders too.
 
         Raises:
-            D2MError: the store does not say.
+            D2MError: the store cannot be listed.
         """
         if self.is_local:  # one at a time: fsspec holds a list of all paths
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
@@ -131,15 +128,15 @@ class OutputDir:
         yield from (path.rsplit("/", 1)[-1] for path in paths)
 
     def _paths(self) -> list[str]:
-        """List a store; of a folder that is not there, s3fs would list the parent."""
+        """List the paths in a store; s3fs would list the parent of a missing folder."""
         fs = self.fs
         return fs.ls(self.root, detail=False) if fs.exists(self.root) else []
 
     def read(self, name: str, last: int | None = None) -> bytes:
-        """A file, or so many of its last bytes.
+        """Read a file, or its last bytes.
 
         Raises:
-            OSError, or what else the store raises.
+            OSError, or an error of the store's own.
         """
         if self.is_local:
             with self.open(name) as file:
@@ -151,10 +148,10 @@ class OutputDir:
         return data
 
     def open(self, name: str) -> io.BufferedIOBase:
-        """A file to read from its start, whole on disk or in memory.
+        """Open a file to read, on disk or whole in memory.
 
         Raises:
-            OSError, or what else the store raises.
+            OSError, or an error of the store's own.
         """
         if self.is_local:
             return open(self.path(name), "rb", opener=regular)
@@ -164,11 +161,11 @@ class OutputDir:
         return bool(self._ask(lambda: self.fs.exists(self.path(name))))
 
     def put(self, file: Path) -> None:
-        """Send a file to the store; it appears whole or not at all, by the file's own name.
+        """Send a file to the store under its own name; an object appears whole or not at all.
 
         Raises:
-            FileExistsError: there is one, and the store knows conditions.
-            OSError: the store does not take it, or has less than it was sent.
+            FileExistsError: the object exists, and the store knows conditions.
+            OSError: the store refuses the file, or keeps less than it was sent.
         """
         path, size = self.path(file.name), file.stat().st_size
         send = partial(self.fs.put_file, str(file), path)
@@ -179,14 +176,14 @@ class OutputDir:
                 raise
             self._ask(send)  # a store that knows no conditions
         if (kept := self._ask(lambda: self.fs.info(path)["size"])) != size:
-            self.remove(file.name)  # a broken parquet would be taken for another program's
+            self.remove(file.name)  # a broken parquet looks as if another program had written it
             raise OSError(f"{path} has {kept} bytes in the store, {size} were sent")
 
     def create(self, name: str, data: bytes) -> None:
-        """Make a file unless there is one; a store that knows no conditions overwrites it.
+        """Make a file unless it exists; a store that knows no conditions overwrites the file.
 
         Raises:
-            ConfigError: it cannot be written.
+            ConfigError: the file cannot be written.
         """
         with self._writing(), suppress(FileExistsError):
             self._make()
@@ -200,7 +197,7 @@ class OutputDir:
                 self._ask(partial(put, mode="create") if stores.knows_create(self.fs) else put)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if there is one."""
+        """Remove a file, if it exists."""
         with suppress(FileNotFoundError):
             self._ask(lambda: self.fs.rm_file(self.path(name)))
 

@@ -1,4 +1,4 @@
-"""Which run an output folder belongs to; pairs of two runs in one would mix."""
+"""The owner of an output folder: pairs of two runs must not mix in one folder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from d2m_hpc.run.outputs import OutputDir
 
 OWNER = ".d2m-owner"
 SECONDS = 1.0
-"""After which a file that cannot be understood is one that its writer was killed at."""
+"""The wait after which a file that cannot be understood counts as left by a killed writer."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The run that an output folder belongs to, as the file `.d2m-owner` in it says.
+    """The run that an output folder belongs to, by the folder's file `.d2m-owner`.
 
     Attributes:
-        run_dir: empty where the file cannot be understood.
-        host: where that path was written down.
+        run_dir: the run folder; empty if the file cannot be understood.
+        host: the host that wrote the file.
     """
 
     run_dir: str = ""
@@ -32,14 +32,11 @@ class Owner:
 
     @classmethod
     def of(cls, output: OutputDir) -> Owner | None:
-        """
-        Raises:
-            D2MError: it cannot be told, for the file cannot be read.
-        """
+        """Read the owner of a folder; None if it has none, D2MError if the file is unreadable."""
         try:
             note = json.loads(output.read(OWNER))
             return cls(str(note["run_dir"]), str(note["host"]))
-        except (FileNotFoundError, NotADirectoryError):  # of a file, whoever makes the folder tells
+        except (FileNotFoundError, NotADirectoryError):  # making the folder reports the latter
             return None
         except (ValueError, TypeError, LookupError):
             return cls()
@@ -47,11 +44,11 @@ class Owner:
             raise D2MError(f"{output.address(OWNER)} cannot be read: {error}") from error
 
     def folder(self, output: OutputDir) -> Path:
-        """A run folder beside the outputs moves with them, and is named from there."""
+        """The path of the run folder, which moves with the outputs if it is beside them."""
         return (Path(output.root) if output.is_local else Path()) / self.run_dir
 
     def is_gone(self, output: OutputDir, run: RunDir) -> bool:
-        """Whether its run folder was deleted, or is the one at hand, under the name it had."""
+        """Whether the owner's run folder was deleted, or is the given run under an earlier name."""
         if not self.run_dir:
             return True
         here = not Path(self.run_dir).is_absolute() or self.host == socket.gethostname()
@@ -59,14 +56,14 @@ class Owner:
 
 
 def require_own(output: OutputDir, run: RunDir, take: bool) -> None:
-    """Keep two runs from mixing their pairs in one output folder.
+    """Require that an output folder does not belong to another run.
 
     Args:
-        take: put it on record that the folder is this run's, where it is nobody's.
+        take: whether to make the run the owner of a folder without one.
 
     Raises:
-        ConfigError: it is another run's.
-        D2MError: its owner cannot be told.
+        ConfigError: the folder belongs to another run.
+        D2MError: the owner cannot be read.
     """
     root = run.root.absolute()
     beside = output.is_local and root.is_relative_to(output.root)
@@ -84,7 +81,7 @@ def require_own(output: OutputDir, run: RunDir, take: bool) -> None:
             if not take:
                 return
             if not owner.run_dir:
-                time.sleep(wait)  # whoever makes the file now may not have written it yet
+                time.sleep(wait)  # another run may be writing the file right now
                 if Owner.of(output) != owner:
                     continue
             output.remove(OWNER)

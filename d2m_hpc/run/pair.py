@@ -1,4 +1,4 @@
-"""A shard's output pair, its parquet and its npz: opened, checked and described here alone.
+"""A shard's output pair, its parquet and its npz: no other module opens or checks these files.
 
 Example:
     pair = Pair(OutputDir("s3://bucket/out"), "00000")
@@ -28,15 +28,15 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.records import Record
 
 METADATA = b"d2m"
-"""Key of the parquet's file metadata that holds the shard's record."""
+"""The key of the shard's record in the parquet's file metadata."""
 TAIL = 64 << 10
-"""Bytes that hold almost any parquet's metadata, which stands at its end."""
+"""Bytes at the end of a parquet that hold almost any parquet's metadata."""
 AGAIN = "delete {}.parquet to have the shard computed whole by the next submit"
 PARQUET, NPZ = SUFFIXES = (".parquet", ".npz")
 
 
 class Contents(NamedTuple):
-    """All that a pair holds; features are [rows, ...] each."""
+    """The record, the table and the features of a pair; features are [rows, ...] each."""
 
     record: Record
     table: pa.Table
@@ -45,7 +45,7 @@ class Contents(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """The two files of one shard in an output folder, whether or not they are there yet."""
+    """The two files of one shard in an output folder; they need not exist."""
 
     output: OutputDir
     stem: str
@@ -54,14 +54,14 @@ class Pair:
         return self.stem + suffix
 
     def metadata(self) -> pq.FileMetaData:
-        """The parquet's types, statistics and record, without its values."""
+        """Read the parquet's types, statistics and record, without its values."""
         return pq.read_metadata(pa.BufferReader(self._footer()))
 
     def record(self) -> Record | None:
-        """The record in the parquet's metadata; None where there is no parquet, or not ours.
+        """Read the record in the parquet's metadata; None without a parquet, or with another's.
 
         Raises:
-            D2MError: the file cannot be read, which tells nothing of the shard.
+            D2MError: the file cannot be read, so the shard's state is not known.
         """
         try:
             footer = self._footer()
@@ -73,18 +73,18 @@ class Pair:
         try:
             note = (pq.read_metadata(pa.BufferReader(footer)).metadata or {}).get(METADATA)
             return Record.from_dict(json.loads(note)) if note else None
-        except Exception:  # arrow raises whatever a damaged byte makes it trip over
+        except Exception:  # a damaged byte may make Arrow raise any error
             return None
 
     def restored(self, record: Record) -> Record:
-        """The record that a killed task could not write any more, as its parquet has it."""
+        """Complete a parquet's record, to take the place of the line that a killed task lost."""
         sha256 = self.output.sha256(self.name(PARQUET))
         return replace(record, parquet_sha256=sha256, rebuilt=True)
 
     def _footer(self) -> bytes:
         """Read the end of the parquet: its metadata, 4 bytes of length, 4 of the format's name.
 
-        Reading is apart from parsing, as arrow raises an OSError at a damaged file too.
+        Reading is apart from parsing, as Arrow raises an OSError for a damaged file, too.
         """
         tail = self.output.read(self.name(PARQUET), TAIL)
         length = int.from_bytes(tail[-8:-4], "little") + 8
@@ -92,25 +92,25 @@ class Pair:
         return self.output.read(self.name(PARQUET), length) if is_longer else tail
 
     def table(self, columns: Iterable[str] | None = None) -> pa.Table:
-        """The parquet's columns, or those named here that it has.
+        """Read the parquet's columns; with `columns`, those of them that the parquet has.
 
         Raises:
-            OSError, pyarrow.ArrowException, or what else the store raises: it cannot be read.
+            OSError, pyarrow.ArrowException, or an error of the store's own.
         """
         with self.output.open(self.name(PARQUET)) as file:
             return _table(file, columns)
 
     def features(self, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
-        """The arrays of the npz, or those named here; [rows, ...] each.
+        """Read the arrays of the npz, or those with the given names; [rows, ...] each.
 
         Raises:
-            OSError, ValueError, zipfile.BadZipFile, or what else the store raises.
+            OSError, ValueError, zipfile.BadZipFile, or an error of the store's own.
         """
         with self.output.open(self.name(NPZ)) as file:
             return dict(_arrays(file, names))
 
     def lengths(self) -> set[int]:
-        """Rows of the parquet, by its metadata, and of each array, whose CRCs are checked."""
+        """The number of rows of the parquet and of each array; checks the arrays' CRCs."""
         with self.output.open(self.name(NPZ)) as file, np.load(file) as arrays:
             return {self.metadata().num_rows, *(len(arrays[name]) for name in arrays.files)}
 
@@ -127,7 +127,7 @@ class Pair:
                 if (found := _sha256(file)) != record.npz_sha256:
                     raise ShardError(f"the npz has the sha256 {found}, not {record.npz_sha256}")
                 return Contents(record, table, dict(_arrays(file)))
-        except Exception as error:  # the libraries raise whatever a damaged byte makes them trip on
+        except Exception as error:  # a damaged byte may make a library raise any error
             raise ShardError(
                 f"{self.output.path(self.stem)}: this finished pair cannot be extended: "
                 f"{str(error) or type(error).__name__}; {AGAIN.format(self.stem)}"
@@ -143,9 +143,9 @@ class Pair:
         """Find all faults of one of the two files.
 
         Args:
-            expected: what the newest record says of the pair.
-            carried: columns with the samples' own values, which may be anything.
-            owner: the name under which a file of some sha256 is on record, if there is one.
+            expected: the pair's newest record.
+            carried: columns with the samples' own values, which may hold anything.
+            owner: finds the name under which a sha256 is on record, or None.
         """
         sha256 = expected.npz_sha256 if suffix == NPZ else expected.parquet_sha256
         found = sha256
@@ -158,7 +158,7 @@ class Pair:
                 problems = _of_npz(file, rows) if is_npz else _of_parquet(file, rows, carried)
         except FileNotFoundError:
             return ["is missing"]
-        except Exception as error:  # whatever a store, or a damaged byte, has a library raise
+        except Exception as error:  # a store, or a damaged byte, may raise any error
             problems = [f"cannot be read: {str(error) or type(error).__name__}"]
         other = f"has another sha256 than its record ({sha256[:12]}...)"
         return problems if found == sha256 else [*problems, other]
@@ -171,7 +171,7 @@ def _sha256(file: BufferedIOBase) -> str:
 
 
 def _table(file: BufferedIOBase, columns: Iterable[str] | None = None) -> pa.Table:
-    # Arrow's threads would hold on to the file, and abort a process that ends before they let go.
+    # Arrow's threads would keep the file open, and abort a process that ends before they close it.
     with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as parquet:
         names = None if columns is None else list(columns)
         return parquet.read(names, use_threads=False)
@@ -180,7 +180,7 @@ def _table(file: BufferedIOBase, columns: Iterable[str] | None = None) -> pa.Tab
 def _arrays(
     file: BufferedIOBase, names: Iterable[str] | None = None
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Each array of an npz, or those named here; reading one to its end checks its CRC."""
+    """Read the arrays of an npz, or those with the given names; checks their CRCs."""
     with np.load(file) as arrays:
         yield from ((name, arrays[name]) for name in names or arrays.files)
 
@@ -195,7 +195,7 @@ def _of_parquet(file: BufferedIOBase, rows: int, carried: Collection[str]) -> li
 
 
 def _non_finite(column: pa.ChunkedArray) -> int:
-    """How many numbers, or numbers in lists, are NaN or infinite; a null is neither."""
+    """Count NaN and infinity in a column of numbers, or of lists of numbers."""
     while pa.types.is_list(column.type):
         column = pc.list_flatten(column)
     if not pa.types.is_floating(column.type):

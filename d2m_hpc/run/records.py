@@ -1,4 +1,4 @@
-"""What tasks write down of each attempt at a shard: append-only lines, each on disk at once."""
+"""The records of tasks, one for each attempt at a shard: append-only lines, each synced to disk."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from d2m_hpc.storage.files import FILE_MODE, named
 from d2m_hpc.storage.texts import escaped, json_escaped
 
 DIED = "ProcessDied"
-"""The kind of a failure of which the process died: it crashed, was killed, or stalled."""
+"""The kind of a failure in which the process died: it crashed, was killed, or stalled."""
 Order = tuple[int, int, float]
 EARLIEST: Order = (-1, -1, float("-inf"))
 
 
 def order(attempt: int, task: str, finished: float) -> Order:
-    """What tells which of a shard's records is the later one.
+    """The order of a record among its shard's records; a later record has a larger one.
 
-    The shard's own attempt number, which is given under its lease, tells it. Records from before
-    there were such numbers come first, by their submission; clocks, which differ between nodes,
-    are asked last.
+    It is by the shard's attempt number, which a task takes under the shard's lease. Records of
+    earlier versions, without such numbers, come first, by submission and then by clock: clocks
+    differ between nodes.
     """
     submission = task.partition("-")[0]
     number = int(submission) if submission.isdecimal() else -1
@@ -37,8 +37,8 @@ class Shard(NamedTuple):
     """One input tar.
 
     Attributes:
-        stem: names its outputs.
-        size: in bytes; None when not known.
+        stem: the name of its outputs.
+        size: in bytes; None if not known.
     """
 
     stem: str
@@ -47,15 +47,14 @@ class Shard(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What a task is to do with a shard.
+    """A shard to do, and how.
 
     Attributes:
-        extends: the fingerprint of the shard's finished pair, of which only what that lacks is to
-            be computed; empty where the shard is to be computed whole.
-        attempt: the number of the last attempt that the submit knew of.
+        extends: the fingerprint of the finished pair to extend; empty to compute the whole shard.
+        attempt: the number of the last attempt known to the submit.
         failures: how many attempts have failed, by the config at hand.
-        alone: an attempt never ended; while the shard is tried, the task holds no other.
-        again: a pair that was made by that attempt or an earlier one is to be replaced.
+        alone: whether an attempt never ended, so the task holds no other shard meanwhile.
+        again: whether to replace a pair made by that attempt or an earlier one.
     """
 
     shard: Shard
@@ -70,12 +69,12 @@ class Job(NamedTuple):
         return self.shard.stem
 
     def replaces(self, record: Record | None) -> bool:
-        """Whether the pair that lies there, with this record, is one to replace."""
+        """Whether to replace the pair in the output folder, given its record."""
         return self.again and record is not None and record.attempt <= self.attempt
 
 
 class Rejection(NamedTuple):
-    """A sample, or a stray tar member, that became no row."""
+    """A sample, or a stray tar member, without a row."""
 
     key: str
     reason: str
@@ -89,19 +88,19 @@ class Record:
         shard: the shard's stem.
         state: `done` or `failed`.
         rows: rows written.
-        attempt: the shard's own count of attempts; a later attempt has a larger one.
+        attempt: the attempt's number; a later attempt at the shard has a larger one.
         rejections: every sample without a row, with its reason.
-        notices: what was noted once of the whole shard, and makes no sample a rejection.
-        recomputed: rows that were run again in float32 because they came out non-finite.
-        fingerprint: of the config that made the outputs.
-        npz_sha256, parquet_sha256: of the committed files.
-        started, finished: seconds since the epoch, by the clock of the task's node; they are
-            shown, and decide nothing.
-        seconds: how long stage, decode, wait, compute and write took; they overlap.
+        notices: notes on the whole shard, which reject no sample.
+        recomputed: rows that were computed again in float32 because they came out non-finite.
+        fingerprint: the short hash of the config that made the outputs.
+        npz_sha256, parquet_sha256: the hashes of the committed files.
+        started, finished: seconds since the epoch, by the clock of the task's node; for display
+            only.
+        seconds: the times of stage, decode, wait, compute and write, which overlap.
         task: `submission-index-attempt` of the array task.
-        error, kind, traceback: why a failed shard failed.
-        tar_size, tar_mtime_ns: of the local tar that was read, in bytes and nanoseconds.
-        rebuilt: the record was lost and made again from the parquet's metadata.
+        error, kind, traceback: the reason of a failure.
+        tar_size, tar_mtime_ns: the size and time of the local tar that was read.
+        rebuilt: whether the record was lost and made again from the parquet's metadata.
     """
 
     shard: str
@@ -128,7 +127,7 @@ class Record:
 
     @property
     def order(self) -> Order:
-        """Larger than that of all earlier records of the shard."""
+        """The order among the shard's records; a later record has a larger one."""
         return order(self.attempt, self.task, self.finished)
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,10 +135,10 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Record:
-        """Unknown keys are dropped: a newer version may have written more.
+        """Make a record of its values; unknown keys, of a newer version, are dropped.
 
         Raises:
-            ValueError, TypeError: these are no record's values.
+            ValueError, TypeError: the values are no record's.
         """
         if not isinstance(values, dict) or not isinstance(values.get("shard"), str):
             raise ValueError("not a record")
@@ -152,7 +151,7 @@ _RECORD_FIELDS = frozenset(f.name for f in fields(Record))
 
 
 def died(stem: str, attempt: Attempt, fingerprint: str, error: str) -> Record:
-    """An attempt at a shard whose process ended in the middle of it."""
+    """Make the record of an attempt whose process died during the attempt."""
     return Record(
         stem,
         "failed",
@@ -167,30 +166,30 @@ def died(stem: str, attempt: Attempt, fingerprint: str, error: str) -> Record:
 
 
 def encode(record: Record) -> bytes:
-    """A record's line: valid UTF-8 without raw control characters, its texts escaped and cut."""
+    """Encode a record as a line: UTF-8 without control characters, its texts escaped and cut."""
     line = json.dumps(escaped(record.to_dict()), ensure_ascii=False, separators=(",", ":"))
     return json_escaped(line).encode() + b"\n"
 
 
 APPENDS = 3
-"""Tries to append; more than two are for a filesystem that knows its own files not again."""
+"""Tries to append; the third is for a filesystem whose inode numbers are unstable."""
 
 
 class Recorder:
-    """The one writer of one records file; a line is on disk when `append` returns."""
+    """The only writer of a records file; a line is on disk when `append` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, record: Record) -> None:
         data = encode(record)
-        # A submit may set the file aside, to merge it, after it was opened here: whoever finds it
-        # gone cannot know whether the line was seen, and writes it once more.
+        # A submit may rename the file, to merge it, after this task has opened the file. The merge
+        # may have missed the line then, so the line is written once more.
         any(self._append(data) for _ in range(APPENDS))
 
     def _append(self, data: bytes) -> bool:
-        """Write a line; False where the file has moved since it was opened."""
-        # One write of one line on O_APPEND; what a kill leaves of it has no newline.
+        """Write a line; return False if the file was renamed since this task opened it."""
+        # One write of one line on O_APPEND; a line that a kill has torn lacks its newline.
         fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, FILE_MODE)
         try:
             size = os.fstat(fd).st_size
@@ -208,21 +207,21 @@ class Recorder:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of one file; a torn line is one that was never committed."""
+    """Read the records of one file; a torn line was never committed, and is left out."""
     for values in read_values(path):
         with suppress(ValueError, TypeError):
             yield Record.from_dict(values)
 
 
 def read_values(path: Path) -> Iterator[Any]:
-    """What the lines of a file hold, records or not."""
+    """Read the values of a file's lines; a value may be no record."""
     with open(path, "rb") as file:
         while lines := file.readlines(1 << 20):
             yield from _parsed(lines)
 
 
 def _parsed(lines: Sequence[bytes]) -> list[Any]:
-    """In one go, which takes two thirds of the time; one by one where any is no JSON."""
+    """Parse lines at once, in two thirds of the time, or one by one if a line is no JSON."""
     text = b"[%b]" % b",".join(lines)
     with suppress(ValueError, RecursionError):
         values: list[Any] = json.loads(text.decode("utf-8", "surrogatepass"))

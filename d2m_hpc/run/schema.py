@@ -1,4 +1,4 @@
-"""The types of a run's outputs, which all its shards have: declared, or agreed on by its tasks."""
+"""The types of a run's outputs, the same in all shards: declared, or agreed on by the tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from d2m_hpc.storage import first_write
 
 Shape = tuple[int, ...]
 Ahead = Callable[[str], Iterable[Sequence[Any]]]
-"""Values of a field in other shards of the run, some of a shard at a time."""
+"""A function that reads values of a field in other shards, a list from each shard."""
 
 
 def nothing(name: str) -> Iterable[Sequence[Any]]:
@@ -29,16 +29,16 @@ def untold(name: str) -> str:
 
 @dataclass
 class Schema:
-    """Types by name; whatever is not declared is what the first shard that shows it makes of it.
+    """Types by name; the first shard that shows a type decides one that is not declared.
 
     Attributes:
         fields: types that the config declares.
         columns: types that models declare.
-        shapes: of features, as models declare them.
-        version: of the custom code, whose columns another version may give other types.
-        run: keeps what tasks agree on; without one, this object does.
-        ahead: where to look for a field that a shard has no value of.
-        kept: the type that a field has in what was finished before types were agreed on.
+        shapes: shapes of features that models declare.
+        version: the hash of the custom code: another version's columns may have other types.
+        run: the run folder that keeps the agreed types; None to keep them in this object.
+        ahead: reads values of a field in other shards, if a shard has none.
+        kept: finds a field's type in outputs of versions that did not agree on types.
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Schema:
 
     @classmethod
     def of(cls, config: Config) -> Schema:
-        """Of a config alone, which no other process shares; a custom file's types are found."""
+        """Make the types of a config for one process; a custom file's types are not declared."""
         known, _ = config.registry(Registry())
         built_in = {} if config.custom_file else {**known.columns, **known.features}
         return cls(
@@ -62,7 +62,7 @@ class Schema:
         )
 
     def field(self, name: str, values: Sequence[Any] = ()) -> str:
-        """A field's type; empty where nothing tells it: all values are null, here and ahead."""
+        """A field's type; empty if all its values are null, in this shard and ahead."""
         if declared := self.fields.get(name):
             return declared
         if known := self._agreed("field", name):
@@ -72,35 +72,35 @@ class Schema:
             if kind := agreeable(name, others):
                 break
         if not kind and any(value is not None for value in values):
-            kind = "json"  # empty lists: of what, nobody knows
+            kind = "json"  # all are empty lists
         return str(self._agreed("field", name, kind)) if kind else ""
 
     def settled(self, name: str) -> str:
-        """A field's type where nothing has told it: text, in which any value has a place."""
+        """A field's type; text, which holds any value, if no value has decided the type."""
         return self.field(name) or str(self._agreed("field", name, "string"))
 
     def is_seen(self, name: str) -> bool:
-        """Whether a sample of the run has the field, be it null."""
+        """Whether a sample of the run has the field, even if its value is null."""
         return bool(self._agreed("seen", name))
 
     def mark_seen(self, name: str) -> None:
         self._agreed("seen", name, True)
 
     def column(self, name: str, found: str = "") -> str:
-        """A column's type; empty where nothing is declared, agreed or found.
+        """A column's type; empty if none is declared, agreed or found.
 
         Args:
-            found: what a shard's values are; empty where that cannot be told.
+            found: the type of a shard's values; empty if they have none.
         """
         if declared := self.columns.get(name):
             return declared
         return str(self._agreed(f"column{self.version}", name, found) or "")
 
     def shape(self, name: str, found: Shape | None = None) -> Shape | None:
-        """Of a feature's rows.
+        """The shape of a feature's rows.
 
         Args:
-            found: a shard's; None where it has no rows.
+            found: the shape in a shard; None if the shard has no rows.
         """
         if name in self.shapes:
             return self.shapes[name] if found is None else found
@@ -125,10 +125,10 @@ class Schema:
 
 
 def _type(what: str, found: Any) -> Any:
-    """What a note of `Schema` says.
+    """Read the type in a note of `Schema`.
 
     Raises:
-        ValueError, LookupError, TypeError: it is none.
+        ValueError, LookupError, TypeError: the note is damaged.
     """
     kind = found["type"]
     if what.startswith("feature"):

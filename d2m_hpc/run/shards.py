@@ -1,4 +1,4 @@
-"""The plan on disk: a parquet of all shards."""
+"""The plan on disk: a parquet of all shards of a run."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _SCHEMA = pa.schema([("stem", pa.string()), ("url", pa.string()), ("size", pa.in
 
 ADVICE = "remove it and submit again: it is made anew, and what is done stays done"
 PART = 1 << 14
-"""Shards that are held at once where some are drawn."""
+"""Shards that are read at once when some are drawn."""
 
 
 def write_shards(path: Path, shards: Sequence[Shard], private: bool = False) -> None:
-    """Write a plan; it stays private where it was, as it keeps what was planned before.
+    """Write a plan; a plan that is private stays so, as it keeps its earlier URLs.
 
     Args:
-        private: new URLs hold secrets.
+        private: whether new URLs hold secrets.
     """
     stems, urls = _strings(s.stem for s in shards), _strings(s.url for s in shards)
     columns = [stems, urls, _integers([s.size for s in shards])]
@@ -39,8 +39,8 @@ def write_shards(path: Path, shards: Sequence[Shard], private: bool = False) -> 
     atomic_write(path, sink.getvalue().to_pybytes(), private=private or is_private(path))
 
 
-# By their buffers (Arrow's columnar format): `pyarrow.array`, like `read_table`, imports pandas
-# where it is installed, and that takes up to a second.
+# These two make Arrow's buffers themselves: `pyarrow.array`, like `read_table`, imports pandas if
+# pandas is installed, which takes up to a second.
 
 
 def _strings(texts: Iterable[str]) -> pa.Array:
@@ -62,7 +62,7 @@ def read_shards(path: Path) -> list[Shard]:
 
 
 def read_some(path: Path, most: int) -> list[Shard]:
-    """So many shards of a plan, drawn at random; all where there are no more."""
+    """Draw at most `most` shards of a plan at random."""
     shards: list[Shard] = []
     with undamaged(path, ADVICE), _opened(path) as file:
         total = file.metadata.num_rows
@@ -75,21 +75,21 @@ def read_some(path: Path, most: int) -> list[Shard]:
 
 
 def read_named(path: Path, stems: Sequence[str]) -> list[Shard]:
-    """The shards of a plan that have these stems."""
-    import pyarrow.compute as pc  # takes longer than most commands need
+    """Read the shards of a plan with the given stems."""
+    import pyarrow.compute as pc  # the import takes longer than most commands do
 
     table = _table(path, _SCHEMA.names)
     return list(map(Shard, *_lists(table.filter(pc.is_in(table["stem"], _strings(stems))))))
 
 
 def read_stems(path: Path) -> list[str]:
-    """Of all shards of a plan, in its order."""
+    """Read the stems of all shards of a plan, in its order."""
     [stems] = _read(path, ["stem"])
     return stems
 
 
 def _read(path: Path, columns: Sequence[str]) -> list[list[Any]]:
-    """Each column's values; none where there is no plan yet."""
+    """Read the values of columns; empty lists if there is no plan yet."""
     if not path.exists():
         return [[] for _ in columns]
     return _lists(_table(path, columns))
@@ -105,7 +105,7 @@ def _lists(table: pa.Table) -> list[list[Any]]:
 
 
 def _opened(path: Path) -> pq.ParquetFile:
-    """To be read in parts: nothing is fetched in advance."""
+    """Open a plan to read it in parts, without fetching anything in advance."""
     return pq.ParquetFile(
         path, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 16
     )

@@ -1,9 +1,9 @@
-"""Folders, one for each attempt, in which a pair is written before it is renamed into place.
+"""Staging folders, one for each attempt: a pair is written there before it is renamed into place.
 
 The folder fences the commit. A task may be frozen (SIGSTOP, a hung file server) for longer than its
 lease, and go on in the middle of a commit. Every step of a commit is a rename into or out of the
 attempt's own folder, and the next task that claims the shard first renames the folders of earlier
-attempts away. Whichever step the frozen task wakes at fails with ENOENT.
+attempts away. So the next step of the frozen task fails with ENOENT.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from d2m_hpc.storage.files import FOLDER_MODE
 
 STAGING = ".d2m-tmp"
 DOOMED = ".removed-"
-"""The names of folders that were renamed away begin so; any task may delete these."""
+"""The prefix of folders that were renamed away; any task may delete these."""
 TRIES = 100
+"""Tries to make a folder while other tasks remove its parent."""
 
 
 class Staging:
-    """The attempts' folders; `root` is on the outputs' filesystem, so that a rename commits."""
+    """The staging folders in `root`, on the outputs' filesystem, so that a rename commits."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -31,8 +32,8 @@ class Staging:
     def make(self, stem: str, attempt: int) -> Path:
         """Make an attempt's folder.
 
-        A task that ends may remove the empty `root` at any moment; it is then made again, but
-        never the folder that `root` lies in: a disk that is not mounted must not be written to.
+        A task that ends may remove the empty `root` at any moment, so `root` is made as well; the
+        folder around `root` is not, lest an unmounted disk's mount point is written to.
 
         Raises:
             OSError: the folder cannot be made.
@@ -50,17 +51,17 @@ class Staging:
         return folder
 
     def fence(self, stem: str, attempt: int | None = None) -> bool:
-        """Take the folders of earlier attempts at a shard away; the caller holds its lease.
+        """Remove the folders of earlier attempts at a shard; the caller holds its lease.
 
         Args:
             attempt: the caller's own number; folders of later attempts stay, as the caller itself
-                may have been frozen. None for all.
+                may have been frozen. None removes all.
 
         Returns:
-            Whether there were any.
+            Whether there was a folder to remove.
 
         Raises:
-            OSError: a folder is still in its place.
+            OSError: a folder could not be renamed away.
         """
         found = False
         for name in self._names():
@@ -74,7 +75,7 @@ class Staging:
         return found
 
     def stems(self) -> set[str]:
-        """Stems of the shards that have folders of attempts."""
+        """The stems of all shards with staging folders."""
         return {_stem(name) for name in self._names() if not name.startswith(DOOMED)}
 
     def _names(self) -> list[str]:
@@ -83,7 +84,7 @@ class Staging:
         return []
 
     def close(self) -> None:
-        """Remove `root` when no task uses it."""
+        """Remove `root` if no task uses it."""
         for name in self._names():
             if name.startswith(DOOMED):
                 shutil.rmtree(self.root / name, ignore_errors=True)
@@ -108,6 +109,6 @@ def _stem(name: str) -> str:
 
 
 def _attempt(name: str) -> int | None:
-    """The attempt's number; None where another version made the folder."""
+    """The number of a folder's attempt; None if another version made the folder."""
     number = name.rpartition(".")[2].partition("-")[0]
     return int(number) if number.isdecimal() and "." in name else None

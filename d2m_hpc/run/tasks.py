@@ -1,4 +1,4 @@
-"""What the attempts of array tasks say of themselves, in their progress files."""
+"""The progress of array tasks, as they write it every few seconds."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.merge import listed
 
 ACTIVE_SECONDS = 60.0
-"""A task that said nothing for so long does not count as running."""
+"""A task that has been silent for longer does not count as running."""
 TASK = re.compile(r"\d+-\d+-\d+")
 """`submission-index-attempt`."""
 FAR = 1e11
-"""Seconds since the epoch that no clock shows."""
+"""Seconds since the epoch beyond the year 5000, which no clock shows."""
 
 
 @dataclass
 class Progress:
-    """The figures of one attempt of one task, as the task itself writes them every few seconds.
+    """The figures of one attempt of one task.
 
     Attributes:
         task: `submission-index-attempt`.
-        device: as torch names it, with the GPU's own index where Slurm shows the task only some.
-        gpu: the GPU's model; empty on a CPU, and where an earlier version wrote the file.
-        shard: the newest one that was begun.
+        device: torch's name, with the GPU's own index if Slurm shows the task only some GPUs.
+        gpu: the GPU's model; empty on a CPU, and in files of earlier versions.
+        shard: the newest shard that was begun.
         started, updated: seconds since the epoch.
         state: `running`, `finished`, `out of time`, or `stopped` by a signal or an error.
     """
@@ -50,7 +50,7 @@ class Progress:
     state: str = "running"
 
     def after(self, earlier: Progress) -> Progress:
-        """With the figures of an earlier task of the same process added."""
+        """Add the figures of an earlier task of the same process."""
         summed = ("shards", "done", "failed", "rows", "rejected")
         counts = {name: getattr(self, name) + getattr(earlier, name) for name in summed}
         return replace(self, started=earlier.started, **counts)
@@ -84,10 +84,10 @@ class Progress:
 
     @property
     def ending(self) -> str:
-        """How the attempt ended, in one word.
+        """The end of the attempt in one word.
 
         `finished`, `failed` (finished, with failed shards), `requeued` (out of time), `stopped`,
-        `lost` (fell silent: it was killed, or its node died), or `running`.
+        `lost` (silent: the task was killed, or its node died), or `running`.
         """
         if self.state == "running":
             return "running" if self.is_active else "lost"
@@ -97,9 +97,9 @@ class Progress:
 
 
 def attempts(run: RunDir) -> list[Progress]:
-    """What every attempt of every task last said of itself; what is no progress is left out."""
+    """Read the newest progress of every attempt of every task; damaged values are left out."""
     last: dict[str, Progress] = {}
-    for values in _all_told(run):
+    for values in _all_values(run):
         if not _is_progress(values):
             continue
         told = Progress(**{name: values[name] for name in _NAMES & values.keys()})
@@ -111,16 +111,16 @@ def attempts(run: RunDir) -> list[Progress]:
 _NAMES = {f.name for f in fields(Progress)}
 
 
-def _all_told(run: RunDir) -> Iterator[Any]:
+def _all_values(run: RunDir) -> Iterator[Any]:
     for path in listed(run.progress):
         with suppress(FileNotFoundError, IsADirectoryError):
             for line in path.read_bytes().split(b"\n"):
-                with suppress(ValueError, RecursionError):  # it is being written, or damaged
+                with suppress(ValueError, RecursionError):  # the line is being written, or damaged
                     yield json.loads(line)
 
 
 def _is_progress(told: Any) -> bool:
-    """Whether these are the values of a task's progress, as a whole file has them."""
+    """Whether values are those of a task's whole progress file."""
     texts = ("task", "host", "shard", "state")
     if not isinstance(told, dict) or not all(isinstance(told.get(n), str) for n in texts):
         return False
@@ -136,7 +136,7 @@ def _is_progress(told: Any) -> bool:
 
 
 def log_file(run: RunDir, task: str) -> Path | None:
-    """Where a task logs; None where that is not the name of one."""
+    """The log file of a task; None if no task has that name."""
     if not TASK.fullmatch(task):
         return None
     submission, index, _ = task.split("-")

@@ -1,4 +1,4 @@
-"""Who calls."""
+"""The name of the calling user."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 
 
 def user_name() -> str:
-    """The user's name; in a container, whose users need not be listed anywhere, the number."""
+    """The user's name; the user's number in a container that lists no users."""
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # until Python 3.12 and since
+    except (KeyError, OSError):  # KeyError until Python 3.12, OSError since then
         return f"uid {os.getuid()}"

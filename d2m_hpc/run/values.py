@@ -1,13 +1,14 @@
-"""JSON values of a field as one type: which type holds them, and the values as a column of it.
+"""The values of a JSON field as one type: the type that holds all of them, and their column.
 
-Nothing is cast silently: a value is kept as it is, becomes its JSON text where the type says so, or
-does not fit.
+No cast loses anything: a value stays as it is, becomes its JSON text in a column of texts, or does
+not fit.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -15,8 +16,9 @@ import pyarrow as pa
 from d2m_hpc.models.types import DEEPEST, KNOWN, misfit, parts
 
 EXACT = 2**53
-"""Integers up to this are float64s."""
+"""The largest integer up to which float64 holds all integers."""
 SHOWN = 40
+"""The most characters of a value in a message."""
 DIRECT: dict[str, set[type]] = {
     "string": {str},
     "bool": {bool},
@@ -24,13 +26,14 @@ DIRECT: dict[str, set[type]] = {
     "uint64": {int},
     "float64": {int, float},
 }
-"""Types of Python that Arrow converts by itself, refusing what it would have to change."""
+"""Python's types that Arrow converts by itself; Arrow refuses values that it would change."""
 FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}
 RANGES = {"int64": range(-(2**63), 2**63), "uint64": range(2**64)}
+_parts = cache(parts)
 
 
 def arrow_type(kind: str) -> pa.DataType:
-    """Arrow's type of a name as `models.types` has them."""
+    """Arrow's type for a type's name in `models.types`."""
     outer, inner = parts(kind)
     if outer == "list":
         return pa.list_(arrow_type(inner))
@@ -40,7 +43,7 @@ def arrow_type(kind: str) -> pa.DataType:
 
 
 def name_of(kind: pa.DataType) -> str:
-    """The name of Arrow's type; empty where it tells nothing or has none of ours."""
+    """The name in `models.types` of Arrow's type; empty if there is none."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         inner = name_of(kind.value_type)
         return f"list<{inner}>" if inner else ""
@@ -50,10 +53,7 @@ def name_of(kind: pa.DataType) -> str:
     if pa.types.is_large_string(kind):
         return "string"
     plain = pa.types.is_primitive(kind) or pa.types.is_string(kind)
-    name = {"float": "float32", "double": "float64", "halffloat": "float16"}.get(
-        str(kind), str(kind)
-    )
-    return name if plain and not pa.types.is_temporal(kind) else ""
+    return FLOATS.get(str(kind), str(kind)) if plain and not pa.types.is_temporal(kind) else ""
 
 
 def json_text(value: Any) -> str:
@@ -61,7 +61,7 @@ def json_text(value: Any) -> str:
 
 
 def _strict(value: Any) -> str:
-    """A text that every JSON parser takes: JSON has no NaN and no infinity."""
+    """The JSON text of a value without NaN and infinity, which JSON lacks."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
@@ -69,10 +69,10 @@ def _strict(value: Any) -> str:
 
 
 def inferred(values: Iterable[Any], depth: int = 0) -> str:
-    """The type that holds all of some JSON values; empty where nulls and empty lists tell none.
+    """The type that holds all of some JSON values; empty if all are nulls or empty lists.
 
-    Numbers are float64, or integers where some are beyond what that holds. Lists of one type are
-    lists. Objects, mixtures and deeper nesting become JSON text.
+    Numbers are float64, or integers if float64 does not hold some of them. Lists of one type are
+    lists. Objects, mixtures and deeper nesting are JSON text.
     """
     given = [value for value in values if value is not None]
     types = set(map(type, given))
@@ -106,9 +106,9 @@ def _number(values: Sequence[float]) -> str:
 
 
 def agreeable(name: str, values: Sequence[Any]) -> str:
-    """The type that a run agrees on for a field, by a shard's values; empty where they tell none.
+    """The type to agree on for a field, by a shard's values; empty if the values decide none.
 
-    Fields of well-known data sets have the type that they have there, if the values are of it.
+    A field of a well-known data set gets its type there, if all values fit.
     """
     kind, known = inferred(values), KNOWN.get(name, "")
     if not known or kind == known:
@@ -119,28 +119,30 @@ def agreeable(name: str, values: Sequence[Any]) -> str:
 
 
 def column(name: str, kind: str, values: Sequence[Any]) -> tuple[pa.Array, dict[int, str]]:
-    """Values as a column, null where one does not fit.
+    """Make a column of values, with a null for each value that does not fit.
 
     Returns:
-        The column, and by its place why a value does not fit, with the declaration that helps.
+        The column, and by its place the reason why a value does not fit, with the declaration that
+        helps.
     """
     wanted = arrow_type(kind)
     if set(map(type, values)) - {type(None)} <= DIRECT.get(kind, set()):
         try:
             return pa.array(values, wanted), {}
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            pass  # an integer that is too large; which one, a closer look tells
-    fit, bad = _fitting(kind), {}
-    held: list[Any] = [None] * len(values)
+            pass  # an integer is too large, and is found below
+    held, bad = [None] * len(values), {}
     for place, value in enumerate(values):
         try:
-            held[place] = None if value is None else fit(value)
+            held[place] = _fitted(kind, value)
         except _Misfit as odd:
             bad[place] = _reason(name, kind, value, odd.value)
     return pa.array(held, wanted), bad
 
 
 class _Misfit(Exception):
+    """A value, or one within a list or an object, that does not fit the column's type."""
+
     def __init__(self, value: Any) -> None:
         self.value = value
 
@@ -155,7 +157,7 @@ def _reason(name: str, kind: str, value: Any, odd: Any) -> str:
 
 
 def _helping(kind: str, value: Any) -> str:
-    """The declaration that takes a value and what the type held so far."""
+    """The declaration that takes a value and all values of the type so far."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if kind in RANGES and isinstance(value, float):
         return "float64"
@@ -174,56 +176,26 @@ def _is_exact(value: float) -> bool:
         return False
 
 
-def _fitting(kind: str) -> Callable[[Any], Any]:
-    """What makes a value one of a type, or raises `_Misfit`."""
-    outer, inner = parts(kind)
-    if kind == "json":
-        return _strict
-    if kind == "string":
-        return lambda value: value if isinstance(value, str) else json_text(value)
-    if outer == "list":
-        return _listing(_fitting(inner))
-    if outer == "map":
-        return _mapping(_fitting(inner))
-    return {"bool": _bool, "float64": _float}.get(kind) or _whole(RANGES[kind])
-
-
-def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _Misfit(value)
-    return value
-
-
-def _float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_exact(value):
-        raise _Misfit(value)
-    return float(value)
-
-
-def _whole(held: range) -> Callable[[Any], int]:
-    def fit(value: Any) -> int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value not in held:
-            raise _Misfit(value)
+def _fitted(kind: str, value: Any) -> Any:
+    """Convert a JSON value to a type; raise `_Misfit` if that loses anything."""
+    given = type(value)
+    if value is None or (kind == "float64" and given is float):
         return value
-
-    return fit
-
-
-def _listing(fit: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def fit_list(value: Any) -> list[Any]:
-        if not isinstance(value, list):
-            raise _Misfit(value)
-        return [None if item is None else fit(item) for item in value]
-
-    return fit_list
-
-
-def _mapping(fit: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def fit_map(value: Any) -> list[tuple[str, Any]]:
-        if not isinstance(value, dict):
-            raise _Misfit(value)
-        return [(key, None if item is None else fit(item)) for key, item in value.items()]
-
-    return fit_map
+    if kind == "string":
+        return value if given is str else json_text(value)
+    if kind == "json":
+        return _strict(value)
+    if given is bool and kind == "bool":
+        return value
+    if given is int and kind == "float64" and _is_exact(value):
+        return float(value)
+    if kind in RANGES and (given is int or (given is float and value.is_integer())):
+        if (whole := int(value)) in RANGES[kind]:
+            return whole
+    elif given is list or given is dict:
+        outer, inner = _parts(kind)
+        if outer == "list" and given is list:
+            return [_fitted(inner, item) for item in value]
+        if outer == "map" and given is dict:
+            return [(key, _fitted(inner, item)) for key, item in value.items()]
+    raise _Misfit(value)

@@ -103,3 +103,14 @@ class Lease:
         """Give the claim back; where the disk does not take that, it is lost by its silence."""
         with suppress(OSError):
             self._lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Whether another task holds the lease at a path, seen by claiming the lease for a moment."""
+    if not path.exists():
+        return False
+    lease = Lease(path)
+    if lease.claim():
+        lease.release()
+        return False
+    return True

@@ -12,7 +12,7 @@ from typing import Any
 
 from d2m_hpc.config import Config, glance
 from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
-from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.launch import slurm
 from d2m_hpc.launch.waiting import Waiting, why
 from d2m_hpc.plan import changed
@@ -122,7 +122,7 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
     return run, config
 
 
-@uncollected()
+@gc_paused()
 def look(run: RunDir, config: Config) -> Summary:
     """A summary with what is found of the tars: so many questions to their file server."""
     # First, while nothing else is in memory.
@@ -134,7 +134,7 @@ def look(run: RunDir, config: Config) -> Summary:
     return summary
 
 
-@uncollected()
+@gc_paused()
 def summarise(
     run: RunDir, config: Config, manifest: Manifest | None = None, found: Standings | None = None
 ) -> Summary:

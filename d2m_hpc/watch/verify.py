@@ -10,7 +10,7 @@ from typing import Any
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import D2MError
-from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.plan import changed
 from d2m_hpc.plan.changed import Changed
 from d2m_hpc.plan.standing import standings
@@ -61,7 +61,7 @@ def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0
         seed: of the draw; the same one draws the same of the same shards.
     """
     output = OutputDir(config.output_metadata_dir)
-    with uncollected():
+    with gc_paused():
         manifest, there = Manifest.load(run), output.pairs()
         found = standings(run, config, manifest, there[".parquet"])
     done = manifest.done

@@ -10,7 +10,7 @@ import pytest
 from kit import STATS, d2m, submit, write_config, write_shards
 
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.plan.forget import Forgotten, forget, remember
+from d2m_hpc.plan.forget import forget, forgotten, remember
 from d2m_hpc.run import alone
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.records import Shard
@@ -50,7 +50,7 @@ def test_shards_are_named_by_stem_path_or_url(
 ) -> None:
     assert {s.stem for s in forget(run, names, ())} == set(stems)
     assert set(read_stems(run.shards)) == {s.stem for s in SHARDS} - set(stems)
-    assert set(Forgotten.of(run).by_url.values()) == set(stems)
+    assert set(forgotten(run).values()) == set(stems)
 
 
 def test_this_folder_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,11 +96,11 @@ def test_what_was_forgotten_comes_back_with_its_stem(run: RunDir) -> None:
         file.write(b'{"forgotten": true, "url": "/torn')
     assert [s.stem for s in remember(run, ["00001"])] == ["00001"]
     assert read_stems(run.shards)[-1] == "00001"
-    assert "00001" not in Forgotten.of(run).by_url.values()
+    assert "00001" not in forgotten(run).values()
     with pytest.raises(ConfigError, match="no shard of the plan"):
         remember(run, ["00001"])
     forget(run, ["00001"], ())
-    assert "00001" in Forgotten.of(run).by_url.values()
+    assert "00001" in forgotten(run).values()
 
 
 def test_a_run_goes_on_without_what_was_forgotten(tmp_path: Path) -> None:
@@ -139,4 +139,4 @@ def test_a_line_of_nothing_but_brackets_is_none(run: RunDir) -> None:
     forget(run, ["00001"], ())
     with run.forgotten.open("a") as file:
         file.write("[" * 200_000 + "\n")
-    assert set(Forgotten.of(run).by_url.values()) == {"00001"}
+    assert set(forgotten(run).values()) == {"00001"}

@@ -128,7 +128,7 @@ def test_a_file_whose_names_an_earlier_version_could_not_tell_is_not_trusted(fol
     untold = {**own, "custom_names": None}
     for old, new in ((untold, plain), (untold, {**own, "custom_file": "other"})):
         [why] = obstacles(old, new)
-        assert why.endswith("what of the finished outputs comes from it cannot be told")
+        assert why.endswith("it is not known which finished outputs come from it")
     assert obstacles(untold, own) == []
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from d2m_hpc.gc_paused import uncollected
+from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome, all_values, gist
 from d2m_hpc.run.tasks import Progress, attempts
@@ -104,7 +104,7 @@ class History:
     tasks: dict[str, Effort] = field(default_factory=lambda: defaultdict(Effort))
 
     @classmethod
-    @uncollected()
+    @gc_paused()
     def read(cls, run: RunDir) -> History:
         tasks = lanes(attempts(run))
         history = cls(lanes=tasks, shown=notable(tasks))
