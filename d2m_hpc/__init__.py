@@ -10,7 +10,8 @@ Example:
         index.add(part.values)
 """
 
-from d2m_hpc.api import Features, Part, Run, load_config, open, submit
+from d2m_hpc.api import Run, load_config, open, submit
+from d2m_hpc.subsets.finished import Features, Part
 from d2m_hpc.version import __version__
 
 __all__ = ["Features", "Part", "Run", "__version__", "load_config", "open", "submit"]

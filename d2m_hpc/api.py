@@ -1,6 +1,6 @@
-"""What the door for Python does: start a run, open one, and read what it made.
+"""The door for Python: start a run, open a run, and read what a run has made.
 
-Nothing large is imported before it is needed, and every error is a `D2MError`.
+Large libraries are imported by the functions that need them; every error is a `D2MError`.
 """
 
 from __future__ import annotations
@@ -10,37 +10,30 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from d2m_hpc.errors import ConfigError, D2MError, DiskError
+from d2m_hpc.errors import D2MError, DiskError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.dataset as pads
-    from numpy.typing import NDArray
 
     from d2m_hpc.config import Config
     from d2m_hpc.launch.flow import Backend
     from d2m_hpc.plan.decide import Decision
     from d2m_hpc.plan.workload import Workload
     from d2m_hpc.run.folder import RunDir
-    from d2m_hpc.run.pair import Pair
     from d2m_hpc.subsets.datacomp import Export
+    from d2m_hpc.subsets.finished import Features
     from d2m_hpc.subsets.select import Selection
     from d2m_hpc.watch.status import Summary
     from d2m_hpc.watch.verify import Report
     from d2m_hpc.worker.progress import Listener
 
-FOOTERS = 16
-"""Parquets whose types make those of the dataset: the tasks of a run agree on them."""
-
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """
-    Raises:
-        D2MError: the system or a store refused something; a disk, where that is at fault.
-    """
+    """Raise an OSError as a D2MError that says what the system refused, and for which file."""
     try:
         yield
     except OSError as error:
@@ -60,7 +53,7 @@ def load_config(path: str | os.PathLike[str], **keys: Any) -> Config:
 
     Args:
         path: the YAML file.
-        keys: values in place of the file's; of `slurm`, those of its keys that are named.
+        keys: values in place of the file's; `slurm` replaces only the keys in it.
 
     Raises:
         ConfigError: with every mistake that was found.
@@ -81,23 +74,23 @@ def submit(
     moved: bool | None = None,
     on_progress: Listener | None = None,
 ) -> Run:
-    """Compute what is left of a config's shards; called again, go on from there.
+    """Compute the shards of a config that are left; a second call goes on where the first stopped.
 
     Example:
         run = d2m.submit("config.yml", local=True)
         assert run.status().complete
 
     Args:
-        config: a file, or what `load_config` made of one.
-        local: compute in this process and return when all is done; else submit array tasks to
-            Slurm and return at once, and `Run.wait` waits for them.
-        preflight: before array tasks are submitted, look for what would fail on every node.
+        config: a file, or the result of `load_config`.
+        local: compute in this process and return at the end; otherwise submit array tasks to Slurm
+            and return at once (`Run.wait` waits for them).
+        preflight: look for mistakes that would stop every task before submitting array tasks.
         recompute_changed: compute tars again that were replaced.
-        moved: whether tars of planned names and sizes elsewhere are those that were planned.
-        on_progress: told how far a local run is, several times a second.
+        moved: whether tars of planned names and sizes elsewhere are the planned ones.
+        on_progress: called with the progress of a local run, several times a second.
 
     Raises:
-        ConfigError: with every mistake that was found, or what differs from the run's last config.
+        ConfigError: names every mistake, or every difference from the run's last config.
         WeightsError: a checkpoint is missing.
         SlurmError: Slurm refused.
     """
@@ -118,10 +111,10 @@ def inspect(
     moved: bool | None = None,
     where: str = "config",
 ) -> Workload:
-    """Look at all that a config names.
+    """Check all that a config names.
 
     Args:
-        where: the config's file, for messages, where it was read already.
+        where: the config's file, for messages, if `config` is no file.
     """
     from d2m_hpc.plan import workload
 
@@ -150,7 +143,7 @@ def begin(
     on_decision: Callable[[Decision], None] = lambda decision: None,
     left_out: Collection[str] = (),
 ) -> Run:
-    """Have a back end do all that is left."""
+    """Have a back end do all shards that are left."""
     from d2m_hpc.launch import flow
 
     flow.submit(workload, backend, on_decision, left_out)
@@ -159,41 +152,27 @@ def begin(
 
 @_explained()
 def open(target: str | os.PathLike[str]) -> Run:
-    """A run that was submitted before.
+    """Open a run that was submitted before.
 
     Example:
         print(d2m.open("metadata/.d2m").status().eta_seconds)
 
     Args:
-        target: its config file or its run folder.
+        target: the run's config file or its run folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such run.
     """
     from d2m_hpc.watch.status import find_run
 
     return Run(*find_run(Path(target)))
 
 
-class Part(NamedTuple):
-    """A feature's vectors of one shard, a row each, in the order of its parquet.
-
-    Attributes:
-        stem: the shard's name, and that of its files.
-        keys: of the samples.
-        values: [rows, ...]
-    """
-
-    stem: str
-    keys: list[str]
-    values: NDArray[Any]
-
-
 class Run:
-    """A run, by its folder: how far it is, and what it made.
+    """A run in its folder: its state and its outputs.
 
     Attributes:
-        config: as it was submitted last.
+        config: the config of the last submit.
     """
 
     def __init__(self, folder: RunDir, config: Config) -> None:
@@ -209,7 +188,7 @@ class Run:
 
     @_explained()
     def status(self) -> Summary:
-        """How far the run is, in figures: `done`, `failed`, `rows`, `failures` and more."""
+        """Count the run's shards and rows: `done`, `failed`, `rows`, `failures` and more."""
         from d2m_hpc.watch.status import look
 
         return look(self._folder, self.config)
@@ -219,8 +198,8 @@ class Run:
         """Check every output against its record.
 
         Args:
-            sample: so many shards only, drawn at random.
-            seed: of the draw.
+            sample: the number of shards to check, drawn at random; by default all.
+            seed: the seed of the draw.
         """
         from d2m_hpc.watch.verify import verify
 
@@ -231,7 +210,7 @@ class Run:
         """Cancel all pending and running array tasks; returns how many there were.
 
         Raises:
-            SlurmError: some are still there, or Slurm cannot be asked.
+            SlurmError: some tasks are still there, or Slurm does not answer.
         """
         from d2m_hpc.launch import arrays
 
@@ -242,7 +221,7 @@ class Run:
         """Wait until the last array task has ended.
 
         Raises:
-            SlurmError: nothing that is left can start, or Slurm has not answered for minutes.
+            SlurmError: no task that is left can start, or Slurm has not answered for minutes.
         """
         from d2m_hpc.launch import arrays
 
@@ -256,11 +235,11 @@ class Run:
             names: stems, or patterns of stems, paths or URLs.
 
         Returns:
-            Their stems, and those of them whose outputs are there and stay.
+            The shards' stems, and the stems of those shards whose outputs remain.
 
         Raises:
             ConfigError: there is no such shard.
-            D2MError: tasks are working on some of them.
+            D2MError: tasks are working on some of the shards.
         """
         from d2m_hpc.launch import arrays
         from d2m_hpc.plan.forget import forget
@@ -272,7 +251,7 @@ class Run:
 
     @_explained()
     def remember(self, names: Sequence[str]) -> list[str]:
-        """Put shards back into the plan that `forget` took out; returns their stems."""
+        """Put shards that `forget` took out back into the plan; returns their stems."""
         from d2m_hpc.plan.forget import remember
 
         return [shard.stem for shard in remember(self._folder, names)]
@@ -282,7 +261,7 @@ class Run:
         """The log of the task that worked on a shard last.
 
         Raises:
-            ConfigError: no task has worked on it.
+            ConfigError: no task has worked on the shard.
         """
         from d2m_hpc.watch.status import log_of
 
@@ -295,11 +274,11 @@ class Run:
         score: str | None = None,
         samples: int = 8,
     ) -> Path:
-        """Write what the run did and made as one HTML file.
+        """Write a report on the run and its outputs as one HTML file.
 
         Args:
             score: the column that sorts the contact sheet.
-            samples: pictures at each end of the score.
+            samples: the number of pictures at each end of the score.
         """
         from d2m_hpc.launch.guest import pictures
 
@@ -324,14 +303,14 @@ class Run:
             run.select("best.npy", "\"text-words\" > 3", top=0.3, by="oai-clip-vit-l14-score")
 
         Args:
-            output: a file in .npy.
+            output: a .npy file.
             where: an SQL expression over the columns.
-            top: of what `where` leaves, the best share, or so many.
+            top: the share (up to 1) or the number of the best samples among those of `where`.
             by: the column whose highest values are the best.
-            on_shards: told how many shards were read, of how many.
+            on_shards: called with the number of shards read, and of all shards.
 
         Raises:
-            ConfigError: with every mistake in the query.
+            ConfigError: names every mistake in the query.
         """
         from d2m_hpc.subsets.select import Query, select
 
@@ -345,7 +324,7 @@ class Run:
         """Write DataComp's blur map and sizes.json.
 
         Args:
-            allow_missing: though shards are not finished.
+            allow_missing: write them even if shards are not finished.
         """
         from d2m_hpc.subsets.datacomp import export
 
@@ -353,33 +332,24 @@ class Run:
 
     @_explained()
     def dataset(self) -> pads.Dataset:
-        """The columns of all finished shards, of which nothing is read before it is asked for.
+        """Open the columns of all finished shards as a dataset, without reading them.
 
-        Columns and filters are chosen while files are read, so that a run of any size can be
-        worked through; DuckDB and polars take such a dataset as it is.
+        A query reads only its columns and rows, so a run may be larger than memory; DuckDB and
+        polars take such a dataset as it is.
 
         Example:
             run.dataset().count_rows(filter=pc.field("image-brightness") > 0.5)
             duckdb.from_arrow(run.dataset()).aggregate("avg(\"image-brightness\")")
         """
-        import pyarrow as pa
-        import pyarrow.dataset as pads
+        from d2m_hpc.subsets import finished
 
-        pairs = self._pairs()
-        if not pairs:
-            return pads.dataset(pa.table({"key": pa.array([], pa.string())}))
-        output = pairs[0].output
-        some = pairs[:: -(-len(pairs) // FOOTERS)]
-        with _readable(output.url):
-            kinds = [pair.metadata().schema.to_arrow_schema().remove_metadata() for pair in some]
-            schema = pa.unify_schemas(kinds, promote_options="permissive")
-            paths = [output.path(pair.name(".parquet")) for pair in pairs]
-            return pads.dataset(paths, schema, "parquet", output.fs)
+        return finished.dataset(self._folder, self.config)
 
+    @_explained()
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The columns of all finished shards in memory, in the plan's order, rows in the tars'.
+        """Read the columns of all finished shards, in the plan's order, rows in the tars' order.
 
-        Ten million rows of ten scores take half a gigabyte; of a larger run, `dataset` reads some.
+        Ten million rows of ten scores take half a gigabyte; `dataset` suits a larger run.
 
         Example:
             run.table(["key", "image-brightness"]).to_pandas()
@@ -391,117 +361,24 @@ class Run:
             ConfigError: there is no such column.
             D2MError: a parquet cannot be read.
         """
-        found = self.dataset()
-        for name in columns or ():
-            _require_known("column", name, found.schema.names)
-        with _readable(self.config.output_metadata_dir):
-            return found.to_table(columns)
+        from d2m_hpc.subsets import finished
+
+        return finished.table(self._folder, self.config, columns)
 
     @_explained()
     def features(self, name: str) -> Features:
-        """One feature's vectors of all finished shards, a shard at a time, or as one array.
+        """Read the vectors of a feature in all finished shards, a shard at a time or as one array.
 
         Example:
             for part in run.features("oai-clip-vit-l14-image"):
                 index.add_with_ids(part.values, part.keys)
 
         Args:
-            name: as in the config's `postprocess_features`, or as in the npz.
+            name: the feature's name in the config's `postprocess_features`, or in the npz.
 
         Raises:
             ConfigError: there is no such feature.
         """
-        names = {n: self.config.renamed(n) for n in self.config.postprocess_features}
-        _require_known("feature", name, {**names, **{n: n for n in names.values()}})
-        return Features(names.get(name, name), self._pairs())
+        from d2m_hpc.subsets import finished
 
-    def _pairs(self) -> list[Pair]:
-        """Of all finished shards with rows, in the plan's order."""
-        from d2m_hpc.plan.standing import standings
-        from d2m_hpc.run.outputs import OutputDir
-        from d2m_hpc.run.pair import Pair
-
-        output = OutputDir(self.config.output_metadata_dir)
-        done = standings(self._folder, self.config).done
-        return [Pair(output, stem) for stem, outcome in done.items() if outcome.rows]
-
-
-class Features:
-    """A feature's vectors; each time that they are gone through, they are read anew.
-
-    Attributes:
-        name: as in the npz.
-    """
-
-    def __init__(self, name: str, pairs: Sequence[Pair]) -> None:
-        self.name, self._pairs = name, pairs
-
-    def __iter__(self) -> Iterator[Part]:
-        """
-        Raises:
-            D2MError: a file cannot be read, or its pair's other file is not of the same rows.
-        """
-        for pair in self._pairs:
-            with _readable(pair.output.path(pair.stem)):
-                keys: list[str] = pair.table(["key"])["key"].to_pylist()
-                values = pair.features([self.name])[self.name]
-            if len(keys) != len(values):
-                raise _unreadable(pair.output.path(pair.stem), "its files are of different rows")
-            yield Part(pair.stem, keys, values)
-
-    def array(self, path: str | os.PathLike[str] | None = None) -> tuple[list[str], NDArray[Any]]:
-        """All keys, and all vectors as one array, row by row.
-
-        Args:
-            path: a new .npy file that the array is written to and mapped from, where it does not
-                fit into memory; by default it is in memory.
-
-        Raises:
-            D2MError: a file cannot be read, or shards have vectors of different lengths.
-        """
-        import numpy as np
-
-        with _readable(self.name):
-            rows = sum(pair.metadata().num_rows for pair in self._pairs)
-        keys: list[str] = []
-        whole: NDArray[Any] = np.empty((0, 0), np.float32)
-        for part in self:
-            shape, dtype = (rows, *part.values.shape[1:]), part.values.dtype
-            if not keys and path is None:
-                whole = np.empty(shape, dtype)
-            elif not keys and path is not None:
-                whole = np.lib.format.open_memmap(Path(path), "w+", dtype, shape)
-            if (whole.shape, whole.dtype) != (shape, dtype):
-                raise _unreadable(part.stem, f"{self.name!r} is of another shape or type here")
-            whole[len(keys) : len(keys) + len(part.keys)] = part.values
-            keys += part.keys
-        return keys, whole
-
-
-def _require_known(kind: str, name: str, known: Collection[str]) -> None:
-    """
-    Raises:
-        ConfigError: a name is none of those known.
-    """
-    from d2m_hpc.storage.texts import nearest
-
-    if name not in known:
-        raise ConfigError("run", [f"found no {kind} {name!r}{nearest(name, known)}"])
-
-
-@contextmanager
-def _readable(where: str) -> Iterator[None]:
-    """
-    Raises:
-        D2MError: an output cannot be read.
-    """
-    try:
-        yield
-    except D2MError:
-        raise
-    except Exception as error:  # each store, and each library at a damaged byte, raises its own
-        raise _unreadable(where, f"{type(error).__name__}: {error}") from error
-
-
-def _unreadable(where: str, why: str) -> D2MError:
-    return D2MError(f"{where} cannot be read: {why}; see `d2m verify`")
+        return finished.features(self._folder, self.config, name)

@@ -1,0 +1,160 @@
+"""Read the finished outputs of a run: columns as a dataset or a table, features shard by shard.
+
+Importing this module loads no large library, as `import d2m_hpc` imports it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from d2m_hpc.errors import ConfigError, D2MError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.dataset as pads
+    from numpy.typing import NDArray
+
+    from d2m_hpc.config import Config
+    from d2m_hpc.run.folder import RunDir
+    from d2m_hpc.run.pair import Pair
+
+FOOTERS = 16
+"""The most parquets whose types are read for a dataset's: the tasks of a run agree on types."""
+
+
+class Part(NamedTuple):
+    """The vectors of a feature in one shard, a row each, in the order of the shard's parquet.
+
+    Attributes:
+        stem: the shard's name, and that of its files.
+        keys: the samples' keys.
+        values: [rows, ...]
+    """
+
+    stem: str
+    keys: list[str]
+    values: NDArray[Any]
+
+
+class Features:
+    """The vectors of a feature; each iteration reads the files anew.
+
+    Attributes:
+        name: the feature's name in the npz.
+    """
+
+    def __init__(self, name: str, pairs: Sequence[Pair]) -> None:
+        self.name, self._pairs = name, pairs
+
+    def __iter__(self) -> Iterator[Part]:
+        """Read one shard after the other.
+
+        Raises:
+            D2MError: a file cannot be read, or the two files of a pair differ in their rows.
+        """
+        for pair in self._pairs:
+            with _readable(pair.output.path(pair.stem)):
+                keys: list[str] = pair.table(["key"])["key"].to_pylist()
+                values = pair.features([self.name])[self.name]
+            if len(keys) != len(values):
+                raise _unreadable(pair.output.path(pair.stem), "its files are of different rows")
+            yield Part(pair.stem, keys, values)
+
+    def array(self, path: str | os.PathLike[str] | None = None) -> tuple[list[str], NDArray[Any]]:
+        """All keys, and all vectors as one array, row by row.
+
+        Args:
+            path: a new .npy file to write the array to and map it from, if the array does not fit
+                into memory.
+
+        Raises:
+            D2MError: a file cannot be read, or shards have vectors of different lengths.
+        """
+        import numpy as np
+
+        with _readable(self.name):
+            rows = sum(pair.metadata().num_rows for pair in self._pairs)
+        keys: list[str] = []
+        whole: NDArray[Any] = np.empty((0, 0), np.float32)
+        for part in self:
+            shape, dtype = (rows, *part.values.shape[1:]), part.values.dtype
+            if not keys and path is None:
+                whole = np.empty(shape, dtype)
+            elif not keys and path is not None:
+                whole = np.lib.format.open_memmap(Path(path), "w+", dtype, shape)
+            if (whole.shape, whole.dtype) != (shape, dtype):
+                raise _unreadable(part.stem, f"{self.name!r} is of another shape or type here")
+            whole[len(keys) : len(keys) + len(part.keys)] = part.values
+            keys += part.keys
+        return keys, whole
+
+
+def dataset(run: RunDir, config: Config) -> pads.Dataset:
+    """Open the columns of all finished shards, in the plan's order."""
+    import pyarrow as pa
+    import pyarrow.dataset as pads
+
+    pairs = _pairs(run, config)
+    if not pairs:
+        return pads.dataset(pa.table({"key": pa.array([], pa.string())}))
+    output = pairs[0].output
+    some = pairs[:: -(-len(pairs) // FOOTERS)]
+    with _readable(output.url):
+        kinds = [pair.metadata().schema.to_arrow_schema().remove_metadata() for pair in some]
+        schema = pa.unify_schemas(kinds, promote_options="permissive")
+        paths = [output.path(pair.name(".parquet")) for pair in pairs]
+        return pads.dataset(paths, schema, "parquet", output.fs)
+
+
+def table(run: RunDir, config: Config, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read columns of all finished shards, by default all columns."""
+    found = dataset(run, config)
+    for name in columns or ():
+        _require_known("column", name, found.schema.names)
+    with _readable(config.output_metadata_dir):
+        return found.to_table(columns)
+
+
+def features(run: RunDir, config: Config, name: str) -> Features:
+    """Find a feature of all finished shards, by its name in the config or in the npz."""
+    names = {n: config.renamed(n) for n in config.postprocess_features}
+    _require_known("feature", name, {*names, *names.values()})
+    return Features(names.get(name, name), _pairs(run, config))
+
+
+def _pairs(run: RunDir, config: Config) -> list[Pair]:
+    """The pairs of all finished shards with rows, in the plan's order."""
+    from d2m_hpc.plan.standing import standings
+    from d2m_hpc.run.outputs import OutputDir
+    from d2m_hpc.run.pair import Pair
+
+    output = OutputDir(config.output_metadata_dir)
+    done = standings(run, config).done
+    return [Pair(output, stem) for stem, outcome in done.items() if outcome.rows]
+
+
+def _require_known(kind: str, name: str, known: Collection[str]) -> None:
+    """Raise ConfigError if a name is not known."""
+    from d2m_hpc.storage.texts import nearest
+
+    if name not in known:
+        raise ConfigError("run", [f"found no {kind} {name!r}{nearest(name, known)}"])
+
+
+@contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Raise every error in reading an output as a D2MError that names the output."""
+    try:
+        yield
+    except D2MError:
+        raise
+    except Exception as error:  # each store, and each library at a damaged byte, raises its own
+        raise _unreadable(where, f"{type(error).__name__}: {error}") from error
+
+
+def _unreadable(where: str, why: str) -> D2MError:
+    return D2MError(f"{where} cannot be read: {why}; see `d2m verify`")
