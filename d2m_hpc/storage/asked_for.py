@@ -1,4 +1,4 @@
-"""Files that a user names by -o."""
+"""Write the files that a user names by -o."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from d2m_hpc.storage import files
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """
-    Raises:
-        ConfigError: the system does not let the file be written.
-    """
+    """Raise the system's refusal to write a file as a `ConfigError`."""
     try:
         yield
     except OSError as error:
@@ -27,13 +24,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, data: Iterable[bytes]) -> None:
-    """Replace a file, or that which a link leads to; a device or pipe is written into.
+    """Replace a file, or the target of a link; write into a device or a pipe.
 
     Args:
         data: the parts of the content.
 
     Raises:
-        ConfigError: the system does not let the file be written.
+        ConfigError: the system refuses.
     """
     with _writing(path):
         if _is_special(path):
@@ -45,10 +42,10 @@ def write(path: Path, data: Iterable[bytes]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder in one that is there.
+    """Make a folder whose parent exists.
 
     Raises:
-        ConfigError: the folder above is missing, or the system does not let it be made.
+        ConfigError: the parent is missing, or the system refuses.
     """
     with _writing(folder):
         _require_folder(folder)
@@ -56,10 +53,10 @@ def make_folder(folder: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Find out before hours of reading whether a file can be written in the end.
+    """Check, before hours of reading, that a file can be written at the end.
 
     Raises:
-        ConfigError: its folder is missing or cannot be written into, or the name is a folder's.
+        ConfigError: its folder is missing or read-only, or the name is a folder's.
     """
     with _writing(path):
         if path.is_dir():
@@ -73,7 +70,7 @@ def require_writable(path: Path) -> None:
 
 
 def _require_folder(path: Path) -> str:
-    """The folder in which a file is replaced: that which a link leads into."""
+    """The folder in which a file is replaced: for a link, the target's folder."""
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise FileNotFoundError(None, f"there is no folder {folder}; make it")

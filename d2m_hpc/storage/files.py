@@ -1,4 +1,4 @@
-"""How files are written: whole or not at all, by the umask, privately where they hold secrets."""
+"""Write files: whole or not at all, by the umask, private where they hold secrets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FILE_MODE, FOLDER_MODE = 0o664, 0o775
-"""Before the umask: groups share runs by umask 002 and the setgid bit; nobody shares with all."""
+"""Modes before the umask: groups share runs by umask 002 and the setgid bit; nothing is shared with
+all."""
 PRIVATE_MODE = 0o600
-"""Of files that hold secrets, as the URLs of a plan may."""
+"""The mode of files that hold secrets, such as the URLs of a plan."""
 
 
 def fsync_dir(folder: Path) -> None:
@@ -26,9 +27,9 @@ def fsync_dir(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents by the umask; none is world-writable, whatever it is.
+    """Make a folder and its parents by the umask; none becomes world-writable.
 
-    `Path.mkdir(mode, parents=True)` gives the mode to the last one only.
+    `Path.mkdir(mode, parents=True)` gives the mode to the last folder only.
     """
     if not folder.is_dir():
         make_folder(folder.parent)
@@ -36,15 +37,16 @@ def make_folder(folder: Path) -> None:
 
 
 def owned(path: str, flags: int) -> int:
-    """An opener for `open`, of files that are not world-writable, whatever the umask."""
+    """Open a file that is never world-writable, whatever the umask; an opener for `open`."""
     return os.open(path, flags, FILE_MODE)
 
 
 def regular(path: str, flags: int) -> int:
-    """An opener for `open`, of files to read; it never waits, as for somebody to write into a pipe.
+    """Open a regular file for reading, without waiting for the writer of a pipe; an opener for
+    `open`.
 
     Raises:
-        OSError: the path is a device's, a pipe's or a socket's.
+        OSError: the path names a device, a pipe or a socket.
     """
     fd = os.open(path, flags | os.O_NONBLOCK)
     mode = os.fstat(fd).st_mode
@@ -56,7 +58,7 @@ def regular(path: str, flags: int) -> int:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Name the file in errors of the system that name none, as those of full disks."""
+    """Add the file's name to system errors without one, such as those of full disks."""
     try:
         yield
     except OSError as error:
@@ -71,10 +73,10 @@ def atomic_write(
     """Replace a file so that readers see the old content or the new, never a part.
 
     Args:
-        path: the file; its folder is made if it is missing.
-        data: the whole content, or its parts where it is large.
-        durable: fsync before the rename; False for files that are rewritten every few seconds.
-        private: nobody but the owner may read it, as it holds a secret.
+        path: the file; a missing folder is made.
+        data: the whole content, or its parts.
+        durable: sync to disk before the rename; False for files that change every few seconds.
+        private: only the owner may read the file, as it holds a secret.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -94,9 +96,9 @@ def atomic_write(
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    """Replace a short file in place, by one write, for a file that changes every few seconds.
+    """Replace a short file in place by one write, for a file that changes every few seconds.
 
-    Unlike `atomic_write` it leaves nothing behind when it is killed; readers may see a part.
+    A kill leaves no temporary file, unlike with `atomic_write`; readers may see a part.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT, FILE_MODE)
     try:
@@ -107,12 +109,12 @@ def overwrite(path: Path, data: bytes) -> None:
 
 
 def own_only(path: str, flags: int) -> int:
-    """An opener for `open`."""
+    """Open a file that only its owner may read; an opener for `open`."""
     return os.open(path, flags, PRIVATE_MODE)
 
 
 def is_private(path: Path) -> bool:
-    """Whether a file is there that nobody but its owner may read."""
+    """Whether a file exists and only its owner may read it."""
     with suppress(FileNotFoundError):
         return not path.stat().st_mode & 0o077
     return False

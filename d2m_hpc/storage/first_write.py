@@ -1,4 +1,4 @@
-"""Files that the first of many tasks writes, and all others take as it wrote them."""
+"""Files that the first of many tasks writes; all other tasks use the first one's content."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from d2m_hpc.storage.files import FILE_MODE, make_folder, named
 from d2m_hpc.storage.texts import safe
 
 WITHOUT_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
-"""Filesystems that know no hard links say one of these."""
+"""Errors of filesystems without hard links."""
 PATIENCE = 10.0
-"""Seconds for the first one to finish a short file, where it cannot appear whole."""
+"""Seconds for the first task to finish a short file, where the file cannot appear whole."""
 WHY = 200
-"""Characters of what is wrong with a damaged file."""
+"""Characters of the error that are shown for a damaged file."""
 T = TypeVar("T")
 
 
@@ -30,10 +30,10 @@ def as_it_is(found: Any) -> Any:
 
 
 def read(path: Path, take: Callable[[Any], T] = as_it_is) -> T | None:
-    """What was agreed on; None where nothing was yet.
+    """Read the agreed content; None where no task has written yet.
 
     Args:
-        take: what to make of the JSON; raises where nobody can have written that.
+        take: converts the JSON; raises where no task can have written that.
 
     Raises:
         DiskError: the file is damaged.
@@ -62,9 +62,11 @@ def _damaged(path: Path, error: Exception) -> DiskError:
 
 
 def agree(path: Path, proposal: Any, take: Callable[[Any], T] = as_it_is) -> T | None:
-    """Write a proposal if nobody has; returns what stands there then, for all the same.
+    """Write a proposal if the file does not exist; return the file's content, the same for all
+    tasks.
 
-    The file appears whole, by a hard link, which fails where there is one already, on NFS too.
+    The file appears whole, by a hard link: making the link fails, on NFS too, where the file
+    exists.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -1,4 +1,4 @@
-"""Claim a shard, so that no other task works on it while this one is alive."""
+"""Claim a shard, so that no other task works on it while this task is alive."""
 
 from __future__ import annotations
 
@@ -13,27 +13,24 @@ from d2m_hpc.storage.files import FILE_MODE, named
 from d2m_hpc.storage.suspension import frozen_seconds
 
 OWNERLESS_SECONDS = 2.0
-"""A live holder writes its name within milliseconds of making the file."""
+"""Age at which a lease file without a holder's name is removed: live holders write within
+milliseconds."""
 
 _DURATION = re.compile(r"^duration=(\d+(?:\.\d+)?(?:e[+-]\d+)?)$", re.M)
-"""As filelock writes it."""
+"""The lease's length, as filelock writes it."""
 
 LEASE_SECONDS = 120.0
-"""A holder that has not been heard of for so long has lost its claim."""
+"""Seconds without a heartbeat after which a claim is lost."""
 
 
 class Lease:
     """A claim on one shard, kept alive by a heartbeat thread while it is held.
 
-    Keep the object while the shard is in other hands: a stale holder on another machine is
-    recognised by watching its heartbeat fail to come, which takes `LEASE_SECONDS`.
+    Keep the object while another task holds the shard: a dead holder on another machine is
+    recognised by watching the file for `LEASE_SECONDS` without a heartbeat.
     """
 
     def __init__(self, path: Path, seconds: float = LEASE_SECONDS) -> None:
-        """
-        Args:
-            seconds: without a heartbeat, after which a claim is lost.
-        """
         self._path, self._seconds = path, seconds
         self._ownerless: tuple[int, int, float] | None = None
         self._frozen = frozen_seconds()
@@ -60,14 +57,14 @@ class Lease:
         return True
 
     def _watch_as_its_holder_says(self) -> None:
-        """The holder was started with another `lease_seconds`, and touches the file that often."""
+        """Watch by the length in the file: the holder was started with another `lease_seconds`."""
         with suppress(OSError):
             if found := _DURATION.search(self._path.read_text("utf-8", "replace")):
                 self._lock = self._of(float(found[1]))
 
     def _forget_what_was_not_watched(self) -> None:
-        """Watch anew after this process stood still, as all tasks of a suspended job do: it has not
-        seen that a heartbeat failed to come."""
+        """Watch anew after this process was suspended, as it may have missed heartbeats
+        meanwhile."""
         frozen = frozen_seconds()
         if frozen - self._frozen > self._seconds / 3:
             self._frozen = frozen
@@ -75,7 +72,7 @@ class Lease:
                 self._lock = self._of(self._seconds)
 
     def _drop_ownerless(self) -> None:
-        """Remove a file that a holder made but was killed before it wrote its name into.
+        """Remove the file of a holder that was killed before writing its name.
 
         filelock keeps an empty file for ever, for the sake of its versions before 3.22.
         """
@@ -92,7 +89,8 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Another task has taken the shard over; looks at the file, as a stopped process must."""
+        """Whether another task has taken the shard over, by the file: a suspended process knows no
+        better."""
         token = self._lock.token
         try:
             return token is None or token not in self._path.read_text(encoding="utf-8")
@@ -100,7 +98,7 @@ class Lease:
             return True
 
     def release(self) -> None:
-        """Give the claim back; where the disk does not take that, it is lost by its silence."""
+        """Give the claim back; where the disk refuses, the claim ends by its silence."""
         with suppress(OSError):
             self._lock.release()
 

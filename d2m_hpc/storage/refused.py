@@ -1,4 +1,4 @@
-"""What the operating system refuses, in words: for which file, and what helps."""
+"""Errors of the operating system in words: the file, the reason, and what helps."""
 
 from __future__ import annotations
 
@@ -24,21 +24,18 @@ ADVICE = {
     errno.ENAMETOOLONG: "that name is too long for its filesystem",
 }
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-"""A disk, quota or file server is at fault, whatever is written to it."""
+"""Errors of a disk, quota or file server, whatever is written."""
 
 
 def require_there(folder: Path) -> None:
-    """
-    Raises:
-        DiskError: a folder of the run was removed, or is not mounted any more.
-    """
+    """Raise a `DiskError` if a folder of the run was removed, or is not mounted any more."""
     if not folder.is_dir():
         advice = "put it back, or, where it was removed on purpose, submit again"
         raise DiskError(f"{folder} is gone: removed, moved, or not mounted any more; {advice}")
 
 
 def of_system(error: OSError) -> str:
-    """What the operating system refused, for which file, and what helps."""
+    """Describe an error of the operating system: the file, the reason, and what helps."""
     names = [_name(n) for n in (error.filename, error.filename2) if n is not None]
     what = f"{error.strerror or type(error).__name__}; {ADVICE.get(error.errno or 0, 'try again')}"
     return f"{' -> '.join(names)}: {what}" if names else what

@@ -1,8 +1,8 @@
-"""Files behind URLs, by fsspec: the libraries that stores need, trying again, reading whole files.
+"""Read and write files behind URLs by fsspec; try again after passing errors.
 
-A store answers with an error now and then, and closes a connection in the middle of an answer.
-What may go well the next time is tried again after a wait that is drawn at random and doubles: a
-thousand tasks must not come back all at once (exponential backoff with jitter).
+A store answers with an error now and then, or closes a connection in the middle of an answer. The
+wait before each try doubles and is drawn at random, so that a thousand tasks do not come back at
+once (exponential backoff with jitter).
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ log = logging.getLogger(__name__)
 
 TRIES = 5
 FIRST_WAIT = 1.0
-"""Seconds before the second try, at the most; a library's own tries come within each of ours."""
+"""The longest wait before the second try, in seconds; libraries' own tries come within each of
+ours."""
 BLOCK = 16 << 20
 AT_ONCE = 4
-"""Blocks of a file that are asked for at once: one stream of a store is slower than a GPU."""
+"""Blocks of a file that are requested at once: one stream of a store is slower than a GPU."""
 STEP = 1 << 20
 SILENCE = 60.0
-"""Seconds that an HTTP server may say nothing."""
+"""Seconds that an HTTP server may be silent."""
 
 WEB = ("http", "https")
 EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
-"""Extras of this package that bring what a scheme needs."""
+"""Extras of this package that install a scheme's library."""
 PERMANENT = (
     D2MError,
     FileNotFoundError,
@@ -52,9 +53,10 @@ PERMANENT = (
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The filesystem that a URL lies in, and the path that it has there.
+    """The filesystem of a URL, and the URL's path there.
 
-    fsspec keeps one for a process. Ask again after a fork: another process cannot use it.
+    fsspec keeps one filesystem for a process. Ask again after a fork, which cannot use the
+    parent's.
 
     Raises:
         D2MError: no library for such URLs is installed.
@@ -74,7 +76,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def _patient() -> Any:
-    """aiohttp's own limit is five minutes for a file, however well it comes."""
+    """A timeout without aiohttp's own limit of five minutes for a whole file."""
     timeout = importlib.import_module("aiohttp").ClientTimeout
     return timeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
 
@@ -86,7 +88,7 @@ def knows_create(fs: Any) -> bool:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same question may get another answer."""
+    """Whether another try may succeed."""
     status = getattr(error, "status", None)  # of an answer over HTTP
     if isinstance(status, int):
         return status >= 500 or status in (408, 425, 429)
@@ -95,11 +97,11 @@ def is_transient(error: Exception) -> bool:
 
 
 def retrying(call: Callable[[], T]) -> T:
-    """Call until it goes well, `TRIES` times at the most.
+    """Call until success, `TRIES` times at most.
 
     Raises:
-        OSError: it never did.
-        Exception: the store's own, where another try is in vain.
+        OSError: every try failed.
+        Exception: the store's own, where another try is useless.
     """
     failures = 0
     while True:
@@ -111,10 +113,7 @@ def retrying(call: Callable[[], T]) -> T:
 
 
 def _wait(failures: int, error: Exception, where: str) -> None:
-    """
-    Raises:
-        OSError: it was the last try.
-    """
+    """Wait before the next try; raise `OSError` after the last one."""
     if not is_transient(error):
         raise error
     what = f"{where}{type(error).__name__}: {error}"
@@ -125,14 +124,14 @@ def _wait(failures: int, error: Exception, where: str) -> None:
 
 
 def blocks(url: str, size: int | None = None) -> Generator[bytes, None, None]:
-    """A file from its first byte to its last; what breaks off is taken up where it stopped.
+    """Yield a file's bytes from first to last; a broken connection continues where it stopped.
 
     Args:
-        size: in bytes, where it is known; the file must have so many.
+        size: in bytes, where known; the file must have that size.
 
     Raises:
         OSError: `TRIES` in a row brought nothing.
-        Exception: the store's own, where another try is in vain.
+        Exception: the store's own, where another try is useless.
     """
     fs, path = filesystem(url)
     read = _stream if scheme(url) in WEB else _ranges
@@ -151,7 +150,7 @@ def blocks(url: str, size: int | None = None) -> Generator[bytes, None, None]:
 
 
 def _ranges(fs: Any, path: str, position: int, size: int | None) -> Iterator[bytes]:
-    """From a position on, several blocks at once."""
+    """Yield the bytes from a position on, requesting several blocks at once."""
     size = fs.info(path)["size"] if size is None else size
     while position < size:
         starts = range(position, min(size, position + AT_ONCE * BLOCK), BLOCK)
@@ -167,7 +166,8 @@ def _ranges(fs: Any, path: str, position: int, size: int | None) -> Iterator[byt
 
 
 def _stream(fs: Any, path: str, position: int, size: int | None) -> Iterator[bytes]:
-    """From a position on, over one HTTP answer: servers that know no ranges do not say so."""
+    """Yield the bytes from a position on, over one HTTP answer: some servers ignore ranges without
+    a word."""
     headers = {"Accept-Encoding": "identity"}
     if position:
         headers["Range"] = f"bytes={position}-"
@@ -184,7 +184,7 @@ def _stream(fs: Any, path: str, position: int, size: int | None) -> Iterator[byt
 
 
 def peek(url: str, size: int = 512) -> bytes:
-    """The first bytes of a file, about so many, if it has any; whether it can be read."""
+    """The first bytes of a file, about `size`; raises where the file cannot be read."""
     if scheme(url) in WEB:
         return next(_stream(*filesystem(url), 0, None), b"")
     fs, path = filesystem(url)

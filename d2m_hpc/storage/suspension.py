@@ -1,4 +1,4 @@
-"""How long this process stood still: stopped by a signal, by Slurm, or with its whole machine."""
+"""How long this process was suspended: by a signal, by Slurm, or with its whole machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SLACK = 4.0
 
 
 class Awake:
-    """Ticks in a thread; a tick that comes late tells of a time in which nothing ran."""
+    """A thread that ticks; a late tick shows a time in which nothing ran."""
 
     def __init__(self) -> None:
         self.frozen = 0.0
@@ -40,5 +40,5 @@ _current: Awake | None = None
 
 
 def frozen_seconds() -> float:
-    """Seconds that this process stood still while an `Awake` was entered."""
+    """Seconds that this process was suspended while an `Awake` was entered."""
     return _current.frozen if _current else 0.0

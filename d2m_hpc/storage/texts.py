@@ -1,4 +1,4 @@
-"""Texts from file names, captions and errors, made fit for records, terminals and pages."""
+"""Make texts from file names, captions and errors fit for records, terminals and pages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from d2m_hpc.storage.urls import masked
 
 LIMIT = 1000
-"""Characters of a key or a reason that go on record."""
+"""Characters of a key or a reason on record."""
 BRIEF = 80
-"""Characters of a name within a message, which has to say more than the name."""
+"""Characters of a name within a message."""
 ERROR = 3000
 TRACEBACK = 20_000
 GAP = " ... "
@@ -25,20 +25,20 @@ _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def safe(text: str, limit: int = LIMIT, lines: bool = False) -> str:
-    r"""Mask secrets, escape what no terminal or line of a file should hold raw, bound the length.
+    r"""Mask secrets, escape control characters, and bound the length; twice is the same as once.
 
-    `safe("caf\udce9\x1b[2J")` is `caf\xe9\x1b[2J`, with backslashes: a byte that is no UTF-8 is
-    shown as the byte it was. Doing it twice changes nothing.
+    `safe("caf\udce9\x1b[2J")` is `caf\xe9\x1b[2J`, with backslashes: a byte that is not UTF-8 is
+    shown as that byte.
 
     Args:
-        limit: characters that are left; of a longer text, the middle is dropped.
+        limit: characters that are left; a longer text loses its middle.
         lines: keep line ends and tabs, as a traceback needs.
     """
     return fit(masked(text), limit, lines)  # in this order: a secret that is cut is not found
 
 
 def fit(text: str, limit: int = LIMIT, lines: bool = False) -> str:
-    """As `safe`, for names that are data: nothing in them is taken for a secret."""
+    """Like `safe` without masking, for names that are data."""
     text = _cut(text, limit)  # twice: a long text is not escaped whole, and escapes are longer
     if not _ODD.search(text):
         return text
@@ -54,12 +54,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def valid(text: str) -> str:
-    """Escape what is no UTF-8, and nothing else: for names that are data."""
+    """Escape only what is not UTF-8, for names that are data."""
     return _SURROGATE.sub(_escaped, text)
 
 
 def escaped(record: dict[str, Any]) -> dict[str, Any]:
-    """A record's values with their texts safe; the stem, which names files, stays as it is."""
+    """Make a record's texts safe; the stem, which names files, stays as it is."""
     bounds = {"error": ERROR, "traceback": TRACEBACK}
     values = dict(record)
     for name, value in record.items():
@@ -71,17 +71,17 @@ def escaped(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _each(item: str | list[str] | tuple[str, ...]) -> str | list[str]:
-    """A notice, or a rejection's key and reason."""
+    """A safe notice, or a rejection's safe key and reason."""
     return safe(item) if isinstance(item, str) else [fit(item[0]), *map(safe, item[1:])]
 
 
 def traceback_of(error: BaseException) -> str:
-    """As Python prints it, without secrets."""
+    """A traceback as Python prints it, without secrets."""
     return masked("".join(traceback.format_exception(error)))
 
 
 def json_escaped(line: str) -> str:
-    """Escape the same characters within JSON's strings, so that parsing gives them back.
+    """Escape control characters inside JSON strings, so that parsing gives them back.
 
     Args:
         line: JSON without line ends between its values.
@@ -90,7 +90,8 @@ def json_escaped(line: str) -> str:
 
 
 def as_json(values: Any) -> str:
-    """Indented JSON in ASCII, without secrets; no lone surrogates, which some refuse."""
+    """Indented ASCII JSON without secrets and without lone surrogates, which some parsers
+    refuse."""
     text = json.dumps(_paired(values), indent=1, default=str)
     return text.replace("\x7f", "\\u007f")
 

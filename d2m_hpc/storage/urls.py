@@ -1,6 +1,6 @@
-"""The three kinds of places that a config may name: local paths, fsspec URLs, `pipe:` commands.
+"""The kinds of places that a config may name: local paths, fsspec URLs, `pipe:` commands.
 
-URLs and commands may hold secrets, which `masked` keeps from everything that is shown or recorded.
+URLs and commands may hold secrets; `masked` keeps these out of everything shown or recorded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 PIPE = "pipe:"
 GLOB = re.compile(r"[*?\[]")
-"""What makes a pattern of a path."""
+"""Characters that make a path a pattern."""
 MASK = "***"
 
 
@@ -21,7 +21,7 @@ def is_pipe(url: str) -> bool:
 
 
 def is_remote(url: str) -> bool:
-    """A URL that fsspec opens."""
+    """Whether fsspec opens a URL."""
     return "://" in url and not is_pipe(url)
 
 
@@ -30,16 +30,16 @@ def is_local(url: str) -> bool:
 
 
 def scheme(url: str) -> str:
-    """Of the store that a URL names, without what it is wrapped in (`simplecache::s3://...`)."""
+    """The scheme of a URL's store, without wrappers (`simplecache::s3://...`)."""
     return url.partition("://")[0].rpartition("::")[2]
 
 
 def masked(text: str) -> str:
-    """A text with `***` for the secrets of the URLs and commands in it.
+    """Put `***` in place of the secrets in a text's URLs and commands; twice is the same as once.
 
-    `https://me:pw@host/a.tar?sig=x` is `https://***@host/a.tar?sig=***`. Secrets are passwords
-    before a host, query parameters, options and variables with a secret's name, and headers. Doing
-    it twice changes nothing; the time is linear in the text's length.
+    `https://me:pw@host/a.tar?sig=x` becomes `https://***@host/a.tar?sig=***`. Secrets are passwords
+    before a host, headers, and query parameters, options and variables with a secret's name. The
+    time is linear in the text's length.
     """
     if not (_MARK.search(text) and _HINT.search(text)):
         return text
@@ -51,7 +51,7 @@ def masked(text: str) -> str:
 
 
 def masked_all(values: Any) -> Any:
-    """The texts in a config's values masked, and those whose key is a secret's name."""
+    """Mask the texts in a config's values, and the values of keys with a secret's name."""
     if isinstance(values, str):
         return masked(values)
     if isinstance(values, dict):
@@ -62,21 +62,21 @@ def masked_all(values: Any) -> Any:
 
 
 def has_secret(values: Any) -> bool:
-    """Whether a text, or any in a config's values, holds one."""
+    """Whether any text in a config's values holds a secret."""
     return bool(masked_all(values) != values)
 
 
 _MARK = re.compile(r"[@:=%\s]")
-"""One of these stands before or after every secret; of a million paths, few have any."""
+"""One of these stands before or after every secret; few of a million paths have any."""
 _HINT = re.compile(
     r"://|=|%3d|auth|bearer|cookie|credential|hmac|jwt|key|pass|pwd|secret|session|sig|token"
     r"|(?<![\w-])-(?:-header|-user|-proxy|[a-z]*[hu])",
     re.IGNORECASE,
 )
-"""Whether a text can hold a secret at all; most have none of these."""
+"""A text without any of these holds no secret."""
 _PASSWORD = re.compile(r"(?<=://)([^\s/?#\"<>]*)@")
 _ODD_PASSWORD = re.compile(r"(?<=://)([^\s/?#@:\[]+:(?!\d*(?:[/?#]|$))(?:(?!://)[^\s@])*)@")
-"""A password with a slash, which no URL should have; `host:80/a@b` has none."""
+"""A password with a slash, which URLs should not have; `host:80/a@b` has none."""
 
 
 def _without_password(found: re.Match[str]) -> str:
@@ -99,7 +99,7 @@ _HARMLESS = {
     *("accept", "acceptencoding", "acceptlanguage", "cachecontrol", "connection", "contenttype"),
     *("host", "origin", "range", "referer", "useragent"),
 }
-"""Of a command's headers, those that hold no secret; any other may."""
+"""A command's headers that hold no secret; any other may."""
 
 
 def _flat(name: str) -> str:
@@ -108,7 +108,7 @@ def _flat(name: str) -> str:
 
 @lru_cache(maxsize=1000)
 def _is_secret(name: str) -> bool:
-    """Whether what has this name is one: `X-Amz-Signature`, `api_key`, `HF_TOKEN`."""
+    """Whether a name is that of a secret: `X-Amz-Signature`, `api_key`, `HF_TOKEN`."""
     is_variable = name.isupper() and name.endswith("_KEY")
     return (
         is_variable or _flat(name).endswith(_ENDS) or re.split("[-_.]", name.lower())[-1] in _WHOLE
@@ -119,21 +119,21 @@ _PLAIN = r"""(?:\\.|[^\s&'"\\]|['"](?=\w))*+"""
 _VALUE = re.compile(
     rf"""[bru]?(?:'(?!\s|$)[^'\n]*+'?|"(?!\s|$)(?:\\.|[^"\\\n])*+"?)(?:(?=\w){_PLAIN})?|{_PLAIN}"""
 )
-"""To the end of a word, or of what is in quotes."""
+"""The rest of a word, or of a quoted text."""
 _REST = {
     "'": re.compile(r"[^'\n]*"),
     '"': re.compile(r'(?:\\.|[^"\\\n])*'),
     "": re.compile(r"[^'\"\n]*"),
 }
-"""To the end of a line, or of the quotes that began before."""
+"""The rest of a line, or of quotes that began before."""
 _FILE = re.compile(r"[^\s&'\"]*?(?:/|%2[fF]|\.\w{1,5}(?![^\s&'\"]))", re.ASCII)
-"""The name of an object, which a parameter `key` may be too."""
+"""The name of an object, which a parameter `key` may also hold."""
 Choice = re.Pattern[str] | None
-"""What of a text is the value that is a secret; None where it is none."""
+"""The pattern of the secret value; None where the value is no secret."""
 
 
 def _assigned(found: re.Match[str]) -> Choice:
-    """`name=value`, in a query or a command."""
+    """Choose for `name=value`, in a query or a command."""
     text, start = found.string, found.start()
     if _flat(found[1]) == "key" and text[start - 1 : start] in ("?", "&"):
         return None if _FILE.match(text, found.end()) else _VALUE
@@ -141,7 +141,8 @@ def _assigned(found: re.Match[str]) -> Choice:
 
 
 def _named(found: re.Match[str]) -> Choice:
-    """`Name: value` of HTTP, or `"name": "value"` of JSON; not prose, as in `bad token: x`."""
+    """Choose for `Name: value` of HTTP or `"name": "value"` of JSON; not for prose such as `bad
+    token: x`."""
     name, text, start = found[1], found.string, found.start()
     if found[2]:
         return _VALUE if _is_secret(name) else None
@@ -181,7 +182,7 @@ _RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Choice]], ...] = 
     (re.compile(r"\bsshpass[ \t]++-p[ \t]*+"), lambda found: _VALUE),
     (re.compile(r"\b[bB]earer[ \t]++(?=[\w.~+/-]{0,99}\d)"), lambda found: _VALUE),
 )
-"""What stands before a value, and whether that is a secret."""
+"""The text before a value, and how to tell whether the value is a secret."""
 
 
 def _without_values(
