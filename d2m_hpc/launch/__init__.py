@@ -1,1 +1,1 @@
-"""A decision becomes array tasks of Slurm, or a task in this process."""
+"""Start the tasks of a decision: as array tasks of Slurm, or in this process."""

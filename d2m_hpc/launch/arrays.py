@@ -1,7 +1,8 @@
-"""Slurm's back end: a run's array tasks are proposed, submitted, counted, waited for, cancelled."""
+"""The Slurm back end: propose, submit, count, wait for and cancel a run's array tasks."""
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,18 +21,18 @@ from d2m_hpc.run.records import Job
 
 SHARDS_PER_TASK = 16
 SHORTEST_WAIT, LONGEST_WAIT = 2.0, 30.0
-"""Seconds between two looks at the queue: longer for longer runs, as slurmctld serves everybody."""
+"""Seconds between two looks at the queue; longer for longer runs, as slurmctld serves everybody."""
 PATIENCE = 900.0
-"""Seconds without an answer: a controller that restarts is no reason to give up."""
+"""Seconds without an answer before `wait` gives up; a controller may restart meanwhile."""
 STUCK_SECONDS = 10.0
-"""How long nothing may be able to start before `wait` gives up: some reasons pass by themselves."""
+"""Seconds in which no task can start before `wait` gives up: some reasons pass by themselves."""
 
 
 class _Arrays(Backend):
-    """Array tasks.
+    """A back end that divides a decision into job arrays.
 
     Attributes:
-        arrays: what was submitted, each with its job id.
+        arrays: the job arrays, each with its job id once submitted.
     """
 
     def __init__(self) -> None:
@@ -44,15 +45,15 @@ class _Arrays(Backend):
         return (chunk for group in groups for chunk in balance.balanced(group, most))
 
     def finish(self) -> None:
-        """Array tasks need nobody."""
+        """Do nothing: array tasks run by themselves."""
+
+    def _command(self, workload: Workload, submission: Submission, array: slurm.Array) -> list[str]:
+        config = workload.config.slurm
+        return sbatch.prepared(workload.run, submission, config, array, self._proposal)
 
 
 class SlurmArrays(_Arrays):
-    """Array tasks, which sbatch starts.
-
-    Raises:
-        SlurmError: there is no Slurm here.
-    """
+    """Array tasks that sbatch starts; raises `SlurmError` where there is no Slurm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,22 +61,18 @@ class SlurmArrays(_Arrays):
             raise SlurmError("there is no sbatch here; go to a login node, or run with --local")
 
     def look(self, workload: Workload) -> Decision:
-        """
-        Raises:
-            SlurmError: squeue failed; without it live tasks cannot be told from dead ones.
-        """
+        """Decide by Slurm's word; raise `SlurmError` without it, as live tasks look like dead
+        ones."""
         return look(workload, slurm.queue())
 
     def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
-        """
-        Raises:
-            SlurmError: sbatch refused; what it took before is on record.
-        """
+        """Submit the arrays; raise `SlurmError` where sbatch refuses, with earlier arrays on
+        record."""
         # A job whose id was never written down is found again by its array's name.
         slurm.write_arrays(submission, self.arrays)
         workload = decision.workload
         for array in self.arrays:
-            sbatch.submit(workload.run, submission, workload.config.slurm, array, self._proposal)
+            array.job_id = sbatch.submit(self._command(workload, submission, array))
             slurm.write_arrays(submission, self.arrays)
         return nullcontext()
 
@@ -84,7 +81,7 @@ class ByHand(_Arrays):
     """Array tasks that the user starts.
 
     Attributes:
-        commands: what starts them, one an array.
+        commands: an sbatch command for each array.
     """
 
     def __init__(self) -> None:
@@ -96,13 +93,13 @@ class ByHand(_Arrays):
 
     def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
         slurm.write_arrays(submission, self.arrays)
-        run, proposal = decision.workload.run, self._proposal
-        self.commands = [sbatch.by_hand(run, submission, a, proposal) for a in self.arrays]
+        commands = (self._command(decision.workload, submission, a) for a in self.arrays)
+        self.commands = [*map(shlex.join, commands)]
         return nullcontext()
 
 
 def look(workload: Workload, queue: slurm.Queue | None = None) -> Decision:
-    """Decide, with Slurm's word where array tasks were ever submitted and it can be had."""
+    """Decide; ask Slurm about live tasks where any were ever submitted and Slurm is here."""
     run = workload.run
     queue = queue or _queue_of(run)
     if queue is None:
@@ -119,13 +116,13 @@ def live_stems(run: RunDir) -> set[str]:
 
 
 def _queue_of(run: RunDir) -> slurm.Queue | None:
-    """What Slurm says of a run; None where no array tasks were submitted, or there is no Slurm."""
+    """The queue of a run; None where no array tasks were submitted, or Slurm is not here."""
     submitted = slurm.is_here() and any(s.arrays.exists() for s in run.submissions())
     return slurm.queue() if submitted else None
 
 
 def in_flight(run: RunDir, live: slurm.Queue) -> set[str]:
-    """The stems of all chunks of live array tasks."""
+    """The stems of shards in the chunks of live array tasks."""
     stems: set[str] = set()
     for submission in run.submissions():
         for array in slurm.read_arrays(submission):
@@ -135,7 +132,7 @@ def in_flight(run: RunDir, live: slurm.Queue) -> set[str]:
 
 
 def _stems(submission: Submission, numbers: Iterable[int]) -> set[str]:
-    """Of the shards in some chunks; the last element of an array may have fewer than its ranks."""
+    """The stems in some chunks; an array's last element may have fewer chunks than ranks."""
     chunks = Chunks(submission)
     count = len(chunks)
     return {s.stem for chunk in chunks.read(i for i in numbers if i < count) for s in chunk}
@@ -143,7 +140,7 @@ def _stems(submission: Submission, numbers: Iterable[int]) -> set[str]:
 
 @gc_paused()
 def propose(decision: Decision, submission: str) -> slurm.Proposal:
-    """The arrays that a submit would make; asks Slurm only for its MaxArraySize."""
+    """The arrays that a submit would make; asks Slurm only for sizes and nodes."""
     workload, config = decision.workload, decision.workload.config
     per_task = config.shards_per_task or config.tars_per_wds or SHARDS_PER_TASK
     groups = balance.groups(decision.pending)
@@ -171,7 +168,7 @@ def live_jobs(run: RunDir) -> list[str]:
 
 
 def cancel(run: RunDir) -> int:
-    """Cancel all of a run's array tasks, array by array; returns how many there were.
+    """Cancel a run's array tasks, array by array; return their number.
 
     Raises:
         SlurmError: scancel failed, and tasks are still there.
@@ -186,10 +183,10 @@ def cancel(run: RunDir) -> int:
 
 
 def wait(run: RunDir) -> None:
-    """Until no array task of the run is pending or running; says why, where none can start.
+    """Wait until no array task of the run is pending or running.
 
     Raises:
-        SlurmError: nothing that is left can start, or squeue has failed for minutes.
+        SlurmError: no remaining task can start, or squeue has failed for minutes.
     """
     began = heard = moved = time.monotonic()
     while True:

@@ -1,4 +1,4 @@
-"""How Slurm's own commands are run: with which environment, and for how long."""
+"""Run Slurm's own commands: with a clean environment, and a time limit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from d2m_hpc.errors import SlurmError
 
 SECONDS = 120.0
-"""How long a command may take; a slurmctld that restarts is given up by the commands before."""
+"""Seconds that a command may take; shorter tries of its own end before."""
 
 CALLERS = re.compile(r"S(LURM|LURMD|BATCH|RUN|ALLOC|QUEUE|INFO|CANCEL|CONTROL)_")
-"""Options in the environment: those of an allocation that we are called in, or of the user's for
-their own commands. A config says how tasks run; where it is silent, the cluster does."""
+"""Variables with options: of an allocation around this process, or the user's for other commands.
+Tasks run as the config says; where it is silent, as the cluster's defaults say."""
 
 WHERE = {
     "SLURM_CONF",
@@ -24,17 +24,17 @@ WHERE = {
     "SLURM_SACK_SOCKET",
     "SLURM_SACK_KEY",
 }
-"""Which cluster it is, and how one proves who one is."""
+"""Variables that name the cluster and prove the user's identity."""
 
 DEVICES = {"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"} | {
     "GPU_DEVICE_ORDINAL",
     "ZE_AFFINITY_MASK",
 }
-"""Set by Slurm in an allocation, for that allocation."""
+"""Variables that Slurm sets for the devices of an allocation."""
 
 
 def callers(environment: Mapping[str, str]) -> set[str]:
-    """The variables that must not reach Slurm's commands, nor through sbatch the tasks."""
+    """The variables that must reach neither Slurm's commands nor, through sbatch, the tasks."""
     gone = {name for name in environment if CALLERS.match(name)} - WHERE
     if job := environment.get("SLURM_JOB_ID"):
         gone |= DEVICES & environment.keys()
@@ -45,17 +45,13 @@ def callers(environment: Mapping[str, str]) -> set[str]:
 
 
 def environment() -> dict[str, str]:
-    """Ours, without what is the caller's."""
+    """This process's environment without the caller's variables."""
     gone = callers(os.environ)
     return {name: value for name, value in os.environ.items() if name not in gone}
 
 
 def ask(*words: str, seconds: float = SECONDS) -> str:
-    """What a command of Slurm's prints.
-
-    Raises:
-        SlurmError: it is not here, failed or does not answer, with its words.
-    """
+    """Run a command of Slurm's and return its output; raise `SlurmError` where it fails."""
     done = call(*words, seconds=seconds)
     if done.returncode:
         raise SlurmError(f"{words[0]} failed: {done.stderr.strip()}")
@@ -63,10 +59,10 @@ def ask(*words: str, seconds: float = SECONDS) -> str:
 
 
 def call(*words: str, seconds: float | None) -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm's, without the variables that are for others.
+    """Run a command of Slurm's in a clean environment.
 
     Raises:
-        SlurmError: it is not here, or does not answer in time.
+        SlurmError: the command is not here, or does not answer in time.
     """
     try:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""A submit: decide what is left to do, put it on record, and only then have it started."""
+"""Submit: decide what is left, put that on record, and only then start tasks."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from d2m_hpc.version import __version__
 
 
 class Backend(ABC):
-    """Where the tasks of a submission run: `local` and `arrays` have one each."""
+    """A place where a submission's tasks run: see `local` and `arrays`."""
 
     @abstractmethod
     def look(self, workload: Workload) -> Decision:
-        """Decide what is left, by all that this back end can learn of live tasks."""
+        """Decide what is left, with all that this back end knows of live tasks."""
 
     @abstractmethod
     def chunks(self, decision: Decision, submission: Submission) -> Iterable[list[Job]]:
@@ -47,15 +47,12 @@ class Backend(ABC):
 
     @abstractmethod
     def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
-        """Start the tasks of a submission that is on record.
-
-        Returns:
-            What is held until `finish` has returned.
-        """
+        """Start the tasks of a recorded submission; the context is held until `finish` has
+        returned."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Do what is left to be done once other submits may work on the run."""
+        """Do the work that remains after other submits may work on the run."""
 
 
 def submit(
@@ -64,13 +61,13 @@ def submit(
     on_decision: Callable[[Decision], None] = lambda decision: None,
     left_out: Collection[str] = (),
 ) -> Decision:
-    """Have a back end do all pending shards.
+    """Let a back end do all pending shards.
 
-    A submit that is killed leaves a submission that names every task it may have started.
+    A killed submit leaves a submission that names every task it may have started.
 
     Args:
-        on_decision: told what will be done.
-        left_out: stems of shards that are not to be tried this time.
+        on_decision: called with the decision before anything starts.
+        left_out: stems of shards to leave out this time.
     """
     with ExitStack() as held:
         with submitting(workload):
@@ -89,10 +86,9 @@ def submit(
 
 @contextmanager
 def submitting(workload: Workload) -> Iterator[None]:
-    """One submit at a time in a run.
+    """Hold the run for one submit; sweep up half-written files, merge the records of silent tasks.
 
-    What a killed one left half-written is swept away, and the many small files of tasks that the
-    watchdog would have ended twice over become few.
+    A task is silent when its watchdog would have ended it twice over.
     """
     run, output = workload.run, OutputDir(workload.config.output_metadata_dir)
     require_own(output, run, take=True)
@@ -117,7 +113,7 @@ def submitting(workload: Workload) -> Iterator[None]:
 
 
 def _sweep(workload: Workload, output: OutputDir) -> None:
-    """Remove what killed tasks left of commits, of whatever shard nobody has in hand."""
+    """Remove unfinished commits of killed tasks, for shards that nobody holds."""
     staging = Staging(Path(output.root) / STAGING) if output.is_local else None
     for stem in staging.stems() if staging else ():
         lease = Lease(workload.run.lease(stem), workload.config.lease_seconds)
@@ -130,7 +126,7 @@ def _sweep(workload: Workload, output: OutputDir) -> None:
 
 
 def commit(decision: Decision, chunks: Iterable[list[Job]]) -> Submission:
-    """Write a submission to the run folder; nothing has been started yet when it returns."""
+    """Write a new submission to the run folder; nothing is started."""
     submission = decision.workload.run.new_submission()
     write(submission, decision, chunks)
     return submission
@@ -165,9 +161,9 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Job]
 
 
 def repair(decision: Decision) -> None:
-    """Put lost records back, and drop leases and attempts that killed tasks left of done shards.
+    """Restore lost records; drop leases and attempts that killed tasks left at done shards.
 
-    An earlier config by which all is done again, and a plan that was lost, are put on record too.
+    Records the config and the plan, too, where an earlier config makes every shard done.
     """
     run, left = decision.workload.run, decision.pending or decision.in_flight
     as_before = decision.is_planned and (

@@ -1,4 +1,4 @@
-"""Leave a process as it was found, for callers from Python whose process it is."""
+"""Leave a process as it was found, for callers from Python."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from d2m_hpc.models.weights import OFFLINE
 
 HUB = "huggingface_hub.constants"
 SEED = "dataset2metadata"
-"""How the names begin of modules that custom files of the seed program import."""
+"""The prefix of modules that the seed program's custom files import."""
 
 
 @contextmanager
 def guest() -> Iterator[None]:
-    """Put back what a task changes: environment, modules, logging, PIL's and torch's settings."""
+    """Restore what a task changes: environment, modules, logging, settings of PIL and torch."""
     with _environment(), _logging(), _modules(), pictures(), _torch():
         yield
 
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Also whether the Hugging Face hub may be asked, which its library reads only once."""
+    """Restore variables, and the Hugging Face hub's offline switch, which is read only once."""
     before, hub = dict(os.environ), sys.modules.get(HUB)
     offline = hub.HF_HUB_OFFLINE if hub else None
     try:
@@ -41,7 +41,7 @@ def _environment() -> Iterator[None]:
 
 @contextmanager
 def _logging() -> Iterator[None]:
-    """Libraries that configure logging do it while they are imported."""
+    """Restore logging, which libraries configure while they are imported."""
     root = logging.getLogger()
     level, handlers, disabled = root.level, [*root.handlers], logging.root.manager.disable
     try:
@@ -54,7 +54,7 @@ def _logging() -> Iterator[None]:
 
 @contextmanager
 def _modules() -> Iterator[None]:
-    """Another run's custom file may have modules of the same names."""
+    """Forget a custom file's modules: another run's may have the same names."""
     path, modules = [*sys.path], set(sys.modules)
     try:
         yield
@@ -68,7 +68,7 @@ def _modules() -> Iterator[None]:
 
 @contextmanager
 def pictures() -> Iterator[None]:
-    """Put PIL's limits back, which a task replaces by the config's."""
+    """Restore PIL's limits, which a task replaces by the config's."""
     from PIL import Image, ImageFile
 
     before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
@@ -83,7 +83,7 @@ def pictures() -> Iterator[None]:
 
 @contextmanager
 def _torch() -> Iterator[None]:
-    """Random numbers too: a net is built with some, though its checkpoint replaces them all."""
+    """Restore torch's settings and random numbers: building a net draws some."""
     import torch
 
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn

@@ -1,4 +1,4 @@
-"""The back end that is this process."""
+"""The local back end: tasks run in this process."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def _deaf(shards: int) -> AbstractContextManager[Listener]:
 
 
 class ThisProcess(Backend):
-    """One task after the other, each of shards that need the same models.
+    """Run one task after another; the shards of each need the same models.
 
     Args:
-        listening: given the number of shards, gives the listener to the tasks' progress.
-        board: read by the process that watches this one.
+        listening: makes a listener to the tasks' progress, from the number of shards.
+        board: shared with the process that watches this one.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Job arrays to sbatch: its options, its script, its refusals."""
+"""Hand job arrays to sbatch: options, script, refusals."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.storage.files import atomic_write
 from d2m_hpc.storage.urls import has_secret
 
-TEMPLATE = Path(__file__).with_name("array.sbatch")
 USR2_SECONDS = 120
-"""How long before its walltime a task is told to come to an end."""
+"""Seconds before the end of its walltime at which a task is told to stop."""
 
 
 def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
-    """sbatch's options, by their long names; `extra` wins over all, also by `false` and null."""
+    """sbatch's options by long names; `extra` wins over all, also by `false` and null."""
     exclude = ",".join(filter(None, [config.exclude or "", *excluded])) or None
     chosen = {
         "partition": config.partition,
@@ -79,17 +78,16 @@ d2m_task() {
 
 
 def script_lines(config: Slurm, failures: Path) -> list[str]:
-    """The shell before the task: `setup`, each item checked, and a mark where the node is broken.
+    """The shell lines before the task: each `setup` item, and a note for a broken node.
 
-    A node is, where a setup line fails or srun ends before the task has begun: its Python is not
-    there, or cannot load what it needs.
+    A node is broken where a setup line fails, or srun ends before the task has begun.
     """
     lines = (SHELL % shlex.quote(str(failures))).splitlines()
     return lines + [f"d2m_setup {i} {shlex.quote(s)}" for i, s in enumerate(config.setup, 1)]
 
 
 def command(run: RunDir, submission: Submission, array: Array, options: dict[str, Any]) -> str:
-    """What an element runs, after `script_lines`: one process for each of its tasks."""
+    """The command of an array element, after `script_lines`: one process for each of its tasks."""
     srun = ["d2m_task", "srun", "--kill-on-bad-exit=0", "--unbuffered"]
     if cpus := options.get("cpus-per-task"):
         srun.append(f"--cpus-per-task={cpus}")  # from 22.05 on srun does not take sbatch's
@@ -102,20 +100,30 @@ def command(run: RunDir, submission: Submission, array: Array, options: dict[str
 def script(
     run: RunDir, submission: Submission, config: Slurm, array: Array, options: dict[str, Any]
 ) -> str:
-    """What sbatch is given; all options stand on its command line.
+    """The script for sbatch; all options stand on sbatch's command line.
 
-    A folder in an #SBATCH line would be read for quotes and %, and SBATCH_* variables win over
-    these lines. What is left is the default of an element, which `slurm.extra` may change.
+    A folder in an #SBATCH line would be read for quotes and %, and SBATCH_* variables win over such
+    lines. The one line left is a default that `slurm.extra` may change.
     """
     task = command(run, submission, array, options)
     head = ["#!/bin/bash", "#SBATCH --nodes=1"]
     return "\n".join([*head, *script_lines(config, run.node_failures), task, ""])
 
 
-def submit(
+def prepared(
     run: RunDir, submission: Submission, config: Slurm, array: Array, proposal: Proposal
-) -> None:
-    """Hand one array to sbatch; sets its job id.
+) -> list[str]:
+    """Write an array's script into the run folder; return the sbatch command that starts it."""
+    options = _array_options(array, proposal)
+    text = script(run, submission, config, array, proposal.options)
+    path = run.logs / f"{array.name}.sh"
+    atomic_write(path, text.encode(), private=has_secret([config.setup, options]))
+    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
+    return ["sbatch", f"--chdir={run.logs}", *flags, str(path)]
+
+
+def submit(command: Sequence[str]) -> str:
+    """Hand an array to sbatch; return its job id.
 
     Not by submitit's executor: it renames a pickle an element to a name with the job id, so that
     no element of an array can start whose submit was killed between sbatch and these renames.
@@ -123,23 +131,18 @@ def submit(
     Raises:
         SlurmError: sbatch refused, with its words.
     """
-    options = _array_options(array, proposal)
-    text = script(run, submission, config, array, proposal.options)
-    path = run.logs / f"{array.name}.sh"
-    atomic_write(path, text.encode(), private=has_secret([config.setup, options]))
-    # However long it takes: it asks a slurmctld that restarts again and again.
-    words = ["sbatch", f"--chdir={run.logs}", *_flags(options), str(path)]
-    done = commands.call(*words, seconds=None)
+    # Without a time limit: sbatch asks a slurmctld that restarts again and again.
+    done = commands.call(*command, seconds=None)
     if done.returncode:
         raise SlurmError(_refusal(done.stderr or done.stdout, done.returncode))
-    array.job_id = job_id(done.stdout)
+    return job_id(done.stdout)
 
 
 def job_id(said: str) -> str:
-    """Of the job that sbatch says it has started: `Submitted batch job 7`, `7` or `7;cluster`.
+    """The job id in sbatch's answer: `Submitted batch job 7`, `7` or `7;cluster`.
 
     Raises:
-        SlurmError: it names none.
+        SlurmError: the answer names no job.
     """
     found = re.search(r"job (\d+)|^\s*(\d+)(?:;.*)?$", said, re.MULTILINE)
     if found is None:
@@ -161,17 +164,6 @@ def _array_options(array: Array, proposal: Proposal) -> dict[str, Any]:
     if array.after is not None:
         own["dependency"] = f"afterany:{proposal.arrays[array.after].job_id}"
     return {**proposal.options, **own}
-
-
-def by_hand(run: RunDir, submission: Submission, array: Array, proposal: Proposal) -> str:
-    """The command that starts an array by the plain template `array.sbatch`."""
-    options = {**_array_options(array, proposal), "chdir": str(run.logs)}
-    told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]
-    return shlex.join(["sbatch", *_flags(options), str(TEMPLATE), *told])
-
-
-def _flags(options: dict[str, Any]) -> list[str]:
-    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
 
 
 HINTS = {

@@ -1,4 +1,4 @@
-"""Chunks to job arrays, and what Slurm says of them."""
+"""Divide chunks into job arrays; read what Slurm says of them."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Array:
     """A job array: elements 0 to `elements` - 1, each of `tasks_per_node` chunks.
 
     Attributes:
-        name: its job name, by which it is found when its job id was never written down.
-        first: the chunk of its first element's first task.
-        parallel: how many elements may run at once; 0 for no limit.
-        after: the array that must end first, by its place in the submission, or None.
+        name: the job name, which finds the array where its job id was never recorded.
+        first: the chunk of the first element's first task.
+        parallel: elements that may run at once; 0 for no limit.
+        after: the place in the submission of an array that must end first, or None.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Array:
 
 @dataclass
 class Proposal:
-    """What a submit would hand to Slurm.
+    """The arrays and options that a submit would hand to Slurm.
 
     Attributes:
         groups: jobs that one task can do together.
         most: the most shards of a task.
-        tasks: how many there will be, of as many chunks.
+        tasks: the number of tasks, one for each chunk.
     """
 
     groups: list[list[Job]]
@@ -75,17 +75,16 @@ class Proposal:
 
 
 def token(root: Path) -> str:
-    """A run's mark in its jobs' names."""
+    """The mark of a run in its jobs' names."""
     return hashlib.sha256(str(root).encode()).hexdigest()[:8]
 
 
 def split(
     chunks: int, max_array_size: int, tasks_per_node: int, max_parallel: int | None, name: str
 ) -> list[Array]:
-    """Arrays whose indices stay below MaxArraySize, together never over `max_parallel` tasks.
+    """Arrays whose indices stay below MaxArraySize, with `max_parallel` tasks at once in all.
 
-    Each array gets its share of `max_parallel`; when there are more arrays than that, some wait
-    for others to end.
+    Each array gets a share of `max_parallel`; where there are more arrays, some wait for others.
     """
     elements = -(-chunks // tasks_per_node)
     starts = range(0, elements, max_array_size)
@@ -109,9 +108,9 @@ def is_here() -> bool:
 
 
 def max_array_size() -> int:
-    """Of this cluster; Slurm's default where there is none to ask, or it does not answer.
+    """The cluster's MaxArraySize; Slurm's default where nobody answers.
 
-    A plan can be looked at without Slurm; a submit asks for the queue first.
+    A dry run needs no Slurm; a submit asks for the queue first.
 
     Raises:
         SlurmError: the cluster takes no job arrays.
@@ -152,42 +151,40 @@ class Queue:
     all: list[Element]
 
     def of(self, array: Array) -> list[Element]:
-        """Its elements, by job id, or by name where the id was never written down."""
+        """The elements of an array, by job id, or by name where the id was never recorded."""
         named = self._by_name.get(array.name, [])
         return [e for e in named if not array.job_id or e.job_id == array.job_id]
 
     @cached_property
     def _by_name(self) -> dict[str, list[Element]]:
-        """A large run has hundreds of arrays, each asked for, and tens of thousands of elements."""
+        """Elements by name: a large run has hundreds of arrays and tens of thousands of
+        elements."""
         named = defaultdict(list)
         for element in self.all:
             named[element.name].append(element)
         return named
 
     def live(self, array: Array) -> list[Element]:
-        """Its elements that are pending or running."""
+        """The elements of an array that are pending or running."""
         return [e for e in self.of(array) if e.state not in OVER]
 
     def elements(self, array: Array) -> list[int]:
-        """Indices of its elements that are pending or running."""
+        """The indices of those elements."""
         return [e.index for e in self.live(array)]
 
 
 _FORMAT = "%F|%K|%T|%r|%N|%j"
-"""The name last: it is the only field that may hold a `|`."""
+"""squeue's fields; the name comes last, as it alone may hold a `|`."""
 _ENDS = "%F|%K|%T|%e"
 
 COMPLETING, REQUEUED = "COMPLETING", "REQUEUED"
 
 AT_ONCE = 500
-"""Jobs on a command line: the system bounds its length."""
+"""Jobs on one command line, whose length the system bounds."""
 
 
 def queue() -> Queue:
-    """
-    Raises:
-        SlurmError: squeue failed; without it live tasks cannot be told from dead ones.
-    """
+    """Ask squeue for the user's array elements; raise `SlurmError` where that fails."""
     words = ("squeue", "--me", "--noheader", "--array")
     found = parse_queue(ask(*words, f"--format={_FORMAT}"))
     if not any(element.state == COMPLETING for element in found.all):
@@ -196,7 +193,7 @@ def queue() -> Queue:
 
 
 def parse_queue(shown: str) -> Queue:
-    """Lines that are no jobs, such as those that name a cluster, are left out."""
+    """Parse squeue's lines; skip lines that are not jobs, such as a cluster's name."""
     rows = (line.split("|", 5) for line in shown.splitlines() if line.count("|") >= 5)
     return Queue(
         [
@@ -208,13 +205,13 @@ def parse_queue(shown: str) -> Queue:
 
 
 def with_requeued(found: Queue, ends: str, now: datetime) -> Queue:
-    """Tell those that will run again from those that are over, of elements in their epilog.
+    """Tell requeued elements from ended ones while their epilog runs.
 
-    squeue says COMPLETING of both. It gives a task that was requeued the end that it would have if
-    it started again, and one that is over the end that it had.
+    squeue says COMPLETING of both. A requeued element has an end in the future, an ended one its
+    own.
 
     Args:
-        ends: what squeue says by `_ENDS`, asked for later.
+        ends: squeue's later output by `_ENDS`.
     """
     rows = (line.split("|") for line in ends.splitlines() if line.count("|") == 3)
     later = {(job, index): (state, end) for job, index, state, end in rows}
@@ -232,7 +229,7 @@ def with_requeued(found: Queue, ends: str, now: datetime) -> Queue:
 
 
 def _is_past(end: str, now: datetime) -> bool:
-    """Whether a time of squeue's has come; where it is none (`N/A`, without a walltime), no."""
+    """Whether squeue's time has come; no for `N/A`, without a walltime."""
     try:
         return datetime.fromisoformat(end) <= now
     except ValueError:
@@ -240,17 +237,13 @@ def _is_past(end: str, now: datetime) -> bool:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs, arrays or elements.
-
-    Raises:
-        SlurmError: scancel failed, with its words.
-    """
+    """Cancel jobs, arrays or elements; raise `SlurmError` with scancel's words."""
     for start in range(0, len(jobs), AT_ONCE):
         ask("scancel", *jobs[start : start + AT_ONCE])
 
 
 def node_names() -> set[str]:
-    """All nodes of the cluster; none where it cannot be asked."""
+    """All nodes of the cluster; none where Slurm does not answer."""
     try:
         return set(ask("sinfo", "--noheader", "--Node", "--format=%N").split())
     except SlurmError:
@@ -258,7 +251,7 @@ def node_names() -> set[str]:
 
 
 def read_arrays(submission: Submission) -> list[Array]:
-    """The arrays that a submission meant to start, with the job ids that were written down."""
+    """The arrays that a submission meant to start, with the recorded job ids."""
     if not submission.arrays.exists():
         return []
     advice = "look for its array tasks by `squeue --me`; where there are none, remove it"
@@ -267,7 +260,7 @@ def read_arrays(submission: Submission) -> list[Array]:
 
 
 def all_arrays(run: RunDir) -> list[Array]:
-    """Of every submission, oldest first."""
+    """The arrays of every submission, oldest first."""
     return [array for submission in run.submissions() for array in read_arrays(submission)]
 
 

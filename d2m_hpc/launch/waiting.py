@@ -1,4 +1,4 @@
-"""Why array tasks do not run, by squeue's reasons, and what helps."""
+"""Tell why array tasks do not run, by squeue's reasons, and what helps."""
 
 from __future__ import annotations
 
@@ -12,103 +12,74 @@ from d2m_hpc.launch.slurm import Array, Element, Queue
 
 WAITING = {"PENDING", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT", "STOPPED", "RESV_DEL_HOLD"}
 FEW = 3
-"""Job ids that a command names."""
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """What a reason of Slurm's says.
-
-    Attributes:
-        help: the command that helps; `{jobs}` are the arrays' ids.
-        never: nothing but somebody's hand will let such a task start.
-    """
-
-    what: str
-    help: str
-    never: bool = False
+"""Job ids in a command."""
 
 
 RELEASE = "`scontrol release {jobs}` lets them go"
 AGAIN = "`d2m cancel CONFIG`, mend the config, and submit again"
-MEANINGS: tuple[tuple[str, Meaning], ...] = (
-    (
-        r"launch_?failed|user_env_retrieval_failed",
-        Meaning("a node could not start them; Slurm holds them", f"`sinfo -R`; {RELEASE}", True),
+Meanings = dict[str, tuple[str, str]]
+"""By a pattern of reasons: the meaning and the command that helps; `{jobs}` are the arrays."""
+
+NEVER: Meanings = {
+    r"launch_?failed|user_env_retrieval_failed": (
+        "a node could not start them; Slurm holds them",
+        f"`sinfo -R`; {RELEASE}",
     ),
-    (r"JobHeldUser", Meaning("held by their user", RELEASE, True)),
-    (
-        r"JobHeldAdmin|requeued_?in_?held_?state|JobHoldMaxRequeue|held",
-        Meaning("held by an administrator, or by Slurm", f"ask them, or: {RELEASE}", True),
+    r"JobHeldUser": ("held by their user", RELEASE),
+    r"JobHeldAdmin|requeued_?in_?held_?state|JobHoldMaxRequeue|held": (
+        "held by an administrator, or by Slurm",
+        f"ask them, or: {RELEASE}",
     ),
-    (
-        r"BadConstraints|PartitionNodeLimit|PartitionConfig",
-        Meaning(
-            "no node of the partition has what slurm.constraint, gres, mem, cpus_per_task and "
-            "exclude leave",
-            f"`sinfo -N -o '%N %P %f %G %c %m'`; {AGAIN}",
-            True,
-        ),
+    r"BadConstraints|PartitionNodeLimit|PartitionConfig": (
+        "no node of the partition has what slurm.constraint, gres, mem, cpus_per_task and exclude "
+        "leave",
+        f"`sinfo -N -o '%N %P %f %G %c %m'`; {AGAIN}",
     ),
-    (
-        r"DependencyNeverSatisfied",
-        Meaning(
-            "the job that they wait for did not end as they need it",
-            "`scontrol update jobid={jobs} dependency=` takes the condition away; or `d2m cancel "
-            "CONFIG`, and submit again",
-            True,
-        ),
+    r"DependencyNeverSatisfied": (
+        "the job that they wait for did not end as they need it",
+        "`scontrol update jobid={jobs} dependency=` takes the condition away; or `d2m cancel "
+        "CONFIG`, and submit again",
     ),
-    (
-        r"InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|AssocNotAllowed",
-        Meaning(
-            "slurm.account or slurm.qos may not be used here",
-            f"`sacctmgr show assoc user=$USER`; {AGAIN}",
-            True,
-        ),
+    r"InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|AssocNotAllowed": (
+        "slurm.account or slurm.qos may not be used here",
+        f"`sacctmgr show assoc user=$USER`; {AGAIN}",
     ),
-    (
-        r"PartitionTimeLimit|(QOS|Association|Assoc)(TimeLimit|MaxWall)|PerJob(Limit)?$|MaxMemPerLimit"
-        r"|MaxWallDurationPerJob|DeadLine",
-        Meaning(
-            "a single task asks for more than a limit allows",
-            f"`scontrol show partition`, `sacctmgr show qos`; {AGAIN}",
-            True,
-        ),
+    r"PartitionTimeLimit|(QOS|Association|Assoc)(TimeLimit|MaxWall)|PerJob(Limit)?$|MaxMemPerLimit"
+    r"|MaxWallDurationPerJob|DeadLine": (
+        "a single task asks for more than a limit allows",
+        f"`scontrol show partition`, `sacctmgr show qos`; {AGAIN}",
     ),
-    (
-        r"Minutes|RunMinutes|UsageThreshold|GrpBilling",
-        Meaning("the account's or QOS' budget is spent", "`sshare -l`; ask who keeps the account"),
+}
+"""Reasons for which a task never starts by itself."""
+
+PASSING: Meanings = {
+    r"Minutes|RunMinutes|UsageThreshold|GrpBilling": (
+        "the account's or QOS' budget is spent",
+        "`sshare -l`; ask who keeps the account",
     ),
-    (
-        r"^(QOS|Assoc|Max)|JobLimit|ResourceLimit",
-        Meaning(
-            "a limit of the QOS or account is reached",
-            "they start as other jobs end; `sacctmgr show qos`, `sacctmgr show assoc user=$USER`",
-        ),
+    r"^(QOS|Assoc|Max)|JobLimit|ResourceLimit": (
+        "a limit of the QOS or account is reached",
+        "they start as other jobs end; `sacctmgr show qos`, `sacctmgr show assoc user=$USER`",
     ),
-    (
-        r"PartitionDown|PartitionInactive",
-        Meaning("the partition is down", "`sinfo -s`; its administrators know until when"),
+    r"PartitionDown|PartitionInactive": (
+        "the partition is down",
+        "`sinfo -s`; its administrators know until when",
     ),
-    (
-        r"ReqNodeNotAvail|NodeDown|Nodes_?required|DOWN|DRAINED|Reservation|FrontEndDown|NotAvail",
-        Meaning("the nodes are down, drained or reserved", "`sinfo -R`, `scontrol show res`"),
+    r"ReqNodeNotAvail|NodeDown|Nodes_?required|DOWN|DRAINED|Reservation|FrontEndDown|NotAvail": (
+        "the nodes are down, drained or reserved",
+        "`sinfo -R`, `scontrol show res`",
     ),
-    (r"JobArrayTaskLimit", Meaning("slurm.max_parallel tasks run already", "they start in turn")),
-    (r"^Dependency$", Meaning("they wait for another array to end", "`squeue --me -o '%F %E'`")),
-    (
-        r"^(Resources|Priority|None|)$|SchedDefer|Cleaning|Prolog|Reboot",
-        Meaning("they wait for their turn", "`squeue --me --start` says when"),
+    r"JobArrayTaskLimit": ("slurm.max_parallel tasks run already", "they start in turn"),
+    r"^Dependency$": ("they wait for another array to end", "`squeue --me -o '%F %E'`"),
+    r"^(Resources|Priority|None|)$|SchedDefer|Cleaning|Prolog|Reboot": (
+        "they wait for their turn",
+        "`squeue --me --start` says when",
     ),
-    (
-        r"BeginTime",
-        Meaning("their start time has not come", "`squeue --me --start` says when"),
-    ),
-    (r"License", Meaning("a licence is in use", "`scontrol show licenses`")),
-)
-SUSPENDED = Meaning("they are suspended", "`scontrol resume {jobs}`, by an administrator")
-OTHER = Meaning("squeue says no more", "`man squeue`, JOB REASON CODES")
+    r"BeginTime": ("their start time has not come", "`squeue --me --start` says when"),
+    r"License": ("a licence is in use", "`scontrol show licenses`"),
+    r"": ("squeue says no more", "`man squeue`, JOB REASON CODES"),
+}
+SUSPENDED: Meanings = {r"": ("they are suspended", "`scontrol resume {jobs}`, by an administrator")}
 
 
 @dataclass(frozen=True)
@@ -117,9 +88,9 @@ class Waiting:
 
     Attributes:
         reason: squeue's word.
-        tasks: how many array elements.
+        tasks: the number of array elements.
         help: the command that helps.
-        never: they cannot start until somebody does something.
+        never: the tasks cannot start until somebody acts.
     """
 
     reason: str
@@ -133,7 +104,7 @@ class Waiting:
 
 
 def why(queue: Queue, arrays: Iterable[Array]) -> list[Waiting]:
-    """The reasons of a run's elements that wait, first those that do not pass of themselves."""
+    """The reasons of a run's waiting elements; reasons that need somebody come first."""
     groups: dict[str, list[Element]] = defaultdict(list)
     for array in arrays:
         for element in queue.live(array):
@@ -145,26 +116,23 @@ def why(queue: Queue, arrays: Iterable[Array]) -> list[Waiting]:
 
 
 def _reason(said: str) -> str:
-    """Without what names nodes: `ReqNodeNotAvail, UnavailableNodes:n[1-4]`."""
+    """squeue's reason without node names: `ReqNodeNotAvail, UnavailableNodes:n[1-4]`."""
     word = said.strip().strip("()").partition(",")[0].replace(" ", "_")
     return "" if word == "None" else word
 
 
 def _waiting(reason: str, elements: list[Element]) -> Waiting:
-    found = _meaning(reason, elements[0].state)
+    tables = (SUSPENDED,) if elements[0].state == "SUSPENDED" else (NEVER, PASSING)
+    meanings = ((table, words) for table in tables for words in table)
+    table, words = next(m for m in meanings if re.search(m[1], reason, re.IGNORECASE))
+    what, help_ = table[words]
     ids = list(dict.fromkeys(e.job_id for e in elements))
     jobs = ",".join(ids[:FEW]) + (",..." if len(ids) > FEW else "")
-    return Waiting(reason, len(elements), found.what, found.help.format(jobs=jobs), found.never)
-
-
-def _meaning(reason: str, state: str) -> Meaning:
-    if state == "SUSPENDED":
-        return SUSPENDED
-    return next((m for words, m in MEANINGS if re.search(words, reason, re.IGNORECASE)), OTHER)
+    return Waiting(reason, len(elements), what, help_.format(jobs=jobs), table is NEVER)
 
 
 def stuck(queue: Queue, arrays: Iterable[Array]) -> list[Waiting]:
-    """The reasons, where no live element of a run runs or can start by itself; else nothing."""
+    """The reasons where no live element runs or can start by itself; else an empty list."""
     arrays = list(arrays)
     live = sum(len(queue.live(array)) for array in arrays)
     never = [w for w in why(queue, arrays) if w.never]
@@ -172,7 +140,7 @@ def stuck(queue: Queue, arrays: Iterable[Array]) -> list[Waiting]:
 
 
 class Stuck(SlurmError):
-    """What is left of a run cannot start until somebody does something."""
+    """No remaining task of a run can start until somebody acts."""
 
     def __init__(self, reasons: Sequence[Waiting]) -> None:
         super().__init__("nothing that is left can start: " + "; ".join(map(str, reasons)))

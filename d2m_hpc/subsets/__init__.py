@@ -1,1 +1,1 @@
-"""Finished outputs as one table: selections, and files for other tools."""
+"""Read finished outputs as one table: selections, and files for other tools."""

@@ -1,4 +1,4 @@
-"""What DataComp's tools need beside the outputs: where shards and parquets lie, and their sizes.
+"""Files that DataComp's tools need beside the outputs: places of shards and parquets, and sizes.
 
 The contract is that of `baselines.py`, `baselines/image_based_clustering.py` and `resharder.py` in
 github.com/mlfoundations/datacomp.
@@ -43,20 +43,20 @@ READERS: Mapping[str, tuple[str, ...]] = {
     "image_based_clustering.py --embedding_key b32_img": ("uid", "text", "b32_img"),
     BLUR: ("uid", "face_bboxes"),
 }
-"""Columns and arrays that each of the tools reads."""
+"""The columns and arrays that each tool reads."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and what the tools will make of it.
+    """The files that were written, and what DataComp's tools can do with them.
 
     Attributes:
-        files: of this export.
-        shards: finished ones, which the files tell of.
-        missing: stems of the others.
+        files: the paths.
+        shards: the number of finished shards.
+        missing: stems of other shards.
         repeated: rows beyond the first of each uid.
-        lacking: the columns and arrays that a tool needs and the run does not have, by tool.
-        commands: the resharder's, one for each folder of tars.
+        lacking: for each tool, columns and arrays that the run does not have.
+        commands: a command of the resharder for each folder of tars.
         unnamed: folders of tars whose names the resharder cannot make from a number.
     """
 
@@ -115,7 +115,7 @@ def _require_ready(
 
 
 def lacking(config: Config) -> dict[str, list[str]]:
-    """What each of the tools that cannot run needs and a run of this config does not have."""
+    """For each tool that cannot run, the columns and arrays that a run of this config lacks."""
     made = map(config.renamed, [*config.postprocess_columns, *config.postprocess_features])
     there = {*made, *config.carried}
     found = {tool: [n for n in needs if n not in there] for tool, needs in READERS.items()}
@@ -123,7 +123,7 @@ def lacking(config: Config) -> dict[str, list[str]]:
 
 
 def _tar(url: str) -> tuple[str, str]:
-    """A tar's folder and name; those of a command or a wrapped URL are of the tar in it."""
+    """A tar's folder and name; for a command or a wrapped URL, those of the tar inside."""
     path = url.rpartition("::")[2] if is_remote(url) else location(url)
     folder, _, name = path.rpartition("/")
     return folder, name
@@ -132,10 +132,9 @@ def _tar(url: str) -> tuple[str, str]:
 def _write_sizes(
     folder: Path, shards: Iterable[Shard], done: Mapping[str, Outcome]
 ) -> dict[str, Path]:
-    """The samples in each tar, rejected ones too, as the resharder counts what it reads.
+    """Write the number of samples of each tar, as the resharder counts: with rejected ones.
 
-    Returns:
-        The table of each folder of tars.
+    Returns a path for each folder of tars.
     """
     sizes: dict[str, dict[str, int]] = {}
     for shard in shards:
@@ -150,7 +149,7 @@ def _write_sizes(
 
 
 def _write_blur_map(folder: Path, shards: Iterable[Shard], config: Config) -> Path:
-    """Which parquet has the faces of which tar."""
+    """Write which parquet has the faces of which tar."""
     output = OutputDir(config.output_metadata_dir)
     table = {
         shard.stem: {
@@ -177,7 +176,7 @@ def _repeated(run: RunDir, config: Config, known: Standings) -> int:
 
 
 def _command(where: str, sizes: Path, blur: Sequence[Path]) -> str:
-    """The resharder's, for one folder of tars; empty where it cannot name them."""
+    """The resharder's command for one folder of tars; empty where it cannot name them."""
     numbered = numbering(json.loads(sizes.read_bytes()))
     if numbered is None:
         return ""
@@ -192,11 +191,11 @@ def _command(where: str, sizes: Path, blur: Sequence[Path]) -> str:
 
 
 def numbering(names: Iterable[str]) -> tuple[str, int, int] | None:
-    """How the resharder comes from a number to a tar's name.
+    """How the resharder makes tars' names from numbers.
 
     Returns:
-        The format, the first number, and how many there are up to the last; None where no one
-        format makes all the names.
+        The format, the first number and the count up to the last; None where no one format makes
+        all names.
     """
     parts = [re.fullmatch(r"(.*?)(\d+)(\D*\.tar)", name) for name in names]
     found = [match.groups() for match in parts if match]

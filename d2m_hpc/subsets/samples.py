@@ -20,27 +20,27 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 GROUP = 256
-"""Shards that are read at once; the footers of all of a large run would fill the memory."""
+"""Shards that are read at once; all footers of a large run would fill the memory."""
 MEMORY, THREADS = "2GB", 4
-"""A login node is shared; what does not fit is spilled to a temporary folder."""
+"""Limits, as a login node is shared; duckdb spills the rest to a temporary folder."""
 DIGITS = "CASE WHEN regexp_full_match(uid, '[0-9a-fA-F]{1,32}') THEN lpad(uid, 32, '0') END"
 UID = f"('0x' || ({DIGITS})[:16])::UBIGINT AS high, ('0x' || ({DIGITS})[17:])::UBIGINT AS low"
-"""A uid's two halves; null where it is none."""
+"""A uid's two halves; null where the text is no uid."""
 
 
 @dataclass
 class Pool:
-    """What can be asked of the finished shards.
+    """The finished shards as a duckdb view `pool`.
 
     Attributes:
-        db: a database of our own, in which no SQL can read other files than the shards.
-        paths: the parquets, the newest that has rows first.
-        columns: each column's type in duckdb's words, the widest that any shard has.
-        layouts: of each group of shards.
+        db: an own database, in which no SQL can read other files than the shards.
+        paths: the parquets, the newest with rows first.
+        columns: each column's widest type in any shard, in duckdb's words.
+        layouts: for each group of shards.
         rows: in all finished shards together.
-        unfinished: shards whose samples cannot be asked for.
-        notices: what casting to the widest types means for conditions.
-        rounded: by column, integers that a cast to floats changed, in the groups shown so far.
+        unfinished: the number of shards without samples here.
+        notices: effects of the widest types on conditions.
+        rounded: by column, integers that a cast to floats changed in the groups so far.
     """
 
     db: DuckDBPyConnection
@@ -53,10 +53,10 @@ class Pool:
     rounded: dict[str, int] = field(default_factory=dict)
 
     def groups(self, on_shards: Callable[[int, int], None] | None = None) -> Iterator[None]:
-        """Let the view `pool` show some shards after others, until all were shown.
+        """Point the view `pool` at one group of shards after another.
 
         Args:
-            on_shards: told how many shards were read, of how many.
+            on_shards: called with the number of shards read so far, and of all.
         """
         for number, paths in enumerate(_grouped(self.paths)):
             self._show(self.layouts[number])
@@ -66,13 +66,13 @@ class Pool:
                 on_shards(number * GROUP + len(paths), len(self.paths))
 
     def _show(self, layouts: Sequence[Layout]) -> None:
-        """Values of the types in `columns`, whatever a shard's own; NaN and what is not there are
-        null, for duckdb has a NaN greater than all numbers."""
+        """Cast each column to its type in `columns`; NaN becomes null, as duckdb's NaN is above all
+        numbers."""
         parts = " UNION ALL ".join(map(self._cast, layouts))
         self.db.execute(f"CREATE OR REPLACE VIEW pool AS {parts}")
 
     def _cast(self, layout: Layout) -> str:
-        """Apart from files of other types: duckdb would make one type of them first."""
+        """Select from files of one layout: from several, duckdb would make one type first."""
         columns = [
             f"{_value(name, kind) if name in layout.kinds else f'NULL::{kind}'} AS {quoted(name)}"
             for name, kind in self.columns.items()
@@ -88,7 +88,7 @@ class Pool:
                 self.rounded[name] = self.rounded.get(name, 0) + count
 
     def roundings(self) -> list[str]:
-        """What the groups shown so far lost, a line a column."""
+        """Rounded integers in the groups so far, a line for each column."""
         return [
             f"{count:,} integers of {name!r} are beyond 2**53 and were rounded: it has fractions "
             "in other shards"
@@ -122,9 +122,10 @@ def _value(name: str, kind: str) -> str:
 
 @contextmanager
 def opened(run: RunDir, config: Config, known: Standings | None = None) -> Iterator[Pool]:
-    """
+    """Open the finished shards of a run as a pool.
+
     Args:
-        known: where the run's shards stand, if that was asked already.
+        known: where the run's shards stand, if known already.
 
     Raises:
         D2MError: no shard is finished, or a parquet cannot be read.
@@ -159,7 +160,7 @@ def opened(run: RunDir, config: Config, known: Standings | None = None) -> Itera
 
 
 def _confine(db: DuckDBPyConnection, output: OutputDir, paths: Sequence[str], spill: str) -> None:
-    """Bound what duckdb takes of this machine, and what an expression may read or write."""
+    """Bound duckdb's use of this machine, and the files that an expression may read or write."""
     if not output.is_local:
         db.register_filesystem(output.fs)
     threads = min(THREADS, len(os.sched_getaffinity(0)))
@@ -173,7 +174,7 @@ def _confine(db: DuckDBPyConnection, output: OutputDir, paths: Sequence[str], sp
 
 
 def is_of_file(error: Exception) -> bool:
-    """Whether duckdb could not read a shard, rather than evaluate an expression."""
+    """Whether duckdb failed to read a shard, rather than to evaluate an expression."""
     import duckdb
 
     return isinstance(error, duckdb.IOException | OSError) or ".parquet" in str(error)

@@ -1,4 +1,4 @@
-"""The uids of a run's best samples, as DataComp's tools take a subset."""
+"""Select the uids of a run's best samples, as DataComp's tools take a subset."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SUBSET = np.dtype("u8,u8")
 
 @dataclass(frozen=True)
 class Query:
-    """Which samples are asked for.
+    """The samples to select.
 
     Attributes:
         where: an SQL expression over the columns.
-        by: the column of the scores that `top` is of; empty without it.
-        top: the best share of what `where` leaves, up to 1, or the best so many; 0 for all.
+        by: the column of scores for `top`, or empty.
+        top: the best share of the samples that pass, up to 1, or a number of samples; 0 for all.
     """
 
     where: str = "true"
@@ -42,7 +42,7 @@ class Query:
 
     @property
     def mistakes(self) -> list[str]:
-        """What is wrong with it whatever the columns are."""
+        """Mistakes that do not depend on the columns."""
         found = []
         if not (0 <= self.top <= 1 or (self.top > 1 and self.top % 1 == 0)):
             valid = "a share up to 1, such as 0.3, or a whole number of samples"
@@ -53,12 +53,12 @@ class Query:
 
     @property
     def condition(self) -> str:
-        """Also that there is a score: null, and so undecided, where there is none."""
+        """The condition in SQL: null, and so undecided, where there is no score."""
         where = f"(\n{self.where}\n)::BOOLEAN"
         return f"{where} AND {quoted(self.by)} = {quoted(self.by)}" if self.by else where
 
     def count(self, samples: int) -> int:
-        """How many to take of so many."""
+        """The number of samples to take from this many."""
         if not self.top:
             return samples
         # Of the decimal number that was typed: 0.29 * 100 is 28.999... in binary.
@@ -68,16 +68,16 @@ class Query:
 
 @dataclass(frozen=True)
 class Selection:
-    """What became of the finished shards' rows.
+    """Counts of the finished shards' rows.
 
     Attributes:
-        undecided: the condition is null for them, for want of a value; they are not chosen.
-        passed: rows that the condition holds for.
-        without_uid: rows of `passed` that no subset can name.
+        undecided: rows whose condition is null, for want of a value; they are not chosen.
+        passed: rows that fulfil the condition.
+        without_uid: rows of `passed` without a usable uid.
         repeated: rows of `passed` beyond the first of each uid.
         chosen: uids in the subset.
-        unfinished: shards that were not looked at.
-        notices: what came of types that differ between shards.
+        unfinished: shards that were not read.
+        notices: remarks on types that differ between shards.
     """
 
     rows: int
@@ -99,14 +99,14 @@ def select(
 ) -> Selection:
     """Write the chosen uids to an npy: [chosen] of dtype `u8,u8`, sorted, each once.
 
-    The file is replaced whole, and only where something was chosen. Ties of `by` go to the lower
-    uid; of a uid that several rows have, the best score counts.
+    The file is replaced whole, and only where a uid was chosen. Ties of `by` go to the lower uid;
+    of several rows with one uid, the best score counts.
 
     Args:
-        on_shards: told how many shards were read, of how many.
+        on_shards: called with the number of shards read so far, and of all.
 
     Raises:
-        ConfigError: the condition or the column cannot be evaluated, or the file not be written.
+        ConfigError: the condition or column cannot be evaluated, or the file cannot be written.
         D2MError: no shard is finished, or a parquet cannot be read.
     """
     if query.mistakes:
@@ -123,10 +123,7 @@ def select(
 
 
 def _check(pool: Pool, query: Query) -> None:
-    """
-    Raises:
-        ConfigError: before anything is read.
-    """
+    """Raise a `ConfigError` for a wrong query, before anything is read."""
     if pool.columns.get("uid") != "VARCHAR":
         raise ConfigError(WHERE, ["there is no column of uids; name `uid` in additional_fields"])
     if query.by and pool.columns.get(query.by) not in NUMBERS:
@@ -140,10 +137,7 @@ def _check(pool: Pool, query: Query) -> None:
 
 @contextmanager
 def _explained(pool: Pool, query: Query) -> Iterator[None]:
-    """
-    Raises:
-        ConfigError: duckdb does not take the condition; in one line.
-    """
+    """Raise duckdb's objection to the condition as a `ConfigError` of one line."""
     import duckdb
 
     try:
@@ -158,7 +152,7 @@ def _explained(pool: Pool, query: Query) -> Iterator[None]:
 
 
 def _keep(pool: Pool, query: Query, on_shards: Callable[[int, int], None] | None) -> None:
-    """Make the table `kept` of the rows that pass, and of those that nothing can be said of."""
+    """Make the table `kept` of rows that pass, and of rows that are undecided."""
     db, score = pool.db, quoted(query.by) if query.by else "0"
     db.execute("CREATE TABLE kept (high UBIGINT, low UBIGINT, score DOUBLE, passes BOOLEAN)")
     for _ in pool.groups(on_shards):

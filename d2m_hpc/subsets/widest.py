@@ -1,4 +1,4 @@
-"""The widest type that a column has in any of many parquets, in duckdb's words."""
+"""Find the widest type of each column over many parquets, in duckdb's words."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def text(value: str) -> str:
 
 
 def literal(path: str) -> str:
-    """A path as a pattern that means this path alone: `[ ] ? *` in names are no wildcards."""
+    """A path as a pattern for this path alone: `[ ] ? *` in names are no wildcards."""
     return re.sub(r"([\[*?])", r"[\1]", path)
 
 
 def listed(paths: Iterable[str]) -> str:
-    """Files in SQL, as duckdb's table functions take them."""
+    """Files in SQL, for duckdb's table functions."""
     return f"[{', '.join(text(literal(path)) for path in paths)}]"
 
 
@@ -46,10 +46,10 @@ def is_lossy(kind: str, wide: str) -> bool:
 
 
 class Layout(NamedTuple):
-    """Files of one group whose footers name the same columns and types.
+    """Files of one group with the same columns and types.
 
     Attributes:
-        kinds: each column's type; one mapping for all groups that have this layout.
+        kinds: each column's type; one mapping for all groups with this layout.
     """
 
     kinds: dict[str, str]
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
 
 class Widest:
-    """Collects columns' types, one group of files after another, by their footers alone."""
+    """Collects columns' types from footers, one group of files after another."""
 
     def __init__(self, db: DuckDBPyConnection) -> None:
         self._db = db
@@ -65,7 +65,7 @@ class Widest:
         self._groups: list[list[Layout]] = []
 
     def add(self, paths: Sequence[str]) -> list[Layout]:
-        """The layouts in a group; a run of one schema has one."""
+        """The layouts in a group; one where all files have the same schema."""
         parts = "row(name, type, repetition_type, num_children, converted_type, logical_type)"
         rows = self._db.execute(
             f"SELECT hash(layout), list(file_name) FROM (SELECT file_name, list({parts}) AS layout "
@@ -84,8 +84,8 @@ class Widest:
     def _found(self) -> dict[str, set[str]]:
         """The types of each column.
 
-        A text column of nulls alone says nothing where others have a type: so did earlier versions
-        write a field that a shard has no value of.
+        A text column of nulls alone counts for nothing beside another type: earlier versions wrote
+        fields without a value like that.
         """
         found: dict[str, set[str]] = {}
         for kinds in self._known.values():
@@ -101,7 +101,7 @@ class Widest:
         return {name: self._wider(kinds) for name, kinds in self._found.items()}
 
     def notices(self) -> list[str]:
-        """What conditions should know of types that differ, a line a column."""
+        """A line for each column that is text in some shards only."""
         return [
             f"{name!r} is text in some shards and {', '.join(sorted(kinds - {TEXT})).lower()} in "
             "others; conditions see it as text"
@@ -114,7 +114,7 @@ class Widest:
         return {row[0]: row[1] for row in found}
 
     def _has_text(self, name: str) -> bool:
-        """Whether a column that is text in some files is not null in any of these."""
+        """Whether a column that is text in some files has a value in any of these."""
         for layouts in self._groups:
             paths = [p for found in layouts if found.kinds.get(name) == TEXT for p in found.paths]
             if paths:

@@ -1,1 +1,1 @@
-"""A run as people see it: status, the terminal, verify, the report."""
+"""Show a run to people: status, the terminal, verify, the report."""

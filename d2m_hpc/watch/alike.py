@@ -1,4 +1,4 @@
-"""Messages that differ only in names and figures are told once."""
+"""Group messages that differ only in names and figures."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.storage.texts import safe
 
 NOTICES = 20
-"""Kinds of notices that are told; each tar may have another."""
+"""Kinds of notices that are shown; each tar may have another."""
 _WORD = re.compile(r"'[^']*'|[^\s']+")
 
 
 def alike(error: str) -> str:
-    """A message without what tells one shard's from another's: paths, names and figures.
+    """A message without its paths, names and figures, which differ from shard to shard.
 
-    By words: one pattern for all of it takes a time that grows with a word's length squared.
+    Word by word: one pattern for the whole text takes time quadratic in a word's length.
     """
     return _WORD.sub(lambda word: "#" if re.search(r"['/\d]", word[0]) else word[0], error)
 
 
 def noticed(done: Iterable[Outcome]) -> dict[str, int]:
-    """Shards by what was noted of them, alike but for names and figures; the most frequent first.
+    """Count shards by their notices, grouped by `alike`, the most frequent of `NOTICES` kinds
+    first.
 
-    Of those that are alike one is told, and no more than `NOTICES` kinds.
+    Each group is shown by one of its notices.
     """
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}

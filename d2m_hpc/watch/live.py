@@ -1,4 +1,4 @@
-"""What people see while a run in their own process works."""
+"""Show the progress of a run in this process."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from d2m_hpc.worker.progress import Listener
 
 PLAIN_SECONDS = 10.0
-"""How often a run that is not watched at a terminal says a line."""
+"""Seconds between two lines, where nobody watches at a terminal."""
 
 
 @contextmanager
 def progress(shards: int) -> Iterator[Listener]:
-    """Show a bar of shards, or plain lines where nobody sits at a terminal, and warnings."""
+    """Show warnings, and a bar of shards, or plain lines outside a terminal."""
     package, warnings = logging.getLogger("d2m_hpc"), _Warnings(logging.WARNING)
     package.addHandler(warnings)
     try:
@@ -36,7 +36,7 @@ def progress(shards: int) -> Iterator[Listener]:
 
 
 class _Warnings(logging.Handler):
-    """What goes wrong on the way, above the bar."""
+    """Prints warnings above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         terminal.console.print(f"{record.levelname.lower()}: {self.format(record)}", style="yellow")
@@ -64,7 +64,7 @@ def _bar(shards: int) -> Iterator[Listener]:
 
 
 class _PlainLines:
-    """A line now and then, and the last one."""
+    """A line now and then, and at the end."""
 
     def __init__(self) -> None:
         self.said = time.monotonic()

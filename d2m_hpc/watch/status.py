@@ -1,4 +1,4 @@
-"""What the run folder says of a run."""
+"""Summarise a run from its run folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from d2m_hpc.watch.alike import alike, noticed
 
 @dataclass
 class Failure:
-    """Shards that failed for the same kind of reason, with one's message and log file."""
+    """Shards that failed for reasons of one kind, with one shard's message and log file."""
 
     kind: str
     error: str
@@ -44,17 +44,21 @@ class Failure:
 class Summary:
     """A run in figures.
 
-    `done` are the shards that have all that the last submit asked for. `outdated` are those that
-    have what an earlier one asked for, `removed` those that are done on record and whose parquet is
-    not there; both are among the pending, running and failed ones. `given_up` are those of the
-    failed ones that the next submit does not try again.
-    `eta_seconds` is None where nothing runs or nothing is known of its speed. `tasks` counts array
-    elements by what Slurm says of them; it is empty where Slurm says nothing. `waiting` are the
-    reasons why some of them do not run; `unasked` is why Slurm could not be asked. `odd` are the
-    paths of folders, pipes and devices in the place of parquets. `changed` are
-    the shards whose tars are others now, where the tars were looked at. `notices` counts done
-    shards by what was noted of them, as members that are no samples. `hardware` counts tasks by
-    what they ran on: a GPU's model, or `CPU`.
+    Attributes:
+        done: shards that have all that the last submit asked for.
+        recomputed: rows that were computed again in float32.
+        eta_seconds: None where no task runs, or no speed is known.
+        hardware: tasks by a GPU's model, or `CPU`.
+        tasks: array elements by Slurm's state; empty where Slurm does not answer.
+        outdated: shards that have all that an earlier submit asked for; also counted as pending,
+            running or failed.
+        removed: shards that are done on record, without their parquet; counted likewise.
+        given_up: failed shards that the next submit leaves out.
+        waiting: reasons why array elements do not run.
+        unasked: why Slurm could not be asked.
+        odd: paths of folders, pipes and devices in the place of parquets.
+        changed: shards whose tars have changed, of the tars that were checked.
+        notices: done shards by their notices, such as on members that are no samples.
     """
 
     run_dir: str
@@ -91,7 +95,7 @@ class Summary:
 
     @property
     def state(self) -> str:
-        """In a word: complete, running, failed (nothing else is left) or pending."""
+        """One word: complete, running, failed (no shard is left to try) or pending."""
         if self.complete:
             return "complete"
         if self.running:
@@ -103,12 +107,12 @@ class Summary:
 
 
 def find_run(path: Path) -> tuple[RunDir, Config]:
-    """The run of a config file, or of a run folder.
+    """The run of a config file or of a run folder.
 
-    Neither needs the custom file any more, nor a config that is valid but for where its run lies.
+    Needs no custom file, and no config that is valid beyond the place of its run.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such run.
     """
     run = RunDir(path.absolute()) if path.is_dir() else run_dir(glance(path))
     if not run.config.exists():
@@ -124,7 +128,7 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
 
 @gc_paused()
 def look(run: RunDir, config: Config) -> Summary:
-    """A summary with what is found of the tars: so many questions to their file server."""
+    """Summarise a run and check some tars for changes, which asks their file server."""
     # First, while nothing else is in memory.
     some = read_some(run.shards, changed.LOOKED_AT) if run.shards.exists() else []
     manifest = Manifest.load(run)
@@ -141,8 +145,8 @@ def summarise(
     """Read records, leases and progress files, and list the outputs.
 
     Args:
-        manifest: where it was read already.
-        found: where the shards stand, likewise.
+        manifest: the run's records, if read already.
+        found: where the shards stand, if known already.
     """
     manifest = manifest or Manifest.load(run)
     found = found or standings(run, config, manifest)
@@ -180,7 +184,7 @@ def summarise(
 
 
 def _running(run: RunDir, lease_seconds: float, found: Standings) -> set[str]:
-    """Shards that are not done, and whose lease has had a heartbeat lately."""
+    """Shards that are not done, with a recent heartbeat of their lease."""
     oldest = time.time() - lease_seconds
     paths = run.leases.glob("*.lock") if run.leases.is_dir() else ()
     held = {p.stem for p in paths if _mtime(p) > oldest} - found.done.keys()
@@ -195,7 +199,7 @@ def _mtime(path: Path) -> float:
 
 
 def _queued(run: RunDir) -> dict[str, Any]:
-    """Array elements by state, and why some wait; where there is no Slurm to ask, nothing."""
+    """Array elements by state, and why some wait; empty without Slurm."""
     arrays = slurm.all_arrays(run)
     if not arrays or not slurm.is_here():
         return {}
@@ -208,7 +212,7 @@ def _queued(run: RunDir) -> dict[str, Any]:
 
 
 def _ran_on(tasks: list[Progress]) -> dict[str, Any]:
-    """GPU-hours, and tasks by what they ran on, the most frequent first."""
+    """GPU hours, and tasks by hardware, the most frequent first."""
     newest = {t.lane: t.hardware for t in tasks}
     hours = sum(t.seconds for t in tasks if t.has_gpu) / 3600
     hardware = dict(Counter(newest.values()).most_common())
@@ -216,14 +220,14 @@ def _ran_on(tasks: list[Progress]) -> dict[str, Any]:
 
 
 def _stragglers(active: list[Progress]) -> list[str]:
-    """Tasks that are half as far as the median of those that run."""
+    """Running tasks that are less than half as far as the median."""
     shares = {t.task: t.done / max(t.shards, 1) for t in active}
     median = statistics.median(shares.values()) if len(shares) > 2 else 0.0
     return sorted(task for task, share in shares.items() if share < median / 2)
 
 
 def _pace(active: list[Progress], done: list[Outcome], left: int) -> dict[str, Any]:
-    """Samples a second, now or over the whole run, and the seconds that the rest will take."""
+    """Samples a second, now or over the whole run, and the seconds for the remaining shards."""
     speed = sum(task.speed for task in active)
     mean = sum(r.rows for r in done) / len(done) if done else 0
     return {
@@ -233,7 +237,7 @@ def _pace(active: list[Progress], done: list[Outcome], left: int) -> dict[str, A
 
 
 def _past_speed(done: list[Outcome]) -> float:
-    """Over all tasks, from the first start to the last end."""
+    """Samples a second of all tasks, from the first start to the last end."""
     if not done:
         return 0.0
     seconds = max(r.finished for r in done) - min(r.started for r in done)
@@ -253,7 +257,7 @@ def _grouped(run: RunDir, failed: dict[str, list[Outcome]]) -> list[Failure]:
 
 
 def _by_reason(done: Iterable[Outcome]) -> dict[str, int]:
-    """Rejections counted by the start of their reason, the most frequent first."""
+    """Rejections by reason, the most frequent first."""
     counts: Counter[str] = Counter()
     for outcome in done:
         for reason, count in outcome.rejected:
@@ -262,10 +266,10 @@ def _by_reason(done: Iterable[Outcome]) -> dict[str, int]:
 
 
 def log_of(run: RunDir, stem: str) -> Path:
-    """The log file of the newest task that has a record of a shard, or works on it.
+    """The log of the newest task that has a record of a shard, or works on it.
 
     Raises:
-        ConfigError: no task has touched it.
+        ConfigError: no task has worked on the shard.
     """
     newest: dict[str, float] = {}
     for task in attempts(run):

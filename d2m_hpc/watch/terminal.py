@@ -1,4 +1,4 @@
-"""What people see in the terminal."""
+"""Print runs, decisions and checks in the terminal."""
 
 from __future__ import annotations
 
@@ -39,19 +39,20 @@ LONGEST = 20_000
 
 
 class Screen(Console):
-    """Escapes what names, captions and errors hold that would move a terminal's cursor."""
+    """A console that escapes control characters in names, captions and errors."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Every text that is printed, in a table's cells too, comes by here."""
+        """Escape a text; every printed text, in a table's cells too, comes through here."""
         return super().render_str(safe(text, LONGEST, lines=True), **options)
 
 
 def new_console(file: IO[str] | None = None, terminal: bool | None = None) -> Console:
-    """Shows paths and errors as they are, brackets and all; folds lines only at a terminal.
+    """A console that prints brackets in paths and errors as they are, and folds lines only at a
+    terminal.
 
     Args:
         file: instead of standard output.
-        terminal: instead of what the file says of itself.
+        terminal: instead of the file's own word.
     """
     made = Screen(file=file, force_terminal=terminal, highlight=False, markup=False, emoji=False)
     if not made.is_terminal:
@@ -72,7 +73,7 @@ def _pairs(rows: dict[str, Any], title: str | None = None) -> None:
 
 
 def duration(seconds: float | None) -> str:
-    """Such as `2 h 05 min`, or `unknown`."""
+    """A text such as `2 h 05 min`, or `unknown`."""
     if seconds is None:
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)
@@ -85,7 +86,7 @@ def duration(seconds: float | None) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """`1 task`, `1,200 tasks`."""
+    """A text such as `1 task` or `1,200 tasks`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
@@ -114,7 +115,7 @@ def notices(told: Iterable[str]) -> None:
 
 
 def _gained(lacked: Config) -> str:
-    """What a config asks for, and the models that it takes."""
+    """The columns, features and fields of a config, and the models for them."""
     kinds = {
         "columns": lacked.postprocess_columns,
         "features": lacked.postprocess_features,
@@ -126,7 +127,7 @@ def _gained(lacked: Config) -> str:
 
 
 def proposal(proposed: Proposal) -> None:
-    """Chunks, arrays and sbatch's options, as they would be."""
+    """Print the tasks, arrays and sbatch options that a submit would use."""
     console.print(f"{proposed.tasks} tasks of at most {proposed.most} shards")
     for array in proposed.arrays:
         line = f"array {array.name}: elements 0-{array.elements - 1}"
@@ -145,7 +146,7 @@ def submitted(arrays: Sequence[Array]) -> None:
 
 
 def figures(found: Summary) -> dict[str, str]:
-    """The figures of a run by name; those that are seldom are left out where they are 0."""
+    """A run's figures by name, without rare ones that are 0."""
     tried = found.rows + found.rejected
     share = f" ({found.rejected / tried:.2%})" if found.rejected else ""
     left = duration(found.eta_seconds) if found.running else "nothing runs"
@@ -167,7 +168,7 @@ def figures(found: Summary) -> dict[str, str]:
 
 
 def ran_on(found: Summary) -> str:
-    """Such as `NVIDIA H100 80GB HBM3 (12 tasks), CPU (1 task)`."""
+    """A text such as `NVIDIA H100 80GB HBM3 (12 tasks), CPU (1 task)`."""
     return ", ".join(f"{model} ({count(n, 'task')})" for model, n in found.hardware.items())
 
 
@@ -213,7 +214,7 @@ def _counted(found: Summary) -> None:
 
 
 def watch(look: Callable[[], Summary]) -> None:
-    """The summary again and again, until the run is complete or nothing of it is left to happen."""
+    """Print the summary again and again, until the run is complete, or can only fail."""
     while True:
         found = look()
         console.clear()
@@ -240,7 +241,7 @@ def report(found: Report) -> None:
 
 
 def checkpoints(known: Sequence[Found]) -> None:
-    """Where they lie or belong, how large those are that are there, where they come from."""
+    """Print checkpoints' paths, sizes and sources."""
     table = Table("file or folder", "size", "published at", "sha256 or commit", show_edge=False)
     for item in known:
         need, state = item.need, item.state
@@ -282,7 +283,7 @@ def _state(item: Checked, allow_unpublished: bool) -> None:
 
 @contextmanager
 def download(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar for one file, at a terminal."""
+    """Show a bar for one file, at a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

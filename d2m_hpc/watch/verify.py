@@ -31,15 +31,15 @@ class Fault:
 
 @dataclass
 class Report:
-    """What was checked, and what was found.
+    """The result of a check.
 
     Attributes:
-        checked: how many shards' files were looked at.
-        done: how many are done on record.
-        faults: what is wrong with files.
-        shards: of the run, done or not.
-        unfinished: how many are not done; what is removed or failed since counts.
-        changed: of the checked ones those whose tars are others now; their files are no worse.
+        checked: the number of shards whose files were read.
+        done: the number of shards that are done on record.
+        faults: of files.
+        shards: the number of shards in the run.
+        unfinished: shards that are not done, removed or failed since included.
+        changed: checked shards whose tars have changed; their files are no worse.
     """
 
     checked: int
@@ -54,11 +54,11 @@ class Report:
 
 
 def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0) -> Report:
-    """Check every finished shard's files, and that the folder holds no others.
+    """Check every finished shard's files, and look for other files in the folder.
 
     Args:
-        sample: the files of so many shards only, drawn at random.
-        seed: of the draw; the same one draws the same of the same shards.
+        sample: check only so many shards, drawn at random.
+        seed: of the draw; the same seed draws the same of the same shards.
     """
     output = OutputDir(config.output_metadata_dir)
     with gc_paused():
@@ -96,7 +96,7 @@ def check_shard(
     Args:
         record: the newest record.
         carried: columns with the samples' own values, which may be anything.
-        owner: the name under which a file of some sha256 is on record, if there is one.
+        owner: gives the name on record of a file with some sha256, if there is one.
     """
     pair = Pair(output, stem)
     faults = [
@@ -110,10 +110,8 @@ def check_shard(
 
 
 def _is_replaced(pair: Pair, record: Outcome) -> str:
-    """Say what to do where a task was killed between committing a newer pair and recording that.
-
-    Empty where the pair is not newer than its record.
-    """
+    """Say what to do about a pair newer than its record, as a killed task leaves; empty for any
+    other."""
     try:
         own = pair.record()
     except D2MError:

@@ -1,1 +1,1 @@
-"""On the GPU node: one array task, from tar to committed files."""
+"""Run one array task on a GPU node, from tar to committed files."""

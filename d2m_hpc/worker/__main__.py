@@ -1,4 +1,4 @@
-"""An array element's task: `python -m d2m_hpc.worker RUN_DIR SUBMISSION FIRST TASKS_PER_NODE`.
+"""Run an array element's task: `python -m d2m_hpc.worker RUN_DIR SUBMISSION FIRST TASKS_PER_NODE`.
 
 Exit codes: 0 done, 1 some shards failed, 2 a config or a disk is at fault, 4 the node cannot work,
 143 told to stop.
@@ -36,11 +36,11 @@ STOPPED = 143
 INTERRUPTED = 130
 
 REQUEUE_SECONDS = 1200.0
-"""How long a task asks for its requeue, while slurmctld restarts."""
+"""Seconds for which a task asks for its requeue, while slurmctld restarts."""
 LONGEST_PAUSE = 5.0
 """Seconds between two tries: slurmctld looks for ended walltimes half a minute after its start."""
 REFUSED = re.compile("disabled|nvalid job|denied|not permitted|already", re.IGNORECASE)
-"""Answers that asking again will not change."""
+"""Answers that are final."""
 
 
 def main(arguments: list[str]) -> int:
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _unfit(run: RunDir, submission: str, index: int, why: str) -> int:
-    """The node cannot work: no shard is to blame."""
+    """Record that the node cannot work; blame no shard."""
     attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
     failure = {"node": _node(), "why": safe(why), "time": time.time()}
     path = run.node_failures / f"{submission}-{index}-{attempt}.json"
@@ -71,7 +71,7 @@ def _unfit(run: RunDir, submission: str, index: int, why: str) -> int:
 def _as_task(
     run: RunDir, submission: str, index: int, job: JobEnvironment, board: Board | None, past: Past
 ) -> int:
-    """Work in this process; `past` tells of earlier ones that died."""
+    """Work in this process; `past` knows of earlier processes that died."""
     stop_on_signals()
     interrupt_once()
     try:
@@ -141,7 +141,7 @@ _first_stderr = 2
 
 
 def _own_log(path: Path) -> None:
-    """Everything this task and its libraries print goes to its own file."""
+    """Send the output of this task and its libraries to the task's own file."""
     global _first_stderr
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
     _first_stderr = os.dup(2)
@@ -151,10 +151,10 @@ def _own_log(path: Path) -> None:
 
 
 def _own_device(rank: int, tasks_per_node: int) -> None:
-    """One task, one GPU: the rank's, of those that Slurm gave the element, or of all the node's.
+    """Give each rank one GPU: of those that Slurm gave the element, or of the whole node.
 
-    Where whole nodes are given out, Slurm knows of no GPUs and sets no CUDA_VISIBLE_DEVICES. One
-    that is set and empty means that there are none.
+    On nodes that are given out whole, Slurm may set no CUDA_VISIBLE_DEVICES; an empty one means
+    that there are no GPUs.
     """
     if tasks_per_node == 1:
         return
@@ -168,12 +168,12 @@ def _own_device(rank: int, tasks_per_node: int) -> None:
 
 
 def _gpu_count() -> int:
-    """NVIDIA GPUs of this node, by their device files: CUDA reads its variable only once."""
+    """Count the node's NVIDIA GPUs by device files: CUDA reads its variable only once."""
     return sum(p.name[6:].isdecimal() for p in Path("/dev").glob("nvidia*"))
 
 
 def _deadline(job: JobEnvironment) -> float | None:
-    """When the walltime ends, in seconds since the epoch; None where Slurm does not say."""
+    """The end of the walltime, in seconds since the epoch; None where Slurm does not say."""
     if given := os.environ.get("SLURM_JOB_END_TIME"):
         return float(given)
     shown, why = _scontrol("show", "job", "--oneliner", job.job_id)
@@ -184,10 +184,10 @@ def _deadline(job: JobEnvironment) -> float | None:
 
 
 def _requeue(job: JobEnvironment, record: Path) -> None:
-    """Go on in another walltime; each rank asks, for the others may have ended before.
+    """Ask for another walltime; each rank asks, as other ranks may have ended before.
 
     Raises:
-        D2MError: this one was not enough for a single shard, so the next would not be either.
+        D2MError: this walltime was too short for a single shard, as the next would be.
     """
     if not record.exists():
         raise D2MError(
@@ -200,7 +200,7 @@ def _ask_for_requeue(job: JobEnvironment) -> None:
     """Ask until slurmctld answers: while it is away, no walltime ends either.
 
     Raises:
-        D2MError: it refuses, or is away for too long.
+        D2MError: slurmctld refuses, or is away for too long.
     """
     end, pause = time.monotonic() + REQUEUE_SECONDS, 1.0
     while why := _scontrol("requeue", job.job_id)[1]:
@@ -216,7 +216,7 @@ def _ask_for_requeue(job: JobEnvironment) -> None:
 
 
 def _scontrol(*words: str) -> tuple[str, str]:
-    """Run scontrol; returns its output and why it failed, with times in Slurm's own format."""
+    """Run scontrol with times in Slurm's own format; return its output, and its error or ""."""
     environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
     done = subprocess.run(
         ["scontrol", *words],

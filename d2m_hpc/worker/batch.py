@@ -1,4 +1,4 @@
-"""Batch and Outputs, the only things that cross the worker's rooms; their rows, their memory."""
+"""Batch and Outputs, which alone cross the worker's rooms; their rows and their memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from d2m_hpc.models.inputs import Input
 from d2m_hpc.run.records import Rejection
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Makes a tensor of a shape and type, whose values are not set."""
+"""Makes a tensor of a shape and type, with values not set."""
 
 SIZES = 16
-"""Maximum number of distinct block sizes kept; more are of shapes that change each batch."""
+"""The number of distinct block sizes kept; more are of shapes that change with each batch."""
 
 
 def plain(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -27,21 +27,21 @@ def plain(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Page-locked, which torch itself uses again."""
+    """Page-locked memory, which torch itself reuses."""
     return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 class Reused:
-    """Gives the memory of batches that nobody holds any more to the next ones.
+    """Lends the memory of earlier batches to later ones.
 
-    A kernel zeroes each page that it hands out, which takes a tenth of the loader's time where
-    every batch of 140 MB is a new one. What lay in batches at the same time is kept.
+    A kernel zeroes each new page, which takes a tenth of the loader's time where every batch of 140
+    MB is new. All memory that lay in batches at the same time is kept.
 
-    A batch takes as much memory as the largest one so far, that blocks may be of one size: not as
-    `batch_size` says, which may be far above what a shard has.
+    Blocks have the size of the largest batch so far, so that they are of one size; `batch_size` may
+    be far larger than any shard.
 
     Args:
-        rows: the most that a batch has.
+        rows: the most rows of a batch.
     """
 
     def __init__(self, rows: int) -> None:
@@ -66,7 +66,7 @@ class Reused:
 
 
 class _Lent:
-    """A block that is free again once no tensor lies in it."""
+    """A block that returns to its list once no tensor lies in it."""
 
     def __init__(self, block: NDArray[np.uint8], free: list[NDArray[np.uint8]]) -> None:
         self.__array_interface__: dict[str, Any] = block.__array_interface__
@@ -78,7 +78,7 @@ class _Lent:
 
 @dataclass
 class Batch:
-    """Samples that were decoded and preprocessed.
+    """Samples after decoding and preprocessing.
 
     Attributes:
         keys: the samples' keys, B of them.
@@ -93,13 +93,13 @@ class Batch:
 
 @dataclass
 class Outputs:
-    """The outputs that a batch is written as.
+    """A batch's outputs, ready to be written.
 
     Attributes:
         columns: B values each, as arrays or lists.
         features: [B, ...] each, float32.
-        rejections: samples of the batch that have no row.
-        recomputed: rows that were run again in float32.
+        rejections: samples of the batch without a row.
+        recomputed: the number of rows that were computed again in float32.
     """
 
     keys: list[str]
@@ -114,7 +114,7 @@ class Outputs:
 
 
 def each_part(change: Callable[..., Any], *values: Any) -> Any:
-    """A tuple or dict of what `change` makes of the parts of some that are alike."""
+    """Apply `change` to the parts of tuples or dicts of one form; return the same form."""
     first = values[0]
     if isinstance(first, tuple):
         return tuple(change(*parts) for parts in zip(*values, strict=True))
@@ -123,14 +123,14 @@ def each_part(change: Callable[..., Any], *values: Any) -> Any:
 
 
 def collate(samples: Sequence[Any], allocate: Allocate = plain) -> Any:
-    """Preprocessed samples to a batch: numbers, arrays and tensors are stacked, tuples transposed,
-    the rest is a list.
+    """Make a batch of preprocessed samples: stack numbers, arrays and tensors, transpose tuples,
+    and list the rest.
 
     Args:
-        allocate: makes the tensors that others are stacked in.
+        allocate: makes the tensors for stacking.
 
     Raises:
-        ValueError: they are of different shapes or kinds.
+        ValueError: the samples are of different shapes or kinds.
     """
     try:
         return _collate(samples, allocate)
@@ -154,9 +154,9 @@ def _collate(samples: Sequence[Any], allocate: Allocate) -> Any:
 
 
 def _stack(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:
-    """As `torch.stack`, with the axes in memory as the first tensor has them.
+    """Stack like `torch.stack`, with the first tensor's order of axes in memory.
 
-    Pictures stay channels last; to take their channels apart costs more than to resize them.
+    Pictures stay channels last: taking channels apart costs more than resizing.
     """
     shapes = {tuple(t.shape) for t in tensors}
     if len(shapes) > 1:
@@ -181,7 +181,7 @@ def take(value: Any, rows: Sequence[int]) -> Any:
 
 
 def join(values: Sequence[Any]) -> Any:
-    """Values of consecutive parts as one."""
+    """Join values of consecutive parts."""
     first = values[0]
     if isinstance(first, tuple | dict):
         return each_part(lambda *parts: join(parts), *values)
@@ -193,7 +193,7 @@ def join(values: Sequence[Any]) -> Any:
 
 
 def put(value: Any, rows: Sequence[int], replacement: Any) -> Any:
-    """A copy with some rows replaced."""
+    """Copy a value with some rows replaced."""
     if isinstance(value, tuple | dict):
         return each_part(lambda part, new: put(part, rows, new), value, replacement)
     if isinstance(value, Tensor):
@@ -213,14 +213,14 @@ def count(value: Any) -> int:
 
 
 def non_finite(value: Any) -> list[int]:
-    """The rows that hold NaN or infinity."""
+    """The rows with NaN or infinity."""
     return flagged(flags(value))
 
 
 def flags(value: Any) -> list[Tensor]:
-    """For each part in which a number may be one, bool [B]: the rows that hold NaN or infinity.
+    """For each part with numbers, bool [B]: the rows with NaN or infinity.
 
-    The flags stay on the parts' device, so that nothing waits for it.
+    The flags stay on the parts' device, so that no thread waits for it.
     """
     if isinstance(value, tuple | dict):
         return [flag for part in _parts(value) for flag in flags(part)]

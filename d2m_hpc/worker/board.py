@@ -1,4 +1,4 @@
-"""Memory by which a task's process tells the process that watches it how far it is."""
+"""Memory shared by a task's process with the process that watches it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a task works."""
+    """The place of a task's work."""
 
     root: str
     submission: str
@@ -43,9 +43,9 @@ class Scene:
 
 
 class Board:
-    """Written by the threads of one process, and read by its parent, also after it was killed.
+    """Notes by the threads of one process for its parent, readable after a kill.
 
-    A stem that is longer than a slot, as no file's name is, is cut.
+    A stem longer than a slot is cut; no file's name is so long.
     """
 
     def __init__(self) -> None:
@@ -54,11 +54,11 @@ class Board:
         self._beats, self._done = itertools.count(1), itertools.count(1)
 
     def clear(self) -> None:
-        """For the next process."""
+        """Erase the notes before the next process."""
         self._map[:] = bytes(len(self._map))
 
     def beat(self) -> None:
-        """Something happened."""
+        """Note a sign of life."""
         self._map[0:8] = next(self._beats).to_bytes(8, "little")
 
     @property
@@ -66,7 +66,7 @@ class Board:
         return int.from_bytes(self._map[0:8], "little")
 
     def finished_one(self) -> None:
-        """A shard was done."""
+        """Count a finished shard."""
         self._map[8:16] = next(self._done).to_bytes(8, "little")
 
     @property
@@ -74,7 +74,7 @@ class Board:
         return int.from_bytes(self._map[8:16], "little")
 
     def leave(self) -> None:
-        """The process ends on its own, after all was said."""
+        """Note that the process ends by itself, with all said."""
         self._map[16] = 1
 
     @property
@@ -82,7 +82,7 @@ class Board:
         return bool(self._map[16])
 
     def set_scene(self, scene: Scene | None) -> None:
-        """Say where the task works from now on; None while it does not work."""
+        """Note where the task works; None while it does not work."""
         text = json.dumps(asdict(scene)).encode() if scene else b""
         self._map[HEAD : HEAD + SCENE] = text[:SCENE].ljust(SCENE, b"\0")
 
@@ -95,7 +95,7 @@ class Board:
             return None
 
     def claim(self, stem: str, attempt: int) -> int:
-        """Note a shard that was claimed; returns its slot, -1 where there is none left."""
+        """Note a claimed shard; return its slot, or -1 without a free one."""
         name = stem.encode("utf-8", "surrogateescape")[: SLOT - _ENTRY.size]
         with self._lock:
             free = (i for i in range(SLOTS) if self._map[self._at(i)] == _FREE)

@@ -1,4 +1,4 @@
-"""Claim the shards of a task: those of its chunk, then shards that slower tasks have not begun."""
+"""Claim the shards of a task: its own chunk's, then shards that slower tasks have not begun."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MARGIN = 1.2
 
 @dataclass(frozen=True)
 class TaskName:
-    """Which array task this is; `attempt` counts its requeues."""
+    """The name of an array task; `attempt` counts its requeues."""
 
     submission: str
     index: int
@@ -48,18 +48,18 @@ class TaskName:
 
 
 class Claims:
-    """Iterate over the shards to do, each claimed at the last moment.
+    """Iterate over the shards to do; claim each at the last moment.
 
     Attributes:
         chunk: the task's own jobs.
-        extends: what all jobs that the task claims extend: pairs of one fingerprint, or none.
+        extends: the fingerprint of the pairs that all of the task's jobs extend, or "".
 
     Args:
-        fingerprint: of the config; outputs of another one do not count as finished.
-        clean: fences the attempts at a shard before a number; called while its lease is held.
-        deadline: when the walltime ends, in seconds since the epoch.
-        board: tells the process that watches this one what is in hand.
-        alone: stems that are tried last and one at a time, as one of them kills processes.
+        fingerprint: of the config; pairs of any other are not finished.
+        clean: fences earlier attempts at a shard; called while its lease is held.
+        deadline: the end of the walltime, in seconds since the epoch.
+        board: shared with the process that watches this one.
+        alone: stems to try last and one at a time, as one of them kills processes.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class Claims:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Claim nothing more."""
+        """Claim no more shards."""
         self._stopped.set()
 
     def __iter__(self) -> Iterator[Work]:
         """Yield the chunk's shards, then shards that other tasks have not begun.
 
-        Shards at which a process died come last in the chunk, one at a time.
+        Shards that may have killed a process come last in the chunk, one at a time.
         """
         self._alone |= {job.stem for job in self.chunk if job.alone}
         yield from self._own([j for j in self.chunk if j.stem not in self._alone])
@@ -160,7 +160,8 @@ class Claims:
                 yield work
 
     def _others(self) -> Iterator[Job]:
-        """Jobs of other chunks that extend the same, the last one first; one chunk is in memory."""
+        """Yield other chunks' jobs with the same `extends`, from the end; one chunk is in
+        memory."""
         numbers = (i for i in reversed(range(len(self._chunks))) if i != self._index)
         for chunk in self._chunks.read(numbers):
             yield from (job for job in reversed(chunk) if job.extends == self.extends)
@@ -169,7 +170,7 @@ class Claims:
         return Lease(self._run.lease(job.stem), self._config.lease_seconds)
 
     def _begin(self, job: Job, lease: Lease, own: bool = True) -> Work | None:
-        """Begin with a shard whose lease was just claimed; None where nothing is left to do."""
+        """Begin a shard whose lease was just claimed; None where no work is left."""
         try:
             require_there(self._run.leases)
             pair = Pair(self._output, job.stem)
@@ -200,7 +201,8 @@ class Claims:
             return list(self._held.values())
 
     def _after_death(self, job: Job, last: Attempt) -> str:
-        """Say why a shard whose last attempt never ended is not computed now; empty where it is."""
+        """The reason not to compute a shard now whose last attempt never ended; empty to compute
+        it."""
         if not last.ended and self._evidence.weigh(job, last) >= self._config.max_attempts:
             self._put_off.add(job.stem)
             _touch(self._submission.failed(job.stem))
@@ -213,7 +215,7 @@ class Claims:
         return "put off: it is tried last and alone"
 
     def _why_not(self, job: Job, record: Record | None) -> str:
-        """Say why a shard is not to be computed here; empty where it is."""
+        """The reason not to compute a shard here; empty to compute it."""
         if record is not None and record.fingerprint == self._fingerprint:
             self._put_back(record)
             self._attempts.done(job.stem)  # its task was killed before it removed that
@@ -225,9 +227,9 @@ class Claims:
         return ""
 
     def _is_as_planned(self, job: Job, record: Record | None) -> bool:
-        """Whether the shard's pair is still the one that the submit planned with.
+        """Whether the shard's pair is still the pair of the plan.
 
-        A pair that cannot be read counts as planned: the shard then fails, and its record says why.
+        An unreadable pair counts as planned: the shard fails, and its record says why.
         """
         if self._config.reprocess:
             return True
@@ -238,7 +240,7 @@ class Claims:
         return not job.extends and refits((r.reason for r in record.rejections), self._config)
 
     def _put_back(self, record: Record) -> None:
-        """Write the record that a task killed right after the parquet's rename could not write."""
+        """Write the record of a task that was killed right after renaming the parquet."""
         paths = {self._run.records / f"{record.task}.jsonl", self._recorder.path}
         known = chain.from_iterable(read_records(path) for path in paths if path.exists())
         if not any(r.shard == record.shard and r.finished == record.finished for r in known):
@@ -246,14 +248,14 @@ class Claims:
 
     @property
     def is_late(self) -> bool:
-        """Whether too little walltime is left for another shard like the slowest one so far."""
+        """Whether the walltime left is too short for another shard like the slowest so far."""
         return self._deadline is not None and (_now() + MARGIN * self._slowest > self._deadline)
 
     def let_go(self, work: Work, seconds: float = 0.0) -> None:
         """Release a shard that is settled, or left to other tasks.
 
         Args:
-            seconds: how long the shard took.
+            seconds: the time that the shard took.
         """
         with self._lock:
             self._slowest = max(self._slowest, seconds)
@@ -261,7 +263,7 @@ class Claims:
         work.release()
 
     def mark(self, work: Work, state: str) -> None:
-        """Tell the other tasks of a shard that is on record, so that they need not look."""
+        """Tell other tasks of a shard on record, so that they need not look."""
         stem = work.job.stem
         work.settle(state)
         if state == "failed":
@@ -281,7 +283,7 @@ class Claims:
 
 
 def _now() -> float:
-    """Seconds on a clock that, as a walltime does, goes on while the machine is suspended."""
+    """Seconds on a clock that, like a walltime, goes on while the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 

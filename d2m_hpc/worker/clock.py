@@ -1,4 +1,4 @@
-"""How long the stages of a shard take."""
+"""Time the stages of a shard."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Adds up seconds by stage; `with clock("decode"): ...`, also in several threads at once."""
+    """Adds up seconds by stage, also of several threads: `with clock("decode"): ...`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -17,7 +17,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str, besides: str = "") -> Iterator[None]:
-        """Time a block, less what it spends in the stage `besides`."""
+        """Time a block, without its time in the stage `besides`."""
         began, before = time.perf_counter(), self.seconds.get(besides, 0.0)
         try:
             yield
@@ -30,6 +30,6 @@ class Clock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def rounded(self) -> dict[str, float]:
-        """To the millisecond, as there are millions of records."""
+        """Seconds by stage to the millisecond, as there are millions of records."""
         with self._lock:
             return {stage: round(seconds, 3) for stage, seconds in self.seconds.items()}

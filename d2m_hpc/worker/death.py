@@ -1,4 +1,4 @@
-"""How a process died, and what of its shards is put on record for it."""
+"""Describe how a process died, and record its attempts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from d2m_hpc.worker.board import Board, Entry, Scene
 
 CGROUPS = Path("/sys/fs/cgroup")
 STALLED = 5
-"""Exit code of a task that its own watchdog ended."""
+"""The exit code of a task that its own watchdog ended."""
 GB = 1e9
 PATIENCE = 10.0
-"""Seconds for a dead process's leases to be taken over, those that nobody else takes."""
+"""Seconds for taking over a dead process's leases."""
 
 
 def told(status: int, usage: struct_rusage, oom_kills: int, stalled: float) -> str:
-    """How a process ended, for people.
+    """Describe how a process ended.
 
     Args:
-        status: as `os.wait4` gives it.
-        oom_kills: how often the system had killed for memory since the process began.
-        stalled: the seconds without a sign of life after which it was ended; 0 where it was not.
+        status: from `os.wait4`.
+        oom_kills: the system's kills for memory since the process began.
+        stalled: the silent seconds after which the process was ended; 0 for any other end.
     """
     if stalled:
         return f"stalled: nothing happened for {stalled:.0f} s"
@@ -50,12 +50,12 @@ def told(status: int, usage: struct_rusage, oom_kills: int, stalled: float) -> s
 
 
 def oom_kills() -> int:
-    """How often the system has killed for memory in this cgroup; 0 where it does not say."""
+    """The system's kills for memory in this cgroup; 0 where the system does not say."""
     return sum(_figure(folder, ("memory.events", "memory.oom_control")) for folder in _folders())
 
 
 def memory_limit() -> int:
-    """The least limit of this process's cgroups in bytes; 0 where there is none."""
+    """The least memory limit of this process's cgroups in bytes; 0 for none."""
     limits = [
         int(text)
         for folder in _folders()
@@ -66,7 +66,7 @@ def memory_limit() -> int:
 
 
 def _folders() -> Iterator[Path]:
-    """Of this process's memory cgroup and those above, in versions 1 and 2."""
+    """The folders of this process's memory cgroup and of its parents, in versions 1 and 2."""
     for line in _text(Path("/proc/self/cgroup")).splitlines():
         _, kinds, path = line.split(":", 2)
         if kinds and "memory" not in kinds.split(","):
@@ -91,10 +91,10 @@ def _text(path: Path) -> str:
 
 
 def record(board: Board, how: str) -> list[Entry]:
-    """Put the attempts of a process that died on record, and leave its shards to others.
+    """Record the attempts of a dead process, and leave its shards to others.
 
     Returns:
-        The shards that were in hand; one of them is to blame.
+        The shards in hand, one of which is to blame.
     """
     scene, entries = board.scene, board.entries()
     if scene is None:
@@ -108,7 +108,7 @@ def record(board: Board, how: str) -> list[Entry]:
 
 
 def give_back(board: Board) -> None:
-    """Leave the shards of a process that was told to end to others; that is no failure."""
+    """Leave the shards of a process that was told to end to others; no attempt fails."""
     if (scene := board.scene) is None:
         return
     for entry in _taken_over(scene, board.entries()):
@@ -118,10 +118,10 @@ def give_back(board: Board) -> None:
 
 
 def _taken_over(scene: Scene, entries: list[Entry]) -> Iterator[Entry]:
-    """The shards of a dead process that nobody else takes over, each while its lease is held.
+    """Yield the shards of a dead process that no other task takes over, with their leases held.
 
-    A lease is asked for again for a while: that its holder is dead may take more than one look to
-    see. All shards share one deadline, as Slurm may be about to kill this process too.
+    A lease is tried for a while, as one look may not show that its holder is dead. All shards share
+    one deadline, as Slurm may be about to kill this process too.
     """
     run, until, waiting = RunDir(Path(scene.root)), time.monotonic() + PATIENCE, list(entries)
     while waiting:
@@ -151,8 +151,7 @@ def _attempt(scene: Scene, entry: Entry) -> Attempt:
 
 
 def _fail(scene: Scene, entry: Entry, how: str, others: list[str]) -> None:
-    """The attempt is on record as failed; where it was alone in hand, this submission is done
-    with the shard."""
+    """Record a failed attempt; where it was alone in hand, end the shard for this submission."""
     run = RunDir(Path(scene.root))
     beside = f"; it may have been {' or '.join(others)}, which it had in hand too" if others else ""
     error = f"the process that worked on {entry.stem} {how}{beside}"

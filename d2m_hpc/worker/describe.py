@@ -1,6 +1,6 @@
-"""Run a custom file and tell what it gives: `python -m d2m_hpc.worker.describe FILE FOLDER`.
+"""Run a custom file and describe it: `python -m d2m_hpc.worker.describe FILE FOLDER`.
 
-In a process of its own, as the file imports torch, and may do anything else.
+A process of its own, as the file imports torch, and may do anything else.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from d2m_hpc.run import frozen
 
 
 def describe(file: Path) -> frozen.Custom:
-    """Run a custom file, and give its names and modules.
+    """Run a custom file; return its names and modules.
 
     Raises:
-        ConfigError: it cannot be run, or its tables hold what they should not.
+        ConfigError: the file fails, or its tables hold wrong values.
     """
     modules = Modules(file)
     module = custom.run(modules)
@@ -37,7 +37,7 @@ def describe(file: Path) -> frozen.Custom:
 
 
 def main(file: Path, folder: Path) -> None:
-    """Write what the file gives to a folder, as a submission has it; or its mistakes."""
+    """Write a file's description, or its mistakes, to a folder, as a submission keeps them."""
     try:
         frozen.write(folder, describe(file))
     except ConfigError as error:

@@ -22,14 +22,14 @@ from d2m_hpc.worker.batch import Outputs
 
 
 class Masked(logging.Formatter):
-    """Keeps secrets out of the log, those in tracebacks too."""
+    """Keeps secrets out of the log, also out of tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return masked(super().format(record))
 
 
 class _Log(logging.StreamHandler[TextIO]):
-    """A disk that is full ends no task for a line of its log, nor is a traceback printed for it."""
+    """Ignores a full disk: no task ends for a line of its log."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exception(), OSError):
@@ -38,7 +38,7 @@ class _Log(logging.StreamHandler[TextIO]):
 
 @contextmanager
 def logging_to(path: Path, crashes: bool) -> Iterator[None]:
-    """Append this program's log to the task's file, and where it crashes, what it was doing."""
+    """Append this program's log, and the stacks of a crash, to the task's file."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
     package = logging.getLogger("d2m_hpc")
     before = package.level
@@ -61,7 +61,7 @@ def logging_to(path: Path, crashes: bool) -> Iterator[None]:
 
 
 def guarded(outputs: Iterator[Outputs]) -> Iterator[Outputs]:
-    """Outputs of models; what they raise to end the process ends their shard only.
+    """Yield models' outputs; a model that tries to end the process fails its shard only.
 
     Raises:
         ShardError: a model called `sys.exit`, or raised an error that is no `Exception`.
@@ -79,13 +79,13 @@ def guarded(outputs: Iterator[Outputs]) -> Iterator[Outputs]:
 
 
 def ends_task(error: BaseException) -> bool:
-    """Whether an error is no fault of the shard's, but of a disk or the node, or a wish to stop."""
+    """Whether an error is not the shard's fault, but a disk's, the node's, or a wish to stop."""
     own = isinstance(error, Exception) and not isinstance(error, DiskError | NodeError)
     return not own or is_broken(error)
 
 
 def is_broken(error: BaseException) -> bool:
-    """CUDA itself is in error: no later shard can be computed by this process."""
+    """Whether CUDA itself is in error, so that this process can compute no more."""
     cause = error.__cause__ or error
     out_of_memory = isinstance(cause, torch.OutOfMemoryError)
     return isinstance(cause, torch.AcceleratorError) and not out_of_memory

@@ -1,4 +1,4 @@
-"""Look at other shards of a run: at their JSON, or at the pairs made of it."""
+"""Look at other shards of a run: at their JSON, or at their pairs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from d2m_hpc.worker.read.shard import Archive
 
 SHARDS = 16
 SAMPLES = 64
-"""Samples that are looked at in each of the first shards of a run."""
+"""Samples that are read in each of a run's first shards."""
 
 
 class Peek:
-    """The first tars of a run's plan that lie on a disk, and pairs that earlier tasks made."""
+    """A run's first tars on a disk, and the pairs of earlier tasks."""
 
     def __init__(self, run: RunDir, output: OutputDir) -> None:
         self._run, self._output = run, output
@@ -47,16 +47,16 @@ class Peek:
 
     @cached_property
     def _some(self) -> list[list[dict[str, Any]]]:
-        """The JSON of the first samples of each tar."""
+        """The JSON of each tar's first samples."""
         return [[values for _, values in islice(_samples(tar), SAMPLES)] for tar in self._tars]
 
     def values(self, name: str) -> Iterator[Sequence[Any]]:
-        """Values of a field, one shard's after another's."""
+        """Yield each shard's values of a field."""
         for samples in self._some:
             yield [sample.get(name) for sample in samples]
 
     def kept(self, name: str) -> str:
-        """The type that a field has in finished pairs; empty where none tells it."""
+        """A field's type in finished pairs; empty where none tells it."""
         for parquet in self._parquets:
             schema = parquet.schema.to_arrow_schema()
             if name not in schema.names:
@@ -70,13 +70,13 @@ class Peek:
 
     @cached_property
     def _parquets(self) -> list[pq.FileMetaData]:
-        """Of pairs of this run: beside them may lie parquets of other programs."""
+        """Metadata of this run's parquets; other programs' may lie beside them."""
         stems = self._output.stems() if self._output.is_local else set()
         mine = (stem for stem in read_stems(self._run.shards) if stem in stems)
         return [*islice(filter(None, map(self._metadata, mine)), SHARDS)]
 
     def _metadata(self, stem: str) -> pq.FileMetaData | None:
-        """None where the parquet is another program's, or damaged, which others will tell."""
+        """None for another program's parquet, or a damaged one, which other checks report."""
         with suppress(OSError, ValueError):
             found = Pair(self._output, stem).metadata()
             return found if METADATA in (found.metadata or {}) else None
@@ -86,7 +86,7 @@ class Peek:
         """Look for each field in the run's first shard, once in a run.
 
         Raises:
-            ConfigError: no sample of it has one of them.
+            ConfigError: no sample of that shard has one of them.
         """
         wanted = [name for name, _ in config.asked_fields if name != "key"]
         wanted = [name for name in wanted if not schema.is_seen(name)]
@@ -110,14 +110,14 @@ class Peek:
 def schema_of(
     run: RunDir, config: Config, part: Config, output: OutputDir, toolbox: Toolbox, version: str
 ) -> Schema:
-    """The types that a run's outputs have, for one of its tasks.
+    """The types of a run's outputs, for one of its tasks.
 
     Args:
-        part: of the config, what the task computes.
+        part: of the config, as the task computes it.
         version: of the custom code.
 
     Raises:
-        ConfigError: the run's first shard lacks a field, which is told before anything is computed.
+        ConfigError: the run's first shard lacks a field.
     """
     peek = Peek(run, output)
     schema = Schema(
@@ -134,7 +134,7 @@ def schema_of(
 
 
 def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Keys and JSON of a tar's samples, as far as it can be read; nobody is told here if not."""
+    """Keys and JSON of a tar's samples, as far as the tar can be read; errors are silent here."""
     try:
         with closing(Archive(tar)) as archive:
             for sample in archive.index():

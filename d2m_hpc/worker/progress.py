@@ -1,4 +1,4 @@
-"""How far a task is: told to the run folder, to a listener, and to a watchdog."""
+"""Tell a task's progress to the run folder, to a listener, and to a watchdog."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Listener = Callable[[Progress], None]
 
 
 class Reporter:
-    """Counts; may be told from several threads.
+    """Counts progress; threads may share it.
 
     Args:
         path: rewritten every few seconds with the progress as JSON.
-        listener: told of every change.
-        beat: likewise.
+        listener: called at every change.
+        beat: called at every change.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Reporter:
                 self._listener(progress)
 
     def _write(self, data: bytes) -> None:
-        """Progress is for who looks on: a disk that is full or in error ends no task for it."""
+        """Write the progress file; a full disk ends no task for it."""
         try:
             overwrite(self._path, data)
             self._failed = False
@@ -77,18 +77,15 @@ class Reporter:
 
 
 class Watchdog:
-    """Ends the process when it has told nothing for long: a hung mount, a dead GPU.
+    """Ends a process that was silent for long: a hung mount, a dead GPU.
 
-    The process of a caller from Python is not ended: its main thread is interrupted, if that is
-    where the task works.
-
-    Time in which the process stood still itself, stopped by a signal, by Slurm or with its whole
-    machine, is no silence.
+    A Python caller's process is not ended: its main thread is interrupted, if the task works there.
+    Time in which the process itself was suspended is no silence.
 
     Args:
         seconds: the longest silence.
-        path: the log file, which gets the stacks of all threads.
-        let_go: releases what the process holds.
+        path: the log file, for the stacks of all threads.
+        let_go: releases the process's shards.
 
     Raises:
         D2MError: the task was interrupted.

@@ -1,8 +1,8 @@
-"""A small process that watches the one that computes.
+"""A small process that watches the process that computes.
 
-What kills a process leaves it no time to say so: a segfault in a decoder, memory that runs out, a
-call that holds the interpreter's lock for ever. So a task is computed by a child; this process
-waits, says on record how the child ended, and starts another one for what is left.
+A crash leaves a process no time to report: a segfault in a decoder, memory that runs out, a call
+that holds the interpreter's lock for ever. A child computes the task; this process waits, records
+how the child ended, and starts another child for the rest.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from d2m_hpc.worker.board import Board
 
 TICK = 1.0
 GRACE = 15.0
-"""Seconds more than `stall_seconds`, for the task's own watchdog says more."""
+"""Seconds beyond `stall_seconds`, as the task's own watchdog says more."""
 STOP_SECONDS = 100.0
-"""How long a child that was told to stop may take; Slurm gives it 30 s, before a walltime 120."""
+"""Seconds for a child that was told to stop; Slurm gives it 30, before a walltime 120."""
 DUMP_SECONDS = 5.0
 IDLE = 3
-"""So many children one after the other that died without a shard done, and it is not the shards."""
+"""Children in a row that died without a finished shard, after which the shards are not to blame."""
 WATCHED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 KERNEL = 0x80
 """`si_code` of a signal that a terminal sends to all its processes."""
@@ -39,7 +39,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Watch:
-    """What is known of a child while it is watched, and how it ended."""
+    """The state of a child while it is watched, and its end."""
 
     pid: int
     status: int = 0
@@ -54,18 +54,18 @@ class Watch:
 
 @dataclass
 class Past:
-    """What earlier children died of.
+    """The deaths of earlier children.
 
     Attributes:
-        alone: stems that were in hand together; they are to be tried last, one at a time.
-        blamed: stems that were alone in hand; they are for another submit.
+        alone: stems that were in hand together, to be tried last, one at a time.
+        blamed: stems that were alone in hand, left to another submit.
     """
 
     alone: set[str] = field(default_factory=set)
     blamed: set[str] = field(default_factory=set)
 
     def learn(self, begun: Sequence[str], how: str) -> None:
-        """A child died with these stems in hand."""
+        """Take in that a child died with these stems in hand."""
         self.alone -= set(begun)
         if len(begun) == 1:
             self.blamed |= set(begun)
@@ -82,17 +82,17 @@ _board: Board | None = None
 
 
 def is_possible() -> bool:
-    """Whether this process can be forked: it runs no other threads, nor is torch's memory in it."""
+    """Whether this process can be forked: it has one thread, and has not loaded torch."""
     return "torch" not in sys.modules and threading.active_count() == 1
 
 
 def supervised(main: Main, unfit: Callable[[str], int]) -> int:
-    """Have work done by a child, and by another one where that dies.
+    """Have a child do the work, and another one for the rest where that dies.
 
-    In the child it returns what the work does, and `leave` is to be called with it.
+    In the child this returns the work's result, for a call of `leave`.
 
     Args:
-        unfit: told how a child died that had no shard in hand; gives the exit code.
+        unfit: called with the reason where a child died without a shard; gives the exit code.
 
     Returns:
         The exit code: the work's own; 1 where a shard was to blame for a death.
@@ -130,7 +130,7 @@ def supervised(main: Main, unfit: Callable[[str], int]) -> int:
 
 
 def leave(code: int) -> None:
-    """End a child at once, whatever threads a model has left; in any other process do nothing."""
+    """End a child at once, whatever threads a model has left; do nothing in any other process."""
     if _board is None:
         return
     sys.stdout.flush()
@@ -140,7 +140,7 @@ def leave(code: int) -> None:
 
 
 def leave_by(error: BaseException) -> None:
-    """End a child as the interpreter does at an error that nobody has caught."""
+    """End a child as the interpreter does at an uncaught error."""
     if _board is None:
         return
     if isinstance(error, SystemExit):
@@ -156,7 +156,7 @@ def _as_child(board: Board, main: Main, past: Past) -> int:
 
 
 def _fork() -> int:
-    """A child dies with this process, as who holds the shards must not be left alone."""
+    """Fork a child that dies with this process, so that shards' holders never work unwatched."""
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
@@ -169,7 +169,7 @@ def _fork() -> int:
 
 
 def _watched(pid: int, board: Board) -> Watch:
-    """Wait for a child, hand signals on to it, and end it where it hangs."""
+    """Wait for a child, pass signals on to it, and end it where it hangs."""
     watch = Watch(pid)
     while True:
         info = signal.sigtimedwait({*WATCHED, signal.SIGCHLD}, TICK)
@@ -194,8 +194,7 @@ def _hand_on(watch: Watch, info: signal.struct_siginfo) -> None:
 
 
 def _look(watch: Watch, board: Board) -> None:
-    """Count the seconds without a sign of life; those in which either process stood still do not
-    count."""
+    """Count the child's silent seconds, without those in which either process was suspended."""
     now = time.monotonic()
     passed, watch.last = min(now - watch.last, 2 * TICK), now
     if watch.asked and now - watch.asked_at > STOP_SECONDS:
@@ -219,7 +218,8 @@ def _is_frozen(pid: int) -> bool:
 
 
 def _end_stalled(watch: Watch) -> None:
-    """With all stacks in the log, which faulthandler writes without the interpreter's lock."""
+    """End a child with all stacks in the log, which faulthandler writes without the interpreter's
+    lock."""
     if not watch.stalled:
         watch.stalled = watch.silent
         os.kill(watch.pid, signal.SIGABRT)

@@ -1,6 +1,6 @@
-"""One array task: claim, read, compute, write and record shards; read, compute and write meet here.
+"""One array task: claim, read, compute, write and record shards; the worker's rooms meet here.
 
-A task is told a run folder, a submission and an index, and reads all else there.
+A task gets a run folder, a submission and an index, and reads all else there.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def choose_device(configured: int | str, local: bool) -> torch.device:
     """The device that a config names.
 
     Raises:
-        NodeError: there is no such device; under `--local` the CPU takes its place.
+        NodeError: there is no such device; with `--local`, the CPU takes its place.
     """
     name = str(configured).removeprefix("cuda:")
     if name == "cpu":
@@ -90,13 +90,13 @@ def run_task(
 
     Args:
         local: in the user's own process, where a missing GPU is no fault of a node.
-        listener: told of every change.
-        deadline: when the walltime ends, in seconds since the epoch.
-        board: read by the process that watches this one.
-        alone: stems that are tried last and one at a time, as one of them kills processes.
+        listener: called at every change.
+        deadline: the end of the walltime, in seconds since the epoch.
+        board: shared with the process that watches this one.
+        alone: stems to try last and one at a time, as one of them kills processes.
 
     Raises:
-        NodeError: the device does not work; no shard counts as failed for that.
+        NodeError: the device does not work; no shard fails for that.
         D2MError: the config cannot be worked with.
     """
     # Compute nodes have no internet: a library that asks a hub must fail at once, not wait. The
@@ -119,13 +119,13 @@ def run_task(
 
 
 def _device_name(device: torch.device) -> str:
-    """The device, with the indices of the GPUs that Slurm shows this task."""
+    """The device, with the indices of Slurm's GPUs for this task."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return f"{device} of {visible}" if visible else str(device)
 
 
 def _gpu_model(device: torch.device) -> str:
-    """Such as `NVIDIA H100 80GB HBM3`; empty on a CPU."""
+    """The GPU's model, such as `NVIDIA H100 80GB HBM3`; empty on a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
@@ -202,7 +202,7 @@ class Task:
         )
 
     def _toolbox(self, extends: str) -> Toolbox:
-        """The models of the config, or of what pairs of an earlier config lack."""
+        """The models of the config, or for an extension, those that the earlier pairs lack."""
         file, sources = self.config.custom_file, self.custom.sources
         if file and not sources:
             raise ConfigError(
@@ -271,7 +271,7 @@ class Task:
         carry_over(finished.record, record)
 
     def _judge(self, work: Work, found: Findings, record: Record) -> None:
-        """Fail a shard with too many rejections; take the notices of any other into its record.
+        """Fail a shard with too many rejections; record the notices of any other.
 
         Raises:
             ShardError: too many samples are rejected.

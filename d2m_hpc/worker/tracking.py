@@ -1,4 +1,5 @@
-"""A task's figures on Weights & Biases, with `logging: true`; no shard waits or fails for it."""
+"""Show a task's figures on Weights & Biases, with `logging: true`; no shard waits or fails for
+it."""
 
 from __future__ import annotations
 
@@ -17,20 +18,19 @@ log = logging.getLogger(__name__)
 PROJECT = "d2m_hpc"
 EVERY_SECONDS = 10.0
 START_SECONDS = 30.0
-"""Limit for logging in and for reaching the server."""
+"""Seconds for logging in and for reaching the server."""
 FINISH_SECONDS = 20.0
-"""Limit for sending the rest: Slurm usually gives a preempted task 30."""
+"""Seconds for sending the rest: Slurm usually gives a preempted task 30."""
 
 
 class Tracker:
-    """A context in which a wandb run is told every few seconds how far a task is.
+    """A context that reports a task's progress to a wandb run every few seconds.
 
-    All of wandb happens in a thread of its own. A failure is logged once, and the rest of the task
-    is not shown there.
+    All of wandb runs in a thread of its own. A failure is logged once, and ends the reports.
 
     Args:
-        run: gets wandb's own files.
-        progress: of one attempt of a task; another attempt is another wandb run.
+        run: holds wandb's own files.
+        progress: of one attempt of a task; each attempt has its own wandb run.
     """
 
     def __init__(self, run: RunDir, config: Config, progress: Progress) -> None:
@@ -59,7 +59,7 @@ class Tracker:
             log.warning("wandb failed; nothing more of this task is shown there: %s", error)
 
     def _figures(self) -> dict[str, float]:
-        """The counts so far, and the speed since the last ones."""
+        """The counts so far, and the speed since the last report."""
         progress = self._progress
         rows, seconds = progress.rows - self._rows, progress.updated - self._told
         self._rows, self._told = progress.rows, progress.updated
@@ -73,7 +73,7 @@ class Tracker:
 
 
 def _start(run: RunDir, config: Config, task: str) -> Any:
-    """A wandb run; WANDB_MODE, WANDB_PROJECT and the like count as they do elsewhere."""
+    """Start a wandb run; WANDB_MODE, WANDB_PROJECT and the like apply."""
     import wandb
 
     wandb.setup(settings=wandb.Settings(login_timeout=START_SECONDS))  # at a terminal it may ask

@@ -1,4 +1,4 @@
-"""A shard that this task has claimed, from the claim until it is settled or left to others."""
+"""A shard in this task's hands, from the claim until it is settled or left to others."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ UNCOUNTED = Attempt(0)
 class Work:
     """A job, its lease, and the attempt that is on disk while the shard is copied and computed.
 
-    The threads of a task share a work: one claims it, another begins with it, the writer settles
-    it, and each may have to give it back. The methods change its state one at a time, under a lock;
-    only `desert` does not wait for the lock, as the thread that has it may hang.
+    Threads of a task share a work: the stager claims, the reader begins, the writer settles, and
+    each may have to give it back. Its methods change its state under a lock; only `desert` takes no
+    lock, as the lock's holder may hang.
 
     Attributes:
-        clock: how long the stages took.
+        clock: seconds by stage.
 
     Args:
-        attempts: keeps the attempt on disk; None where nobody else looks at the shard.
-        is_first: nothing was on disk when the lease was claimed.
-        board: tells the process that watches this one which shards the task holds.
+        attempts: keeps the attempt on disk; None where no other task looks at the shard.
+        is_first: no attempt was on disk when the lease was claimed.
+        board: shared with the process that watches this one.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Work:
 
         Raises:
             ShardError: the shard was given back meanwhile, or another task has taken it over.
-            DiskError: the run folder does not take it.
+            DiskError: the run folder does not take the file.
         """
         with self._lock:
             self._require_held()
@@ -103,7 +103,7 @@ class Work:
             self._board.begin(self._slot)
 
     def rest(self) -> None:
-        """Wait for other shards; if the process dies meanwhile, this shard is not blamed."""
+        """Wait for other shards; a death of the process meanwhile does not blame this shard."""
         with self._lock:
             self._rests = True
             self._board.rest(self._slot)

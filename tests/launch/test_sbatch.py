@@ -46,7 +46,8 @@ def submit(
     config = Slurm(**slurm)
     first = Array("d2m-x-0", 0, 5, job_id="41")
     proposal = Proposal([], 1, 9, [first, array], sbatch.options(config))
-    sbatch.submit(run, run.submission("007"), config, array, proposal)
+    command = sbatch.prepared(run, run.submission("007"), config, array, proposal)
+    array.job_id = sbatch.submit(command)
     return json.loads(told.read_text())
 
 

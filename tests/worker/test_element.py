@@ -54,12 +54,9 @@ def test_a_task_alone_keeps_all_that_it_was_given(monkeypatch: pytest.MonkeyPatc
     assert own(0, 1) is None
 
 
-@pytest.mark.parametrize("template", [False, True])
 @pytest.mark.parametrize("name", ["json", "torch", "logging", "tokenizers"])
-def test_a_strangers_file_in_the_folder_is_not_imported(
-    name: str, template: bool, tmp_path: Path
-) -> None:
-    """Where sbatch was called; by the command of `d2m-submit`, and by that of the template."""
+def test_a_strangers_file_in_the_folder_is_not_imported(name: str, tmp_path: Path) -> None:
+    """Where sbatch was called."""
     write_shards(tmp_path / "tars", 1, 2)
     tars, out = str(tmp_path / "tars" / "*.tar"), str(tmp_path / "out")
     config = write_config(tmp_path / "c.yml", STATS, input_tars=tars, output_metadata_dir=out)
@@ -70,10 +67,6 @@ def test_a_strangers_file_in_the_folder_is_not_imported(
     run = RunDir(tmp_path / "out" / ".d2m")
     words = shlex.split(sbatch.command(run, run.submission("000"), Array("a", 0, 1), {}))
     python = words[words.index("-m") - 3 :]
-    if template:
-        path = sbatch.TEMPLATE
-        flags = path.read_text().partition('"${PYTHON:-python}" ')[2].split()[:4]
-        python = [python[0], *flags, *python[5:]]
     environment = {**os.environ, "SLURM_JOB_END_TIME": "4102444800"}
     ended = subprocess.run(python, cwd=here, env=environment, capture_output=True, text=True)
     assert (ended.returncode, (here / "RAN").exists()) == (0, False), ended.stderr

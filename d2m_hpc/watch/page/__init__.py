@@ -1,6 +1,6 @@
-"""`d2m report`: what a run did and made, as one HTML file that needs nothing besides itself.
+"""`d2m report`: the course and the outputs of a run, as one HTML file without other files.
 
-`page.html.j2` holds all markup and words of the page; the modules beside it compute its figures.
+`page.html.j2` holds all markup and words; the modules beside it compute the figures.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from d2m_hpc.watch.status import summarise
 from d2m_hpc.watch.terminal import count, duration, figures, ran_on
 
 _UNREADABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters and lone surrogates: no HTML can hold them."""
+"""Control characters and lone surrogates, which HTML cannot hold."""
 _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/]*={0,2}")
-"""A data URL, in which nothing is a secret however much it looks like one."""
+"""A data URL, which may look like a secret and never is one."""
 _BETWEEN_TAGS = re.compile(r">\s*\n\s*<")
 
 
 def write(run: RunDir, config: Config, path: Path, score: str | None, each: int) -> None:
-    """Make the page of a run, whatever state the run is in.
+    """Make the page of a run in any state.
 
     Args:
-        path: of the HTML file, which is replaced as a whole.
-        score: the column that the contact sheet is sorted by; None for the first score.
+        path: of the HTML file, which is replaced whole.
+        score: the column that sorts the contact sheet; None for the first score.
         each: samples at each end of the score.
 
     Raises:
@@ -49,7 +49,7 @@ def write(run: RunDir, config: Config, path: Path, score: str | None, each: int)
 
 
 def _contents(run: RunDir, config: Config, score: str | None, each: int) -> dict[str, Any]:
-    """Everything that the template names."""
+    """Compute every value that the template names."""
     now = time.time()
     history = History.read(run)
     output = OutputDir(config.output_metadata_dir)
@@ -84,7 +84,7 @@ def _contents(run: RunDir, config: Config, score: str | None, each: int) -> dict
 
 
 def environment() -> Environment:
-    """What templates are rendered by: everything that they print is masked and escaped.
+    """The environment of templates, which masks and escapes every printed value.
 
     `environment().from_string("<b>{{ x }}</b>").render(x="<i>")` is `<b>&lt;i&gt;</b>`.
     """
@@ -103,10 +103,10 @@ def environment() -> Environment:
 
 
 def printed(value: object) -> object:
-    """A value as a page prints it, before it is escaped.
+    """A value as text, before it is escaped.
 
-    Texts are without secrets and without what no HTML can hold; whole numbers have separators of
-    thousands, others one digit after the point.
+    Texts lose secrets and characters that HTML cannot hold; whole numbers get separators of
+    thousands, other numbers one digit after the point.
     """
     if hasattr(value, "__html__"):  # a macro's
         return value

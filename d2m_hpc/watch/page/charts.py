@@ -1,4 +1,4 @@
-"""Axes, histograms and curves, in the units of a drawing; `page.html.j2` draws them."""
+"""Axes, histograms and curves in drawing units; `page.html.j2` draws them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 WIDE, HIGH = 1000.0, 100.0
-"""A drawing's units, whatever its size on the page."""
+"""The size of a drawing in its own units."""
 SKEWED = 50.0
-"""A histogram whose highest bar is this many times its middle one counts in powers of ten."""
+"""The ratio of a histogram's highest to its middle bar above which the axis has powers of ten."""
 CLIPPED = (0.5, 99.5)
-"""Percentiles between which a histogram's axis runs."""
+"""The percentiles at the ends of a histogram's axis."""
 ALIKE = 1e-9
-"""Values of which no two differ by more than this share of the largest are not drawn."""
+"""Values that differ by less than this share of the largest are not drawn."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values, the (value, label) pairs that are labelled, and a title.
+    """A range of values with labelled ticks and a title.
 
-    Coordinates are texts, for numbers are printed for readers: `1,000`.
+    Coordinates are texts, as templates print numbers for people: `1,000`.
     """
 
     low: float
@@ -34,22 +34,22 @@ class Axis:
     title: str
 
     def share(self, value: float) -> float:
-        """How far along the axis a value stands, 0 to 1."""
+        """The place of a value on the axis, 0 to 1."""
         return (value - self.low) / (self.high - self.low)
 
     def percent(self, value: float) -> str:
         return f"{100 * self.share(value):.2f}%"
 
     def right(self, value: float) -> str:
-        """Where a value stands on a horizontal axis."""
+        """The place of a value on a horizontal axis."""
         return f"{WIDE * self.share(value):.1f}"
 
     def down(self, value: float) -> str:
-        """Where a value stands on a vertical axis, whose 0 is at the bottom."""
+        """The place of a value on a vertical axis, whose 0 is at the bottom."""
         return f"{HIGH * (1 - self.share(value)):.2f}"
 
     def across(self, length: float) -> str:
-        """A length along a horizontal axis, never too short to be seen."""
+        """A length along a horizontal axis, long enough to be seen."""
         return f"{max(WIDE * self.share(self.low + length), 2):.1f}"
 
     def up(self, value: float) -> str:
@@ -57,7 +57,7 @@ class Axis:
         return f"{HIGH * self.share(value):.2f}"
 
     def places(self, values: Iterable[float], origin: float) -> list[str]:
-        """Where values less `origin` stand on a horizontal axis; those at one place are one."""
+        """The distinct places of values less `origin` on a horizontal axis."""
         return [f"{p}" for p in sorted({round(WIDE * self.share(v - origin)) for v in values})]
 
 
@@ -78,7 +78,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar from `low` to `high`, with what a reader sees who points at it."""
+    """A bar from `low` to `high`, with a text for the pointer."""
 
     low: float
     high: float
@@ -89,7 +89,7 @@ class Bar:
 
     @property
     def is_rest(self) -> bool:
-        """Whether the bar counts what is beyond the axis."""
+        """Whether the bar counts values beyond the axis."""
         return self.style == "bar rest"
 
     def width(self, x: Axis) -> str:
@@ -98,7 +98,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """Bars and curves between two axes; `label` says what they show to those who cannot see."""
+    """Bars and curves between two axes; `label` describes them to those who cannot see."""
 
     x: Axis
     y: Axis
@@ -119,7 +119,7 @@ def steps(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """The shortest text that tells a value apart: 12,000, 3.5, 0.0012."""
+    """The shortest text for a value: 12,000, 3.5, 0.0012."""
     if value == 0 or abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.3g}"
     return f"{value:.3g}"
@@ -136,7 +136,7 @@ def plain_axis(low: float, high: float, title: str) -> Axis:
 
 
 def time_axis(seconds: float, since: str) -> Axis:
-    """From 0 to a number of seconds, in the unit that suits it."""
+    """An axis from 0 to a number of seconds, in a suitable unit."""
     units = (("seconds", 1, 120), ("minutes", 60, 7200), ("hours", 3600, 72 * 3600))
     name, unit, _ = next((u for u in units if seconds < u[2]), ("days", 86400, 0))
     high = max(seconds, 1e-3)
@@ -145,7 +145,7 @@ def time_axis(seconds: float, since: str) -> Axis:
 
 
 def lines(curves: Sequence[Curve], x: Axis, y_title: str, label: str) -> Chart:
-    """Curves over one x axis, with the y axis from 0; whole numbers have whole ticks."""
+    """Draw curves over one x axis and a y axis from 0; whole numbers get whole ticks."""
     most = max((float(c.y.max()) for c in curves if len(c.y)), default=0.0)
     y = plain_axis(0.0, max(most, 1e-9) * 1.05, y_title)
     if all((c.y == np.round(c.y)).all() for c in curves):
@@ -158,9 +158,9 @@ def are_alike(values: Values) -> bool:
 
 
 def histogram(values: Values, unit: str, label: str, bins: int = 40) -> Chart:
-    """Count the values in each of equal parts of their range; few whole numbers have a bar each.
+    """Count values in equal parts of their range; a few whole numbers get a bar each.
 
-    The axis runs between two percentiles. What is below and above is counted in a bar at each end.
+    The axis runs between two percentiles; a bar at each end counts the values beyond.
 
     Args:
         values: finite, at least one.
@@ -189,7 +189,7 @@ def histogram(values: Values, unit: str, label: str, bins: int = 40) -> Chart:
 
 
 def _clipped(values: Values) -> Values:
-    """The values between the percentiles, or all where these are alike."""
+    """The values between the percentiles; all values where these are alike."""
     low = np.percentile(values, CLIPPED[0], method="lower")
     high = np.percentile(values, CLIPPED[1], method="higher")
     inner: Values = values[(values >= low) & (values <= high)]
@@ -219,12 +219,12 @@ def _count_axis(most: int, skewed: bool) -> Axis:
 
 
 def survival(values: Values, rows: int, x: Axis, label: str) -> Chart:
-    """The share of rows that a threshold keeps, which are those at or above it.
+    """The share of rows that each threshold keeps: rows at or above it.
 
     Args:
         values: of the rows that have one.
-        rows: all of them, for a threshold drops rows without a value.
-        x: the axis of the histogram above, whose ticks are labelled with their shares.
+        rows: all rows, as a threshold drops rows without a value.
+        x: the axis of the histogram above.
     """
     ordered = np.sort(values)
 

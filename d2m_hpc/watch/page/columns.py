@@ -1,4 +1,4 @@
-"""The values of the output's columns, from a sample of the finished shards."""
+"""Read the values of the outputs' columns from a sample of the finished shards."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 
 SHARDS = 64
-"""Shards that are read; ten thousand rows each tell any distribution."""
+"""Shards that are read; ten thousand rows each show any distribution."""
 LARGEST = 1e100
-"""No axis holds larger numbers, which may stand in samples' JSON."""
+"""The largest number on an axis; samples' JSON may hold larger ones."""
 CATEGORIES = 12
-"""A column of more distinct texts has a histogram of their lengths."""
+"""Distinct texts up to which a column is counted by text, not by length."""
 
 
 @dataclass
@@ -28,12 +28,11 @@ class Column:
     """The values of one type of one column.
 
     Attributes:
-        kind: number, list (its values are the lists' lengths), text (lengths in characters),
-            truth, or other, of which only the rows are counted.
-        type: the parquet's name for it.
-        parts: float64 values, an array for each shard, without NaN and values too large to draw.
-        categories: rows by text or truth value; None where there are too many different ones.
-        rows: rows with a value, however odd.
+        kind: number, list (by length), text (by characters), truth, or other (rows only).
+        type: the parquet's name of the type.
+        parts: float64 values, an array for each shard, without NaN and numbers too large to draw.
+        categories: rows by text or truth value; None for too many different ones.
+        rows: rows with a value.
         missing: rows without a value.
     """
 
@@ -51,7 +50,7 @@ class Column:
 
     @property
     def is_category(self) -> bool:
-        """A few texts that come again and again, or truth values."""
+        """Whether a few texts, or truth values, come again and again."""
         few = self.categories is not None and 0 < len(self.categories) <= self.rows / 3
         return few and self.kind in ("text", "truth")
 
@@ -73,7 +72,7 @@ class Column:
 
 
 def kind_of(type_: pa.DataType) -> str:
-    """How the page shows values of a type; 64 bits without a sign are a hash, not a quantity."""
+    """The kind of a type's values; 64 bits without a sign are a hash, not a quantity."""
     if pa.types.is_boolean(type_):
         return "truth"
     if pa.types.is_floating(type_) or (pa.types.is_integer(type_) and type_ != pa.uint64()):
@@ -84,7 +83,7 @@ def kind_of(type_: pa.DataType) -> str:
 
 
 def numbers(array: pa.ChunkedArray, kind: str) -> NDArray[np.float64] | None:
-    """Float64 [rows]: the values or their lengths; None for a kind that has neither."""
+    """Float64 [rows]: values or lengths; None for a kind that has neither."""
     if kind == "list":
         array = pc.list_value_length(array)
     elif kind == "text":
@@ -100,9 +99,9 @@ class Sampled:
     """The columns of some finished shards.
 
     Attributes:
-        shards: the stems of the shards that were read, in the order of the draw.
+        shards: stems of the shards that were read, in the order of the draw.
         of: the number of finished shards.
-        unreadable: the errors of shards that were drawn and could not be read, by stem.
+        unreadable: errors of drawn shards that could not be read, by stem.
     """
 
     columns: list[Column]
@@ -116,7 +115,7 @@ class Sampled:
 
 
 def sample(output: OutputDir, done: Collection[str], most: int = SHARDS, seed: int = 0) -> Sampled:
-    """Read the parquets of some finished shards, drawn at random, one after the other.
+    """Read the parquets of some finished shards, drawn at random.
 
     Args:
         most: the number of shards to draw.
@@ -138,7 +137,7 @@ def sample(output: OutputDir, done: Collection[str], most: int = SHARDS, seed: i
 
 
 def _settled(columns: Sequence[Column]) -> list[Column]:
-    """Leave out a type that a column has only in shards where no row has a value."""
+    """Leave out a type that a column has only where no row has a value."""
     filled = {c.name: c for c in reversed(columns) if c.rows}
     idle = [c for c in columns if not c.rows and c.name in filled]
     for column in idle:

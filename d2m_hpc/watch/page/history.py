@@ -1,4 +1,4 @@
-"""The history of a run: its records and its tasks' progress files, each read once."""
+"""The history of a run: its records and progress files, each read once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from d2m_hpc.run.manifest import Manifest, Outcome, all_values, gist
 from d2m_hpc.run.tasks import Progress, attempts
 
 EXAMPLES = 3
-"""Samples that are named of each reason for a rejection."""
+"""Samples that are named for each reason of a rejection."""
 LANES = 40
 """Tasks that are drawn."""
 SLOWEST = 10
@@ -26,7 +26,7 @@ TROUBLED = ("failed", "requeued", "stopped", "lost")
 
 @dataclass
 class Lane:
-    """A task: its attempts, oldest first, and the times at which shards were done or failed."""
+    """A task's attempts, oldest first, and the times at which shards were done or failed."""
 
     name: str
     attempts: list[Progress]
@@ -44,7 +44,7 @@ class Lane:
 
     @property
     def trouble(self) -> int:
-        """Attempts that did not end well, and shards that failed."""
+        """Attempts that ended badly, and failed shards."""
         return sum((a.ending in TROUBLED) + a.failed for a in self.attempts)
 
     @property
@@ -54,7 +54,7 @@ class Lane:
 
 
 def lanes(told: Iterable[Progress]) -> list[Lane]:
-    """The tasks, in their order; an attempt is over once the next one begins."""
+    """Group attempts by task, in the tasks' order; an attempt ends when the next one begins."""
     grouped: dict[str, list[Progress]] = defaultdict(list)
     for attempt in sorted(told, key=lambda a: a.started):
         grouped[attempt.lane].append(attempt)
@@ -64,7 +64,7 @@ def lanes(told: Iterable[Progress]) -> list[Lane]:
 
 
 def notable(tasks: list[Lane], most: int = LANES) -> list[Lane]:
-    """All tasks, or those with the most trouble, then the slowest ones; in their order."""
+    """All tasks, or those with the most trouble, then the slowest, in their order."""
     if len(tasks) <= most:
         return tasks
     return sorted(
@@ -74,7 +74,7 @@ def notable(tasks: list[Lane], most: int = LANES) -> list[Lane]:
 
 @dataclass
 class Effort:
-    """The work done at one place: seconds by stage, shards and rows."""
+    """Work at one place: seconds by stage, shards and rows."""
 
     seconds: Counter[str] = field(default_factory=Counter)
     shards: int = 0
@@ -88,11 +88,11 @@ class Effort:
 
 @dataclass
 class History:
-    """The records and attempts of a run, counted for the page.
+    """A run's records and attempts, counted for the page.
 
     Attributes:
-        shown: the lanes to draw.
-        examples: a few pairs of key and shard for each reason for a rejection.
+        shown: the tasks to draw.
+        examples: a few keys and shards for each reason of a rejection.
         hosts, tasks: the work by host, and by task.
     """
 
@@ -117,7 +117,7 @@ class History:
         return history
 
     def _add(self, values: Any) -> bool:
-        """Take a record; returns whether it is one that was not seen before."""
+        """Take a record; return whether it is new."""
         manifest = self.manifest
         try:
             stem, finished = values["shard"], float(values.get("finished", 0.0))
@@ -146,18 +146,18 @@ class History:
 
     @cached_property
     def endings(self) -> Counter[str]:
-        """Attempts by how they ended."""
+        """Attempts by their ending."""
         return Counter(a.ending for lane in self.lanes for a in lane.attempts)
 
     @cached_property
     def slow(self) -> float:
-        """Half of the tasks' median speed, where there are enough to compare."""
+        """Half of the tasks' median speed; 0 for too few tasks."""
         speeds = [lane.speed for lane in self.lanes]
         return median(speeds) / 2 if len(speeds) > 2 else 0.0
 
     @cached_property
     def hardware(self) -> dict[str, str]:
-        """By host, the hardware that an attempt there ran on."""
+        """A host's hardware, by its attempts."""
         return {a.host: a.hardware for lane in self.lanes for a in lane.attempts}
 
     @cached_property
@@ -174,7 +174,7 @@ class History:
 
     @property
     def span(self) -> tuple[float, float]:
-        """From the first start of anything to its last sign of life, in seconds since the epoch."""
+        """The first start and the last sign of life, in seconds since the epoch."""
         pairs = [(a.started, a.updated) for lane in self.lanes for a in lane.attempts]
         every = [
             *self.manifest.done.values(),

@@ -1,4 +1,4 @@
-"""A contact sheet: samples at the low, the middle and the high end of a score, from the tars."""
+"""A contact sheet: samples from the tars at the low, middle and high end of a score."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from d2m_hpc.storage.urls import is_local
 from d2m_hpc.watch.page.columns import Column, kind_of, numbers
 
 SHARDS = 12
-"""Samples come from this many shards, for all headers of each tar are read."""
+"""Shards with samples on the sheet; all headers of each tar are read."""
 REMOTE_SHARDS = 2
 REMOTE_BYTES = 512 << 20
-"""A remote tar must be copied here whole; larger ones are left out."""
+"""The largest remote tar that is read, as it must be copied here whole."""
 SIDE = 176
-"""Longest side of a thumbnail, in pixels."""
+"""The longest side of a thumbnail, in pixels."""
 CAPTION = 400
 """Characters of a caption that are shown."""
 ENDS = ("lowest", "middle", "highest")
@@ -38,7 +38,7 @@ class Picked:
     """One sample of the sheet.
 
     Attributes:
-        picture: a JPEG as a data URL; empty where `fault` says why there is none.
+        picture: a JPEG as a data URL; empty where `fault` gives a reason.
     """
 
     stem: str
@@ -51,10 +51,10 @@ class Picked:
 
 @dataclass
 class Sheet:
-    """Samples by the end of the score at which they stand, with notes for the reader.
+    """Samples by end of the score, with notes.
 
     Attributes:
-        shards: the number of shards that were looked at.
+        shards: the number of shards that were read.
         notes: why other shards were not.
     """
 
@@ -69,10 +69,10 @@ def choose_score(columns: Sequence[Column], asked: str | None, preferred: Iterab
 
     Args:
         asked: the user's choice.
-        preferred: names of scores; by default, the first one that is a number is chosen.
+        preferred: names of scores, of which the first number is the default.
 
     Raises:
-        ConfigError: the user's choice is no such column.
+        ConfigError: the user's choice cannot be sorted by.
     """
     valid = [c.name for c in columns if c.kind in ("number", "list", "text") and c.rows]
     if asked is not None:
@@ -90,7 +90,7 @@ def make(
     """Choose samples, and read them from their tars.
 
     Args:
-        shards: finished ones; samples come from those that can be read cheaply.
+        shards: finished shards; samples come from cheap ones.
         each: the number of samples at each end.
         max_pixels: larger pictures are not decoded.
     """
@@ -108,7 +108,7 @@ def make(
 
 
 def _within_reach(shards: Sequence[Shard]) -> tuple[list[Shard], list[str]]:
-    """The shards to read, and a note where none is cheap to read."""
+    """The shards that are cheap to read, or a note that none is."""
     local = [s for s in shards if is_local(s.url)][:SHARDS]
     remote = [s for s in shards if not is_local(s.url) and (s.size or 0) <= REMOTE_BYTES]
     near = local or remote[:REMOTE_SHARDS]
@@ -118,7 +118,7 @@ def _within_reach(shards: Sequence[Shard]) -> tuple[list[Shard], list[str]]:
 
 
 def _rows(output: OutputDir, shards: Iterable[Shard], score: str, notes: list[str]) -> list[Picked]:
-    """All rows of some shards that have the score, the lowest first."""
+    """All rows of some shards with the score, the lowest first."""
     found = []
     for shard in shards:
         try:
@@ -142,7 +142,7 @@ def _scored(stem: str, table: pa.Table, score: str) -> list[Picked]:
 
 
 def _pick(rows: Sequence[Picked], each: int) -> dict[str, list[Picked]]:
-    """Samples at each end and in the middle; no sample is picked twice."""
+    """Samples at each end and in the middle, none twice."""
     each = min(each, len(rows) // 3)
     middle = (len(rows) - each) // 2
     spans = (rows[:each], rows[middle : middle + each], rows[len(rows) - each :])
@@ -150,7 +150,7 @@ def _pick(rows: Sequence[Picked], each: int) -> dict[str, list[Picked]]:
 
 
 def _fill(shard: Shard, samples: Sequence[Picked], max_pixels: int) -> None:
-    """Read captions and pictures from a tar; a sample without says why in `fault`."""
+    """Read captions and pictures from a tar; `fault` gives the reason for a missing picture."""
     from d2m_hpc.worker.read.scratch import scratch
     from d2m_hpc.worker.read.stage import stage
 
@@ -171,7 +171,7 @@ def _fill(shard: Shard, samples: Sequence[Picked], max_pixels: int) -> None:
 
 
 def _members(path: Path, keys: set[str]) -> dict[str, dict[str, bytes]]:
-    """The pictures and the text of some samples, by key and extension."""
+    """The pictures and texts of some samples, by key and extension."""
     from d2m_hpc.worker.read.shard import Archive
 
     wanted, found = {"txt", *formats.EXTENSIONS}, {}

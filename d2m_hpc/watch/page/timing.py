@@ -1,4 +1,4 @@
-"""Where the time of a run went: progress against time, stages, and hosts compared."""
+"""Where a run's time went: progress over time, stages, and hosts compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POINTS = 200
 """Points of a curve."""
 INTERVALS = 60
 SLOW = 1.5
-"""A host is slow that takes this many times the median host's seconds for a shard."""
+"""A slow host takes this many times the median host's seconds for a shard."""
 STAGES = {
     "stage": ("violet", "bringing the tar to the node"),
     "decode": ("amber", "reading, decoding and resizing, all threads together"),
@@ -26,11 +26,11 @@ STAGES = {
     "compute": ("blue", "running the models"),
     "write": ("green", "writing and committing the outputs"),
 }
-"""The stages of a record's `seconds`: a colour and an explanation."""
+"""A colour and an explanation of each stage in a record's `seconds`."""
 
 
 def progress(history: History, done: Mapping[str, Outcome], shards: int, axis: Axis) -> list[Chart]:
-    """Shards done and failed, and samples a second of all tasks together, against time."""
+    """Draw shards done and failed, and samples a second of all tasks, over time."""
     begin, end = history.span
     whole = np.array([0.0, end - begin])
     curves = [
@@ -54,7 +54,7 @@ def progress(history: History, done: Mapping[str, Outcome], shards: int, axis: A
 
 
 def _stairs(name: str, colour: str, times: list[float], begin: float, end: float) -> Curve:
-    """Count the times that have come, from begin to end."""
+    """A curve that counts times as they come, from begin to end."""
     inner = sorted(times) if len(times) < POINTS else np.linspace(begin, end, POINTS)
     at = np.array([begin, *inner, end])
     x, y = np.repeat(at - begin, 2), np.repeat(cumulative(times, at), 2)
@@ -62,7 +62,7 @@ def _stairs(name: str, colour: str, times: list[float], begin: float, end: float
 
 
 def cumulative(times: Iterable[float], at: Values) -> Values:
-    """Count the times that are not after each moment."""
+    """The number of times up to each moment."""
     ordered = np.sort(np.fromiter(times, np.float64))
     return np.searchsorted(ordered, at, side="right").astype(np.float64)
 
@@ -87,7 +87,7 @@ def _ramps(begin: Values, slope: Values, at: Values) -> Values:
 
 @dataclass
 class Host:
-    """What one host did; `seconds` are a shard's, on average."""
+    """The work of one host; `seconds` are the mean for a shard."""
 
     name: str
     shards: int

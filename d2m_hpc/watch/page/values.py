@@ -1,4 +1,4 @@
-"""What the page shows of one column: a histogram and the rows that a threshold keeps, or counts."""
+"""Describe one column for the page: a histogram and the rows that a threshold keeps, or counts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ UNITS = {"number": "value", "list": "items in the list", "text": "characters"}
 
 @dataclass
 class Card:
-    """A column as the page shows it.
+    """A column on the page.
 
     Attributes:
         told: a sentence about the values.
         charts: a histogram and, for numbers, the share of rows above each value.
-        counts: rows of each text or truth value, the most frequent first.
+        counts: rows by text or truth value, the most frequent first.
     """
 
     name: str

@@ -1,1 +1,1 @@
-"""From batches to the outputs of models."""
+"""Turn batches into models' outputs."""

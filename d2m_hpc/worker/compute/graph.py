@@ -27,22 +27,23 @@ from d2m_hpc.worker.compute.resolve import Toolbox
 log = logging.getLogger(__name__)
 
 Finished = dict[tuple[Input, torch.device], Any]
-"""Inputs as models take them, by device."""
+"""Inputs in the models' form, by device."""
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype; None for none. `auto` is float16 on CUDA and off on the CPU."""
+    """The autocast dtype, or None; `auto` is float16 on CUDA and off on the CPU."""
     if amp == "auto":
         return torch.float16 if device.type == "cuda" else None
     return {"float16": torch.float16, "bfloat16": torch.bfloat16, "off": None}[amp]
 
 
 class Graph:
-    """All models of a config. As a context, it keeps what autocast made of the weights.
+    """All models of a config; as a context, it keeps autocast's copies of the weights.
 
     Args:
-        device: where the built-in models run; a custom model is given `config.device`, as in the
-            seed program, or "cpu".
+        device: for the built-in models; custom models get `config.device`, as in the seed program,
+            or
+            "cpu".
     """
 
     def __init__(self, config: Config, toolbox: Toolbox, device: torch.device) -> None:
@@ -99,10 +100,10 @@ class Graph:
         self._kept.__exit__(*error)
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Outputs]:
-        """Yield each batch's outputs in turn; while these are read, the next batch is computed.
+        """Yield each batch's outputs; while the caller reads them, the next batch is computed.
 
         Raises:
-            ShardError: a model or postprocessor failed, on a batch whose turn is at most next.
+            ShardError: a model or postprocessor failed, on this batch or the next.
         """
         before: Launched | None = None
         heap = Heap()
@@ -116,15 +117,11 @@ class Graph:
             yield before.outputs()
 
     def __call__(self, batch: Batch) -> Outputs:
-        """One batch alone."""
+        """Compute one batch alone."""
         return self.launch(batch).outputs()
 
     def launch(self, batch: Batch) -> Launched:
-        """Start computing a batch, without waiting for it.
-
-        Raises:
-            ShardError: a model failed.
-        """
+        """Start computing a batch; raise `ShardError` where a model fails at once."""
         return Launched(batch, self.toolbox, self._compute, mixed=self.dtype is not None)
 
     # Not `inference_mode`, in which autocast casts the weights anew at each use.
@@ -149,7 +146,7 @@ class Graph:
         return torch.device("cpu") if stays else self.device
 
     def _finished(self, inputs: Mapping[Input, Any]) -> Finished:
-        """Copy every input to where models want it, once, and finish it there."""
+        """Copy every input to its models' devices, once, and finish it there."""
         wanted = {(i, self._place(s, i)) for s in self.toolbox.specs.values() for i in s.inputs}
         made, prepared = self.toolbox.preprocessors, {i: as_prepared(i) for i, _ in wanted}
         there = {prepared[i] for i, place in wanted if place == self.device}
@@ -168,7 +165,8 @@ class Graph:
         return own + [each(value, lambda t: t.to(self.device)) for value in read]
 
     def _at_once(self, name: str, output: Any) -> Any:
-        """Wait for the output and run `on_host` before passing it on, where the model has that."""
+        """Wait for the output and run the model's `on_host`, if it has one, before passing it
+        on."""
         if not hasattr(self.models[name], "on_host"):
             return output
         fetched = self._copies.fetch(output)
@@ -183,7 +181,7 @@ class Graph:
         return model.on_host(output) if hasattr(model, "on_host") else output
 
     def _run(self, name: str, arguments: list[Any], dtype: torch.dtype | None) -> Any:
-        """One model on some rows; out of memory, on halves of them."""
+        """Run one model on some rows; out of memory, on halves of them."""
         try:
             with self._autocast(dtype):
                 return _outputs(self.models[name](*arguments), arguments)
@@ -205,7 +203,7 @@ class Graph:
 
 
 def _outputs(output: Any, arguments: Sequence[Any]) -> Any:
-    """A list of several outputs as a tuple; a list of rows stays one."""
+    """Several outputs in a list as a tuple; a list of rows stays one."""
     if output is None:
         raise TypeError("its forward returned None; is a `return` missing?")
     if not isinstance(output, list) or not all(isinstance(x, Tensor) for x in output):

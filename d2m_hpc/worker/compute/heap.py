@@ -1,4 +1,4 @@
-"""Give memory back to the system that lies free between blocks still in use."""
+"""Return free memory between used blocks to the system."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import time
 
 GROWTH = 256 << 20
-"""Bytes by which a process may grow before free memory is looked for."""
+"""Bytes of growth before free memory is looked for."""
 PAUSE = 5.0
 """Seconds between two looks."""
 
@@ -15,10 +15,10 @@ PAUSE = 5.0
 class Heap:
     """The C library's heap of this process.
 
-    A batch's small results stay until the shard is written, at addresses where large blocks lay
-    while it was computed. The next batch's large blocks do not fit between them and are put on top,
-    and the process keeps the pages of the gaps: 2 GB after 6,000 samples in batches of 16. Blocks
-    with a mapping of their own would leave no gaps, but zeroing their pages costs time a picture.
+    A batch's small results stay until the shard is written, at addresses of earlier large blocks.
+    The next batch's large blocks do not fit between them, so that the heap grows and keeps the
+    gaps' pages: 2 GB after 6,000 samples in batches of 16. Blocks with own mappings would leave no
+    gaps, but zeroing their pages costs time for each picture.
     """
 
     def __init__(self, growth: int = GROWTH, pause: float = PAUSE) -> None:
@@ -29,7 +29,7 @@ class Heap:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def tidy(self) -> None:
-        """Give back the pages that are free, where the process has grown by much."""
+        """Return free pages where the process has grown by much."""
         now = time.monotonic()
         if now < self._next or self._trim is None:
             return
@@ -40,7 +40,7 @@ class Heap:
 
 
 def _resident() -> int:
-    """Bytes of memory that the process has; 0 where the system does not tell."""
+    """Bytes of memory of this process; 0 where the system does not say."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

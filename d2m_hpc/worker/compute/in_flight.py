@@ -1,4 +1,4 @@
-"""Batches that are still being computed, and how their outputs are read."""
+"""Batches that are still being computed, and the reading of their outputs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Pending:
     """All models' outputs of some rows, on their way to the host.
 
     Attributes:
-        outputs: by model; read after `wait` only.
+        outputs: by model; valid after `wait`.
         flags: by model, the rows that are not finite, as `batch.flags` gives them.
         wait: returns when all outputs have arrived.
-        on_host: a model's output to what columns and dependents are made of.
+        on_host: turns a model's output into the form for columns and dependents.
     """
 
     outputs: dict[str, Any]
@@ -39,7 +39,7 @@ class Pending:
     on_host: Callable[[str, Any], Any]
 
     def read(self) -> tuple[dict[str, Any], dict[str, list[int]]]:
-        """Outputs by model; and the rows that are not finite, by the models that have such."""
+        """Outputs by model; and the rows that are not finite, by models with such rows."""
         self.wait()
         bad = {name: flagged(parts) for name, parts in self.flags.items()}
         values = {name: self.on_host(name, value) for name, value in self.outputs.items()}
@@ -56,8 +56,8 @@ class Launched:
     """A batch that is being computed.
 
     Args:
-        compute: runs rows again.
-        mixed: whether models run in half precision, in which rows can overflow.
+        compute: computes rows again.
+        mixed: models run in half precision, in which rows can overflow.
     """
 
     def __init__(self, batch: Batch, toolbox: Toolbox, compute: Compute, mixed: bool) -> None:
@@ -67,11 +67,8 @@ class Launched:
 
     @torch.no_grad()
     def outputs(self) -> Outputs:
-        """Wait for the batch.
-
-        Raises:
-            ShardError: a model or postprocessor failed.
-        """
+        """Wait for the batch's outputs; raise `ShardError` where a model or postprocessor
+        failed."""
         cache, bad = self._pending.read()
         recomputed: list[int] = []
         if bad and self._mixed:
@@ -88,7 +85,7 @@ class Launched:
     def _again(
         self, cache: dict[str, Any], bad: dict[str, list[int]], rows: list[int]
     ) -> tuple[dict[str, Any], dict[str, list[int]]]:
-        """Run rows again, in float32 where they overflowed; a mended output may show the next
+        """Compute rows again, in float32 where they overflowed; a mended output may show the next
         model's overflow."""
         log.warning(
             "%s: %d rows are not finite; running them again in float32", ", ".join(bad), len(rows)
@@ -145,8 +142,7 @@ def _widened(value: Any) -> Any:
 
 
 def row_count(value: Any) -> int | None:
-    """The number of items; None for a single value, a tensor without axes too, and for several
-    outputs at once."""
+    """The number of items; None for a single value, a tensor without axes, and several outputs."""
     try:
         return None if isinstance(value, tuple | dict) else len(value)
     except TypeError:
@@ -161,7 +157,7 @@ def _feature(name: str, value: Any) -> NDArray[Any]:
 
 
 def _array(value: Any) -> Any:
-    """A tensor as an array, half precision widened; anything else as it is."""
+    """A tensor as an array, half precision widened; any other value as it is."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach().cpu()

@@ -1,7 +1,7 @@
 """Notice the checkpoints that custom models open by themselves while they are built.
 
-Nobody declares them, so that no submit has a hash of them. What can be known is what Python opens:
-the first task of a run notes it, and the others see that theirs is the same.
+No submit has a hash of these. The first task of a run notes the files that Python opens, and other
+tasks compare theirs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUFFIXES = frozenset(
         *("pickle", "pkl", "pt", "pth", "safetensors", "tar", "tflite"),
     )
 )
-"""How names of checkpoints end: what else a library opens may change at any time."""
+"""Suffixes of checkpoints; other opened files may change at any time."""
 
 _noted: set[str] | None = None
 _is_listening = False
@@ -42,10 +42,10 @@ def _listen(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def noted(listen: bool) -> Iterator[set[str]]:
-    """The paths of checkpoints that Python opens in the block; libraries in C do it unseen.
+    """Collect the paths of checkpoints that Python opens in the block; libraries in C open unseen.
 
     Args:
-        listen: there is a custom file; else nothing is noted.
+        listen: there is a custom file; else no path is collected.
     """
     global _noted, _is_listening
     if not listen:
@@ -69,13 +69,13 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def require_same(run: RunDir, version: str, paths: set[str]) -> None:
-    """See that the checkpoints are those that the run's first task opened.
+    """Compare checkpoints with those that the run's first task opened.
 
     Args:
         version: of the custom code that opens them.
 
     Raises:
-        WeightsError: one is another.
+        WeightsError: a checkpoint has changed.
     """
     others = []
     for path in sorted(paths):

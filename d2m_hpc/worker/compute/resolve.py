@@ -1,4 +1,4 @@
-"""The specs and functions that a config names, its custom file included."""
+"""Find the specs and functions that a config names, also in its custom file."""
 
 from __future__ import annotations
 
@@ -46,12 +46,10 @@ class Toolbox:
 
     @classmethod
     def of(cls, config: Config, sources: Sources | None = None) -> Toolbox:
-        """
-        Args:
-            sources: of the custom file, as the submission has them; without, it is read anew.
+        """Find them; raise `ConfigError` where the custom file fails or lacks a name.
 
-        Raises:
-            ConfigError: the custom file cannot be imported, or lacks what the config names.
+        Args:
+            sources: of the custom file, as the submission keeps them; None to read it anew.
         """
         file = config.custom_file
         module = custom.load(file, sources) if file else None

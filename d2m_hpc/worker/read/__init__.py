@@ -1,1 +1,1 @@
-"""From an archive on shared storage to batches in memory."""
+"""Read archives from shared storage into batches in memory."""

@@ -1,4 +1,4 @@
-"""Compressed streams, known by their first bytes."""
+"""Recognise and read compressed streams by their first bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN = 512
 MEMORY = 1 << 28
 """Bytes that decompressing may take: four times what `xz -9` asks for. zstd's own limit is half."""
 BROKEN = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)
-"""What the libraries raise where a stream is damaged; `OSError` may also be its source's."""
+"""The libraries' errors for a damaged stream; `OSError` may also be its source's."""
 
 
 class Readable(Protocol):
@@ -30,7 +30,7 @@ class Readable(Protocol):
 
 
 class Codec(NamedTuple):
-    """`open` makes a reader of plain bytes from one of compressed bytes."""
+    """A compression; `open` makes a reader of plain bytes from one of compressed bytes."""
 
     name: str
     magic: re.Pattern[bytes]
@@ -102,12 +102,12 @@ CODECS = (
 
 
 def codec_of(head: bytes) -> Codec | None:
-    """How a stream that begins so is compressed, if it is."""
+    """The compression of a stream with these first bytes, if any."""
     return next((codec for codec in CODECS if codec.magic.match(head)), None)
 
 
 def start_of(head: bytes) -> bytes:
-    """The first plain bytes of a compressed stream; empty where it is damaged or too short."""
+    """The first plain bytes of a compressed stream; empty for a damaged or too short one."""
     codec = codec_of(head)
     with suppress(*BROKEN):
         if codec:

@@ -1,4 +1,4 @@
-"""A sample's members to its raw inputs: image, text and JSON."""
+"""Decode a sample's members to its raw inputs: image, text and JSON."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def image(data: bytes, max_pixels: int, need: Callable[[int], None] = lambda siz
     """Decode to RGB, EXIF orientation ignored.
 
     Args:
-        need: told how many bytes decoding takes, before it does; it may wait.
+        need: called with the bytes that decoding takes, before it begins; may wait.
 
     Raises:
         Rejected: not an image, or one of more than `max_pixels` by its header, or one that takes
-            more memory than such a picture may.
+            more memory or time than such a picture may.
     """
     if not data:
         raise Rejected("the image file is empty")
@@ -81,12 +81,13 @@ def text(data: bytes) -> str:
 
 
 DEEPEST_JSON = 400
-"""Lists and objects within each other; the JSON library is recursive, and so is what writes it."""
+"""The deepest nesting of JSON; the library that reads it is recursive, and so is the one that
+writes."""
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
 
 
 def _depth(data: bytes) -> int:
-    """How deep a JSON nests, as far as it need be known."""
+    """The depth of a JSON's nesting; 0 where it has too few brackets to be too deep."""
     if data.count(b"[") + data.count(b"{") <= DEEPEST_JSON:
         return 0
     depth = deepest = 0
@@ -97,11 +98,11 @@ def _depth(data: bytes) -> int:
 
 
 MOST_DIGITS = 4000
-"""Of a number beyond what a float holds; Python refuses integers of more than 4300."""
+"""Digits of a number beyond floats; Python refuses integers of more than 4300."""
 
 
 def _number(text: str) -> float:
-    """A float, or the integer that a number beyond all floats is: `1e400` is no infinity.
+    """Parse a float, or as an integer a number beyond all floats: `1e400` is no infinity.
 
     Raises:
         ValueError: the number is no integer, or has too many digits.

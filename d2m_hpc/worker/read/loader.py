@@ -1,7 +1,7 @@
-"""Read shards into batches, in decode threads, ahead of the device.
+"""Read shards into batches with decode threads, ahead of the device.
 
 One thread claims shards and copies them to the node; another reads their tars and hands samples to
-a pool of decode threads. Batches wait in a queue of bounded length, also those of the next shard.
+a pool of decode threads. Batches wait in a bounded queue, also those of the next shard.
 """
 
 from __future__ import annotations
@@ -36,23 +36,24 @@ from d2m_hpc.worker.work import Work
 AHEAD = 4
 """Batches that may wait for the device."""
 GROUP = 8
-"""Samples that a decode thread takes at a time: few, to share them out evenly, but enough to keep
-the cost of handing them over small."""
+"""Samples that a decode thread takes at a time: few enough to share evenly, enough to make handing
+over cheap."""
 POLL_SECONDS = 0.1
-"""How often a reader whose queue is full looks whether anybody still wants its batches."""
+"""Seconds between a reader's looks, while its queue is full, whether its batches are still
+wanted."""
 STOP_SECONDS = 10.0
-"""How long closing waits for a reader that hangs in a download or a claim."""
+"""Seconds that closing waits for a reader that hangs in a download or a claim."""
 
 
 @dataclass
 class Findings:
-    """What the reader found in a tar besides batches, handed over at the end.
+    """A reader's findings in a tar besides batches, handed over at the end.
 
     Attributes:
         total: samples in the tar.
         notices: remarks on the whole tar, such as members that are no samples, or a cut.
-        causes: reasons why samples lack something, with advice, as far as the tar tells.
-        seen: which fields the samples have.
+        causes: reasons why samples lack members, with advice.
+        seen: the fields of the samples.
         tar: the file that was read.
     """
 
@@ -68,10 +69,10 @@ class Reading:
     """A shard that is being read: a queue from the reader to the thread that computes.
 
     Attributes:
-        found: filled in once the iteration has ended.
+        found: set once the iteration has ended.
 
     Args:
-        slots: bounds the batches that wait, over all shards of a loader.
+        slots: bounds the waiting batches of all shards of a loader.
         stopped: set when the loader closes.
     """
 
@@ -85,10 +86,7 @@ class Reading:
         return self._cancelled.is_set() or self._stopped.is_set()
 
     def __iter__(self) -> Iterator[Batch]:
-        """
-        Raises:
-            ShardError, or any error that stopped the reader.
-        """
+        """Yield the batches; raise the error that stopped the reader."""
         while (batch := self._next()) is not None:
             yield batch
 
@@ -104,7 +102,7 @@ class Reading:
             return None
 
     def put(self, item: Future[Batch] | Findings | BaseException) -> None:
-        """Hand over a batch, the findings or an error; return without that once cancelled."""
+        """Hand over a batch, the findings or an error; drop it once cancelled."""
         while not self._slots.acquire(timeout=POLL_SECONDS):
             if self.is_cancelled:
                 return
@@ -113,7 +111,7 @@ class Reading:
             self.cancel()
 
     def cancel(self) -> None:
-        """Drop the batches that wait; the reader stops."""
+        """Drop the waiting batches and stop the reader."""
         self._cancelled.set()
         while True:
             try:
@@ -127,8 +125,8 @@ class Loader:
     """Iterate over shards that are read ahead.
 
     Args:
-        works: the shards to read; advanced in a thread of its own, so that each may be claimed at
-            the last moment.
+        works: the shards to read; advanced in an own thread, so that each is claimed at the last
+            moment.
         scratch: keeps copies of remote tars on this node.
         pin: put batches into page-locked memory, for a GPU.
     """
@@ -157,7 +155,7 @@ class Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop reading; a reader that hangs for long is not waited for."""
+        """Stop reading, without waiting long for a reader that hangs."""
         self._stopped.set()
         deadline = time.monotonic() + STOP_SECONDS
         threads = (self._reader, self._stager.thread)
@@ -168,7 +166,7 @@ class Loader:
         self._pool.shutdown(wait=not self._reader.is_alive(), cancel_futures=True)
 
     def _drain(self) -> None:
-        """Release shards that nobody will compute."""
+        """Release shards that will not be computed."""
         self._stager.stop()
         while True:
             try:
@@ -248,7 +246,7 @@ class Loader:
     def _prepared(
         self, reading: Reading, seen: Seen, samples: Iterable[Sample], archive: Archive
     ) -> Iterator[Ready | Rejection]:
-        """Yield prepared samples in the tar's order, with a bounded number of them in the pool."""
+        """Yield prepared samples in the tar's order, with a bounded number in the pool."""
         clock, waiting = reading.work.clock, deque[Future[list[Ready | Rejection]]]()
         samples = iter(samples)
         try:

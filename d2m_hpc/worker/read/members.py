@@ -1,4 +1,4 @@
-"""Members that are no samples, and samples whose members cannot all be used."""
+"""Account for members that are no samples, and for samples whose members cannot all be used."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from d2m_hpc.worker.read.decode import EXTENSIONS
 
 KIND = {extension: kind for kind, known in EXTENSIONS.items() for extension in known}
 SHOWN = 3
-"""Names that are given of many."""
+"""Names that are shown of many."""
 NAME = 40
-"""Characters of each."""
+"""Characters of each name."""
 
 _RESERVED = re.compile("__[^/]*__($|/)")
 _FOLDERS = (
@@ -45,7 +45,8 @@ NAMELESS = "a member without an extension"
 HIDDEN = "a name that begins with a dot has no key before its first dot; rename it"
 SKIPPED = "skipped: webdataset reserves names that begin with __...__"
 MOST_PARTS = 16
-"""Further members that a data set's samples may have; more are taken for samples of their own."""
+"""Kinds of further members that a data set's samples may have; more kinds are samples of their
+own."""
 
 APART = "members of a sample are not next to one another ({}); pack again with `tar --sort=name`"
 DOTTED = "a key ends at its name's first dot ({}); rename so that only the extension has one"
@@ -53,24 +54,24 @@ LINKED = "members are links ({}); pack again with `tar --dereference --hard-dere
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a member is of an operating system or a tool, or about the archive."""
+    """Whether a member belongs to an operating system or a tool, or describes the archive."""
     return _FOREIGN.fullmatch(name) is not None
 
 
 def is_reserved(name: str) -> bool:
-    """Whether webdataset skips a member as a note of its own."""
+    """Whether webdataset skips a member as its own note."""
     if "/" not in name and name.startswith("__") and name.endswith("__"):
         return True
     return _RESERVED.match(name) is not None
 
 
 def kind_of(extension: str) -> str:
-    """The kind of a member by the part of its name after the last dot; empty if unknown."""
+    """A member's kind by its name after the last dot; empty for an unknown one."""
     return KIND.get(extension.rpartition(".")[2].lower(), "")
 
 
 def lacks(members: Collection[str], needed: Iterable[str]) -> bool:
-    """Whether a sample with these extensions has nothing for a kind that is needed."""
+    """Whether a sample with these extensions has no member of a needed kind."""
     return any(not any(e in members for e in EXTENSIONS[kind]) for kind in needed)
 
 
@@ -82,10 +83,7 @@ class Notes:
         self._names: dict[str, list[str]] = {}
 
     def add(self, what: str, name: str) -> None:
-        """
-        Args:
-            what: a sentence with braces for the names.
-        """
+        """Count a member for a note: a sentence with braces for the names."""
         self._counts[what] += 1
         if self._counts[what] <= SHOWN:
             self._names.setdefault(what, []).append(safe(name, NAME))
@@ -97,7 +95,7 @@ class Notes:
         return [what.format(self._some(what, SHOWN)) for what in self._counts]
 
     def foremost(self, at_least: float = 0) -> str:
-        """The note on most members, with one name; empty if on fewer than `at_least`."""
+        """The note on most members, with one name; empty below `at_least` members."""
         most = self._counts.most_common(1)
         return next((w.format(self._some(w, 1)) for w, count in most if count >= at_least), "")
 
@@ -108,19 +106,18 @@ class Notes:
 
 
 class Ledger:
-    """Accounts for the members of a tar that are in no sample, and for those that are not used.
+    """Accounts for a tar's members outside of samples, and for unused ones.
 
     Attributes:
-        strays: what should be a sample and is none; once for what would be one.
-        notes: what is not missed.
-        causes: why samples lack something, as far as the tar tells.
+        strays: members that should be samples and are none, one for each would-be sample.
+        notes: on members that are not missed.
+        causes: why samples lack members, as far as the tar tells.
+
+    Args:
+        needed: the kinds of members that make a sample a row.
     """
 
     def __init__(self, needed: Collection[str]) -> None:
-        """
-        Args:
-            needed: the kinds of members that make a sample a row.
-        """
         self.strays: list[Rejection] = []
         self.notes, self.causes = Notes(), Notes()
         self._needed = needed
@@ -133,7 +130,7 @@ class Ledger:
         self.strays.append(Rejection(name, reason))
 
     def takes(self, name: str, key: str | None, extension: str | None, is_file: bool) -> bool:
-        """Account for a member that does not go on with a sample; False if it begins one."""
+        """Account for a member that does not continue a sample; False if it begins one."""
         if is_foreign(name):
             self.notes.add(UNREAD, name)
         elif is_reserved(name):
@@ -147,7 +144,7 @@ class Ledger:
         return True
 
     def _nameless(self, name: str) -> None:
-        """Account for a member that has no key; those of what would be one sample count once."""
+        """Account for a member without a key; members of one would-be sample count once."""
         dotted = _HIDDEN.fullmatch(name)
         if not dotted or not kind_of(dotted[2]):
             self.stray(name, NAMELESS)
@@ -169,14 +166,11 @@ class Ledger:
             self.stray(name, SKIPPED)
 
     def settle(self, key: str, members: Collection[str], again: bool) -> list[str]:
-        """Account for a sample that is complete.
+        """Account for a complete sample; return its links' extensions if it lacks members for them.
 
         Args:
-            members: its extensions.
+            members: the sample's extensions.
             again: other keys stood between it and an earlier sample of its key.
-
-        Returns:
-            the extensions of its links; what it lacks for them counts with it.
         """
         if again and lacks(members, self._needed):
             self.causes.add(APART, key)
@@ -194,7 +188,7 @@ class Ledger:
         return []
 
     def _settle_spare(self, key: str, members: Collection[str]) -> None:
-        """Account for members of which one sample has several of a kind."""
+        """Account for a sample's members beyond one of a kind."""
         merged: list[str] = []
         own: dict[str, list[str]] = {}
         for kind in self._needed:
@@ -226,11 +220,7 @@ class Ledger:
         self.causes.add(DOTTED, name)
 
     def finish(self, count: int) -> None:
-        """Account for what can be told only of a whole tar.
-
-        Args:
-            count: its samples.
-        """
+        """Account for whatever only a whole tar tells, given its number of samples."""
         for links in self._links.values():
             self.stray(links[0][1], LINK)
             self.causes.add(LINKED, links[0][1])

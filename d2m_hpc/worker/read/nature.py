@@ -1,4 +1,4 @@
-"""What a file is that is no tar, told by how it begins."""
+"""Recognise, by its first bytes, a file that is no tar."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tarfile
 from d2m_hpc.storage.texts import safe
 
 HEAD = 1 << 20
-"""Bytes that are looked at; a tool's messages before a tar are shorter."""
+"""Bytes that are read; a tool's messages before a tar are shorter."""
 MAGIC, MAGIC_AT = b"ustar", 257
 SIGNATURES = {
     b"PAR1": "a parquet file",
@@ -36,11 +36,11 @@ QUOTED = 60
 
 
 def nature(head: bytes, size: int) -> str:
-    """What a file is; empty where it begins as a tar does, if a damaged one.
+    """Describe a file that is no tar; empty for a tar, whole or damaged.
 
     Args:
         head: its first `HEAD` bytes.
-        size: how many it has.
+        size: of the file, in bytes.
     """
     if not size:
         return "it is empty"
@@ -56,7 +56,7 @@ def nature(head: bytes, size: int) -> str:
 
 
 def _is_header(block: bytes) -> bool:
-    """Old tars have no magic."""
+    """Whether a block is a tar's header, also of old tars without a magic number."""
     try:
         tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
     except (tarfile.HeaderError, ValueError):
@@ -65,7 +65,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _chatter(head: bytes) -> str:
-    """Something stands before the tar; whole blocks would be one whose own start is damaged."""
+    """Describe bytes before a tar; before whole blocks, a tar's own start is damaged."""
     at = head.find(MAGIC)
     while at >= 0:
         start = at - MAGIC_AT

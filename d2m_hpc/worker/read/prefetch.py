@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def received(queue: Queue[T | BaseException | None]) -> Iterator[T]:
-    """Yield what another thread puts in, until None; raise an error that comes."""
+    """Yield another thread's items until None; raise an item that is an error."""
     while (item := queue.get()) is not None:
         if isinstance(item, BaseException):
             raise item
@@ -71,7 +71,7 @@ class Coming:
             self.drop()
 
     def drop(self) -> None:
-        """Nobody reads the shard, or will."""
+        """End the reading of the shard, or its hope to be read."""
         self.begun.set()
         self.ended.set()
         if self._arrival.done():
@@ -86,8 +86,8 @@ class Coming:
 class Stager:
     """Iterate over shards as they are claimed; each may still be on its way.
 
-    A shard that needs a copy is claimed when reading the one before has started, any other shard
-    when that has finished: an idle task cannot have a shard that waits here.
+    A shard that needs a copy is claimed when the reading of the one before has started, any other
+    shard when that has finished: other tasks can take shards that would only wait here.
 
     Args:
         works: advanced in `thread`, which the reader starts.
@@ -100,14 +100,11 @@ class Stager:
         self.thread = threading.Thread(target=self._run, name="stager", daemon=True)
 
     def __iter__(self) -> Iterator[Coming]:
-        """
-        Raises:
-            The error that stopped the claims.
-        """
+        """Yield the shards; raise the error that stopped the claims."""
         yield from received(self._queue)
 
     def stop(self) -> None:
-        """Release shards that nobody took; do not wait for a copy that hangs."""
+        """Release shards that were not taken, without waiting for a copy that hangs."""
         self._stopped.set()
         while True:
             try:

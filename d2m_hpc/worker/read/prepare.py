@@ -1,4 +1,4 @@
-"""One sample: from its members in the tar to what models take."""
+"""Turn one sample's members in the tar into models' inputs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from d2m_hpc.worker.read.seen import Seen
 from d2m_hpc.worker.read.shard import Archive, Sample
 
 IN_FLIGHT = 2 << 30
-"""Bytes that all decode threads together may take for pictures: for 19 JPEGs of 12 megapixels at a
-time, whatever the number of threads. A picture that takes more is decoded alone."""
+"""Bytes that all decode threads together may take for pictures: for 19 JPEGs of 12 megapixels at
+once, whatever the number of threads. A larger picture is decoded alone."""
 SHOWN = 5
-"""Extensions of a sample that are named where it lacks one."""
+"""Extensions that are named of a sample that lacks one."""
 
 
 class Budget:
-    """Bound the amount that threads hold together; first come, first served.
+    """Bounds the amount that threads hold together; first come, first served.
 
     Args:
-        most: the bound; a thread that asks for more waits until no other holds anything.
+        most: the bound; a thread that asks for more waits until no other holds any.
     """
 
     def __init__(self, most: int) -> None:
@@ -41,7 +41,7 @@ class Budget:
         self._changed = threading.Condition()
 
     def take(self, amount: int) -> int:
-        """Wait for an amount; returns how much to give back."""
+        """Wait for an amount; return the amount to give back."""
         amount = min(amount, self._most)
         with self._changed:
             if self._waiting or self._free < amount:
@@ -61,7 +61,7 @@ class Budget:
 
 
 class Held:
-    """The share of a budget that one sample holds until the context ends.
+    """One sample's share of a budget, until the context ends.
 
     A sample that needs more gives its share back first: samples that each held some and waited for
     more could wait for ever.
@@ -86,16 +86,15 @@ class Held:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How samples are made ready.
+    """How to make samples ready.
 
     Attributes:
-        inputs: each distinct (raw input, preprocessor) that a model asks for.
+        inputs: each distinct (raw input, preprocessor) of the models.
         fields: keys of the samples' JSON that are carried over.
         strict: fail at the first rejection (`warn_and_continue: false`).
         asked: the additional fields, as the config names them.
-        datacomp_keys: `text` and `uid` are as DataComp's tools need them; a sample for which
-            they cannot be is rejected.
-        budget: of bytes for pictures that are decoded, for all threads together.
+        datacomp_keys: make `text` and `uid` as DataComp's tools need them, or reject the sample.
+        budget: of bytes for pictures in decoding, for all threads together.
     """
 
     inputs: Mapping[Input, Preprocessor]
@@ -145,7 +144,7 @@ def prepare(
     """Decode one sample once and run every distinct preprocessor on it once.
 
     Args:
-        seen: notes which fields the sample's JSON has.
+        seen: notes the fields of the sample's JSON.
     """
     try:
         with Held(recipe.budget) as held:
@@ -173,10 +172,10 @@ _UID = re.compile("[0-9a-f]{1,32}")
 def _datacomp_fields(
     values: Mapping[str, Any], sample: Sample, archive: Archive, recipe: Recipe
 ) -> dict[str, str]:
-    """`text`, and `uid` where it is asked for; a null in either stops every reader of the shard.
+    """`text`, and `uid` if asked for; a null in either stops every reader of the shard.
 
     Raises:
-        Rejected: the sample has no caption, or no uid that a subset could name it by.
+        Rejected: the sample has no caption, or no usable uid.
     """
     caption = values.get("caption")
     if not isinstance(caption, str):
@@ -188,7 +187,7 @@ def _datacomp_fields(
 
 
 def _uid(value: Any) -> str:
-    """128 bits as 32 lower-case hex digits; the resharder sorts by the texts."""
+    """A uid as 32 lower-case hex digits; the resharder sorts by the texts."""
     digits = value.lower() if isinstance(value, str) else ""
     if not _UID.fullmatch(digits):
         raise Rejected(f"no usable uid: found {str(value)[:40]!r}, valid are up to 32 hex digits")
@@ -196,7 +195,7 @@ def _uid(value: Any) -> str:
 
 
 def _require_unicode(what: str, value: Any) -> None:
-    """A parquet takes no lone surrogates, which odd file names and JSON escapes are read as."""
+    """Reject lone surrogates, which odd names and JSON escapes may hold and a parquet may not."""
     if isinstance(value, str | list | dict):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -237,7 +236,7 @@ def _member(name: str, sample: Sample, archive: Archive) -> bytes:
 
 
 def _described(sample: Sample) -> str:
-    """A sample's members by their extensions, and what about them is odd."""
+    """A sample's extensions, and its links."""
     shown = ", ".join(safe(extension, 30) for extension in list(sample.members)[:SHOWN])
     others = len(sample.members) - SHOWN
     text = shown + (f" and {others} more" if others > 0 else "")

@@ -1,4 +1,4 @@
-"""Why a shard fails as a whole: one line of under 300 characters that says what to do."""
+"""Say in one line of under 300 characters why a whole shard fails, and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2m_hpc.worker.read.tar import JOINED
 
 LONGEST = 299
 SHORTEST_URL = 40
-"""Characters of the tar's name that are left of it where there is much to say."""
+"""Characters of the tar's name beside a long message."""
 
 
 def no_tar(url: str, what: str) -> ShardError:
@@ -19,11 +19,7 @@ def no_tar(url: str, what: str) -> ShardError:
 
 
 def truncated(url: str, where: str, whole: int) -> TruncatedShard:
-    """
-    Args:
-        where: it is cut.
-        whole: samples before that.
-    """
+    """The error for a tar that is cut at `where`, after `whole` samples."""
     advice = " (allow_truncated_shards: true takes them)" if whole else ""
     what, mend = f"truncated {safe(where, 150)}", ""
     if where.startswith(JOINED):
@@ -34,13 +30,13 @@ def truncated(url: str, where: str, whole: int) -> TruncatedShard:
 
 
 def taken(where: str, whole: int) -> str:
-    """A notice on a cut tar whose whole samples were taken all the same."""
+    """The notice on a cut tar whose whole samples were taken."""
     what = where if where.startswith(JOINED) else f"cut {safe(where, 150)}"
     return f"the tar is {what}; what follows is not read, the {whole} samples before it are taken"
 
 
 def rejected(url: str, rejection: Rejection) -> ShardError:
-    """The first rejection of a shard that may have none."""
+    """The error for the first rejection in a shard that may have none."""
     key, reason = _short(rejection)
     return ShardError(_line(url, f": sample {key}: {reason} (warn_and_continue: true goes on)"))
 
@@ -48,10 +44,7 @@ def rejected(url: str, rejection: Rejection) -> ShardError:
 def too_many(
     url: str, rejections: Sequence[Rejection], total: int, limit: float, cause: str
 ) -> ShardError:
-    """
-    Args:
-        cause: of most of them, and what to do; empty where the tar does not tell.
-    """
+    """The error for too many rejections, with the cause of most of them if the tar tells it."""
     what = (
         f": {len(rejections)} of {total} samples are rejected, over max_rejected_fraction ({limit})"
     )

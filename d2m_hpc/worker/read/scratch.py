@@ -1,4 +1,4 @@
-"""A task's folder on its node's own disk: bounded, and swept when its task was killed."""
+"""A task's folder on its node's own disk: bounded, and removed by others after a kill."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class Scratch:
 
 
 class Copy:
-    """A tar that is being copied; `granted` is how many bytes it may have."""
+    """A tar that is being copied; `granted` is its share of bytes."""
 
     def __init__(self, scratch: Scratch, path: Path) -> None:
         self.path, self.granted = path, 0
         self._scratch = scratch
 
     def reserve(self, size: int) -> None:
-        """Wait until other copies leave so many bytes for this one, before it grows to them.
+        """Wait until other copies leave so many bytes for this one.
 
         Raises:
-            ShardError: the copy would not fit even if it were alone.
+            ShardError: the copy would not fit even alone.
         """
         if size <= self.granted:
             return
@@ -69,13 +69,13 @@ class Copy:
 
 @contextmanager
 def scratch(limit: int | None = None, sharers: int = 1) -> Iterator[Scratch]:
-    """A new folder on the node's own disk, for as long as the block lasts.
+    """Make a folder on the node's own disk, for as long as the block lasts.
 
-    A lock, which the kernel drops with the process, tells folders in use from leftovers of killed
-    tasks, which are removed.
+    A lock, which the kernel drops with the process, distinguishes folders in use from killed tasks'
+    folders, which are removed.
 
     Args:
-        limit: bytes of tars that may lie there at once; by default half of what is free now.
+        limit: bytes of tars at once; by default half of the free space.
         sharers: tasks that share the default.
 
     Raises:
@@ -97,9 +97,9 @@ def scratch(limit: int | None = None, sharers: int = 1) -> Iterator[Scratch]:
 
 
 def _disk() -> Path:
-    """The folder for scratch: SLURM_TMPDIR, where a site makes one a job, or TMPDIR, or /tmp.
+    """The disk for scratch: SLURM_TMPDIR, which some sites make for each job, or TMPDIR, or /tmp.
 
-    A variable that a login node handed on may name a folder that this node does not have.
+    A login node's variable may name a folder that this node does not have.
     """
     for name in ("SLURM_TMPDIR", "TMPDIR"):
         given = os.environ.get(name, "")
@@ -111,7 +111,7 @@ def _disk() -> Path:
 
 
 def _prefix() -> str:
-    """The start of folders' names: a host's own, as locks may not hold between hosts."""
+    """The start of folders' names, own to a host, as locks may not hold between hosts."""
     return f"d2m-{socket.gethostname()}-"
 
 
@@ -128,7 +128,7 @@ def _locked_folder(disk: Path) -> tuple[Path, int]:
 
 
 def _lock(folder: int) -> bool:
-    """Lock a folder; False if another process has. On a disk without locks nothing is swept."""
+    """Lock a folder; False if another process has. On a disk without locks no folder is removed."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -137,7 +137,7 @@ def _lock(folder: int) -> bool:
 
 
 def _sweep(disk: Path) -> None:
-    """Remove what killed tasks left; other users' folders and those in use cannot be locked."""
+    """Remove killed tasks' folders; other users' folders, and those in use, cannot be locked."""
     for folder in disk.glob(f"{_prefix()}*"):
         with suppress(OSError):
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -1,4 +1,4 @@
-"""Note which fields the samples' JSON has: one that no sample has is mostly misspelt."""
+"""Note the fields of samples' JSON: a field that no sample has is mostly misspelt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from d2m_hpc.run.schema import Schema
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
 
 MOST = 100
-"""Keys of samples that are kept, to find the one that was meant."""
+"""Keys that are kept, to find the one that was meant."""
 
 
 @dataclass
@@ -21,9 +21,9 @@ class Seen:
     """The fields in the JSON of a shard's samples; decode threads add to them.
 
     Attributes:
-        samples: how many had a JSON.
-        present: fields that one of them has, be it null.
-        keys: what they have, as long as a field is missing.
+        samples: the number of samples with a JSON.
+        present: wanted fields that a sample has, even as null.
+        keys: all fields, as long as a wanted one is missing.
         renamed: samples whose JSON has another `key` than their file's name.
     """
 
@@ -44,18 +44,19 @@ class Seen:
                     self.keys.update(values)
 
     def missing(self, wanted: Sequence[str]) -> list[str]:
-        """Fields that no sample has; `key` is not among them, as the file's name is one."""
+        """Wanted fields that no sample has, without `key`, which the file's name gives."""
         names = [name for name in wanted if name not in self.present and name != "key"]
         return names if self.samples else []
 
     def told(self, name: str, where: str) -> str:
-        """A line that says that a field is missing, with the key that may have been meant."""
+        """A line on a missing field, with the name that may have been meant."""
         keys = [safe(key, BRIEF) for key in sorted(self.keys)]
         hint = safe(nearest(name, keys), 200) if keys else "; their JSON has no field at all"
         return f"no sample of {where} has the field {safe(name, BRIEF)!r}{hint}"
 
     def missed(self, config: Config, schema: Schema) -> list[str]:
-        """Notices of fields that no sample of a shard has; others are marked as seen in the run.
+        """Notices of fields that no sample of a shard has; other fields are marked as seen in the
+        run.
 
         Raises:
             ShardError: no earlier shard had the field either, and the config does not allow that.

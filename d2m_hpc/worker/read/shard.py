@@ -24,11 +24,11 @@ CUT_OFF = "cut off where the archive ends"
 
 @dataclass
 class Sample:
-    """A key and where its members lie in the tar: lower-case extension to (offset, size).
+    """A key, and the places of its members in the tar: lower-case extension to (offset, size).
 
     Attributes:
         links: extensions of members that are links, which are not followed.
-        again: the key has been there before, with other keys in between.
+        again: the key came before, with other keys in between.
     """
 
     key: str
@@ -38,14 +38,14 @@ class Sample:
 
 
 class Version(NamedTuple):
-    """A file's size and time, by which a later look tells whether the file has changed."""
+    """A file's size and time, by which a later look notices a change."""
 
     size: int = 0
     mtime_ns: int = 0
 
     @classmethod
     def of(cls, file: BinaryIO) -> Version:
-        """Of an open file: its path may lead to another one by now."""
+        """The version of an open file, as its path may lead to another file by now."""
         there = os.fstat(file.fileno())
         return cls(there.st_size, there.st_mtime_ns)
 
@@ -59,11 +59,8 @@ class Archive:
         self.size = self.version.size
 
     def read(self, offset: int, size: int) -> bytes:
-        """Bytes of a member.
-
-        Raises:
-            ShardError: the file has become shorter than it was when it was indexed.
-        """
+        """A member's bytes; raise `ShardError` where the file has become shorter since it was
+        indexed."""
         data = os.pread(self._file.fileno(), size, offset)
         while len(data) < size and (
             more := os.pread(self._file.fileno(), size - len(data), offset + len(data))
@@ -74,13 +71,13 @@ class Archive:
         return data
 
     def nature(self) -> str:
-        """What the file is, if no tar; else empty."""
+        """A description of a file that is no tar; empty for a tar."""
         fd = self._file.fileno()
         begins_well = not nature(os.pread(fd, BLOCK, 0), self.size)
         return "" if begins_well else nature(os.pread(fd, HEAD, 0), self.size)
 
     def ends_in_zeros(self) -> bool:
-        """Whether the last block is zeros, as in every whole tar and in few that were cut off."""
+        """Whether the last block is zeros, as in every whole tar and in few cut ones."""
         return not any(os.pread(self._file.fileno(), BLOCK, max(0, self.size - BLOCK)))
 
     def index(self, needed: Collection[str] = tuple(EXTENSIONS)) -> Index:
@@ -91,27 +88,26 @@ class Archive:
 
 
 class Index:
-    """Iterate, once, for the samples of a tar in its order, while its headers are read.
+    """Iterate, once, over a tar's samples in its order, while its headers are read.
 
-    webdataset's rule: consecutive members of one key form a sample, and a repeated extension starts
-    the next one. Every member is in a sample or in the ledger; webdataset's own readers, which are
-    not used for that, skip the rest without a word and hold all members in memory.
+    By webdataset's rule, consecutive members of one key form a sample, and a repeated extension
+    starts the next one. Every member is in a sample or in the ledger; webdataset's own readers skip
+    the rest without a word, and hold all members in memory.
 
     Attributes:
         count: samples so far.
-        ledger: what else there is.
+        ledger: all other members.
         cut: how the archive ends too early; empty for a whole one, and until the iteration ends.
+
+    Args:
+        file: a plain tar, seekable; only the iteration moves its position.
+        size: its size in bytes.
+        needed: the kinds of members that make a sample a row.
     """
 
     def __init__(
         self, file: BinaryIO, size: int, needed: Collection[str] = tuple(EXTENSIONS)
     ) -> None:
-        """
-        Args:
-            file: a plain tar, seekable; only the iteration moves its position.
-            size: its size in bytes.
-            needed: the kinds of members that make a sample a row.
-        """
         self.count = 0
         self.ledger = Ledger(needed)
         self.cut = ""
@@ -138,7 +134,7 @@ class Index:
         self.ledger.finish(self.count)
 
     def _add(self, member: Member) -> Sample | None:
-        """Take a member; returns the sample that ends before it, if one does."""
+        """Take a member; return the sample that ends before it, if any."""
         if member.kind == "folder":
             return None
         key, extension = base_plus_ext(member.name)
@@ -154,7 +150,7 @@ class Index:
         return closed
 
     def _continues(self, key: str, extension: str) -> bool:
-        """A member of this name belongs to the open sample."""
+        """Whether a member of this name belongs to the open sample."""
         last = self._open
         return last is not None and last.key == key and extension.lower() not in last.members
 
@@ -175,10 +171,10 @@ class Index:
         return sample
 
     def _lose(self, member: str) -> None:
-        """Give up what a cut leaves in doubt.
+        """Give up whatever a cut leaves in doubt.
 
         Args:
-            member: the one that the archive ends in, or empty where it ends between two.
+            member: the member that the archive ends in, or empty where it ends between two.
         """
         key, extension = base_plus_ext(member)
         aside = is_foreign(member) or is_reserved(member)

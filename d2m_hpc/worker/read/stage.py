@@ -27,7 +27,7 @@ from d2m_hpc.worker.read.shard import Version
 
 STEP = 1 << 20
 SAID = 2000
-"""Bytes of a failed command's last words that go on record."""
+"""Bytes of a failed command's last words on record."""
 SILENCE = 900.0
 """Seconds without a byte until a command counts as hung, before the watchdog ends the task."""
 Blocks = Generator[bytes, None, None]
@@ -38,10 +38,10 @@ class Staged:
     """A local, uncompressed tar.
 
     Attributes:
-        damage: what is wrong with the stream that it came from.
+        damage: the fault of the stream that it came from.
         copied: it lies in scratch.
-        origin: of the file that was copied; of a tar in a store or from a command, the size in the
-            plan.
+        origin: the version of the copied file; for a tar from a store or a command, the planned
+            size.
     """
 
     path: Path
@@ -76,7 +76,7 @@ def _is_compressed(path: str) -> bool:
 
 
 def _fetch(shard: Shard, copy: Copy, staged: Staged) -> str:
-    """Copy a tar to scratch; returns what is wrong with its stream, if anything.
+    """Copy a tar to scratch; return the fault of its stream, if any.
 
     Raises:
         ShardError: the tar cannot be had.
@@ -94,7 +94,7 @@ def _fetch(shard: Shard, copy: Copy, staged: Staged) -> str:
 
 
 def _blocks(shard: Shard, staged: Staged) -> Blocks:
-    """The bytes of a tar, as they come."""
+    """Yield a tar's bytes as they come."""
     if is_pipe(shard.url):
         return _said(shard.url.removeprefix(PIPE))
     if is_local(shard.url):  # fsspec would take `::` in a path for a chain of stores
@@ -110,10 +110,10 @@ def _read(path: str, staged: Staged) -> Blocks:
 
 
 def _said(command: str) -> Blocks:
-    """Yield a command's output; the command is the user's own shell line, as webdataset runs it.
+    """Yield a command's output; the command is the user's shell line, as webdataset runs it.
 
     Raises:
-        ShardError: the command ends with another exit code than 0, or is silent for long.
+        ShardError: the command fails, or is silent for long.
     """
     shell = ["/bin/bash", "-o", "pipefail", "-c", command]
     with tempfile.TemporaryFile() as words:
@@ -136,7 +136,7 @@ def _said(command: str) -> Blocks:
 
 @contextmanager
 def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Kill a command that still runs when the block ends, with all that it started."""
+    """Kill a command that still runs when the block ends, with its children."""
     try:
         yield
     finally:
@@ -145,10 +145,7 @@ def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _patiently(pipe: int, command: str) -> Iterator[bytes]:
-    """
-    Raises:
-        ShardError: nothing comes for `SILENCE` seconds.
-    """
+    """Yield a pipe's bytes; raise `ShardError` after `SILENCE` seconds without any."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     while poll.poll(1000 * SILENCE):
@@ -167,7 +164,7 @@ def _last(words: BinaryIO) -> str:
 
 
 def _write(stream: Stream, file: BinaryIO, copy: Copy) -> str:
-    """Write a stream to a file, decompressed; returns what broke it off."""
+    """Write a stream to a file, decompressed; return the fault that broke it off."""
     codec = codec_of(stream.head(HEAD))
     if codec is None:
         return _copy(stream, file, copy)
@@ -186,12 +183,9 @@ def _write(stream: Stream, file: BinaryIO, copy: Copy) -> str:
 
 
 def _copy(source: Readable, file: BinaryIO, copy: Copy, behind: Stream | None = None) -> str:
-    """
-    Args:
-        behind: the compressed stream; what goes wrong while it is read is no damage to it.
+    """Copy a source to a file; return the damage of the compressed stream `behind` it, if any.
 
-    Returns:
-        what is wrong with the compressed stream, if anything.
+    Errors in reading the compressed stream itself are raised.
     """
     size = 0
     while True:
@@ -209,10 +203,8 @@ def _copy(source: Readable, file: BinaryIO, copy: Copy, behind: Stream | None = 
 
 
 def _put(block: bytes, file: BinaryIO, copy: Copy) -> None:
-    """
-    Raises:
-        NodeError: this node's own disk does not take it, though it had promised the room.
-    """
+    """Write a block; raise `NodeError` where this node's disk refuses, though it promised the
+    room."""
     try:
         file.write(block)
         file.flush()
@@ -224,7 +216,7 @@ class Stream(io.RawIOBase):
     """Blocks as a file that can be read once.
 
     Attributes:
-        failed: whoever hands out the blocks has raised an error.
+        failed: the source of the blocks has raised an error.
     """
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
@@ -236,7 +228,7 @@ class Stream(io.RawIOBase):
         return True
 
     def head(self, size: int) -> bytes:
-        """The first bytes, which are read again afterwards; call it before anything is read."""
+        """The first bytes, which are read again afterwards; call it before any read."""
         head = b""
         while len(head) < size and (block := self._more()):
             head += block
@@ -258,6 +250,6 @@ class Stream(io.RawIOBase):
             raise
 
     def drain(self) -> None:
-        """Read to the end: a command that cannot write on would look like one that fails."""
+        """Read to the end, as a command that cannot write on looks like one that fails."""
         while self.read():
             pass

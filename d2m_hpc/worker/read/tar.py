@@ -1,7 +1,6 @@
-"""The members of a tar, one after the other, by their headers alone.
+"""Read the members of a tar by their headers alone.
 
-A header that says nothing out of the ordinary is read here; the standard library, which takes ten
-times as long, reads all others.
+An ordinary header is read here; the standard library, ten times slower, reads all others.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from d2m_hpc.storage.texts import BRIEF, safe
 
 BLOCK = tarfile.BLOCKSIZE
 ENCODING = "utf-8"
-"""Of names, whatever the locale of a task is: a key may not depend on where it was read."""
+"""The encoding of names, whatever a task's locale: a key must not depend on the node."""
 _TIME_ONLY = re.compile(rb"(\d+) mtime=[0-9.]+\n")
 """The PAX header that webdataset puts before every member."""
 LONGEST_HEADER = 1 << 20
 """Bytes of a long name or a PAX header; Linux' own limit for a path is 4096."""
 MOST_HEADERS = 100
-"""Headers before one member that say more of it; there are two or three in practice."""
+"""Headers that describe one member; two or three in practice."""
 _EXTENDED = (*b"xgX", *b"LK")
 _RECORD = re.compile(rb"(\d{1,20}) [^=]+=")
 _DIGITS = re.compile(rb"\d{100}")
 PADDING = tarfile.RECORDSIZE + BLOCK
-"""Zeros that any archive may end in: the two blocks that end it, and the rest of a record of the
-usual 10,240 bytes, which is one more where there is but one block left in the record before."""
+"""Zeros at the end of any archive: two blocks, and the rest of a record of the usual 10,240 bytes;
+one record more where only one block was left in the record before."""
 RECORDS = [BLOCK << power for power in range(5, 12)]
 """Larger records, 16 KiB to 1 MiB, that archives for tapes and fast disks are padded to."""
 JOINED = "two archives, one after the other"
@@ -36,11 +35,11 @@ _UNREADABLE = (
     *(tarfile.HeaderError, ValueError, ArithmeticError, LookupError),
     *(MemoryError, RecursionError),
 )
-"""What the standard library raises at headers that are broken, or made to break it."""
+"""The standard library's errors at broken or malicious headers."""
 
 
 class TarCut(Exception):
-    """The archive ends too early; `member` is the name of the one that is cut off, if one is."""
+    """The archive ends too early; `member` is the name of a member that is cut off."""
 
     def __init__(self, where: str, member: str = "") -> None:
         super().__init__(where)
@@ -48,7 +47,8 @@ class TarCut(Exception):
 
 
 class Member(NamedTuple):
-    """`offset` and `size` of its data, in bytes; `kind` is `file`, `folder` or `other`."""
+    """A member; `offset` and `size` of its data, in bytes; `kind` is `file`, `folder` or
+    `other`."""
 
     name: str
     offset: int
@@ -86,10 +86,9 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
 
 
 def _ordinary(file: BinaryIO, offset: int) -> tuple[Member, int] | None:
-    """A regular file's header, alone or behind a PAX header that holds but a time.
+    """Read a regular file's header, alone or behind a PAX header with just a time.
 
-    Returns:
-        the member, and where the next one's header stands; None for any other header.
+    Returns the member and the next header's offset; None for any other header.
     """
     file.seek(offset)
     blocks = file.read(3 * BLOCK)
@@ -103,7 +102,7 @@ def _ordinary(file: BinaryIO, offset: int) -> tuple[Member, int] | None:
 
 
 def _is_time(blocks: bytes) -> bool:
-    """A PAX header comes first, and says nothing but the next member's time."""
+    """Whether a PAX header comes first, with just the next member's time."""
     if blocks[156:157] != tarfile.XHDTYPE or not (size := _size(blocks[:BLOCK])):
         return False
     time = _TIME_ONLY.fullmatch(blocks[BLOCK : 2 * BLOCK], 0, size)
@@ -111,7 +110,7 @@ def _is_time(blocks: bytes) -> bool:
 
 
 def _size(header: bytes) -> int | None:
-    """The data's size by a header of 11 octal digits and a right checksum; None by any other."""
+    """The data's size, by a header of 11 octal digits and a right checksum; None for any other."""
     digits, end = header[124:135], header[135:136]
     if len(header) < BLOCK or not digits.isdigit() or end not in (b"\0", b" "):
         return None
@@ -125,7 +124,7 @@ def _size(header: bytes) -> int | None:
 
 
 class _SlowReader:
-    """One header at a time, by the standard library."""
+    """Reads one header at a time, by the standard library."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._tar = tarfile.TarFile(
@@ -135,7 +134,7 @@ class _SlowReader:
         self._file = file
 
     def read(self, offset: int) -> tuple[Member, int]:
-        """The member, and where the next one's header stands."""
+        """Read a member; return it and the next header's offset."""
         _require_bounded(self._file, offset)
         self._file.seek(offset)
         info = tarfile.TarInfo.fromtarfile(self._tar)
@@ -150,13 +149,13 @@ class _SlowReader:
 
 
 def _require_bounded(file: BinaryIO, offset: int) -> None:
-    """Refuse what the standard library would take for ever, or all memory, to read.
+    """Refuse headers that would take the standard library for ever, or all memory.
 
     Its regular expressions need quadratic time for a header of digits (CVE-2024-6232), and hold the
-    interpreter while they do.
+    interpreter meanwhile.
 
     Raises:
-        HeaderError: a header is too long or out of form.
+        HeaderError: a header is too long or malformed.
     """
     for _ in range(MOST_HEADERS):
         file.seek(offset)
@@ -173,10 +172,10 @@ def _require_bounded(file: BinaryIO, offset: int) -> None:
 
 
 def _require_records(data: bytes) -> None:
-    """A PAX header's records are as POSIX and the newer versions of the standard library want them.
+    """Check a PAX header's records as POSIX and newer versions of the standard library do.
 
     Raises:
-        HeaderError: they are not.
+        HeaderError: the records are malformed.
     """
     position = 0
     while position < len(data) and data[position]:
@@ -190,7 +189,8 @@ def _require_records(data: bytes) -> None:
 
 
 def _cut_at(error: Exception, file: BinaryIO, offset: int, size: int) -> str:
-    """Empty for the end-of-archive mark, zeros to the end."""
+    """Say where and how an archive is cut; empty for the end-of-archive mark with zeros to the
+    end."""
     kind = type(error).__name__
     reason = str(error) or kind
     if kind == "EmptyHeaderError":
@@ -207,7 +207,7 @@ def _cut_at(error: Exception, file: BinaryIO, offset: int, size: int) -> str:
 
 
 def _after_zeros(file: BinaryIO, offset: int) -> int | None:
-    """Where the first other byte stands; None if there is none."""
+    """The offset of the first other byte; None for zeros to the end."""
     file.seek(offset)
     while block := file.read(1 << 20):
         if rest := block.lstrip(b"\0"):
@@ -217,7 +217,8 @@ def _after_zeros(file: BinaryIO, offset: int) -> int | None:
 
 
 def _is_next_archive(file: BinaryIO, offset: int, after: int) -> bool:
-    """Whether an archive ends in these zeros, padded to a record as `tar` does, and one follows."""
+    """Whether an archive ends in these zeros, padded to a record as by `tar`, and another
+    follows."""
     start = after // BLOCK * BLOCK
     if start % tarfile.RECORDSIZE or not 2 * BLOCK <= start - offset <= PADDING:
         return False
@@ -230,13 +231,11 @@ def _is_next_archive(file: BinaryIO, offset: int, after: int) -> bool:
 
 
 def _is_padding(offset: int, size: int) -> bool:
-    """Whether so many zeros end an archive, or are what a download or a crash did not write.
+    """Whether the zeros from `offset` on end an archive, or stand for bytes that were never
+    written.
 
-    A file is made as long as it will be before it is downloaded, and a filesystem may come back
-    from a crash with zeros for what was not on disk yet.
-
-    Args:
-        offset: where the zeros begin.
+    A file has its full length before it is downloaded, and a filesystem may come back from a crash
+    with zeros for lost bytes.
     """
     zeros = size - offset
     if not offset:  # an archive of nothing

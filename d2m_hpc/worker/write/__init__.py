@@ -1,1 +1,1 @@
-"""From the outputs of models to a committed pair of files."""
+"""Turn models' outputs into a committed pair of files."""

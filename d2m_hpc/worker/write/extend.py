@@ -1,7 +1,7 @@
-"""Merge a finished pair with added columns, into the pair that the whole config would have made.
+"""Merge a finished pair with added columns into the pair that the whole config would have made.
 
-Rows are matched by key; the new pair has the rows that both have, in the tar's order. Where a tar
-has a key several times, the n-th row of the key is the same sample in both.
+Rows are matched by key, and stay in the tar's order; a row that either lacks is left out. The n-th
+row of a repeated key is the same sample in both.
 """
 
 from __future__ import annotations
@@ -22,24 +22,23 @@ from d2m_hpc.worker.write.table import Table
 
 
 class Extended:
-    """A finished pair and added columns, written as a `Table` is.
+    """A finished pair with added columns, written like a `Table`.
 
     Attributes:
-        rows: how many rows both have.
-        rejections: every sample that was rejected before or now, with the first reason.
+        rows: the number of rows that both have.
+        rejections: samples that were rejected before or now, with the first reason.
+
+    Args:
+        lacked: the outputs of the config that `extension.only_new` gives, of the same tar.
+        rejected: the samples that were rejected for these outputs.
+
+    Raises:
+        ShardError: the two have different samples.
     """
 
     def __init__(
         self, config: Config, before: Contents, lacked: Table, rejected: Sequence[Rejection]
     ) -> None:
-        """
-        Args:
-            lacked: the outputs of the config that `extension.only_new` gives, of the same tar.
-            rejected: the samples that were rejected for them.
-
-        Raises:
-            ShardError: the two have other samples.
-        """
         self._config, self._before, self._lacked = config, before, lacked
         old: list[str] = before.table["key"].to_pylist()
         new = [key for part in lacked.parts for key in part.keys]
@@ -54,11 +53,11 @@ class Extended:
 
     @property
     def undecided(self) -> list[str]:
-        """As a `Table`'s, of the added columns and features."""
+        """Like a `Table`'s, for the added columns and features."""
         return self._lacked.undecided
 
     def features(self) -> dict[str, NDArray[Any]]:
-        """As a `Table`'s; the features of the old npz are kept to the bit."""
+        """Like a `Table`'s; the old npz's features are kept to the bit."""
         part = self._lacked.config
         made = self._lacked.features()
         new = {n: made[part.renamed(n)][self._new_rows] for n in part.postprocess_features}
@@ -69,7 +68,7 @@ class Extended:
         }
 
     def table(self) -> pa.Table:
-        """As a `Table`'s; the columns of the old parquet keep their values and types."""
+        """Like a `Table`'s; the old parquet's columns keep their values and types."""
         config, part = self._config, self._lacked.config
         made = self._lacked.table().take(pa.array(self._new_rows, pa.int64()))
         kept = self._before.table.take(pa.array(self._old_rows, pa.int64()))
@@ -81,11 +80,11 @@ class Extended:
 
 
 Rows = Table | Extended
-"""What is written as a pair."""
+"""Outputs that can be written as a pair."""
 
 
 def _numbered(keys: Iterable[str]) -> list[tuple[str, int]]:
-    """Pair each key with the number of times that it came before."""
+    """Pair each key with the number of its earlier occurrences."""
     seen: Counter[str] = Counter()
     numbered = []
     for key in keys:
@@ -97,11 +96,7 @@ def _numbered(keys: Iterable[str]) -> list[tuple[str, int]]:
 def _require_same_samples(
     record: Record, old: Sequence[str], new: Sequence[str], rejected: Sequence[Rejection]
 ) -> None:
-    """
-    Raises:
-        ShardError: the tar has changed; or several samples have one key, and it is not known which
-            of them has a row.
-    """
+    """Raise a `ShardError` for a changed tar, or a repeated key with some samples rejected."""
     # Keys of rejections are on record as `fit` leaves them.
     rows, rows_now = Counter(map(fit, old)), Counter(map(fit, new))
     samples = rows + Counter(fit(r.key) for r in record.rejections)
@@ -125,10 +120,9 @@ def _require_same_samples(
 
 
 def carry_over(before: Record, now: Record) -> None:
-    """Copy to an extended pair's record what holds of the old one; add a notice if the tar changed.
+    """Copy the old pair's facts to the extended pair's record; add a notice if the tar changed.
 
-    The size and time stay those of the tar that the kept columns were computed from, so that later
-    looks tell the change too.
+    The size and time stay those of the kept columns' tar, so that later looks see the change too.
     """
     now.recomputed += before.recomputed
     known, found = (before.tar_size, before.tar_mtime_ns), (now.tar_size, now.tar_mtime_ns)

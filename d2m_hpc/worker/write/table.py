@@ -1,4 +1,4 @@
-"""The outputs of a shard, batch after batch, as a table and arrays."""
+"""Collect a shard's outputs, batch after batch, as a table and arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from d2m_hpc.worker.batch import Outputs, join, take
 
 
 class Table:
-    """The outputs of a shard, batch after batch, in the run's types."""
+    """A shard's outputs, batch after batch, in the run's types."""
 
     def __init__(self, config: Config, schema: Schema | None = None) -> None:
         self.config = config
@@ -36,10 +36,10 @@ class Table:
         return sum(len(part.keys) for part in self.parts)
 
     def settle(self) -> list[Rejection]:
-        """Find the fields' types and drop rows with a value that does not fit.
+        """Find the fields' types; drop and return rows with a value that does not fit.
 
         Raises:
-            ShardError: a row was dropped, and the config lets the first such row fail the shard.
+            ShardError: a row was dropped, and `warn_and_continue` is false.
         """
         made: dict[str, pa.Array] = {}
         reasons: dict[int, str] = {}
@@ -72,7 +72,7 @@ class Table:
 
     @property
     def undecided(self) -> list[str]:
-        """Fields, columns and features of a type or shape that neither shard nor run tells yet."""
+        """Fields, columns and features whose type or shape neither shard nor run tells yet."""
         config, schema = self.config, self.schema
         return [
             *(n for n in config.carried if not schema.field(n)),
@@ -85,7 +85,7 @@ class Table:
         ]
 
     def features(self) -> dict[str, NDArray[Any]]:
-        """Each feature [rows, ...], under the name that it has in the npz."""
+        """Each feature [rows, ...], by its name in the npz."""
         config, dtype = self.config, np.dtype(self.config.feature_dtype)
         return {
             config.renamed(name): self._feature(name, dtype) for name in config.postprocess_features
@@ -107,7 +107,8 @@ class Table:
         return _narrowed(name, [p.features[name] for p in self.parts if p.keys], dtype)
 
     def table(self) -> pa.Table:
-        """`key`, the columns asked for, the additional fields; a row a sample."""
+        """The columns `key`, those of the config, and the additional fields; a row for each
+        sample."""
         config, parts = self.config, self.parts
         if self._fields is None and (odd := self.settle()):
             raise ShardError(f"sample {odd[0].key!r}: {odd[0].reason}")
@@ -122,10 +123,10 @@ class Table:
         return pa.table(columns)
 
     def _column(self, name: str) -> tuple[pa.Array, bool]:
-        """Make a column; tell whether its type is known or a guess.
+        """A column, and whether its type is known.
 
         Raises:
-            ShardError: the values are not of the type that the run has.
+            ShardError: the values do not have the run's type.
         """
         values = [p.columns[name] for p in self.parts if p.keys]
         given = join(values) if values else []
@@ -179,7 +180,7 @@ def _array(given: Any, wanted: pa.DataType | None) -> pa.Array:
 
 
 def _is_void(kind: pa.DataType) -> bool:
-    """Whether a type is that of nulls and empty lists alone, which tells nothing."""
+    """Whether a type is that of nulls and empty lists alone."""
     while pa.types.is_list(kind):
         kind = kind.value_type
     return bool(pa.types.is_null(kind))

@@ -1,6 +1,6 @@
-"""The writer thread commits and records shards while the next ones are computed.
+"""Commit and record shards in a thread, while the next ones are computed.
 
-Results that leave the type of a field or column open are written last, as others may tell it.
+Results that leave a field's or column's type open are written last, as others may tell it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from d2m_hpc.worker.write.writer import Committer, TakenOver
 log = logging.getLogger(__name__)
 
 ROWS = 10_000
-"""Most rows of results that wait, as these are held in memory."""
+"""Rows of waiting results, which are in memory."""
 
 
 @dataclass
 class Result:
-    """A shard that was computed, or the error that stopped its computation.
+    """A computed shard, or the error that stopped its computation.
 
     Attributes:
-        began: when the computation began, by `time.monotonic`.
+        began: the start of the computation, by `time.monotonic`.
     """
 
     work: Work
@@ -45,7 +45,7 @@ class Result:
 
 
 class Settler:
-    """Settles results in order, in a thread of its own that alone writes outputs and records."""
+    """Settles results in order, in the one thread that writes outputs and records."""
 
     def __init__(
         self, committer: Committer, recorder: Recorder, claims: Claims, report: Reporter
@@ -61,10 +61,8 @@ class Settler:
         return self
 
     def put(self, result: Result) -> None:
-        """
-        Raises:
-            The error that stopped the thread: without records the task cannot go on.
-        """
+        """Hand over a result; raise the error that stopped the thread, as a task needs its
+        records."""
         if self._end.done():
             self._end.result()
         self._queue.put(result)
@@ -130,11 +128,12 @@ def _fail(record: Record, error: BaseException) -> None:
 
 
 def last_if_undecided(results: Iterable[Result], chunk: Sequence[Job]) -> Iterator[Result]:
-    """Yield results in order, but those last of which the run does not know all types yet.
+    """Yield results in order, but last those with a type that the run does not know yet.
 
     Args:
-        chunk: the task's jobs. Shards of other tasks' chunks do not wait: two tasks that stole from
-            each other would wait for each other.
+        chunk: the task's jobs. Other chunks' shards do not wait: two tasks that stole from each
+            other
+            would wait for each other.
     """
     own = {job.stem for job in chunk}
     waiting: list[Result] = []

@@ -30,7 +30,7 @@ VERSIONED = ("d2m_hpc", "torch", "torchvision", "open_clip_torch", "timm", "tran
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that compute the values."""
+    """Versions of the packages that compute values."""
     found = {}
     for name in VERSIONED:
         try:
@@ -50,7 +50,7 @@ def _durable(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
-    """Write both files to a folder, durably, read them back, and put their hashes on the record.
+    """Write both files to a folder, durably, read them back, and record their hashes.
 
     Raises:
         ShardError: the files read back have other rows than were written.
@@ -71,7 +71,7 @@ def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
 
 
 def _check(folder: Path, record: Record) -> None:
-    """Read both files back: a disk that is full or lies is found before anyone sees the files."""
+    """Read both files back: a full or lying disk is found before anybody sees the files."""
     read: object
     try:
         read = sorted(Pair(OutputDir(str(folder)), record.shard).lengths())
@@ -82,17 +82,17 @@ def _check(folder: Path, record: Record) -> None:
 
 
 class TakenOver(Exception):
-    """Another task has taken the shard over and writes its pair."""
+    """Another task has taken the shard over, and writes its pair."""
 
 
 class Committer:
-    """The only writer into the output folder."""
+    """The only writer into the output folder.
+
+    Args:
+        scratch: holds files before they are sent to an object store.
+    """
 
     def __init__(self, output: OutputDir, scratch: Path) -> None:
-        """
-        Args:
-            scratch: where files are written before they are sent to an object store.
-        """
         self.output = output
         # Beside the outputs, for a rename commits; their readers list no folders.
         beside = Path(output.root) if output.is_local else scratch
@@ -104,17 +104,18 @@ class Committer:
     def commit(self, made: Rows, record: Record, held: Callable[[], bool] = lambda: True) -> None:
         """Publish a shard's pair: the npz first, the parquet last.
 
-        A parquet in its place is a finished shard; until then there is none, also where an older
-        pair is replaced.
+        A parquet in its place is a finished shard; until the end there is none, even where a pair
+        is replaced.
 
         Args:
-            held: whether the shard's lease is still this task's; asked once the attempt's folder is
-                made, as a task that takes the lease over moves that folder away.
+            held: whether this task still has the shard's lease; asked once the attempt's folder
+                exists, as
+                a task that takes the lease over moves that folder away.
 
         Raises:
-            TakenOver: the lease is not held, or was lost meanwhile.
-            ShardError: the values cannot be written, or the store does not take them.
-            DiskError: the disk takes nothing.
+            TakenOver: the lease is lost.
+            ShardError: the values cannot be written, or the store refuses them.
+            DiskError: the disk refuses.
         """
         try:
             folder = self.staging.make(record.shard, record.attempt)
@@ -153,8 +154,8 @@ class Committer:
     def _upload(self, npz: Path, parquet: Path, held: Callable[[], bool]) -> None:
         """Commit to a store, which has no rename.
 
-        The lease is checked before each step, and where the store knows conditions, a put replaces
-        nothing that came meanwhile.
+        The lease is checked before each step; where the store knows conditions, a put replaces no
+        newer file.
         """
         removed = [parquet.name]
         for _ in range(ROUNDS):
@@ -178,16 +179,15 @@ class Committer:
             self.output.remove(name)
 
     def clean(self, stem: str, attempt: int | None = None) -> bool:
-        """Stop earlier attempts at a shard from committing; the caller holds the lease.
+        """Stop earlier attempts at a shard from committing; return whether there were any.
+
+        The caller holds the lease.
 
         Args:
-            attempt: attempts with smaller numbers are stopped; None for all.
-
-        Returns:
-            Whether there were any.
+            attempt: stop attempts with smaller numbers; None for all.
 
         Raises:
-            D2MError: one of them could still commit.
+            D2MError: an attempt could still commit.
         """
         try:
             return self.staging.fence(stem, attempt)
@@ -196,5 +196,5 @@ class Committer:
             raise D2MError(f"{what}: {error}; remove it and run the same command again") from error
 
     def close(self) -> None:
-        """Drop the staging folder when nobody uses it."""
+        """Remove the staging folder if no task uses it."""
         self.staging.close()
