@@ -14,7 +14,7 @@ from benchmarks.workload import run_task
 from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.compute.graph import Graph
-from d2m_hpc.worker.compute.in_flight import Launched
+from d2m_hpc.worker.compute.in_flight import InFlight
 from d2m_hpc.worker.read.loader import Reading
 from d2m_hpc.worker.task import Task
 from d2m_hpc.worker.write.thread import Settler
@@ -58,11 +58,11 @@ class Stopwatch:
         while (batch := self.waiting("loader", next, batches, None)) is not None:
             yield batch
 
-    def launched(self, original: Any, graph: Graph, batch: Batch) -> Launched:
+    def launched(self, original: Any, graph: Graph, batch: Batch) -> InFlight:
         """The device is busy from the first kernel's turn to the last one's end."""
         if self._device.type != "cuda":
             before = self.waits["device"]
-            made: Launched = self.waiting("device", original, graph, batch)
+            made: InFlight = self.waiting("device", original, graph, batch)
             seconds = self.waits["device"] - before
             self._busy.append(lambda: seconds)
             return made

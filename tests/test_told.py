@@ -20,8 +20,7 @@ from d2m_hpc.cli.trouble import explained
 from d2m_hpc.errors import ConfigError, SlurmError
 from d2m_hpc.run.records import Record, Recorder
 from d2m_hpc.storage.texts import as_json
-from d2m_hpc.watch.alike import alike
-from d2m_hpc.watch.status import find_run, summarise
+from d2m_hpc.watch.status import alike, find_run, summarise
 
 CLEARS, TITLE = "\x1b[2J\x1b[31m", "\x1b]0;caught\x07"
 RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\ud800-\udfff]")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.storage import stores
-from d2m_hpc.storage.files import make_folder, owned, regular
+from d2m_hpc.storage.files import durable, make_folder, regular
 from d2m_hpc.storage.urls import is_local, scheme
 
 BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
@@ -188,10 +188,8 @@ class OutputDir:
         with self._writing(), suppress(FileExistsError):
             self._make()
             if self.is_local:
-                with open(self.path(name), "xb", opener=owned) as file:
+                with durable(Path(self.path(name)), "xb") as file:
                     file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
             else:
                 put = partial(self.fs.pipe_file, self.path(name), data)
                 self._ask(partial(put, mode="create") if stores.knows_create(self.fs) else put)

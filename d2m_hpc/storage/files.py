@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 FILE_MODE, FOLDER_MODE = 0o664, 0o775
 """Modes before the umask: groups share runs by umask 002 and the setgid bit; nothing is shared with
@@ -65,6 +66,15 @@ def named(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+@contextmanager
+def durable(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a new file that is on disk when the block ends; mode `xb` replaces none."""
+    with named(path), open(path, mode, opener=owned) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def atomic_write(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from d2m_hpc.errors import DiskError
-from d2m_hpc.storage.files import FILE_MODE, make_folder, named
+from d2m_hpc.storage.files import durable, make_folder
 from d2m_hpc.storage.texts import safe
 
 WITHOUT_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
@@ -72,25 +72,16 @@ def agree(path: Path, proposal: Any, take: Callable[[Any], T] = as_it_is) -> T |
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     data = json.dumps(proposal).encode()
     try:
-        _write(temporary, data)
+        with durable(temporary, "xb") as file:
+            file.write(data)
         try:
             os.link(temporary, path)
         except OSError as error:
             if error.errno in WITHOUT_LINKS:
-                with suppress(FileExistsError):
-                    _write(path, data)
+                with suppress(FileExistsError), durable(path, "xb") as file:
+                    file.write(data)
             elif not path.exists():
                 raise
     finally:
         temporary.unlink(missing_ok=True)
     return read(path, take)
-
-
-def _write(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
-    try:
-        with named(path):
-            os.write(fd, data)
-            os.fsync(fd)
-    finally:
-        os.close(fd)

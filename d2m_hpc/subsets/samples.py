@@ -101,20 +101,6 @@ def _grouped(paths: Sequence[str]) -> list[Sequence[str]]:
     return [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
 
 
-@contextmanager
-def _of_files() -> Iterator[None]:
-    """
-    Raises:
-        OSError: a file is damaged; of that duckdb says whatever it tripped over.
-    """
-    import duckdb
-
-    try:
-        yield
-    except duckdb.Error as error:
-        raise OSError(str(error).split("LINE 1:")[0].strip()) from error
-
-
 def _value(name: str, kind: str) -> str:
     value = f"TRY_CAST({quoted(name)} AS {kind})"
     return f"CASE WHEN NOT isnan({value}) THEN {value} END" if kind in FLOATS else value
@@ -146,11 +132,11 @@ def opened(run: RunDir, config: Config, known: Standings | None = None) -> Itera
     with (
         tempfile.TemporaryDirectory(prefix="d2m-") as spill,
         duckdb.connect() as db,
-        explained(output),
+        _read_errors(output),
     ):
         _confine(db, output, paths, spill)
         groups, widest = _grouped(paths), Widest(db)
-        with _of_files():
+        with _read_errors(output, only_files=True):
             layouts = [widest.add(group) for group in groups]
             columns, notices = widest.columns(), widest.notices()
         rows = sum(outcome.rows for outcome in done.values())
@@ -181,17 +167,18 @@ def is_of_file(error: Exception) -> bool:
 
 
 @contextmanager
-def explained(output: OutputDir) -> Iterator[None]:
-    """
-    Raises:
-        D2MError: duckdb cannot read the files.
+def _read_errors(output: OutputDir, only_files: bool = False) -> Iterator[None]:
+    """Raise duckdb's errors about files as a `D2MError`.
+
+    Args:
+        only_files: the block evaluates no expression, so that every error is about a file.
     """
     import duckdb
 
     try:
         yield
     except (duckdb.Error, OSError) as error:
-        if not is_of_file(error):
+        if not (only_files or is_of_file(error)):
             raise
-        first = str(error).splitlines()[0]
+        first = str(error).split("LINE 1:")[0].strip().splitlines()[0]
         raise D2MError(f"{output.url} cannot be read: {first}; see `d2m verify`") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections import Counter
@@ -27,7 +28,10 @@ from d2m_hpc.run.shards import read_some
 from d2m_hpc.run.tasks import Progress, attempts, log_file
 from d2m_hpc.storage.texts import ERROR, safe
 from d2m_hpc.storage.urls import is_local
-from d2m_hpc.watch.alike import alike, noticed
+
+NOTICES = 20
+"""Kinds of notices that are shown; each tar may have another."""
+_WORD = re.compile(r"'[^']*'|[^\s']+")
 
 
 @dataclass
@@ -263,6 +267,29 @@ def _by_reason(done: Iterable[Outcome]) -> dict[str, int]:
         for reason, count in outcome.rejected:
             counts[reason] += count
     return dict(counts.most_common())
+
+
+def alike(error: str) -> str:
+    """A message without its paths, names and figures, which differ from shard to shard.
+
+    Word by word: one pattern for the whole text takes time quadratic in a word's length.
+    """
+    return _WORD.sub(lambda word: "#" if re.search(r"['/\d]", word[0]) else word[0], error)
+
+
+def noticed(done: Iterable[Outcome]) -> dict[str, int]:
+    """Count shards by their notices, grouped by `alike`, the most frequent of `NOTICES` kinds
+    first.
+
+    Each group is shown by one of its notices.
+    """
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    texts = Counter(text for outcome in done for text in outcome.notices)
+    for notice, count in texts.items():
+        text = safe(notice)
+        counts[examples.setdefault(alike(text), text)] += count
+    return dict(counts.most_common(NOTICES))
 
 
 def log_of(run: RunDir, stem: str) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -19,12 +20,11 @@ from d2m_hpc.run.extension import refits
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
-from d2m_hpc.run.records import Job, Record, Recorder, read_records
+from d2m_hpc.run.records import Job, Record, Recorder, died, read_records
 from d2m_hpc.storage.files import FILE_MODE, make_folder
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.storage.refused import require_there
 from d2m_hpc.worker.board import Board
-from d2m_hpc.worker.evidence import Evidence
 from d2m_hpc.worker.progress import Reporter
 from d2m_hpc.worker.work import Work
 
@@ -89,7 +89,6 @@ class Claims:
         self._report, self._clean, self._board = report, clean, board or Board()
         # Slurm tells a time of day. From here on it is a time that no clock's correction changes.
         self._deadline = None if deadline is None else _now() + deadline - time.time()
-        self._evidence = Evidence(run, str(name), fingerprint, self._recorder)
         self._alone, self._put_off = set(alone), set[str]()
         self._lock = threading.Lock()  # of the next two, which all threads of the task change
         self._slowest = 0.0
@@ -203,7 +202,7 @@ class Claims:
     def _after_death(self, job: Job, last: Attempt) -> str:
         """The reason not to compute a shard now whose last attempt never ended; empty to compute
         it."""
-        if not last.ended and self._evidence.weigh(job, last) >= self._config.max_attempts:
+        if not last.ended and self._weigh(job, last) >= self._config.max_attempts:
             self._put_off.add(job.stem)
             _touch(self._submission.failed(job.stem))
             self._report(failed=1)
@@ -213,6 +212,41 @@ class Claims:
         self._put_off.add(job.stem)
         self._alone.add(job.stem)
         return "put off: it is tried last and alone"
+
+    def _weigh(self, job: Job, last: Attempt) -> int:
+        """Record an attempt that never ended; return the failed attempts at the shard by now.
+
+        An attempt that ended when Slurm requeued its whole task is taken for its node's loss, the
+        first time, and counts for nothing.
+        """
+        failures = job.failures
+        if last.lost == 0 and self._is_requeued(last.task):
+            log.warning("%s: attempt %d was lost with its node", job.stem, last.number)
+            last = replace(last, lost=1)
+        else:
+            asked = self._asked_of(last.task)
+            error = (
+                f"the process that worked on {job.stem} never came to an end, nor did the one "
+                f"that watches it: killed as a whole, or lost with {last.host or 'its node'}"
+            )
+            self._recorder.append(died(job.stem, last, asked, error))
+            log.warning("%s: attempt %d never ended", job.stem, last.number)
+            failures += asked == self._fingerprint
+        self._attempts.end(job.stem, replace(last, died=True))
+        return failures
+
+    def _is_requeued(self, earlier: str) -> bool:
+        """Whether Slurm has started the same task again since."""
+        same = earlier.rpartition("-")[0] == str(self._name).rpartition("-")[0]
+        return same and earlier != str(self._name)
+
+    def _asked_of(self, task: str) -> str:
+        """The fingerprint that a task was to make."""
+        intent = self._run.submission(task.partition("-")[0]).intent
+        try:
+            return str(json.loads(intent.read_bytes())["fingerprint"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return self._fingerprint
 
     def _why_not(self, job: Job, record: Record | None) -> str:
         """The reason not to compute a shard here; empty to compute it."""

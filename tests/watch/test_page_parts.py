@@ -22,7 +22,7 @@ from d2m_hpc.errors import ConfigError
 from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.records import Shard
-from d2m_hpc.watch.page import charts, columns, environment, printed, sheet, timing, values
+from d2m_hpc.watch.page import charts, columns, environment, printed, sheet, timing
 from d2m_hpc.watch.page.timing import cumulative, rate
 from d2m_hpc.watch.terminal import count
 
@@ -254,12 +254,12 @@ class TestValues:
     def test_odd_numbers_of_strangers_have_a_card(self, numbers: list[float], told: str) -> None:
         column = columns.Column("x", "number", "double")
         column.add(pa.chunked_array([numbers]))
-        assert told in values.card(column).told
+        assert told in columns.card(column).told
 
     def test_what_is_beyond_the_axis_is_counted_in_words(self) -> None:
         column = columns.Column("x", "number", "double")
         column.add(pa.chunked_array([np.concatenate([np.linspace(0, 1, 998), [1e6, -1e6]])]))
-        made = values.card(column)
+        made = columns.card(column)
         told = "Beyond the axis, in grey: 4 below 0.00301 and 4 above 0.997."
         assert made.told.endswith(told)
         assert [len(c.bars) > 0 for c in made.charts] == [True, True]
@@ -267,7 +267,7 @@ class TestValues:
     def test_only_numbers_have_thresholds(self) -> None:
         column = columns.Column("x", "text", "string")
         column.add(pa.chunked_array([[str(10**i) for i in range(9)]]))
-        assert [c.label for c in values.card(column).charts] == ["Histogram of x"]
+        assert [c.label for c in columns.card(column).charts] == ["Histogram of x"]
 
 
 class TestHosts:

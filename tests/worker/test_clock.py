@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from d2m_hpc.worker.clock import Clock
+from d2m_hpc.worker.work import Clock
 
 
 def test_what_is_timed_adds_up_whatever_is_raised() -> None:

@@ -19,7 +19,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.urls import masked
-from d2m_hpc.watch.page import charts, columns, sheet, timing, values
+from d2m_hpc.watch.page import charts, columns, sheet, timing
 from d2m_hpc.watch.page.history import History
 from d2m_hpc.watch.status import summarise
 from d2m_hpc.watch.terminal import count, duration, figures, ran_on
@@ -76,7 +76,7 @@ def _contents(run: RunDir, config: Config, score: str | None, each: int) -> dict
         "progress": drawn,
         "sampled": sampled,
         "sheet": made,
-        "cards": [values.card(column) for column in sampled.columns],
+        "cards": [columns.card(column) for column in sampled.columns],
         "hosts": timing.hosts(history.manifest.done.values()),
         "stages": timing.STAGES,
         "slow_factor": timing.SLOW,

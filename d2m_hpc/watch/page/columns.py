@@ -1,19 +1,20 @@
-"""Read the values of the outputs' columns from a sample of the finished shards."""
+"""The values of the outputs' columns, from a sample of the finished shards, and their charts."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.watch.page import charts
+from d2m_hpc.watch.page.charts import Chart, Values, number
 
 SHARDS = 64
 """Shards that are read; ten thousand rows each show any distribution."""
@@ -21,6 +22,8 @@ LARGEST = 1e100
 """The largest number on an axis; samples' JSON may hold larger ones."""
 CATEGORIES = 12
 """Distinct texts up to which a column is counted by text, not by length."""
+
+UNITS = {"number": "value", "list": "items in the list", "text": "characters"}
 
 
 @dataclass
@@ -39,13 +42,13 @@ class Column:
     name: str
     kind: str
     type: str
-    parts: list[NDArray[np.float64]] = field(default_factory=list)
+    parts: list[Values] = field(default_factory=list)
     categories: Counter[str] | None = field(default_factory=Counter)
     rows: int = 0
     missing: int = 0
 
     @property
-    def values(self) -> NDArray[np.float64]:
+    def values(self) -> Values:
         return np.concatenate(self.parts) if self.parts else np.zeros(0)
 
     @property
@@ -82,7 +85,7 @@ def kind_of(type_: pa.DataType) -> str:
     return "text" if pa.types.is_string(type_) or pa.types.is_large_string(type_) else "other"
 
 
-def numbers(array: pa.ChunkedArray, kind: str) -> NDArray[np.float64] | None:
+def numbers(array: pa.ChunkedArray, kind: str) -> Values | None:
     """Float64 [rows]: values or lengths; None for a kind that has neither."""
     if kind == "list":
         array = pc.list_value_length(array)
@@ -90,7 +93,7 @@ def numbers(array: pa.ChunkedArray, kind: str) -> NDArray[np.float64] | None:
         array = pc.utf8_length(array)
     elif kind != "number":
         return None
-    values: NDArray[np.float64] = array.cast(pa.float64(), safe=False).to_numpy()
+    values: Values = array.cast(pa.float64(), safe=False).to_numpy()
     return values
 
 
@@ -155,3 +158,61 @@ def _add(table: pa.Table, columns: dict[tuple[str, str], Column]) -> None:
         kind = kind_of(type_)
         column = columns.setdefault((name, kind), Column(name, kind, str(type_)))
         column.add(table[name])
+
+
+@dataclass
+class Card:
+    """A column on the page.
+
+    Attributes:
+        told: a sentence about the values.
+        charts: a histogram and, for numbers, the share of rows above each value.
+        counts: rows by text or truth value, the most frequent first.
+    """
+
+    name: str
+    told: str = ""
+    charts: list[Chart] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def card(column: Column) -> Card:
+    """Choose what to show of a column."""
+    if column.is_category and column.categories:
+        missing = {"(no value)": column.missing} if column.missing else {}
+        counts = Counter({**column.categories, **missing})
+        return Card(column.name, counts=dict(counts.most_common()))
+    values = column.values
+    without = f"{column.missing:,} without a value" if column.missing else ""
+    if not len(values):
+        told = f"{column.rows:,} values of type {column.type}, not drawn"
+        return Card(column.name, _listed([told, without]))
+    unit = UNITS[column.kind]
+    odd = column.rows - len(values)
+    rest = [without, f"{odd:,} not finite or over {LARGEST:g}" if odd else ""]
+    if charts.are_alike(values):
+        return Card(column.name, _listed([_quartiles(values, unit), *rest]))
+    histogram = charts.histogram(values, unit, f"Histogram of {column.name}")
+    drawn = [histogram]
+    if column.kind == "number":
+        rows = column.rows + column.missing
+        label = f"Share of rows at or above each value of {column.name}"
+        drawn.append(charts.survival(values, rows, histogram.x, label))
+    told = _listed([_quartiles(values, unit), *rest]) + _beyond(histogram)
+    return Card(column.name, told, drawn)
+
+
+def _listed(parts: Iterable[str]) -> str:
+    return ", ".join(filter(None, parts)) + "."
+
+
+def _beyond(histogram: Chart) -> str:
+    ends = [f"{b.count:,} {b.words.partition(':')[0]}" for b in histogram.bars if b.is_rest]
+    return f" Beyond the axis, in grey: {' and '.join(ends)}." if ends else ""
+
+
+def _quartiles(values: Values, unit: str) -> str:
+    if values.min() == values.max():
+        return f"{unit}: {number(values[0])} in all {len(values):,} rows"
+    low, first, middle, third, high = map(number, np.percentile(values, [0, 25, 50, 75, 100]))
+    return f"{low} to {high}, median {middle}, middle half {first} to {third}"

@@ -21,7 +21,7 @@ from d2m_hpc.models.transfer import CudaCopies, each
 from d2m_hpc.stopping import is_asked
 from d2m_hpc.worker.batch import Batch, Outputs, count, flags, join, take
 from d2m_hpc.worker.compute.heap import Heap
-from d2m_hpc.worker.compute.in_flight import Launched, Pending, row_count
+from d2m_hpc.worker.compute.in_flight import InFlight, Pending, row_count
 from d2m_hpc.worker.compute.resolve import Toolbox
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Graph:
         Raises:
             ShardError: a model or postprocessor failed, on this batch or the next.
         """
-        before: Launched | None = None
+        before: InFlight | None = None
         heap = Heap()
         for batch in batches:
             launched = self.launch(batch)
@@ -120,9 +120,9 @@ class Graph:
         """Compute one batch alone."""
         return self.launch(batch).outputs()
 
-    def launch(self, batch: Batch) -> Launched:
+    def launch(self, batch: Batch) -> InFlight:
         """Start computing a batch; raise `ShardError` where a model fails at once."""
-        return Launched(batch, self.toolbox, self._compute, mixed=self.dtype is not None)
+        return InFlight(batch, self.toolbox, self._compute, mixed=self.dtype is not None)
 
     # Not `inference_mode`, in which autocast casts the weights anew at each use.
     @torch.no_grad()

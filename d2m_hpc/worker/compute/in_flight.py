@@ -52,7 +52,7 @@ class Compute(Protocol):
     def __call__(self, inputs: Mapping[Input, Any], precise: Collection[str]) -> Pending: ...
 
 
-class Launched:
+class InFlight:
     """A batch that is being computed.
 
     Args:

@@ -23,7 +23,6 @@ from d2m_hpc.errors import ShardError
 from d2m_hpc.models.inputs import told
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.batch import Allocate, Batch, Reused, collate, pinned
-from d2m_hpc.worker.clock import Clock
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.members import Notes
 from d2m_hpc.worker.read.prefetch import Coming, Stager, received
@@ -31,7 +30,7 @@ from d2m_hpc.worker.read.prepare import Ready, Recipe, prepare
 from d2m_hpc.worker.read.scratch import Scratch
 from d2m_hpc.worker.read.seen import Seen
 from d2m_hpc.worker.read.shard import Archive, Index, Sample, Version
-from d2m_hpc.worker.work import Work
+from d2m_hpc.worker.work import Clock, Work
 
 AHEAD = 4
 """Batches that may wait for the device."""

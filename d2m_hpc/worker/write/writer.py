@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,7 +20,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import METADATA, Pair
 from d2m_hpc.run.records import Record
 from d2m_hpc.run.staging import STAGING, Staging, remove
-from d2m_hpc.storage.files import fsync_dir, owned
+from d2m_hpc.storage.files import durable, fsync_dir
 from d2m_hpc.storage.refused import DISK, of_system
 from d2m_hpc.worker.write.extend import Rows
 
@@ -40,15 +39,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-@contextmanager
-def _durable(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that is on disk when the block ends."""
-    with open(path, "wb", opener=owned) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
     """Write both files to a folder, durably, read them back, and record their hashes.
 
@@ -56,12 +46,12 @@ def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
         ShardError: the files read back have other rows than were written.
     """
     npz, parquet = folder / f"{record.shard}.npz", folder / f"{record.shard}.parquet"
-    with _durable(npz) as file:
+    with durable(npz) as file:
         np.savez(file, **made.features())  # type: ignore[arg-type]
     record.npz_sha256 = sha256_of(npz)
     rows = made.table()
     note = json.dumps({**record.to_dict(), "versions": versions()})
-    with _durable(parquet) as file:
+    with durable(parquet) as file:
         noted = rows.replace_schema_metadata({METADATA: note})
         # With a CRC of every page, for a later config may add columns to what is read back.
         pq.write_table(noted, file, compression="zstd", write_page_checksum=True)
