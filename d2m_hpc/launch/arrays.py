@@ -68,7 +68,7 @@ class SlurmArrays(_Arrays):
     def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
         """Submit the arrays; raise `SlurmError` where sbatch refuses, with earlier arrays on
         record."""
-        # A job whose id was never written down is found again by its array's name.
+        # First without job ids: a job whose id is never recorded is found by its array's name.
         slurm.write_arrays(submission, self.arrays)
         workload = decision.workload
         for array in self.arrays:

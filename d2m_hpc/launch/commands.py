@@ -38,7 +38,7 @@ def callers(environment: Mapping[str, str]) -> set[str]:
     gone = {name for name in environment if CALLERS.match(name)} - WHERE
     if job := environment.get("SLURM_JOB_ID"):
         gone |= DEVICES & environment.keys()
-        # A folder for that job's own time, as many sites' prologs make one.
+        # Many sites' prologs make a folder for the time of that job only.
         if re.search(rf"(?<!\d){re.escape(job)}(?!\d)", environment.get("TMPDIR", "")):
             gone.add("TMPDIR")
     return gone

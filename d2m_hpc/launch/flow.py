@@ -136,7 +136,7 @@ def commit(decision: Decision, chunks: Iterable[list[Job]]) -> Submission:
 def write(submission: Submission, decision: Decision, chunks: Iterable[list[Job]]) -> None:
     workload, run = decision.workload, decision.workload.run
     values = workload.config.model_dump(mode="json")
-    # With marks of its start and end: what a full disk or a crash has cut is known by them.
+    # With marks of start and end, which show a file that a full disk or a crash has cut.
     text = yaml.safe_dump(
         values, sort_keys=False, allow_unicode=True, explicit_start=True, explicit_end=True
     ).encode()
@@ -180,6 +180,6 @@ def repair(decision: Decision) -> None:
         if stem in decision.done:
             lease = Lease(run.lease(stem), decision.workload.config.lease_seconds)
             if lease.claim():
-                if path.suffix != ".lock":  # what a kill left of a take-over
+                if path.suffix != ".lock":  # left by a kill during a take-over
                     path.unlink(missing_ok=True)
                 lease.release()

@@ -90,7 +90,7 @@ def command(run: RunDir, submission: Submission, array: Array, options: dict[str
     """The command of an array element, after `script_lines`: one process for each of its tasks."""
     srun = ["d2m_task", "srun", "--kill-on-bad-exit=0", "--unbuffered"]
     if cpus := options.get("cpus-per-task"):
-        srun.append(f"--cpus-per-task={cpus}")  # from 22.05 on srun does not take sbatch's
+        srun.append(f"--cpus-per-task={cpus}")  # from 22.05 on, srun ignores sbatch's
     # -P: a json.py in the folder where sbatch was called must not take the place of Python's own.
     python = [sys.executable, "-P", "-u", "-m", "d2m_hpc.worker"]
     told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]

@@ -23,7 +23,7 @@ from d2m_hpc.storage.files import atomic_write
 
 DEFAULT_MAX_ARRAY_SIZE = 1001
 
-# A job in one of these takes no more shards.
+# Jobs in these states take no more shards.
 OVER = {"CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILED", "TIMEOUT"} | {
     "BOOT_FAIL",
     "NODE_FAIL",

@@ -63,7 +63,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     """
     name = scheme(url)
     try:
-        # A listing that is kept would hide what other tasks write.
+        # A cached listing would hide the files of other tasks.
         options: dict[str, Any] = {"use_listings_cache": False}
         if name in WEB:
             options["timeout"] = _patient()
@@ -171,7 +171,7 @@ def _stream(fs: Any, path: str, position: int, size: int | None) -> Iterator[byt
     headers = {"Accept-Encoding": "identity"}
     if position:
         headers["Range"] = f"bytes={position}-"
-    # With a size, whichever, fsspec sends no HEAD, which URLs signed for a GET refuse.
+    # Given any size, fsspec sends no HEAD, which URLs signed for a GET refuse.
     with fs.open(path, "rb", block_size=0, size=1, headers=headers) as file:
         known = 0 if file.r.status == 206 else position
         while block := file.read(STEP):

@@ -34,12 +34,12 @@ def safe(text: str, limit: int = LIMIT, lines: bool = False) -> str:
         limit: characters that are left; a longer text loses its middle.
         lines: keep line ends and tabs, as a traceback needs.
     """
-    return fit(masked(text), limit, lines)  # in this order: a secret that is cut is not found
+    return fit(masked(text), limit, lines)  # masked first, as a cut secret is not found
 
 
 def fit(text: str, limit: int = LIMIT, lines: bool = False) -> str:
     """Like `safe` without masking, for names that are data."""
-    text = _cut(text, limit)  # twice: a long text is not escaped whole, and escapes are longer
+    text = _cut(text, limit)  # before escaping to save time, and after it, as escapes are longer
     if not _ODD.search(text):
         return text
     return _cut(_ODD.sub(_kept if lines else _escaped, text), limit)

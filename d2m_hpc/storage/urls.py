@@ -82,9 +82,9 @@ _ODD_PASSWORD = re.compile(r"(?<=://)([^\s/?#@:\[]+:(?!\d*(?:[/?#]|$))(?:(?!://)
 def _without_password(found: re.Match[str]) -> str:
     user, colon, _ = found[1].partition(":")
     before = found.string[max(0, found.start() - 8) : found.start()].lower()
-    if before.endswith(("http://", "https://")):  # there, a token often stands for the user
+    if before.endswith(("http://", "https://")):  # a token often takes the place of the user
         return f"{MASK}@" if found[1] else found[0]
-    is_name = user == "arn" and "/" in found[1]  # of Amazon's, with an @ in an object's name
+    is_name = user == "arn" and "/" in found[1]  # Amazon's, with an @ in an object's name
     return f"{user}:{MASK}@" if colon and not is_name else found[0]
 
 
@@ -164,7 +164,7 @@ _RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Choice]], ...] = 
         lambda found: None if _flat(found[2]) in _HARMLESS else _rest(found[1]),
     ),
     (re.compile(r"(?<![\w-])([\w-]++)(\\?['\"]?)[ \t]*+:[ \t]*+"), _named),
-    (  # curl's and its like's `-u user:password`
+    (  # `-u user:password` of curl and the like
         re.compile(
             rf"(?<![\w-])(?:-[A-Za-z]*+(?<=[uU])|--(?:proxy-)?user){_QUOTE}[^\s:'\"/]*+:(?!//)"
         ),
@@ -175,7 +175,7 @@ _RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Choice]], ...] = 
         re.compile(r"(?<![\w-])--([\w-]++)[ \t]++(?!-)"),
         lambda found: _VALUE if _is_secret(found[1]) else None,
     ),
-    (  # a cookie of curl's, not a file of such
+    (  # curl's cookie, not its cookie file
         re.compile(rf"(?<![\w-])(?:-b|--cookie){_QUOTE}(?=[\w.-]*+=)"),
         lambda found: _rest(found[1]) if found[1] else _VALUE,
     ),

@@ -183,7 +183,7 @@ def _command(where: str, sizes: Path, blur: Sequence[Path]) -> str:
     form, first, count = numbered
     words = ["python", "resharder.py", "-i", where, "-o", "OUTPUT_DIR", "-s", "subset.npy"]
     words += ["--shard-format", form, "--first-shard", str(first), "-n", str(count)]
-    # It takes the table's path from the tars' folder, and on a store cannot leave that.
+    # The resharder looks for the table from the tars' folder on; on a store, only inside of it.
     words += ["--shard-table", sizes.name if is_remote(where) else str(sizes)]
     if blur:
         words += ["--blur-metadata-map", str(blur[0]), "--apply-blur"]

@@ -152,7 +152,7 @@ def _confine(db: DuckDBPyConnection, output: OutputDir, paths: Sequence[str], sp
     threads = min(THREADS, len(os.sched_getaffinity(0)))
     db.execute(f"SET memory_limit = '{MEMORY}'; SET threads = {threads}")
     db.execute("SET preserve_insertion_order = false")
-    # A parquet's statistics leave NaN out, and duckdb would conclude from them that there is none.
+    # duckdb would conclude that there is no NaN, as a parquet's statistics leave NaN out.
     db.execute("SET disabled_optimizers = 'statistics_propagation'")
     db.execute(f"SET temp_directory = {text(spill)}")
     db.execute("SET allowed_paths = ?", [list({*paths, *map(literal, paths)})])

@@ -61,7 +61,7 @@ class Query:
         """The number of samples to take from this many."""
         if not self.top:
             return samples
-        # Of the decimal number that was typed: 0.29 * 100 is 28.999... in binary.
+        # From the typed decimal number: 0.29 * 100 is 28.999... in binary.
         share = Fraction(str(self.top))
         return int(share * samples) if share <= 1 else min(int(share), samples)
 
@@ -132,7 +132,7 @@ def _check(pool: Pool, query: Query) -> None:
             WHERE, [f"--by: found {query.by!r}, no column of numbers{nearest(query.by, numeric)}"]
         )
     with _explained(pool, query):
-        pool.db.view("pool").filter(query.where)  # one expression, and of the columns there are
+        pool.db.view("pool").filter(query.where)  # raises for two expressions, or an unknown column
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class Widest:
         for found, files in rows:
             if found not in self._known:
                 self._known[found] = self._described(files[0])
-            # The paths as they came in, so that nothing is held twice.
+            # The given paths, so that no path is in memory twice.
             layouts.append(Layout(self._known[found], tuple(paths if len(rows) == 1 else files)))
         self._groups.append(layouts)
         return layouts
@@ -127,7 +127,7 @@ class Widest:
         if len(kinds) < 2 or TEXT in kinds:
             return next(iter(kinds)) if len(kinds) == 1 else TEXT
         if kinds <= {*NUMBERS} and kinds & {*FLOATS} and kinds - {*FLOATS, *_SMALL}:
-            return "DOUBLE"  # duckdb takes FLOAT, of 24 bits, for wide enough
+            return "DOUBLE"  # duckdb would choose FLOAT, of 24 bits
         union = " UNION ALL ".join(f"SELECT NULL::{kind} AS x" for kind in sorted(kinds))
         found = self._db.execute(f"DESCRIBE {union}").fetchall()
         return str(found[0][1])

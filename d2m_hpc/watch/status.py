@@ -125,7 +125,7 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
         )
     config = glance(run.config, frozen=True)
     if config.run_dir is None and is_local(config.output_metadata_dir):
-        # Beside its outputs, a run may have been moved with them.
+        # The run lies beside its outputs, and may have been moved with them.
         config = config.model_copy(update={"output_metadata_dir": str(run.root.parent)})
     return run, config
 
@@ -133,7 +133,7 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
 @gc_paused()
 def look(run: RunDir, config: Config) -> Summary:
     """Summarise a run and check some tars for changes, which asks their file server."""
-    # First, while nothing else is in memory.
+    # Before other large lists are in memory.
     some = read_some(run.shards, changed.LOOKED_AT) if run.shards.exists() else []
     manifest = Manifest.load(run)
     found = standings(run, config, manifest)
@@ -252,7 +252,7 @@ def _grouped(run: RunDir, failed: dict[str, list[Outcome]]) -> list[Failure]:
     groups: dict[tuple[str, str], Failure] = {}
     for stem, outcomes in failed.items():
         last = outcomes[-1]
-        error = safe(last.error, ERROR)  # that of an earlier version may be of any length
+        error = safe(last.error, ERROR)  # earlier versions did not bound its length
         same = "" if last.kind == TruncatedShard.__name__ else alike(error)
         log = str(log_file(run, last.task) or "")
         group = groups.setdefault((last.kind, same), Failure(last.kind, error, [], log))

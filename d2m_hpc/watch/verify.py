@@ -121,4 +121,4 @@ def _is_replaced(pair: Pair, record: Outcome) -> str:
     why = "has replaced the pair that its record tells of"
     if own.fingerprint != record.fingerprint:
         return f"{why}; run d2m-submit again"
-    return f"{why}; delete it, and run d2m-submit again"  # by the records, nothing is left to do
+    return f"{why}; delete it, and run d2m-submit again"  # on record the shard is done

@@ -84,7 +84,7 @@ def _as_task(
         return _unfit(run, submission, index, str(error))
     except D2MError as error:
         return _said(str(error), error.exit_code)
-    except OSError as error:  # what records, leases and logs need: a full disk, a lost mount
+    except OSError as error:  # records, leases and logs: a full disk, a lost mount
         return _said(of_system(error), DiskError.exit_code)
 
 
@@ -97,7 +97,7 @@ def _said(why: str, code: int) -> int:
     line = f"error: {safe(why, ERROR, lines=True)}"
     try:
         print(line, flush=True)
-    except OSError:  # the log lies on a full disk: where srun's own words go
+    except OSError:  # the log is on a full disk: use srun's own output
         for fd in (1, 2):
             os.dup2(_first_stderr, fd)
         print(line, flush=True)
@@ -114,7 +114,7 @@ def _work(
 ) -> int:
     try:
         from d2m_hpc.worker.task import run_task
-    except (ImportError, OSError) as error:  # a library of this node's is missing, or too old
+    except (ImportError, OSError) as error:  # this node lacks a library, or has an old one
         raise NodeError(f"d2m_hpc cannot be loaded on {_node()}: {error}") from error
     attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
     starting = run.starting(os.environ.get("SLURM_JOB_ID", ""), int(attempt))
@@ -127,7 +127,7 @@ def _work(
             run.root, submission, index, deadline=_deadline(job), board=board, alone=alone
         )
     except Stopped as stopped:
-        # Slurm itself requeues what it preempts; SIGUSR2 comes before the walltime ends.
+        # SIGUSR2 comes before the walltime ends; preempted tasks are requeued by Slurm itself.
         if stopped.signal == signal.SIGUSR2:
             _requeue(job, record)
         raise

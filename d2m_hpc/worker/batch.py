@@ -143,7 +143,7 @@ def _collate(samples: Sequence[Any], allocate: Allocate) -> Any:
     if isinstance(first, Tensor):
         return _stack(samples, allocate)
     if isinstance(first, np.ndarray | np.generic):
-        # torch warns of arrays that may not be written and refuses some; a fresh one is neither.
+        # A fresh array: torch warns of read-only arrays, and refuses some.
         stacked = np.stack(list(samples))
         return torch.from_numpy(stacked) if stacked.dtype.kind in "biuf" else list(samples)
     if isinstance(first, tuple):

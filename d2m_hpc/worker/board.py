@@ -104,7 +104,7 @@ class Board:
             at = self._at(slot)
             self._map[at + 1 : at + _ENTRY.size] = _ENTRY.pack(0, len(name), attempt)[1:]
             self._map[at + _ENTRY.size : at + _ENTRY.size + len(name)] = name
-            self._map[at] = _CLAIMED  # last: until then there is nothing to be read
+            self._map[at] = _CLAIMED  # last, as it makes the slot readable
             return slot
 
     def begin(self, slot: int) -> None:

@@ -87,10 +87,10 @@ class Claims:
         self._output = OutputDir(config.output_metadata_dir)
         self._recorder = Recorder(run.record(name.submission, name.index, name.attempt))
         self._report, self._clean, self._board = report, clean, board or Board()
-        # Slurm tells a time of day. From here on it is a time that no clock's correction changes.
+        # From Slurm's time of day to a clock that nobody sets.
         self._deadline = None if deadline is None else _now() + deadline - time.time()
         self._alone, self._put_off = set(alone), set[str]()
-        self._lock = threading.Lock()  # of the next two, which all threads of the task change
+        self._lock = threading.Lock()  # guards the next two, which all threads change
         self._slowest = 0.0
         self._held: dict[str, Work] = {}
         self._stopped = threading.Event()
@@ -143,7 +143,7 @@ class Claims:
 
     def _steal(self) -> Iterator[Work]:
         """Steal from the end of other tasks' chunks."""
-        folder = self._submission.extended  # by tasks of this submission
+        folder = self._submission.extended  # a file for each extended shard
         extended = os.listdir(folder) if folder.is_dir() else ()
         finished = set(extended) if self.extends else self._output.stems()
         for job in self._others():
@@ -175,7 +175,7 @@ class Claims:
             pair = Pair(self._output, job.stem)
             last, record = self._attempts.last(job.stem), pair.record()
             known = max(job.attempt, last.number if last else 0, record.attempt if record else 0)
-            if self._clean(job.stem, known + 1):  # now no earlier attempt changes what lies there
+            if self._clean(job.stem, known + 1):  # no earlier attempt can commit now
                 record = pair.record()
             why = self._why_not(job, None if job.replaces(record) else record)
             if not why and last and (last.died or not last.ended):
@@ -252,10 +252,10 @@ class Claims:
         """The reason not to compute a shard here; empty to compute it."""
         if record is not None and record.fingerprint == self._fingerprint:
             self._put_back(record)
-            self._attempts.done(job.stem)  # its task was killed before it removed that
+            self._attempts.done(job.stem)  # its task was killed before removing the attempt
             return f"already done by task {record.task}"
         if not self._is_as_planned(job, record):
-            return "its outputs are not those of the submit any more; the next one sees to it"
+            return "its outputs have changed since the submit; the next submit computes it"
         if self._submission.failed(job.stem).exists():
             return "failed in this submission already; the next one tries again"
         return ""

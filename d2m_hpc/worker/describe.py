@@ -46,4 +46,4 @@ def main(file: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(*map(Path, sys.argv[1:]))
-    os._exit(0)  # whatever threads the file has left
+    os._exit(0)  # without waiting for threads of the file

@@ -56,7 +56,7 @@ def logging_to(path: Path, crashes: bool) -> Iterator[None]:
         package.setLevel(before)
         if crashes:
             faulthandler.disable()
-        with suppress(OSError):  # what a full disk did not take
+        with suppress(OSError):  # the rest on a full disk
             file.close()
 
 

@@ -143,7 +143,7 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                         yield sample.key, decode.json_object(archive.read(*place))
                     except Rejected:
                         continue
-    except Exception:  # whatever is wrong with it, the task that reads it whole says it
+    except Exception:  # the task that reads the whole tar reports its faults
         return
 
 

@@ -122,7 +122,7 @@ def supervised(main: Main, unfit: Callable[[str], int]) -> int:
         if board.done:
             idle = 0
         elif not past.alone.issuperset(begun) or len(begun) > 1:
-            idle += 1  # of a shard that is tried alone, a death was to be expected
+            idle += 1  # a death in a shard that is tried alone was expected
         past.learn(begun, how)
         if idle >= IDLE:
             _say(f"{IDLE} processes died one after the other with no shard done; the rest is left")
@@ -173,7 +173,7 @@ def _watched(pid: int, board: Board) -> Watch:
     watch = Watch(pid)
     while True:
         info = signal.sigtimedwait({*WATCHED, signal.SIGCHLD}, TICK)
-        # One that a stop has interrupted may return what is no signal.
+        # A call that was interrupted by a stop may return no signal.
         if info is not None and info.si_signo in WATCHED:
             _hand_on(watch, info)
         done, status, usage = os.wait4(pid, os.WNOHANG)

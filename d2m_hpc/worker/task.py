@@ -149,7 +149,7 @@ class Task:
         self.checkpoints = frozen.require_checkpoints(submission.frozen)
         self.output = OutputDir(config.output_metadata_dir)
         self.schema = Schema.of(config)
-        self.part = config  # what the task computes: for an extension, only what was added
+        self.part = config  # the part that the task computes: for an extension, the added keys
 
     def work(
         self, device: torch.device, deadline: float | None, alone: Collection[str] = ()

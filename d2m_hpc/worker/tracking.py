@@ -76,7 +76,7 @@ def _start(run: RunDir, config: Config, task: str) -> Any:
     """Start a wandb run; WANDB_MODE, WANDB_PROJECT and the like apply."""
     import wandb
 
-    wandb.setup(settings=wandb.Settings(login_timeout=START_SECONDS))  # at a terminal it may ask
+    wandb.setup(settings=wandb.Settings(login_timeout=START_SECONDS))  # it may ask at a terminal
     started = wandb.init(
         dir=str(run.wandb.parent),  # it makes the folder there
         project=os.environ.get("WANDB_PROJECT", PROJECT),

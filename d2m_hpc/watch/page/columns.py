@@ -131,7 +131,7 @@ def sample(output: OutputDir, done: Collection[str], most: int = SHARDS, seed: i
     for stem in drawn:
         try:
             table = Pair(output, stem).table()
-        except Exception as error:  # a store's own library raises what it likes
+        except Exception as error:  # each store raises errors of its own
             unreadable[stem] = f"{type(error).__name__}: {error}"
             continue
         shards.append(stem)

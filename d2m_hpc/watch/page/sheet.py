@@ -123,7 +123,7 @@ def _rows(output: OutputDir, shards: Iterable[Shard], score: str, notes: list[st
     for shard in shards:
         try:
             table = Pair(output, shard.stem).table(["key", score])
-        except Exception as error:  # a store's own library raises what it likes
+        except Exception as error:  # each store raises errors of its own
             notes.append(f"{shard.stem} could not be read: {type(error).__name__}: {error}")
             continue
         found += _scored(shard.stem, table, score)
@@ -131,7 +131,7 @@ def _rows(output: OutputDir, shards: Iterable[Shard], score: str, notes: list[st
 
 
 def _scored(stem: str, table: pa.Table, score: str) -> list[Picked]:
-    if score not in table.column_names:  # the config has it since
+    if score not in table.column_names:  # an older shard lacks it
         return []
     table = table.filter(table[score].is_valid())
     values = numbers(table[score], kind_of(table.schema.field(score).type))
@@ -176,7 +176,7 @@ def _members(path: Path, keys: set[str]) -> dict[str, dict[str, bytes]]:
 
     wanted, found = {"txt", *formats.EXTENSIONS}, {}
     with closing(Archive(path)) as archive:
-        for sample in archive.index():  # the samples that are whole before a cut come, too
+        for sample in archive.index():  # also the whole samples before a cut
             if sample.key in keys and sample.key not in found:
                 spans = ((e, span) for e, span in sample.members.items() if e in wanted)
                 found[sample.key] = {e: archive.read(*span) for e, span in spans}
@@ -190,7 +190,7 @@ def _draw(sample: Picked, members: Mapping[str, bytes], max_pixels: int) -> None
         return
     try:
         sample.picture = thumbnail(data, max_pixels)
-    except Exception as error:  # PIL's plugins raise whatever their formats trip over
+    except Exception as error:  # PIL's plugins raise many kinds of errors
         sample.fault = f"cannot be decoded: {str(error) or type(error).__name__}"
 
 
@@ -203,7 +203,7 @@ def thumbnail(data: bytes, max_pixels: int) -> str:
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata, large pictures below our own limit
+        warnings.simplefilter("ignore")  # on odd metadata, and on large pictures below our limit
         with formats.opened(data, max_pixels) as opened:
             opened.draft("RGB", (2 * SIDE, 2 * SIDE))
             small = opened.convert("RGB")

@@ -52,15 +52,15 @@ class Graph:
         self.dtype = amp_dtype(config.amp, device)
         self._copies = CudaCopies(device)
         self._batch_size = config.batch_size
-        # float32 means float32 (rows that are run again, `amp: off`), and not 10 bits of it.
+        # float32 (`amp: off`, rows that are computed again) means all of its bits, not 10.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         as_given = config.device if device.type == "cuda" else "cpu"
         self.models = {
             name: self._build(toolbox.specs[name], as_given) for name in in_order(toolbox.specs)
         }
         self._awaited = {d for spec in toolbox.specs.values() for d in spec.dependencies}
-        # Autocast forgets the weights that it cast when the outermost of its contexts is left; one
-        # that casts nothing changes nothing else.
+        # Autocast forgets its cast weights when its outermost context ends. This one casts nothing,
+        # and only keeps the weights.
         self._kept = torch.autocast(device.type, enabled=False)
         if config.compile:
             self._compile()
@@ -91,8 +91,8 @@ class Graph:
     def __enter__(self) -> Graph:
         self._kept.__enter__()  # type: ignore[no-untyped-call]
         if self.device.type == "cuda":
-            # This thread has little to compute, and all cores decode: threads of torch would wait
-            # for one another, milliseconds a call.
+            # All cores decode: several threads of torch would wait for one another, milliseconds in
+            # each call, and this thread has little to compute.
             torch.set_num_threads(1)
         return self
 
@@ -124,11 +124,11 @@ class Graph:
         """Start computing a batch; raise `ShardError` where a model fails at once."""
         return InFlight(batch, self.toolbox, self._compute, mixed=self.dtype is not None)
 
-    # Not `inference_mode`, in which autocast casts the weights anew at each use.
+    # In `inference_mode`, autocast would cast the weights anew at each use.
     @torch.no_grad()
     def _compute(self, inputs: Mapping[Input, Any], precise: Collection[str]) -> Pending:
-        rows = count(next(iter(inputs.values()), []))  # none where only fields are asked for
-        # Searching for the fastest convolutions pays for the size that all but the last ones have.
+        rows = count(next(iter(inputs.values()), []))  # a config of fields alone has no inputs
+        # The search for the fastest convolutions pays for full batches only.
         torch.backends.cudnn.benchmark = rows == self._batch_size
         finished = self._finished(inputs)
         cache: dict[str, Any] = {}

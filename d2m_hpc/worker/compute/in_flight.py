@@ -95,7 +95,7 @@ class InFlight:
         while not bad.keys() <= precise:
             precise |= bad.keys()
             again, bad = self._compute(inputs, precise).read()
-        # Values that overflowed in half precision would overflow again in a tensor of that type.
+        # A tensor of half precision would overflow again.
         mended = {name: put(_widened(value), rows, again[name]) for name, value in cache.items()}
         return mended, {name: [rows[i] for i in found] for name, found in bad.items()}
 

@@ -52,7 +52,7 @@ def noted(listen: bool) -> Iterator[set[str]]:
         yield set()
         return
     if not _is_listening:
-        sys.addaudithook(_listen)  # for the life of the process: Python lets none be removed
+        sys.addaudithook(_listen)  # for ever: Python cannot remove a hook
         _is_listening = True
     found: set[str] = set()
     opened: set[str] = set()

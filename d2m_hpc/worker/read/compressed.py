@@ -85,14 +85,14 @@ def is_hungry(error: str) -> bool:
 
 
 def _zstd(source: Any) -> AbstractContextManager[Readable]:
-    # The standard library has it from Python 3.14 on; pyarrow is here anyway.
+    # By pyarrow, as the standard library has zstd only from Python 3.14 on.
     made: AbstractContextManager[Readable] = pa.CompressedInputStream(
         pa.PythonFile(source, mode="r"), "zstd"
     )
     return made
 
 
-# A tar begins with a file's name: bzip2's three letters could well be of one.
+# A tar begins with a file's name, which may begin like bzip2's three letters.
 CODECS = (
     Codec("gzip", re.compile(rb"\x1f\x8b"), lambda source: gzip.GzipFile(fileobj=source)),
     Codec("xz", re.compile(rb"\xfd7zXZ\0"), _Xz),

@@ -58,18 +58,18 @@ def _jpeg(data: bytes, max_pixels: int, need: Callable[[int], None]) -> Picture 
 def _by_pil(data: bytes, max_pixels: int, need: Callable[[int], None]) -> Picture:
     try:
         with warnings.catch_warnings():
-            # Odd metadata is no reason to reject pixels that can be read.
+            # Pixels that can be read are no worse for odd metadata.
             warnings.simplefilter("ignore")
             with formats.opened(data, max_pixels) as opened:
                 # In four colours a JPEG takes as much as the others.
                 kind = None if opened.mode == "CMYK" else opened.format
                 need(formats.cost(kind, *opened.size, max_pixels))
                 opened.load()
-                # Converting copies what is RGB already.
+                # `convert` copies even RGB.
                 return Picture(opened if opened.mode == "RGB" else opened.convert("RGB"))
     except formats.TooLarge:
         raise
-    except Exception as error:  # PIL's plugins raise whatever their formats trip over
+    except Exception as error:  # PIL's plugins raise many kinds of errors
         raise Rejected(f"the image cannot be decoded: {error}") from None
 
 

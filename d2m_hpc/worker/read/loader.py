@@ -138,7 +138,7 @@ class Loader:
         self._allocate: Allocate = pinned if pin else Reused(recipe.batch_size)
         self._next: Queue[Reading | BaseException | None] = Queue(1)
         self._stopped, self._slots = Event(), Semaphore(AHEAD)
-        # One thread of torch in each decode thread: they already are as many as the cores.
+        # One thread of torch in each decode thread, as there is one for each core.
         self._pool = ThreadPoolExecutor(
             recipe.threads, "decode", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -148,7 +148,7 @@ class Loader:
         try:
             self._stager.thread.start()
             self._reader.start()
-        except BaseException:  # an interrupt: a shard may have been claimed already
+        except BaseException:  # an interrupt, perhaps after a claim
             self.__exit__()
             raise
         return self
@@ -256,7 +256,7 @@ class Loader:
             while waiting and not reading.is_cancelled:
                 yield from waiting.popleft().result()
         finally:
-            # The archive is closed next, so that no thread may read it any more.
+            # No thread may read the archive any more, as it is closed next.
             for future in waiting:
                 future.cancel()
             for future in waiting:

@@ -150,7 +150,7 @@ class Ledger:
             self.stray(name, NAMELESS)
             return
         stem, _, extension = dotted[2].lstrip(".").partition(".")
-        # A name that is an extension alone is of the sample without a name.
+        # A name of just an extension belongs to the sample without a name.
         key = name.removesuffix(f".{extension}") if extension else dotted[1]
         extension = (extension or stem).lower()
         if key != self._hidden[0] or extension in self._hidden[1]:
@@ -161,7 +161,7 @@ class Ledger:
     def _reserve(self, name: str, key: str | None, extension: str) -> None:
         if key is None or kind_of(extension) not in ("image", "text"):
             self.notes.add(RESERVED, name)
-        elif key != self._reserved:  # a sample, by its looks
+        elif key != self._reserved:  # it looks like a sample
             self._reserved = key
             self.stray(name, SKIPPED)
 
@@ -196,7 +196,7 @@ class Ledger:
             dotted = [e for e in members if "." in e and kind_of(e) == kind]
             for extension in plain[1:]:
                 self.notes.add(UNUSED, f"{key}.{extension}")
-            if dotted and not plain:  # the first of them stands for the sample, which lacks it
+            if dotted and not plain:  # the first one stands for the sample
                 self.causes.add(DOTTED, f"{key}.{dotted[0]}")
                 merged = max(merged, dotted[1:], key=len)
             elif dotted:
@@ -225,7 +225,7 @@ class Ledger:
             self.stray(links[0][1], LINK)
             self.causes.add(LINKED, links[0][1])
         for names in self._parts.values():
-            # A part that most samples have is the data set's form: `a.seg.png` beside each `a.jpg`.
+            # Most samples of a data set may have a further part: `a.seg.png` beside each `a.jpg`.
             if len(self._parts) <= MOST_PARTS and 2 * len(names) >= count:
                 for name in names:
                     self.notes.add(PARTS, name)

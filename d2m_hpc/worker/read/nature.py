@@ -46,7 +46,7 @@ def nature(head: bytes, size: int) -> str:
         return "it is empty"
     if head[MAGIC_AT : MAGIC_AT + len(MAGIC)] == MAGIC or _is_header(head[: tarfile.BLOCKSIZE]):
         return ""
-    if not any(head[: tarfile.BLOCKSIZE]):  # an archive of nothing, or one that lost its start
+    if not any(head[: tarfile.BLOCKSIZE]):  # an empty archive, or one without its start
         is_tar = any(head) or size <= tarfile.RECORDSIZE
         return "" if is_tar else f"its first {len(head)} bytes are zeros, and were never written"
     for signature, what in SIGNATURES.items():

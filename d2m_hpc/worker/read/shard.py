@@ -184,6 +184,6 @@ class Index:
             # The cut-off member belongs to the open sample, or shows that this one is whole.
             self._open = None if self._continues(key, extension) else self._open
         elif self._open and not (self._first and self._first <= self._open.members.keys()):
-            # A sample after which nothing stands is whole if it has all that the first has.
+            # The last sample counts as whole if it has all members that the first one has.
             self.ledger.stray(self._open.key, CUT_OFF)
             self._open = None

@@ -159,7 +159,7 @@ def _last(words: BinaryIO) -> str:
     size = words.seek(0, os.SEEK_END)
     words.seek(max(0, size - SAID))
     said = words.read().decode(errors="replace").strip()
-    # A line without its start may be a secret without its name.
+    # The first line may be cut, and hold a secret without its name.
     return said.partition("\n")[2] or said if size > SAID else said
 
 

@@ -130,7 +130,7 @@ class _SlowReader:
         self._tar = tarfile.TarFile(
             fileobj=io.BytesIO(bytes(tarfile.RECORDSIZE)), encoding=ENCODING
         )
-        self._tar.fileobj = file  # only now, so that the constructor reads nothing of it
+        self._tar.fileobj = file  # after the constructor, which would read from it
         self._file = file
 
     def read(self, offset: int) -> tuple[Member, int]:
@@ -141,7 +141,7 @@ class _SlowReader:
         following = self._tar.offset
         if info.size < 0 or following <= offset:
             raise ValueError("a negative size")
-        if info.issparse():  # its size counts its holes
+        if info.issparse():  # its size includes holes
             return Member(info.name, following, 0, "other"), following
         size = info.size if info.isreg() else 0
         kind = "folder" if info.isdir() else "file" if info.isreg() else "other"
@@ -196,7 +196,7 @@ def _cut_at(error: Exception, file: BinaryIO, offset: int, size: int) -> str:
     if kind == "EmptyHeaderError":
         reason = "the end-of-archive mark is missing"
     elif kind == "EOFHeaderError":
-        reason = "zeros, and more data after them"  # what a lost write leaves
+        reason = "zeros, and more data after them"  # as a lost write leaves
         if (after := _after_zeros(file, offset)) is None:
             if _is_padding(offset, size):
                 return ""
@@ -238,6 +238,6 @@ def _is_padding(offset: int, size: int) -> bool:
     with zeros for lost bytes.
     """
     zeros = size - offset
-    if not offset:  # an archive of nothing
+    if not offset:  # an empty archive
         return zeros <= tarfile.RECORDSIZE
     return zeros <= max([PADDING, *(r + BLOCK for r in RECORDS if size % r == 0)])

@@ -102,8 +102,8 @@ def _require_same_samples(
     samples = rows + Counter(fit(r.key) for r in record.rejections)
     samples_now = rows_now + Counter(fit(r.key) for r in rejected)
     advice = AGAIN.format(record.shard)
-    # Keys that never had a row do not count: which odd members of a tar are rejections depends on
-    # the models and on the version.
+    # Keys without any row do not count: models and versions differ in the odd members that they
+    # reject.
     others = {*(samples - samples_now), *(samples_now - samples)}
     if changed := sorted(key for key in others if rows[key] or rows_now[key]):
         raise ShardError(

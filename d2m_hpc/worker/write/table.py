@@ -141,7 +141,7 @@ class Table:
 def _typed(given: Any, schema: Schema, name: str) -> tuple[pa.Array, bool]:
     kind = schema.column(name)
     if "int" in leaf(kind) and isinstance(given, list):
-        # The values' own type comes first: Arrow would cut 5.5 to the integer 5 without a word.
+        # First by the values' own type: Arrow would silently cut 5.5 to the integer 5.
         array, kind = _array(given, None), ""
     else:
         array = _array(given, fields.arrow_type(kind) if kind else None)

@@ -87,7 +87,7 @@ class Settler:
     def _settle(self, result: Result) -> None:
         record = result.record
         seconds = time.monotonic() - result.began
-        record.finished = record.started + seconds  # whatever was done to the clock meanwhile
+        record.finished = record.started + seconds  # the clock may have been set meanwhile
         try:
             if result.work.is_lost:
                 raise TakenOver
@@ -100,7 +100,7 @@ class Settler:
             require_there(self._recorder.path.parent)
             self._claims.let_go(result.work)
             return
-        except (DiskError, NodeError):  # no fault of the shard's
+        except (DiskError, NodeError):  # not the shard's fault
             raise
         except Exception as error:
             _fail(record, error)

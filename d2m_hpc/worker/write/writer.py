@@ -53,7 +53,7 @@ def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
     note = json.dumps({**record.to_dict(), "versions": versions()})
     with durable(parquet) as file:
         noted = rows.replace_schema_metadata({METADATA: note})
-        # With a CRC of every page, for a later config may add columns to what is read back.
+        # With a CRC for every page, as an extension reads the values back.
         pq.write_table(noted, file, compression="zstd", write_page_checksum=True)
     record.parquet_sha256 = sha256_of(parquet)
     _check(folder, record)
@@ -84,11 +84,11 @@ class Committer:
 
     def __init__(self, output: OutputDir, scratch: Path) -> None:
         self.output = output
-        # Beside the outputs, for a rename commits; their readers list no folders.
+        # Beside the outputs, as a rename commits; readers of the outputs skip folders.
         beside = Path(output.root) if output.is_local else scratch
         self.staging = Staging(beside / STAGING)
         output.make()
-        if output.is_local:  # a store was asked already
+        if output.is_local:  # `make` has probed a store
             output.probe()
 
     def commit(self, made: Rows, record: Record, held: Callable[[], bool] = lambda: True) -> None:
@@ -159,8 +159,8 @@ class Committer:
                         raise TakenOver
                     step()
                 return
-            # An older pair's, or this one's, sent without an answer. The npz goes first: there is
-            # no parquet, but of a task that took the shard over; of its pair nothing must stay.
+            # The file in the way is an older pair's, or this one's, whose answer was lost. The npz
+            # goes first: a parquet that is there then is of a task that took the shard over.
             removed = [npz.name, parquet.name]
         raise OSError("another program writes it too")
 
@@ -182,7 +182,7 @@ class Committer:
         try:
             return self.staging.fence(stem, attempt)
         except OSError as error:
-            what = f"{self.staging.root}: what an earlier attempt at {stem} left cannot be removed"
+            what = f"{self.staging.root}: files of an earlier attempt at {stem} cannot be removed"
             raise D2MError(f"{what}: {error}; remove it and run the same command again") from error
 
     def close(self) -> None:
