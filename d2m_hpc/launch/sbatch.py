@@ -139,11 +139,8 @@ def submit(command: Sequence[str]) -> str:
 
 
 def job_id(said: str) -> str:
-    """The job id in sbatch's answer: `Submitted batch job 7`, `7` or `7;cluster`.
-
-    Raises:
-        SlurmError: the answer names no job.
-    """
+    """The job id in sbatch's answer: `Submitted batch job 7`, `7` or `7;cluster`; raises without
+    one."""
     found = re.search(r"job (\d+)|^\s*(\d+)(?:;.*)?$", said, re.MULTILINE)
     if found is None:
         raise SlurmError(

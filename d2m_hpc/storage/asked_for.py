@@ -42,11 +42,7 @@ def write(path: Path, data: Iterable[bytes]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder whose parent exists.
-
-    Raises:
-        ConfigError: the parent is missing, or the system refuses.
-    """
+    """Make a folder whose parent exists; raise `ConfigError` where that cannot be done."""
     with _writing(folder):
         _require_folder(folder)
         files.make_folder(folder.absolute())

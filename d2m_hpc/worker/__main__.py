@@ -184,10 +184,9 @@ def _deadline(job: JobEnvironment) -> float | None:
 
 
 def _requeue(job: JobEnvironment, record: Path) -> None:
-    """Ask for another walltime; each rank asks, as other ranks may have ended before.
+    """Ask for another walltime; raise `D2MError` where this one was too short for a single shard.
 
-    Raises:
-        D2MError: this walltime was too short for a single shard, as the next would be.
+    Each rank asks, as other ranks may have ended before.
     """
     if not record.exists():
         raise D2MError(
@@ -197,11 +196,7 @@ def _requeue(job: JobEnvironment, record: Path) -> None:
 
 
 def _ask_for_requeue(job: JobEnvironment) -> None:
-    """Ask until slurmctld answers: while it is away, no walltime ends either.
-
-    Raises:
-        D2MError: slurmctld refuses, or is away for too long.
-    """
+    """Ask until slurmctld answers; raise `D2MError` where it refuses, or is away for too long."""
     end, pause = time.monotonic() + REQUEUE_SECONDS, 1.0
     while why := _scontrol("requeue", job.job_id)[1]:
         if REFUSED.search(why) or time.monotonic() + pause > end:

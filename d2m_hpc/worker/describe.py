@@ -17,11 +17,7 @@ from d2m_hpc.run import frozen
 
 
 def describe(file: Path) -> frozen.Custom:
-    """Run a custom file; return its names and modules.
-
-    Raises:
-        ConfigError: the file fails, or its tables hold wrong values.
-    """
+    """Run a custom file; return its names and modules, or raise its mistakes as a `ConfigError`."""
     modules = Modules(file)
     module = custom.run(modules)
     registry = custom.registry(custom.lookups(module), custom.output_types(module))

@@ -271,11 +271,7 @@ class Task:
         carry_over(finished.record, record)
 
     def _judge(self, work: Work, found: Findings, record: Record) -> None:
-        """Fail a shard with too many rejections; record the notices of any other.
-
-        Raises:
-            ShardError: too many samples are rejected.
-        """
+        """Raise `ShardError` for too many rejections; record the notices of any other shard."""
         rejected, limit = record.rejections, self.config.max_rejected_fraction
         total = record.rows + len(rejected)
         if len(rejected) > limit * total:

@@ -102,8 +102,7 @@ class Graph:
     def run(self, batches: Iterable[Batch]) -> Iterator[Outputs]:
         """Yield each batch's outputs; while the caller reads them, the next batch is computed.
 
-        Raises:
-            ShardError: a model or postprocessor failed, on this batch or the next.
+        A model's error on the next batch may be raised with this one, as a `ShardError`.
         """
         before: InFlight | None = None
         heap = Heap()

@@ -102,11 +102,8 @@ MOST_DIGITS = 4000
 
 
 def _number(text: str) -> float:
-    """Parse a float, or as an integer a number beyond all floats: `1e400` is no infinity.
-
-    Raises:
-        ValueError: the number is no integer, or has too many digits.
-    """
+    """Parse a float, or an integer beyond all floats, as `1e400` is no infinity; else
+    `ValueError`."""
     value = float(text)
     if math.isfinite(value):
         return value

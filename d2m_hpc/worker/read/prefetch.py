@@ -58,11 +58,8 @@ class Coming:
 
     @contextmanager
     def arrived(self) -> Iterator[Staged]:
-        """Wait for the shard; its copy is gone when the block ends.
-
-        Raises:
-            ShardError: the shard cannot be had.
-        """
+        """Wait for the shard, or raise the error of its fetch; its copy is gone when the block
+        ends."""
         try:
             staged = self._arrival.result()
             self.begun.set()

@@ -172,10 +172,9 @@ _UID = re.compile("[0-9a-f]{1,32}")
 def _datacomp_fields(
     values: Mapping[str, Any], sample: Sample, archive: Archive, recipe: Recipe
 ) -> dict[str, str]:
-    """`text`, and `uid` if asked for; a null in either stops every reader of the shard.
+    """`text`, and `uid` if asked for; rejects a sample without a caption or a usable uid.
 
-    Raises:
-        Rejected: the sample has no caption, or no usable uid.
+    A null in either would stop every reader of the shard.
     """
     caption = values.get("caption")
     if not isinstance(caption, str):

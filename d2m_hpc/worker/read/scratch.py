@@ -48,11 +48,8 @@ class Copy:
         self._scratch = scratch
 
     def reserve(self, size: int) -> None:
-        """Wait until other copies leave so many bytes for this one.
-
-        Raises:
-            ShardError: the copy would not fit even alone.
-        """
+        """Wait until other copies leave so many bytes; raise `ShardError` for more than the whole
+        limit."""
         if size <= self.granted:
             return
         place = self._scratch

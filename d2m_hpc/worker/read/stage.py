@@ -76,11 +76,7 @@ def _is_compressed(path: str) -> bool:
 
 
 def _fetch(shard: Shard, copy: Copy, staged: Staged) -> str:
-    """Copy a tar to scratch; return the fault of its stream, if any.
-
-    Raises:
-        ShardError: the tar cannot be had.
-    """
+    """Copy a tar to scratch, or raise `ShardError`; return the fault of its stream, if any."""
     with open(copy.path, "wb") as file, closing(_blocks(shard, staged)) as blocks:
         try:
             return _write(Stream(blocks), file, copy)
@@ -110,11 +106,7 @@ def _read(path: str, staged: Staged) -> Blocks:
 
 
 def _said(command: str) -> Blocks:
-    """Yield a command's output; the command is the user's shell line, as webdataset runs it.
-
-    Raises:
-        ShardError: the command fails, or is silent for long.
-    """
+    """Yield the output of the user's shell line; raise `ShardError` where it fails, or hangs."""
     shell = ["/bin/bash", "-o", "pipefail", "-c", command]
     with tempfile.TemporaryFile() as words:
         # The command has a session of its own, so that its children can be killed with it.

@@ -172,11 +172,7 @@ def _require_bounded(file: BinaryIO, offset: int) -> None:
 
 
 def _require_records(data: bytes) -> None:
-    """Check a PAX header's records as POSIX and newer versions of the standard library do.
-
-    Raises:
-        HeaderError: the records are malformed.
-    """
+    """Raise `HeaderError` for records of a PAX header that POSIX does not allow."""
     position = 0
     while position < len(data) and data[position]:
         found = _RECORD.match(data, position)

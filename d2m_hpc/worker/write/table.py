@@ -123,11 +123,8 @@ class Table:
         return pa.table(columns)
 
     def _column(self, name: str) -> tuple[pa.Array, bool]:
-        """A column, and whether its type is known.
-
-        Raises:
-            ShardError: the values do not have the run's type.
-        """
+        """A column, and whether its type is known; raises `ShardError` for values of another
+        type."""
         values = [p.columns[name] for p in self.parts if p.keys]
         given = join(values) if values else []
         try:
