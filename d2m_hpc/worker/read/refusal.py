@@ -32,7 +32,7 @@ def truncated(url: str, where: str, whole: int) -> TruncatedShard:
 def taken(where: str, whole: int) -> str:
     """The notice on a cut tar whose whole samples were taken."""
     what = where if where.startswith(JOINED) else f"cut {safe(where, 150)}"
-    return f"the tar is {what}; the {whole} samples before the cut are taken, the rest is not read"
+    return f"the tar is {what}; the rest is not read, the {whole} samples before it are taken"
 
 
 def rejected(url: str, rejection: Rejection) -> ShardError:
