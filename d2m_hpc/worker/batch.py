@@ -81,8 +81,8 @@ class Batch:
     """Samples after decoding and preprocessing.
 
     Attributes:
-        keys: the samples' keys, B of them.
-        inputs: for each distinct input as it is prepared, B rows of what the preprocessor made.
+        keys: B keys.
+        inputs: for each distinct prepared input, B rows of the preprocessor's values.
         fields: for each additional field, B values from the samples' JSON.
     """
 

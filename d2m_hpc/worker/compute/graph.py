@@ -42,8 +42,7 @@ class Graph:
 
     Args:
         device: for the built-in models; custom models get `config.device`, as in the seed program,
-            or
-            "cpu".
+            or "cpu".
     """
 
     def __init__(self, config: Config, toolbox: Toolbox, device: torch.device) -> None:

@@ -132,8 +132,7 @@ def last_if_undecided(results: Iterable[Result], chunk: Sequence[Job]) -> Iterat
 
     Args:
         chunk: the task's jobs. Other chunks' shards do not wait: two tasks that stole from each
-            other
-            would wait for each other.
+            other would wait for each other.
     """
     own = {job.stem for job in chunk}
     waiting: list[Result] = []

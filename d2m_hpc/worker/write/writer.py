@@ -99,8 +99,7 @@ class Committer:
 
         Args:
             held: whether this task still has the shard's lease; asked once the attempt's folder
-                exists, as
-                a task that takes the lease over moves that folder away.
+                exists, as a task that takes the lease over moves that folder away.
 
         Raises:
             TakenOver: the lease is lost.
