@@ -18,6 +18,7 @@ from d2m_hpc.errors import ConfigError
 from d2m_hpc.launch import flow
 from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.models import weights
+from d2m_hpc.models.lock import Lock
 from d2m_hpc.plan.decide import Decision, decide
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.watch import live
@@ -151,7 +152,7 @@ def test_a_report_of_a_sample_says_so(file: Screen) -> None:
 def test_checkpoints_have_their_urls_whole_in_a_file(file: Screen, tmp_path: Path) -> None:
     known = list(CHECKPOINTS.values())
     (tmp_path / known[1].name).write_bytes(bytes(1500))
-    show.checkpoints(known, tmp_path)
+    show.checkpoints([weights.survey(c, tmp_path, Lock.read(tmp_path)) for c in known])
     assert [c.url for c in known if c.url not in file.text] == []
     assert file.text.count("not published") == sum(not c.sha256 for c in known) > 0
     assert [c.name for c in known if str(tmp_path / c.name) not in file.text] == []
@@ -165,7 +166,8 @@ def test_a_workload_without_checkpoints_says_so(file: Screen) -> None:
 
 def test_a_file_of_ones_own_is_accepted_aloud_where_the_config_allows_it(file: Screen) -> None:
     checkpoint = CHECKPOINTS["scrfd_10g.pt"]
-    found = [weights.Checked(checkpoint, Path(checkpoint.name), "0" * 64)]
+    path = Path(checkpoint.name)
+    found = [weights.Found(checkpoint, path, [weights.Checked(checkpoint, path, "0" * 64)])]
     show.checked(found, False)
     show.checked(found, True)
     assert file.text.splitlines() == [
