@@ -19,7 +19,7 @@ from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards, write_shards
 from d2m_hpc.run.user import user_name
 from d2m_hpc.storage.files import is_private, own_only, owned
-from d2m_hpc.storage.lease import is_held
+from d2m_hpc.storage.lease import held
 from d2m_hpc.storage.texts import BRIEF, safe
 from d2m_hpc.storage.urls import GLOB, is_local
 
@@ -57,9 +57,11 @@ def forget(run: RunDir, names: Sequence[str], busy: Collection[str]) -> list[Sha
         known = read_shards(run.shards)
         chosen = _chosen(known, names)
         gone = {s.stem for s in chosen}
-        if held := sorted(stem for stem in gone if stem in busy or is_held(run.lease(stem))):
+        taken = {path.stem for path in held(map(run.lease, gone))}
+        if working := sorted(gone & ({*busy} | taken)):
+            few = ", ".join(working[:3])
             raise D2MError(
-                f"{len(held)} of these shards are in the hands of tasks ({', '.join(held[:3])}); "
+                f"{len(working)} of these shards are in the hands of tasks ({few}); "
                 "`d2m cancel` ends them, or wait until they have ended"
             )
         _write_down(run, chosen, True)

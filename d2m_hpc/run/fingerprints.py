@@ -13,7 +13,7 @@ from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.extension import Fingerprint, obstacles, refits
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.manifest import Outcome
-from d2m_hpc.storage.lease import Lease, is_held
+from d2m_hpc.storage.lease import Lease, held
 
 
 @contextmanager
@@ -29,11 +29,9 @@ def working(submission: Submission) -> Iterator[None]:
 
 def of_local_submits(run: RunDir) -> set[str]:
     """The short hashes of the configs of all `--local` submits that are at work."""
-    return {
-        str(json.loads(submission.intent.read_bytes())["fingerprint"])
-        for submission in run.submissions()
-        if is_held(submission.local)
-    }
+    by_lock = {submission.local: submission for submission in run.submissions()}
+    at_work = [by_lock[lock].intent.read_bytes() for lock in held(by_lock)]
+    return {str(json.loads(intent)["fingerprint"]) for intent in at_work}
 
 
 def newest(run: RunDir) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from d2m_hpc.storage.files import FILE_MODE, named
 from d2m_hpc.storage.suspension import frozen_seconds
+from d2m_hpc.storage.texts import BRIEF, safe
 
 OWNERLESS_SECONDS = 2.0
 """Age at which a lease file without a holder's name is removed: live holders write within
@@ -59,8 +64,7 @@ class Lease:
     def _watch_as_its_holder_says(self) -> None:
         """Watch by the length in the file: the holder was started with another `lease_seconds`."""
         with suppress(OSError):
-            if found := _DURATION.search(self._path.read_text("utf-8", "replace")):
-                self._lock = self._of(float(found[1]))
+            self._lock = self._of(_duration(self._path))
 
     def _forget_what_was_not_watched(self) -> None:
         """Watch anew after this process was suspended, as it may have missed heartbeats
@@ -103,12 +107,52 @@ class Lease:
             self._lock.release()
 
 
-def is_held(path: Path) -> bool:
-    """Whether another task holds the lease at a path, seen by claiming the lease for a moment."""
-    if not path.exists():
-        return False
-    lease = Lease(path)
-    if lease.claim():
-        lease.release()
-        return False
-    return True
+def held(paths: Iterable[Path]) -> set[Path]:
+    """Tell which of some claims a live process holds, and drop what dead ones left.
+
+    A file younger than its holder's time limit, by the clock of the disk, is a live one's. An older
+    one is watched for that limit, which is said: on some filesystems the clock is the holder's own.
+    """
+    waiting = {path: Lease(path) for path in paths if path.exists()}
+    live, beats, said = set[Path](), dict[Path, int](), False
+    while True:
+        for path, lease in [*waiting.items()]:
+            if not lease.claim():
+                if not path.exists():
+                    continue  # nobody's, if it stays so
+                beat = _overdue(path)
+                if beat is not None and beats.setdefault(path, beat) == beat:
+                    continue  # a dead one's, if it stays so
+                live.add(path)
+            lease.release()
+            del waiting[path]
+        if not waiting:
+            return live
+        if not said:
+            said = True
+            _tell(list(waiting))
+        time.sleep(0.2)
+
+
+def _tell(paths: list[Path]) -> None:
+    seconds = max(map(_duration, paths))
+    few = ", ".join(safe(path.name, BRIEF) for path in paths[:3])
+    text = f"{len(paths)} claims of other machines give no sign of life ({few})"
+    print(f"note: {text}; watching them for {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def _overdue(path: Path) -> int | None:
+    """The time of a claim's last heartbeat where another one should have come; None if not yet."""
+    with suppress(FileNotFoundError), tempfile.NamedTemporaryFile(dir=path.parent) as now:
+        beat = path.stat().st_mtime_ns
+        if os.fstat(now.fileno()).st_mtime_ns - beat > _duration(path) * 1e9:
+            return beat
+    return None
+
+
+def _duration(path: Path) -> float:
+    """Seconds without a heartbeat after which a claim is lost, as its holder wrote them down."""
+    with suppress(FileNotFoundError):
+        if found := _DURATION.search(path.read_text("utf-8", "replace")):
+            return float(found[1])
+    return LEASE_SECONDS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ def test_shards_in_the_hands_of_tasks_are_kept(run: RunDir) -> None:
         with pytest.raises(D2MError, match="in the hands of tasks"):
             forget(run, ["0000?"], busy)
     lease.release()
+    assert len(forget(run, ["0000?"], ())) == 4
+
+
+def test_shards_in_the_hands_of_a_machine_that_is_gone_are_forgotten(run: RunDir) -> None:
+    path = run.lease("00002")
+    path.write_text(f"filelock/2\npid=7\nhost=gone\nmode=lease\ntoken={'a1' * 16}\nduration=0.4\n")
+    os.utime(path, (0, 0))
     assert len(forget(run, ["0000?"], ())) == 4
 
 

@@ -218,3 +218,18 @@ def test_a_local_submit_that_was_killed_holds_nobody_up(tmp_path: Path) -> None:
     assert submission.local.exists()
     assert len(look(workload(tmp_path, feature_dtype="float32")).pending) == 2
     assert not submission.local.exists()
+
+
+def test_a_local_submit_that_died_with_its_machine_holds_nobody_up(tmp_path: Path) -> None:
+    first = workload(tmp_path)
+    with submitting(first):
+        submission = commit(look(first), [list(map(Job, look(first).shards))])
+    submission.local.write_text(
+        f"filelock/2\npid=7\nhost=gone\nmode=lease\ntoken={'a1' * 16}\nduration=0.4\n"
+    )
+    changed = workload(tmp_path, feature_dtype="float32")
+    with pytest.raises(ConfigError, match="what live tasks make"):
+        look(changed)
+    os.utime(submission.local, (0, 0))
+    assert len(look(changed).pending) == 2
+    assert not submission.local.exists()

@@ -6,14 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from d2m_hpc.storage.lease import Lease
+from d2m_hpc.storage.lease import Lease, held
 
 HOLDER = """
 import sys
@@ -164,6 +165,68 @@ def test_whoever_stood_still_has_not_watched(path: Path, monkeypatch: pytest.Mon
     time.sleep(0.6)
     assert lease.claim()
     lease.release()
+
+
+# --- asked once, by a command ---
+
+
+@contextmanager
+def closing_thread(target: Callable[[], None], over: threading.Event) -> Iterator[None]:
+    thread = threading.Thread(target=target)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def aged(path: Path, seconds: float) -> None:
+    """As if its last heartbeat had come so long ago, by the clock of the disk."""
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_what_a_lost_machine_left_is_watched_once_for_all_and_dropped(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = [path.with_name(f"{i}.lock") for i in range(3)]
+    for each in left:
+        lost_holder(each, 0.6)
+        aged(each, 3600)
+    began = time.monotonic()
+    assert held([*left, path.with_name("none.lock")]) == set()
+    assert 0.6 <= time.monotonic() - began < 1.7
+    assert list(path.parent.iterdir()) == []
+    told = capsys.readouterr().err
+    assert told == (
+        "note: 3 claims of other machines give no sign of life (0.lock, 1.lock, 2.lock); watching "
+        "them for 1 s\n"
+    )
+
+
+def test_a_claim_with_a_recent_sign_of_life_is_held_and_costs_no_wait(path: Path) -> None:
+    lost_holder(path, 60.0)
+    began = time.monotonic()
+    assert held([path]) == {path}
+    assert time.monotonic() - began < 5
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("skew", [-7200, 7200])
+def test_a_live_claim_is_never_taken_whatever_the_clock_of_its_node(path: Path, skew: int) -> None:
+    """Some filesystems take the time of a file from the node that writes it."""
+    lost_holder(path, 1.0)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.3):
+            aged(path, -skew)
+
+    aged(path, -skew)
+    with closing_thread(beat, over):
+        assert held([path]) == {path}
+    assert path.exists()
 
 
 SUSPENDED = """
