@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from d2m_hpc.models import weights
 from d2m_hpc.models.registry import MODELS
+from d2m_hpc.run.outputs import OutputDir
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARDS = GOLDEN / "shards"
@@ -80,6 +81,58 @@ def write_config(path: Path, values: Mapping[str, Any], **more: Any) -> Path:
     return path
 
 
+CUSTOM = """
+import torch
+
+class Own(torch.nn.Module):
+    raw_inputs = ["text"]
+    preprocessors = ["identity"]
+    dependencies = []
+    to_device = False
+
+    def __init__(self, device):
+        super().__init__()
+
+    def forward(self, texts):
+        {before}
+        return torch.tensor([float(len(text)) for text in texts])
+
+model_lookup = {{"{name}": Own}}
+postprocess_parquet_lookup = {{"{column}": lambda cache: cache["{name}"]}}
+"""
+
+
+def custom_file(name: str, column: str = "", before: str = "pass") -> str:
+    """A custom file with one model, whose column (`{name}-length`) has the lengths of the texts.
+
+    Args:
+        before: statements before a batch is computed, which may use its `texts`.
+    """
+    lines = before.replace("\n", "\n" + " " * 8)
+    return CUSTOM.format(name=name, column=column or f"{name}-length", before=lines)
+
+
+def custom_config(folder: Path, code: str, name: str, **more: Any) -> Path:
+    """`c.yml` over `tars` to `out`, with the model of a custom file besides those of `STATS`."""
+    (folder / f"{name}.py").write_text(code)
+    values = {
+        **STATS,
+        "models": [*STATS["models"], name],
+        "postprocess_columns": [f"{name}-length"],
+        "input_tars": str(folder / "tars" / "*.tar"),
+        "output_metadata_dir": str(folder / "out"),
+        "custom_pypath": str(folder / f"{name}.py"),
+    }
+    return write_config(folder / "c.yml", {**values, **more})
+
+
+def put(output: OutputDir, name: str, data: bytes) -> None:
+    """Write a file into an output folder, on a disk or in a store."""
+    output.fs.makedirs(output.root, exist_ok=True)
+    with output.fs.open(output.path(name), "wb") as file:
+        file.write(data)
+
+
 def jpeg(seed: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
     """A small JPEG of smooth noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -121,6 +174,22 @@ def write_shards(folder: Path, count: int, samples: int = 5) -> list[Path]:
             members |= sample(f"{i:05d}{j:04d}", seed=i * 1000 + j)
         paths.append(write_tar(folder / f"{i:05d}.tar", members))
     return paths
+
+
+def calls(work: Callable[..., object], *arguments: object) -> int:
+    """How many functions, of Python or C, a function calls; the same on every machine."""
+    count = 0
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        work(*arguments)
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def d2m(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

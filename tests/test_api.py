@@ -17,7 +17,7 @@ import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from kit import STATS, write_config, write_shards
+from kit import STATS, custom_config, custom_file, write_config, write_shards
 
 import d2m_hpc as d2m
 from d2m_hpc.errors import ConfigError, D2MError, SlurmError
@@ -278,46 +278,11 @@ def test_a_local_run_leaves_the_process_as_it_found_it(
     assert json.loads((tmp_path / "changed.json").read_text()) == {}
 
 
-SLOW = """
-import time
-import torch
-from functools import partial
-from d2m_hpc.models.postprocessors import select
-
-class Slow(torch.nn.Module):
-    name = "slow"
-    raw_inputs = ("text",)
-    preprocessors = ("letters",)
-    dependencies = ()
-    to_device = False
-
-    def __init__(self, device):
-        super().__init__()
-
-    def forward(self, lengths):
-        time.sleep(600)
-
-model_lookup = {"slow": Slow}
-preprocessor_lookup = {"letters": lambda text: torch.tensor(float(len(text)))}
-postprocess_parquet_lookup = {"letters": partial(select, model="slow", index=0)}
-postprocess_feature_lookup = {}
-"""
-
-
 def test_a_run_that_hangs_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
     """Its shard is free for the next submit, and the log has all stacks."""
     write_shards(tmp_path / "tars", 1)
-    (tmp_path / "slow.py").write_text(SLOW)
-    values = {
-        "models": ["slow"],
-        "postprocess_columns": ["letters"],
-        "postprocess_features": [],
-        "custom_pypath": str(tmp_path / "slow.py"),
-        "input_tars": str(tmp_path / "tars"),
-        "output_metadata_dir": str(tmp_path / "out"),
-        "stall_seconds": 1,
-    }
-    path = write_config(tmp_path / "c.yml", {**STATS, **values})
+    code = custom_file("slow", before="import time; time.sleep(600)")
+    path = custom_config(tmp_path, code, "slow", stall_seconds=1)
     with pytest.raises(D2MError, match="nothing happened for 1 s; the stacks of all threads are"):
         d2m.submit(path, local=True)
     run = d2m.open(path)

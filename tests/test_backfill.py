@@ -20,6 +20,7 @@ from kit import (
     EXPECTED,
     SHARDS,
     STATS,
+    custom_file,
     jpeg,
     sample,
     write_config,
@@ -472,24 +473,7 @@ def test_a_kill_before_any_file_operation_leaves_a_pair_old_or_new_or_none(tmp_p
         assert decide(asked).pending == []
 
 
-CUSTOM = """
-import torch
-
-class Length(torch.nn.Module):
-    raw_inputs = ["text"]
-    preprocessors = ["identity"]
-    dependencies = []
-    to_device = False
-
-    def __init__(self, device):
-        super().__init__()
-
-    def forward(self, texts):
-        return torch.tensor([float(len(t)) for t in texts])
-
-model_lookup = {"length": Length}
-postprocess_parquet_lookup = {"length": lambda cache: cache["length"]}
-"""
+CUSTOM = custom_file("length", "length")
 
 
 def test_a_custom_model_is_added_and_its_file_must_stay_as_it_is(

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from kit import STATS, d2m, submit, write_config, write_shards
+from kit import STATS, custom_file, d2m, submit, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError, WeightsError
@@ -25,25 +25,7 @@ from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.watch.verify import verify
 from d2m_hpc.worker.task import run_task
 
-OWN = """
-import torch
-
-
-class Length(torch.nn.Module):
-    raw_inputs = ("text",)
-    preprocessors = ("identity",)
-    to_device = False
-
-    def __init__(self, device):
-        super().__init__()
-
-    def forward(self, texts):
-        return torch.tensor([float(len(text)) for text in texts])
-
-
-model_lookup = {"length": Length}
-postprocess_parquet_lookup = {"caption-length": lambda cache: cache["length"]}
-"""
+OWN = custom_file("length", "caption-length")
 
 
 def config_of(folder: Path, code: str = OWN, shards: int = 2, **more: object) -> Path:

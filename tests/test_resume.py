@@ -13,48 +13,23 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from kit import STATS, d2m, submit, write_config, write_shards
+from kit import STATS, custom_config, custom_file, d2m, submit, write_config, write_shards
 
 from d2m_hpc.run.owner import OWNER
 
 FORKER = Path(__file__).with_name("forker.py")
 
-SLOW = '''
-import time
-import torch
-
-class Slow(torch.nn.Module):
-    """Fifty milliseconds a batch, on any machine."""
-    name = "slow"
-    raw_inputs = ["text"]
-    preprocessors = ["identity"]
-    dependencies = []
-    to_device = False
-
-    def __init__(self, device):
-        super().__init__()
-
-    def forward(self, texts):
-        time.sleep(0.05)
-        return torch.tensor([float(len(t)) for t in texts])
-
-model_lookup = {"slow": Slow}
-preprocessor_lookup = {}
-postprocess_parquet_lookup = {"slow-length": lambda cache: cache["slow"]}
-postprocess_feature_lookup = {}
-'''
+SLOW = custom_file("slow", before="import time; time.sleep(0.05)  # a batch, on any machine")
 
 
 def slow_config(folder: Path, shards: int, samples: int) -> Path:
     write_shards(folder / "tars", shards, samples)
-    (folder / "slow.py").write_text(SLOW)
-    return write_config(
-        folder / "c.yml",
-        {**STATS, "models": [*STATS["models"], "slow"]},
+    return custom_config(
+        folder,
+        SLOW,
+        "slow",
         postprocess_columns=[*STATS["postprocess_columns"], "slow-length"],
-        input_tars=str(folder / "tars" / "*.tar"),
         output_metadata_dir=str(folder / "undisturbed"),
-        custom_pypath=str(folder / "slow.py"),
         batch_size=5,
         max_attempts=100,  # each kill of a whole run counts for the shard in hand
     )

@@ -9,14 +9,9 @@ from typing import Any
 
 import fsspec
 import pytest
+from kit import put
 
 from d2m_hpc.run.outputs import OutputDir
-
-
-def put(output: OutputDir, name: str, data: bytes) -> None:
-    output.fs.makedirs(output.root, exist_ok=True)
-    with output.fs.open(output.path(name), "wb") as file:
-        file.write(data)
 
 
 def test_a_folder_that_is_not_there_is_empty(output: OutputDir) -> None:

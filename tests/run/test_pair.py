@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from kit import put
 
 from d2m_hpc.errors import D2MError, ShardError
 from d2m_hpc.run.outputs import OutputDir
@@ -21,12 +22,6 @@ from d2m_hpc.run.records import Record, Rejection
 from d2m_hpc.storage import stores
 
 RECORD = Record("s", "done", 2, [Rejection("k\udce9", "nö")], fingerprint="f", finished=1.5)
-
-
-def put(output: OutputDir, name: str, data: bytes) -> None:
-    output.fs.makedirs(output.root, exist_ok=True)
-    with output.fs.open(output.path(name), "wb") as file:
-        file.write(data)
 
 
 def parquet(note: bytes | None) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import STATS, d2m, submit, write_config, write_shards
+from kit import STATS, custom_config, custom_file, d2m, submit, write_config, write_shards
 
 from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.folder import RunDir
@@ -22,45 +22,21 @@ from d2m_hpc.worker.death import memory_limit, oom_kills
 
 FATAL = """
 import ctypes, os, signal, sys, threading, time
-import torch
-
-HOW = {how!r}
-
-class Fatal(torch.nn.Module):
-    name = "fatal"
-    raw_inputs = ["text"]
-    preprocessors = ["identity"]
-    dependencies = []
-    to_device = False
-
-    def __init__(self, device):
-        super().__init__()
-
-    def forward(self, texts):
-        for text in texts:
-            shard, sample = divmod(int(text.split()[-1]), 1000)
-            if sample == 3 and shard in {shards!r}:
-                exec(HOW)
-        return torch.tensor([float(len(text)) for text in texts])
-
-model_lookup = {{"fatal": Fatal}}
-postprocess_parquet_lookup = {{"fatal-length": lambda cache: cache["fatal"]}}
+for text in texts:
+    shard, sample = divmod(int(text.split()[-1]), 1000)
+    if sample == 3 and shard in {shards!r}:
+        exec({how!r})
 """
+
+
+def fatal(how: str, shards: set[int]) -> str:
+    """A custom file that runs a statement at the fourth sample of some shards."""
+    return custom_file("fatal", before=FATAL.format(how=how, shards=shards))
 
 
 def fatal_config(folder: Path, how: str, shards: set[int], count: int = 5, **more: Any) -> Path:
     write_shards(folder / "tars", count)
-    (folder / "fatal.py").write_text(FATAL.format(how=how, shards=shards))
-    values = {
-        **STATS,
-        "models": [*STATS["models"], "fatal"],
-        "postprocess_columns": ["fatal-length"],
-        "input_tars": str(folder / "tars" / "*.tar"),
-        "output_metadata_dir": str(folder / "out"),
-        "custom_pypath": str(folder / "fatal.py"),
-        **more,
-    }
-    return write_config(folder / "c.yml", values)
+    return custom_config(folder, fatal(how, shards), "fatal", **more)
 
 
 def records(folder: Path) -> list[Record]:
@@ -173,7 +149,7 @@ def test_a_run_that_is_killed_with_its_watcher_is_found_by_the_next(tmp_path: Pa
     assert submit(config).returncode == -signal.SIGKILL
     run = RunDir(tmp_path / "out" / ".d2m")
     assert Attempts(run.attempts).unended().keys() >= {"00000"}
-    (tmp_path / "fatal.py").write_text(FATAL.format(how="", shards={9}))
+    (tmp_path / "fatal.py").write_text(fatal("", {9}))
     assert submit(config, "--set", "reprocess=true").returncode == 0
     assert done(tmp_path) == {"00000", "00001"}
     assert list(run.attempts.iterdir()) == []

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from kit import SHARDS, STATS, sample, write_config, write_shards, write_tar
+from kit import SHARDS, STATS, custom_file, sample, write_config, write_shards, write_tar
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError, NodeError
@@ -28,31 +28,15 @@ from d2m_hpc.run.records import Record, read_records
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker.task import Progress, choose_device, run_task
 
-PICKY = '''
-import torch
-
-class Picky(torch.nn.Module):
-    """Raises at the captions of one shard."""
-    name = "picky"
-    raw_inputs = ["text"]
-    preprocessors = ["identity"]
-    dependencies = []
-    to_device = False
-
-    def __init__(self, device):
-        super().__init__()
-
-    def forward(self, texts):
-        return torch.tensor([self.length(text) for text in texts])
-
-    def length(self, text):
-        if text == "caption 1001":
-            raise ZeroDivisionError("no such caption")
-        return float(len(text))
-
-model_lookup = {"picky": Picky}
-postprocess_parquet_lookup = {"picky-length": lambda cache: cache["picky"]}
-'''
+RAISE = """
+def length(text):
+    if text == "caption 1001":
+        raise ZeroDivisionError("no such caption")
+for text in texts:
+    length(text)
+"""
+PICKY = custom_file("picky", before=RAISE)
+"""Raises at a caption of one shard."""
 
 
 pytestmark = pytest.mark.usefixtures("own_process")
