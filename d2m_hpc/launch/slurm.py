@@ -229,7 +229,12 @@ def with_requeued(found: Queue, ends: str, now: datetime) -> Queue:
 
 
 def _is_past(end: str, now: datetime) -> bool:
-    """Whether squeue's time has come; no for `N/A`, without a walltime."""
+    """Whether squeue's time has come; no for `N/A`, without a walltime.
+
+    The two clocks are slurmctld's and this machine's. Where this one is behind, an element that is
+    over counts as requeued until its epilog ends; where it is ahead by a whole walltime, one that
+    will run again counts as over, and leases keep its shards from being computed twice.
+    """
     try:
         return datetime.fromisoformat(end) <= now
     except ValueError:

@@ -142,7 +142,12 @@ def _is_other_in_store(
     sizes: Mapping[str, int | None],
     times: Mapping[str, float],
 ) -> bool:
-    """Whether a tar in a store was replaced; a store's times cannot be set by users."""
+    """Whether a tar in a store was replaced; a store's times cannot be set by users.
+
+    That is the store's clock, and a record's time is the node's, so that a tar which is replaced
+    within `SLACK` after a shard began is told by its size alone. Nothing is computed again for it
+    unless the user asks for that.
+    """
     outcome, size = made(found, shard.stem), sizes[shard.url]
     if outcome is not None and times[shard.url] > outcome.started + SLACK:
         return True

@@ -29,6 +29,11 @@ class NodeFailure:
     time: float
     written: float
 
+    @property
+    def earliest(self) -> float:
+        """The earlier of the two times, which other nodes' clocks are compared with."""
+        return min(self.time, self.written)
+
 
 def failures(run: RunDir) -> list[NodeFailure]:
     """Read all failures that tasks wrote down, oldest first."""
@@ -74,7 +79,9 @@ def to_exclude(
 ) -> list[str]:
     """Choose the nodes that failed more than `most` tasks in a row while others finished shards.
 
-    If no other node finished one, the config is rather at fault, and some node has to run it.
+    If no other node finished one, the config is rather at fault, and some node has to run it. A
+    broken node's clock may be ahead by hours; the filesystem's bounds it. One that is behind leaves
+    out its own node at most, for the day after which a failure is forgotten.
 
     Args:
         finished: when each node last finished a shard.
@@ -85,5 +92,5 @@ def to_exclude(
         for node, row in in_a_row(run, finished).items()
         if len(row) > most
         and (not known or node in known)
-        and any(time > row[0].time for other, time in finished.items() if other != node)
+        and any(when > row[0].earliest for other, when in finished.items() if other != node)
     )

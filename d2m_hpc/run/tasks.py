@@ -71,6 +71,7 @@ class Progress:
 
     @property
     def is_active(self) -> bool:
+        """Whether the attempt is alive, for display: by two clocks, which may be minutes apart."""
         return self.state == "running" and time.time() - self.updated < ACTIVE_SECONDS
 
     @property

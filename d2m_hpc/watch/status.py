@@ -188,7 +188,11 @@ def summarise(
 
 
 def _running(run: RunDir, lease_seconds: float, found: Standings) -> set[str]:
-    """Shards that are not done, with a recent heartbeat of their lease."""
+    """Shards that are not done, with a recent heartbeat of their lease.
+
+    This is for display alone: a reader whose clock is off by minutes is shown too many or too few,
+    and tasks do not look at it.
+    """
     oldest = time.time() - lease_seconds
     paths = run.leases.glob("*.lock") if run.leases.is_dir() else ()
     held = {p.stem for p in paths if _mtime(p) > oldest} - found.done.keys()

@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> RunDir:
 
 def fail(run: RunDir, node: str, when: float, why: str = "device 0 is not usable") -> None:
     text = json.dumps({"node": node, "why": why, "time": when})
-    (run.node_failures / f"{node}-{when:g}.json").write_text(text)
+    (run.node_failures / f"{node}-{when}.json").write_text(text)
 
 
 def finish(run: RunDir, node: str, when: float) -> None:
@@ -74,6 +74,14 @@ def test_where_no_other_node_works_the_fault_is_not_the_nodes(run: RunDir) -> No
     assert to_exclude(run, 0) == []
     finish(run, "n2", 30)
     assert to_exclude(run, 0) == ["n1"]
+
+
+def test_a_broken_node_whose_clock_is_ahead_is_left_out_all_the_same(run: RunDir) -> None:
+    """Else it would swallow task after task for as long as its clock is ahead."""
+    for seconds in range(3):
+        fail(run, "n1", time.time() + 3600 + seconds)
+    finish(run, "n2", time.time() + 60)
+    assert to_exclude(run, 2) == ["n1"]
 
 
 def test_a_failure_that_is_being_written_is_not_read(run: RunDir) -> None:
