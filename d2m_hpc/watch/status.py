@@ -102,7 +102,7 @@ class Summary:
         """One word: complete, running, failed (no shard is left to try) or pending."""
         if self.complete:
             return "complete"
-        if self.running:
+        if self.running or self.tasks.get("running"):  # one that starts has no shard in hand yet
             return "running"
         return "pending" if self.pending else "failed"
 

@@ -149,7 +149,7 @@ def figures(found: Summary) -> dict[str, str]:
     """A run's figures by name, without rare ones that are 0."""
     tried = found.rows + found.rejected
     share = f" ({found.rejected / tried:.2%})" if found.rejected else ""
-    left = duration(found.eta_seconds) if found.running else "nothing runs"
+    left = duration(found.eta_seconds) if found.state == "running" else "nothing runs"
     counts = ("shards", "done", "failed", "pending", "running", "rows")
     seldom = {
         "finished by an earlier config": found.outdated,

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.records import Record, Recorder
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.watch import status
+from d2m_hpc.watch import status, terminal
 from d2m_hpc.watch.status import find_run, summarise
 
 KEYS = {
@@ -93,6 +94,16 @@ def test_json_has_every_figure_right_after_the_run(ended: Path) -> None:
     assert figures["samples_per_second"] > 0
     assert figures["eta_seconds"] is None  # nothing runs
     assert figures["rejections"] == {"no json (json)": 1}
+
+
+def test_a_task_that_starts_is_a_run_that_runs(run: RunDir) -> None:
+    """Before it has its first shard in hand, too."""
+    starting = replace(_summary(run), tasks={"pending": 3, "running": 1})
+    assert starting.state == "running"
+    assert terminal.figures(starting)["time left"] == "unknown"
+    waiting = replace(starting, tasks={"pending": 4})
+    assert waiting.state == "pending"
+    assert terminal.figures(waiting)["time left"] == "nothing runs"
 
 
 def test_shards_that_failed_alike_are_one_group(run: RunDir) -> None:
