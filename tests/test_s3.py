@@ -23,6 +23,7 @@ from d2m_hpc.errors import D2MError
 from d2m_hpc.plan.patterns import expand
 from d2m_hpc.run.owner import OWNER
 from d2m_hpc.run.pair import METADATA
+from d2m_hpc.storage import stores
 
 FORKER = Path(__file__).with_name("forker.py")
 OUT = "s3://bucket/out"
@@ -102,6 +103,77 @@ def test_a_missing_library_is_named_at_once(here: Path, monkeypatch: pytest.Monk
     ended = Ended("submit", config_of(here, input_tars=f"{here}/tars/*.tar"), "--local")
     assert ended.code == 1
     assert "the library for s3:// is not installed; pip install 'd2m_hpc[s3]'" in ended.out
+
+
+# Names that mean something to a library, and what it could take them for.
+ODD = {
+    "cut::off.tar": "cut",
+    "part[7-9].tar": "part8.tar",
+    "w?y.tar": "way.tar",
+    "st*r.tar": "star.tar",
+    "[[x]].tar": "x].tar",
+    "two  words.tar": "two words.tar",
+    "a#1.tar": "a",
+    "100%25.tar": "100%.tar",
+    "a+b.tar": "a b.tar",
+    "s3::x.tar": "x.tar",
+}
+
+
+@pytest.mark.parametrize("folder", ["plain", "f::g[1]"])
+def test_an_object_of_any_name_is_read_as_it_is_named(
+    bucket: s3.Server, folder: str, tmp_path: Path
+) -> None:
+    for name, other in ODD.items():
+        bucket.put(f"{folder}/{other}", b"another")
+        bucket.put(f"{folder}/{name}", 100 * name.encode())
+    odd = {f"s3://bucket/{folder}/{name}": name for name in ODD}
+    listed = expand([f"s3://bucket/{folder.replace('[', '[[]')}/*.tar"])
+    assert odd.keys() <= listed.sizes.keys()
+    assert expand([f"s3://bucket/{folder}/"]).sizes == listed.sizes
+    escaped = f"s3://bucket/{folder.replace('[', '[[]')}/st[*]r.tar"
+    assert [*expand([escaped]).sizes] == [f"s3://bucket/{folder}/st*r.tar"]
+    for url, name in odd.items():
+        found = expand([url])
+        is_glob = "*" in name and "[" not in folder
+        named = [url, url.replace("*", "a")] if is_glob else [url]
+        assert [*found.sizes] == named, found
+        assert b"".join(stores.blocks(url)) == 100 * name.encode()
+        assert stores.peek(url, 100) == (100 * name.encode())[:100]
+    with pytest.raises(FileNotFoundError):
+        list(stores.blocks(f"s3://bucket/{folder}/cut::gone.tar"))
+
+
+def test_a_run_over_objects_of_odd_names_reads_each_and_writes_beside(
+    bucket: s3.Server, here: Path
+) -> None:
+    names = ["cut::off.tar", "part[7-9].tar", "w?y.tar", "50%20 a+#.tar"]
+    for name, path in zip(names, write_shards(here / "tars", 4, 2), strict=True):
+        bucket.put(f"t::[a]/{name}", path.read_bytes())
+    tars = [f"s3://bucket/t::[a]/{name}" for name in names]
+    config = config_of(here, input_tars=tars, output_metadata_dir="s3://bucket/o::[b] c")
+    ended = Ended("submit", config, "--local")
+    assert ended.code == 0, ended.out
+    made = {key for key in bucket.keys("") if key.endswith((".npz", ".parquet"))}
+    assert made == {f"o::[b] c/{n[:-4]}.{end}" for n in names for end in ("npz", "parquet")}
+    told = json.loads(Ended("status", config, "--json").out)
+    assert (told["done"], told["rows"]) == (4, 8)
+    assert Ended("verify", config).code == 0
+    assert Ended("select", config, "-o", here / "ids.npy").code == 0
+    assert len(np.load(here / "ids.npy")) == 8
+
+
+def test_a_look_at_an_object_fetches_its_first_bytes_alone(bucket: s3.Server) -> None:
+    bucket.put("a.tar", bytes(range(256)) * 40)
+    assert stores.peek("s3://bucket/a.tar", 300) == (bytes(range(256)) * 2)[:300]
+    assert [r.range for r in bucket.requests if r.method == "GET"] == ["bytes=0-299"]
+
+
+def test_a_chain_of_stores_is_one_and_takes_no_name_with_its_mark(bucket: s3.Server) -> None:
+    bucket.put("a.tar", b"a")
+    assert stores.peek("simplecache::s3://bucket/a.tar") == b"a"
+    with pytest.raises(D2MError, match="chain"):
+        stores.filesystem("simplecache::s3://bucket/a::b.tar")
 
 
 # --- preflight ---

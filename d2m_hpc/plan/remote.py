@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -57,17 +58,30 @@ def _is_folder(url: str, asked: bool) -> bool:
 
 
 def _listed(url: str, is_folder: bool, times: dict[str, float]) -> Iterator[tuple[str, int | None]]:
-    """The files that a glob names, or the files in a folder that are named as tars; sorted."""
+    """The files that a glob names, or the files in a folder that are named as tars; sorted.
+
+    A glob with `[` or `?` that is the name of a file or a folder stands for that one.
+    """
     fs, path = stores.filesystem(url)
-    if is_folder:
+    named = {} if is_folder or not re.search(r"[\[?]", path) else _info(fs, path)
+    if is_folder or named.get("type") == "directory":
         infos: list[dict[str, Any]] = stores.retrying(lambda: fs.ls(path, detail=True))
         found = {info["name"]: info for info in infos if is_archive(info["name"])}
     else:
-        found = stores.retrying(lambda: fs.glob(path, detail=True))
+        found = {path: named} if named else stores.retrying(lambda: fs.glob(path, detail=True))
     for name, info in sorted(found.items()):
         if info.get("type") != "directory":
             times[tar := fs.unstrip_protocol(name)] = _put_time(info)
             yield tar, info.get("size")
+
+
+def _info(fs: Any, path: str) -> dict[str, Any]:
+    """What a store tells of a file or folder; empty if there is none, or the store refuses."""
+    try:
+        info: dict[str, Any] = stores.retrying(lambda: fs.info(path))
+    except Exception:  # each store raises errors of its own; the listing that follows shows them
+        return {}
+    return info if info["name"] == path else {}  # s3fs ignores `?versionId=`
 
 
 def _put_time(info: Mapping[str, Any]) -> float:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from d2m_hpc.errors import D2MError
-from d2m_hpc.storage.urls import scheme
+from d2m_hpc.storage.urls import is_chained, scheme
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -67,12 +67,26 @@ def filesystem(url: str) -> tuple[Any, str]:
         options: dict[str, Any] = {"use_listings_cache": False}
         if name in WEB:
             options["timeout"] = _patient()
-        fs, path = fsspec.core.url_to_fs(url, **options)
+        if is_chained(url):
+            _require_plain_names(url)
+            return fsspec.core.url_to_fs(url, **options)  # type: ignore[no-any-return]
+        protocol = name if "://" in url else "file"
+        kind = fsspec.get_filesystem_class(protocol)
+        fs = fsspec.filesystem(protocol, **kind._get_kwargs_from_urls(url), **options)
+        return fs, str(kind._strip_protocol(url))
     except ImportError as error:
         extra = EXTRAS.get(name)
         advice = f"pip install 'd2m_hpc[{extra}]'" if extra else str(error)
         raise D2MError(f"{url}: the library for {name}:// is not installed; {advice}") from None
-    return fs, path
+
+
+def _require_plain_names(url: str) -> None:
+    """Raise `D2MError` where `::` is in a file's name: in a chain, fsspec would split the name."""
+    if not all("://" in part or part.isalnum() for part in url.split("::")):
+        raise D2MError(
+            f"{url}: a chain of stores takes no name with `::` in it; name the file by the URL of "
+            "its own store"
+        )
 
 
 def _patient() -> Any:
@@ -188,5 +202,5 @@ def peek(url: str, size: int = 512) -> bytes:
     if scheme(url) in WEB:
         return next(_stream(*filesystem(url), 0, None), b"")
     fs, path = filesystem(url)
-    head: bytes = fs.cat_file(path, 0, size)
+    head: bytes = fs.cat_file(path, start=0, end=size)
     return head

@@ -14,6 +14,7 @@ PIPE = "pipe:"
 GLOB = re.compile(r"[*?\[]")
 """Characters that make a path a pattern."""
 MASK = "***"
+_CHAIN = re.compile(r"^\w+::|::(\w+::)*\w+://")
 
 
 def is_pipe(url: str) -> bool:
@@ -32,6 +33,11 @@ def is_local(url: str) -> bool:
 def scheme(url: str) -> str:
     """The scheme of a URL's store, without wrappers (`simplecache::s3://...`)."""
     return url.partition("://")[0].rpartition("::")[2]
+
+
+def is_chained(url: str) -> bool:
+    """Whether fsspec opens a URL through several stores; else `::` is a part of a file's name."""
+    return _CHAIN.search(url) is not None
 
 
 def masked(text: str) -> str:

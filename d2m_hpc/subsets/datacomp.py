@@ -23,7 +23,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage import asked_for
-from d2m_hpc.storage.urls import is_remote
+from d2m_hpc.storage.urls import is_chained, is_remote
 from d2m_hpc.subsets.samples import UID, opened
 
 _B32, _L14 = "clip_b32_similarity_score", "clip_l14_similarity_score"
@@ -124,7 +124,7 @@ def lacking(config: Config) -> dict[str, list[str]]:
 
 def _tar(url: str) -> tuple[str, str]:
     """A tar's folder and name; for a command or a wrapped URL, those of the tar inside."""
-    path = url.rpartition("::")[2] if is_remote(url) else location(url)
+    path = url.rpartition("::")[2] if is_chained(url) else url if is_remote(url) else location(url)
     folder, _, name = path.rpartition("/")
     return folder, name
 
