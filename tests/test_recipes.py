@@ -1,0 +1,95 @@
+"""The configs of configs/recipes do what their comments say, with small random checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from kit import SHARDS
+from pages import ROOT
+
+from d2m_hpc import cli
+from d2m_hpc.models.published import HubRepo
+
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yml"))
+
+
+def commands(recipe: Path) -> list[list[str]]:
+    """The commands in a recipe's comments, without what is fetched from the internet."""
+    lines = re.findall(r"^#   (d2m.*)$", recipe.read_text(), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines if " fetch " not in line]
+
+
+@pytest.fixture(scope="module")
+def weights(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the recipes' models need, by the published names."""
+    folder = tmp_path_factory.mktemp("recipes") / "weights"
+    shutil.copytree(checkpoints, folder, copy_function=os.symlink)
+    save_clip(folder / HubRepo("apple/DFN-public").name)
+    return folder
+
+
+def save_clip(folder: Path) -> None:
+    """A small random CLIP as open_clip exports one."""
+    vision = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config: dict[str, Any] = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    torch.manual_seed(0)
+    torch.save(open_clip.CLIP(**config).state_dict(), folder / "open_clip_pytorch_model.bin")
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, own_process: None
+) -> Callable[[Path], Path]:
+    """Run the commands of a recipe in a folder with its config; gives the folder of the outputs."""
+
+    def ran(recipe: Path) -> Path:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("D2M_WEIGHTS", str(weights))
+        values = yaml.safe_load(recipe.read_text())
+        small = {
+            "input_tars": str(SHARDS / "odd.tar"),
+            "output_metadata_dir": str(tmp_path / "out"),
+            "allow_unpublished_weights": True,
+            "device": "cpu",
+            "nworkers": 2,
+            "batch_size": 16,
+        }
+        for name, *arguments in commands(recipe):
+            path = Path(next(a for a in arguments if a.endswith(".yml")))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump({**values, **small}))
+            local = ["--local"] if name == "d2m-submit" else []
+            monkeypatch.setattr(sys, "argv", [name, *arguments, *local])
+            with pytest.raises(SystemExit) as ended:
+                {"d2m": cli.main, "d2m-submit": cli.main_submit}[name]()
+            assert ended.value.code == 0, (name, arguments)
+        return tmp_path / "out"
+
+    return ran
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_commands_of_a_recipe_run(recipe: Path, run: Callable[[Path], Path]) -> None:
+    """Each asks for rows, for all its columns, and for a subset of some of the rows."""
+    out = run(recipe)
+    table = pq.read_table(out / "odd.parquet")
+    uids = np.load(out.parent / "subset.npy")
+    assert 0 < len(uids) < table.num_rows
+    assert all(table[name].null_count < table.num_rows for name in table.column_names)
