@@ -42,6 +42,7 @@ def test_all_that_the_program_reads_is_in_the_wheel(wheel: Path) -> None:
     packed = {name for name in ZipFile(wheel).namelist() if name.startswith("d2m_hpc/")}
     wanted = {f"d2m_hpc/{name}" for name in files_below(ROOT / "d2m_hpc")}
     assert "d2m_hpc/watch/page/page.html.j2" in wanted
+    assert "d2m_hpc/launch/array.sbatch" in wanted
     assert "d2m_hpc/py.typed" in wanted
     assert packed == wanted
 

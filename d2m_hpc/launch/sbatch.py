@@ -44,50 +44,22 @@ def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
     return {k: v for k, v in chosen.items() if v is not None and v is not False}
 
 
-SHELL = """\
-# Without a trap a batch shell dies of the signal that is meant for its task.
-d2m_told=
-trap d2m_told=told TERM
-cd "${SLURM_SUBMIT_DIR:-.}"
-d2m_nodes=%s
-d2m_me="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
-d2m_broken() {
-    printf '{"node": "%%s", "why": "%%s", "time": %%s}\\n' "${SLURMD_NODENAME:-$HOSTNAME}" "$1" \
-        "$(date +%%s)" > "$d2m_nodes/$d2m_me.json"
-    exit 4
-}
-d2m_setup() {
-    eval "$2" && return
-    d2m_broken "setup line $1 failed"
-}
-d2m_task() {
-    local starting="$d2m_nodes/.$d2m_me.tmp" code
-    : > "$starting" # the task removes it when it has begun
-    "$@"
-    code=$?
-    if [ -e "$starting" ]; then
-        rm -f "$starting"
-        case $d2m_told$code in
-        told* | 0) ;;
-        129 | 130 | 137 | 138 | 140 | 143) ;; # by a signal that is no fault of the node's
-        *) d2m_broken "the task did not start there (srun ended with code $code)" ;;
-        esac
-    fi
-    exit $code
-}"""
+TEMPLATE = Path(__file__).with_name("array.sbatch")
 
 
-def script_lines(config: Slurm, failures: Path) -> list[str]:
-    """The shell lines before the task: each `setup` item, and a note for a broken node.
+def filled(setup: Sequence[str], failures: Path, task: str) -> str:
+    """`array.sbatch` with a run's own lines: notes for broken nodes, each setup line, the task.
 
     A node is broken where a setup line fails, or srun ends before the task has begun.
     """
-    lines = (SHELL % shlex.quote(str(failures))).splitlines()
-    return lines + [f"d2m_setup {i} {shlex.quote(s)}" for i, s in enumerate(config.setup, 1)]
+    lines = (f"d2m_setup {i} {shlex.quote(line)}" for i, line in enumerate(setup, 1))
+    values = {"nodes": shlex.quote(str(failures)), "setup": "\n".join(lines), "task": task}
+    # In one pass: what is filled in may hold such a mark, too.
+    return re.sub("@(nodes|setup|task)@", lambda mark: values[mark[1]], TEMPLATE.read_text())
 
 
 def command(run: RunDir, submission: Submission, array: Array, options: dict[str, Any]) -> str:
-    """The command of an array element, after `script_lines`: one process for each of its tasks."""
+    """The command of an array element, in `array.sbatch`: one process for each of its tasks."""
     srun = ["d2m_task", "srun", "--kill-on-bad-exit=0", "--unbuffered"]
     if cpus := options.get("cpus-per-task"):
         srun.append(f"--cpus-per-task={cpus}")  # from 22.05 on, srun ignores sbatch's
@@ -106,8 +78,7 @@ def script(
     lines. The one line left is a default that `slurm.extra` may change.
     """
     task = command(run, submission, array, options)
-    head = ["#!/bin/bash", "#SBATCH --nodes=1"]
-    return "\n".join([*head, *script_lines(config, run.node_failures), task, ""])
+    return filled(config.setup, run.node_failures, task)
 
 
 def prepared(

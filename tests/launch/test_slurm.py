@@ -101,8 +101,8 @@ def test_broken_nodes_are_excluded_with_the_users_own(
 def run_script(
     folder: Path, setup: list[str], task: str = 'echo "DONE $GREETING"'
 ) -> subprocess.CompletedProcess[str]:
-    """The lines before the task, run by bash as an element would, and a task that says DONE."""
-    lines = [*sbatch.script_lines(Slurm(setup=setup), folder / "nodes"), task]
+    """The script of an element, run by bash as Slurm would, with a task that says DONE."""
+    script = sbatch.filled(setup, folder / "nodes", task)
     (folder / "nodes").mkdir(exist_ok=True)
     environment = {
         "PATH": "/usr/bin:/bin",
@@ -111,7 +111,7 @@ def run_script(
         "SLURM_SUBMIT_DIR": str(folder),
     }
     return subprocess.run(
-        ["bash", "-c", "\n".join(lines)],
+        ["bash", "-c", script],
         env=environment,
         capture_output=True,
         text=True,
@@ -120,7 +120,7 @@ def run_script(
 
 
 def test_setup_lines_reach_the_task_whatever_their_quotes(awkward_path: Path) -> None:
-    greeting = """it's "döner" & $HOME; `no` \\ %d"""
+    greeting = """it's "döner" & $HOME; `no` \\ %d @task@"""
     ran = run_script(awkward_path, [f"export GREETING={shlex.quote(greeting)}", "test -d nodes"])
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"DONE {greeting}\n", "")
     assert list((awkward_path / "nodes").iterdir()) == []
