@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import fsspec
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -19,6 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 from kit import STATS, jpeg, submit, write_config, write_tar
 
+from d2m_hpc import config as configs
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.launch import flow
+from d2m_hpc.launch.local import ThisProcess
+from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
@@ -203,6 +210,48 @@ def test_a_misspelt_field_is_told_before_anything_is_computed(tmp_path: Path) ->
     assert "has the field 'captoin'; did you mean 'caption'" in said(tmp_path)
     assert "`allow_missing_fields: true`" in said(tmp_path)
     assert list(out.glob("*.parquet")) == []
+
+
+def compressed(folder: Path) -> str:
+    plain = folder / "tars" / "0.tar"
+    plain.with_name("0.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    return str(plain.with_name("*.gz"))
+
+
+def sent(folder: Path) -> str:
+    name = f"memory://{folder.name}/0.tar"
+    with fsspec.open(name, "wb") as file:
+        file.write((folder / "tars" / "0.tar").read_bytes())
+    return name
+
+
+def piped(folder: Path) -> str:
+    return f"pipe:cat {folder}/tars/0.tar"
+
+
+@pytest.mark.parametrize("kind", [compressed, sent, piped])
+def test_a_misspelt_field_of_a_tar_that_is_copied_costs_no_attempt(
+    kind: Callable[[Path], str], tmp_path: Path
+) -> None:
+    """Such tars are looked at once they are on this node, and the config is at fault, no shard."""
+    shard(tmp_path / "tars" / "0.tar", FULL)
+    tars = kind(tmp_path)
+    values = {**STATS, "postprocess_columns": ["text-words"], "max_attempts": 1}
+    values |= {"input_tars": tars, "output_metadata_dir": str(tmp_path / "out")}
+    path = tmp_path / "c.yml"
+    for _ in range(2):
+        write_config(path, values, additional_fields=["uid", "orignal_widht"])
+        workload = inspect(configs.load(path), str(path))
+        with pytest.raises(ConfigError) as caught:
+            flow.submit(workload, ThisProcess())
+    assert "additional_fields: no sample of " in str(caught.value)
+    assert "has the field 'orignal_widht'; valid: " in str(caught.value)
+    assert "`allow_missing_fields: true`" in str(caught.value)
+    assert [*workload.run.records.iterdir()] == []
+    assert [*workload.run.leases.iterdir()] == []
+    write_config(path, values, additional_fields=["uid", "caption"])
+    flow.submit(inspect(configs.load(path), str(path)), ThisProcess())
+    assert pq.read_table(tmp_path / "out" / "0.parquet")["caption"].to_pylist() == ["of 0", "of 1"]
 
 
 def test_a_field_that_may_be_missing_is_nulls_and_a_notice(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TextIO
 
 import torch
 
-from d2m_hpc.errors import DiskError, NodeError, ShardError
+from d2m_hpc.errors import ConfigError, DiskError, NodeError, ShardError
 from d2m_hpc.models.custom import described
 from d2m_hpc.stopping import is_asked
 from d2m_hpc.storage.files import FILE_MODE
@@ -79,9 +79,10 @@ def guarded(outputs: Iterator[Outputs]) -> Iterator[Outputs]:
 
 
 def ends_task(error: BaseException) -> bool:
-    """Whether an error is not the shard's fault, but a disk's, the node's, or a wish to stop."""
-    own = isinstance(error, Exception) and not isinstance(error, DiskError | NodeError)
-    return not own or is_broken(error)
+    """Whether an error is not the shard's fault, but the config's, a disk's, the node's, or a wish
+    to stop."""
+    others = isinstance(error, ConfigError | DiskError | NodeError)
+    return others or not isinstance(error, Exception) or is_broken(error)
 
 
 def is_broken(error: BaseException) -> bool:

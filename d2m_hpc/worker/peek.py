@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import cached_property
 from itertools import islice
@@ -21,6 +21,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import METADATA, Pair
 from d2m_hpc.run.schema import Schema, untold
 from d2m_hpc.run.shards import read_stems
+from d2m_hpc.storage.texts import safe
 from d2m_hpc.storage.urls import is_local
 from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.read import decode
@@ -83,28 +84,39 @@ class Peek:
         return None
 
     def require(self, config: Config, schema: Schema) -> None:
-        """Look for each field in the run's first shard, once in a run.
+        """Look for each field in the run's first shard that has samples with JSON.
 
         Raises:
             ConfigError: no sample of that shard has one of them.
         """
-        wanted = [name for name, _ in config.asked_fields if name != "key"]
-        wanted = [name for name in wanted if not schema.is_seen(name)]
-        for tar in self._tars if wanted and not config.allow_missing_fields else ():
-            seen = Seen()
-            for key, sample in _samples(tar):
-                seen.add(key, sample, wanted)
-                if len(seen.present) == len(wanted):
-                    break
-            for name in seen.present:
-                schema.mark_seen(name)
-            if missing := seen.missing(wanted):
-                where = f"{tar}, the run's first shard with samples,"
-                advice = "`allow_missing_fields: true` takes it as nulls"
-                told = [f"additional_fields: {seen.told(n, where)}; {advice}" for n in missing]
-                raise ConfigError(str(self._run.config), told)
-            if seen.samples:
-                return
+        any(require_fields(_samples(tar), str(tar), config, schema) for tar in self._tars)
+
+
+def require_fields(
+    samples: Iterable[tuple[str, dict[str, Any]]], tar: str, config: Config, schema: Schema
+) -> bool:
+    """Look for each field that no shard of a run has shown so far; whether samples have JSON.
+
+    Raises:
+        ConfigError: no sample has one of them, though the config does not allow that.
+    """
+    wanted = [name for name, _ in config.asked_fields if name != "key"]
+    wanted = [name for name in wanted if not (config.allow_missing_fields or schema.is_seen(name))]
+    if not wanted:
+        return True
+    seen = Seen()
+    for key, sample in samples:
+        seen.add(key, sample, wanted)
+        if len(seen.present) == len(wanted):
+            break
+    for name in seen.present:
+        schema.mark_seen(name)
+    if missing := [name for name in seen.missing(wanted) if not schema.is_seen(name)]:
+        where = f"{safe(tar)}, the run's first shard with samples,"
+        advice = "`allow_missing_fields: true` takes it as nulls"
+        told = [f"additional_fields: {seen.told(n, where)}; {advice}" for n in missing]
+        raise ConfigError(str(schema.run.config) if schema.run else "config", told)
+    return seen.samples > 0
 
 
 def schema_of(
@@ -137,14 +149,17 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Keys and JSON of a tar's samples, as far as the tar can be read; errors are silent here."""
     try:
         with closing(Archive(tar)) as archive:
-            for sample in archive.index():
-                if place := sample.members.get("json"):
-                    try:
-                        yield sample.key, decode.json_object(archive.read(*place))
-                    except Rejected:
-                        continue
+            yield from json_of(archive)
     except Exception:  # the task that reads the whole tar reports its faults
         return
+
+
+def json_of(archive: Archive) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the key and the JSON of each sample that has one."""
+    for sample in archive.index():
+        if place := sample.members.get("json"):
+            with suppress(Rejected):
+                yield sample.key, decode.json_object(archive.read(*place))
 
 
 def _is_null(parquet: pq.FileMetaData, name: str) -> bool:

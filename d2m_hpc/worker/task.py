@@ -35,12 +35,13 @@ from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.opened import noted, require_same
 from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.faults import ends_task, guarded, is_broken, logging_to
-from d2m_hpc.worker.peek import schema_of
+from d2m_hpc.worker.peek import json_of, require_fields, schema_of
 from d2m_hpc.worker.progress import Listener, Reporter, Watchdog
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.loader import Findings, Loader, Reading
 from d2m_hpc.worker.read.prepare import Recipe
 from d2m_hpc.worker.read.scratch import Scratch, scratch
+from d2m_hpc.worker.read.shard import Archive
 from d2m_hpc.worker.tracking import Tracker
 from d2m_hpc.worker.work import Work
 from d2m_hpc.worker.write.extend import Extended, carry_over
@@ -175,7 +176,7 @@ class Task:
                 Awake(),
                 Watchdog(report, config.stall_seconds, log_file, claims.desert),
                 Settler(committer, recorder, claims, report) as settler,
-                Loader(claims, recipe, self.scratch, pin=device.type == "cuda") as loader,
+                Loader(claims, recipe, self.scratch, device.type == "cuda", self._look) as loader,
                 claims,
             ):
                 results = (self._compute(reading, graph, claims) for reading in loader)
@@ -214,6 +215,10 @@ class Task:
             earlier = json.loads(self.run.fingerprint(extends).read_bytes())
             self.part = only_new(self.config, earlier, toolbox.registry)
         return toolbox.only(self.part)
+
+    def _look(self, archive: Archive, url: str) -> None:
+        """Raise `ConfigError` for a field that a tar lacks, as all of the run's before it do."""
+        require_fields(json_of(archive), url, self.part, self.schema)
 
     def _compute(self, reading: Reading, graph: Graph, claims: Claims) -> Result:
         """Compute a shard, or find out why that fails; release its lease if the task must abort."""

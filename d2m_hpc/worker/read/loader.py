@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -128,11 +128,19 @@ class Loader:
             moment.
         scratch: keeps copies of remote tars on this node.
         pin: put batches into page-locked memory, for a GPU.
+        look: called for each tar, with its URL, before its samples are decoded; an error of it is
+            raised by the shard's `Reading`.
     """
 
     def __init__(
-        self, works: Iterable[Work], recipe: Recipe, scratch: Scratch, pin: bool = False
+        self,
+        works: Iterable[Work],
+        recipe: Recipe,
+        scratch: Scratch,
+        pin: bool = False,
+        look: Callable[[Archive, str], None] = lambda archive, url: None,
     ) -> None:
+        self._look = look
         self._stager = Stager(iter(works), scratch)
         self._recipe = recipe
         self._allocate: Allocate = pinned if pin else Reused(recipe.batch_size)
@@ -207,6 +215,7 @@ class Loader:
                     whole = archive.index()
                     deque(whole, maxlen=0)
                     self._require_whole(url, whole, staged.damage or whole.cut)
+                self._look(archive, url)
                 index = archive.index(self._recipe.raw_inputs)
                 self._emit(reading, found, index, archive)
                 if cut := staged.damage or index.cut:

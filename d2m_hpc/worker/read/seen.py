@@ -8,7 +8,6 @@ from threading import Lock
 from typing import Any
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import ShardError
 from d2m_hpc.run.schema import Schema
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
 
@@ -55,21 +54,11 @@ class Seen:
         return f"no sample of {where} has the field {safe(name, BRIEF)!r}{hint}"
 
     def missed(self, config: Config, schema: Schema) -> list[str]:
-        """Notices of fields that no sample of a shard has; other fields are marked as seen in the
-        run.
-
-        Raises:
-            ShardError: no earlier shard had the field either, and the config does not allow that.
-        """
+        """Notices of fields that no sample of a shard has; others are marked as seen in the run."""
         for name in self.present:
             schema.mark_seen(name)
-        told = []
-        for name in self.missing([name for name, _ in config.asked_fields]):
-            text = self.told(name, "this shard")
-            if not (config.allow_missing_fields or schema.is_seen(name)):
-                advice = "`allow_missing_fields: true` takes it as nulls"
-                raise ShardError(f"{text}, nor has one of a shard before it; {advice}")
-            told.append(text)
+        names = self.missing([name for name, _ in config.asked_fields])
+        told = [self.told(name, "this shard") for name in names]
         if self.renamed:
             what = "another `key` in their JSON than their file's name, which the column `key` has"
             told.append(f"{self.renamed} samples have {what}")
