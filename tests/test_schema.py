@@ -79,9 +79,10 @@ def test_what_does_not_load_does_not_fit(text: str) -> None:
 
 
 def test_editors_are_offered_the_models_names() -> None:
-    [known, anything] = json_schema()["properties"]["models"]["items"]["anyOf"]
+    [known, anything, family] = json_schema()["properties"]["models"]["items"]["anyOf"]
     assert "image-stats" in known["enum"]
     assert anything == {"type": "string"}
+    assert "open_clip" in str(family)
 
 
 @pytest.mark.parametrize("section", [Config, Slurm])

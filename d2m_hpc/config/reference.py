@@ -7,6 +7,8 @@ from typing import Any
 
 from d2m_hpc.config.load import APART
 from d2m_hpc.config.schema import Config
+from d2m_hpc.models.entries import known_families
+from d2m_hpc.models.family import Family
 from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -19,10 +21,33 @@ def json_schema() -> dict[str, Any]:
     schema = Config.model_json_schema()
     for key, names in KNOWN.items():
         for array in _arrays(schema["properties"][key]):
-            array["items"] = {"anyOf": [{"enum": sorted(names)}, {"type": "string"}]}
+            named = [{"enum": sorted(names)}, {"type": "string"}]
+            array["items"] = {"anyOf": named + ([_families()] if key == "models" else [])}
     for section in (schema, *schema["$defs"].values()):
         section["patternProperties"] = {f"^{APART}": {}}
     return {"$schema": DIALECT, **schema, "title": "d2m_hpc config"}
+
+
+def _families() -> dict[str, Any]:
+    """One name, with the parameters of a family; what other packages have is valid, too."""
+    known = known_families()
+    others = {"properties": {"kind": {"type": "string", "not": {"enum": sorted(known)}}}}
+    return {
+        "type": "object",
+        "minProperties": 1,
+        "maxProperties": 1,
+        "additionalProperties": {
+            "type": "object",
+            "required": ["kind"],
+            "anyOf": [*map(_parameters, known.values()), others],
+        },
+    }
+
+
+def _parameters(family: type[Family]) -> dict[str, Any]:
+    schema = family.model_json_schema()
+    schema["properties"] = {"kind": {"const": family.kind}, **schema.get("properties", {})}
+    return schema
 
 
 def _arrays(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
