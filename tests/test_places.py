@@ -62,6 +62,50 @@ def test_a_user_without_name_and_home_runs_to_the_end(open_folder: Path) -> None
     assert '"user": "uid 54321"' in intent.read_text()
 
 
+@pytest.mark.skipif(
+    os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root to be other users"
+)
+def test_a_second_user_of_a_groups_folder_goes_on_with_the_first_ones_run(
+    open_folder: Path,
+) -> None:
+    """Both share a group, a setgid folder and umask 002; a tar has come in the meantime."""
+    tars, group = open_folder / "tars", 60_000
+    shared = open_folder / "shared"
+    shared.mkdir()
+    os.chown(shared, 0, group)
+    shared.chmod(0o2775)
+    config = write_config(
+        open_folder / "c.yml",
+        STATS,
+        input_tars=f"{tars}/*.tar",
+        output_metadata_dir=f"{shared}/out",
+    )
+    for user, count in ((54321, 2), (54322, 3)):
+        write_shards(tars, count, 2)
+        # This Python may lie where other users cannot read; they write by their own rights alone.
+        rights = "+dac_read_search"
+        another = ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups"]
+        another += [f"--inh-caps={rights}", f"--ambient-caps={rights}"]
+        ended = subprocess.run(
+            [*another, str(Path(sys.executable).with_name("d2m-submit")), str(config), "--local"],
+            env={"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"},
+            cwd=open_folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            umask=0o002,
+        )
+        assert ended.returncode == 0, ended.stderr
+    stems = {f"0000{i}" for i in range(3)}
+    assert OutputDir(f"{shared}/out").stems() == stems
+    owners = {(shared / "out" / f"{stem}.parquet").stat().st_uid for stem in stems}
+    assert owners == {54321, 54322}
+    assert "2 done, 1 to do" in ended.stdout
+    everything = [shared / "out", *(shared / "out").rglob("*")]
+    assert {path.stat().st_gid for path in everything} == {group}
+    assert all(path.stat().st_mode & 0o020 for path in everything)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_tilde_without_a_home_is_a_mistake_or_a_name(
     there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

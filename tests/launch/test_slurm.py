@@ -88,6 +88,13 @@ def test_extra_options_win_and_null_takes_one_away() -> None:
     assert not {"open-mode", "requeue"} & chosen.keys()
 
 
+def test_an_option_that_is_false_is_not_given() -> None:
+    """`--exclusive=False` would be another wish, and no sbatch knows it."""
+    chosen = sbatch.options(Slurm(extra={"exclusive": False, "overcommit": True, "nice": 0}))
+    assert "exclusive" not in chosen
+    assert (chosen["overcommit"], chosen["nice"]) == (True, 0)
+
+
 @pytest.mark.parametrize(
     ("said", "broken", "expected"),
     [(None, [], None), ("a", [], "a"), (None, ["b", "c"], "b,c"), ("a", ["b"], "a,b")],

@@ -224,9 +224,13 @@ class Ledger:
         for links in self._links.values():
             self.stray(links[0][1], LINK)
             self.causes.add(LINKED, links[0][1])
-        for names in self._parts.values():
+        series = Counter(map(_form, self._parts))
+        for part, names in self._parts.items():
             # Most samples of a data set may have a further part: `a.seg.png` beside each `a.jpg`.
-            if len(self._parts) <= MOST_PARTS and 2 * len(names) >= count:
+            # But few samples with many of `a.1.jpg`, `a.2.jpg` may as well be frames of films.
+            number = series[_form(part)]
+            is_series = 1 < number >= count and kind_of(names[0]) == "image"
+            if len(self._parts) <= MOST_PARTS and 2 * len(names) >= count and not is_series:
                 for name in names:
                     self.notes.add(PARTS, name)
             else:
@@ -236,3 +240,8 @@ class Ledger:
 
 def _part(extension: str) -> str:
     return extension.rpartition(".")[0]
+
+
+def _form(part: str) -> str:
+    """A further part's name without its number."""
+    return re.sub(r"\d+", "0", part)

@@ -82,6 +82,25 @@ def test_what_most_samples_have_besides_is_a_note() -> None:
     assert note.endswith("and 15 more")
 
 
+@pytest.mark.parametrize(("films", "frames"), [(1, 2), (1, 10), (2, 7), (3, 16)])
+def test_a_series_of_pictures_beside_few_samples_counts(films: int, frames: int) -> None:
+    """As many samples as that tell nothing of a form that a data set has."""
+    series = [f"{i}.{frame:03d}.png" for i in range(films) for frame in range(frames)]
+    index = index_of(sorted([*triples(*map(str, range(films))), *series]))
+    assert index.count == films
+    assert sorted((s.key, s.reason) for s in index.strays) == [(n, MERGED) for n in sorted(series)]
+    assert "first dot" in index.ledger.causes.foremost()
+
+
+def test_views_and_captions_that_all_samples_have_are_a_note() -> None:
+    views = [f"{i}.view{n}.jpg" for i in range(9) for n in range(3)]
+    captions = [f"{i}.{n}.txt" for i in range(2) for n in range(5)]
+    for members, count in ((views, 9), (captions, 2), (["0.seg.png", "0.depth.png"], 1)):
+        index = index_of(sorted([*triples(*map(str, range(count))), *members]))
+        assert (index.count, index.strays) == (count, [])
+        assert len(index.ledger.notes.texts()) == 1
+
+
 def test_an_odd_picture_of_a_few_samples_counts() -> None:
     index = index_of([*triples("a", "b", "c"), "c.old.jpg"])
     assert [(s.key, s.reason) for s in index.strays] == [("c.old.jpg", MERGED)]
