@@ -5,7 +5,8 @@ Nothing here imports torch: the login node checks a config with the same tables 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -114,8 +115,15 @@ def _posts(chosen: Iterable[Chosen], columns: bool) -> dict[str, Post]:
     return {name: post for c in chosen for name, post in c.posts(columns).items()}
 
 
+def _usable(named: Mapping[str, Family], folder: Path) -> Iterator[Chosen]:
+    """Without those that an installed library is too old for; a config that lists one is told."""
+    for name, family in named.items():
+        with suppress(ParameterError):
+            yield Chosen.of(name, family, folder)
+
+
 _FOLDER = weights.default_dir()
-_PRESETS = [Chosen.of(name, family, _FOLDER) for name, family in presets().items()]
+_PRESETS = [*_usable(presets(), _FOLDER)]
 COLUMNS: Mapping[str, Post] = _posts(_PRESETS, columns=True)
 FEATURES: Mapping[str, Post] = _posts(_PRESETS, columns=False)
 MODELS: Mapping[str, ModelSpec] = {

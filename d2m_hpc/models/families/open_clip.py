@@ -133,6 +133,15 @@ class OpenClip(Family):
     """
 
     kind: ClassVar = "open_clip"
+    presets: ClassVar = {  # no hash of them is published; `d2m weights` locks what was fetched
+        "siglip2-b16-224": {"model": "ViT-B-16-SigLIP2", "pretrained": "webli"},
+        "siglip2-so400m14-378": {"model": "ViT-SO400M-14-SigLIP2-378", "pretrained": "webli"},
+        "dfn5b-h14-224": {"model": "ViT-H-14-quickgelu", "pretrained": "dfn5b"},
+        "dfn5b-h14-378": {"model": "ViT-H-14-378-quickgelu", "pretrained": "dfn5b"},
+        "metaclip-h14": {"model": "ViT-H-14-quickgelu", "pretrained": "metaclip_fullcc"},
+        "eva02-l14": {"model": "EVA02-L-14", "pretrained": "merged2b_s4b_b131k"},
+        "mobileclip-s2": {"model": "MobileCLIP-S2", "pretrained": "datacompdr"},
+    }
     on_host: ClassVar = ("text",)
     paths: ClassVar = ("model", "pretrained")
 

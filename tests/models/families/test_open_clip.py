@@ -16,6 +16,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from d2m_hpc.models.families.open_clip import OpenClip
+from d2m_hpc.models.registry import MODELS
+
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 VISION = {"image_size": 48, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
 CLIP: dict[str, Any] = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
@@ -144,3 +147,9 @@ def test_siglip_and_a_clip_of_another_size_run_together(tmp_path: Path) -> None:
         image, text = theirs(folder, texts)
         np.testing.assert_allclose(ours.features[f"{name}-image"], image, atol=1e-5)
         np.testing.assert_allclose(ours.features[f"{name}-text"], text, atol=1e-5)
+
+
+def test_presets_are_pairs_that_open_clip_lists() -> None:
+    presets = {(p["model"], p["pretrained"]) for p in OpenClip.presets.values()}
+    assert presets <= {*open_clip.list_pretrained()}
+    assert OpenClip.presets.keys() <= MODELS.keys()
