@@ -11,6 +11,7 @@ import typer
 
 from d2m_hpc.cli import datacomp, inspect, weights
 from d2m_hpc.cli.common import ending
+from d2m_hpc.cli.models import models
 from d2m_hpc.cli.submit import plan, submit
 from d2m_hpc.cli.trouble import explained
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command(help=SUBMIT_HELP)(submit)
 app.command(help="Show what a submit would do; the same as submit --dry-run.")(plan)
+app.command(help="The families of models, or what one of them takes and gives.")(models)
 app.command(help="How far a run is.")(inspect.status)
 app.command(help="Cancel a run's pending and running array tasks.")(inspect.cancel)
 app.command(help="Take shards out of a run's plan: a wrong pattern's, or tars to do without.")(

@@ -66,18 +66,21 @@ def weights_fetch(
 
     loaded = load(config)
     folder, any_hash = weights.weights_dir(loaded.weights_dir), loaded.allow_unpublished_weights
-    specs = _specs(config, loaded)
     wish = hub.Wish(terminal.download, mirror, any_hash, update)
-    wanted, failed = weights.needed(specs.values()), []
-    if not wanted:
-        terminal.checked([], any_hash)
-    for need in wanted:
-        try:
-            terminal.checked([hub.fetch(need, folder, wish)], any_hash)
-        except WeightsError as error:
-            failed.append(str(error))
+    done: list[object] = []
+    failed: list[str] = []
+    # The config in one repository may name another, such as that of its tokenizer.
+    while left := [n for n in weights.needed(_specs(config, loaded).values()) if n not in done]:
+        for need in left:
+            try:
+                terminal.checked([hub.fetch(need, folder, wish)], any_hash)
+            except WeightsError as error:
+                failed.append(str(error))
+        done += left
     if failed:
         raise WeightsError("\n".join(failed))
+    if not done:
+        terminal.checked([], any_hash)
 
 
 def _specs(path: Path, config: Config) -> dict[str, ModelSpec]:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from d2m_hpc.config.slurm_values import no_switch, one_line, options, walltime
 from d2m_hpc.models import types
-from d2m_hpc.models.entries import name_of, with_paths
+from d2m_hpc.models.entries import name_of, packages, with_paths
 
 if TYPE_CHECKING:
     from d2m_hpc.models.registry import Problem, Registry
@@ -46,13 +46,6 @@ def _off_as_text(value: object) -> object:
     return "off" if value is False else value
 
 
-def _one_name(value: Any) -> Any:
-    if isinstance(value, Mapping) and len(value) != 1:
-        raise ValueError("valid is one name, with a mapping that has its `kind`")
-    return value
-
-
-ListedModel = Annotated[str | dict[str, dict[str, Any]], AfterValidator(_one_name)]
 Precision = Literal["auto", "float16", "bfloat16", "off"]
 Names = Annotated[list[str], BeforeValidator(_as_list, list[str] | None)]
 Fields = Annotated[
@@ -116,7 +109,7 @@ class Slurm(Section):
 class Config(Section):
     """One workload: which models, over which tars, to which folder."""
 
-    models: Annotated[list[ListedModel], Field(min_length=1)]
+    models: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
     """models to run on every sample: built-in ones, those of `custom_pypath`, or families with
     parameters: `siglip: {kind: open_clip, model: ViT-B-16-SigLIP, pretrained: webli}`"""
     postprocess_columns: Names = []
@@ -266,6 +259,7 @@ class Config(Section):
         return {
             **{key: getattr(self, key) for key in keys.split()},
             "models": [with_paths(entry, lambda path: path.name) for entry in self.models],
+            **({"packages": foreign} if (foreign := packages(self.models)) else {}),
             "checkpoints": dict(sorted(hashes.items())),
             "custom_file": code.get(main),
             **({"custom_modules": {n: code[n] for n in sorted(others)}} if others else {}),

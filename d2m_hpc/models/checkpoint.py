@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from d2m_hpc.errors import WeightsError
@@ -52,6 +53,8 @@ class Weights:
         """
         path = self.path(name)
         try:
+            if path.suffix == ".safetensors":
+                return load_file(path)
             # isc_ft_v107 stores its training arguments as a Namespace, which holds plain values.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 return torch.load(path, map_location="cpu", weights_only=True)

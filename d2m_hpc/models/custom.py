@@ -17,13 +17,14 @@ from types import ModuleType
 from typing import Any
 
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import postprocessors
 from d2m_hpc.models.code import MODULE, Modules, Sources
-from d2m_hpc.models.family import ModelSpec, Post
-from d2m_hpc.models.inputs import NAMED
+from d2m_hpc.models.family import ModelSpec, Output, Post
+from d2m_hpc.models.inputs import NAMED, ImageInput
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture, Preprocessor
 from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, MODELS, Registry
 from d2m_hpc.models.types import is_column_type
@@ -153,15 +154,19 @@ def output_types(module: ModuleType) -> dict[str, Any]:
         ConfigError: one is neither.
     """
     declared = getattr(module, "output_types", {})
-    odd = [
-        f"output_types: found {name!r}: {kind!r}; valid are a column's type such as 'float32' or "
+    if odd := _odd_types("output_types", declared):
+        raise ConfigError(str(module.__file__), odd)
+    return dict(declared)
+
+
+def _odd_types(key: str, declared: Any) -> list[str]:
+    """What a mapping of names to types or shapes holds besides."""
+    return [
+        f"{key}: found {name!r}: {kind!r}; valid are a column's type such as 'float32' or "
         "'list<string>', and a feature's shape such as [512]"
         for name, kind in (declared.items() if isinstance(declared, Mapping) else [("", declared)])
         if not (is_column_type(kind) if isinstance(kind, str) else _is_shape(kind))
     ]
-    if odd:
-        raise ConfigError(str(module.__file__), odd)
-    return dict(declared)
 
 
 def _is_shape(value: Any) -> bool:
@@ -178,15 +183,37 @@ def registry(tables: Tables, types: Mapping[str, Any] = {}) -> Registry:
         ConfigError: a class has a field of another kind than names.
     """
     models, made, columns, features = (tables[name] for name in LOOKUPS)
-    typed = {n: Post(source(p), type=types.get(n, "")) for n, p in columns.items()}
-    shaped = {n: Post(source(p), shape=tuple(types.get(n, ()))) for n, p in features.items()}
+    outputs = [post for name, model in models.items() for post in _outputs(name, model)]
+    typed = {n: p for n, p in outputs if p.type} | {
+        n: Post(source(p), type=types.get(n, "")) for n, p in columns.items()
+    }
+    shaped = {n: p for n, p in outputs if not p.type} | {
+        n: Post(source(p), shape=tuple(types.get(n, ()))) for n, p in features.items()
+    }
     return Registry(
         models={**MODELS, **{name: spec_of(name, model) for name, model in models.items()}},
         columns={**COLUMNS, **typed},
         features={**FEATURES, **shaped},
         preprocessors=frozenset(NAMED.keys() | made.keys()),
-        own=frozenset(name for table in tables.values() for name in table),
+        own=frozenset({*models, *made, *typed, *shaped}),
     )
+
+
+def _outputs(model: str, made: Any) -> list[tuple[str, Post]]:
+    """The columns and features that a custom class declares in `outputs`, by their full names.
+
+    Raises:
+        ConfigError: one has neither a type nor a shape.
+    """
+    declared = getattr(made, "outputs", {})
+    odd = _odd_types("outputs", declared)
+    if odd:
+        raise ConfigError(origin(made), odd)
+    named = {n: (v, ()) if isinstance(v, str) else ("", tuple(v)) for n, v in declared.items()}
+    return [
+        (f"{model}-{name}", Output(name, kind, shape).post(model))
+        for name, (kind, shape) in named.items()
+    ]
 
 
 def spec_of(name: str, model: Any) -> ModelSpec:
@@ -196,8 +223,11 @@ def spec_of(name: str, model: Any) -> ModelSpec:
         ConfigError: one holds something other than names, or `checkpoints` other than paths.
     """
     given: dict[str, Any] = {f: _names(getattr(model, f, ())) for f in STATIC_FIELDS}
+    given["preprocessors"] = tuple(_form(model, form) for form in given["preprocessors"])
     files = _names(getattr(model, "checkpoints", ()))
-    odd = [f for f, names in given.items() if not all(isinstance(n, str) for n in names)]
+    odd = [
+        f for f, names in given.items() if not all(isinstance(n, str | ImageInput) for n in names)
+    ]
     mistakes = [f"{f}: found {getattr(model, f)!r}; valid is a list of names" for f in odd]
     if not all(isinstance(file, str | PathLike) for file in files):
         mistakes.append(f"checkpoints: found {model.checkpoints!r}; valid is a list of paths")
@@ -207,9 +237,33 @@ def spec_of(name: str, model: Any) -> ModelSpec:
     return ModelSpec(name, **given, to_device=bool(getattr(model, "to_device", True)), files=paths)
 
 
+_IMAGES: TypeAdapter[ImageInput] = TypeAdapter(ImageInput)
+
+
+def _form(model: Any, given: Any) -> Any:
+    """An image input that a class describes, as a mapping; anything else as it is.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    try:
+        return _IMAGES.validate_python(dict(given))
+    except ValidationError as error:
+        told = error.errors(include_url=False, include_context=False)
+        mistakes = [
+            f"preprocessors: {'.'.join(map(str, e['loc'][:1]))}: found {e['input']!r}; {e['msg']}"
+            for e in told
+        ]
+        raise ConfigError(origin(model), list(dict.fromkeys(mistakes))) from None
+
+
 def _names(value: Any) -> tuple[Any, ...]:
     """`("image")` is what a one-element tuple looks like to most who write one."""
-    is_many = value is None or (isinstance(value, Iterable) and not isinstance(value, str))
+    is_many = value is None or (
+        isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    )
     return tuple(value or ()) if is_many else (value,)
 
 

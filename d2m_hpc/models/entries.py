@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from d2m_hpc.models import families
 from d2m_hpc.models.family import PACKAGE, Family, ParameterError, at_hand
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
 
-Listed = str | Mapping[str, Mapping[str, Any]]
+GROUP = "d2m_hpc.models"
+"""Entry points of families in other packages: a kind, and the family's class."""
+Listed = str | Mapping[str, Any]
 
 
 def name_of(entry: Listed) -> str:
@@ -26,12 +29,12 @@ def name_of(entry: Listed) -> str:
         >>> name_of({"siglip": {"kind": "open_clip", "model": "ViT-B-16-SigLIP"}})
         'siglip'
     """
-    return entry if isinstance(entry, str) else next(iter(entry))
+    return entry if isinstance(entry, str) else next(iter(entry), "")
 
 
 @cache
 def known_families() -> dict[str, type[Family]]:
-    """All families by kind."""
+    """Our own families by kind."""
     modules = (m.name for m in pkgutil.iter_modules(families.__path__, f"{families.__name__}."))
     found = (value for module in modules for value in vars(import_module(module)).values())
     return {value.kind: value for value in found if _is_family(value)}
@@ -42,29 +45,71 @@ def _is_family(value: Any) -> bool:
 
 
 @cache
+def plugged_in(kind: str) -> type[Family] | None:
+    """The family of another package, by its entry point.
+
+    Raises:
+        ParameterError: its package has it, but it cannot be imported.
+    """
+    for point in entry_points(group=GROUP, name=kind):
+        try:
+            found = point.load()
+        except Exception as error:
+            what = f"{point.value} of the package {_package(point)} cannot be imported: {error!r}"
+            raise ParameterError("kind", what) from error
+        if not _is_family(found):
+            what = f"{point.value} of the package {_package(point)} is no class of a Family"
+            raise ParameterError("kind", what)
+        return found  # type: ignore[no-any-return]
+    return None
+
+
+def _package(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "?"
+
+
+def kinds() -> list[str]:
+    """The kinds of all families, those of other packages too."""
+    return sorted({*known_families(), *entry_points(group=GROUP).names})
+
+
+def packages(entries: Iterable[Listed]) -> list[str]:
+    """The packages, with versions, whose families a config's models are."""
+    asked = {str(next(iter(e.values())).get("kind")) for e in entries if not isinstance(e, str)}
+    foreign = asked - known_families().keys()
+    return sorted(_package(p) for kind in foreign for p in entry_points(group=GROUP, name=kind))
+
+
+@cache
 def presets() -> dict[str, Family]:
     """The models that a config may list by a plain name."""
     kinds = known_families().values()
     return {name: kind(**given) for kind in kinds for name, given in kind.presets.items()}
 
 
-def family_of(entry: Mapping[str, Mapping[str, Any]]) -> Family:
+def family_of(entry: Mapping[str, Any]) -> Family:
     """The family that an item names, with its parameters.
 
     Raises:
         ParameterError: the kind or a parameter is none, or a parameter has a wrong value.
     """
-    parameters = dict(next(iter(entry.values())))
-    kind, known = str(parameters.pop("kind", "")), known_families()
+    given = next(iter(entry.values()), None)
+    if len(entry) != 1 or not isinstance(given, Mapping):
+        what = f"found {_shown(entry)}; valid is one name, with a mapping that has its `kind`"
+        raise ParameterError("", what)
+    parameters = dict(given)
+    kind = str(parameters.pop("kind", ""))
     if not kind:
-        raise ParameterError("", f"found no `kind`; valid: {', '.join(sorted(known))}")
-    if kind not in known:
-        raise ParameterError("kind", f"unknown kind {_shown(kind)}{nearest(kind, known)}")
+        raise ParameterError("", f"found no `kind`; valid: {', '.join(kinds())}")
+    family = known_families().get(kind) or plugged_in(kind)
+    if family is None:
+        raise ParameterError("kind", f"unknown kind {_shown(kind)}{nearest(kind, kinds())}")
     try:
-        return known[kind](**parameters)
+        return family(**parameters)
     except ValidationError as error:
         told = error.errors(include_url=False, include_context=False)
-        raise ParameterError(*(_mistake(known[kind], e) for e in told)) from None
+        found = (_mistake(family, parameters, e) for e in told)
+        raise ParameterError(*dict.fromkeys(found)) from None
 
 
 def with_paths(entry: Listed, change: Callable[[Path], str]) -> Listed:
@@ -78,21 +123,22 @@ def with_paths(entry: Listed, change: Callable[[Path], str]) -> Listed:
     if isinstance(entry, str):
         return entry
     [(name, given)] = entry.items()
-    family = known_families().get(str(given.get("kind")), Family)
+    kind = str(given.get("kind"))
+    family = known_families().get(kind) or plugged_in(kind) or Family
     paths = {p: at_hand(given[p]) for p in family.paths if isinstance(given.get(p), str)}
     return {name: {**given, **{p: change(path) for p, path in paths.items() if path}}}
 
 
-def _mistake(family: type[Family], error: Any) -> tuple[str, str]:
+def _mistake(family: type[Family], parameters: Mapping[str, Any], error: Any) -> tuple[str, str]:
     """A parameter, and what is wrong with it."""
     parameter = str(error["loc"][0]) if error["loc"] else ""
-    if error["type"] == "extra_forbidden":
+    if parameter not in family.model_fields:
         return parameter, f"unknown parameter{nearest(parameter, family.model_fields)}"
-    if error["type"] == "missing":
-        told = (family.model_fields[parameter].description or "").split("\n")[0]
-        return "", f"found no `{parameter}`, which is required: {told}"
+    meant = " ".join((family.model_fields[parameter].description or "").split())
+    if parameter not in parameters:
+        return "", f"found no `{parameter}`, which is required: {meant}"
     what = error["msg"].removeprefix("Value error, ")
-    return parameter, f"found {_shown(error['input'])}; {what[0].lower()}{what[1:]}"
+    return parameter, f"found {_shown(parameters[parameter])}; {what[0].lower()}{what[1:]}"
 
 
 def _shown(value: Any) -> str:

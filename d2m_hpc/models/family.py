@@ -93,6 +93,36 @@ def shipped_by(package: str) -> Path | None:
     return Path(folders[0]) if folders else None
 
 
+def published(parameter: str, given: str, sha256: str = "") -> Checkpoint | Path:
+    """The file that a parameter names, by its path or by its URL.
+
+    Example:
+        >>> published("checkpoint", "https://example.org/nets/head.pth").name
+        'example.org/nets/head.pth'
+
+    Args:
+        sha256: of the file behind the URL, where it is known.
+
+    Raises:
+        ParameterError: it is neither.
+    """
+    if given.startswith(("http://", "https://")):
+        return Checkpoint(given.partition("://")[2].partition("?")[0], given, sha256)
+    if path := at_hand(given):
+        return path
+    what = f"found {given!r}, which is not there; valid is the path of a file, or an http(s) URL"
+    raise ParameterError(parameter, what)
+
+
+def located(file: Checkpoint | Path, folder: Path) -> Path:
+    """Where a file of `published` lies.
+
+    Args:
+        folder: the weights folder.
+    """
+    return file if isinstance(file, Path) else folder / file.name
+
+
 @dataclass(frozen=True)
 class Use:
     """How a config uses a family.
@@ -160,7 +190,7 @@ class Family(BaseModel):
         return ()
 
     def reads(self) -> Sequence[str]:
-        """Outputs of other models, by their full names, that follow as further inputs."""
+        """Features of other models, by their full names, that follow as further inputs."""
         return ()
 
     def outputs(self, use: Use) -> Sequence[Output]:
@@ -174,6 +204,10 @@ class Family(BaseModel):
     def checkpoints(self, use: Use) -> Sequence[Checkpoint | HubRepo | Path]:
         """What building reads: published files, repositories, and files or folders at hand."""
         return ()
+
+    def licence(self) -> str:
+        """Of the checkpoint, as its publisher names it; empty where that is not known."""
+        return ""
 
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         """The model: called with a batch of each input, it gives what `outputs` are read from.

@@ -42,6 +42,7 @@ class ImageInput:
     std: tuple[float, float, float] | None = None
 
     raw: ClassVar[str] = "image"
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         size = self.size if isinstance(self.size, Iterable) else (self.size, self.size)

@@ -81,7 +81,7 @@ class Chosen(NamedTuple):
         """
         Args:
             asked: full names of outputs; where none is this model's, the model gives all.
-            posts: how the outputs of other models are read.
+            posts: how the features of other models are read.
 
         Raises:
             ParameterError: it reads an output that no model gives.
@@ -89,7 +89,7 @@ class Chosen(NamedTuple):
         named, reads = self.outputs.items(), tuple(self.family.reads())
         for name in reads:
             if not posts.get(name, Post()).model:
-                what = f"no model gives {name!r}{nearest(name, posts)}"
+                what = f"no model gives the feature {name!r}{nearest(name, posts)}"
                 given = self.family.model_dump().items()
                 raise ParameterError(next((p for p, value in given if value == name), ""), what)
         wanted = [o.name for n, o in named if n in asked] or [o.name for _, o in named]
@@ -127,7 +127,7 @@ _PRESETS = [*_usable(presets(), _FOLDER)]
 COLUMNS: Mapping[str, Post] = _posts(_PRESETS, columns=True)
 FEATURES: Mapping[str, Post] = _posts(_PRESETS, columns=False)
 MODELS: Mapping[str, ModelSpec] = {
-    chosen.name: chosen.spec(_FOLDER, (), {**COLUMNS, **FEATURES}) for chosen in _PRESETS
+    chosen.name: chosen.spec(_FOLDER, (), FEATURES) for chosen in _PRESETS
 }
 
 
@@ -167,11 +167,15 @@ class Registry:
         own = [c for c in chosen if c.name not in self.models]
         columns = {**self.columns, **_posts(own, columns=True)}
         features = {**self.features, **_posts(own, columns=False)}
-        asked = {*asked, *(name for c in chosen for name in c.family.reads())}
+        read = (name for c in chosen for name in c.family.reads())
+        listed = self.specs(map(name_of, entries)).values()
+        taken = {d for spec in listed if spec.family is None for d in spec.dependencies}
+        whole = (name for c in chosen if c.name in taken for name in c.outputs)
+        asked = {*asked, *read, *whole}
         models = dict(self.models)
         for c in chosen:
             try:
-                models[c.name] = c.spec(folder, asked, {**columns, **features})
+                models[c.name] = c.spec(folder, asked, features)
             except ParameterError as error:
                 problems += _problems(c.name, c.loc, error)
         return replace(self, models=models, columns=columns, features=features), problems

@@ -259,7 +259,9 @@ def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) ->
     for item in checked:
         if item.state == "missing":
             url = item.checkpoint.url
-            where = f"it is published at {url}" if url else "a custom file declares it"
+            where = (
+                f"it is published at {url}" if url else "a custom file declares it, or the config"
+            )
             problems.append(f"{item.path} is missing; {where}")
         elif not item.is_usable(allow_unpublished):
             problems.append(

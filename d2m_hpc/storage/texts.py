@@ -11,6 +11,8 @@ from typing import Any
 
 from d2m_hpc.storage.urls import masked
 
+MANY = 40
+"""Names that a message about an unknown one lists."""
 LIMIT = 1000
 """Characters of a key or a reason on record."""
 BRIEF = 80
@@ -46,11 +48,16 @@ def fit(text: str, limit: int = LIMIT, lines: bool = False) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean ...?` and all valid names."""
+    """The end of a message about an unknown name: `; did you mean ...?` and the valid names.
+
+    Of more than `MANY` names it has those that are like the unknown one.
+    """
     names = sorted(valid)
-    close = difflib.get_close_matches(name[:BRIEF], names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{hint} valid: {', '.join(names)}"
+    close = difflib.get_close_matches(name[:BRIEF], names, n=5, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if difflib.get_close_matches(name, close) else ";"
+    if len(names) <= MANY:
+        return f"{hint} valid: {', '.join(names)}"
+    return f"{hint} valid are {len(names)} names, such as {', '.join(close or names[:5])}"
 
 
 def valid(text: str) -> str:

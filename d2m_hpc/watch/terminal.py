@@ -247,7 +247,7 @@ def checkpoints(known: Sequence[Found]) -> None:
         need, state = item.need, item.state
         size = "missing" if state == "missing" else decimal(item.size)
         if isinstance(need, Checkpoint):
-            whose = need.url or "declared by a custom file"
+            whose = need.url or "declared by a custom file, or the config"
             table.add_row(str(item.place), size, whose, need.sha256[:12] or "not published")
         else:
             size = size if state == "missing" else f"{size}, {state}"

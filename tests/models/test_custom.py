@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_blip2
 import torch
+from bench import run
 from kit import photographs
+from PIL import Image
 
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import custom, postprocessors
@@ -16,6 +20,7 @@ from d2m_hpc.models.family import ModelSpec, Post
 from d2m_hpc.models.inputs import NAMED
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
 from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS
+from d2m_hpc.run import frozen
 from d2m_hpc.worker.batch import collate
 
 SEED = Path(__file__).parent.parent / "seed" / "custom.py"
@@ -99,6 +104,63 @@ def test_names_of_a_custom_file_come_on_top_of_the_built_in_ones(tmp_path: Path)
     assert COLUMNS.keys() < found.columns.keys()
     assert FEATURES.keys() < found.features.keys()
     assert found.preprocessors > NAMED.keys()
+
+
+TYPED = """
+import torch
+class Tones(torch.nn.Module):
+    raw_inputs = ('image', 'text')
+    preprocessors = ({'size': [32, 48], 'resize': 'squash', 'mean': [0, 0, 0], 'std': [1, 1, 1]},
+                     'identity')
+    outputs = {'tone': 'float32', 'rgb': [3], 'words': 'list<string>'}
+    def __init__(self, device):
+        super().__init__()
+    def forward(self, pixels, texts):
+        assert pixels.shape[1:] == (3, 32, 48), pixels.shape
+        colours = pixels.mean(dim=(2, 3))
+        words = [text.split() for text in texts]
+        return {'tone': colours[:, 0], 'rgb': colours, 'words': words}
+model_lookup = {'tones': Tones}
+"""
+
+
+def test_a_class_declares_its_image_input_and_its_outputs(tmp_path: Path) -> None:
+    """Equal inputs are prepared once, as uint8, for all models."""
+    keys = {
+        "models": ["tones", "image-stats"],
+        "postprocess_columns": ["tones-tone", "tones-words", "image-brightness"],
+        "postprocess_features": ["tones-rgb"],
+        "custom_pypath": str(_write(tmp_path, TYPED)),
+    }
+    pictures = photographs(3)
+    found = run(keys, pictures, ["a cat", "", "b"])
+    small = [np.asarray(p.resize((48, 32), Image.Resampling.BICUBIC)) for p in pictures]
+    expected = np.stack([pixels.mean(axis=(0, 1)) / 255 for pixels in small])
+    np.testing.assert_allclose(found.features["tones-rgb"], expected, atol=1e-5)
+    np.testing.assert_allclose(found.columns["tones-tone"], expected[:, 0], atol=1e-5)
+    assert found.columns["tones-words"] == [["a", "cat"], [], ["b"]]
+    known = custom.registry(custom.lookups(custom.load(tmp_path / "custom.py")))
+    assert known.columns["tones-words"].type == "list<string>"
+    assert known.features["tones-rgb"].shape == (3,)
+    assert known.own == {"tones", "tones-tone", "tones-words", "tones-rgb"}
+    told = frozen.Custom(known).described()
+    assert frozen.Custom.of(json.loads(json.dumps(told)), {}).registry == known
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "mistake"),
+    [
+        ("'size': [32, 48]", "'sise': 32", "sise"),
+        ("'size': [32, 48]", "'size': 'large'", "preprocessors: size: found 'large'"),
+        ("'squash'", "'squish'", "preprocessors: resize: found 'squish'"),
+        ("'float32'", "'float'", "outputs: found 'tone': 'float'; valid are a column's type"),
+        ("[3]", "[0]", r"outputs: found 'rgb': \[0\]"),
+    ],
+)
+def test_a_wrong_input_or_output_is_told(old: str, new: str, mistake: str, tmp_path: Path) -> None:
+    module = custom.load(_write(tmp_path, TYPED.replace(old, new)))
+    with pytest.raises(ConfigError, match=mistake):
+        custom.registry(custom.lookups(module))
 
 
 def helper(values: Any) -> Any:

@@ -26,6 +26,9 @@ class Toxicity(Family):
     def outputs(self, use: Use) -> list[Output]:
         return [Output("score", "float32", function="identity")]
 
+    def licence(self) -> str:
+        return "Apache-2.0"
+
     def checkpoints(self, use: Use) -> list[Checkpoint]:
         files = ("config.json", "tokenizer.json", "tokenizer_config.json")
         return [

@@ -27,5 +27,8 @@ class Faces(Family):
         options = {"to_cpu": False}
         return [Output("boxes", "list<list<float32>>", function="identity", options=options)]
 
+    def licence(self) -> str:
+        return "of insightface: non-commercial research only"
+
     def checkpoints(self, use: Use) -> list[Checkpoint]:
         return [Checkpoint(_FILE, f"{_D2M}/{_FILE}", _SHA256)]

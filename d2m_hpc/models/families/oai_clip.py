@@ -42,6 +42,9 @@ class OaiClip(Family):
             Output("text", shape=shape, options={"index": 1}),
         ]
 
+    def licence(self) -> str:
+        return "MIT"
+
     def checkpoints(self, use: Use) -> list[Checkpoint]:
         name, sha256 = f"{self.net}.pt", _SHA256[self.net]
         url = f"https://openaipublic.azureedge.net/clip/models/{sha256}/{name}"

@@ -87,13 +87,14 @@ def export(
     return folder
 
 
-def theirs(folder: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Features as open_clip's README computes them."""
+def features(folder: Path, count: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Of the first golden samples, as open_clip's README computes them."""
+    texts = captions()[:count]
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     model.eval()
     with torch.no_grad():
-        pixels = torch.stack([preprocess(picture) for picture in photographs(len(texts))])
+        pixels = torch.stack([preprocess(picture) for picture in photographs(count)])
         image = model.encode_image(pixels)
         text = model.encode_text(open_clip.get_tokenizer(name)(texts))
         image /= image.norm(dim=-1, keepdim=True)
@@ -125,7 +126,7 @@ def test_features_and_score_are_open_clips(images: dict[str, Any], tmp_path: Pat
     ours = run(
         _config("own", {"model": str(folder)}, "score", "image", "text"), photographs(8), texts
     )
-    image, text = theirs(folder, texts)
+    image, text = features(folder)
     assert image.std(axis=0).max() > 1e-2
     np.testing.assert_allclose(ours.features["own-image"], image, atol=1e-5)
     np.testing.assert_allclose(ours.features["own-text"], text, atol=1e-5)
@@ -144,7 +145,7 @@ def test_siglip_and_a_clip_of_another_size_run_together(tmp_path: Path) -> None:
     }
     ours = run(keys, photographs(8), texts)
     for name, folder in (("big", siglip), ("small", clip)):
-        image, text = theirs(folder, texts)
+        image, text = features(folder)
         np.testing.assert_allclose(ours.features[f"{name}-image"], image, atol=1e-5)
         np.testing.assert_allclose(ours.features[f"{name}-text"], text, atol=1e-5)
 

@@ -1,0 +1,30 @@
+"""`d2m models`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def models(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="a family, or a model by its plain name")
+    ] = None,
+) -> None:
+    from d2m_hpc.errors import ConfigError
+    from d2m_hpc.models.entries import kinds, known_families, plugged_in
+    from d2m_hpc.models.registry import MODELS
+    from d2m_hpc.storage.texts import nearest
+    from d2m_hpc.watch import catalogue
+
+    if name is None:
+        return catalogue.everything()
+    family = known_families().get(name) or plugged_in(name)
+    if name in MODELS:
+        catalogue.model(MODELS[name])
+    if family is not None and (family.model_fields or name not in MODELS):
+        catalogue.family(family)
+    elif name not in MODELS:
+        what = f"unknown model or family {name!r}{nearest(name, {*kinds(), *MODELS})}"
+        raise ConfigError("d2m models", [what])

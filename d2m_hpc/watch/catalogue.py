@@ -1,0 +1,61 @@
+"""Model families as people see them in the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from d2m_hpc.models import weights
+from d2m_hpc.models.entries import kinds, known_families, presets
+from d2m_hpc.models.family import Family, ModelSpec
+from d2m_hpc.models.inputs import NAMED
+from d2m_hpc.models.registry import COLUMNS, FEATURES
+from d2m_hpc.watch import terminal
+
+
+def everything() -> None:
+    """All families, and the models that a config may list by a plain name."""
+    table = Table("kind", "computes", title="families", title_justify="left", show_edge=False)
+    for kind in kinds():
+        family = known_families().get(kind)
+        table.add_row(kind, _summary(family) if family else "of another package")
+    terminal.console.print(table)
+    table = Table("name", "kind", title="\nmodels", title_justify="left", show_edge=False)
+    for name, made in presets().items():
+        table.add_row(name, made.kind)
+    terminal.console.print(table)
+
+
+def _summary(family: type[Family]) -> str:
+    """What a family computes: the first sentence of its description."""
+    return " ".join((family.__doc__ or "").split("\n\n")[0].split())
+
+
+def family(made: type[Family]) -> None:
+    """A family's parameters."""
+    terminal.console.print(f"{made.kind}: {_summary(made)}")
+    table = Table("parameter", "default", "meaning", show_edge=False)
+    for name, field in made.model_fields.items():
+        default = "required" if field.is_required() else str(field.get_default())
+        table.add_row(name, default, " ".join((field.description or "").split()))
+    terminal.console.print(table)
+    if examples := ", ".join(made.presets):
+        terminal.console.print(f"by plain names: {examples}")
+
+
+def model(spec: ModelSpec) -> None:
+    """A model's inputs, outputs and checkpoints."""
+    assert spec.family is not None
+    terminal.console.print(f"{spec.name}: {_summary(type(spec.family))}")
+    for raw, form in spec.inputs:
+        terminal.console.print(f"  input    {raw}: {NAMED.get(str(form), form)}")
+    for name in spec.reads:
+        terminal.console.print(f"  input    the feature {name}")
+    for names, what in ((COLUMNS, "column "), (FEATURES, "feature")):
+        for name, post in names.items():
+            if post.model == spec.name:
+                kind = post.type or f"float, of {' x '.join(map(str, post.shape)) or 'any'} values"
+                terminal.console.print(f"  {what}  {name}: {kind}")
+    if spec.checkpoints:
+        licence = spec.family.licence() or "not known; look at the publisher's"
+        terminal.console.print(f"  licence  {licence}")
+        terminal.checkpoints(weights.survey_all([spec], weights.default_dir(), quick=True))

@@ -1,0 +1,120 @@
+"""What a config's `models` may hold besides plain names, and each mistake in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from d2m_hpc.config import load
+from d2m_hpc.config.reference import json_schema
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.models import entries
+from d2m_hpc.models.family import Family, ParameterError, at_hand
+
+HEAD = """\
+input_tars: a.tar
+output_metadata_dir: out
+models:
+  - image-stats
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "told", "where"),
+    [
+        ("x: {kind: openclip}", "unknown kind 'openclip'; did you mean 'open_clip'?", "kind: "),
+        ("x: {model: ViT-B-32}", "models.1.x: found no `kind`; valid: ", "x: "),
+        ("x: {kind: oai-clip}", "found no `net`, which is required: the architecture", "x: "),
+        ("x: {kind: oai-clip, net: ViT-B-31}", "found 'ViT-B-31'; input should be", "net: "),
+        (
+            "x: {kind: oai-clip, nett: a}",
+            "x.nett: unknown parameter; did you mean 'net'?",
+            "nett: ",
+        ),
+        ("x: {kind: open_clip, model: ViT-B-33}", "did you mean 'ViT-B-32'?", "model: "),
+        ("x: {kind: open_clip, model: ViT-B-32}", "no tag is given; valid: ", "x: "),
+        (
+            "x: {kind: open_clip, model: ViT-B-32, pretrained: opnai}",
+            "models.1.x.pretrained: unknown tag 'opnai'; did you mean 'openai'?",
+            "pretrained: ",
+        ),
+        ("x: {kind: open_clip, model: './none'}", "open_clip_config.json cannot be used", "model:"),
+        ("text-stats: {kind: oai-clip}", "is a built-in model's name; choose another", "text-s"),
+        ("{x: {}, y: {}}", "valid is one name, with a mapping that has its `kind`", "x: "),
+        ("x: 3", "found {'x': 3}; valid is one name, with a mapping", "x: "),
+    ],
+)
+def test_a_mistake_is_told_with_its_line(line: str, told: str, where: str, tmp_path: Path) -> None:
+    config = tmp_path / "c.yml"
+    name = "" if line.startswith("text") else "postprocess_columns: [x-score]"
+    config.write_text(f"{HEAD}  - {line}\n{name}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(config)
+    [mistake] = [m for m in caught.value.mistakes if told in m]
+    assert f"c.yml:5:{5 + line.index(where)}" in mistake
+    assert [m for m in caught.value.mistakes if not m.startswith("models")] == []
+
+
+def test_a_name_in_set_is_told_with_its_option(tmp_path: Path) -> None:
+    (tmp_path / "c.yml").write_text(HEAD)
+    with pytest.raises(ConfigError, match=r"models.0.x.net: found 'a'.+\n.+--> --set models"):
+        load(tmp_path / "c.yml", ["models=[{x: {kind: oai-clip, net: a}}]"])
+    loaded = load(tmp_path / "c.yml", ["models=[{x: {kind: oai-clip, net: ViT-B-32}}]"])
+    assert loaded.model_names == ["x"]
+
+
+def test_one_name_is_one_models(tmp_path: Path) -> None:
+    two = "  - x: {kind: text-stats}\n  - x: {kind: image-stats}\n"
+    (tmp_path / "c.yml").write_text(HEAD + two)
+    with pytest.raises(ConfigError, match="found 'x' more than once"):
+        load(tmp_path / "c.yml")
+
+
+def test_a_package_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries.known_families()["head"], "packages", {"nowhere": "d2m_hpc[no]"})
+    (tmp_path / "c.yml").write_text(f"{HEAD}  - x: {{kind: head, on: a, checkpoint: /a.pth}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "c.yml")
+    [mistake] = caught.value.mistakes
+    assert "needs nowhere, which is not installed; `pip install 'd2m_hpc[no]'`" in mistake
+
+
+@pytest.mark.parametrize("kind", entries.known_families().values())
+def test_a_family_is_described(kind: type[Family]) -> None:
+    assert (kind.__doc__ or "").strip()
+    assert [name for name, field in kind.model_fields.items() if not field.description] == []
+    assert kind.kind == kind.kind.lower()
+    for name, given in kind.presets.items():
+        assert kind(**given)
+        assert kind.prefixes.get(name, name)
+
+
+def test_paths_are_told_from_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "net").mkdir()
+    (tmp_path / "openai").mkdir()
+    assert at_hand("org/net") == tmp_path / "org" / "net"
+    assert at_hand("./none.pt") == tmp_path / "none.pt"
+    assert [at_hand(name) for name in ("openai", "org/other", "laion2b_s34b_b79k")] == [None] * 3
+
+
+def test_the_json_schema_has_the_families_parameters() -> None:
+    schema = json_schema()
+    right: dict[str, Any] = {"input_tars": "a", "output_metadata_dir": "b"}
+    for entry in ("image-stats", "own", {"x": {"kind": "oai-clip", "net": "ViT-B-32"}}):
+        jsonschema.validate({**right, "models": [entry]}, schema)
+    for entry in ({"x": {"kind": "oai-clip", "net": "a"}}, {"x": {}, "y": {}}, 3):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**right, "models": [entry]}, schema)
+
+
+def test_several_mistakes_of_one_model_are_told_at_once() -> None:
+    with pytest.raises(ParameterError) as caught:
+        entries.family_of({"x": {"kind": "head", "on": 3, "width": -1}})
+    assert [parameter for parameter, _ in caught.value.mistakes] == ["on", "", "width"]
