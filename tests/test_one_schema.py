@@ -25,11 +25,13 @@ from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.launch import flow
 from d2m_hpc.launch.local import ThisProcess
+from d2m_hpc.plan.decide import decide
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Record
+from d2m_hpc.worker.task import run_task
 
 Values = Sequence[Mapping[str, Any]]
 
@@ -332,6 +334,56 @@ def test_outputs_of_custom_models_have_one_type(
         with np.load(path) as arrays:
             assert arrays["ones"].shape[1:] == (3,)
     assert_readable(out, rows=2)
+
+
+@pytest.mark.parametrize("void", [[], [b"a"]])
+def test_a_task_of_shards_without_values_has_the_runs_types(tmp_path: Path, void: Any) -> None:
+    """Its outputs of undeclared types are written first; nobody can tell their types from them."""
+    (tmp_path / "mine.py").write_text(CUSTOM)
+    for number, texts in enumerate((void, void, [b"a cat"])):
+        pairs = [(f"{number}{i}.{e}", t) for i, t in enumerate(texts) for e in ("txt", "json")]
+        members = [(name, b"{}" if name.endswith("json") else text) for name, text in pairs]
+        write_tar(tmp_path / "tars" / f"{number}.tar", members)
+    values = {
+        **STATS,
+        "models": ["words"],
+        "postprocess_columns": ["words"],
+        "postprocess_features": ["ones"],
+        "additional_fields": [],
+        "custom_pypath": str(tmp_path / "mine.py"),
+        "input_tars": str(tmp_path / "tars" / "*.tar"),
+        "output_metadata_dir": str(tmp_path / "out"),
+        "steal": False,
+    }
+    workload = inspect(configs.load(path := write_config(tmp_path / "c.yml", values)), str(path))
+    with flow.submitting(workload):
+        pending = decide(workload).pending
+        flow.commit(decide(workload), [[job] for job in pending])
+    for index in range(3):
+        run_task(workload.run.root, "000", index)
+    assert types(tmp_path / "out")["words"] == pa.list_(pa.string())
+    shapes = {np.load(path)["ones"].shape[1:] for path in (tmp_path / "out").glob("*.npz")}
+    assert shapes == {(3,)}
+    assert_readable(tmp_path / "out", rows=2 * len(void) + 1)
+
+
+def test_a_column_that_cannot_be_written_fails_its_shard_and_not_the_task(tmp_path: Path) -> None:
+    """Its type is asked for before it is written, while it is not known in the run."""
+    custom = CUSTOM.replace('cache["words"][0]', '[[1, "a"]] * len(cache["words"][0])')
+    (tmp_path / "mine.py").write_text(custom)
+    for number in range(2):
+        shard(tmp_path / "tars" / f"{number}.tar", [{}])
+    run(
+        tmp_path,
+        code=1,
+        models=["words"],
+        postprocess_columns=["words"],
+        postprocess_features=[],
+        additional_fields=[],
+        custom_pypath=str(tmp_path / "mine.py"),
+    )
+    assert "2 failed" in said(tmp_path)
+    assert "column 'words' cannot be written" in said(tmp_path)
 
 
 def test_what_is_no_type_is_told(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import os
 import socket
 import time
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import require_own
 from d2m_hpc.run.pair import Contents, Pair
-from d2m_hpc.run.records import Record, Recorder
+from d2m_hpc.run.records import Job, Record, Recorder
 from d2m_hpc.run.schema import Schema
+from d2m_hpc.run.shards import read_some
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.suspension import Awake
 from d2m_hpc.worker.board import Board, Scene
@@ -50,6 +52,9 @@ from d2m_hpc.worker.write.thread import Result, Settler, last_if_undecided
 from d2m_hpc.worker.write.writer import Committer
 
 log = logging.getLogger(__name__)
+
+ELSEWHERE = 16
+"""Other shards in which a task looks for types at the most."""
 
 
 def choose_device(configured: int | str, local: bool) -> torch.device:
@@ -180,7 +185,8 @@ class Task:
                 claims,
             ):
                 results = (self._compute(reading, graph, claims) for reading in loader)
-                for result in last_if_undecided(results, claims.chunk):
+                look_elsewhere = cache(partial(self._look_elsewhere, graph, recipe))
+                for result in last_if_undecided(results, claims.chunk, look_elsewhere):
                     settler.put(result)
         except BaseException:
             report(state="stopped")
@@ -257,6 +263,23 @@ class Task:
                 raise
             result.error = error
         return result
+
+    def _look_elsewhere(self, graph: Graph, recipe: Recipe) -> None:
+        """Find types and shapes that no shard of this task tells, for instance as none has rows.
+
+        The first samples of some shards of the run are computed for it, until all types are known.
+        """
+        for shard in read_some(self.run.shards, ELSEWHERE):
+            log.info("types are looked for in %s, as no shard here tells them", shard.stem)
+            table = Table(self.part, self.schema)
+            # The task may be copying the same shard: this copy has a name of its own.
+            work = Work(Job(shard._replace(stem=f"elsewhere-{shard.stem}")))
+            with suppress(ShardError), Loader([work], recipe, self.scratch) as loader:
+                for outputs in guarded(graph.run(next(iter(loader)))):
+                    table.add(outputs)
+                    break
+                if not table.undecided:
+                    return
 
     def _record(self, work: Work) -> Record:
         return Record(

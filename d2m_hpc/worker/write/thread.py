@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Queue
 
-from d2m_hpc.errors import D2MError, DiskError, NodeError
+from d2m_hpc.errors import D2MError, DiskError, NodeError, ShardError
 from d2m_hpc.run.records import Job, Record, Recorder
 from d2m_hpc.storage.refused import require_there
 from d2m_hpc.storage.texts import traceback_of
@@ -127,28 +127,43 @@ def _fail(record: Record, error: BaseException) -> None:
         record.traceback = traceback_of(error)
 
 
-def last_if_undecided(results: Iterable[Result], chunk: Sequence[Job]) -> Iterator[Result]:
+def last_if_undecided(
+    results: Iterable[Result], chunk: Sequence[Job], look_elsewhere: Callable[[], None]
+) -> Iterator[Result]:
     """Yield results in order, but last those with a type that the run does not know yet.
 
     Args:
         chunk: the task's jobs. Other chunks' shards do not wait: two tasks that stole from each
             other would wait for each other.
+        look_elsewhere: finds the types of columns and features in other shards of the run.
     """
     own = {job.stem for job in chunk}
     waiting: list[Result] = []
     left = ROWS
     for result in results:
-        waits = result.error is None and result.work.shard.stem in own
-        if waits and result.rows.rows <= left and result.rows.undecided:
-            left -= result.rows.rows
-            waiting.append(result)
-            result.work.rest()
-        else:
-            yield result
+        if _undecided(result):
+            if result.work.shard.stem in own and result.rows.rows <= left:
+                left -= result.rows.rows
+                waiting.append(result)
+                result.work.rest()
+                continue
+            look_elsewhere()
+        yield result
     for result in waiting:
         result.work.resume()
+        if _undecided(result):
+            look_elsewhere()
         result.record.notices += [
             f"{name!r} has no value that tells its type, neither here nor in the shards so far"
-            for name in result.rows.undecided
+            for name in _undecided(result)
         ]
         yield result
+
+
+def _undecided(result: Result) -> list[str]:
+    """Names of unknown type; an output that cannot be written fails its shard here already."""
+    try:
+        return [] if result.error else result.rows.undecided
+    except ShardError as error:
+        result.error = error
+        return []
