@@ -62,6 +62,7 @@ WITHOUT_TORCH = (
 )
 IMPORTED_AS = {
     "open_clip_torch": "open_clip",
+    "opencv-python": "cv2",
     "pillow": "PIL",
     "pyyaml": "yaml",
 }
