@@ -130,6 +130,23 @@ def test_every_order_of_shards_has_the_same_schema(seed: int, tmp_path: Path) ->
             assert arrays["image-histogram"].shape[1:] == (48,)
 
 
+def test_hugging_faces_datasets_reads_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the schema of the first file, and refuses a later one that has another."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    datasets = pytest.importorskip("datasets")
+    out = run(tmp_path, VOID, FULL, [], EMPTY_LISTS, FRACTIONS)
+    files = [str(path) for path in sorted(out.glob("*.parquet"))]
+    for order in (files, files[::-1]):
+        found = datasets.load_dataset(
+            "parquet", data_files=order, split="train", cache_dir=str(tmp_path / "cache")
+        )
+        assert len(found) == 6
+        assert sorted(v for v in found["rank"] if v is not None) == [0.5, 3, 4]
+        assert [tags for tags in found["tags"] if tags] == [["a"]]
+
+
 def test_only_an_empty_tar_has_the_declared_types(tmp_path: Path) -> None:
     found = types(run(tmp_path, []))
     assert (found["image-phash"], found["text-words"]) == (pa.string(), pa.int64())

@@ -69,6 +69,29 @@ def test_shards_of_live_tasks_are_in_flight(workload: Workload) -> None:
     assert len(chunks[0] + chunks[1]) == 4
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_another_shards_per_task_divides_what_no_live_task_has(
+    size: int, workload: Workload
+) -> None:
+    """Chunks of before stay what they were, and what their tasks have is nobody else's."""
+    prepare(workload)
+    run = workload.run
+    before = [*Chunks(run.submission("000")).read(range(5))]
+    busy = {s.stem for number in (1, 4) for s in before[number]}
+    workload.config = workload.config.model_copy(update={"shards_per_task": size})
+    queue = live(workload, 1, 4)
+    submission = flow.commit(decision := arrays.look(workload, queue), [])
+    chunks = arrays.ByHand().chunks(decision, submission)
+    stems = [job.stem for chunk in chunks for job in chunk]
+    assert len(stems) == len({*stems}) == 6
+    assert busy.isdisjoint(stems)
+    assert [len(c) for c in arrays.ByHand().chunks(decision, submission)] == {
+        1: [1] * 6, 3: [3, 3], 100: [6]
+    }[size]  # fmt: skip
+    assert arrays.in_flight(run, queue) == busy
+    assert [*Chunks(run.submission("000")).read(range(5))] == before
+
+
 def test_an_element_may_have_fewer_chunks_than_ranks(workload: Workload) -> None:
     values = workload.config.slurm.model_copy(update={"tasks_per_node": 3})
     workload.config = workload.config.model_copy(update={"slurm": values})

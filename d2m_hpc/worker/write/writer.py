@@ -51,10 +51,12 @@ def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
     record.npz_sha256 = sha256_of(npz)
     rows = made.table()
     note = json.dumps({**record.to_dict(), "versions": versions()})
-    with durable(parquet) as file:
-        noted = rows.replace_schema_metadata({METADATA: note})
-        # With a CRC for every page, as an extension reads the values back.
-        pq.write_table(noted, file, compression="zstd", write_page_checksum=True)
+    noted = rows.replace_schema_metadata({METADATA: note})
+    # With a CRC for every page, as an extension reads the values back.
+    options = {"compression": "zstd", "write_page_checksum": True}
+    with durable(parquet) as file, pq.ParquetWriter(file, noted.schema, **options) as writer:
+        if noted.num_rows:  # Hugging Face's `datasets` fails on a row group without rows
+            writer.write_table(noted)
     record.parquet_sha256 = sha256_of(parquet)
     _check(folder, record)
     return npz, parquet
