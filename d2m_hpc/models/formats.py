@@ -152,6 +152,11 @@ def opened(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
+def granted(max_pixels: int) -> int:
+    """The bytes that one picture may take, as a file or decoded."""
+    return max(GRANTED, OTHERS * max_pixels)
+
+
 def cost(kind: str | None, width: int, height: int, max_pixels: int) -> int:
     """The bytes that decoding takes.
 
@@ -159,10 +164,10 @@ def cost(kind: str | None, width: int, height: int, max_pixels: int) -> int:
         TooLarge: more than `max_pixels` of most formats, and more than `GRANTED`.
     """
     each = BYTES.get(kind or "", OTHERS)
-    needed, granted = each * width * height, max(GRANTED, OTHERS * max_pixels)
-    if needed > granted:
+    needed = each * width * height
+    if needed > (most := granted(max_pixels)):
         raise TooLarge(
             f"the {kind} image of {width}x{height} pixels takes {needed / 1e9:.1f} GB to decode, "
-            f"over {granted / 1e9:.1f} GB; max_image_pixels from {-(-needed // OTHERS)} allows it"
+            f"over {most / 1e9:.1f} GB; max_image_pixels from {-(-needed // OTHERS)} allows it"
         )
     return needed

@@ -26,7 +26,7 @@ from d2m_hpc.worker.batch import Allocate, Batch, Reused, collate, pinned
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.members import Notes
 from d2m_hpc.worker.read.prefetch import Coming, Stager, received
-from d2m_hpc.worker.read.prepare import Ready, Recipe, prepare
+from d2m_hpc.worker.read.prepare import IN_FLIGHT, Ready, Recipe, prepare
 from d2m_hpc.worker.read.scratch import Scratch
 from d2m_hpc.worker.read.seen import Seen
 from d2m_hpc.worker.read.shard import Archive, Index, Sample, Version
@@ -37,6 +37,8 @@ AHEAD = 4
 GROUP = 8
 """Samples that a decode thread takes at a time: few enough to share evenly, enough to make handing
 over cheap."""
+BATCH_BYTES = 512 << 20
+"""A batch of whole pictures, for custom models, ends early at so many bytes."""
 POLL_SECONDS = 0.1
 """Seconds between a reader's looks, while its queue is full, whether its batches are still
 wanted."""
@@ -146,6 +148,7 @@ class Loader:
         self._allocate: Allocate = pinned if pin else Reused(recipe.batch_size)
         self._next: Queue[Reading | BaseException | None] = Queue(1)
         self._stopped, self._slots = Event(), Semaphore(AHEAD)
+        self._groups = 1
         # One thread of torch in each decode thread, as there is one for each core.
         self._pool = ThreadPoolExecutor(
             recipe.threads, "decode", initializer=torch.set_num_threads, initargs=(1,)
@@ -231,14 +234,16 @@ class Loader:
 
     def _emit(self, reading: Reading, found: Findings, index: Index, archive: Archive) -> None:
         ready: list[Ready] = []
+        bulk = 0
         for result in self._prepared(reading, found.seen, index, archive):
             if isinstance(result, Rejection):
                 self._reject(reading.work.shard.url, found, [result])
                 continue
             ready.append(result)
-            if len(ready) == self._recipe.batch_size:
+            bulk += result.bulk
+            if len(ready) == self._recipe.batch_size or bulk >= BATCH_BYTES:
                 reading.put(self._pool.submit(self._batch, ready))
-                ready = []
+                ready, bulk = [], 0
         if ready:
             reading.put(self._pool.submit(self._batch, ready))
 
@@ -260,10 +265,10 @@ class Loader:
         try:
             while not reading.is_cancelled and (group := list(islice(samples, GROUP))):
                 waiting.append(self._pool.submit(self._prepare, clock, seen, group, archive))
-                if len(waiting) > 2 * self._recipe.threads:
-                    yield from waiting.popleft().result()
+                while len(waiting) > self._groups:
+                    yield from self._weighed(waiting.popleft().result())
             while waiting and not reading.is_cancelled:
-                yield from waiting.popleft().result()
+                yield from self._weighed(waiting.popleft().result())
         finally:
             # No thread may read the archive any more, as it is closed next.
             for future in waiting:
@@ -271,6 +276,13 @@ class Loader:
             for future in waiting:
                 if not future.cancelled():
                     future.exception()
+
+    def _weighed(self, results: list[Ready | Rejection]) -> list[Ready | Rejection]:
+        """Fit the number of groups in the pool to their size: whole pictures take gigabytes."""
+        bulk = sum(result.bulk for result in results if isinstance(result, Ready))
+        most = max(1, IN_FLIGHT // bulk) if bulk else 2 * self._recipe.threads
+        self._groups = min(2 * self._groups, most, 2 * self._recipe.threads)
+        return results
 
     def _prepare(
         self, clock: Clock, seen: Seen, samples: Sequence[Sample], archive: Archive

@@ -7,12 +7,14 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from d2m_hpc.config import Config
-from d2m_hpc.models import custom
+from d2m_hpc.models import custom, formats
 from d2m_hpc.models.inputs import Input, told
 from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
 from d2m_hpc.run.records import Rejection
@@ -24,6 +26,12 @@ from d2m_hpc.worker.read.shard import Archive, Sample
 IN_FLIGHT = 2 << 30
 """Bytes that all decode threads together may take for pictures: for 19 JPEGs of 12 megapixels at
 once, whatever the number of threads. A larger picture is decoded alone."""
+LARGE = 16 << 20
+"""A member from this size on is read while no other thread decodes."""
+LARGEST = {"text": 64 << 20, "json": 64 << 20}
+"""Bytes that a member may have; parsing takes ten times as much. Pictures: `formats.granted`."""
+WHOLE = 4 << 20
+"""Bytes from which an input counts as a whole picture; those that models are made for take less."""
 SHOWN = 5
 """Extensions that are named of a sample that lacks one."""
 
@@ -137,6 +145,18 @@ class Ready:
     inputs: dict[Input, Any]
     fields: list[Any]
 
+    @property
+    def bulk(self) -> int:
+        """The bytes of pictures that custom preprocessors hand on as a whole."""
+        sizes = map(_size, self.inputs.values())
+        return sum(size for size in sizes if size >= WHOLE)
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, Image.Image):
+        return value.width * value.height * 4
+    return int(getattr(value, "nbytes", 0))
+
 
 def prepare(
     sample: Sample, archive: Archive, recipe: Recipe, seen: Seen | None = None
@@ -216,7 +236,7 @@ def _preprocess(wanted: Input, made: Preprocessor, value: Any, options: Options)
 
 
 def _raw(name: str, sample: Sample, archive: Archive, recipe: Recipe, held: Held) -> Any:
-    data = _member(name, sample, archive)
+    data = _member(name, sample, archive, recipe.options.max_pixels, held.need)
     if name == "image":
         return decode.image(data, recipe.options.max_pixels, held.need)
     return decode.text(data) if name == "text" else decode.json_object(data)
@@ -226,12 +246,24 @@ def _text(sample: Sample, archive: Archive) -> str:
     return decode.text(_member("text", sample, archive))
 
 
-def _member(name: str, sample: Sample, archive: Archive) -> bytes:
+def _member(
+    name: str,
+    sample: Sample,
+    archive: Archive,
+    max_pixels: int = 0,
+    need: Callable[[int], None] = lambda size: None,
+) -> bytes:
+    """Read a member of a bounded size; one that is large waits until it may be held alone."""
     extension = next((e for e in decode.EXTENSIONS[name] if e in sample.members), None)
     if extension is None:
         wanted = " or ".join(decode.EXTENSIONS[name][:4])
         raise Rejected(f"no {name} ({wanted}); it has {_described(sample)}")
-    return archive.read(*sample.members[extension])
+    offset, size = sample.members[extension]
+    if size > (most := LARGEST.get(name) or formats.granted(max_pixels)):
+        raise Rejected(f"the {name} file has {size:,} bytes, over {most:,}")
+    if size >= LARGE:
+        need(IN_FLIGHT)
+    return archive.read(offset, size)
 
 
 def _described(sample: Sample) -> str:

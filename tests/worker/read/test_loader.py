@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from kit import SHARDS, jpeg, sample, write_shards, write_tar
+from PIL import Image
 
 from d2m_hpc.errors import ShardError, TruncatedShard
 from d2m_hpc.models.inputs import Input
@@ -432,6 +433,33 @@ def test_reading_ahead_is_bounded(tmp_path: Path, scratch: Scratch) -> None:
         time.sleep(0.2)
         assert 4 * AHEAD <= prepared["all"] <= most
         assert [len(keys(reading)) for reading in loader] == [150, 150]
+
+
+def test_whole_pictures_are_bounded_by_their_bytes(
+    tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A custom preprocessor hands on pictures of 5 MB: there is room for two, and for as many in
+    each batch; without a bound, two full batches and 14 groups would be in memory."""
+    size = 1250 * 1000 * 4
+    monkeypatch.setattr(module, "GROUP", 1)
+    monkeypatch.setattr(module, "IN_FLIGHT", 2 * size)
+    monkeypatch.setattr(module, "BATCH_BYTES", 2 * size)
+    held: list[Any] = []
+
+    def whole(picture: Image.Image) -> Image.Image:
+        held.append(1)
+        return picture
+
+    data = jpeg(1, (1250, 1000))
+    path = write_tar(tmp_path / "a.tar", {f"{i:02d}.jpg": data for i in range(30)})
+    made = recipe({("image", "whole"): custom(whole)}, batch_size=100, threads=4)
+    with Loader(works(path), made, scratch) as loader:
+        time.sleep(1)
+        assert len(held) <= 2 * AHEAD + 2 + 3 + 4  # batches, one that is made, the pool, a start
+        ((first, *others),) = [[len(keys([b])) for b in reading] for reading in loader]
+    assert first == 2
+    assert set(others) == {2}
+    assert len(held) == 30
 
 
 def test_the_bound_is_one_for_all_shards(

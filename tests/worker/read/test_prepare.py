@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import subprocess
+import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -13,8 +16,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from kit import write_tar
+from kit import jpeg, write_tar
 from PIL import Image, ImageFile
 
 from d2m_hpc import config as configs
@@ -141,6 +145,78 @@ def test_threads_decode_no_more_at_a_time_than_the_budget_allows(
     assert all(isinstance(m, Ready) for m in made)
     assert 2 <= max(seen) <= 3
     assert recipe.budget.take(3 * cost + 1) == 3 * cost + 1
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from d2m_hpc.models.preprocessors import PREPROCESSORS, Options
+from d2m_hpc.worker.read import decode
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+made = PREPROCESSORS["stats-aug"]
+made.prepare(decode.image(Path(sys.argv[1]).read_bytes(), 10**9), Options())  # as a start
+for path in sys.argv[2:]:
+    data = Path(path).read_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    made.prepare(decode.image(data, 10**9), Options())
+    print(path, status("VmHWM") - before)
+"""
+
+
+def test_decoding_takes_no_more_than_is_asked_for(tmp_path: Path) -> None:
+    """Of each format, in a process whose peak of memory the system tells."""
+    width, height = 3000, 2500
+    pixels = np.random.default_rng(1).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).resize((width, height))
+    small = tmp_path / "small.jpg"
+    small.write_bytes(jpeg())
+    options: dict[str, Any] = {"AVIF": {"speed": 10}, "WEBP": {"method": 0}}
+    for kind in formats.FORMATS:
+        picture.save(tmp_path / kind, kind, **options.get(kind, {}))
+    paths = [str(tmp_path / kind) for kind in formats.FORMATS]
+    command = [sys.executable, "-c", MEASURE, str(small), *paths]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    taken = {Path(path).name: int(size) for path, size in map(str.split, told.splitlines())}
+    asked = {kind: formats.cost(kind, width, height, 10**9) for kind in formats.FORMATS}
+    slack = 16 << 20  # of libraries that are loaded for a first picture of a format
+    assert {k: taken[k] for k in asked if taken[k] > asked[k] + slack} == {}
+
+
+@pytest.mark.parametrize("name", ["jpg", "txt", "json"])
+def test_a_member_of_gigabytes_is_rejected_unread(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.tar"
+    info = tarfile.TarInfo(f"a.{name}")
+    info.size = 3 << 30
+    with open(path, "wb") as file:  # sparse
+        file.write(info.tobuf())
+        file.truncate(512 + info.size + 1024)
+    kind = {"jpg": "image", "txt": "text"}.get(name, name)
+    config = configs.Config(models=["m"], input_tars=["unused"], output_metadata_dir="unused")
+    recipe = Recipe.of(config, {(kind, "identity"): PREPROCESSORS["identity"]})
+    with closing(Archive(path)) as archive:
+        (sample,) = archive.index()
+        made = prepare(sample, archive, recipe)
+    assert isinstance(made, Rejection)
+    assert made.reason.startswith(f"the {kind} file has 3,221,225,472 bytes, over ")
+
+
+def test_a_large_member_is_held_while_no_other_is(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", {"a.txt": bytes(17 << 20)})
+    config = configs.Config(models=["m"], input_tars=["unused"], output_metadata_dir="unused")
+    recipe = Recipe.of(config, {("text", "identity"): PREPROCESSORS["identity"]})
+    recipe.budget.take(1)
+    with closing(Archive(tar)) as archive, ThreadPoolExecutor(1) as pool:
+        (sample,) = archive.index()
+        waiting = pool.submit(prepare, sample, archive, recipe)
+        time.sleep(0.1)
+        assert not waiting.done()
+        recipe.budget.give(1)
+        assert isinstance(waiting.result(60), Ready)
 
 
 @pytest.mark.parametrize("kind", formats.FORMATS)
