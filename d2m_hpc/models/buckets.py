@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -59,3 +60,28 @@ def run_by_length(
     buckets = by_length(lengths)
     results = torch.cat([run(rows, int(lengths[rows].max())) for rows in buckets])
     return results[to_device(torch.argsort(torch.cat(buckets)), device)]
+
+
+def run_tokens(
+    tokens: Sequence[Sequence[int]],
+    padding: int,
+    run: Callable[[Tensor, Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> Tensor:
+    """Run texts, each bucket padded to its longest, and put the results back in order.
+
+    Args:
+        tokens: of each text one at least.
+        padding: the token to pad with.
+        run: given tokens [b, L], their lengths [b] and row indices [b], returns results [b, ...].
+        device: of what `run` is given, and of the results.
+    """
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    padded = torch.full((len(tokens), int(lengths.max())), padding)
+    padded[torch.arange(padded.shape[1]) < lengths[:, None]] = torch.tensor([*chain(*tokens)])
+
+    def bucket(rows: Tensor, length: int) -> Tensor:
+        given = (padded[rows, :length], lengths[rows], rows)
+        return run(*(to_device(tensor, device) for tensor in given))
+
+    return run_by_length(lengths, bucket, device)

@@ -37,6 +37,7 @@ def centre(
     high: int,
     size: tuple[int, int],
     how: Image.Resampling = Image.Resampling.BICUBIC,
+    corner: tuple[int, int] | None = None,
 ) -> Image.Image:
     """The middle of a picture that would be `wide` x `high` when it is resized.
 
@@ -44,19 +45,20 @@ def centre(
 
     Args:
         size: width and height of the middle.
+        corner: its first column and row, where halves are not to be rounded to even ones.
     """
     image = picture if isinstance(picture, Image.Image) else None
     width, height = image.size if image else (picture.shape[1], picture.shape[0])  # type: ignore[union-attr]
-    across, down = _span(width, wide, size[0]), _span(height, high, size[1])
+    left, top = corner or (round((wide - size[0]) / 2), round((high - size[1]) / 2))
+    across, down = _span(width, wide, left, size[0]), _span(height, high, top, size[1])
     (x0, x1), (y0, y1) = _around(across, width), _around(down, height)
     part = image.crop((x0, y0, x1, y1)) if image else Image.fromarray(picture[y0:y1, x0:x1])  # type: ignore[index]
     box = (across[0] - x0, down[0] - y0, across[1] - x0, down[1] - y0)
     return part.resize(size, how, box=box)
 
 
-def _span(given: int, made: int, side: int) -> tuple[float, float]:
-    """Where the middle `side` pixels of `made` begin and end in the `given` ones."""
-    start = round((made - side) / 2)
+def _span(given: int, made: int, start: int, side: int) -> tuple[float, float]:
+    """Where `side` pixels of `made`, from `start` on, begin and end in the `given` ones."""
     return start * given / made, (start + side) * given / made
 
 

@@ -131,6 +131,7 @@ class Use:
         name: the model's name in the config.
         folder: the weights folder.
         wanted: the outputs that are asked for, by their own names; a model need not compute others.
+            In `outputs`, they are not checked yet.
     """
 
     name: str

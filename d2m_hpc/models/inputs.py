@@ -30,6 +30,8 @@ class ImageInput:
             fractions of the square's side.
         short: pixels of the short side before the middle is cut out; `size` where it is not given.
         fill: grey value, in [0, 255].
+        crop: how the first row and column of the middle come from a half: `round` to the even
+            number, as torchvision does, or `floor`, as transformers does.
         mean, std: of pixels in [0, 1], by channel; without them the model is given uint8.
     """
 
@@ -38,6 +40,7 @@ class ImageInput:
     interpolation: Interpolation = "bicubic"
     short: int = 0
     fill: int = 0
+    crop: Literal["round", "floor"] = "round"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 

@@ -7,6 +7,7 @@ torch's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -150,10 +151,11 @@ def _cut_out(picture: Picture, wanted: ImageInput, exact: bool) -> Tensor:
     else:
         ratio = min(width / size[0], height / size[1])
         wide, high = round(width / ratio), round(height / ratio)
+    whole = round if wanted.crop == "round" else math.floor
+    left, top = whole((wide - size[0]) / 2), whole((high - size[1]) / 2)
     if wide * high > extremes.LARGE:
         how = Image.Resampling[wanted.interpolation.upper()]
-        return tensor_of(extremes.centre(picture.source, wide, high, size, how))
-    left, top = round((wide - size[0]) / 2), round((high - size[1]) / 2)
+        return tensor_of(extremes.centre(picture.source, wide, high, size, how, (left, top)))
     if exact and wide > size[0] and high == size[1]:
         return tensor_of(_landscape(picture.pil, wide, left, wanted))
     resized = tensor_of(_plain(picture, wide, high, wanted, exact))

@@ -63,13 +63,24 @@ class Chosen(NamedTuple):
     loc: tuple[str | int, ...] = ()
 
     @classmethod
-    def of(cls, name: str, family: Family, folder: Path, loc: tuple[str | int, ...] = ()) -> Chosen:
+    def of(
+        cls,
+        name: str,
+        family: Family,
+        folder: Path,
+        loc: tuple[str | int, ...] = (),
+        asked: Collection[str] = (),
+    ) -> Chosen:
         """
+        Args:
+            asked: full names of outputs that a config asks for, also of other models.
+
         Raises:
             ParameterError: a parameter has a value that cannot be used.
         """
         prefix = family.prefixes.get(name, name)
-        outputs = family.outputs(Use(name, folder, frozenset()))
+        own = (n.removeprefix(f"{prefix}-") for n in asked if n.startswith(f"{prefix}-"))
+        outputs = family.outputs(Use(name, folder, frozenset(own)))
         return cls(name, family, {f"{prefix}-{o.name}": o for o in outputs}, loc)
 
     def posts(self, columns: bool) -> dict[str, Post]:
@@ -163,7 +174,7 @@ class Registry:
         Returns:
             the registry, without those models with which something is wrong; and what is.
         """
-        chosen, problems = self._chosen(entries, folder)
+        chosen, problems = self._chosen(entries, asked, folder)
         own = [c for c in chosen if c.name not in self.models]
         columns = {**self.columns, **_posts(own, columns=True)}
         features = {**self.features, **_posts(own, columns=False)}
@@ -181,7 +192,7 @@ class Registry:
         return replace(self, models=models, columns=columns, features=features), problems
 
     def _chosen(
-        self, entries: Sequence[Listed], folder: Path
+        self, entries: Sequence[Listed], asked: Collection[str], folder: Path
     ) -> tuple[list[Chosen], list[Problem]]:
         chosen: list[Chosen] = []
         problems: list[Problem] = []
@@ -197,7 +208,7 @@ class Registry:
                 else:
                     continue
                 require_packages(family)
-                chosen.append(Chosen.of(name, family, folder, loc))
+                chosen.append(Chosen.of(name, family, folder, loc, asked))
             except ParameterError as error:
                 problems += _problems(name, loc, error)
         return chosen, problems

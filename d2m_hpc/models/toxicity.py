@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models.buckets import run_by_length
+from d2m_hpc.models.buckets import run_tokens
 from d2m_hpc.models.checkpoint import Weights
-from d2m_hpc.models.transfer import to_device
+from d2m_hpc.models.hub_nets import quiet
 
 CHECKPOINT = "multilingual_debiased-0b549669.ckpt"
 HUB_FILES = "xlm-roberta-base"
@@ -42,17 +39,9 @@ class Detoxify(nn.Module):
             float32 [B], in [0, 1].
         """
         encoded = self.tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        lengths = torch.tensor([len(ids) for ids in encoded])
-        padded = torch.full((len(texts), int(lengths.max())), self.tokenizer.pad_token_id)
-        padded[torch.arange(padded.shape[1]) < lengths[:, None]] = torch.tensor([*chain(*encoded)])
+        return run_tokens(encoded, self.tokenizer.pad_token_id, self._scores, self.device)
 
-        def run(rows: Tensor, length: int) -> Tensor:
-            ids = to_device(padded[rows, :length], self.device)
-            return self._scores(ids, to_device(lengths[rows], self.device))
-
-        return run_by_length(lengths, run, self.device)
-
-    def _scores(self, ids: Tensor, lengths: Tensor) -> Tensor:
+    def _scores(self, ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
         """float32 [b] of tokens [b, L].
 
         The net's own forward would look at the mask on the device, to see whether it needs it, and
@@ -73,7 +62,7 @@ def load(weights: Weights) -> tuple[nn.Module, Any]:
     """
     from detoxify.detoxify import get_model_and_tokenizer
 
-    with weights.used(CHECKPOINT), _quiet():
+    with weights.used(CHECKPOINT), quiet():
         content = weights.load(CHECKPOINT)
         args = {**content["config"]["arch"]["args"], "model_type": str(weights.path(HUB_FILES))}
         net, tokenizer = get_model_and_tokenizer(**args, state_dict=content["state_dict"])
@@ -88,19 +77,3 @@ def _complete(net: nn.Module, state: dict[str, Tensor], weights: Weights) -> Non
     vocabulary = weights.path(HUB_FILES) / "tokenizer.json"
     if not vocabulary.is_file():
         raise WeightsError(f"{vocabulary} is missing; run `d2m weights check`")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar and no advice from transformers; both as they were afterwards."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,184 @@
+"""Families of checkpoints that are folders in the layout of transformers: local ones, or the hub's.
+
+Nothing here imports torch or transformers: what a login node must know is read from JSON files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand
+from d2m_hpc.models.inputs import ImageInput, OwnInput
+from d2m_hpc.models.published import HubRepo
+
+WEIGHTS = (".safetensors", ".bin")
+"""How files of weights end."""
+RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""PIL's interpolations by number, as configs of processors have them."""
+OTHERS = ("label", "scores")
+"""What a classifier gives beside a column for each label."""
+PLAIN = re.compile(
+    "(ViT|CLIP|Blip|Bit|Siglip|DeiT|Beit)(ImageProcessor|FeatureExtractor)(Fast|Pil)?"
+)
+"""Processors that resize, cut the middle out and normalise, and do nothing else."""
+
+
+class HubFamily(Family):
+    """A checkpoint of transformers; a family adds what is computed with it."""
+
+    paths: ClassVar = ("checkpoint",)
+
+    checkpoint: str
+    """a folder that `save_pretrained` wrote, or a repository of the Hugging Face hub
+    (`owner/name`)"""
+    revision: str = "main"
+    """branch, tag or commit of a repository"""
+
+    def repo(self) -> HubRepo | None:
+        """The repository, where the checkpoint is no folder at hand.
+
+        Raises:
+            ParameterError: the hub can have no such repository.
+        """
+        if at_hand(self.checkpoint):
+            return None
+        try:
+            return HubRepo(self.checkpoint, self.revision)
+        except ValueError as error:
+            raise ParameterError("checkpoint", f"{error}, or the path of a folder") from None
+
+    def home(self, use: Use) -> Path:
+        """The folder from which the checkpoint is loaded."""
+        repo = self.repo()
+        return use.folder / repo.name if repo else at_hand(self.checkpoint) or Path()
+
+    def checkpoints(self, use: Use) -> list[HubRepo | Path]:
+        if repo := self.repo():
+            return [repo]
+        home = self.home(use)
+        names = [p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file()]
+        found = [home / name for name in HubRepo("a/b").selected(names)]
+        if not any(path.suffix in WEIGHTS for path in found):
+            what = f"{home} has no file of weights (model.safetensors)"
+            raise ParameterError("checkpoint", what)
+        return [*found]
+
+    def document(
+        self, use: Use, name: str = "config.json", required: bool = True, kind: type = dict
+    ) -> Any:
+        """The content of one of the checkpoint's JSON files; an empty one where a repository is
+        not fetched yet, or where a file that is not required is missing.
+
+        Raises:
+            ParameterError: the file is missing or damaged.
+        """
+        path = self.home(use) / name
+        if not path.exists() and (self.repo() or not required):
+            return kind()
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ParameterError("checkpoint", f"{path} cannot be read: {why}") from None
+        if not isinstance(content, kind):
+            raise ParameterError("checkpoint", f"{path} holds no {kind.__name__}")
+        return content
+
+    def image(self, use: Use) -> ImageInput | OwnInput:
+        """The picture, as the checkpoint's processor prepares it."""
+        told = self.document(use, "preprocessor_config.json", required=False)
+        if not told:  # transformers 5 keeps it within the config of all that prepares inputs
+            told = self.document(use, "processor_config.json", required=False)
+            told = told.get("image_processor", {})
+        source = str(self.home(use))
+        return described(told) or OwnInput("image", "d2m_hpc.models.hub_nets:images", source=source)
+
+    def text(self, use: Use, **options: Any) -> OwnInput:
+        """The tokens of the caption, by the checkpoint's tokenizer."""
+        source = str(self.home(use))
+        return OwnInput("text", "d2m_hpc.models.hub_nets:tokens", source=source, **options)
+
+    def labels(self, use: Use) -> dict[str, str]:
+        """The checkpoint's labels, in order, by the names of their columns.
+
+        Two labels of one name, as a column has it, are told apart by their numbers.
+        """
+        config = self.document(use)
+        if not config:
+            return {}
+        told = config.get("id2label") or {
+            i: f"LABEL_{i}" for i in range(config.get("num_labels", 2))
+        }
+        labels = [str(told[i]) for i in sorted(told, key=int)]
+        names = [column_name(label) for label in labels]
+        return {
+            f"{name}-{i}" if not name or name in OTHERS or names.count(name) > 1 else name: label
+            for i, (name, label) in enumerate(zip(names, labels, strict=True))
+        }
+
+    def scores(self, use: Use) -> list[Output]:
+        """The outputs of a classifier.
+
+        Of a repository that is not fetched yet, whatever a config asks for is taken for a label.
+        """
+        labels = self.labels(use)
+        names = [*labels] if self.document(use) else sorted(use.wanted - {*OTHERS})
+        return [
+            *(Output(name, "float32") for name in names),
+            Output("label", "string", options={"to_cpu": False}),
+            Output("scores", shape=(len(labels),) if labels else ()),
+        ]
+
+
+def column_name(label: str) -> str:
+    """A label, as a column's name has it.
+
+    Example:
+        >>> column_name("Tabby, tabby cat"), column_name("LABEL_0")
+        ('tabby-tabby-cat', 'label_0')
+    """
+    return re.sub(r"\W+", "-", label.lower()).strip("-")
+
+
+def described(told: Mapping[str, Any]) -> ImageInput | None:
+    """What a processor's config says, where an `ImageInput` can say the same.
+
+    Example:
+        >>> described({"image_processor_type": "DonutImageProcessor", "size": [384, 384]}) is None
+        True
+    """
+    kind = told.get("image_processor_type") or told.get("feature_extractor_type")
+    if not PLAIN.fullmatch(str(kind)):
+        return None
+    try:
+        return _described(told)
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def _described(told: Mapping[str, Any]) -> ImageInput | None:
+    """
+    Raises:
+        LookupError, TypeError, ValueError: the config leaves out what only its class knows.
+    """
+    size, normal = told["size"], told["do_normalize"]
+    resized = told["do_resize"] and told["do_rescale"] and not told.get("do_pad")
+    if not resized or not math.isclose(told["rescale_factor"], 1 / 255, rel_tol=1e-6):
+        return None
+    options: dict[str, Any] = {
+        "interpolation": RESAMPLING[told["resample"]],
+        "mean": told["image_mean"] if normal else (0, 0, 0),
+        "std": told["image_std"] if normal else (1, 1, 1),
+    }
+    if not told.get("do_center_crop"):
+        square = {*size} == {"height", "width"}
+        return ImageInput((size["height"], size["width"]), "squash", **options) if square else None
+    sides = (told["crop_size"]["height"], told["crop_size"]["width"])
+    if {*size} != {"shortest_edge"} or max(sides) > size["shortest_edge"]:
+        return None
+    return ImageInput(sides, "shortest", short=size["shortest_edge"], crop="floor", **options)

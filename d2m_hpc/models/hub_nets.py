@@ -1,0 +1,232 @@
+"""Nets of transformers, loaded from folders without asking the hub, and their inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2m_hpc.errors import WeightsError
+from d2m_hpc.models.buckets import run_tokens
+
+ENDLESS = 1 << 20
+"""A tokenizer's limit from which on it is none: some have 10^30."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar and no advice from transformers; both as they were afterwards."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Build something of a checkpoint's folder.
+
+    Raises:
+        WeightsError: the folder does not hold what is needed.
+    """
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is missing; run `d2m weights check`")
+    try:
+        with quiet():
+            yield
+    except (WeightsError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a library trips over in files of another kind
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise WeightsError(f"{folder} cannot be used: {what}") from error
+
+
+def net_of(folder: Path, auto: str, device: torch.device, unused: str = "-") -> Any:
+    """The net of a checkpoint, in float32, ready to compute with.
+
+    Args:
+        auto: the class of transformers that knows which net this is.
+        unused: how the names of tensors begin that may be missing.
+
+    Raises:
+        WeightsError: the checkpoint lacks tensors that the net has, which transformers would make
+            up, or has none for such a net.
+    """
+    import transformers
+
+    with loading(folder):
+        net, told = getattr(transformers, auto).from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        if missing := sorted(n for n in told["missing_keys"] if not n.startswith(unused)):
+            few = ", ".join(missing[:4])
+            raise WeightsError(f"{folder} lacks tensors of a {type(net).__name__}: {few}")
+        return net.to(device).eval()
+
+
+def loaded(auto: str, source: str) -> Any:
+    """A tokenizer or processor of a checkpoint's folder."""
+    import transformers
+
+    with loading(Path(source)):
+        return getattr(transformers, auto).from_pretrained(source, local_files_only=True)
+
+
+def images(source: str) -> Callable[[Image.Image], Tensor]:
+    """Pictures as a checkpoint's own processor prepares them, for `inputs.OwnInput`."""
+    made = loaded("AutoImageProcessor", source)
+
+    def prepare(image: Image.Image) -> Tensor:
+        pixels: Tensor = made(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    return prepare
+
+
+def tokens(
+    source: str, most: int | None = None, prefix: str = "", lower: bool = False
+) -> Callable[[str], list[int]]:
+    """The tokens of a text, for `inputs.OwnInput`.
+
+    Args:
+        source: the folder of the tokenizer's files.
+        most: tokens of a text; by default as many as the net takes.
+        prefix: what every text begins with.
+        lower: take texts in lower case.
+    """
+    made, one = loaded("AutoTokenizer", source), Lock()
+    most = most or longest(Path(source), made.model_max_length)
+    instead = [made.pad_token_id or made.eos_token_id or 0]
+
+    def prepare(text: str) -> list[int]:
+        text = prefix + (text.lower() if lower else text)
+        with one:  # tokenizers keep truncation as state, which threads would share
+            found: list[int] = made(text, truncation=True, max_length=most)["input_ids"]
+        return found or instead  # an empty text, without tokens around
+
+    return prepare
+
+
+def longest(folder: Path, told: int) -> int:
+    """The most tokens that a net takes.
+
+    Args:
+        told: what its tokenizer says.
+    """
+    config = json.loads((folder / "config.json").read_bytes())
+    config = config.get("text_config") or config
+    places = config.get("max_position_embeddings") or config.get("n_positions") or ENDLESS
+    if "roberta" in str(config.get("model_type")):  # counts its places from behind the padding
+        places -= int(config.get("pad_token_id") or 0) + 1
+    return min(told, places, ENDLESS)
+
+
+def padding_of(config: Any) -> int:
+    """The token that fills up texts, as a net's config has it; where it has none, any would do.
+
+    It is entered there: some nets find each text's last token by it.
+    """
+    found = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    config.pad_token_id = next((t for t in found if isinstance(t, int)), 0)
+    return int(config.pad_token_id)
+
+
+def mask_of(ids: Tensor, lengths: Tensor) -> Tensor:
+    """int64 [b, L]: 1 at the tokens of each text, 0 behind them."""
+    return (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+
+class Classifier(nn.Module):
+    """The scores of a checkpoint's labels, of pictures or of texts.
+
+    Args:
+        auto: the class of transformers that knows the net.
+        labels: the labels, in order, as the checkpoint has them: by the names of their columns.
+    """
+
+    def __init__(
+        self, device: torch.device, folder: Path, auto: str, labels: Mapping[str, str]
+    ) -> None:
+        super().__init__()
+        self.net = net_of(folder, auto, device)
+        self.device, self.labels = device, labels
+
+    def forward(self, given: Tensor | list[list[int]]) -> dict[str, Tensor]:
+        """
+        Args:
+            given: pictures float32 [B, 3, H, W], or B texts' tokens.
+
+        Returns:
+            `scores`, float32 [B, labels].
+        """
+        if isinstance(given, Tensor):
+            logits = self.net(pixel_values=given).logits
+        else:
+            padding = padding_of(self.net.config)
+            logits = run_tokens(given, padding, self._of_texts, self.device)
+        return {"scores": self._scores(logits.float())}
+
+    def on_host(self, output: dict[str, Tensor]) -> dict[str, Any]:
+        scores, names = output["scores"], [*self.labels.values()]
+        best = [names[i] for i in scores.argmax(dim=1).tolist()]
+        return {**dict(zip(self.labels, scores.unbind(1), strict=True)), **output, "label": best}
+
+    def _of_texts(self, ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        logits: Tensor = self.net(input_ids=ids, attention_mask=mask_of(ids, lengths)).logits
+        return logits
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """As a pipeline of transformers makes them of the net's numbers."""
+        kind = self.net.config.problem_type
+        if kind == "regression":
+            return logits
+        several = kind == "multi_label_classification" or logits.shape[1] == 1
+        return logits.sigmoid() if several else logits.softmax(dim=1)
+
+
+class Embedder(nn.Module):
+    """A feature of each text.
+
+    Args:
+        pooling: `mean` of the last layer's tokens, or `cls`, the first of them.
+        normalise: bring features to length 1.
+    """
+
+    def __init__(self, device: torch.device, folder: Path, pooling: str, normalise: bool) -> None:
+        super().__init__()
+        self.net = net_of(folder, "AutoModel", device, unused="pooler.")
+        self.device, self.pooling, self.normalise = device, pooling, normalise
+        self.padding = padding_of(self.net.config)
+
+    def forward(self, texts: list[list[int]]) -> dict[str, Tensor]:
+        """
+        Args:
+            texts: tokens of B texts.
+
+        Returns:
+            `feature`, float32 [B, D].
+        """
+        feature = run_tokens(texts, self.padding, self._of_texts, self.device)
+        return {"feature": F.normalize(feature, dim=1) if self.normalise else feature}
+
+    def _of_texts(self, ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        mask = mask_of(ids, lengths)
+        hidden: Tensor = self.net(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        return (hidden * mask[:, :, None]).sum(dim=1) / lengths[:, None]

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bench import run
+from kit import photographs
+from tiny_nets import vit
+from transformers import (
+    AutoImageProcessor,
+    CLIPImageProcessor,
+    DeiTImageProcessor,
+    ViTForImageClassification,
+    pipeline,
+)
+
+from d2m_hpc.config import Config
+from d2m_hpc.models.families.image_classification import ImageClassification
+from d2m_hpc.models.family import Use
+from d2m_hpc.models.inputs import ImageInput
+
+NAMES = {0: "normal", 1: "NSFW, drawn", 2: "nsfw (drawn)"}
+ODD = CLIPImageProcessor(size={"shortest_edge": 53}, crop_size={"height": 48, "width": 48})
+"""Half of 53 - 48 is none: transformers begins one pixel before torchvision's transforms."""
+OWN = DeiTImageProcessor(size={"height": 56, "width": 56}, crop_size={"height": 48, "width": 48})
+
+
+def keys(folder: Path, *columns: str, features: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {
+        "models": [{"own": {"kind": "image-classification", "checkpoint": str(folder)}}],
+        "postprocess_columns": list(columns),
+        "postprocess_features": list(features),
+    }
+
+
+def theirs(folder: Path, backend: str = "pil") -> list[dict[str, float]]:
+    """Scores by label, by a pipeline of transformers."""
+    processor = AutoImageProcessor.from_pretrained(folder, backend=backend)
+    net = ViTForImageClassification.from_pretrained(folder)
+    run_all = pipeline("image-classification", model=net, image_processor=processor, top_k=9)
+    return [{s["label"]: s["score"] for s in run_all(picture)} for picture in photographs(8)]
+
+
+@pytest.mark.parametrize("processor", [None, ODD])
+def test_scores_are_a_pipelines(processor: Any, tmp_path: Path) -> None:
+    folder = vit(tmp_path / "net", processor, id2label=NAMES)
+    columns = ["own-normal", "own-nsfw-drawn-1", "own-nsfw-drawn-2", "own-label"]
+    found = run(keys(folder, *columns, features=("own-scores",)), photographs(8))
+    expected = theirs(folder)
+    for column, label in zip(columns, NAMES.values(), strict=False):
+        scores = np.array([row[label] for row in expected])
+        assert scores.std() > 1e-3
+        np.testing.assert_allclose(found.columns[column], scores, atol=1e-5)
+    assert found.columns["own-label"] == [max(row, key=row.__getitem__) for row in expected]
+    np.testing.assert_allclose(found.features["own-scores"].sum(axis=1), 1, atol=1e-5)
+    fast = run({**keys(folder, "own-normal"), "resize": "fast"}, photographs(8))
+    scores = [row["normal"] for row in theirs(folder, "torchvision")]
+    np.testing.assert_allclose(fast.columns["own-normal"], scores, atol=1e-5)
+
+
+def test_a_processor_that_does_more_prepares_the_pictures_itself(tmp_path: Path) -> None:
+    folder = vit(tmp_path / "net", OWN, id2label=NAMES, problem_type="multi_label_classification")
+    found = run(keys(folder, "own-normal"), photographs(8))
+    scores = [row["normal"] for row in theirs(folder, "torchvision")]
+    np.testing.assert_allclose(found.columns["own-normal"], scores, atol=1e-5)
+
+
+def test_pictures_are_described_by_value_where_that_is_possible(tmp_path: Path) -> None:
+    use = Use("own", tmp_path, frozenset())
+    forms = [
+        ImageClassification(checkpoint=str(vit(tmp_path / str(i), p))).inputs(use)[0]
+        for i, p in enumerate([None, ODD, OWN])
+    ]
+    assert [isinstance(form, ImageInput) for form in forms] == [True, True, False]
+
+
+def _mistakes(config: dict[str, Any], tmp_path: Path) -> list[str]:
+    from d2m_hpc.config.mistakes import registry_mistakes
+    from d2m_hpc.models.registry import Registry
+
+    given = {"input_tars": ["none.tar"], "output_metadata_dir": "out", "device": "cpu"}
+    made = Config.model_validate({**given, **config, "weights_dir": str(tmp_path)})
+    return [*map(str, registry_mistakes(made, Registry()))]
+
+
+def test_labels_are_taken_as_they_come_until_a_repository_is_fetched(tmp_path: Path) -> None:
+    config = keys(Path("some/nets"), "own-anything", "own-label")
+    assert _mistakes(config, tmp_path) == []
+    folder = vit(tmp_path / "hub" / "some--nets@main", id2label=NAMES)
+    [mistake] = _mistakes(config, tmp_path)
+    assert "'own-anything'" in mistake
+    assert "own-normal" in mistake
+    assert _mistakes(keys(Path("some/nets"), "own-normal"), tmp_path) == []
+    (folder / "config.json").write_text("{")
+    [mistake] = _mistakes(config, tmp_path)
+    assert "config.json cannot be read" in mistake
+
+
+def test_a_folder_without_a_checkpoint_is_told_at_once(tmp_path: Path) -> None:
+    [mistake] = _mistakes(keys(tmp_path / "none", "own-normal"), tmp_path)
+    assert "models.0.own.checkpoint: " in mistake
+    assert "config.json cannot be read" in mistake
+    folder = vit(tmp_path / "net", id2label=NAMES)
+    (folder / "model.safetensors").unlink()
+    [mistake] = _mistakes(keys(folder, "own-normal"), tmp_path)
+    assert "no file of weights" in mistake

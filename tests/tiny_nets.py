@@ -1,0 +1,51 @@
+"""Small random checkpoints in the layout of transformers, each with its tokenizer or processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from kit import captions
+from tokenizers import BertWordPieceTokenizer
+from transformers import BertTokenizerFast, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+
+
+def lively(net: torch.nn.Module, seed: int = 0) -> Any:
+    """The net with weights by which inputs differ: as they are made, outputs are all but equal."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in net.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.2)
+    return net.eval()
+
+
+def vit(folder: Path, processor: Any = None, **config: Any) -> Path:
+    """An image classifier, of 48 pixels."""
+    made = ViTConfig(**SMALL, image_size=48, patch_size=16, **config)
+    lively(ViTForImageClassification(made)).save_pretrained(folder)
+    (processor or ViTImageProcessor(size={"height": 48, "width": 48})).save_pretrained(folder)
+    return folder
+
+
+def bert(folder: Path, kind: Any, **config: Any) -> Path:
+    """A net of BERT's of some kind, with a tokenizer learnt from the kit."""
+    learnt = BertWordPieceTokenizer()
+    learnt.train_from_iterator(captions(), vocab_size=300, show_progress=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    learnt.save_model(str(folder))
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    made = kind.config_class(
+        **SMALL, vocab_size=len(tokenizer), max_position_embeddings=64, **config
+    )
+    lively(kind(made)).save_pretrained(folder)
+    return folder
