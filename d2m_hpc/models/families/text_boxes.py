@@ -66,6 +66,9 @@ class TextBoxes(Family):
         folder = shipped_by("rapidocr_onnxruntime")
         return sorted(folder.glob("models/*det*.onnx")) if folder else []
 
+    def licence(self) -> str:
+        return "Apache-2.0"
+
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         detector(**self.model_dump())
         # The decode threads have detected, each with a core of its own: the pictures are of many
