@@ -15,7 +15,10 @@ from torch import Tensor
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.published import HubRepo
+from d2m_hpc.storage.texts import safe
 
+LONGEST = 600
+"""Characters of an error that are told: a net may lack thousands of tensors."""
 WRAPPERS = ("_orig_mod.", "module.")
 """What torch.compile and DistributedDataParallel put before the names of a net's tensors."""
 
@@ -75,7 +78,7 @@ class Weights:
         except (WeightsError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a net trips over in a file of another kind
-            what = f"{type(error).__name__}: {error}"
+            what = safe(" ".join(f"{type(error).__name__}: {error}".split()), LONGEST)
             raise WeightsError(f"{self.path(name)} cannot be used: {what}") from error
 
 

@@ -113,7 +113,8 @@ class OpenClipNet(Clip):
 
     Args:
         name: of the checkpoint below the weights folder, or its path.
-        config: the architecture, as open_clip's JSON files have it.
+        config: the architecture, as open_clip's JSON files have it; None for a checkpoint of
+            OpenAI's, which tells its own.
         wanted: of `image`, `text` and `score`, which needs both.
     """
 
@@ -122,11 +123,12 @@ class OpenClipNet(Clip):
         device: torch.device,
         weights: Weights,
         name: str,
-        config: Mapping[str, Any],
+        config: Mapping[str, Any] | None,
         wanted: Collection[str],
     ) -> None:
         self.encoders = [kind for kind in ("image", "text") if {kind, "score"} & {*wanted}]
-        super().__init__(create(weights, name, config), device)
+        net = load(weights, name) if config is None else create(weights, name, config)
+        super().__init__(net, device)
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         """
@@ -146,8 +148,6 @@ def create(weights: Weights, name: str, config: Mapping[str, Any]) -> Any:
     import open_clip
 
     with weights.used(name), tempfile.TemporaryDirectory() as folder:
-        if is_torchscript(weights, name):  # OpenAI's own, which tell their architecture
-            return load(weights, name)
         kept = Path(folder) / f"d2m-{sha256(json.dumps(config).encode()).hexdigest()[:16]}.json"
         kept.write_text(json.dumps(config))
         open_clip.add_model_config(kept)

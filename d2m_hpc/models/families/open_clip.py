@@ -44,6 +44,8 @@ WEIGHTS = (
 NEEDED = (".json", ".txt", ".model")
 """How the other files of an exported model end: its config and its tokenizer."""
 HUB = "hf-hub:"
+OPENAI = "//openaipublic.azureedge.net/"
+"""In the addresses of OpenAI's own checkpoints."""
 CONFIG = "open_clip_config.json"
 EXPORTED = ("open_clip_*model.safetensors", "open_clip_*model.bin")
 TOKENIZER = (
@@ -213,7 +215,9 @@ class OpenClip(Family):
         path = weights if isinstance(weights, Path) else use.folder / weights.name
         if isinstance(weights, HubRepo):
             path = exported(path) or path / weights.files[0]
-        return OpenClipNet(device, Weights(use.folder), str(path), config, use.wanted)
+        is_openais = isinstance(weights, Checkpoint) and OPENAI in weights.url
+        told = None if is_openais else config
+        return OpenClipNet(device, Weights(use.folder), str(path), told, use.wanted)
 
     def _repo(self) -> HubRepo | None:
         """The repository that the model is, where it is one."""

@@ -10,13 +10,19 @@ import pytest
 import torch
 from bench import run
 from kit import captions, photographs
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, XLMRobertaConfig
 
+from d2m_hpc.errors import WeightsError
+from d2m_hpc.models.families import open_clip as family
 from d2m_hpc.models.families.open_clip import OpenClip
+from d2m_hpc.models.family import Use
+from d2m_hpc.models.inputs import ImageInput
+from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.models.registry import MODELS
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -154,3 +160,117 @@ def test_presets_are_pairs_that_open_clip_lists() -> None:
     presets = {(p["model"], p["pretrained"]) for p in OpenClip.presets.values()}
     assert presets <= {*open_clip.list_pretrained()}
     assert OpenClip.presets.keys() <= MODELS.keys()
+
+
+PAIRS = open_clip.list_pretrained()
+
+
+def test_every_published_model_is_known_as_open_clip_knows_it() -> None:
+    """What the login node reads from open_clip's files is what open_clip itself says."""
+    named: dict[str, str] = {}
+    for model, tag in PAIRS:
+        made = OpenClip(model=model, pretrained=tag)
+        use = Use("net", Path("weights"), frozenset({"image", "text", "score"}))
+        told, config = open_clip.get_pretrained_cfg(model, tag), open_clip.get_model_config(model)
+        image, text = made.inputs(use)
+        assert image == ImageInput(
+            config["vision_cfg"]["image_size"],
+            told["resize_mode"],
+            told["interpolation"],
+            mean=told["mean"],
+            std=told["std"],
+        )
+        assert dict(text.options)["context"] == config["text_cfg"].get("context_length", 77)
+        assert {o.name: o.shape for o in made.outputs(use)}["image"] == (config["embed_dim"],)
+        first = made.checkpoints(use)[0]
+        assert not isinstance(first, Path)
+        assert named.setdefault(first.name, first.url) == first.url
+        if isinstance(first, Checkpoint):
+            assert first.url == told["url"]
+            assert len(first.sha256) in (0, 8, 64)
+        else:
+            assert first.repo_id == told["hf_hub"].rpartition("/")[0]
+    assert len(named) > 100
+
+
+def test_the_tables_are_read_without_torch_and_else_by_open_clip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = [name for name in open_clip.list_models() if not name.startswith("d2m-")]
+    assert family.architectures() == sorted(known)
+    own = family._table(family._library() / "pretrained.py")
+    assert own == open_clip.pretrained._PRETRAINED
+    assert own is not open_clip.pretrained._PRETRAINED
+    monkeypatch.setattr(family, "_table", lambda path: {}["moved"])
+    assert family.pretrained.__wrapped__() is open_clip.pretrained._PRETRAINED
+
+
+def _variants(folder: Path) -> dict[str, Any]:
+    """The same weights as people keep them."""
+    state = torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True)
+    parallel = {f"module.{name}": value for name, value in state.items()}
+    return {
+        "plain.pt": state,
+        "training.pt": {"epoch": 3, "name": "run", "state_dict": parallel, "optimizer": {}},
+        "net.safetensors": state,
+    }
+
+
+@pytest.mark.parametrize("kept", ["plain.pt", "training.pt", "net.safetensors"])
+def test_a_checkpoint_at_hand_is_used_however_it_was_kept(kept: str, tmp_path: Path) -> None:
+    folder = export(tmp_path / "net", CLIP)
+    content = _variants(folder)[kept]
+    path = folder / kept
+    save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+    expected, _ = features(folder, 2)
+    (folder / "open_clip_pytorch_model.bin").unlink()
+    keys = _config("own", {"model": str(folder), "pretrained": str(path)}, "image")
+    ours = run(keys, photographs(2)).features["own-image"]
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_openais_tag_has_the_activation_that_it_was_trained_with(checkpoints: Path) -> None:
+    """Also under the name without `-quickgelu`, for which open_clip only warns."""
+    keys = _config("own", {"model": "ViT-B-32", "pretrained": "openai"}, "image", "text", "score")
+    keys["models"].append("oai-clip-vit-b32")
+    keys["postprocess_features"] += ["oai-clip-vit-b32-image", "oai-clip-vit-b32-text"]
+    keys["weights_dir"] = str(checkpoints)
+    ours = run(keys, photographs(2), ["a cat", "the dog of a cat"]).features
+    for kind in ("image", "text"):
+        np.testing.assert_allclose(ours[f"own-{kind}"], ours[f"oai-clip-vit-b32-{kind}"], atol=1e-6)
+
+
+def test_another_nets_weights_are_told(tmp_path: Path) -> None:
+    folder = export(tmp_path / "net", CLIP)
+    other = export(tmp_path / "other", {**CLIP, "embed_dim": 8})
+    weights = str(other / "open_clip_pytorch_model.bin")
+    keys = _config("own", {"model": str(folder), "pretrained": weights}, "image")
+    with pytest.raises(WeightsError, match=r"pytorch_model.bin cannot be used: .*size mismatch"):
+        run(keys, photographs(1))
+
+
+def test_a_text_tower_of_transformers_is_read_from_a_folder(tmp_path: Path) -> None:
+    """As of the multilingual models."""
+    tower = XLMRobertaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    tower.save_pretrained(tmp_path / "tower")
+    text = {
+        "hf_model_name": str(tmp_path / "tower"),
+        "hf_model_pretrained": False,
+        "hf_tokenizer_name": str(tmp_path / "net"),
+        "hf_pooler_type": "mean_pooler",
+        "context_length": 12,
+    }
+    folder = export(tmp_path / "net", {**CLIP, "text_cfg": text, "custom_text": True})
+    ours = run(_config("own", {"model": str(folder)}, "text"), [], captions()[:8])
+    np.testing.assert_allclose(ours.features["own-text"], features(folder)[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("images", RESIZING)
+def test_fast_resizing_is_near(images: dict[str, Any], tmp_path: Path) -> None:
+    folder = export(tmp_path / "net", CLIP, images)
+    keys = _config("own", {"model": str(folder)}, "image")
+    exact = run(keys, photographs(8)).features["own-image"]
+    fast = run({**keys, "resize": "fast"}, photographs(8)).features["own-image"]
+    assert 0 < np.abs(exact - fast).max() < 5e-3
