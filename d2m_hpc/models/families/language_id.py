@@ -58,7 +58,7 @@ class LanguageId(Family):
         return [_FULL] if self.model == "full" else [path] if path else []
 
     def licence(self) -> str:
-        return "CC-BY-SA-3.0"
+        return "CC-BY-SA-3.0" if self.model in ("lite", "full") else ""
 
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.checkpoint import Weights

@@ -1,0 +1,146 @@
+"""Any ONNX net that takes images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from d2m_hpc.models.family import Family, Output, ParameterError, Use, located, published
+from d2m_hpc.models.inputs import ImageInput, Interpolation
+from d2m_hpc.models.published import Checkpoint
+from d2m_hpc.models.types import is_column_type
+
+if TYPE_CHECKING:
+    import torch
+
+Side = Annotated[int, Field(ge=1)]
+Colour = tuple[float, float, float]
+
+
+class OnnxOutput(BaseModel):
+    """How a column or feature is read from an ONNX net."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    output: str = ""
+    """of the net; without, its first"""
+    activation: Literal["none", "sigmoid", "softmax"] = "none"
+    """of the values of an image, before `index` is taken"""
+    index: Annotated[int, Field(ge=0)] | None = None
+    """which of the values of an image"""
+    type: str = "float32"
+    """of a column"""
+    shape: tuple[Side, ...] = ()
+    """of a feature's row; without, it is a column"""
+
+
+class OnnxImages(Family):
+    """Columns and features of an ONNX net that takes images, run by onnxruntime."""
+
+    kind: ClassVar = "onnx"
+    paths: ClassVar = ("checkpoint",)
+    packages: ClassVar = {"onnxruntime": "d2m_hpc[onnx]"}
+
+    checkpoint: str
+    """path or URL of an `.onnx` file"""
+    gives: Annotated[dict[str, OnnxOutput], Field(min_length=1)]
+    """columns and features by name, as `score: {output: logits, index: 1, activation: softmax}` or
+    `image: {output: embedding, shape: [512]}`"""
+    size: Side | tuple[Side, Side]
+    """side of the square that the net is given, or height and width"""
+    sha256: str = ""
+    """of the file that a URL gives"""
+    resize: Literal["shortest", "longest", "squash"] = "shortest"
+    """bring the short side to the size and cut the middle out; bring the long side to the size and
+    put `fill` around; or ignore the aspect"""
+    short: Annotated[int, Field(ge=0)] = 0
+    """pixels of the short side before the middle is cut out; `size` where it is not given"""
+    interpolation: Interpolation = "bicubic"
+    """how images are resized"""
+    fill: Annotated[int, Field(ge=0, le=255)] = 0
+    """grey value around an image"""
+    mean: Colour | None = None
+    """of pixels in [0, 1]; without `mean` and `std` the net is given the values 0 to 255"""
+    std: Colour | None = None
+    """of pixels in [0, 1]"""
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    """order of the axes"""
+    channels: Literal["RGB", "BGR"] = "RGB"
+    """their order; `mean` and `std` are in the order of RGB"""
+    input: str = ""
+    """name of the net's input, where it has several"""
+
+    def inputs(self, use: Use) -> list[Any]:
+        mean, std = self.mean, self.std
+        if mean or std:
+            mean, std = mean or (0, 0, 0), std or (1, 1, 1)
+        return [
+            ImageInput(self.size, self.resize, self.interpolation, self.short, self.fill, mean, std)
+        ]
+
+    def outputs(self, use: Use) -> list[Output]:
+        self._file()
+        for name, given in self.gives.items():
+            if not is_column_type(given.type):
+                what = f"{name}: unknown type {given.type!r}; valid: float32, list<float32>, ..."
+                raise ParameterError("gives", what)
+        return [
+            Output(name, "" if given.shape else given.type, shape=given.shape)
+            for name, given in self.gives.items()
+        ]
+
+    def checkpoints(self, use: Use) -> list[Checkpoint | Path]:
+        file = self._file()
+        if isinstance(file, Checkpoint):
+            return [file]
+        return [file, *sorted(file.parent.glob(f"{file.stem}.onnx?data*"))]
+
+    def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
+        from d2m_hpc.models.checkpoint import Weights
+        from d2m_hpc.models.onnx_session import OnnxNet
+
+        path = located(self._file(), use.folder)
+        with Weights(use.folder).used(str(path)):
+            net = OnnxNet(path, device, self.input)
+            wanted = {n: given for n, given in self.gives.items() if n in use.wanted}
+            read = {n: given.output or net.outputs[0] for n, given in wanted.items()}
+            if missing := sorted(set(read.values()) - set(net.outputs)):
+                raise ValueError(f"it has no output {missing[0]!r}, but {', '.join(net.outputs)}")
+
+        def model(pixels: torch.Tensor) -> dict[str, Any]:
+            pixels = pixels.flip(1) if self.channels == "BGR" else pixels
+            pixels = pixels.permute(0, 2, 3, 1) if self.layout == "NHWC" else pixels
+            # In the model's step, whole batches at a time: on the device, or on all cores.
+            found = net(pixels, [*dict.fromkeys(read.values())])
+            return {n: _read(found[read[n]], n, given) for n, given in wanted.items()}
+
+        return model
+
+    def _file(self) -> Checkpoint | Path:
+        return published("checkpoint", self.checkpoint, self.sha256)
+
+
+def _read(value: torch.Tensor, name: str, given: OnnxOutput) -> Any:
+    """
+    Raises:
+        ValueError: the net gives something else than what the config says.
+    """
+    rows = value.flatten(1)
+    if given.activation == "sigmoid":
+        rows = rows.sigmoid()
+    elif given.activation == "softmax":
+        rows = rows.softmax(dim=1)
+    if given.index is not None:
+        if given.index >= rows.shape[1]:
+            raise ValueError(f"{name}: `index` is {given.index}, of {rows.shape[1]} values")
+        return rows[:, given.index]
+    if given.shape:
+        return rows.reshape(len(rows), *given.shape)
+    if given.type.startswith("list<"):
+        return rows.tolist()
+    if rows.shape[1] != 1:
+        raise ValueError(f"{name}: the net gives {rows.shape[1]} values an image; `index` is one")
+    return rows[:, 0]
