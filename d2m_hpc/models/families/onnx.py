@@ -78,7 +78,15 @@ class OnnxImages(Family):
         if mean or std:
             mean, std = mean or (0, 0, 0), std or (1, 1, 1)
         return [
-            ImageInput(self.size, self.resize, self.interpolation, self.short, self.fill, mean, std)
+            ImageInput(
+                self.size,
+                self.resize,
+                self.interpolation,
+                self.short,
+                self.fill,
+                mean=mean,
+                std=std,
+            )
         ]
 
     def outputs(self, use: Use) -> list[Output]:
