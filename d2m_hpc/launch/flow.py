@@ -1,4 +1,4 @@
-"""Submit: decide what is left, put that on record, and only then start tasks."""
+"""Submit: decide what is left, put that on record, start tasks by a `Backend`."""
 
 from __future__ import annotations
 

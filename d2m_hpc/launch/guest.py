@@ -1,4 +1,4 @@
-"""Leave a process as it was found, for callers from Python."""
+"""Leave the process of a Python caller as it was before the call."""
 
 from __future__ import annotations
 

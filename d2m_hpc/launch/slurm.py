@@ -1,4 +1,4 @@
-"""Divide chunks into job arrays; read what Slurm says of them."""
+"""Slurm's answers: read squeue, divide chunks into job arrays, cancel them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Byte-pair encoding of words of any length: the tokens of openai/CLIP, not in square time."""
+"""Byte-pair encoding with the tokens of openai/CLIP, in n log n steps for a word of n letters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python modules of a custom file: found while the file is run, and run again from copies.
+"""Find the Python modules that a custom file imports, and run them again from copies.
 
 A custom file imports what lies beside it by name. Whoever describes the file runs it once and
 keeps the source of each such module; tasks run these sources, whatever lies there by then.

@@ -1,4 +1,4 @@
-"""Pictures of extreme shapes, resized within a bound of memory that does not hang on their shape.
+"""Resize very long or thin pictures within bounded memory.
 
 A picture of 1 x 3,000,000 pixels takes a few kilobytes as a PNG, and gigabytes on its way to a
 square. What is here stands in for the ordinary way where that would take too much; its values are

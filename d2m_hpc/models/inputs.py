@@ -1,4 +1,4 @@
-"""What models are given, described by values: equal ones are prepared once. No torch."""
+"""Describe the inputs of models by values, so that equal inputs are prepared once. No torch."""
 
 from __future__ import annotations
 

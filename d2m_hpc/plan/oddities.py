@@ -1,4 +1,4 @@
-"""Find out whether files that a pattern names are tars, if their names are not those of tars."""
+"""Look into files that a pattern takes but whose names do not end as those of tars do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The values of a JSON field as one type: the type that holds all of them, and their column.
+"""Find the one type that holds all values of a JSON field, and make a column of it.
 
 No cast loses anything: a value stays as it is, becomes its JSON text in a column of texts, or does
 not fit.

@@ -1,4 +1,4 @@
-"""Claim a shard, so that no other task works on it while this task is alive."""
+"""Lease a shard while this task is alive; take over the leases of dead tasks."""
 
 from __future__ import annotations
 

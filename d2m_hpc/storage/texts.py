@@ -1,4 +1,4 @@
-"""Make texts from file names, captions and errors fit for records, terminals and pages."""
+"""Bound, escape and mask texts from files, for records, terminals and pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Summarise a run from its run folder."""
+"""Summarise a run from its run folder and from squeue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch and Outputs, which alone cross the worker's rooms; their rows and their memory."""
+"""Batch, from reading to computing, and Outputs, from computing to writing; their memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A shard in this task's hands, from the claim until it is settled or left to others; its times."""
+"""The shard that this task works on, from its claim to its end, and the times of its steps."""
 
 from __future__ import annotations
 

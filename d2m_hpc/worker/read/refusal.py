@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from d2m_hpc.errors import ShardError, TruncatedShard
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.texts import safe
-from d2m_hpc.worker.read.tar import JOINED
+from d2m_hpc.worker.read.tar import DAMAGED, JOINED
 
 LONGEST = 299
 SHORTEST_URL = 40
@@ -19,11 +19,11 @@ def no_tar(url: str, what: str) -> ShardError:
 
 
 def truncated(url: str, where: str, whole: int) -> TruncatedShard:
-    """The error for a tar that is cut at `where`, after `whole` samples."""
+    """The error for a tar that cannot be read on from `where`, after `whole` samples."""
     advice = " (allow_truncated_shards: true takes them)" if whole else ""
-    what, mend = f"truncated {safe(where, 150)}", ""
+    what, mend = _cut(where, "truncated"), ""
     if where.startswith(JOINED):
-        what, mend = where, "; join tars by `tar -A`, or unpack it by `tar -xi` and pack again"
+        mend = "; join tars by `tar -A`, or unpack it by `tar -xi` and pack again"
     return TruncatedShard(
         _line(url, f" is {what}; {whole} samples before it are whole{advice}{mend}")
     )
@@ -31,8 +31,13 @@ def truncated(url: str, where: str, whole: int) -> TruncatedShard:
 
 def taken(where: str, whole: int) -> str:
     """The notice on a cut tar whose whole samples were taken."""
-    what = where if where.startswith(JOINED) else f"cut {safe(where, 150)}"
+    what = _cut(where, "cut")
     return f"the tar is {what}; the rest is not read, the {whole} samples before it are taken"
+
+
+def _cut(where: str, how: str) -> str:
+    told = where.startswith((JOINED, DAMAGED))
+    return safe(where, 150) if told else f"{how} {safe(where, 150)}"
 
 
 def rejected(url: str, rejection: Rejection) -> ShardError:

@@ -1,4 +1,4 @@
-"""Read the members of a tar by their headers alone.
+"""Read the members of a tar by their headers alone, and say where a tar is cut or damaged.
 
 An ordinary header is read here; the standard library, ten times slower, reads all others.
 """
@@ -31,6 +31,8 @@ one record more where only one block was left in the record before."""
 RECORDS = [BLOCK << power for power in range(5, 12)]
 """Larger records, 16 KiB to 1 MiB, that archives for tapes and fast disks are padded to."""
 JOINED = "two archives, one after the other"
+DAMAGED = "damaged"
+"""What a message on a tar begins with that goes on behind the place where it cannot be read."""
 _UNREADABLE = (
     *(tarfile.HeaderError, ValueError, ArithmeticError, LookupError),
     *(MemoryError, RecursionError),
@@ -185,21 +187,24 @@ def _require_records(data: bytes) -> None:
 
 
 def _cut_at(error: Exception, file: BinaryIO, offset: int, size: int) -> str:
-    """Say where and how an archive is cut; empty for the end-of-archive mark with zeros to the
-    end."""
+    """Say where and how an archive is cut or damaged; empty for the end-of-archive mark with zeros
+    to the end."""
     kind = type(error).__name__
-    reason = str(error) or kind
+    reason, how = str(error) or kind, f"{DAMAGED} "
     if kind == "EmptyHeaderError":
-        reason = "the end-of-archive mark is missing"
+        reason, how = "the end-of-archive mark is missing", ""
+    elif kind == "TruncatedHeaderError":
+        how = ""
     elif kind == "EOFHeaderError":
         reason = "zeros, and more data after them"  # as a lost write leaves
         if (after := _after_zeros(file, offset)) is None:
             if _is_padding(offset, size):
                 return ""
             reason = "zeros to the end, far more than padding: a write that never finished"
+            how = ""
         elif _is_next_archive(file, offset, after):
             return f"{JOINED}: the next begins at byte {after // BLOCK * BLOCK} of {size}"
-    return f"at byte {offset} of {size}: {reason}"
+    return f"{how}at byte {offset} of {size}: {reason}"
 
 
 def _after_zeros(file: BinaryIO, offset: int) -> int | None:

@@ -1,6 +1,7 @@
 """Commit and record shards in a thread, while the next ones are computed.
 
-Results that leave a field's or column's type open are written last, as others may tell it.
+Results whose values do not tell the type of a field or column are written last: later results
+may tell that type.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from d2m_hpc.run.records import Record
 from d2m_hpc.run.staging import STAGING, Staging, remove
 from d2m_hpc.storage.files import durable, fsync_dir
 from d2m_hpc.storage.refused import DISK, of_system
+from d2m_hpc.storage.texts import escaped
 from d2m_hpc.worker.write.extend import Rows
 
 ROUNDS = 3
@@ -50,7 +51,7 @@ def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
         np.savez(file, **made.features())  # type: ignore[arg-type]
     record.npz_sha256 = sha256_of(npz)
     rows = made.table()
-    note = json.dumps({**record.to_dict(), "versions": versions()})
+    note = json.dumps({**escaped(record.to_dict()), "versions": versions()})
     noted = rows.replace_schema_metadata({METADATA: note})
     # With a CRC for every page, as an extension reads the values back.
     options = {"compression": "zstd", "write_page_checksum": True}

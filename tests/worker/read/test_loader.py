@@ -363,10 +363,26 @@ def test_two_tars_in_one_file_are_called_that(
     assert notice.startswith(f"the tar is {says}")
 
 
+@pytest.mark.parametrize("junk", [b"\xa7" * 512, b"chatter of a script\n" * 80])
+def test_junk_between_members_is_damage_and_no_cut(
+    junk: bytes, tmp_path: Path, scratch: Scratch
+) -> None:
+    """Members follow it, so that nobody need look for a download that was broken off."""
+    tar = write_tar(tmp_path / "a.tar", {**sample("a"), **sample("b"), **sample("c")})
+    whole = tar.read_bytes()
+    at = whole.index(b"c.jpg")
+    tar.write_bytes(whole[:at] + junk + whole[at:])
+    with pytest.raises(TruncatedShard, match=rf"a\.tar is damaged at byte {at} of \d+: .*header"):
+        load(tar, recipe(), scratch)
+    batches, reading = load(tar, recipe(allow_truncated=True), scratch)
+    assert keys(batches) == ["a", "b"]
+    assert reading.found.notices[0].startswith(f"the tar is damaged at byte {at} of")
+
+
 def test_zeros_before_what_is_no_header_are_no_second_tar(tmp_path: Path, scratch: Scratch) -> None:
     first = write_tar(tmp_path / "a.tar", sample("a"))
     first.write_bytes(first.read_bytes() + b"notes on the side" * 60)
-    with pytest.raises(TruncatedShard, match=r"truncated at byte \d+.*zeros, and more data after"):
+    with pytest.raises(TruncatedShard, match=r"is damaged at byte \d+.*zeros, and more data after"):
         load(first, recipe(), scratch)
 
 

@@ -382,7 +382,7 @@ def test_a_flipped_byte_in_a_header_is_a_cut_there(at: int) -> None:
     data = bytearray(tar_bytes(THREE, tarfile.USTAR_FORMAT))
     data[4 * 1024 + at] ^= 0x41  # the header of b.json
     index = index_of(bytes(data))
-    assert re.fullmatch(f"at byte 4096 of {len(data)}: (bad checksum|invalid header)", index.cut)
+    assert re.fullmatch(f"damaged at byte 4096 of {len(data)}: (bad checksum|invalid header)", index.cut)
     assert [s.key for s in index.samples] == ["a"]
     assert index.strays == [Rejection("b", CUT_OFF)]
 
@@ -393,7 +393,7 @@ def test_blocks_of_zeros_with_members_after_them_are_no_end(blocks: int) -> None
     data = bytearray(tar_bytes(THREE))
     data[6 * 1024 : 6 * 1024 + 512 * blocks] = bytes(512 * blocks)
     index = index_of(bytes(data))
-    assert index.cut == f"at byte 6144 of {len(data)}: zeros, and more data after them"
+    assert index.cut == f"damaged at byte 6144 of {len(data)}: zeros, and more data after them"
     assert [s.key for s in index.samples] == ["a", "b"]
 
 
@@ -440,7 +440,7 @@ def test_nothing_but_zeros_is_an_empty_tar_only_where_it_is_as_short_as_one(
 @pytest.mark.parametrize("junk", [b"", b"x", b"<html>" * 200, b"\xff" * 1024, bytes(511)])
 def test_what_is_no_tar_is_cut_at_its_first_byte(junk: bytes) -> None:
     index = index_of(junk)
-    assert index.cut.startswith(f"at byte 0 of {len(junk)}: ")
+    assert re.match(f"(damaged )?at byte 0 of {len(junk)}: ", index.cut)
     assert (index.samples, index.strays) == ([], [])
 
 

@@ -514,3 +514,19 @@ def test_a_write_that_fails_half_way_leaves_no_half_pair(
     with _file_limit(50_000):
         table, record = _table(config, _large(100)), _record(100, "00001")
         _assert_refused(output, table, record, tmp_path, ShardError)
+
+
+def test_the_texts_in_a_parquet_are_as_safe_and_short_as_those_on_record(
+    config: configs.Config, tmp_path: Path
+) -> None:
+    """A reason may be any exception's words: with a secret, controls, or of megabytes."""
+    record = _record(2)
+    reason = "failed at s3://key:hush-hush@host/x \x1b[2J" + "y" * 3_000_000
+    record.rejections = [Rejection("k\x1b[31m", reason)]
+    _, parquet = write_pair(_table(config, _outputs(2)), record, tmp_path)
+    note = pq.read_schema(parquet).metadata[b"d2m"].decode()
+    assert len(note) < 3000
+    [[key, told]] = json.loads(note)["rejections"]
+    assert key == "k\\x1b[31m"
+    assert "\x1b" not in told
+    assert "hush-hush" not in note
