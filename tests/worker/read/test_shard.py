@@ -382,7 +382,8 @@ def test_a_flipped_byte_in_a_header_is_a_cut_there(at: int) -> None:
     data = bytearray(tar_bytes(THREE, tarfile.USTAR_FORMAT))
     data[4 * 1024 + at] ^= 0x41  # the header of b.json
     index = index_of(bytes(data))
-    assert re.fullmatch(f"damaged at byte 4096 of {len(data)}: (bad checksum|invalid header)", index.cut)
+    says = f"damaged at byte 4096 of {len(data)}: (bad checksum|invalid header)"
+    assert re.fullmatch(says, index.cut)
     assert [s.key for s in index.samples] == ["a"]
     assert index.strays == [Rejection("b", CUT_OFF)]
 
