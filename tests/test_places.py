@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.launch.flow import submitting
 from d2m_hpc.plan.workload import inspect
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.lease import Lease
@@ -171,3 +174,52 @@ def test_what_kills_left_of_commits_goes_with_the_next_submit(tmp_path: Path) ->
     lease.release()
     assert submit(config).returncode == 0
     assert not staging.exists()
+
+
+FAILING = """
+import errno, os
+
+def fails(call, name):
+    real = getattr(os, call)
+
+    def called(what, *rest, **options):
+        path = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else os.fspath(what)
+        if os.environ["FAILS_AT"] in str(path):
+            code = getattr(errno, name)
+            raise OSError(code, os.strerror(code), *() if isinstance(what, int) else (path,))
+        return real(what, *rest, **options)
+
+    setattr(os, call, called)
+
+fails(*os.environ["FAILS"].split())
+"""
+"""Read by Python at its start: a call of the system fails, as where a file server does."""
+
+
+@pytest.mark.parametrize(
+    ("fails", "place", "said"),
+    [
+        ("fsync EIO", "/.d2m/records/", "the disk or file server fails"),
+        ("open ESTALE", "/.d2m/leases/", "the file server has lost the folder"),
+        ("open EIO", "/.d2m/attempts/", "the disk or file server fails"),
+        ("open ESTALE", "/.d2m/submissions/", "the file server has lost the folder"),
+    ],
+)
+def test_a_file_server_that_fails_ends_a_run_in_one_line(
+    fails: str, place: str, said: str, tmp_path: Path
+) -> None:
+    """And no shard counts as failed for it."""
+    write_shards(tmp_path / "tars", 1)
+    places = {"input_tars": str(tmp_path / "tars"), "output_metadata_dir": str(tmp_path / "out")}
+    config = write_config(tmp_path / "c.yml", {**STATS, **places})
+    (tmp_path / "sitecustomize.py").write_text(FAILING)
+    more = {"PYTHONPATH": str(tmp_path), "FAILS": fails, "FAILS_AT": place}
+    ended = submit(config, env={**os.environ, **more})
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert ended.stderr.count("error: ") == 1
+    assert place in re.sub(r"\s", "", ended.stderr)
+    assert said in re.sub(r"\s+", " ", ended.stderr)
+    assert submit(config).returncode == 0
+    failures = Manifest.load(RunDir(tmp_path / "out" / ".d2m")).failures
+    assert failures == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import stat
 import sys
 import threading
@@ -197,3 +198,20 @@ def test_the_log_holds_none(tmp_path: Path) -> None:
     assert SECRET not in written
     assert "X-Api-Key: ***" in written
     assert "ValueError: https://***@host" in written
+
+
+def test_the_log_holds_no_control_characters(tmp_path: Path) -> None:
+    """Neither of messages nor of errors; a message is one line, a traceback keeps its lines."""
+    log = logging.getLogger("d2m_hpc.any")
+    hostile = "a\x1b]0;title\x07\u202eb\n2026-01-01 00:00:00,000 INFO 00000: 9 rows"
+    with logging_to(tmp_path / "log", crashes=False):
+        log.warning("%s: odd", hostile)
+        try:
+            raise ValueError(hostile)
+        except ValueError:
+            log.exception("failed")
+    written = (tmp_path / "log").read_text()
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", written)
+    assert r"a\x1b]0;title\x07\u202eb\n2026-01-01" in written
+    assert len([line for line in written.splitlines() if "WARNING" in line]) == 1
+    assert "Traceback (most recent call last):\n" in written

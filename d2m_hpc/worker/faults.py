@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -17,15 +17,21 @@ from d2m_hpc.errors import ConfigError, DiskError, NodeError, ShardError
 from d2m_hpc.models.custom import described
 from d2m_hpc.stopping import is_asked
 from d2m_hpc.storage.files import FILE_MODE
-from d2m_hpc.storage.urls import masked
+from d2m_hpc.storage.texts import ERROR, TRACEBACK, safe
 from d2m_hpc.worker.batch import Outputs
 
 
-class Masked(logging.Formatter):
-    """Keeps secrets out of the log, also out of tracebacks."""
+class Safe(logging.Formatter):
+    """Keeps secrets and control characters out of the log, also out of tracebacks.
 
-    def format(self, record: logging.LogRecord) -> str:
-        return masked(super().format(record))
+    A message is one line: line ends in a stranger's text would look like messages of the program.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return safe(super().formatMessage(record), ERROR)
+
+    def formatException(self, ei: Any) -> str:
+        return safe(super().formatException(ei), TRACEBACK, lines=True)
 
 
 class _Log(logging.StreamHandler[TextIO]):
@@ -45,7 +51,7 @@ def logging_to(path: Path, crashes: bool) -> Iterator[None]:
     package.setLevel(logging.INFO)
     file = open(fd, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     handler = _Log(file)
-    handler.setFormatter(Masked("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(Safe("%(asctime)s %(levelname)s %(message)s"))
     package.addHandler(handler)
     if crashes:
         faulthandler.enable(file)

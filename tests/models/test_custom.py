@@ -259,6 +259,10 @@ def test_the_seeds_text_preprocessors() -> None:
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("\n1 / 0", r"ZeroDivisionError: division by zero \(custom.py, line 2\)"),
         ("raise SystemExit('no licence')", r"SystemExit: no licence \(custom.py, line 1\)"),
+        ("class M(M):\n    pass", r"NameError: name 'M' is not defined \(custom.py, line 1\)"),
+        ("class M(B):\n  pass\nclass B(M):\n  pass", r"NameError: name 'B' is not defined"),
+        ("class M:\n    dependencies = {[]: 1}", "TypeError: unhashable type: 'list'"),
+        ("x = " + "(" * 20_000, "(SyntaxError|MemoryError|ValueError): "),
     ],
 )
 def test_a_custom_file_that_fails_on_import_is_the_configs_mistake(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,6 +299,50 @@ def test_a_flip_of_any_byte_is_found(suffix: str, run: Path) -> None:
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x80]) + whole[at + 1 :])
         assert {f.file for f in check_shard(output, "00000", record)} == {path.name}, at
+
+
+def _submitted(finished: Path, run: Path) -> subprocess.CompletedProcess[str]:
+    """A submit over the copy, whose plan names the tars of the run that it is copied from."""
+    tars = str(finished / "tars" / "*.tar")
+    return submit(
+        write_config(run / "c.yml", STATS, input_tars=tars, output_metadata_dir=str(run / "out"))
+    )
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_damage_from_before_a_record_was_rebuilt_is_found(
+    suffix: str, finished: Path, run: Path
+) -> None:
+    """The rebuilt record has the hash of the damaged file, which the next submit has read."""
+    path = run / "out" / f"00000{suffix}"
+    metadata = pq.read_metadata(run / "out" / "00000.parquet")
+    column = metadata.row_group(0).column(metadata.schema.names.index("image-phash"))
+    end = column.data_page_offset + column.total_compressed_size
+    _flip(path, end - 2 if suffix == ".parquet" else 200)
+    for record in (run / "out" / ".d2m" / "records").iterdir():
+        record.unlink()
+    submitted = _submitted(finished, run)
+    assert "Traceback" not in submitted.stdout + submitted.stderr
+    assert "00000" in Manifest.load(RunDir(run / "out" / ".d2m")).done
+    assert path.name in {file for file, _ in _faults(run / "c.yml")}
+
+
+def test_two_swapped_pairs_are_both_named_with_advice_that_works(finished: Path, run: Path) -> None:
+    out = run / "out"
+    for suffix in (".npz", ".parquet"):
+        one, other = (out / f"0000{i}{suffix}" for i in range(2))
+        other.rename(out / "aside")
+        one.rename(other)
+        (out / "aside").rename(one)
+    told = dict(_faults(run / "c.yml"))
+    assert len(told) == 4
+    names = {file: re.fullmatch(r"is (\S+), under another name; .*", told[file]) for file in told}
+    for file in names:
+        (out / file).rename(out / f"{file}.aside")
+    for file, found in names.items():
+        assert found
+        (out / f"{file}.aside").rename(out / found[1])
+    assert _faults(run / "c.yml") == []
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])

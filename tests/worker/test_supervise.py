@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.records import DIED, Record, read_records
+from d2m_hpc.worker import death
 from d2m_hpc.worker.board import Board, Entry, Scene
 from d2m_hpc.worker.death import memory_limit, oom_kills
 
@@ -96,6 +99,42 @@ def test_what_is_raised_to_end_the_process_fails_its_shard_only(tmp_path: Path, 
     [failed] = [r for r in records(tmp_path) if r.state == "failed"]
     assert (failed.shard, failed.kind) == ("00000", "ShardError")
     assert "a model or preprocessor raised" in failed.error
+
+
+def test_a_preprocessor_that_ends_the_process_fails_its_shard_only(tmp_path: Path) -> None:
+    config = fatal_config(tmp_path, "", {9}, count=2)
+    custom = (
+        (tmp_path / "fatal.py").read_text().replace('["identity"]', '["ends"]')
+        + """
+def ends(text):
+    if text == "caption 3":
+        raise SystemExit(0)
+    return text
+
+preprocessor_lookup = {"ends": ends}
+"""
+    )
+    (tmp_path / "fatal.py").write_text(custom)
+    ended = submit(config)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert done(tmp_path) == {"00001"}
+    [failed] = [r for r in records(tmp_path) if r.state == "failed"]
+    assert (failed.shard, failed.kind) == ("00000", "ShardError")
+    assert "a model or preprocessor raised SystemExit" in failed.error
+
+
+def test_an_output_that_is_removed_in_mid_run_is_no_complete_run(tmp_path: Path) -> None:
+    parquet = str(tmp_path / "out" / "00000.parquet")
+    how = f"while not os.path.exists({parquet!r}): time.sleep(0.05)\nos.unlink({parquet!r})"
+    config = fatal_config(tmp_path, how, {1}, count=2)
+    ended = submit(config)
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert done(tmp_path) == {"00001"}
+    told = json.loads(d2m("status", config, "--json").stdout)
+    assert (told["done"], told["removed"]) == (1, 1)
+    assert submit(config).returncode == 0
+    assert done(tmp_path) == {"00000", "00001"}
 
 
 @pytest.mark.parametrize(("deadly", "name"), [(0, "SEGV"), (1, "KILL")])
@@ -185,6 +224,30 @@ def test_a_scene_is_read_back_and_taken_down() -> None:
     assert board.scene == scene
     board.set_scene(None)
     assert board.scene is None
+
+
+def test_a_death_for_memory_is_told_with_what_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the figures of a control group, in both versions' files."""
+    group = Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)
+    folder = tmp_path / ("memory" if group[1] else "") / group[2].lstrip("/")
+    folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(death, "CGROUPS", tmp_path)
+    for events, limit in (("memory.events", "max"), ("memory.oom_control", "limit_in_bytes")):
+        (folder / events).write_text("low 0\noom 3\noom_kill 2\n")
+        (folder / f"memory.{limit}").write_text("3000000000\n")
+        assert (oom_kills(), memory_limit()) == (2, 3_000_000_000)
+        command = [sys.executable, "-c", "import os; x = bytes(10**8); os.kill(os.getpid(), 9)"]
+        _, status, usage = os.wait4(os.spawnv(os.P_NOWAIT, sys.executable, command), 0)
+        told = death.told(status, usage, oom_kills(), 0)
+        assert re.fullmatch(
+            r"was killed by SIGKILL, out of memory: it took 0\.[1-9] GB of 3\.0 GB", told
+        )
+        unsure = death.told(status, usage, 0, 0)
+        assert unsure.startswith("was killed by SIGKILL, as where memory runs out: it took 0.")
+        (folder / events).unlink()
+        (folder / f"memory.{limit}").unlink()
 
 
 def test_what_the_system_says_of_memory_is_a_figure_or_nothing() -> None:
