@@ -7,14 +7,17 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from graphlib import CycleError
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import Config
 from d2m_hpc.models import types
 from d2m_hpc.models.family import ModelSpec, Post
 from d2m_hpc.models.inputs import RAW_INPUTS
-from d2m_hpc.models.registry import Registry, in_order
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
+
+if TYPE_CHECKING:  # its import declares all families, which `--help` does not need
+    from d2m_hpc.models.registry import Registry
 
 MANY = 20
 """The most wrong names of a list that are reported one by one."""
@@ -29,6 +32,8 @@ def semantic_mistakes(config: Config) -> list[Mistake]:
 
     The names of a custom file are known once it has run: `registry_mistakes` checks them then.
     """
+    from d2m_hpc.models.registry import Registry
+
     names = registry_mistakes(config, Registry()) if config.custom_file is None else []
     return [
         *_file_mistakes(config.custom_file),
@@ -88,6 +93,8 @@ def _model_mistakes(config: Config, registry: Registry, wrong: Collection[str]) 
     Args:
         wrong: models of which more than this is wrong.
     """
+    from d2m_hpc.models.registry import in_order
+
     listed = config.model_names
     mistakes = _duplicates("models", listed)
     known = registry.specs(n for n in listed if n not in wrong)

@@ -46,6 +46,8 @@ def _families() -> dict[str, Any]:
 
 def _parameters(family: type[Family]) -> dict[str, Any]:
     schema = family.model_json_schema()
+    for name, text in family.described().items():
+        schema["properties"][name]["description"] = text
     schema["properties"] = {"kind": {"const": family.kind}, **schema.get("properties", {})}
     return schema
 

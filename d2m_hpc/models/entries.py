@@ -134,7 +134,7 @@ def _mistake(family: type[Family], parameters: Mapping[str, Any], error: Any) ->
     parameter = str(error["loc"][0]) if error["loc"] else ""
     if parameter not in family.model_fields:
         return parameter, f"unknown parameter{nearest(parameter, family.model_fields)}"
-    meant = " ".join((family.model_fields[parameter].description or "").split())
+    meant = family.described().get(parameter, "")
     if parameter not in parameters:
         return "", f"found no `{parameter}`, which is required: {meant}"
     what = error["msg"].removeprefix("Value error, ")

@@ -34,9 +34,10 @@ def family(made: type[Family]) -> None:
     """A family's parameters."""
     terminal.console.print(f"{made.kind}: {_summary(made)}")
     table = Table("parameter", "default", "meaning", show_edge=False)
+    meant = made.described()
     for name, field in made.model_fields.items():
         default = "required" if field.is_required() else str(field.get_default())
-        table.add_row(name, default, " ".join((field.description or "").split()))
+        table.add_row(name, default, meant.get(name, ""))
     terminal.console.print(table)
     if examples := ", ".join(made.presets):
         terminal.console.print(f"by plain names: {examples}")

@@ -87,7 +87,8 @@ def test_a_package_that_is_not_installed_is_named(
 @pytest.mark.parametrize("kind", entries.known_families().values())
 def test_a_family_is_described(kind: type[Family]) -> None:
     assert (kind.__doc__ or "").strip()
-    assert [name for name, field in kind.model_fields.items() if not field.description] == []
+    assert kind.described().keys() == kind.model_fields.keys()
+    assert all(kind.described().values())
     assert kind.kind == kind.kind.lower()
     for name, given in kind.presets.items():
         assert kind(**given)

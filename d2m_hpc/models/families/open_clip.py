@@ -72,6 +72,7 @@ def _library() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+@cache
 def architectures() -> list[str]:
     """The names of all models."""
     return sorted(path.stem for path in (_library() / "model_configs").glob("*.json"))
