@@ -197,10 +197,10 @@ class Family(BaseModel):
                 continue
             [made] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
             assert isinstance(made, ast.ClassDef)
-            for field, text in pairwise(made.body):
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            for line, text in pairwise(made.body):
+                if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr):
                     words = ast.literal_eval(text.value)
-                    found[ast.unparse(field.target)] = " ".join(words.split())
+                    found[ast.unparse(line.target)] = " ".join(words.split())
         return {name: text for name, text in found.items() if name in cls.model_fields}
 
     def inputs(self, use: Use) -> Sequence[ImageInput | OwnInput | Input]:
