@@ -32,6 +32,16 @@ CAPTIONS = {
     "rocket": "a Falcon 9 rocket on its launch pad",
     "text": "handwriting on a blackboard",
 }
+ELSEWHERE = {
+    "brick": "eine Mauer aus Ziegelsteinen",
+    "cat": "la gata Chelsea mira a la cámara",
+    "coffee": "une tasse de café sur une table en bois",
+    "coins": "ελληνικά νομίσματα από την Πομπηία",
+    "gravel": "un sentiero di ghiaia",
+    "moon": "поверхность Луны",
+    "rocket": "発射台に立つファルコン9ロケット",
+}
+"""Captions in other languages, of a picture's last part."""
 CROPS = 4
 SAMPLES_A_TAR = 20
 
@@ -50,6 +60,8 @@ def sample(key: str, name: str, part: int, picture: Image.Image) -> dict[str, by
     picture.convert("RGB").save(buffer, "JPEG", quality=95)
     jpeg = buffer.getvalue()
     caption = CAPTIONS[name] + (f", part {part}" if part else "")
+    if part == CROPS - 1:
+        caption = ELSEWHERE.get(name, caption)
     fields = {
         "uid": hashlib.md5(f"{name}-{part}".encode()).hexdigest(),
         "url": f"skimage.data.{name}",
