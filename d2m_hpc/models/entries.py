@@ -32,6 +32,19 @@ def name_of(entry: Listed) -> str:
     return entry if isinstance(entry, str) else next(iter(entry), "")
 
 
+def one_line(entry: Listed) -> str:
+    """The item as people read it.
+
+    Example:
+        >>> one_line({"writing": {"kind": "text-boxes", "limit_side_len": 320}})
+        'writing (kind: text-boxes, limit_side_len: 320)'
+    """
+    if isinstance(entry, str):
+        return entry
+    given = next(iter(entry.values()))
+    return f"{name_of(entry)} ({', '.join(f'{key}: {value}' for key, value in given.items())})"
+
+
 @cache
 def known_families() -> dict[str, type[Family]]:
     """Our own families by kind."""

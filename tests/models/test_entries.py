@@ -12,6 +12,7 @@ from d2m_hpc.config import load
 from d2m_hpc.config.reference import json_schema
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import entries
+from d2m_hpc.models.entries import one_line
 from d2m_hpc.models.family import Family, ParameterError, at_hand
 
 HEAD = """\
@@ -119,3 +120,9 @@ def test_several_mistakes_of_one_model_are_told_at_once() -> None:
     with pytest.raises(ParameterError) as caught:
         entries.family_of({"x": {"kind": "head", "on": 3, "width": -1}})
     assert [parameter for parameter, _ in caught.value.mistakes] == ["on", "", "width"]
+
+
+def test_a_model_is_told_on_one_line() -> None:
+    assert one_line("image-stats") == "image-stats"
+    given = {"writing": {"kind": "text-boxes", "limit_side_len": 320}}
+    assert one_line(given) == "writing (kind: text-boxes, limit_side_len: 320)"

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from d2m_hpc.config import Config
+from d2m_hpc.models.entries import one_line
 from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
@@ -98,7 +99,7 @@ def environment() -> Environment:
     )
     made.filters |= {"count": count, "duration": duration, "moment": moment}
     made.filters |= {"number": charts.number, "percent": charts.percent}
-    made.filters |= {"figures": figures, "ran_on": ran_on}
+    made.filters |= {"figures": figures, "ran_on": ran_on, "one_line": one_line}
     return made
 
 
