@@ -106,7 +106,6 @@ def load(
     import cv2
     import numpy as np
     from insightface.app import FaceAnalysis
-    from insightface.app.common import Face
 
     from d2m_hpc.models.onnx_session import options
 
@@ -126,13 +125,8 @@ def load(
     def find(image: Image) -> tuple[Any, ...]:
         size = np.array(image.size, np.float32)
         pixels = np.ascontiguousarray(np.asarray(image)[..., ::-1])
-        faces = []
-        if max(size) < min(size) * det_size:  # the detector's picture has no such thin sides
-            boxes, points = app.det_model.detect(pixels)
-            faces = [
-                Face(bbox=box[:4], det_score=box[4], kps=None if points is None else points[i])
-                for i, box in enumerate(boxes)
-            ]
+        thin = max(size) >= min(size) * det_size  # a side would be none for the detector
+        faces = [] if thin else _detected(app.det_model, pixels)
         for face in faces if "genderage" in nets else ():
             app.models["genderage"].get(pixels, face)
         embedding = np.zeros(WIDTH, np.float32)
@@ -143,6 +137,15 @@ def load(
         return tuple(embedding if n == "embedding" else _READ[n](faces, size) for n in names)
 
     return find
+
+
+def _detected(detector: Any, pixels: Any) -> list[Any]:
+    from insightface.app.common import Face
+
+    boxes, points = detector.detect(pixels)
+    points = [None] * len(boxes) if points is None else points
+    pairs = zip(boxes, points, strict=True)
+    return [Face(bbox=box[:4], det_score=box[4], kps=kps) for box, kps in pairs]
 
 
 _READ: dict[str, Callable[[list[Any], Any], list[Any]]] = {
