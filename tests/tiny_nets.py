@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from kit import captions
 from tokenizers import BertWordPieceTokenizer
-from transformers import BertTokenizerFast, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    BertTokenizerFast,
+    BlipConfig,
+    BlipImageProcessor,
+    BlipProcessor,
+    BlipTextConfig,
+    BlipVisionConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -36,14 +46,45 @@ def vit(folder: Path, processor: Any = None, **config: Any) -> Path:
     return folder
 
 
-def bert(folder: Path, kind: Any, **config: Any) -> Path:
-    """A net of BERT's of some kind, with a tokenizer learnt from the kit."""
+def wordpieces(folder: Path) -> BertTokenizerFast:
+    """BERT's tokenizer, learnt from the kit, of 64 tokens at most."""
     learnt = BertWordPieceTokenizer()
     learnt.train_from_iterator(captions(), vocab_size=300, show_progress=False)
     folder.mkdir(parents=True, exist_ok=True)
     learnt.save_model(str(folder))
     tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64)
     tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def blip(folder: Path, kind: Any, side: int = 48) -> Path:
+    """A net of BLIP's of some kind."""
+    tokenizer = wordpieces(folder)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    text = BlipTextConfig(
+        **SMALL,
+        vocab_size=len(tokenizer),
+        encoder_hidden_size=32,
+        projection_dim=16,
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = BlipVisionConfig(**SMALL, image_size=side, patch_size=16)
+    config = BlipConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
+    )
+    lively(kind(config)).save_pretrained(folder)
+    images = BlipImageProcessor(size={"height": side, "width": side})
+    BlipProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def bert(folder: Path, kind: Any, **config: Any) -> Path:
+    """A net of BERT's of some kind, with a tokenizer learnt from the kit."""
+    tokenizer = wordpieces(folder)
     made = kind.config_class(
         **SMALL, vocab_size=len(tokenizer), max_position_embeddings=64, **config
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -92,7 +93,9 @@ def images(source: str) -> Callable[[Image.Image], Tensor]:
     made = loaded("AutoImageProcessor", source)
 
     def prepare(image: Image.Image) -> Tensor:
-        pixels: Tensor = made(images=image, return_tensors="pt")["pixel_values"][0]
+        # Of a picture 1 or 3 pixels high, transformers could not tell which axis the channels are.
+        given = {"input_data_format": "channels_last", "return_tensors": "pt"}
+        pixels: Tensor = made(np.array(image), **given)["pixel_values"][0]
         return pixels
 
     return prepare
@@ -230,3 +233,92 @@ class Embedder(nn.Module):
         if self.pooling == "cls":
             return hidden[:, 0]
         return (hidden * mask[:, :, None]).sum(dim=1) / lengths[:, None]
+
+
+class Captioner(nn.Module):
+    """A text about each image.
+
+    Args:
+        prompt: what texts begin with; may be empty.
+        options: of `generate`.
+    """
+
+    def __init__(
+        self, device: torch.device, folder: Path, prompt: str, options: Mapping[str, int]
+    ) -> None:
+        super().__init__()
+        self.net = net_of(folder, "AutoModelForImageTextToText", device)
+        self.tokenizer = loaded("AutoTokenizer", str(folder))
+        self.options, self.given = options, {}
+        if prompt:
+            made = loaded("AutoProcessor", str(folder))
+            given = made(images=Image.new("RGB", (64, 64)), text=prompt, return_tensors="pt")
+            self.given = {k: v.to(device) for k, v in given.items() if k != "pixel_values"}
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        """
+        Args:
+            images: float32 [B, 3, H, W], normalised.
+
+        Returns:
+            `text`, a list of B; and `finite`, float32 [B], which is NaN where the net's numbers
+            were, as a text says nothing of that.
+        """
+        rows, seen = len(images), _Seen()
+        given = {k: v.repeat(rows, *[1] * (v.dim() - 1)) for k, v in self.given.items()}
+        ids = self.net.generate(
+            pixel_values=images,
+            **given,
+            **self.options,
+            do_sample=False,
+            logits_processor=[seen],
+        )
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        bad = seen.bad.view(rows, -1).any(dim=1)
+        return {
+            "text": [text.strip() for text in texts],
+            "finite": torch.where(bad, torch.nan, 0.0),
+        }
+
+
+class _Seen:
+    """Notes the rows for which a net gives NaN, while it generates."""
+
+    bad: Tensor
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        bad = scores.isnan().any(dim=1)
+        self.bad = self.bad | bad if hasattr(self, "bad") else bad
+        return scores
+
+
+class Matcher(nn.Module):
+    """The probability that a text belongs to an image, by BLIP's matching head."""
+
+    def __init__(self, device: torch.device, folder: Path) -> None:
+        super().__init__()
+        self.net = net_of(folder, "BlipForImageTextRetrieval", device)
+        self.device = device
+
+    def forward(self, images: Tensor, texts: list[list[int]]) -> dict[str, Tensor]:
+        """
+        Args:
+            images: float32 [B, 3, H, W], normalised.
+            texts: tokens of B texts.
+
+        Returns:
+            `score`, float32 [B].
+        """
+        seen = self.net.vision_model(pixel_values=images).last_hidden_state
+
+        def run(ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+            read = self.net.text_encoder(
+                input_ids=ids,
+                attention_mask=mask_of(ids, lengths),
+                encoder_hidden_states=seen[rows],
+            )
+            logits: Tensor = self.net.itm_head(read.last_hidden_state[:, 0])
+            return logits.float().softmax(dim=1)[:, 1]
+
+        padding = padding_of(self.net.config.text_config)
+        return {"score": run_tokens(texts, padding, run, self.device)}

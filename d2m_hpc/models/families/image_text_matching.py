@@ -1,0 +1,37 @@
+"""How well a caption fits its image, by checkpoints of BLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from d2m_hpc.models.family import Output, ParameterError, Use
+from d2m_hpc.models.hub_family import HubFamily
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ImageTextMatching(HubFamily):
+    """The probability that the caption belongs to the image, by BLIP's matching head."""
+
+    kind: ClassVar = "image-text-matching"
+    on_host: ClassVar = ("text",)
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """tokens of a caption that are read; by default as many as the checkpoint takes"""
+
+    def inputs(self, use: Use) -> list[Any]:
+        return [self.image(use), self.text(use, most=self.max_tokens)]
+
+    def outputs(self, use: Use) -> list[Output]:
+        if (found := self.document(use).get("model_type", "blip")) != "blip":
+            raise ParameterError("checkpoint", f"is a model of the type {found!r}; valid is 'blip'")
+        return [Output("score", "float32")]
+
+    def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
+        from d2m_hpc.models.hub_nets import Matcher
+
+        return Matcher(device, self.home(use))

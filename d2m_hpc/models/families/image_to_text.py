@@ -1,0 +1,40 @@
+"""Captions of images, by checkpoints of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from d2m_hpc.models.family import Output, Use
+from d2m_hpc.models.hub_family import HubFamily
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ImageToText(HubFamily):
+    """A text about the image, such as a caption, by BLIP, BLIP-2, GIT and their like."""
+
+    kind: ClassVar = "image-to-text"
+
+    prompt: str = ""
+    """what the text begins with (BLIP), or the question that it answers (BLIP-2)"""
+    num_beams: Annotated[int, Field(ge=1)] = 1
+    """beams of the search; with 1, the likeliest token is taken each time"""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 40
+    """tokens of a text, at most"""
+
+    def inputs(self, use: Use) -> list[Any]:
+        return [self.image(use)]
+
+    def outputs(self, use: Use) -> list[Output]:
+        self.document(use)
+        return [Output("text", "string", options={"to_cpu": False})]
+
+    def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
+        from d2m_hpc.models.hub_nets import Captioner
+
+        options = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
+        return Captioner(device, self.home(use), self.prompt, options)
