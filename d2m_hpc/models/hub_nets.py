@@ -21,6 +21,9 @@ from d2m_hpc.models.buckets import run_tokens
 ENDLESS = 1 << 20
 """A tokenizer's limit from which on it is none: some have 10^30."""
 
+LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""How transformers loads: it asks no hub, and nobody whether to run a repository's code."""
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -72,7 +75,7 @@ def net_of(folder: Path, auto: str, device: torch.device, unused: str = "-") -> 
 
     with loading(folder):
         net, told = getattr(transformers, auto).from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
+            str(folder), dtype=torch.float32, output_loading_info=True, **LOCAL
         )
         if missing := sorted(n for n in told["missing_keys"] if not n.startswith(unused)):
             few = ", ".join(missing[:4])
@@ -85,7 +88,7 @@ def loaded(auto: str, source: str) -> Any:
     import transformers
 
     with loading(Path(source)):
-        return getattr(transformers, auto).from_pretrained(source, local_files_only=True)
+        return getattr(transformers, auto).from_pretrained(source, **LOCAL)
 
 
 def images(source: str) -> Callable[[Image.Image], Tensor]:

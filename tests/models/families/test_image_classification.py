@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from bench import run
 from kit import photographs
+from safetensors.torch import load_file, save_file
 from tiny_nets import vit
 from transformers import (
     AutoImageProcessor,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from d2m_hpc.config import Config
+from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.families.image_classification import ImageClassification
 from d2m_hpc.models.family import Use
 from d2m_hpc.models.inputs import ImageInput
@@ -106,3 +109,22 @@ def test_a_folder_without_a_checkpoint_is_told_at_once(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     [mistake] = _mistakes(keys(folder, "own-normal"), tmp_path)
     assert "no file of weights" in mistake
+
+
+def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:
+    folder = vit(tmp_path, id2label=NAMES)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["classifier.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsError, match=r"lacks tensors of a ViTFor\w+: classifier.weight"):
+        run(keys(folder, "own-normal"), photographs(1))
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(WeightsError, match="cannot be used: Safetensor") as told:
+        run(keys(folder, "own-normal"), photographs(1))
+    assert "\n" not in str(told.value)
+    config = json.loads((folder / "config.json").read_bytes())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(WeightsError, match="trust_remote_code"):
+        run(keys(folder, "own-normal"), photographs(1))
