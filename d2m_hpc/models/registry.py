@@ -127,9 +127,12 @@ def _posts(chosen: Iterable[Chosen], columns: bool) -> dict[str, Post]:
 
 
 def _usable(named: Mapping[str, Family], folder: Path) -> Iterator[Chosen]:
-    """Without those that an installed library is too old for; a config that lists one is told."""
+    """Without those that an installed library is too old for, or whose files in the weights folder
+    are damaged; a config that lists one is told."""
     for name, family in named.items():
+        use = Use(name, folder, frozenset())
         with suppress(ParameterError):
+            family.inputs(use), family.checkpoints(use)
             yield Chosen.of(name, family, folder)
 
 
@@ -175,9 +178,11 @@ class Registry:
             the registry, without those models with which something is wrong; and what is.
         """
         chosen, problems = self._chosen(entries, asked, folder)
-        own = [c for c in chosen if c.name not in self.models]
-        columns = {**self.columns, **_posts(own, columns=True)}
-        features = {**self.features, **_posts(own, columns=False)}
+        # Presets anew: what is in the weights folder may tell more of their outputs by now.
+        columns, features = (
+            {**old, **{n: p for n, p in _posts(chosen, kind).items() if n not in self.own}}
+            for old, kind in ((self.columns, True), (self.features, False))
+        )
         read = (name for c in chosen for name in c.family.reads())
         listed = self.specs(map(name_of, entries)).values()
         taken = {d for spec in listed if spec.family is None for d in spec.dependencies}

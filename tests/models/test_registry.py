@@ -5,7 +5,10 @@ from graphlib import CycleError
 from importlib import import_module
 
 import pytest
+from bench import EXACT
 
+from d2m_hpc.config import Config
+from d2m_hpc.config.mistakes import registry_mistakes
 from d2m_hpc.models import postprocessors, weights
 from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.inputs import RAW_INPUTS
@@ -80,3 +83,9 @@ def test_a_circle_of_dependencies_is_an_error() -> None:
     specs = {"a": ModelSpec("a", dependencies=("b",)), "b": ModelSpec("b", dependencies=("a",))}
     with pytest.raises(CycleError):
         in_order(specs)
+
+
+def test_labels_of_a_preset_that_is_not_fetched_are_taken_on_trust() -> None:
+    """Its checkpoint, which has them, is fetched by a config that is valid."""
+    keys = {"models": ["nsfw-falconsai"], "postprocess_columns": ["nsfw-falconsai-nsfw"]}
+    assert registry_mistakes(Config(**EXACT, **keys), Registry()) == []

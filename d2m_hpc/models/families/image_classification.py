@@ -16,6 +16,7 @@ class ImageClassification(HubFamily):
     """Scores of the image's classes, a column for each label of the checkpoint."""
 
     kind: ClassVar = "image-classification"
+    presets: ClassVar = {"nsfw-falconsai": {"checkpoint": "Falconsai/nsfw_image_detection"}}
 
     def inputs(self, use: Use) -> list[Any]:
         return [self.image(use)]

@@ -18,6 +18,7 @@ class ImageTextMatching(HubFamily):
     """The probability that the caption belongs to the image, by BLIP's matching head."""
 
     kind: ClassVar = "image-text-matching"
+    presets: ClassVar = {"blip-itm": {"checkpoint": "Salesforce/blip-itm-base-coco"}}
     on_host: ClassVar = ("text",)
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -25,6 +25,7 @@ class TextEmbedding(HubFamily):
     """
 
     kind: ClassVar = "text-embedding"
+    presets: ClassVar = {"minilm-l6": {"checkpoint": "sentence-transformers/all-MiniLM-L6-v2"}}
     on_host: ClassVar = ("text",)
 
     pooling: Literal["mean", "cls"] | None = None

@@ -111,6 +111,10 @@ class Timm(Family):
     """The pooled feature of the image, and the scores of its classes, by a model of timm."""
 
     kind: ClassVar = "timm"
+    presets: ClassVar = {
+        "dinov2-b14": {"model": "hf-hub:timm/vit_base_patch14_dinov2.lvd142m"},
+        "dinov2-l14": {"model": "hf-hub:timm/vit_large_patch14_dinov2.lvd142m"},
+    }
     paths: ClassVar = ("model", "checkpoint")
 
     model: str
