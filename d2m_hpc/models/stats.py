@@ -65,8 +65,12 @@ class ImageStats(nn.Module):
     def on_host(self, output: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """The same with the hashes as 16 hexadecimal digits."""
         *before, bits, histogram = output
-        rows = bits.flatten(1).tolist()
-        return *before, [f"{int(''.join('01'[b] for b in row), 2):016x}" for row in rows], histogram
+        return *before, as_hex(bits), histogram
+
+    def hashes(self, pixels: Tensor) -> Tensor:
+        """The bits of the perceptual hashes alone, of the same pixels."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self._hash((pixels.float() * self.luma).sum(dim=1))
 
     def _hash(self, luma: Tensor) -> Tensor:
         """A bit for each low frequency above the median (Zauner, 2010, the phash of 32x32 DCT)."""
@@ -75,6 +79,13 @@ class ImageStats(nn.Module):
         # The mean (frequency 0) says nothing of the picture's structure.
         median = low.flatten(1)[:, 1:].median(dim=1).values
         return low > median[:, None, None]
+
+
+def as_hex(bits: Tensor) -> list[str]:
+    """Hashes, bool [B, ...], as hexadecimal digits."""
+    rows = bits.flatten(1)
+    digits = rows.shape[1] // 4
+    return [f"{int(''.join('01'[b] for b in row), 2):0{digits}x}" for row in rows.tolist()]
 
 
 def _counts(values: Tensor, bins: int) -> Tensor:

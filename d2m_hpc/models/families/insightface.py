@@ -120,6 +120,8 @@ def load(
     )
     if missing := nets - set(app.models):
         raise ValueError(f"it has no net for {', '.join(sorted(missing))}")
+    if {"landmarks", "embedding"} & {*names} and not app.det_model.use_kps:
+        raise ValueError("its detector gives no landmarks, and so no embedding")
     app.prepare(ctx_id=0, det_size=(det_size, det_size), det_thresh=det_thresh)
 
     def find(image: Image) -> tuple[Any, ...]:
