@@ -127,6 +127,8 @@ def valid(schema: dict[str, Any]) -> str:
     if "const" in schema:  # what YAML makes of an unquoted `off`
         return ""
     kind = schema["type"]
+    if kind == "array" and "minProperties" in str(schema.get("items")):
+        return "list of names, and of names with parameters"
     if kind in ("integer", "number"):
         return " ".join([kind, *_bounds(schema)])
     return WORDS.get(kind, "")  # null stands for the default

@@ -23,6 +23,13 @@ from d2m_hpc.models.transfer import conv_layout, to_device
 log = logging.getLogger(__name__)
 
 
+TOWERS = {
+    "image": ("visual",),
+    "text": ("text", "text_decoder", "transformer", "token_embedding"),
+}
+"""What of a net encodes nothing else."""
+
+
 class Clip(nn.Module):
     """A net of open_clip, and how its texts are encoded."""
 
@@ -35,8 +42,14 @@ class Clip(nn.Module):
 
     @property
     def image_net(self) -> nn.Module:
-        """What may be compiled: its shapes are fixed."""
-        net: nn.Module = self.clip.visual
+        """What may be compiled: its shapes are fixed.
+
+        Raises:
+            AttributeError: images are not encoded.
+        """
+        net: nn.Module | None = self.clip.visual
+        if net is None:
+            raise AttributeError("image_net")
         return net
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -128,6 +141,10 @@ class OpenClipNet(Clip):
     ) -> None:
         self.encoders = [kind for kind in ("image", "text") if {kind, "score"} & {*wanted}]
         net = load(weights, name) if config is None else create(weights, name, config)
+        for kind, parts in TOWERS.items():
+            for part in parts if kind not in self.encoders else ():
+                if hasattr(net, part):
+                    setattr(net, part, None)  # a tower of billions of parameters, maybe
         super().__init__(net, device)
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:

@@ -386,3 +386,30 @@ def test_no_line_is_told_of_an_error_that_came_through_no_custom_file() -> None:
         int("x")
     assert custom.described(caught.value).startswith("ValueError: invalid literal")
     assert "line" not in custom.described(caught.value)
+
+
+ON_A_FAMILY = """
+import torch
+class Warm(torch.nn.Module):
+    dependencies = ('stats',)
+    outputs = {'warm': 'bool'}
+    def __init__(self, device):
+        super().__init__()
+    def forward(self, stats):
+        brightness, contrast, *_ = stats
+        return {'warm': brightness > contrast}
+model_lookup = {'warm': Warm}
+"""
+
+
+def test_a_class_depends_on_a_model_with_parameters(tmp_path: Path) -> None:
+    keys = {
+        "models": ["warm", {"stats": {"kind": "image-stats"}}],
+        "postprocess_columns": ["warm-warm", "stats-brightness"],
+        "custom_pypath": str(_write(tmp_path, ON_A_FAMILY)),
+    }
+    found = run(keys, photographs(3)).columns
+    assert len(found["warm-warm"]) == len(found["stats-brightness"]) == 3
+    keys["models"] = ["warm"]
+    with pytest.raises(ConfigError, match="'warm' needs the output of 'stats', which is not list"):
+        run(keys, photographs(1))

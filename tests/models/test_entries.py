@@ -42,7 +42,11 @@ models:
             "models.1.x.pretrained: unknown tag 'opnai'; did you mean 'openai'?",
             "pretrained: ",
         ),
-        ("x: {kind: open_clip, model: './none'}", "open_clip_config.json cannot be used", "model:"),
+        (
+            "x: {kind: open_clip, model: './none'}",
+            "open_clip_config.json: No such file or directory; valid is a folder",
+            "model:",
+        ),
         ("text-stats: {kind: oai-clip}", "is a built-in model's name; choose another", "text-s"),
         ("{x: {}, y: {}}", "valid is one name, with a mapping that has its `kind`", "x: "),
         ("x: 3", "found {'x': 3}; valid is one name, with a mapping", "x: "),

@@ -254,8 +254,12 @@ class OpenClip(Family):
             config = found["model_cfg"]
             int(config["embed_dim"]), {**config["text_cfg"]}, {**config["vision_cfg"]}
             return found
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ParameterError("model", f"{home / CONFIG} cannot be used: {error}") from None
+        except OSError as error:
+            what = f"{home / CONFIG}: {error.strerror}; valid is a folder with a model of open_clip"
+            raise ParameterError("model", what) from None
+        except (ValueError, LookupError, TypeError) as error:
+            what = f"{home / CONFIG} holds no model of open_clip: {error!r}"
+            raise ParameterError("model", what) from None
 
     def _config(self, use: Use) -> dict[str, Any]:
         config: dict[str, Any] = self._document(use)["model_cfg"]

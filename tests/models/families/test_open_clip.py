@@ -274,3 +274,15 @@ def test_fast_resizing_is_near(images: dict[str, Any], tmp_path: Path) -> None:
     exact = run(keys, photographs(8)).features["own-image"]
     fast = run({**keys, "resize": "fast"}, photographs(8)).features["own-image"]
     assert 0 < np.abs(exact - fast).max() < 5e-3
+
+
+@pytest.mark.parametrize("net", [CLIP, SIGLIP])
+def test_a_tower_that_is_not_asked_for_takes_no_memory(net: dict[str, Any], tmp_path: Path) -> None:
+    model = OpenClip(model=str(export(tmp_path / "net", net)))
+    whole, image, text = (
+        model.build(Use("net", tmp_path, frozenset(wanted)), torch.device("cpu"))
+        for wanted in (["score"], ["image"], ["text"])
+    )
+    sizes = [sum(p.numel() for p in made.parameters()) for made in (whole, image, text)]
+    assert max(sizes[1:]) < sizes[0] <= sum(sizes[1:])
+    assert [hasattr(made, "image_net") for made in (whole, image, text)] == [True, True, False]
