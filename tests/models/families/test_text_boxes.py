@@ -44,7 +44,8 @@ def test_boxes_are_rapidocrs(options: dict[str, Any], names: list[str], fewest: 
     arrays = [*(getattr(data, name)() for name in names), np.zeros((40, 900), np.uint8)]
     pictures = [Image.fromarray(a).convert("RGB") for a in arrays]
     counts, areas, boxes = _columns(pictures, **options)
-    library = RapidOCR(**{f"det_{name}": value for name, value in options.items()})
+    given = {f"det_{name}": value for name, value in options.items()}
+    library = RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1, **given)
     for i, picture in enumerate(pictures):
         found, _ = library(picture, use_det=True, use_cls=False, use_rec=False)
         expected = np.asarray(found or [], np.float32).reshape(-1, 4, 2)
