@@ -88,11 +88,18 @@ class Chosen(NamedTuple):
         named = self.outputs.items()
         return {n: o.post(self.name) for n, o in named if bool(o.type) == columns}
 
-    def spec(self, folder: Path, asked: Collection[str], posts: Mapping[str, Post]) -> ModelSpec:
+    def spec(
+        self,
+        folder: Path,
+        asked: Collection[str],
+        posts: Mapping[str, Post],
+        listed: Collection[str] = (),
+    ) -> ModelSpec:
         """
         Args:
             asked: full names of outputs; where none is this model's, the model gives all.
             posts: how the features of other models are read.
+            listed: the models of the config.
 
         Raises:
             ParameterError: it reads an output that no model gives.
@@ -100,7 +107,8 @@ class Chosen(NamedTuple):
         named, reads = self.outputs.items(), tuple(self.family.reads())
         for name in reads:
             if not posts.get(name, Post()).model:
-                what = f"no model gives the feature {name!r}{nearest(name, posts)}"
+                near = [n for n, post in posts.items() if post.model in listed]
+                what = f"no model gives the feature {name!r}{nearest(name, near or posts)}"
                 given = self.family.model_dump().items()
                 raise ParameterError(next((p for p, value in given if value == name), ""), what)
         wanted = [o.name for n, o in named if n in asked] or [o.name for _, o in named]
@@ -191,7 +199,8 @@ class Registry:
         models = dict(self.models)
         for c in chosen:
             try:
-                models[c.name] = c.spec(folder, asked, features)
+                names = [*map(name_of, entries)]
+                models[c.name] = c.spec(folder, asked, features, names)
             except ParameterError as error:
                 problems += _problems(c.name, c.loc, error)
         return replace(self, models=models, columns=columns, features=features), problems

@@ -119,6 +119,7 @@ def test_batch_norm_relu_and_sigmoid_are_datacomps_nsfw_head(checkpoints: Path) 
     [
         ({"on": "stats-histogrm", "checkpoint": "/a.pth"}, "did you mean 'stats-histogram'?"),
         ({"on": "stats-phash", "checkpoint": "/a.pth"}, "no model gives the feature 'stats-phash'"),
+        ({"on": "stats-histo", "checkpoint": "/a.pth"}, "valid: stats-histogram"),
         ({"checkpoint": "a.pth"}, "'a.pth', which is not there"),
         ({"checkpoint": "/a.pth", "final": "sigmod"}, "input should be 'none', 'sigmoid'"),
     ],
