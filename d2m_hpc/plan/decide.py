@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from d2m_hpc.errors import ConfigError
 from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.plan import changed, patterns
 from d2m_hpc.plan.forget import forgotten
-from d2m_hpc.plan.standing import Standings, stand
+from d2m_hpc.plan.standing import Standings, present_and_bare, stand
 from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run import fingerprints, nodes
 from d2m_hpc.run.attempts import Attempts
@@ -200,8 +200,8 @@ def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
     manifest, output = Manifest.load(workload.run), OutputDir(config.output_metadata_dir)
     stems = [s.stem for s in decision.shards]
     odd = set[str]()
-    present = output.stems(odd=odd)
-    found = stand(stems, manifest, present, ours, config.max_attempts, odd)
+    present, bare = present_and_bare(config, odd)
+    found = stand(stems, manifest, present, ours, config.max_attempts, odd, bare)
     _refuse_odd(workload, output, found.odd)
     foreign = _take_back(decision, found, output)
     decision.done.update(found.done)
@@ -214,7 +214,7 @@ def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
         seconds += sum(r.finished - r.started for r in decision.lost if r.shard in decision.done)
         decision.shard_seconds = seconds / len(decision.done)
     decision.last_finished = nodes.last_finished(manifest)
-    decision.tried = tried(manifest, found.removed, workload.run, ours)
+    decision.tried = tried(manifest, found, workload.run, ours)
     _see_changed(decision, found, output, known, busy)
 
 
@@ -229,6 +229,9 @@ def _take_back(decision: Decision, found: Standings, output: OutputDir) -> list[
         pair = Pair(output, stem)
         if (record := pair.record()) is None:
             foreign.append(stem)
+            continue
+        if stem in found.bare:
+            found.removed[stem] = Outcome.of(record.to_dict())
             continue
         decision.lost.append(pair.restored(record))
         if record.fingerprint == workload.fingerprint_id:
@@ -258,23 +261,25 @@ def _refuse_foreign(workload: Workload, stems: list[str]) -> None:
         raise ConfigError(workload.where, [mistake])
 
 
-def tried(
-    manifest: Manifest, removed: Mapping[str, Outcome], run: RunDir, ours: str
-) -> dict[str, Tried]:
+def tried(manifest: Manifest, stood: Standings, run: RunDir, ours: str) -> dict[str, Tried]:
     """Collect the earlier attempts at shards that failed or died, or whose pair is gone.
 
-    A pair by the config at hand is to be replaced if the shard has failed since. An attempt under
-    way looks like one that never ended; its shard is in flight.
+    A pair by the config at hand is to be replaced if the shard has failed since, or lacks its npz.
+    An attempt under way looks like one that never ended; its shard is in flight.
 
     Args:
-        removed: the records of shards whose pair is gone, by stem.
         ours: the fingerprint whose failures count.
     """
-    found = {stem: Tried(outcome.attempt) for stem, outcome in removed.items()}
+    found = {
+        stem: Tried(outcome.attempt, again=stem in stood.bare)
+        for stem, outcome in stood.removed.items()
+    }
     for stem, failed in manifest.failures.items():
         counted = [f for f in failed if f.fingerprint == ours]
         alone = any(f.kind == DIED for f in counted)
-        again = stem in manifest.done and manifest.done[stem].fingerprint == ours
+        again = stem in stood.bare or (
+            stem in manifest.done and manifest.done[stem].fingerprint == ours
+        )
         found[stem] = Tried(max(f.attempt for f in failed), len(counted), alone, again)
     for stem, attempt in Attempts(run.attempts).unended().items():
         known = found.get(stem, UNTRIED)

@@ -16,6 +16,7 @@ from d2m_hpc.run import fingerprints
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import NPZ, PARQUET, SUFFIXES
 from d2m_hpc.run.shards import read_stems
 
 State = Literal["done", "outdated", "failed", "given up", "pending"]
@@ -26,7 +27,7 @@ class Standings:
     """The shards of a plan, by state.
 
     A shard is done if it is done on record by the fingerprint asked for, its parquet is in place,
-    and no failure was recorded since.
+    and its npz where the config asks for features, and no failure was recorded since.
 
     Attributes:
         stems: the stems of all shards, in the plan's order.
@@ -35,7 +36,8 @@ class Standings:
         outdated: the records of shards whose pairs another fingerprint made, by stem.
         failed: the failures of shards that are not done, oldest first, by stem.
         given_up: stems of `failed` that failed too often to be tried again.
-        removed: the records of shards that are done on record and lack a parquet, by stem.
+        removed: the records of shards that are done on record and lack a file, by stem.
+        bare: stems of parquets whose npz is missing.
         unrecorded: stems of parquets without a record.
         odd: stems with a folder, a pipe or a device in place of a parquet.
     """
@@ -47,6 +49,7 @@ class Standings:
     failed: dict[str, list[Outcome]] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
     removed: dict[str, Outcome] = field(default_factory=dict)
+    bare: Collection[str] = ()
     unrecorded: list[str] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)
 
@@ -76,6 +79,7 @@ def stand(
     asked: str,
     max_attempts: int,
     odd: Collection[str] = (),
+    bare: Collection[str] = (),
 ) -> Standings:
     """Sort the shards of a plan by state.
 
@@ -84,16 +88,19 @@ def stand(
         asked: the fingerprint asked for.
         max_attempts: the number of failures by that fingerprint after which a shard is given up.
         odd: stems of folders, pipes and devices that are named as parquets.
+        bare: of `present`, stems whose npz is missing, though the config asks for features.
     """
     recorded, known = manifest.done, manifest.done.get
-    found = Standings(list(stems), asked)
+    found = Standings(list(stems), asked, bare=bare)
     found.done = {
         stem: outcome
         for stem in found.stems
         if (outcome := known(stem)) and outcome.fingerprint == asked and stem in present
     }
+    for stem in bare:
+        found.done.pop(stem, None)
     for stem in found.unfinished:
-        if stem not in present:
+        if stem not in present or (stem in bare and stem in recorded):
             if stem in recorded:
                 found.removed[stem] = recorded[stem]
         elif stem in recorded:
@@ -123,13 +130,13 @@ def standings(
     run: RunDir,
     config: Config,
     known: Manifest | None = None,
-    present: Collection[str] | None = None,
+    there: Mapping[str, set[str]] | None = None,
 ) -> Standings:
     """Find the state of every shard of a run, by its newest submission.
 
     Args:
         known: the run's manifest, if it was read before.
-        present: the stems of all parquets, if the output folder was listed before.
+        there: the stems of all outputs by suffix, if the output folder was listed before.
 
     Raises:
         D2MError: the plan is missing or damaged, or the output cannot be listed.
@@ -138,7 +145,21 @@ def standings(
         raise D2MError(f"{run.shards} is missing; submit again, and the plan is made anew")
     manifest = known or Manifest.load(run)
     odd = set[str]()
-    if present is None:
-        present = OutputDir(config.output_metadata_dir).stems(odd=odd)
+    present, bare = present_and_bare(config, odd, there)
     asked = fingerprints.newest(run)
-    return stand(read_stems(run.shards), manifest, present, asked, config.max_attempts, odd)
+    return stand(read_stems(run.shards), manifest, present, asked, config.max_attempts, odd, bare)
+
+
+def present_and_bare(
+    config: Config, odd: set[str], there: Mapping[str, set[str]] | None = None
+) -> tuple[set[str], set[str]]:
+    """List the stems of all parquets, and of those without an npz where features are asked for.
+
+    Args:
+        odd: receives the stems of folders, pipes and devices that are named as parquets.
+        there: as `standings` takes it.
+    """
+    suffixes = SUFFIXES if config.postprocess_features else (PARQUET,)
+    there = there or OutputDir(config.output_metadata_dir).pairs(suffixes, odd)
+    present = there[PARQUET]
+    return present, present - there[NPZ] if NPZ in suffixes else set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -86,46 +86,43 @@ class OutputDir:
         path = self.path(name)
         return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
-    def stems(self, suffix: str = ".parquet", odd: set[str] | None = None) -> set[str]:
-        """List the stems of all files with a suffix; every finished shard has a parquet.
+    def stems(self, suffix: str = ".parquet") -> set[str]:
+        """List the stems of all files with a suffix; every finished shard has a parquet."""
+        return self.pairs((suffix,))[suffix]
+
+    def pairs(
+        self, suffixes: Sequence[str] = (".npz", ".parquet"), odd: set[str] | None = None
+    ) -> dict[str, set[str]]:
+        """List the stems of all outputs, by suffix, in one look at the folder.
 
         Args:
-            odd: receives the stems of folders, pipes and devices with such names.
+            odd: receives the stems of folders, pipes and devices that are named as parquets.
         """
-        cut = -len(suffix)
-        if not self.is_local:
-            return {name[:cut] for name in self._names() if name.endswith(suffix)}
-        files, others = set[str](), set[str]() if odd is None else odd
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
-            for entry in entries:
-                if entry.name.endswith(suffix):
-                    (files if entry.is_file() else others).add(entry.name[:cut])
-        return files
-
-    def pairs(self) -> dict[str, set[str]]:
-        """List the stems of all outputs, by suffix."""
-        found: dict[str, set[str]] = {".npz": set(), ".parquet": set()}
-        for name in self._names():
+        found: dict[str, set[str]] = {suffix: set() for suffix in suffixes}
+        for name, is_file in self._names():
             stem, dot, suffix = name.rpartition(".")
-            if stem and dot + suffix in found:
-                found[dot + suffix].add(stem)
+            if stem and (stems := found.get(dot + suffix)) is not None:
+                if is_file():
+                    stems.add(stem)
+                elif odd is not None and dot + suffix == ".parquet":
+                    odd.add(stem)
         return found
 
-    def _names(self) -> Iterator[str]:
-        """List the names of all files in the folder; in a store, of folders too.
+    def _names(self) -> Iterator[tuple[str, Callable[[], bool]]]:
+        """List the names in the folder, each with a way to ask whether it is a file's.
 
         Raises:
             D2MError: the store cannot be listed.
         """
         if self.is_local:  # one at a time: fsspec holds a list of all paths
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
-                yield from (entry.name for entry in entries if entry.is_file())
+                yield from ((entry.name, entry.is_file) for entry in entries)
             return
         try:
             paths = stores.retrying(self._paths)
         except Exception as error:  # each store raises errors of its own
             raise D2MError(f"{self.url} cannot be listed: {error}") from error
-        yield from (path.rsplit("/", 1)[-1] for path in paths)
+        yield from ((path.rsplit("/", 1)[-1], lambda: True) for path in paths)
 
     def _paths(self) -> list[str]:
         """List the paths in a store; s3fs would list the parent of a missing folder."""

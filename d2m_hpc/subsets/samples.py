@@ -126,7 +126,7 @@ def opened(run: RunDir, config: Config, known: Standings | None = None) -> Itera
     newest = sorted(done, key=lambda s: (bool(done[s].rows), done[s].finished), reverse=True)
     if lost := sorted(s for s, o in found.removed.items() if o.fingerprint == found.asked):
         few = ", ".join(lost[:3])
-        what = f"the parquets of {len(lost)} finished shards are missing ({few})"
+        what = f"outputs of {len(lost)} finished shards are missing ({few})"
         raise D2MError(f"{output.url}: {what}; see `d2m verify`")
     paths = [output.address(f"{stem}.parquet") for stem in newest]
     with (

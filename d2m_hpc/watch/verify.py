@@ -63,7 +63,7 @@ def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0
     output = OutputDir(config.output_metadata_dir)
     with gc_paused():
         manifest, there = Manifest.load(run), output.pairs()
-        found = standings(run, config, manifest, there[".parquet"])
+        found = standings(run, config, manifest, there)
     done = manifest.done
     stems = sorted(done)
     if sample is not None and sample < len(stems):

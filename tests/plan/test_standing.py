@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 from kit import STATS, d2m, submit, write_config, write_shards
 
-from d2m_hpc.plan.standing import stand
+from d2m_hpc import config as configs
+from d2m_hpc.launch import flow
+from d2m_hpc.launch.local import ThisProcess
+from d2m_hpc.plan.standing import stand, standings
+from d2m_hpc.plan.workload import inspect
+from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.records import Record
+from d2m_hpc.watch.verify import verify
 
 OURS, OTHER = "a" * 16, "b" * 16
 
@@ -125,3 +133,25 @@ def test_verify_says_that_a_run_is_not_finished(config: Path) -> None:
     found = json.loads(d2m("verify", config, "--json").stdout)
     assert [found[k] for k in ("checked", "shards", "unfinished")] == [4, 5, 1]
     assert d2m("verify", config, "--partial").returncode == 0
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_shard_whose_features_are_gone_is_computed_again(recorded: bool, tmp_path: Path) -> None:
+    """Where the config asks for features; else nobody misses an npz."""
+    write_shards(tmp_path / "tars", 3, samples=2)
+    values = {**STATS, "input_tars": f"{tmp_path}/tars/*.tar"}
+    path = write_config(tmp_path / "c.yml", values, output_metadata_dir=str(tmp_path / "out"))
+    loaded = configs.load(path)
+    flow.submit(inspect(loaded, str(path)), ThisProcess())
+    lost, run = tmp_path / "out" / "00001.npz", RunDir(tmp_path / "out" / ".d2m")
+    before = lost.read_bytes(), os.stat(tmp_path / "out" / "00000.npz").st_ino
+    lost.unlink()
+    found = standings(run, loaded)
+    assert (found.unfinished, [*found.removed]) == (["00001"], ["00001"])
+    assert standings(run, loaded.model_copy(update={"postprocess_features": []})).is_complete
+    if not recorded:
+        shutil.rmtree(run.records)
+    flow.submit(inspect(loaded, str(path)), ThisProcess())
+    assert (lost.read_bytes(), os.stat(tmp_path / "out" / "00000.npz").st_ino) == before
+    assert standings(run, loaded).is_complete
+    assert verify(run, loaded).faults == []

@@ -317,6 +317,6 @@ def test_a_damaged_parquet_is_not_the_conditions_fault(tmp_path: Path) -> None:
     (tmp_path / "out" / "a.parquet").unlink()
     with pytest.raises(
         D2MError,
-        match=r"out: the parquets of 1 finished shards are missing \(a\); see `d2m verify`",
+        match=r"out: outputs of 1 finished shards are missing \(a\); see `d2m verify`",
     ):
         select(run, config, Query(), tmp_path / "subset.npy")

@@ -235,7 +235,8 @@ def test_a_run_is_in_one_state(records: dict[str, Any], state: str, run: RunDir)
     for stem, kind in records.items():
         times = {"started": 1.0, "finished": 2.0}
         recorder.append(Record(stem, kind, rows=1, fingerprint=fingerprints.newest(run), **times))
-        (run.root.parent / f"{stem}.parquet").touch()
+        for suffix in (".parquet", ".npz"):
+            (run.root.parent / f"{stem}{suffix}").touch()
     assert _summary(run).state == state
 
 
@@ -244,7 +245,8 @@ def test_a_shard_that_was_mended_is_no_failure_any_more(run: RunDir) -> None:
     ours, now = fingerprints.newest(run), time.time()
     later = {"started": now, "finished": now, "attempt": 2, "task": "001-0-0"}
     recorder.append(Record("half", "done", rows=2, fingerprint=ours, **later))
-    (run.root.parent / "half.parquet").touch()
+    for suffix in (".parquet", ".npz"):
+        (run.root.parent / f"half{suffix}").touch()
     found = _summary(run)
     assert (found.done, found.failed, found.rows) == (4, 3, 39)
     assert not [g for g in found.failures if "half" in g.shards]
