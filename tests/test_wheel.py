@@ -16,7 +16,10 @@ PACKED = ("d2m_hpc", "configs", "setup.cfg", "pyproject.toml", "README.md", "LIC
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that setuptools leaves nothing in the checkout."""
+    """Built from a copy, so that setuptools leaves nothing in the checkout.
+
+    With a folder of bytecode, as whoever has tried a custom file has there.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     source, ignored = folder / "source", shutil.ignore_patterns("__pycache__")
     source.mkdir()
@@ -25,6 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, source / name, ignore=ignored)
         else:
             shutil.copy(ROOT / name, source)
+    (source / "configs" / "custom" / "__pycache__").mkdir()
     uv = Path(sys.executable).with_name("uv")
     command = [uv, "build", "--quiet", "--wheel", "--out-dir", folder / "dist", source]
     subprocess.run(command, check=True)

@@ -111,7 +111,11 @@ class Widest:
 
     def _described(self, path: str) -> dict[str, str]:
         found = self._db.execute(f"DESCRIBE FROM read_parquet({listed([path])})").fetchall()
-        return {row[0]: row[1] for row in found}
+        # duckdb before 2.0 describes a column of type null as one of integers.
+        nulls = self._db.execute(
+            f"SELECT name FROM parquet_schema({listed([path])}) WHERE logical_type = 'NullType()'"
+        ).fetchall()
+        return {row[0]: row[1] for row in found} | dict.fromkeys((n for (n,) in nulls), NULL)
 
     def _has_text(self, name: str) -> bool:
         """Whether a column that is text in some files has a value in any of these."""
