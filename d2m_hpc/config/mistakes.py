@@ -161,7 +161,9 @@ def _post_mistakes(
     untold = tuple(f"{model}-" for model in wrong)
     unknown = [name for name in names if name not in known and not name.startswith(untold)]
     mistakes += [
-        Mistake((key,), f"unknown name {quoted(name)}{_other_list(key, name, registry)}", name)
+        Mistake(
+            (key,), f"unknown name {quoted(name)}{_other_list(config, key, name, registry)}", name
+        )
         for name in unknown[:MANY]
     ]
     mistakes += _more(key, unknown)
@@ -176,13 +178,15 @@ def _post_mistakes(
     return mistakes
 
 
-def _other_list(key: str, name: str, registry: Registry) -> str:
+def _other_list(config: Config, key: str, name: str, registry: Registry) -> str:
+    """Where the name belongs, or which ones the listed models give."""
     if key == "postprocess_columns" and name in registry.features:
         return "; it is a feature: list it under postprocess_features"
     if key == "postprocess_features" and name in registry.columns:
         return "; it is a column: list it under postprocess_columns"
-    valid = registry.columns if key == "postprocess_columns" else registry.features
-    return nearest(name, valid)
+    known = registry.columns if key == "postprocess_columns" else registry.features
+    given = {"", *config.model_names}
+    return nearest(name, [n for n, post in known.items() if post.model in given], known)
 
 
 def _duplicates(key: str, names: Iterable[str]) -> list[Mistake]:

@@ -21,9 +21,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.models import extremes
 from d2m_hpc.models.inputs import NAMED, Form, ImageInput, OwnInput
 from d2m_hpc.models.pixels import Pixels, in_memory, size_of, tensor_of
+from d2m_hpc.storage.texts import safe
 
 FAST = ("bicubic", "bilinear")
 """What torch's kernels for uint8 resize by; PIL does all else."""
@@ -282,13 +284,22 @@ def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Ten
     return normalise
 
 
+def custom(function: Callable[[Any], Any]) -> Preprocessor:
+    """A preprocessor of a custom file: it is given a PIL image, a str or a dict."""
+    return Preprocessor(lambda value, options: function(identity(value, options)))
+
+
 @cache
 def of_form(form: Form) -> Preprocessor:
-    """The preprocessor that a value describes."""
+    """The preprocessor that a value describes, ready for threads.
+
+    Raises:
+        ConfigError: a family's own code cannot make it.
+    """
     if isinstance(form, str):
         return Preprocessor(identity)
     if isinstance(form, OwnInput):
-        return Preprocessor(partial(_own, form=form))
+        return custom(_made(form))
     finish: Callable[[Any], Any] = Preprocessor.finish
     if form.mean and form.std:
         finish = normaliser(form.mean, form.std)
@@ -297,14 +308,15 @@ def of_form(form: Form) -> Preprocessor:
     return Preprocessor(partial(prepared_image, wanted=form.pixels), finish)
 
 
-def _own(value: Any, options: Options, form: OwnInput) -> Any:
-    return _maker(form)(identity(value, options))
-
-
-@cache
-def _maker(form: OwnInput) -> Callable[[Any], Any]:
+def _made(form: OwnInput) -> Callable[[Any], Any]:
     module, name = form.made_by.split(":")
-    made: Callable[[Any], Any] = getattr(import_module(module), name)(**dict(form.options))
+    try:
+        made: Callable[[Any], Any] = getattr(import_module(module), name)(**dict(form.options))
+    except D2MError:
+        raise
+    except Exception as error:  # of a library, on a missing or damaged file
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError("models", [f"{form} cannot be made ready: {safe(what, 600)}"]) from error
     return made
 
 
@@ -313,8 +325,3 @@ def _first(finish: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> 
 
 
 PREPROCESSORS: dict[str, Preprocessor] = {name: of_form(form) for name, form in NAMED.items()}
-
-
-def custom(function: Callable[[Any], Any]) -> Preprocessor:
-    """A preprocessor of a custom file: it is given a PIL image, a str or a dict."""
-    return Preprocessor(lambda value, options: function(identity(value, options)))

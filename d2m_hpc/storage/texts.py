@@ -47,13 +47,16 @@ def fit(text: str, limit: int = LIMIT, lines: bool = False) -> str:
     return _cut(_ODD.sub(_kept if lines else _escaped, text), limit)
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: str, valid: Iterable[str], others: Iterable[str] = ()) -> str:
     """The end of a message about an unknown name: `; did you mean ...?` and the valid names.
 
     Of more than `MANY` names it has those that are like the unknown one.
+
+    Args:
+        others: names that may be meant, too.
     """
     names = sorted(valid)
-    close = difflib.get_close_matches(name[:BRIEF], names, n=5, cutoff=0.5)
+    close = difflib.get_close_matches(name[:BRIEF], {*names, *others}, n=5, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if difflib.get_close_matches(name, close) else ";"
     if len(names) <= MANY:
         return f"{hint} valid: {', '.join(names)}"

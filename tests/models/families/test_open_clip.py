@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, XLMRobertaConfig
 
-from d2m_hpc.errors import WeightsError
+from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.models.families import open_clip as family
 from d2m_hpc.models.families.open_clip import OpenClip
 from d2m_hpc.models.family import Use
@@ -286,3 +286,10 @@ def test_a_tower_that_is_not_asked_for_takes_no_memory(net: dict[str, Any], tmp_
     sizes = [sum(p.numel() for p in made.parameters()) for made in (whole, image, text)]
     assert max(sizes[1:]) < sizes[0] <= sum(sizes[1:])
     assert [hasattr(made, "image_net") for made in (whole, image, text)] == [True, True, False]
+
+
+def test_a_tokenizer_that_cannot_be_read_ends_a_task_before_any_sample(tmp_path: Path) -> None:
+    folder = export(tmp_path / "net", SIGLIP, SIGLIP_IMAGES)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"text by .+of_transformers cannot be made ready: \w+"):
+        run(_config("own", {"model": str(folder)}, "text"), [], ["a cat"])
