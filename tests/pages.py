@@ -121,8 +121,16 @@ def command(line: str) -> str:
     return line.partition(" #")[0].strip()
 
 
-def make_world(folder: Path) -> Path:
-    """The folder that a page is run in: `configs/`, `demo/tars/`, and the checkout's `slurm/`."""
+NETS = ("README", "models")
+"""Pages on which the quickstart runs with all of its nets."""
+
+
+def make_world(folder: Path, page: str) -> Path:
+    """The folder that a page is run in: `configs/`, `demo/tars/`, and the checkout's `slurm/`.
+
+    Most pages submit the quickstart again and again, and are about other things than its nets,
+    which take ten seconds of CPU each time: there it has its statistics alone.
+    """
     (folder / "demo" / "tars").mkdir(parents=True)
     for number, stem in enumerate(TARS):
         shutil.copy(SHARDS / f"{stem}.tar", folder / "demo" / "tars" / f"{number:05d}.tar")
@@ -133,6 +141,10 @@ def make_world(folder: Path) -> Path:
         small = path.stem == "datacomp" or path.parent.name == "recipes"
         values["input_tars"] = "demo/tars/00002.tar" if small else "demo/tars/{00000..00002}.tar"
         values["allow_unpublished_weights"] = True
+        if path.stem == "quickstart" and page not in NETS:
+            values |= {"models": ["image-stats", "text-stats"]}
+            for outputs in ("postprocess_columns", "postprocess_features"):
+                values[outputs] = [n for n in values[outputs] if n.startswith(("image-", "text-"))]
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     (folder / "slurm").symlink_to(ROOT / "slurm")
     return folder

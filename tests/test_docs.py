@@ -41,7 +41,7 @@ def environment(
 def test_every_command_of_the_page_runs(
     page: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    world = pages.make_world(tmp_path / "world")
+    world = pages.make_world(tmp_path / "world", page.stem)
     ended = pages.run(pages.script(page, tmp_path / "blocks"), world, environment)
     assert ended.returncode == 0, ended.stdout
 

@@ -18,7 +18,7 @@ def test_every_command_of_the_page_runs(page: Path, cluster: Cluster, tmp_path: 
     commands = pages.script(page, tmp_path / "blocks", slurm=True)
     if page.stem != "README":
         commands = QUICKSTART + commands
-    world = pages.make_world(tmp_path / "world")
+    world = pages.make_world(tmp_path / "world", "of Slurm")
     ended = pages.run(commands, world, {"PATH": pages.search_path(tmp_path)})
     assert ended.returncode == 0, ended.stdout
     assert len(list((world / "demo" / "metadata").glob("*.parquet"))) == len(pages.TARS)
