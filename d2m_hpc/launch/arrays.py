@@ -188,6 +188,8 @@ def wait(run: RunDir) -> None:
     Raises:
         SlurmError: no remaining task can start, or squeue has failed for minutes.
     """
+    if not slurm.all_arrays(run):  # of `--local` submits alone: Slurm need not be there
+        return
     began = heard = moved = time.monotonic()
     while True:
         try:

@@ -108,10 +108,15 @@ def published(parameter: str, given: str, sha256: str = "") -> Checkpoint | Path
         sha256: of the file behind the URL, where it is known.
 
     Raises:
-        ParameterError: it is neither.
+        ParameterError: it is neither, or the URL holds a password or a query: these would be in
+            the file's name, or two files would have one name.
     """
     if given.startswith(("http://", "https://")):
-        return Checkpoint(given.partition("://")[2].partition("?")[0], given, sha256)
+        place = given.partition("://")[2]
+        if re.search(r"[?#]|^[^/]*@", place):
+            what = "a URL with a password, `?` or `#` names no published file; fetch it by hand"
+            raise ParameterError(parameter, f"{what}, and give its path")
+        return Checkpoint(place, given, sha256)
     if path := at_hand(given):
         return path
     what = f"found {given!r}, which is not there; valid is the path of a file, or an http(s) URL"

@@ -82,7 +82,7 @@ class HubFamily(Family):
             return kind()
         try:
             content = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             why = getattr(error, "strerror", None) or error
             raise ParameterError("checkpoint", f"{path} cannot be read: {why}") from None
         if not isinstance(content, kind):
@@ -114,7 +114,11 @@ class HubFamily(Family):
         told = config.get("id2label") or {
             i: f"LABEL_{i}" for i in range(config.get("num_labels", 2))
         }
-        labels = [str(told[i]) for i in sorted(told, key=int)]
+        try:
+            labels = [str(told[i]) for i in sorted(told, key=int)]
+        except (TypeError, ValueError, LookupError):
+            what = f"{self.home(use)}: the labels in its config.json are no numbered names"
+            raise ParameterError("checkpoint", what) from None
         names = [column_name(label) for label in labels]
         return {
             f"{name}-{i}" if not name or name in OTHERS or names.count(name) > 1 else name: label

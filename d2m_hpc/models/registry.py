@@ -5,6 +5,7 @@ Nothing here imports torch: the login node checks a config with the same tables 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from d2m_hpc.models import weights
 from d2m_hpc.models.entries import Listed, family_of, name_of, presets, require_packages
 from d2m_hpc.models.family import Family, ModelSpec, Output, ParameterError, Post, Use
 from d2m_hpc.models.inputs import NAMED
-from d2m_hpc.storage.texts import nearest
+from d2m_hpc.storage.texts import BRIEF, nearest, safe
 
 DATACOMP_KEYS: Mapping[str, str] = {
     "oai-clip-vit-b32-score": "clip_b32_similarity_score",
@@ -29,6 +30,9 @@ DATACOMP_KEYS: Mapping[str, str] = {
     "oai-clip-vit-l14-text": "l14_txt",
 }
 """The names that DataComp's tools read, with `use_datacomp_keys`."""
+NAME = re.compile(r"\w[\w.+-]{0,99}")
+"""Names of models and outputs, of which columns, features and arrays in an npz have theirs."""
+NAME_RULE = "letters, digits, `_`, and behind the first also `.`, `+`, `-`; 100 at most"
 LOOKUPS = (
     "model_lookup",
     "preprocessor_lookup",
@@ -81,6 +85,11 @@ class Chosen(NamedTuple):
         prefix = family.prefixes.get(name, name)
         own = (n.removeprefix(f"{prefix}-") for n in asked if n.startswith(f"{prefix}-"))
         outputs = family.outputs(Use(name, folder, frozenset(own)))
+        names = [output.name for output in outputs]
+        for output in names:
+            if names.count(output) > 1 or not NAME.fullmatch(output):
+                what = "which it gives twice" if names.count(output) > 1 else f"valid: {NAME_RULE}"
+                raise ParameterError("", f"the output {safe(output, BRIEF)!r}: {what}")
         return cls(name, family, {f"{prefix}-{o.name}": o for o in outputs}, loc)
 
     def posts(self, columns: bool) -> dict[str, Post]:
@@ -215,19 +224,26 @@ class Registry:
             loc = (i,) if isinstance(entry, str) else (i, name)
             try:
                 if not isinstance(entry, str):
-                    self._require_new(name)
+                    self._require_name(name)
                     family = family_of(entry)
                 elif name in presets() and name not in self.own:
                     family = presets()[name]
                 else:
                     continue
                 require_packages(family)
-                chosen.append(Chosen.of(name, family, folder, loc, asked))
+                one = Chosen.of(name, family, folder, loc, asked)
+                for other in chosen:
+                    if both := sorted(one.outputs.keys() & other.outputs.keys()):
+                        what = f"{both[0]!r} is an output of {other.name!r} too"
+                        raise ParameterError("", f"{what}; rename one of the models")
+                chosen.append(one)
             except ParameterError as error:
                 problems += _problems(name, loc, error)
         return chosen, problems
 
-    def _require_new(self, name: str) -> None:
+    def _require_name(self, name: str) -> None:
+        if not NAME.fullmatch(name):
+            raise ParameterError("", f"the name {safe(name, BRIEF)!r}: valid: {NAME_RULE}")
         whose = "the custom file's" if name in self.own else "a built-in model's"
         if name in self.models:
             raise ParameterError("", f"{name!r} is {whose} name; choose another")

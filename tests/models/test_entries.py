@@ -14,6 +14,7 @@ from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import entries
 from d2m_hpc.models.entries import one_line
 from d2m_hpc.models.family import Family, ParameterError, at_hand
+from d2m_hpc.models.registry import Registry
 
 HEAD = """\
 input_tars: a.tar
@@ -130,3 +131,29 @@ def test_a_model_is_told_on_one_line() -> None:
     assert one_line("image-stats") == "image-stats"
     given = {"writing": {"kind": "text-boxes", "limit_side_len": 320}}
     assert one_line(given) == "writing (kind: text-boxes, limit_side_len: 320)"
+
+
+ON_CLIP = {"kind": "head", "on": "oai-clip-vit-b32-image"}
+NET = "https://host/x.pth"
+URLS = ("http://me:pw@host/h.pth", "https://host/get?id=1", "https://host/h.pth#1")
+
+
+@pytest.mark.parametrize(
+    ("models", "says"),
+    [
+        (["image-stats", {"image": {"kind": "perceptual-hash"}}], "'image-phash' is an output of"),
+        ([{"../x": {"kind": "perceptual-hash"}}], "the name '../x': valid: letters"),
+        ([{"": {"kind": "perceptual-hash"}}], "the name '': valid: letters"),
+        *(([{"h": {**ON_CLIP, "checkpoint": url}}], "names no published file") for url in URLS),
+        (
+            [{"h": {**ON_CLIP, "checkpoint": NET, "classes": ["a", "a"]}}],
+            "gives twice",
+        ),
+        ([{"h": {**ON_CLIP, "checkpoint": NET, "classes": ["../a", "b"]}}], "valid:"),
+    ],
+)
+def test_no_two_outputs_share_a_name_and_no_name_or_url_is_odd(
+    models: list[Any], says: str, tmp_path: Path
+) -> None:
+    _, problems = Registry().with_models(models, (), tmp_path)
+    assert any(says in problem.what for problem in problems), problems

@@ -46,7 +46,10 @@ class TextEmbedding(HubFamily):
         self._modules(use)
         self._pooling(use)
         width = self.document(use).get("hidden_size")
-        return [Output("feature", shape=(int(width),) if width else ())]
+        if width is not None and (type(width) is not int or width < 1):
+            what = f"{self.home(use)}: hidden_size in its config.json is no number of values"
+            raise ParameterError("checkpoint", what)
+        return [Output("feature", shape=(width,) if width else ())]
 
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.hub_nets import Embedder
