@@ -233,6 +233,8 @@ class Registry:
                 require_packages(family)
                 one = Chosen.of(name, family, folder, loc, asked)
                 for other in chosen:
+                    if other.name == name:
+                        continue  # a name listed twice is told elsewhere
                     if both := sorted(one.outputs.keys() & other.outputs.keys()):
                         what = f"{both[0]!r} is an output of {other.name!r} too"
                         raise ParameterError("", f"{what}; rename one of the models")
