@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import textwrap
@@ -121,6 +122,19 @@ def published(parameter: str, given: str, sha256: str = "") -> Checkpoint | Path
         return path
     what = f"found {given!r}, which is not there; valid is the path of a file, or an http(s) URL"
     raise ParameterError(parameter, what)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a checkpoint's JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no JSON, or more brackets within each other than can be parsed.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 def located(file: Checkpoint | Path, folder: Path) -> Path:

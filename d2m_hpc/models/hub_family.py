@@ -5,14 +5,13 @@ Nothing here imports torch or transformers: what a login node must know is read 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand
+from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, read_json
 from d2m_hpc.models.inputs import ImageInput, OwnInput
 from d2m_hpc.models.published import HubRepo
 
@@ -81,8 +80,8 @@ class HubFamily(Family):
         if not path.exists() and (self.repo() or not required):
             return kind()
         try:
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+            content = read_json(path)
+        except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise ParameterError("checkpoint", f"{path} cannot be read: {why}") from None
         if not isinstance(content, kind):

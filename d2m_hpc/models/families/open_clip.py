@@ -6,7 +6,6 @@ open_clip is not imported here, as it imports torch: its tables are read as file
 from __future__ import annotations
 
 import ast
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand
+from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, read_json
 from d2m_hpc.models.inputs import CLIP_MEAN, CLIP_STD, ImageInput, OwnInput
 from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.texts import nearest
@@ -246,11 +245,11 @@ class OpenClip(Family):
                 what = f"unknown model {name!r}{nearest(name, architectures())}"
                 raise ParameterError("model", what)
             path = _library() / "model_configs" / f"{name}.json"
-            return {"model_cfg": json.loads(path.read_bytes())}
+            return {"model_cfg": read_json(path)}
         if self._repo() and not (home / CONFIG).exists():
             return {"model_cfg": {}}
         try:
-            found: dict[str, Any] = json.loads((home / CONFIG).read_bytes())
+            found: dict[str, Any] = read_json(home / CONFIG)
             config = found["model_cfg"]
             int(config["embed_dim"]), {**config["text_cfg"]}, {**config["vision_cfg"]}
             return found

@@ -6,7 +6,6 @@ timm is not imported here, as it imports torch: its tables are read as files.
 from __future__ import annotations
 
 import ast
-import json
 import math
 import re
 import sys
@@ -19,7 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
 from pydantic import Field
 
-from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, published
+from d2m_hpc.models.family import (
+    Family,
+    Output,
+    ParameterError,
+    Use,
+    at_hand,
+    published,
+    read_json,
+)
 from d2m_hpc.models.inputs import ImageInput, Interpolation, OwnInput
 from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.texts import nearest
@@ -178,7 +185,7 @@ class Timm(Family):
         if repo and not path.exists():
             return "", {}
         try:
-            told = json.loads(path.read_bytes())
+            told = read_json(path)
             return str(told["architecture"]), {**told, **told.get("pretrained_cfg", told)}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ParameterError("model", f"{path} cannot be used: {error}") from None
