@@ -41,6 +41,11 @@ LOOKUPS = (
 )
 
 
+def _require_name(what: str, name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ParameterError("", f"the {what} {safe(name, BRIEF)!r}: valid: {NAME_RULE}")
+
+
 class Problem(NamedTuple):
     """What is wrong with a model of a config.
 
@@ -84,13 +89,14 @@ class Chosen(NamedTuple):
         """
         prefix = family.prefixes.get(name, name)
         own = (n.removeprefix(f"{prefix}-") for n in asked if n.startswith(f"{prefix}-"))
-        outputs = family.outputs(Use(name, folder, frozenset(own)))
-        names = [output.name for output in outputs]
-        for output in names:
-            if names.count(output) > 1 or not NAME.fullmatch(output):
-                what = "which it gives twice" if names.count(output) > 1 else f"valid: {NAME_RULE}"
-                raise ParameterError("", f"the output {safe(output, BRIEF)!r}: {what}")
-        return cls(name, family, {f"{prefix}-{o.name}": o for o in outputs}, loc)
+        outputs: dict[str, Output] = {}
+        for output in family.outputs(Use(name, folder, frozenset(own))):
+            _require_name("output", output.name)
+            full = f"{prefix}-{output.name}"
+            if full in outputs:
+                raise ParameterError("", f"the output {output.name!r}: which it gives twice")
+            outputs[full] = output
+        return cls(name, family, outputs, loc)
 
     def posts(self, columns: bool) -> dict[str, Post]:
         """The columns, or the features."""
@@ -219,12 +225,14 @@ class Registry:
     ) -> tuple[list[Chosen], list[Problem]]:
         chosen: list[Chosen] = []
         problems: list[Problem] = []
+        given_by: dict[str, str] = {}
         for i, entry in enumerate(entries):
             name = name_of(entry)
             loc = (i,) if isinstance(entry, str) else (i, name)
             try:
                 if not isinstance(entry, str):
-                    self._require_name(name)
+                    _require_name("name", name)
+                    self._require_new(name)
                     family = family_of(entry)
                 elif name in presets() and name not in self.own:
                     family = presets()[name]
@@ -232,20 +240,17 @@ class Registry:
                     continue
                 require_packages(family)
                 one = Chosen.of(name, family, folder, loc, asked)
-                for other in chosen:
-                    if other.name == name:
-                        continue  # a name listed twice is told elsewhere
-                    if both := sorted(one.outputs.keys() & other.outputs.keys()):
-                        what = f"{both[0]!r} is an output of {other.name!r} too"
-                        raise ParameterError("", f"{what}; rename one of the models")
+                for output in sorted(one.outputs):
+                    # A name that is listed twice is told by whoever checks the list.
+                    if (other := given_by.setdefault(output, name)) != name:
+                        what = f"{output!r} is an output of {other!r} too; rename one of the models"
+                        raise ParameterError("", what)
                 chosen.append(one)
             except ParameterError as error:
                 problems += _problems(name, loc, error)
         return chosen, problems
 
-    def _require_name(self, name: str) -> None:
-        if not NAME.fullmatch(name):
-            raise ParameterError("", f"the name {safe(name, BRIEF)!r}: valid: {NAME_RULE}")
+    def _require_new(self, name: str) -> None:
         whose = "the custom file's" if name in self.own else "a built-in model's"
         if name in self.models:
             raise ParameterError("", f"{name!r} is {whose} name; choose another")
