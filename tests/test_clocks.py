@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from kit import STATS, d2m, submit, write_config, write_shards
+from kit import custom_config, custom_file, d2m, submit, write_shards
 
 from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.folder import RunDir
@@ -31,46 +31,15 @@ time.time, time.time_ns = shifted, lambda: int(shifted() * 1e9)
 
 Nothing that a task does asks `datetime`, whose class C code of libraries wants to be Python's own.
 """
-SLOW = """
-import os, time
-import torch
-
-class Slow(torch.nn.Module):
-    name = "slow"
-    raw_inputs = ["text"]
-    preprocessors = ["identity"]
-    dependencies = []
-    to_device = False
-
-    def __init__(self, device):
-        super().__init__()
-
-    def forward(self, texts):
-        if "caption 0" in texts:
-            {first}
-        return torch.tensor([float(len(text)) for text in texts])
-
-model_lookup = {{"slow": Slow}}
-postprocess_parquet_lookup = {{"slow-length": lambda cache: cache["slow"]}}
-"""
 LEASE = 3.0
 
 
 def slow_config(folder: Path, first: str, shards: int, **more: Any) -> Path:
     """A run of which the first shard does something before it goes on."""
     write_shards(folder / "tars", shards)
-    (folder / "slow.py").write_text(SLOW.format(first=first))
-    values = {
-        **STATS,
-        "models": ["text-stats", "slow"],
-        "postprocess_columns": ["slow-length"],
-        "postprocess_features": [],
-        "input_tars": str(folder / "tars" / "*.tar"),
-        "output_metadata_dir": str(folder / "out"),
-        "custom_pypath": str(folder / "slow.py"),
-        **more,
-    }
-    return write_config(folder / "c.yml", values)
+    code = custom_file("slow", before=f'import os, time\nif "caption 0" in texts:\n    {first}')
+    values = {"models": ["text-stats", "slow"], "postprocess_features": [], **more}
+    return custom_config(folder, code, "slow", **values)
 
 
 def clock(folder: Path, index: int, seconds: float) -> dict[str, str]:

@@ -11,6 +11,10 @@ from pathlib import PurePosixPath
 from urllib.parse import quote
 
 HUB = "https://huggingface.co"
+DATASET2METADATA = (
+    "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
+)
+"""Where the reference program publishes its own checkpoints."""
 FOLDER = "hub"
 """Of a weights folder; holds one folder a repository and revision."""
 LONGEST = 200

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from d2m_hpc.models.family import Family, Output, Use
-from d2m_hpc.models.published import Checkpoint
+from d2m_hpc.models.published import DATASET2METADATA, Checkpoint
 
 _NET, _REFERENCES = "isc_ft_v107.pth.tar", "eval_dedup_embeddings.pt"
 _ISC = "https://github.com/lyakaap/ISC21-Descriptor-Track-1st/releases/download/v1.0.1"
-_D2M = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
 _SHA256 = "18aeb08e1d53638761e05ac95254a2ef49653bfdb59a631c9304117ceef23d14"
 
 
@@ -32,5 +31,5 @@ class Dedup(Family):
     def checkpoints(self, use: Use) -> list[Checkpoint]:
         return [
             Checkpoint(_NET, f"{_ISC}/{_NET}"),
-            Checkpoint(_REFERENCES, f"{_D2M}/{_REFERENCES}", _SHA256),
+            Checkpoint(_REFERENCES, f"{DATASET2METADATA}/{_REFERENCES}", _SHA256),
         ]

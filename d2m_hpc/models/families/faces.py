@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from d2m_hpc.models.family import Family, Output, Use
-from d2m_hpc.models.published import Checkpoint
+from d2m_hpc.models.published import DATASET2METADATA, Checkpoint
 
 _FILE = "scrfd_10g.pt"
-_D2M = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
 _SHA256 = "963570df5e0ebf6bb313239d0f9f3f0c096c1ff6937e8e28e45abad4d8b1d5c7"
 
 
@@ -31,4 +30,4 @@ class Faces(Family):
         return "of insightface: non-commercial research only"
 
     def checkpoints(self, use: Use) -> list[Checkpoint]:
-        return [Checkpoint(_FILE, f"{_D2M}/{_FILE}", _SHA256)]
+        return [Checkpoint(_FILE, f"{DATASET2METADATA}/{_FILE}", _SHA256)]

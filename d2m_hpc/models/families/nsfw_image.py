@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from d2m_hpc.models.family import Family, Output, Use
-from d2m_hpc.models.published import Checkpoint
+from d2m_hpc.models.published import DATASET2METADATA, Checkpoint
 
 _FILE = "nsfw_torch.pt"
-_D2M = "https://github.com/mlfoundations/dataset2metadata/releases/download/v0.1.0-alpha"
 _SHA256 = "3c97d5478477c181bfa29a33e6933f710c8ec587e3c3551ff855e293acdaf390"
 
 
@@ -27,4 +26,4 @@ class NsfwOfClip(Family):
         return [Output("score", "float32", function="identity")]
 
     def checkpoints(self, use: Use) -> list[Checkpoint]:
-        return [Checkpoint(_FILE, f"{_D2M}/{_FILE}", _SHA256)]
+        return [Checkpoint(_FILE, f"{DATASET2METADATA}/{_FILE}", _SHA256)]
