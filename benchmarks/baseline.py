@@ -247,17 +247,19 @@ def task(
     queue: Queue[Any] = Queue()
     writer = Thread(target=_write_all, args=(queue,))
     writer.start()
-    for number, group in enumerate(groups):
-        columns: dict[str, list[Any]] = {}
-        features: dict[str, list[Tensor]] = {}
-        for batch in loader(group, workers, batch_size, inputs, fields):
-            made, seen = compute(batch[: len(inputs)])
-            carried = dict(zip(fields, zip(*batch[-1], strict=True), strict=True))
-            _gather(columns, made | carried)
-            _gather(features, seen)
-        queue.put((folder / str(number), columns, features))
-    queue.put(None)
-    writer.join()
+    try:
+        for number, group in enumerate(groups):
+            columns: dict[str, list[Any]] = {}
+            features: dict[str, list[Tensor]] = {}
+            for batch in loader(group, workers, batch_size, inputs, fields):
+                made, seen = compute(batch[: len(inputs)])
+                carried = dict(zip(fields, zip(*batch[-1], strict=True), strict=True))
+                _gather(columns, made | carried)
+                _gather(features, seen)
+            queue.put((folder / str(number), columns, features))
+    finally:  # after an error, too: Python ends no process whose threads still wait
+        queue.put(None)
+        writer.join()
 
 
 def _gather(store: dict[str, list[Any]], values: Mapping[str, Any]) -> None:

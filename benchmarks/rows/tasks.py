@@ -78,9 +78,10 @@ def _conventional_task(tars: Sequence[Path], setting: Setting, config: Config) -
 def _no_op_graph(inputs: Sequence[Input]) -> baseline.Compute:
     """The models of the custom file, run one after the other."""
     models: dict[str, Any] = {k: made("cpu") for k, made in noop_models.model_lookup.items()}
+    named = [(raw, baseline.NAMES[form]) for raw, form in inputs]
 
     def compute(batch: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        given = dict(zip(inputs, batch, strict=True))
+        given = dict(zip(named, batch, strict=True))
         cache = {}
         for name, model in models.items():
             wanted = zip(model.raw_inputs, model.preprocessors, strict=True)
