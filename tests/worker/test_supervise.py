@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -226,6 +227,16 @@ def test_a_scene_is_read_back_and_taken_down() -> None:
     assert board.scene is None
 
 
+KILLED = """
+import os, pickle, sys
+
+code = "import os; x = b'1' * 10**8; os.kill(os.getpid(), 9)"
+pid = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-c", code])
+sys.stdout.buffer.write(pickle.dumps(os.wait4(pid, 0)[1:]))
+"""
+"""Watched from a small process: a child's figure begins at what its parent holds."""
+
+
 def test_a_death_for_memory_is_told_with_what_it_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,8 +249,8 @@ def test_a_death_for_memory_is_told_with_what_it_took(
         (folder / events).write_text("low 0\noom 3\noom_kill 2\n")
         (folder / f"memory.{limit}").write_text("3000000000\n")
         assert (oom_kills(), memory_limit()) == (2, 3_000_000_000)
-        command = [sys.executable, "-c", "import os; x = bytes(10**8); os.kill(os.getpid(), 9)"]
-        _, status, usage = os.wait4(os.spawnv(os.P_NOWAIT, sys.executable, command), 0)
+        watched = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, check=True)
+        status, usage = pickle.loads(watched.stdout)
         told = death.told(status, usage, oom_kills(), 0)
         assert re.fullmatch(
             r"was killed by SIGKILL, out of memory: it took 0\.[1-9] GB of 3\.0 GB", told
