@@ -122,7 +122,8 @@ def stop_in_writer_at(step: int) -> None:
         def call(*args: Any, **kwargs: Any) -> Any:
             writes = threading.current_thread().name == "writer"
             if writes and next(steps) == step:
-                os.kill(os.getpid(), signal.SIGSTOP)
+                # To the thread: it would run on while another thread is woken for the signal.
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
             return function(*args, **kwargs)
 
         return call

@@ -36,6 +36,7 @@ from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.plan import balance as chunking
 from d2m_hpc.plan.decide import Decision, decide
 from d2m_hpc.plan.workload import Workload, inspect
+from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.manifest import Manifest, all_values
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
@@ -471,6 +472,40 @@ def test_a_kill_before_any_file_operation_leaves_a_pair_old_or_new_or_none(tmp_p
         asked = workload(tmp_path, f"out/{out.name}", more)
         assert verify(asked.run, asked.config).faults == []
         assert decide(asked).pending == []
+
+
+def killed_before_its_record(asked: Workload, number: int) -> None:
+    """Leave what a task that was killed right after its pair leaves of a run's only shard."""
+    for path in asked.run.records.iterdir():
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(n for n in lines if asked.fingerprint_id.encode() not in n))
+    Attempts(asked.run.attempts).begin("00000", Attempt(number), anew=True)
+
+
+def test_a_pair_whose_task_was_killed_before_its_record_is_extended(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1)
+    run(workload(tmp_path, "out", TEXT))
+    run(grown := workload(tmp_path, "out", {**TEXT, "additional_fields": ["uid", "caption"]}))
+    killed_before_its_record(grown, 2)
+    asked = workload(tmp_path, "out", {**TEXT, **MORE})
+    assert run(asked).extends == {"00000": grown.fingerprint_id}
+    run(workload(tmp_path, "full", {**TEXT, **MORE}))
+    assert_same(tmp_path / "out", tmp_path / "full")
+    assert verify(asked.run, asked.config).faults == []
+
+
+def test_a_pair_of_another_config_whose_task_was_killed_is_not_taken_for_done(
+    tmp_path: Path,
+) -> None:
+    write_shards(tmp_path / "tars", 1)
+    run(workload(tmp_path, "out", TEXT))
+    run(other := workload(tmp_path, "out", MORE, reprocess=True))
+    killed_before_its_record(other, 2)
+    with pytest.raises(ConfigError, match="postprocess_columns"):
+        decide(workload(tmp_path, "out", TEXT))
+    assert len(run(workload(tmp_path, "out", TEXT, reprocess=True)).pending) == 1
+    run(workload(tmp_path, "full", TEXT))
+    assert_same(tmp_path / "out", tmp_path / "full")
 
 
 CUSTOM = custom_file("length", "length")

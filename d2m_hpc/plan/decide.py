@@ -201,6 +201,8 @@ def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
     stems = [s.stem for s in decision.shards]
     odd = set[str]()
     present, bare = present_and_bare(config, odd)
+    begun = {*Attempts(workload.run.attempts).stems()} & present & manifest.done.keys()
+    _take_back_newer(decision, manifest, output, begun - busy)
     found = stand(stems, manifest, present, ours, config.max_attempts, odd, bare)
     _refuse_odd(workload, output, found.odd)
     foreign = _take_back(decision, found, output)
@@ -216,6 +218,24 @@ def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
     decision.last_finished = nodes.last_finished(manifest)
     decision.tried = tried(manifest, found, workload.run, ours)
     _see_changed(decision, found, output, known, busy)
+
+
+def _take_back_newer(
+    decision: Decision, manifest: Manifest, output: OutputDir, stems: set[str]
+) -> None:
+    """Read back the records of pairs that replaced recorded ones, into the manifest as well.
+
+    Args:
+        stems: the recorded shards with an attempt's file: a task that was killed between its pair
+            and its record leaves that file.
+    """
+    for stem in stems:
+        record = (pair := Pair(output, stem)).record()
+        if record and record.shard == stem and record.attempt > manifest.done[stem].attempt:
+            decision.lost.append(pair.restored(record))
+            manifest.add(record.to_dict())
+    if decision.lost:
+        manifest.settle()
 
 
 def _take_back(decision: Decision, found: Standings, output: OutputDir) -> list[str]:

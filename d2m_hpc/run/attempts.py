@@ -94,16 +94,17 @@ class Attempts:
 
     def unended(self) -> dict[str, Attempt]:
         """Read the attempts that are under way or never ended, by stem."""
-        found = ((stem, self.last(stem)) for stem in self._stems())
+        found = ((stem, self.last(stem)) for stem in self.stems())
         return {stem: a for stem, a in found if a is not None and not a.ended}
 
     def drop(self, done: Collection[str]) -> None:
         """Remove the files that killed tasks left of finished shards."""
-        for stem in self._stems():
+        for stem in self.stems():
             if stem in done:
                 self.done(stem)
 
-    def _stems(self) -> list[str]:
+    def stems(self) -> list[str]:
+        """List the shards that have a file."""
         names = os.listdir(self._folder) if self._folder.is_dir() else []
         return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
