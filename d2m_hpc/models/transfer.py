@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2m_hpc.models.blocks import Reused, like
+
 
 def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The value with every tensor changed that lies in its tuples, lists and dicts."""
@@ -20,10 +22,21 @@ def each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+_small: list[Tensor] = []
+"""Page-locked copies that a GPU may still read."""
+_page_locked: dict[torch.device, Reused] = {}
+
+
+def page_locked(device: torch.device) -> Reused:
+    """Memory of the host from and to which a GPU copies without holding up the host."""
+    return _page_locked.setdefault(device, Reused(0, device))
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device; the host goes on at once, and the device computes in turn."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # only from such memory does a copy not hold up the host
+        tensor = like(tensor, page_locked(device)).copy_(tensor)
+        _small.append(tensor)
     return tensor.to(device, non_blocking=True)
 
 
@@ -37,7 +50,11 @@ def conv_layout(device: torch.device) -> torch.memory_format:
 
 
 class CudaCopies:
-    """Copies to and from a device; this class alone knows of streams, which the CPU has none of."""
+    """Copies to and from a device; this class alone knows of streams, which the CPU has none of.
+
+    The two ends of a copy must be kept until a mark that is set afterwards has been reached: their
+    memory is used again as soon as they are given up.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -48,8 +65,7 @@ class CudaCopies:
     def send(self, value: Any) -> Any:
         """The value on the device, copied while that still computes what it was given before.
 
-        Kernels launched after this wait for the copy, the host does not. Pinned memory must hold
-        the value until a mark that is set afterwards has been reached.
+        Kernels launched after this wait for the copy, the host does not.
         """
         if self._copying is None:
             return each(value, lambda tensor: tensor.to(self.device))
@@ -57,13 +73,23 @@ class CudaCopies:
         with torch.cuda.stream(self._copying):
             sent = each(value, lambda tensor: tensor.to(self.device, non_blocking=True))
         computing.wait_stream(self._copying)
-        # `record_stream` keeps the allocator from giving this memory to the next copy too early.
-        each(sent, lambda tensor: _used_by(tensor, computing))
         return sent
 
     def fetch(self, value: Any) -> Any:
         """The value on the host, there once a mark that is set afterwards has been reached."""
-        return each(value, lambda tensor: tensor.to("cpu", non_blocking=True))
+        if self._copying is None:
+            return each(value, lambda tensor: tensor.to("cpu"))
+        return each(value, self._fetched)
+
+    def _fetched(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":
+            return tensor
+        there = like(tensor, page_locked(self.device))
+        return there.copy_(tensor, non_blocking=True)
+
+    def kept(self, value: Any) -> Any:
+        """What was fetched, in memory that is not page-locked, as there is little of that."""
+        return value if self._copying is None else each(value, Tensor.clone)
 
     def mark(self) -> Callable[[], None]:
         """Mark what was launched so far; the answer waits until all of it is done.
@@ -75,9 +101,11 @@ class CudaCopies:
         # Blocking, the host sleeps rather than spins: the decode threads need the cores.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
-        return event.synchronize
+        small = _small.copy()
+        _small.clear()
 
+        def wait() -> None:
+            event.synchronize()
+            small.clear()
 
-def _used_by(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    tensor.record_stream(stream)
-    return tensor
+        return wait

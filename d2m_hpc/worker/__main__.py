@@ -17,6 +17,7 @@ import time
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from submitit import JobEnvironment
 
@@ -224,7 +225,14 @@ def _scontrol(*words: str) -> tuple[str, str]:
     return done.stdout, done.stderr.strip() or "no reason given" if done.returncode else ""
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
+def end(code: int) -> NoReturn:
+    """End this process, at once where its GPU has failed: freeing what CUDA gave would abort it."""
     leave(code)
+    if code == NodeError.exit_code:
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    end(main(sys.argv[1:]))

@@ -1,8 +1,7 @@
-"""Batch, from reading to computing, and Outputs, from computing to writing; their memory."""
+"""Batch, from reading to computing, and Outputs, from computing to writing."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,68 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d2m_hpc.models.blocks import Allocate, like
 from d2m_hpc.models.inputs import Input
 from d2m_hpc.run.records import Rejection
 
-Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Makes a tensor of a shape and type, with values not set."""
 
-SIZES = 16
-"""The number of distinct block sizes kept; more are of shapes that change with each batch."""
-
-
-def plain(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def plain(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
-
-
-def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Page-locked memory, which torch itself reuses."""
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
-
-
-class Reused:
-    """Lends the memory of earlier batches to later ones.
-
-    A kernel zeroes each new page, which takes a tenth of the loader's time where every batch of 140
-    MB is new. All memory that lay in batches at the same time is kept.
-
-    Blocks have the size of the largest batch so far, so that they are of one size; `batch_size` may
-    be far larger than any shard.
-
-    Args:
-        rows: the most rows of a batch.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self._most = 0
-        self._free: dict[int, list[NDArray[np.uint8]]] = {}
-
-    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        needed = math.prod(shape) * dtype.itemsize
-        if shape:
-            self._most = max(self._most, min(shape[0], self._rows))
-        size = max(needed, self._most * math.prod(shape[1:]) * dtype.itemsize)
-        if size not in self._free and len(self._free) >= SIZES:
-            self._free = {}
-        free = self._free.setdefault(size, [])
-        try:
-            block = free.pop()  # one step, as is `append`: threads need no lock
-        except IndexError:
-            block = np.empty(size, np.uint8)  # NumPy asks for huge pages
-        lent = np.asarray(_Lent(block, free))
-        return torch.from_numpy(lent[:needed]).view(dtype).view(shape)
-
-
-class _Lent:
-    """A block that returns to its list once no tensor lies in it."""
-
-    def __init__(self, block: NDArray[np.uint8], free: list[NDArray[np.uint8]]) -> None:
-        self.__array_interface__: dict[str, Any] = block.__array_interface__
-        self._block, self._free = block, free
-
-    def __del__(self) -> None:
-        self._free.append(self._block)
 
 
 @dataclass
@@ -134,6 +78,8 @@ def collate(samples: Sequence[Any], allocate: Allocate = plain) -> Any:
     """
     try:
         return _collate(samples, allocate)
+    except torch.AcceleratorError:  # a GPU's failure, seen by whoever calls CUDA next
+        raise
     except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"a preprocessor made values that do not match: {error}") from None
 
@@ -161,18 +107,17 @@ def _stack(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:
     shapes = {tuple(t.shape) for t in tensors}
     if len(shapes) > 1:
         raise ValueError(f"tensors of different shapes: {sorted(shapes)}")
-    first = tensors[0]
-    order = sorted(range(first.dim()), key=first.stride, reverse=True)
-    ordered = [t.permute(order) for t in tensors]
-    shape = (len(tensors), *ordered[0].shape)
-    back = [order.index(axis) + 1 for axis in range(first.dim())]
-    return torch.stack(ordered, out=allocate(shape, first.dtype)).permute(0, *back)
+    stacked = like(tensors[0], allocate, [len(tensors)])
+    torch.stack(tuple(tensors), out=stacked)
+    return stacked
 
 
-def take(value: Any, rows: Sequence[int]) -> Any:
-    """Some rows of a batch's value."""
+def take(value: Any, rows: Sequence[int] | slice) -> Any:
+    """Some rows of a batch's value; of tensors and arrays a slice is no copy."""
     if isinstance(value, tuple | dict):
         return each_part(lambda part: take(part, rows), value)
+    if isinstance(rows, slice):
+        return value[rows]
     if isinstance(value, Tensor):
         return value[torch.as_tensor(rows, dtype=torch.long, device=value.device)]
     if isinstance(value, np.ndarray):
@@ -183,6 +128,8 @@ def take(value: Any, rows: Sequence[int]) -> Any:
 def join(values: Sequence[Any]) -> Any:
     """Join values of consecutive parts."""
     first = values[0]
+    if len(values) == 1:
+        return first
     if isinstance(first, tuple | dict):
         return each_part(lambda *parts: join(parts), *values)
     if isinstance(first, Tensor):
@@ -217,22 +164,22 @@ def non_finite(value: Any) -> list[int]:
     return flagged(flags(value))
 
 
-def flags(value: Any) -> list[Tensor]:
+def flags(value: Any) -> tuple[Tensor, ...]:
     """For each part with numbers, bool [B]: the rows with NaN or infinity.
 
     The flags stay on the parts' device, so that no thread waits for it.
     """
     if isinstance(value, tuple | dict):
-        return [flag for part in _parts(value) for flag in flags(part)]
+        return tuple(flag for part in _parts(value) for flag in flags(part))
     if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim:
         bad = ~np.isfinite(value)
-        return [torch.from_numpy(bad.any(axis=tuple(range(1, value.ndim))))]
+        return (torch.from_numpy(bad.any(axis=tuple(range(1, value.ndim)))),)
     if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
         finite = torch.isfinite(value)
-        return [~(finite.flatten(1).all(dim=1) if value.dim() > 1 else finite)]
+        return (~(finite.flatten(1).all(dim=1) if value.dim() > 1 else finite),)
     if isinstance(value, list):
-        return [torch.tensor([not _finite_item(item) for item in value], dtype=torch.bool)]
-    return []
+        return (torch.tensor([not _finite_item(item) for item in value], dtype=torch.bool),)
+    return ()
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -88,11 +88,32 @@ def ends_task(error: BaseException) -> bool:
     """Whether an error is not the shard's fault, but the config's, a disk's, the node's, or a wish
     to stop."""
     others = isinstance(error, ConfigError | DiskError | NodeError)
-    return others or not isinstance(error, Exception) or is_broken(error)
+    return others or not isinstance(error, Exception) or bool(cuda_failure(error))
 
 
-def is_broken(error: BaseException) -> bool:
-    """Whether CUDA itself is in error, so that this process can compute no more."""
-    cause = error.__cause__ or error
-    out_of_memory = isinstance(cause, torch.OutOfMemoryError)
-    return isinstance(cause, torch.AcceleratorError) and not out_of_memory
+def cuda_failure(error: BaseException) -> str:
+    """Why this process can compute no more, where CUDA itself is in error; else nothing.
+
+    Libraries on top of CUDA raise errors of their own when it has failed, so that CUDA is asked.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if _is_cudas(cause):
+            return _first_line(cause)
+        cause = cause.__cause__ or cause.__context__
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as failure:
+            return _first_line(failure)
+    return ""
+
+
+def _is_cudas(error: BaseException) -> bool:
+    out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, torch.AcceleratorError) and not out_of_memory
+
+
+def _first_line(error: BaseException) -> str:
+    """The rest of torch's message is advice on how to debug kernels."""
+    return str(error).partition("\n")[0]

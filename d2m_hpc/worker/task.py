@@ -36,7 +36,7 @@ from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.opened import noted, require_same
 from d2m_hpc.worker.compute.resolve import Toolbox
-from d2m_hpc.worker.faults import ends_task, guarded, is_broken, logging_to
+from d2m_hpc.worker.faults import cuda_failure, ends_task, guarded, logging_to
 from d2m_hpc.worker.peek import json_of, require_fields, schema_of
 from d2m_hpc.worker.progress import Listener, Reporter, Watchdog
 from d2m_hpc.worker.read import refusal
@@ -120,7 +120,12 @@ def run_task(
         )
         tracker = Tracker(run, config, progress) if config.logging else nullcontext()
         with tracker, scratch(config.scratch_bytes, config.slurm.tasks_per_node) as folder:
-            Task(run, name, config, report, folder, board).work(device, deadline, alone)
+            try:
+                Task(run, name, config, report, folder, board).work(device, deadline, alone)
+            except Exception as error:
+                if isinstance(error, NodeError) or not (why := cuda_failure(error)):
+                    raise
+                raise NodeError(f"CUDA failed on {node_name()}: {why}") from error
     return progress
 
 
@@ -173,6 +178,7 @@ class Task:
         self.schema = schema_of(run, config, self.part, self.output, toolbox, self.custom.version)
         recorder = Recorder(run.record(name.submission, name.index, name.attempt))
         log_file = run.log_of(name.submission, name.index)
+        gpu = device if device.type == "cuda" else None
         report(state="running", shards=len(claims.chunk))
         self.board.set_scene(self._scene())
         try:
@@ -181,7 +187,7 @@ class Task:
                 Awake(),
                 Watchdog(report, config.stall_seconds, log_file, claims.desert),
                 Settler(committer, recorder, claims, report) as settler,
-                Loader(claims, recipe, self.scratch, device.type == "cuda", self._look) as loader,
+                Loader(claims, recipe, self.scratch, gpu, self._look) as loader,
                 claims,
             ):
                 results = (self._compute(reading, graph, claims) for reading in loader)
@@ -258,8 +264,6 @@ class Task:
             reading.cancel()
             if ends_task(error):
                 claims.let_go(work)
-                if is_broken(error):
-                    raise NodeError(f"CUDA failed on {node_name()}: {error}") from error
                 raise
             result.error = error
         return result

@@ -13,9 +13,10 @@ from kit import DATACOMP, SHARDS, captions, photographs, write_config
 from torch import Tensor, nn
 
 from d2m_hpc import config as configs
+from d2m_hpc.models.blocks import Reused
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
 from d2m_hpc.models.transfer import CudaCopies
-from d2m_hpc.worker.batch import Batch, Outputs, collate, pinned
+from d2m_hpc.worker.batch import Batch, Outputs, collate
 from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.resolve import Toolbox
 
@@ -41,6 +42,7 @@ def _graph(folder: Path, checkpoints: Path, device: torch.device, **more: Any) -
 
 def _batches(toolbox: Toolbox, size: int = 8) -> list[Batch]:
     pictures = [Picture(p) for p in photographs(24)]
+    memory = Reused(size, CUDA)
     raw = {"image": pictures, "text": captions()[: len(pictures)]}
     made = {
         wanted: [p.prepare(value, Options()) for value in raw[wanted[0]]]
@@ -49,7 +51,7 @@ def _batches(toolbox: Toolbox, size: int = 8) -> list[Batch]:
     return [
         Batch(
             keys=[str(i) for i in range(start, start + size)],
-            inputs={w: collate(v[start : start + size], pinned) for w, v in made.items()},
+            inputs={w: collate(v[start : start + size], memory) for w, v in made.items()},
             fields={},
         )
         for start in range(0, len(pictures), size)

@@ -19,9 +19,9 @@ from d2m_hpc.models.inputs import Input, as_prepared
 from d2m_hpc.models.registry import in_order
 from d2m_hpc.models.transfer import CudaCopies, each
 from d2m_hpc.stopping import is_asked
-from d2m_hpc.worker.batch import Batch, Outputs, count, flags, join, take
+from d2m_hpc.worker.batch import Batch, Outputs, count, flags, take
 from d2m_hpc.worker.compute.heap import Heap
-from d2m_hpc.worker.compute.in_flight import InFlight, Pending, row_count
+from d2m_hpc.worker.compute.in_flight import Computed, InFlight, Pending, row_count
 from d2m_hpc.worker.compute.resolve import Toolbox
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,14 @@ class Graph:
         self.toolbox = toolbox
         self.device = device
         self.dtype = amp_dtype(config.amp, device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # else each call that names no device opens GPU 0 too
         self._copies = CudaCopies(device)
-        self._batch_size = config.batch_size
+        self._batch_size = self._fitting = config.batch_size
         # float32 (`amp: off`, rows that are computed again) means all of its bits, not 10.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        # cuDNN's attention takes as long as a batch for each new shape, and texts have many.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         as_given = config.device if device.type == "cuda" else "cpu"
         self.models = {
             name: self._build(toolbox.specs[name], as_given) for name in in_order(toolbox.specs)
@@ -105,14 +109,18 @@ class Graph:
         """
         before: InFlight | None = None
         heap = Heap()
-        for batch in batches:
-            launched = self.launch(batch)
+        try:
+            for batch in batches:
+                launched = self.launch(batch)
+                if before is not None:
+                    yield before.outputs()
+                before = launched
+                heap.tidy()
             if before is not None:
                 yield before.outputs()
-            before = launched
-            heap.tidy()
-        if before is not None:
-            yield before.outputs()
+        except BaseException:
+            self._copies.mark()()  # the memory of what is given up here is used again
+            raise
 
     def __call__(self, batch: Batch) -> Outputs:
         """Compute one batch alone."""
@@ -126,31 +134,53 @@ class Graph:
     @torch.no_grad()
     def _compute(self, inputs: Mapping[Input, Any], precise: Collection[str]) -> Pending:
         rows = count(next(iter(inputs.values()), []))  # a config of fields alone has no inputs
+        while True:
+            size = min(rows, self._fitting)
+            try:
+                parts, sent = [], list[Any]()
+                for start in range(0, max(rows, 1), max(size, 1)):
+                    some = {i: take(v, slice(start, start + size)) for i, v in inputs.items()}
+                    parts.append(self._copies.fetch(self._outputs(some, precise, sent)))
+                return Pending(parts, sent, self._copies.mark(), self._on_host)
+            except torch.OutOfMemoryError:
+                if size < 2:
+                    raise
+            # Outside of `except`, as the error holds what was computed.
+            self._fitting = -(-size // 2)
+            log.warning("out of memory on %d rows; %d at a time from now on", size, self._fitting)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _outputs(
+        self, inputs: Mapping[Input, Any], precise: Collection[str], sent: list[Any]
+    ) -> Computed:
+        """Run all models on rows that fit into memory; what was copied for them goes to `sent`."""
+        rows = count(next(iter(inputs.values()), []))
         # The search for the fastest convolutions pays for full batches only.
-        torch.backends.cudnn.benchmark = rows == self._batch_size
-        finished = self._finished(inputs)
+        torch.backends.cudnn.benchmark = rows == self._fitting
+        finished = self._finished(inputs, sent)
         cache: dict[str, Any] = {}
-        flagged: dict[str, list[Tensor]] = {}
+        flagged: dict[str, tuple[Tensor, ...]] = {}
         for name in self.models:
             arguments = self._arguments(name, finished, cache)
             output = self._run(name, arguments, None if name in precise else self.dtype)
             flagged[name] = flags(output)
             cache[name] = self._at_once(name, output) if name in self._awaited else output
-        outputs, fetched = self._copies.fetch((cache, flagged))
-        return Pending(outputs, fetched, self._copies.mark(), self._on_host)
+        return cache, flagged
 
     def _place(self, spec: ModelSpec, wanted: Input) -> torch.device:
         stays = not spec.to_device or wanted[0] in spec.on_host
         return torch.device("cpu") if stays else self.device
 
-    def _finished(self, inputs: Mapping[Input, Any]) -> Finished:
+    def _finished(self, inputs: Mapping[Input, Any], sent: list[Any]) -> Finished:
         """Copy every input to its models' devices, once, and finish it there."""
         wanted = {(i, self._place(s, i)) for s in self.toolbox.specs.values() for i in s.inputs}
         made, prepared = self.toolbox.preprocessors, {i: as_prepared(i) for i, _ in wanted}
         there = {prepared[i] for i, place in wanted if place == self.device}
-        sent = self._copies.send({i: inputs[i] for i in there})
+        copied = self._copies.send({i: inputs[i] for i in there})
+        sent.append(copied)
         return {
-            (i, place): made[i[1]].finish((sent if place == self.device else inputs)[prepared[i]])
+            (i, place): made[i[1]].finish((copied if place == self.device else inputs)[prepared[i]])
             for i, place in wanted
         }
 
@@ -176,25 +206,17 @@ class Graph:
 
     def _read(self, name: str, output: Any) -> Any:
         model = self.models[name]
-        return model.on_host(output) if hasattr(model, "on_host") else output
+        return self._copies.kept(model.on_host(output) if hasattr(model, "on_host") else output)
 
     def _run(self, name: str, arguments: list[Any], dtype: torch.dtype | None) -> Any:
-        """Run one model on some rows; out of memory, on halves of them."""
+        """Run one model on some rows."""
         try:
             with self._autocast(dtype):
                 return _outputs(self.models[name](*arguments), arguments)
         except torch.OutOfMemoryError:
-            rows = count(arguments[0])
-            if rows < 2:
-                raise
+            raise
         except Exception as error:
             raise ShardError(f"{name!r} raised {custom.described(error)}") from error
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        log.warning("%s: out of memory on %d rows; running halves", name, rows)
-        halves = (range(rows // 2), range(rows // 2, rows))
-        parts = [self._run(name, [take(a, half) for a in arguments], dtype) for half in halves]
-        return join(parts)
 
     def _autocast(self, dtype: torch.dtype | None) -> Any:
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()

@@ -16,10 +16,14 @@ from d2m_hpc.errors import ShardError
 from d2m_hpc.models import custom
 from d2m_hpc.models.inputs import Input
 from d2m_hpc.run.records import Rejection
-from d2m_hpc.worker.batch import Batch, Outputs, each_part, flagged, non_finite, put, take
+from d2m_hpc.worker.batch import Batch, Outputs, each_part, flagged, join, non_finite, put, take
 from d2m_hpc.worker.compute.resolve import Postprocessor, Toolbox
 
 log = logging.getLogger(__name__)
+
+
+Computed = tuple[dict[str, Any], dict[str, tuple[Tensor, ...]]]
+"""Outputs by model, and by model the rows that are not finite, as `batch.flags` gives them."""
 
 
 @dataclass
@@ -27,22 +31,24 @@ class Pending:
     """All models' outputs of some rows, on their way to the host.
 
     Attributes:
-        outputs: by model; valid after `wait`.
-        flags: by model, the rows that are not finite, as `batch.flags` gives them.
+        parts: of consecutive rows; valid after `wait`.
+        sent: what the models compute from, kept until `wait` returns.
         wait: returns when all outputs have arrived.
         on_host: turns a model's output into the form for columns and dependents.
     """
 
-    outputs: dict[str, Any]
-    flags: dict[str, list[Tensor]]
+    parts: list[Computed]
+    sent: list[Any]
     wait: Callable[[], None]
     on_host: Callable[[str, Any], Any]
 
     def read(self) -> tuple[dict[str, Any], dict[str, list[int]]]:
         """Outputs by model; and the rows that are not finite, by models with such rows."""
         self.wait()
-        bad = {name: flagged(parts) for name, parts in self.flags.items()}
-        values = {name: self.on_host(name, value) for name, value in self.outputs.items()}
+        self.sent.clear()
+        outputs, flags = join(self.parts)
+        bad = {name: flagged(parts) for name, parts in flags.items()}
+        values = {name: self.on_host(name, value) for name, value in outputs.items()}
         return values, {name: rows for name, rows in bad.items() if rows}
 
 

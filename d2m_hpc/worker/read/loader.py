@@ -20,9 +20,10 @@ from threading import Event, Semaphore
 import torch
 
 from d2m_hpc.errors import ShardError
+from d2m_hpc.models.blocks import Reused
 from d2m_hpc.models.inputs import told
 from d2m_hpc.run.records import Rejection
-from d2m_hpc.worker.batch import Allocate, Batch, Reused, collate, pinned
+from d2m_hpc.worker.batch import Batch, collate
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.members import Notes
 from d2m_hpc.worker.read.prefetch import Coming, Stager, received
@@ -129,7 +130,7 @@ class Loader:
         works: the shards to read; advanced in an own thread, so that each is claimed at the last
             moment.
         scratch: keeps copies of remote tars on this node.
-        pin: put batches into page-locked memory, for a GPU.
+        device: a GPU, for which batches lie in page-locked memory; None without one.
         look: called for each tar, with its URL, before its samples are decoded; an error of it is
             raised by the shard's `Reading`.
     """
@@ -139,13 +140,13 @@ class Loader:
         works: Iterable[Work],
         recipe: Recipe,
         scratch: Scratch,
-        pin: bool = False,
+        device: torch.device | None = None,
         look: Callable[[Archive, str], None] = lambda archive, url: None,
     ) -> None:
         self._look = look
         self._stager = Stager(iter(works), scratch)
         self._recipe = recipe
-        self._allocate: Allocate = pinned if pin else Reused(recipe.batch_size)
+        self._allocate = Reused(recipe.batch_size, device)
         self._next: Queue[Reading | BaseException | None] = Queue(1)
         self._stopped, self._slots = Event(), Semaphore(AHEAD)
         self._groups = 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2m_hpc.worker.batch import SIZES, Reused, collate
+from d2m_hpc.models.blocks import SIZES, Reused
+from d2m_hpc.worker.batch import collate
 
 ROWS = 4
 

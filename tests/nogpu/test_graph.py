@@ -1,0 +1,76 @@
+"""What a batch asks of CUDA: launches, waiting, memory, devices; its values are in tests/gpu."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from kit import DATACOMP, SHARDS, captions, photographs, write_config
+
+from d2m_hpc import config as configs
+from d2m_hpc.models.blocks import Reused
+from d2m_hpc.models.preprocessors import Options, Picture
+from d2m_hpc.worker.batch import Batch, collate
+from d2m_hpc.worker.compute.graph import Graph
+from d2m_hpc.worker.compute.resolve import Toolbox
+
+
+def _graph(folder: str, checkpoints: str, **more: Any) -> Graph:
+    config = configs.load(
+        write_config(
+            Path(folder, "config.yml"),
+            {**DATACOMP, "batch_size": 8, "device": 0, **more},
+            input_tars=str(SHARDS / "00000.tar"),
+            output_metadata_dir=str(Path(folder, "out")),
+            weights_dir=checkpoints,
+            allow_unpublished_weights=True,
+        )
+    )
+    number = int(str(config.device).removeprefix("cuda:"))
+    return Graph(config, Toolbox.of(config), torch.device("cuda", number))
+
+
+def _batches(graph: Graph, count: int, size: int = 8) -> list[Batch]:
+    """Of the same samples."""
+    memory = Reused(size, graph.device)
+    pictures = [Picture(p) for p in photographs(8)] * (size // 8)
+    raw = {"image": pictures, "text": captions()[:8] * (size // 8)}
+    made = {
+        wanted: [p.prepare(value, Options()) for value in raw[wanted[0]]]
+        for wanted, p in graph.toolbox.inputs.items()
+    }
+    keys = [str(i) for i in range(size)]
+    return [Batch(keys, {w: collate(v, memory) for w, v in made.items()}, {}) for _ in range(count)]
+
+
+def steady(gpu: Any, folder: str, checkpoints: str) -> dict[str, Any]:
+    graph = _graph(folder, checkpoints, device="cuda:1")
+    first, second, third, fourth = _batches(graph, 4)
+    with graph:
+        list(graph.run([first, second]))
+        launched = graph.launch(third)
+        gpu.reset()
+        last = graph.launch(fourth)
+        asked = ("wait", "cudaMalloc", "cudaHostAlloc", "cudaHostRegister", "search", "kernel")
+        counts = {what: gpu.count(what) for what in asked}
+        rows = [len(made.outputs().keys) for made in (launched, last)]
+        counts["waits for outputs"] = gpu.count("wait") - counts["wait"]
+    return {**counts, "rows": rows, "contexts": [gpu.has_context(i) for i in range(2)]}
+
+
+def test_a_batch_is_launched_without_waiting_and_finds_its_memory(
+    nogpu: Any, tmp_path: Path, checkpoints: Path
+) -> None:
+    found = nogpu(steady, str(tmp_path), str(checkpoints), devices=2)
+    assert found.pop("kernel") > 100
+    assert found == {
+        "wait": 0,
+        "cudaMalloc": 0,
+        "cudaHostAlloc": 0,
+        "cudaHostRegister": 0,
+        "search": 0,
+        "rows": [8, 8],
+        "waits for outputs": 2,
+        "contexts": [False, True],  # of `cuda:1` alone
+    }
