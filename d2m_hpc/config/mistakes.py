@@ -79,6 +79,15 @@ def registry_mistakes(config: Config, registry: Registry) -> list[Mistake]:
     ]
 
 
+def checkpoint_mistakes(config: Config, registry: Registry) -> list[Mistake]:
+    """Find models whose checkpoints do not fit what the config says of them.
+
+    Args:
+        registry: with the config's own models.
+    """
+    return [Mistake(("models", *p.loc), p.what) for p in registry.unfit(config.models)]
+
+
 def _device_mistakes(config: Config) -> list[Mistake]:
     device = str(config.device)
     number = device.removeprefix("cuda:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from d2m_hpc.errors import WeightsError
+from d2m_hpc.models.headers import fault
 from d2m_hpc.models.published import HubRepo
 from d2m_hpc.storage.texts import safe
 
@@ -21,6 +23,9 @@ LONGEST = 600
 """Characters of an error that are told: a net may lack thousands of tensors."""
 WRAPPERS = ("_orig_mod.", "module.")
 """What torch.compile and DistributedDataParallel put before the names of a net's tensors."""
+
+_DAMAGED = re.compile("weights_only|EOF|PytorchStreamReader|UnpicklingError|unpack requires")
+"""What torch's errors have in them where a file is none of its own."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ class Weights:
         except FileNotFoundError:
             raise WeightsError(f"{path} is missing; run `d2m weights check`") from None
         except Exception as error:
-            raise WeightsError(f"{path} cannot be read as a checkpoint: {error}") from error
+            raise WeightsError(
+                f"{path} cannot be read as a checkpoint: {told(error, path)}"
+            ) from error
 
     @contextmanager
     def used(self, name: str) -> Iterator[None]:
@@ -78,8 +85,26 @@ class Weights:
         except (WeightsError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a net trips over in a file of another kind
-            what = safe(" ".join(f"{type(error).__name__}: {error}".split()), LONGEST)
-            raise WeightsError(f"{self.path(name)} cannot be used: {what}") from error
+            path = self.path(name)
+            raise WeightsError(f"{path} cannot be used: {told(error, path)}") from error
+
+
+def told(error: BaseException, path: Path) -> str:
+    """What is wrong with a checkpoint's file or folder, by what a library raised.
+
+    What the library advises is left out where that is for people who program with it.
+    """
+    if path.is_file() and (why := fault(path)):
+        return why
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it holds a {found[1]}, and only tensors are loaded; save the net's `state_dict()`"
+    if "weights_only" in text and "TorchScript" in text:
+        return "it is a TorchScript archive; save the net's `state_dict()`"
+    is_code = isinstance(error, KeyError) and isinstance(error.args[0], int)  # of a pickle
+    if is_code or _DAMAGED.search(text):
+        return "it is damaged, or no file of torch's"
+    return safe(text, LONGEST)
 
 
 def state_of(content: Any) -> dict[str, Tensor]:

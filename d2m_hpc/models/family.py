@@ -242,6 +242,17 @@ class Family(BaseModel):
         """What building reads: published files, repositories, and files or folders at hand."""
         return ()
 
+    def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
+        """Compare what the checkpoint's files tell, as far as no torch is needed, with the
+        parameters; leave out files that are not there.
+
+        Args:
+            reads: the shapes of a row of what `reads` names; empty where one is not known.
+
+        Raises:
+            ParameterError: they do not fit.
+        """
+
     def licence(self) -> str:
         """Of the checkpoint, as its publisher names it; empty where that is not known."""
         return ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,11 @@ WEIGHTS = (".safetensors", ".bin")
 """How files of weights end."""
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """PIL's interpolations by number, as configs of processors have them."""
+NEEDED = {
+    "image": ("image processor", "preprocessor_config.json", "processor_config.json"),
+    "text": ("tokenizer", "tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model"),
+}
+"""What prepares an input, and the files that it may be in."""
 OTHERS = ("label", "scores")
 """What a classifier gives beside a column for each label."""
 PLAIN = re.compile(
@@ -31,6 +36,9 @@ class HubFamily(Family):
     """A checkpoint of transformers; a family adds what is computed with it."""
 
     paths: ClassVar = ("checkpoint",)
+
+    further: ClassVar[tuple[str, ...]] = ()
+    """What else than its inputs the net needs the checkpoint's files for: `text` that it writes."""
 
     checkpoint: str
     """a folder that `save_pretrained` wrote, or a repository of the Hugging Face hub
@@ -66,6 +74,22 @@ class HubFamily(Family):
             what = f"{home} has no file of weights (model.safetensors)"
             raise ParameterError("checkpoint", what)
         return [*found]
+
+    def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
+        home = self.home(use)
+        if not (home / "config.json").exists():
+            return  # a repository that is not fetched
+        raws = {getattr(given, "raw", "") for given in self.inputs(use)}
+        wanted = {n: NEEDED[n] for n in ("image", "text") if n in {*raws, *self.further}}
+        if "timm" in str(self.document(use).get("model_type")):
+            wanted.pop("image", None)  # timm's own config tells how pictures are prepared
+        mistakes = [
+            ("checkpoint", f"{home} has no {what} ({patterns[0]}); save it there too")
+            for what, *patterns in wanted.values()
+            if not any(path.is_file() for pattern in patterns for path in home.glob(pattern))
+        ]
+        if mistakes:
+            raise ParameterError(*mistakes)
 
     def document(
         self, use: Use, name: str = "config.json", required: bool = True, kind: type = dict

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.buckets import run_tokens
+from d2m_hpc.models.checkpoint import told
 
 ENDLESS = 1 << 20
 """A tokenizer's limit from which on it is none: some have 10^30."""
@@ -56,8 +57,7 @@ def loading(folder: Path) -> Iterator[None]:
     except (WeightsError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a library trips over in files of another kind
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise WeightsError(f"{folder} cannot be used: {what}") from error
+        raise WeightsError(f"{folder} cannot be used: {told(error, folder)}") from error
 
 
 def net_of(folder: Path, auto: str, device: torch.device, unused: str = "-") -> Any:
@@ -74,12 +74,20 @@ def net_of(folder: Path, auto: str, device: torch.device, unused: str = "-") -> 
     import transformers
 
     with loading(folder):
-        net, told = getattr(transformers, auto).from_pretrained(
-            str(folder), dtype=torch.float32, output_loading_info=True, **LOCAL
+        net, found = getattr(transformers, auto).from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
+            **LOCAL,
         )
-        if missing := sorted(n for n in told["missing_keys"] if not n.startswith(unused)):
+        if missing := sorted(n for n in found["missing_keys"] if not n.startswith(unused)):
             few = ", ".join(missing[:4])
             raise WeightsError(f"{folder} lacks tensors of a {type(net).__name__}: {few}")
+        for name, *sizes in sorted(found["mismatched_keys"]):
+            saved, wanted = map(list, sizes)
+            what = f"{name} has the shape {saved}, and by its config.json {wanted}"
+            raise WeightsError(f"{folder} cannot be used: {what}")
         return net.to(device).eval()
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from d2m_hpc.models.checkpoint import Weights, state_of
+from d2m_hpc.models.headers import natural
 from d2m_hpc.models.nsfw import EPSILON
 
 FUNCTIONS: Mapping[str, Any] = {
@@ -35,6 +36,9 @@ class Layers(nn.Module):
         final: after the last one.
         normalize: divide rows by their length first.
         epsilon: of batch norm layers.
+
+    Attributes:
+        values: how many the last layer gives.
     """
 
     def __init__(
@@ -46,8 +50,12 @@ class Layers(nn.Module):
             if path.suffix == ".npz":
                 layers = [*_of_sklearn(path)]
             else:
-                layers = [*_of_state(state_of(weights.load(path.name)), epsilon)]
+                state = state_of(weights.load(path.name))
+                if path.suffix == ".safetensors":  # which has not kept their order
+                    state = {name: state[name] for name in sorted(state, key=natural)}
+                layers = [*_of_state(state, epsilon)]
             chain = [*_activated(layers, FUNCTIONS[activation])]
+        self.values = [layer.out_features for layer in chain if isinstance(layer, nn.Linear)][-1]
         self.net = nn.Sequential(*chain, FUNCTIONS[final]()).eval()
         self.normalize = normalize
 

@@ -220,6 +220,22 @@ class Registry:
                 problems += _problems(c.name, c.loc, error)
         return replace(self, models=models, columns=columns, features=features), problems
 
+    def unfit(self, entries: Iterable[Listed]) -> list[Problem]:
+        """What does not fit in the checkpoints of a config's models, which it has been given.
+
+        Args:
+            entries: the config's `models`.
+        """
+        problems: list[Problem] = []
+        for i, entry in enumerate(entries):
+            spec = self.models.get(name := name_of(entry))
+            if spec and spec.family and spec.use:
+                try:
+                    spec.family.check(spec.use, [self.post(n).shape for n in spec.reads])
+                except ParameterError as error:
+                    problems += _problems(name, _loc(i, entry), error)
+        return problems
+
     def _chosen(
         self, entries: Sequence[Listed], asked: Collection[str], folder: Path
     ) -> tuple[list[Chosen], list[Problem]]:
@@ -228,7 +244,7 @@ class Registry:
         given_by: dict[str, str] = {}
         for i, entry in enumerate(entries):
             name = name_of(entry)
-            loc = (i,) if isinstance(entry, str) else (i, name)
+            loc = _loc(i, entry)
             try:
                 if not isinstance(entry, str):
                     _require_name("name", name)
@@ -254,6 +270,11 @@ class Registry:
         whose = "the custom file's" if name in self.own else "a built-in model's"
         if name in self.models:
             raise ParameterError("", f"{name!r} is {whose} name; choose another")
+
+
+def _loc(i: int, entry: Listed) -> tuple[str | int, ...]:
+    """The keys below a config's `models` that lead to its item `i`."""
+    return (i,) if isinstance(entry, str) else (i, name_of(entry))
 
 
 def _problems(name: str, loc: tuple[str | int, ...], error: ParameterError) -> list[Problem]:

@@ -14,10 +14,11 @@ from typing import Any
 
 from d2m_hpc.config import Config
 from d2m_hpc.config.load import located
-from d2m_hpc.config.mistakes import registry_mistakes
+from d2m_hpc.config.mistakes import checkpoint_mistakes, registry_mistakes
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.models import weights
 from d2m_hpc.models.entries import with_paths
+from d2m_hpc.models.headers import fault
 from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.registry import Registry
 from d2m_hpc.plan import patterns, preflight
@@ -102,7 +103,7 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
     problems += expansion.mistakes
     problems += preflight.inputs(expansion) if thorough else ()
     custom, mistakes = customs(config, run, thorough)
-    problems += mistakes
+    problems += mistakes or checkpoint_mistakes(config, custom.registry)
     checkpoints: dict[str, weights.Kept] = {}
     try:
         checkpoints = _checkpoints(config, custom.registry, run, where)
@@ -197,6 +198,8 @@ def _checkpoints(
     files = {item.checkpoint.name: item.path for item in checked}
     for spec in specs:
         files |= weights.declared(spec, config.custom_file or folder)
+    if faults := [f"{p}: {why}" for p in dict.fromkeys(files.values()) if (why := fault(p))]:
+        raise WeightsError("\n  ".join(["checkpoints:", *faults]))
     try:
         return {name: weights.Kept.of(path, digest) for name, path in files.items()}
     except OSError as error:

@@ -33,6 +33,7 @@ from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.suspension import Awake
 from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
+from d2m_hpc.worker.compute import trial
 from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.opened import noted, require_same
 from d2m_hpc.worker.compute.resolve import Toolbox
@@ -160,6 +161,7 @@ class Task:
         self.checkpoints = frozen.require_checkpoints(submission.frozen)
         self.output = OutputDir(config.output_metadata_dir)
         self.schema = Schema.of(config)
+        self._is_sound = False
         self.part = config  # the part that the task computes: for an extension, the added keys
 
     def work(
@@ -265,8 +267,18 @@ class Task:
             if ends_task(error):
                 claims.let_go(work)
                 raise
+            if why := self._fault(graph):
+                claims.let_go(work)
+                advice = "on any sample; mend its parameters or checkpoint, and submit again"
+                raise ConfigError("models", [f"{why}, {advice}"]) from error
             result.error = error
         return result
+
+    def _fault(self, graph: Graph) -> str:
+        """Why every shard would fail, if the config is at fault; found out at the first failure."""
+        why = "" if self._is_sound else trial.fault(graph, self.part)
+        self._is_sound = not why
+        return why
 
     def _look_elsewhere(self, graph: Graph, recipe: Recipe) -> None:
         """Find types and shapes that no shard of this task tells, for instance as none has rows.

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.checkpoint import Weights, state_of
@@ -71,3 +73,47 @@ def test_a_prefix_that_not_all_have_is_part_of_the_name() -> None:
 def test_what_holds_no_state_dict_is_said(content: object) -> None:
     with pytest.raises(ValueError, match="it holds no state dict"):
         state_of(content)
+
+
+def _old(tensor: torch.Tensor) -> bytes:
+    torch.save(tensor, file := io.BytesIO(), _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            nn.Linear(1, 1),
+            r"it holds a torch\.nn\.modules\.linear\.Linear, and only tensors are lo",
+        ),
+        (
+            {"path": Path("x")},
+            r"it holds a pathlib\.PosixPath, .*; save the net's `state_dict\(\)`",
+        ),
+        ("TorchScript", "it is a TorchScript archive"),
+        (b"", "it is empty"),
+        (b"hello", "it is damaged, or no file of torch's"),
+        (pickle.dumps([1]), "it is damaged, or no file of torch's"),
+        (_old(torch.ones(9))[:30], "it is damaged, or no file of torch's"),
+        (_old(torch.ones(9))[:-8], "it is damaged, or no file of torch's"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_torch_says_is_told_in_words_for_users(
+    content: object, told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        torch.jit.save(torch.jit.trace(nn.Linear(1, 1), torch.ones(1)), str(path))
+    else:
+        torch.save(content, path)
+    with pytest.raises(
+        WeightsError, match=rf"a\.pt cannot be read as a checkpoint: {told}"
+    ) as found:
+        Weights(tmp_path).load("a.pt")
+    assert "weights_only" not in str(found.value)
+    assert "\n" not in str(found.value)

@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hubs import TOKEN, Hub, commit_of, serving
 from huggingface_hub import constants
 from kit import write_config, write_shards
+from safetensors.numpy import save
 
 from d2m_hpc.cli import trouble
 from d2m_hpc.config import load
@@ -30,7 +32,7 @@ from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run import frozen
 
-NET = os.urandom(100_000)
+NET = save({"weights": np.frombuffer(os.urandom(100_000), np.float16)})
 REPO = HubRepo("Org/net")
 WISH = Wish(lambda name: nullcontext(lambda done, total: None))
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from d2m_hpc.models.family import Family, Output, Use, located, published
+from d2m_hpc.errors import WeightsError
+from d2m_hpc.models.family import (
+    Family,
+    Output,
+    ParameterError,
+    Use,
+    located,
+    published,
+)
+from d2m_hpc.models.headers import Axes, shapes
 from d2m_hpc.models.published import Checkpoint
 
 if TYPE_CHECKING:
@@ -68,10 +79,31 @@ class LinearHead(Family):
         self._file()
         if self.width:
             return [Output("vector", shape=(self.width,))]
-        return [Output(name, "float32") for name in self.classes or ("score",)]
+        return [Output(name, "float32") for name in self._names]
 
     def checkpoints(self, use: Use) -> list[Checkpoint | Path]:
         return [self._file()]
+
+    def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
+        path = located(self._file(), use.folder)
+        try:
+            found = shapes(path) if path.is_file() else {}
+            if not found:
+                return
+            takes, gives = widths(found)
+        except ValueError as error:
+            raise ParameterError("checkpoint", f"{path}: {error}") from None
+        wrong = []
+        if reads[0] and reads[0][-1] != takes:
+            what = f"{self.on} has {reads[0][-1]} values, and the head in {path} takes {takes}"
+            wrong.append(("on", f"{what}; give the feature that it was trained on"))
+        if self.width and gives != self.width:
+            wrong.append(("width", f"found {self.width}; valid is {gives}, as {path} gives"))
+        elif not self.width and gives != len(self._names):
+            what = f"{path} gives {gives} values for {len(self._names)} classes"
+            wrong.append(("classes", f"{what}; name each in `classes`, or give `width: {gives}`"))
+        if wrong:
+            raise ParameterError(*wrong)
 
     def licence(self) -> str:
         return {_V1: "MIT", _V2: "Apache-2.0"}.get(self.checkpoint.rpartition("/")[0], "")
@@ -81,17 +113,58 @@ class LinearHead(Family):
 
         path = located(self._file(), use.folder)
         net = Layers(path, self.activation, self.final, self.normalize, self.epsilon).to(device)
-        names = () if self.width else self.classes or ("score",)
+        names = () if self.width else self._names
+        if net.values != (self.width or len(names)):
+            asked = f"a width of {self.width}" if self.width else f"{len(names)} classes"
+            raise WeightsError(f"{path} gives {net.values} values for {asked}")
 
         def model(feature: torch.Tensor) -> dict[str, torch.Tensor]:
             values = net(feature)
             if not names:
                 return {"vector": values}
-            if values.shape[1] != len(names):
-                raise ValueError(f"{path} gives {values.shape[1]} values for {len(names)} classes")
-            return {name: values[:, i] for i, name in enumerate(names)}
+            return dict(zip(names, values.unbind(1), strict=True))
 
         return model
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """The columns."""
+        return self.classes or ("score",)
+
     def _file(self) -> Checkpoint | Path:
         return published("checkpoint", self.checkpoint, self.sha256)
+
+
+def widths(found: Mapping[str, Axes]) -> tuple[int, int]:
+    """How many values a chain of layers takes, and how many it gives.
+
+    Example:
+        >>> widths({"0.weight": (8, 768), "0.bias": (8,), "2.weight": (1, 8)})
+        (768, 1)
+
+    Args:
+        found: the shapes of the layers' tensors by name, in the layers' order.
+
+    Raises:
+        ValueError: there is no linear layer, or one cannot take what the one before it gives.
+    """
+    steps = sorted(_steps(found), key=lambda step: step[0] != "mean_")  # a scaler comes first
+    if not any(len(found[name]) == 2 or name == "coef_" for name, _, _ in steps):
+        raise ValueError(f"it holds no linear layer, but {', '.join([*found][:4])}")
+    for (before, _, gives), (name, takes, _) in pairwise(steps):
+        if gives != takes:
+            raise ValueError(f"{name} takes {takes} values, and {before} gives {gives}")
+    return steps[0][1], steps[-1][2]
+
+
+def _steps(found: Mapping[str, Axes]) -> Iterator[tuple[str, int, int]]:
+    """Each layer's name, and how many values it takes and gives."""
+    for name, shape in found.items():
+        if name.endswith("weight") and len(shape) in (1, 2):  # of a batch norm, or a linear layer
+            yield name, shape[-1], shape[0]
+        elif name == "mean_":
+            yield name, shape[0], shape[0]
+        elif name == "coef_":
+            yield name, shape[-1], prod(shape[:-1])
+        elif name.startswith("coefs_"):
+            yield name, shape[0], shape[1]

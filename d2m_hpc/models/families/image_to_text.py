@@ -18,6 +18,7 @@ class ImageToText(HubFamily):
     """A text about the image, such as a caption, by BLIP, BLIP-2, GIT and their like."""
 
     kind: ClassVar = "image-to-text"
+    further: ClassVar = ("text",)
     presets: ClassVar = {"blip2-opt-2.7b": {"checkpoint": "Salesforce/blip2-opt-2.7b"}}
 
     prompt: str = ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -10,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from d2m_hpc.models.family import Family, Output, ParameterError, Use, located, published
 from d2m_hpc.models.inputs import ImageInput, Interpolation
+from d2m_hpc.models.onnx_header import TYPES, Header, read
 from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.models.types import is_column_type
 
@@ -35,6 +38,17 @@ class OnnxOutput(BaseModel):
     """of a column"""
     shape: tuple[Side, ...] = ()
     """of a feature's row; without, it is a column"""
+
+    def misfit(self, values: int) -> str:
+        """What is wrong where the net gives so many values an image; nothing where that fits."""
+        if self.index is not None:
+            return f"`index` is {self.index}, of {values} values" if self.index >= values else ""
+        if self.shape:
+            told = f"`shape` is {[*self.shape]}, and the net gives {values} values an image"
+            return told if prod(self.shape) != values else ""
+        if values != 1 and not self.type.startswith("list<"):
+            return f"the net gives {values} values an image; choose one by `index`"
+        return ""
 
 
 class OnnxImages(Family):
@@ -104,7 +118,60 @@ class OnnxImages(Family):
         file = self._file()
         if isinstance(file, Checkpoint):
             return [file]
-        return [file, *sorted(file.parent.glob(f"{file.stem}.onnx?data*"))]
+        with suppress(OSError, ValueError):  # `check` tells what is wrong with it
+            return [file, *(file.parent / name for name in read(file).data)]
+        return [file]
+
+    def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
+        path = located(self._file(), use.folder)
+        if not path.is_file():
+            return
+        try:
+            net = read(path)
+        except (OSError, ValueError) as error:
+            raise ParameterError("checkpoint", f"{path}: {error}") from None
+        wrong = [*self._wrong_input(net), *self._wrong_outputs(net)]
+        if net.data and isinstance(self._file(), Checkpoint):
+            wrong.append(("checkpoint", f"its weights lie in {net.data[0]}; give the path of both"))
+        if wrong:
+            raise ParameterError(*((p, f"{path.name}: {what}") for p, what in wrong))
+
+    def _wrong_input(self, net: Header) -> Iterator[tuple[str, str]]:
+        names = ", ".join(net.inputs)
+        if not self.input and len(net.inputs) != 1:
+            yield "", f"it has several inputs; give `input`, one of {names}"
+        if self.input and self.input not in net.inputs:
+            yield "input", f"it has no input {self.input!r}; valid: {names}"
+        found = net.inputs.get(self.input or next(iter(net.inputs)))
+        if found is None or (len(net.inputs) > 1 and not self.input):
+            return
+        if found.type not in TYPES:
+            yield "input", f"its input is of none of the types {', '.join(TYPES.values())}"
+        height, width = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        layouts = {"NCHW": (None, 3, height, width), "NHWC": (None, height, width, 3)}
+        if found.shape is None or _fits(found.shape, layouts[self.layout]):
+            return
+        other = next((n for n, shape in layouts.items() if _fits(found.shape, shape)), "")
+        told = f"its input is {shown(found.shape)}, and images are {shown(layouts[self.layout])}"
+        if other:
+            yield "layout", f"{told}; valid is {other}"
+        else:
+            yield "size", f"{told}, by `size` and `layout`"
+
+    def _wrong_outputs(self, net: Header) -> Iterator[tuple[str, str]]:
+        for name, given in self.gives.items():
+            found = (
+                net.outputs.get(given.output) if given.output else next(iter(net.outputs.values()))
+            )
+            if found is None:
+                names = ", ".join(net.outputs)
+                yield "gives", f"{name}: it has no output {given.output!r}; valid: {names}"
+            elif found.shape == ():
+                yield "gives", f"{name}: the output is one number, and not one a picture"
+            elif found.shape and all(found.shape[1:]):
+                values = prod(side or 0 for side in found.shape[1:])
+                if what := given.misfit(values):
+                    yield "gives", f"{name}: {what}"
 
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.checkpoint import Weights
@@ -136,19 +203,30 @@ def _read(value: torch.Tensor, name: str, given: OnnxOutput) -> Any:
     Raises:
         ValueError: the net gives something else than what the config says.
     """
-    rows = value.flatten(1)
+    rows = value.reshape(len(value), -1)
+    if what := given.misfit(rows.shape[1]):
+        raise ValueError(f"{name}: {what}")
     if given.activation == "sigmoid":
         rows = rows.sigmoid()
     elif given.activation == "softmax":
         rows = rows.softmax(dim=1)
     if given.index is not None:
-        if given.index >= rows.shape[1]:
-            raise ValueError(f"{name}: `index` is {given.index}, of {rows.shape[1]} values")
         return rows[:, given.index]
     if given.shape:
         return rows.reshape(len(rows), *given.shape)
-    if given.type.startswith("list<"):
-        return rows.tolist()
-    if rows.shape[1] != 1:
-        raise ValueError(f"{name}: the net gives {rows.shape[1]} values an image; `index` is one")
-    return rows[:, 0]
+    return rows.tolist() if given.type.startswith("list<") else rows[:, 0]
+
+
+def _fits(found: tuple[int | None, ...], wanted: tuple[int | None, ...]) -> bool:
+    """Whether each side that both know is the same."""
+    pairs = zip(found, wanted, strict=False)
+    return len(found) == len(wanted) and all(a == b or a is None or b is None for a, b in pairs)
+
+
+def shown(shape: tuple[int | None, ...]) -> str:
+    """
+    Example:
+        >>> shown((None, 3, 224, 224))
+        '[n, 3, 224, 224]'
+    """
+    return f"[{', '.join('n' if side is None else str(side) for side in shape)}]"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -197,6 +197,13 @@ class OpenClip(Family):
         if home := at_hand(self.model):
             found += sorted(p for p in home.iterdir() if p.suffix in NEEDED)
         return merged(found)
+
+    def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
+        home = at_hand(self.model)
+        told = home and self._config(use).get("text_cfg", {}).get("hf_tokenizer_name")
+        if home and told and use.wanted & {"text", "score"} and not any(home.glob("*token*")):
+            what = f"{home} has no tokenizer (tokenizer.json) of {told}; save it there too"
+            raise ParameterError("model", what)
 
     def licence(self) -> str:
         return LICENCES.get(self.pretrained, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError, ShardError
 from d2m_hpc.models import custom
 from d2m_hpc.models.compiled import compile_for
+from d2m_hpc.models.entries import name_of
 from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.inputs import Input, as_prepared
 from d2m_hpc.models.registry import in_order
@@ -82,6 +84,26 @@ class Graph:
             which = repr(spec.name) if made is None else f"{spec.name!r} ({custom.origin(made)})"
             mistake = f"{which} cannot be built: {custom.described(error)}"
             raise ConfigError("models", [mistake]) from error
+
+    def of_families(self, config: Config, raws: Collection[str]) -> Graph:
+        """The same models, less custom ones, those that take other raw inputs than these, and all
+        that depend on them."""
+        specs = self.toolbox.specs
+        kept: set[str] = set()
+        for name in in_order(specs):
+            spec = specs[name]
+            if spec.family and {*spec.raw_inputs} <= {*raws} and {*spec.dependencies} <= kept:
+                kept.add(name)
+        known = self.toolbox.registry
+        lists = {
+            key: [name for name in getattr(config, key) if known.post(name).model in kept]
+            for key in ("postprocess_columns", "postprocess_features")
+        }
+        models = [entry for entry in config.models if name_of(entry) in kept]
+        small = copy(self)
+        small.toolbox = self.toolbox.only(config.model_copy(update={**lists, "models": models}))
+        small.models = {name: model for name, model in self.models.items() if name in kept}
+        return small
 
     def _compile(self) -> None:
         nets = {n: m.image_net for n, m in self.models.items() if hasattr(m, "image_net")}

@@ -118,6 +118,12 @@ def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(WeightsError, match=r"lacks tensors of a ViTFor\w+: classifier.weight"):
         run(keys(folder, "own-normal"), photographs(1))
+    net = vit(tmp_path / "other", id2label=NAMES | {3: "more"})
+    (net / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(
+        WeightsError, match=r"classifier.bias has the shape \[4\], and by its config"
+    ):
+        run(keys(net, "own-normal"), photographs(1))
     (folder / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(WeightsError, match="cannot be used: Safetensor") as told:
         run(keys(folder, "own-normal"), photographs(1))

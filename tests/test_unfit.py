@@ -1,0 +1,155 @@
+"""Checkpoints that do not fit the config: the submit fails, or the first task, and no shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kit import SHARDS, write_config
+from models.families.test_onnx import export as export_onnx
+from models.families.test_open_clip import SIGLIP, SIGLIP_IMAGES
+from models.families.test_open_clip import export as export_clip
+from tiny_nets import blip, vit
+from torch import nn
+from transformers import BlipForConditionalGeneration
+
+from d2m_hpc import config as configs
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.launch.flow import commit, submitting
+from d2m_hpc.plan.decide import decide
+from d2m_hpc.plan.workload import Workload, inspect
+from d2m_hpc.run.attempts import Attempts
+from d2m_hpc.run.manifest import Manifest
+from d2m_hpc.worker.task import run_task
+
+STATS = {"stats": {"kind": "image-stats"}}  # whose histogram has 48 values
+KEYS: dict[str, Any] = {"input_tars": str(SHARDS / "00000.tar"), "device": "cpu", "amp": "off"}
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nets")
+    torch.save(nn.Linear(48, 1).state_dict(), folder / "one.pth")
+    torch.save(nn.Linear(47, 2).state_dict(), folder / "two.pth")
+    torch.save(nn.Sequential(nn.Linear(48, 8), nn.Linear(9, 1)).state_dict(), folder / "gap.pth")
+    (folder / "cut.pth").write_bytes((folder / "one.pth").read_bytes()[:-40])
+    (folder / "empty.pth").write_bytes(b"")
+    export_onnx(folder / "net.onnx")
+    export_onnx(folder / "last.onnx", shape=(32, 32, 3))
+    (folder / "cut.onnx").write_bytes((folder / "net.onnx").read_bytes()[:900])
+    vit(folder / "bare", id2label={0: "a", 1: "b"})
+    (folder / "bare" / "preprocessor_config.json").unlink()
+    blip(folder / "mute", BlipForConditionalGeneration)
+    for path in (folder / "mute").glob("*token*"):
+        path.unlink()
+    (folder / "mute" / "vocab.txt").unlink(missing_ok=True)
+    vit(folder / "cut", id2label={0: "a", 1: "b"})
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    export_clip(folder / "clip", SIGLIP, SIGLIP_IMAGES)
+    for path in (folder / "clip").glob("*token*"):
+        path.unlink()
+    return folder
+
+
+def inspected(models: list[Any], columns: list[str], nets: Path, tmp_path: Path) -> Workload:
+    for given in (next(iter(m.values())) for m in models if isinstance(m, dict)):
+        for key in ("checkpoint", "model"):
+            if key in given:
+                given[key] = str(nets / given[key])
+    more = {"output_metadata_dir": str(tmp_path / "out"), "postprocess_columns": columns}
+    path = write_config(tmp_path / "c.yml", {**KEYS, **more, "models": models})
+    return inspect(configs.load(path), str(path))
+
+
+def run(workload: Workload) -> None:
+    with submitting(workload):
+        decision = decide(workload)
+        commit(decision, [decision.pending])
+    run_task(workload.run.root, workload.run.submissions()[-1].name, 0)
+
+
+def head(**given: Any) -> list[Any]:
+    return [STATS, {"own": {"kind": "head", "on": "stats-histogram", **given}}]
+
+
+def onnx(gives: dict[str, Any] | None = None, **given: Any) -> list[Any]:
+    gives = gives or {"score": {"output": "total"}}
+    return [
+        {"own": {"kind": "onnx", "size": 32, "checkpoint": "net.onnx", "gives": gives, **given}}
+    ]
+
+
+def hub(kind: str, checkpoint: str) -> list[Any]:
+    return [{"own": {"kind": kind, "checkpoint": checkpoint}}]
+
+
+FITS = [head(checkpoint="one.pth"), onnx(), onnx(checkpoint="last.onnx", layout="NHWC")]
+UNFIT: list[tuple[list[Any], str]] = [
+    (
+        head(checkpoint="two.pth"),
+        r"models\.1\.own\.on: stats-histogram has 48 values, and the head in .*two\.pth takes 47",
+    ),
+    (head(checkpoint="two.pth"), r"own\.classes: .*two\.pth gives 2 values for 1 classes"),
+    (head(checkpoint="one.pth", width=3), r"own\.width: found 3; valid is 1, as .*one\.pth gives"),
+    (head(checkpoint="gap.pth"), r"gap\.pth: 1\.weight takes 9 values, and 0\.weight gives 8"),
+    (
+        head(checkpoint="cut.pth"),
+        r"own\.checkpoint: .*cut\.pth: it is cut: .*copy or fetch it again",
+    ),
+    (head(checkpoint="empty.pth"), r"empty\.pth: it is empty; copy or fetch it again"),
+    (
+        onnx(size=64),
+        r"own\.size: net\.onnx: its input is \[n, 3, 32, 32\], and images are \[n, 3, 64",
+    ),
+    (onnx(layout="NHWC"), r"own\.layout: net\.onnx: .*; valid is NCHW"),
+    (onnx(input="image"), r"own\.input: net\.onnx: it has no input 'image'; valid: pixels"),
+    (onnx({"score": {"output": "x"}}), r"gives: .*no output 'x'; valid: values, total"),
+    (onnx({"score": {}}), r"gives: net\.onnx: score: the net gives 6 values an image; choose one"),
+    (onnx({"score": {"index": 6}}), r"score: `index` is 6, of 6 values"),
+    (
+        onnx({"score": {"index": 0}, "v": {"shape": [7]}}),
+        r"v: `shape` is \[7\], and the net gives 6",
+    ),
+    (onnx(checkpoint="cut.onnx"), r"own\.checkpoint: .*cut\.onnx: it is cut, or no ONNX file"),
+    (hub("image-classification", "bare"), r"bare has no image processor \(preprocessor_config"),
+    (hub("image-to-text", "mute"), r"mute has no tokenizer \(tokenizer\.json\); save it there too"),
+    (
+        hub("image-classification", "cut"),
+        r"cut/model\.safetensors: it is cut, or no file of safeten",
+    ),
+    ([{"own": {"kind": "open_clip", "model": "clip"}}], r"clip has no tokenizer \(tokenizer\.json"),
+]
+
+
+@pytest.mark.parametrize(("models", "told"), UNFIT, ids=lambda value: str(value)[-60:])
+def test_the_submit_fails(models: list[Any], told: str, nets: Path, tmp_path: Path) -> None:
+    column = {"stats": "stats-phash", "image-classification": "own-a", "image-to-text": "own-text"}
+    own = next(iter(models[-1].values()))
+    kind = "stats" if "width" in own else own["kind"]
+    with pytest.raises(D2MError, match=told) as raised:
+        inspected(models, [column.get(kind, "own-score")], nets, tmp_path)
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("models", FITS, ids=lambda value: str(value)[-60:])
+def test_what_fits_is_taken(models: list[Any], nets: Path, tmp_path: Path) -> None:
+    assert inspected(models, ["own-score"], nets, tmp_path).checkpoints
+
+
+def test_what_only_torch_can_tell_fails_the_task_and_no_shard(nets: Path, tmp_path: Path) -> None:
+    """A head of torch's old format, on a feature of another width."""
+    path, form = nets / "old.pth", {"_use_new_zipfile_serialization": False}
+    torch.save(nn.Linear(47, 1).state_dict(), path, **form)
+    workload = inspected(head(checkpoint="old.pth"), ["own-score"], nets, tmp_path)
+    told = r"'own' raised RuntimeError: .*mat1 and mat2 .*, on any sample; mend its"
+    with pytest.raises(ConfigError, match=told):
+        run(workload)
+    found = Manifest.load(workload.run)
+    assert not found.failures
+    assert not Attempts(workload.run.attempts).unended()
+    torch.save(nn.Linear(48, 1).state_dict(), path, **form)
+    run(inspected(head(checkpoint="old.pth"), ["own-score"], nets, tmp_path))
+    assert (tmp_path / "out" / "00000.parquet").exists()
