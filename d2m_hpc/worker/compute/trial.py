@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import D2MError
+from d2m_hpc.errors import ShardError
 from d2m_hpc.models.custom import described
 from d2m_hpc.models.inputs import told
 from d2m_hpc.models.preprocessors import Options, Picture
@@ -25,6 +25,9 @@ def fault(graph: Graph, config: Config) -> str:
 
     Args:
         config: what the graph computes.
+
+    Raises:
+        NodeError: the device fails.
     """
     small = graph.of_families(config, SAMPLE.keys())
     options = Options(config.resize == "exact", config.max_image_pixels)
@@ -39,6 +42,6 @@ def fault(graph: Graph, config: Config) -> str:
             small(Batch(["made up"], inputs, {}))
     except torch.OutOfMemoryError:
         return ""
-    except D2MError as error:
+    except ShardError as error:
         return str(error)
     return ""
