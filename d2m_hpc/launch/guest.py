@@ -86,16 +86,20 @@ def _torch() -> Iterator[None]:
     """Restore torch's settings and random numbers: building a net draws some."""
     import torch
 
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    from d2m_hpc.models import precision
+
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     random = torch.get_rng_state()
-    flags = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    benchmark = torch.backends.cudnn.benchmark
+    attention = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with precision.restored():
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         torch.set_rng_state(random)
-        cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = flags
+        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cuda.enable_cudnn_sdp(attention)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()

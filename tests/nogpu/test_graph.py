@@ -74,3 +74,24 @@ def test_a_batch_is_launched_without_waiting_and_finds_its_memory(
         "waits for outputs": 2,
         "contexts": [False, True],  # of `cuda:1` alone
     }
+
+
+def scarce(gpu: Any, folder: str, checkpoints: str) -> list[dict[str, Any]]:
+    graph = _graph(folder, checkpoints, batch_size=32)
+    found = []
+    with graph:
+        for batch in _batches(graph, 4, 32):
+            gpu.reset()
+            rows = len(graph(batch).keys)
+            asked = {what: gpu.count(what) for what in ("cudaMalloc", "cudaFree")}
+            found.append({"rows": rows, "fitting": graph._fitting, **asked})
+    return found
+
+
+def test_the_number_of_samples_that_fit_is_remembered(
+    nogpu: Any, tmp_path: Path, checkpoints: Path
+) -> None:
+    first, *_, last = nogpu(scarce, str(tmp_path), str(checkpoints), memory=400 << 20)
+    assert first["cudaFree"] > 0
+    assert last == {"rows": 32, "fitting": first["fitting"], "cudaMalloc": 0, "cudaFree": 0}
+    assert first["fitting"] < 32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError, ShardError
-from d2m_hpc.models import custom
+from d2m_hpc.models import custom, precision
 from d2m_hpc.models.compiled import compile_for
 from d2m_hpc.models.entries import name_of
 from d2m_hpc.models.family import ModelSpec
@@ -56,7 +56,7 @@ class Graph:
         self._copies = CudaCopies(device)
         self._batch_size = self._fitting = config.batch_size
         # float32 (`amp: off`, rows that are computed again) means all of its bits, not 10.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        precision.use_full_float32()
         # cuDNN's attention takes as long as a batch for each new shape, and texts have many.
         torch.backends.cuda.enable_cudnn_sdp(False)
         as_given = config.device if device.type == "cuda" else "cpu"
@@ -74,8 +74,11 @@ class Graph:
         made = None if spec.family else self.toolbox.classes[spec.name]
         try:
             if spec.family and spec.use:
-                return spec.family.build(spec.use, self.device)
-            return custom.build(spec, made, as_given)
+                model = spec.family.build(spec.use, self.device)
+            else:
+                model = custom.build(spec, made, as_given)
+            precision.cast_once(model)
+            return model
         except (D2MError, torch.OutOfMemoryError):
             raise
         except BaseException as error:
@@ -170,6 +173,7 @@ class Graph:
             # Outside of `except`, as the error holds what was computed.
             self._fitting = -(-size // 2)
             log.warning("out of memory on %d rows; %d at a time from now on", size, self._fitting)
+            self._copies.mark()()  # the memory of what is given up is used again
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -233,12 +237,22 @@ class Graph:
     def _run(self, name: str, arguments: list[Any], dtype: torch.dtype | None) -> Any:
         """Run one model on some rows."""
         try:
-            with self._autocast(dtype):
+            with self._precision(name), self._autocast(dtype):
                 return _outputs(self.models[name](*arguments), arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise ShardError(f"{name!r} raised {custom.described(error)}") from error
+
+    @contextmanager
+    def _precision(self, name: str) -> Iterator[None]:
+        """What a custom file says of float32's precision is for its own models."""
+        if self.toolbox.specs[name].family is None or not self.toolbox.classes:
+            yield
+            return
+        with precision.restored():
+            precision.use_full_float32()
+            yield
 
     def _autocast(self, dtype: torch.dtype | None) -> Any:
         return torch.autocast(self.device.type, dtype) if dtype else nullcontext()

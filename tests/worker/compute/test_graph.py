@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, ShardError
-from d2m_hpc.models import inputs
+from d2m_hpc.models import inputs, precision
 from d2m_hpc.models.inputs import Input
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Preprocessor
 from d2m_hpc.worker.batch import Batch, Outputs
@@ -706,3 +707,80 @@ def test_image_nets_are_compiled_for_full_batches(
     )
     assert asked == [(3, made.graph.models["pictures"].image_net)]
     assert "compiling pictures; the first batches of 3 take minutes" in caplog.text
+
+
+FAST = """
+class Fast(nn.Module):
+    raw_inputs, preprocessors, dependencies = ['text'], ['number'], []
+    def __init__(self, device):
+        super().__init__()
+        self.net = nn.Linear(1, 1).requires_grad_(False)
+        self.own = nn.Parameter(torch.ones(1), requires_grad=False)
+        SET
+        self.seen = []
+    def forward(self, x):
+        self.seen.append(torch.backends.cudnn.SWITCH)
+        return self.net(x) + float(self.own.numpy()[0])
+model_lookup = {'fast': Fast}
+postprocess_parquet_lookup = {'fast': partial(identity, model='fast')}
+"""
+NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+@pytest.mark.parametrize(
+    ("set_it", "switch", "ours", "theirs"),
+    [
+        ("torch.backends.cudnn.allow_tf32 = True", "allow_tf32", False, True),
+        pytest.param(
+            "torch.backends.fp32_precision = torch.backends.cudnn.conv.fp32_precision = 'tf32'",
+            *("conv.fp32_precision", "ieee", "tf32"),
+            marks=pytest.mark.skipif(not NEWER, reason="needs torch 2.9"),
+        ),
+    ],
+)
+def test_the_precision_that_a_custom_file_sets_is_for_its_own_models(
+    bench: Make, set_it: str, switch: str, ours: object, theirs: object
+) -> None:
+    text = FAST.replace("SET", set_it).replace("SWITCH", switch)
+    with precision.restored():
+        made = bench(text, ["fast", "image-stats"], ["fast"])
+        stats, seen = made.graph.models["image-stats"], []
+
+        def look(*_: object) -> None:
+            seen.append(attrgetter(switch)(torch.backends.cudnn))
+            torch.get_float32_matmul_precision()  # in error where torch's switches differ
+
+        stats.register_forward_pre_hook(look)
+        [pixels] = [i for i in made.toolbox.inputs if i[0] == "image"]
+        made.run([1.0, 2.0], {pixels: torch.zeros(2, 3, 64, 64, dtype=torch.uint8)})
+        assert (seen, made.graph.models["fast"].seen) == ([ours], [theirs])
+        if NEWER:
+            torch.backends.fp32_precision = "none"
+
+
+class _Casts(TorchDispatchMode):
+    """Counts casts of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        cast = function is torch.ops.aten._to_copy.default
+        self.count += cast and isinstance(arguments[0], nn.Parameter)
+        return function(*arguments, **(options or {}))
+
+
+def test_frozen_weights_of_custom_models_are_cast_once(bench: Make) -> None:
+    made = bench(
+        FAST.replace("SET", "").replace("SWITCH", "benchmark"), ["fast"], ["fast"], amp="bfloat16"
+    )
+    counts = []
+    with made.graph:
+        for _ in range(3):
+            with _Casts() as casts:
+                made.run([1.0, 2.0])
+            counts.append(casts.count)
+    assert counts == [2, 0, 0]
