@@ -32,6 +32,11 @@ def name_of(entry: Listed) -> str:
     return entry if isinstance(entry, str) else next(iter(entry), "")
 
 
+def parameters_of(entry: Listed) -> Mapping[str, Any]:
+    """The kind and the parameters; nothing of a plain name."""
+    return {} if isinstance(entry, str) else next(iter(entry.values()))
+
+
 def one_line(entry: Listed) -> str:
     """The item as people read it.
 
@@ -41,8 +46,8 @@ def one_line(entry: Listed) -> str:
     """
     if isinstance(entry, str):
         return entry
-    given = next(iter(entry.values()))
-    return f"{name_of(entry)} ({', '.join(f'{key}: {value}' for key, value in given.items())})"
+    given = ", ".join(f"{key}: {value}" for key, value in parameters_of(entry).items())
+    return f"{name_of(entry)} ({given})"
 
 
 @cache
@@ -88,7 +93,7 @@ def kinds() -> list[str]:
 
 def packages(entries: Iterable[Listed]) -> list[str]:
     """The packages, with versions, whose families a config's models are."""
-    asked = {str(next(iter(e.values())).get("kind")) for e in entries if not isinstance(e, str)}
+    asked = {str(parameters_of(e).get("kind")) for e in entries if not isinstance(e, str)}
     foreign = asked - known_families().keys()
     return sorted(_package(p) for kind in foreign for p in entry_points(group=GROUP, name=kind))
 

@@ -5,15 +5,17 @@ The earlier config is known by its fingerprint, as `Config.fingerprint` makes it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from d2m_hpc.config.schema import Config
-from d2m_hpc.models.entries import name_of
+from d2m_hpc.models.entries import Listed, name_of, parameters_of
 from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.registry import MODELS, Registry
 from d2m_hpc.models.types import misfit, split
 from d2m_hpc.run.manifest import gist
+from d2m_hpc.storage.texts import BRIEF, safe
+from d2m_hpc.storage.urls import masked_all
 
 LISTS = ("models", "postprocess_columns", "postprocess_features", "additional_fields")
 """The keys of a fingerprint whose lists may grow."""
@@ -50,14 +52,32 @@ def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
             for name in _names(key, old[key])
             if name not in _names(key, new[key])
         ),
+        *_other_parameters(old["models"], new["models"]),
         *_other_checkpoints(old["checkpoints"], new["checkpoints"]),
         *_other_code(old, new),
     ]
 
 
-def _names(key: str, entries: Iterable[str]) -> list[str]:
-    """The entries of a list; fields without types, as a field of another type is read again."""
-    return [split(entry)[0] if key == "additional_fields" else entry for entry in entries]
+def _names(key: str, entries: Iterable[Any]) -> list[str]:
+    """The entries of a list; fields without types, as a field of another type is read again, and
+    models without parameters."""
+    named = {"additional_fields": lambda entry: split(entry)[0], "models": name_of}
+    return [named.get(key, str)(entry) for entry in entries]
+
+
+def _other_parameters(old: Iterable[Listed], new: Iterable[Listed]) -> Iterator[str]:
+    """List the parameters of models that have changed, without secrets."""
+    given = {name_of(entry): parameters_of(entry) for entry in new}
+    for entry in old:
+        was, now = parameters_of(entry), given.get(name := name_of(entry), {})
+        for key in sorted(was.keys() | now.keys()) if name in given else ():
+            if was.get(key) != now.get(key):
+                shown = (_shown(key, values) for values in (was, now))
+                yield "models: {!r}: {} was {}, is {}".format(name, key, *shown)
+
+
+def _shown(key: str, values: Mapping[str, Any]) -> str:
+    return safe(repr(masked_all({key: values[key]})[key]), BRIEF) if key in values else "not given"
 
 
 def _other_checkpoints(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -114,7 +134,8 @@ def only_new(config: Config, old: Fingerprint, registry: Registry) -> Config:
     new: dict[str, Any] = {
         key: [name for name in getattr(config, key) if name not in old[key]] for key in LISTS
     }
-    added = map(name_of, new["models"])
+    known = _names("models", old["models"])  # the same, though a path may be another
+    added = [name for name in config.model_names if name not in known]
     needed = _closure({*added, *_sources(config, new, registry)}, registry.models)
     new["models"] = [entry for entry in config.models if name_of(entry) in needed]
     # The old outputs have DataComp's own fields already; new fields get DataComp's names, too.

@@ -191,3 +191,20 @@ def test_the_names_of_datacomp_are_kept_out_unless_fields_are_new(folder: Path) 
     asked = config(folder, {**old, "additional_fields": ["uid", "url"]})
     lacked = only_new(asked, fingerprint(config(folder, old)), names(asked))
     assert (lacked.additional_fields, lacked.use_datacomp_keys) == (["url"], True)
+
+
+def test_changed_parameters_of_models_are_told_without_secrets() -> None:
+    head = {"kind": "head", "on": "a-image", "checkpoint": "https://h.org/a.pth", "width": 3}
+    more = {"checkpoint": "https://me:pw@h.org/b.pth", "auth_token": "t0p", "final": "sigmoid"}
+    old, new = ({"models": ["image-stats", {"head": given}]} for given in (head, {**head, **more}))
+    del new["models"][1]["head"]["width"]
+    none: dict[str, Any] = {
+        **{key: [] for key in ("postprocess_columns", "postprocess_features")},
+        **{"additional_fields": [], "checkpoints": {}, "custom_file": None, "custom_names": []},
+    }
+    assert obstacles({**none, **old}, {**none, **new}) == [
+        "models: 'head': auth_token was not given, is '***'",
+        "models: 'head': checkpoint was 'https://h.org/a.pth', is 'https://***@h.org/b.pth'",
+        "models: 'head': final was not given, is 'sigmoid'",
+        "models: 'head': width was 3, is not given",
+    ]
