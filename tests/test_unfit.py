@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,54 @@ def test_what_only_torch_can_tell_fails_the_task_and_no_shard(nets: Path, tmp_pa
     torch.save(nn.Linear(48, 1).state_dict(), path, **form)
     run(inspected(head(checkpoint="old.pth"), ["own-score"], nets, tmp_path))
     assert (tmp_path / "out" / "00000.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        (
+            "open_clip_config.json",
+            {"vision_cfg": {"image_size": 10**9}},
+            "a side of 1000000000 pix",
+        ),
+        ("open_clip_config.json", {"vision_cfg": {"image_size": "x"}}, "a side of 'x' pixels"),
+        ("open_clip_config.json", {"text_cfg": {"context_length": 10**9}}, "valid is 1 to 131072"),
+        (
+            "preprocessor_config.json",
+            {"size": {"height": 10**9, "width": 48}},
+            "valid is 1 to 4096",
+        ),
+        (
+            "preprocessor_config.json",
+            {"size": 10**9, "image_processor_type": "X"},
+            "a side of 10000",
+        ),
+    ],
+)
+def test_sizes_in_a_checkpoints_own_config_are_bounded(
+    file: str, change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    is_clip = file.startswith("open_clip")
+    folder = export_clip(tmp_path / "n", SIGLIP) if is_clip else vit(tmp_path / "n")
+    document = json.loads((folder / file).read_bytes())
+    place = document["model_cfg"] if is_clip else document
+    for key, value in change.items():
+        place[key] = {**place[key], **value} if isinstance(value, dict) else value
+    (folder / file).write_text(json.dumps(document))
+    given = (
+        {"kind": "open_clip", "model": "n"}
+        if is_clip
+        else hub("image-classification", "n")[0]["own"]
+    )
+    with pytest.raises(ConfigError, match=told):
+        inspected([{"own": given}], ["own-score" if is_clip else "own-label"], tmp_path, tmp_path)
+
+
+def test_values_that_are_never_finite_fail_the_task_and_no_shard(tmp_path: Path) -> None:
+    folder = vit(tmp_path / "n")
+    told = json.loads((path := folder / "preprocessor_config.json").read_bytes())
+    path.write_text(json.dumps({**told, "image_std": [0, 0, 0]}))
+    workload = inspected(hub("image-classification", "n"), ["own-label"], tmp_path, tmp_path)
+    with pytest.raises(ConfigError, match="own gives a value that is not finite, on any sample"):
+        run(workload)
+    assert not Manifest.load(workload.run).failures

@@ -18,11 +18,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core.core_schema import no_info_after_validator_function
 
-from d2m_hpc.models.inputs import Form, ImageInput, Input, OwnInput
+from d2m_hpc.models.inputs import LARGEST_SIDE, Form, ImageInput, Input, OwnInput
 from d2m_hpc.models.published import Checkpoint, HubRepo
 
 if TYPE_CHECKING:
@@ -160,6 +161,36 @@ class Use:
     name: str
     folder: Path
     wanted: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Between:
+    """The range of a parameter, for `Annotated`; memory and time follow from many of them.
+
+    Example:
+        size: Annotated[int, Between(32, 4096)] = 224
+    """
+
+    low: float
+    high: float
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+        return {**handler(schema), "minimum": self.low, "maximum": self.high}
+
+    def _checked(self, value: Any) -> Any:
+        if not self.low <= value <= self.high:
+            raise ValueError(f"valid is {self.low} to {self.high}")
+        return value
+
+
+Side = Annotated[int, Between(1, LARGEST_SIDE)]
+Tokens = Annotated[int, Between(1, 131_072)]
+Level = Annotated[float, Between(-1000, 1000)]
+Colour = tuple[Level, Level, Level]
+"""Mean or std of pixels, by channel."""
 
 
 class ParameterError(ValueError):

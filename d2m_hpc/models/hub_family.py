@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, read_json
-from d2m_hpc.models.inputs import ImageInput, OwnInput
+from d2m_hpc.models.inputs import ImageInput, OwnInput, require_sides
 from d2m_hpc.models.published import HubRepo
 
 WEIGHTS = (".safetensors", ".bin")
@@ -24,6 +24,8 @@ NEEDED = {
     "text": ("tokenizer", "tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model"),
 }
 """What prepares an input, and the files that it may be in."""
+SIDES = {"height", "width", "shortest_edge"}
+"""What a processor's config calls the sides of its pictures."""
 OTHERS = ("label", "scores")
 """What a classifier gives beside a column for each label."""
 PLAIN = re.compile(
@@ -119,6 +121,9 @@ class HubFamily(Family):
             told = self.document(use, "processor_config.json", required=False)
             told = told.get("image_processor", {})
         source = str(self.home(use))
+        for sides in (told.get("size"), told.get("crop_size")):
+            given = sides if isinstance(sides, dict) else {"height": sides}
+            require_sides(*(given[n] for n in SIDES & given.keys() if given[n] is not None))
         return described(told) or OwnInput("image", "d2m_hpc.models.hub_nets:images", source=source)
 
     def text(self, use: Use, **options: Any) -> OwnInput:

@@ -119,12 +119,12 @@ def tokens(
 
     Args:
         source: the folder of the tokenizer's files.
-        most: tokens of a text; by default as many as the net takes.
+        most: tokens of a text, if fewer than the net takes.
         prefix: what every text begins with.
         lower: take texts in lower case.
     """
     made, one = loaded("AutoTokenizer", source), Lock()
-    most = most or longest(Path(source), made.model_max_length)
+    most = min(most or ENDLESS, longest(Path(source), made.model_max_length))
     instead = [made.pad_token_id or made.eos_token_id or 0]
 
     def prepare(text: str) -> list[int]:

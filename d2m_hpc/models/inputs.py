@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 RAW_INPUTS = ("image", "text", "json")
+LARGEST_SIDE = 4096
+"""Pixels of a side of what a model is given."""
 Resize = Literal["shortest", "longest", "squash", "pad"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
+
+
+def require_sides(*sides: Any) -> None:
+    """
+    Raises:
+        ValueError: one is no number of pixels, or takes too much memory.
+    """
+    for side in sides:
+        if type(side) is not int or not 1 <= side <= LARGEST_SIDE:
+            raise ValueError(f"a side of {side!r} pixels; valid is 1 to {LARGEST_SIDE}")
 
 
 @dataclass(frozen=True)
@@ -50,9 +63,12 @@ class ImageInput:
     def __post_init__(self) -> None:
         size = self.size if isinstance(self.size, Iterable) else (self.size, self.size)
         object.__setattr__(self, "size", tuple(size))
+        require_sides(*self.size, self.short or 1)  # type: ignore[misc]
         for name in ("mean", "std"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(map(float, value)))
+        if self.std and not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"a std of {[*self.std]}; valid are numbers above 0")
 
     @property
     def pixels(self) -> ImageInput:

@@ -128,7 +128,13 @@ class Chosen(NamedTuple):
                 raise ParameterError(next((p for p, value in given if value == name), ""), what)
         wanted = [o.name for n, o in named if n in asked] or [o.name for _, o in named]
         use = Use(self.name, folder, frozenset(wanted))
-        inputs = [i if isinstance(i, tuple) else (i.raw, i) for i in self.family.inputs(use)]
+        try:
+            forms = self.family.inputs(use)
+        except ParameterError:
+            raise
+        except (TypeError, ValueError) as error:  # of what a checkpoint's own config says
+            raise ParameterError("", f"its pictures or texts cannot be prepared: {error}") from None
+        inputs = [i if isinstance(i, tuple) else (i.raw, i) for i in forms]
         needed = self.family.checkpoints(use)
         return ModelSpec(
             self.name,
@@ -154,7 +160,7 @@ def _usable(named: Mapping[str, Family], folder: Path) -> Iterator[Chosen]:
     are damaged; a config that lists one is told."""
     for name, family in named.items():
         use = Use(name, folder, frozenset())
-        with suppress(ParameterError):
+        with suppress(TypeError, ValueError):
             family.inputs(use), family.checkpoints(use)
             yield Chosen.of(name, family, folder)
 

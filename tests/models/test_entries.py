@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import jsonschema
 import pytest
+from pydantic import BaseModel
 
 from d2m_hpc.config import load
 from d2m_hpc.config.reference import json_schema
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import entries
-from d2m_hpc.models.entries import one_line
-from d2m_hpc.models.family import Family, ParameterError, at_hand
+from d2m_hpc.models.entries import family_of, known_families, one_line
+from d2m_hpc.models.family import Between, Family, ParameterError, at_hand
+from d2m_hpc.models.inputs import ImageInput
 from d2m_hpc.models.registry import Registry
 
 HEAD = """\
@@ -157,3 +159,46 @@ def test_no_two_outputs_share_a_name_and_no_name_or_url_is_odd(
 ) -> None:
     _, problems = Registry().with_models(models, (), tmp_path)
     assert any(says in problem.what for problem in problems), problems
+
+
+def _bounded(kind: Any, metadata: Any = ()) -> bool:
+    """Whether numbers of a type, also within lists and other types, have a range."""
+    if kind in (int, float):
+        return any(isinstance(m, Between) for m in metadata)
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return all(_bounded(f.annotation, f.metadata) for f in kind.model_fields.values())
+    if get_origin(kind) is Annotated:
+        return _bounded(kind.__origin__, kind.__metadata__)
+    parts = () if get_origin(kind) is Literal else get_args(kind)
+    return all(_bounded(part, metadata) for part in parts)
+
+
+@pytest.mark.parametrize("kind", [*known_families()])
+def test_every_number_of_every_family_has_a_range(kind: str) -> None:
+    for name, field in known_families()[kind].model_fields.items():
+        assert _bounded(field.annotation, field.metadata), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "told"),
+    [
+        ("text-boxes", {"limit_side_len": 10**9}, "found 1000000000; valid is 32 to 4096"),
+        ("text-boxes", {"thresh": 1.0}, "found 1.0; valid is 0.001 to 0.999"),
+        ("sscd", {"size": -1}, "found -1; valid is 32 to 4096"),
+        ("text-embedding", {"checkpoint": "a/b", "max_tokens": 0}, "found 0; valid is 1 to 131072"),
+        ("onnx", {"checkpoint": "a", "gives": {"s": {}}, "size": [9, 9**9]}, "valid is 1 to 4096"),
+        ("onnx", {"checkpoint": "a", "gives": {"s": {"index": -1}}, "size": 9}, "valid is 0 to 16"),
+    ],
+)
+def test_a_number_out_of_its_range_is_told_with_the_range(
+    kind: str, given: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ParameterError) as found:
+        family_of({"own": {"kind": kind, **given}})
+    assert told in str(found.value)
+
+
+@pytest.mark.parametrize("size", [0, 10**9, -3, "x", 2.5, (3, 10**9), True])
+def test_an_image_of_a_size_that_takes_too_much_memory_is_refused(size: Any) -> None:
+    with pytest.raises(ValueError, match="valid is 1 to 4096"):
+        ImageInput(size)

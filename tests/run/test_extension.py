@@ -200,7 +200,10 @@ def test_changed_parameters_of_models_are_told_without_secrets() -> None:
     del new["models"][1]["head"]["width"]
     none: dict[str, Any] = {
         **{key: [] for key in ("postprocess_columns", "postprocess_features")},
-        **{"additional_fields": [], "checkpoints": {}, "custom_file": None, "custom_names": []},
+        "additional_fields": [],
+        "checkpoints": {},
+        "custom_file": None,
+        "custom_names": [],
     }
     assert obstacles({**none, **old}, {**none, **new}) == [
         "models: 'head': auth_token was not given, is '***'",

@@ -8,17 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
-
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models.family import (
-    Family,
-    Output,
-    ParameterError,
-    Use,
-    located,
-    published,
-)
+from d2m_hpc.models.family import Between, Family, Output, ParameterError, Use, located, published
 from d2m_hpc.models.headers import Axes, shapes
 from d2m_hpc.models.published import Checkpoint
 
@@ -65,11 +56,11 @@ class LinearHead(Family):
     """between the linear layers"""
     final: Literal["none", "sigmoid", "softmax"] = "none"
     """of the last layer's values"""
-    epsilon: Annotated[float, Field(ge=0)] = 1e-5
+    epsilon: Annotated[float, Between(0, 1)] = 1e-5
     """of batch norm layers"""
     classes: tuple[str, ...] = ()
     """names of the columns, one a value of the last layer; without, the only one is `score`"""
-    width: Annotated[int, Field(ge=0)] = 0
+    width: Annotated[int, Between(0, 1 << 24)] = 0
     """values of the last layer, where they are to be one feature, `vector`, and no columns"""
 
     def reads(self) -> list[str]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
-from d2m_hpc.models.family import Output, ParameterError, Use
+from d2m_hpc.models.family import Output, ParameterError, Tokens, Use
 from d2m_hpc.models.hub_family import HubFamily
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ class ImageTextMatching(HubFamily):
     presets: ClassVar = {"blip-itm": {"checkpoint": "Salesforce/blip-itm-base-coco"}}
     on_host: ClassVar = ("text",)
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Tokens | None = None
     """tokens of a caption that are read; by default as many as the checkpoint takes"""
 
     def inputs(self, use: Use) -> list[Any]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
-
-from d2m_hpc.models.family import Output, Use
+from d2m_hpc.models.family import Between, Output, Use
 from d2m_hpc.models.hub_family import HubFamily
 
 if TYPE_CHECKING:
@@ -23,9 +21,9 @@ class ImageToText(HubFamily):
 
     prompt: str = ""
     """what the text begins with (BLIP), or the question that it answers (BLIP-2)"""
-    num_beams: Annotated[int, Field(ge=1)] = 1
+    num_beams: Annotated[int, Between(1, 64)] = 1
     """beams of the search; with 1, the likeliest token is taken each time"""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 40
+    max_new_tokens: Annotated[int, Between(1, 4096)] = 40
     """tokens of a text, at most"""
 
     def inputs(self, use: Use) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand
+from d2m_hpc.models.family import Between, Family, Output, ParameterError, Use, at_hand
 from d2m_hpc.models.inputs import OwnInput
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ class InsightFace(Family):
 
     pack: str
     """a folder of a model pack's `.onnx` files: its path, or its name in the weights folder"""
-    det_size: Annotated[int, Field(ge=32, multiple_of=32)] = 640
+    det_size: Annotated[int, Between(32, 4096), Field(multiple_of=32)] = 640
     """side of the square that the detector is given"""
-    det_thresh: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    det_thresh: Annotated[float, Between(0.001, 0.999)] = 0.5
     """score from which a face is one"""
 
     def inputs(self, use: Use) -> list[Any]:

