@@ -20,8 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-from pydantic_core.core_schema import no_info_after_validator_function
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from d2m_hpc.models.inputs import LARGEST_SIDE, Form, ImageInput, Input, OwnInput
 from d2m_hpc.models.published import Checkpoint, HubRepo
@@ -175,7 +174,7 @@ class Between:
     high: float
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return no_info_after_validator_function(self._checked, handler(source))
+        return AfterValidator(self._checked).__get_pydantic_core_schema__(source, handler)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
         return {**handler(schema), "minimum": self.low, "maximum": self.high}
@@ -188,8 +187,8 @@ class Between:
 
 Side = Annotated[int, Between(1, LARGEST_SIDE)]
 Tokens = Annotated[int, Between(1, 131_072)]
-Level = Annotated[float, Between(-1000, 1000)]
-Colour = tuple[Level, Level, Level]
+Shade = Annotated[float, Between(-1000, 1000)]
+Colour = tuple[Shade, Shade, Shade]
 """Mean or std of pixels, by channel."""
 
 

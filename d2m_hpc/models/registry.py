@@ -16,7 +16,7 @@ from typing import NamedTuple
 from d2m_hpc.models import weights
 from d2m_hpc.models.entries import Listed, family_of, name_of, presets, require_packages
 from d2m_hpc.models.family import Family, ModelSpec, Output, ParameterError, Post, Use
-from d2m_hpc.models.inputs import NAMED
+from d2m_hpc.models.inputs import NAMED, Input
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
 
 DATACOMP_KEYS: Mapping[str, str] = {
@@ -128,13 +128,7 @@ class Chosen(NamedTuple):
                 raise ParameterError(next((p for p, value in given if value == name), ""), what)
         wanted = [o.name for n, o in named if n in asked] or [o.name for _, o in named]
         use = Use(self.name, folder, frozenset(wanted))
-        try:
-            forms = self.family.inputs(use)
-        except ParameterError:
-            raise
-        except (TypeError, ValueError) as error:  # of what a checkpoint's own config says
-            raise ParameterError("", f"its pictures or texts cannot be prepared: {error}") from None
-        inputs = [i if isinstance(i, tuple) else (i.raw, i) for i in forms]
+        inputs = _inputs(self.family, use)
         needed = self.family.checkpoints(use)
         return ModelSpec(
             self.name,
@@ -149,6 +143,15 @@ class Chosen(NamedTuple):
             family=self.family,
             use=use,
         )
+
+
+def _inputs(family: Family, use: Use) -> list[Input]:
+    try:
+        return [i if isinstance(i, tuple) else (i.raw, i) for i in family.inputs(use)]
+    except ParameterError:
+        raise
+    except (TypeError, ValueError) as error:  # of what a checkpoint's own config says
+        raise ParameterError("", f"its pictures or texts cannot be prepared: {error}") from None
 
 
 def _posts(chosen: Iterable[Chosen], columns: bool) -> dict[str, Post]:

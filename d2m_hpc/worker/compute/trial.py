@@ -38,9 +38,9 @@ def fault(graph: Graph, config: Config) -> str:
         except Exception as error:
             return safe(f"{told(form)} raised {described(error)}")
     try:
-        made = small(Batch(["made up"], inputs, {})) if small.models else None
+        outputs = small(Batch(["made up"], inputs, {})) if small.models else None
     except torch.OutOfMemoryError:
         return ""
     except ShardError as error:
         return str(error)
-    return made.rejections[0].reason if made and made.rejections else ""
+    return outputs.rejections[0].reason if outputs and outputs.rejections else ""
