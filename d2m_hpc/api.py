@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any
 
-from d2m_hpc.errors import D2MError, DiskError
+from d2m_hpc.errors import ConfigError, D2MError, DiskError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,6 +45,54 @@ def _explained() -> Iterator[None]:
         raise D2MError(f"{type(error).__name__}: {error}") from error
 
 
+def _path(name: str, given: Any) -> Path:
+    """
+    Raises:
+        ConfigError: it is no path.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise ConfigError(name, [f"found {_shown(given)}; valid is a path"])
+    return Path(given)
+
+
+def _plain(value: Any) -> Any:
+    """A path as its text, and a number of numpy's as Python has it."""
+    return value.item() if hasattr(value, "item") else os.fspath(value)
+
+
+def _shown(value: Any) -> str:
+    from d2m_hpc.storage.texts import BRIEF, safe
+
+    try:
+        return safe(repr(value), BRIEF)
+    except ValueError:  # a number of thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def _require(kind: type | UnionType, what: str, **given: Any) -> None:
+    """
+    Args:
+        given: arguments by name; None is one that was left out.
+
+    Raises:
+        ConfigError: one is of another type.
+    """
+    for name, value in given.items():
+        is_negative = what.startswith("a number of") and isinstance(value, int) and value < 0
+        wrong = not isinstance(value, kind) or isinstance(value, bool) or is_negative
+        if value is not None and wrong:
+            raise ConfigError("run", [f"{name}: found {_shown(value)}; valid is {what}"])
+
+
+def _require_names(name: str, given: Any) -> None:
+    """
+    Raises:
+        ConfigError: it is no list of texts; a text is none, though it has letters.
+    """
+    _require(list | tuple, "a list of names", **{name: given})
+    _require(str, "a name", **{f"{name}[{i}]": value for i, value in enumerate(given or ())})
+
+
 @_explained()
 def load_config(path: str | os.PathLike[str], **keys: Any) -> Config:
     """Read a config file.
@@ -60,9 +109,16 @@ def load_config(path: str | os.PathLike[str], **keys: Any) -> Config:
     """
     from d2m_hpc.config import load
 
-    options = keys.pop("slurm", {})
-    texts = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
-    return load(Path(path), texts, options)
+    file, section = _path("config", path), keys.get("slurm")
+    options = keys.pop("slurm") if isinstance(section, Mapping) else {}
+    texts = []
+    for key, value in keys.items():
+        try:
+            texts.append(f"{key}={json.dumps(value, default=_plain)}")
+        except (TypeError, ValueError, RecursionError):
+            what = f"{key}: found {_shown(value)}; valid are values that a YAML file has"
+            raise ConfigError(str(file), [what]) from None
+    return load(file, texts, options)
 
 
 def submit(
@@ -116,9 +172,10 @@ def inspect(
     Args:
         where: the config's file, for messages, if `config` is no file.
     """
+    from d2m_hpc.config import Config
     from d2m_hpc.plan import workload
 
-    if isinstance(config, str | os.PathLike):
+    if not isinstance(config, Config):
         config, where = load_config(config), str(config)
     asked = workload.inspect(config, where, thorough)
     asked.recompute_changed, asked.moved = recompute_changed, moved
@@ -165,7 +222,7 @@ def open(target: str | os.PathLike[str]) -> Run:
     """
     from d2m_hpc.watch.status import find_run
 
-    return Run(*find_run(Path(target)))
+    return Run(*find_run(_path("run", target)))
 
 
 class Run:
@@ -203,6 +260,8 @@ class Run:
         """
         from d2m_hpc.watch.verify import verify
 
+        _require(int, "a number of shards", sample=sample)
+        _require(int, "a number", seed=seed)
         return verify(self._folder, self.config, sample, seed)
 
     @_explained()
@@ -245,6 +304,7 @@ class Run:
         from d2m_hpc.plan.forget import forget
         from d2m_hpc.run.outputs import OutputDir
 
+        _require_names("names", names)
         gone = [s.stem for s in forget(self._folder, names, arrays.live_stems(self._folder))]
         present = OutputDir(self.config.output_metadata_dir).stems()
         return gone, [stem for stem in gone if stem in present]
@@ -254,6 +314,7 @@ class Run:
         """Put shards that `forget` took out back into the plan; returns their stems."""
         from d2m_hpc.plan.forget import remember
 
+        _require_names("names", names)
         return [shard.stem for shard in remember(self._folder, names)]
 
     @_explained()
@@ -282,10 +343,11 @@ class Run:
         """
         from d2m_hpc.launch.guest import pictures
 
+        _require(int, "a number of pictures", samples=samples)
         with pictures():
             from d2m_hpc.watch.page import write
 
-            write(self._folder, self.config, Path(output), score, samples)
+            write(self._folder, self.config, _path("output", output), score, samples)
         return Path(output)
 
     @_explained()
@@ -314,8 +376,10 @@ class Run:
         """
         from d2m_hpc.subsets.select import Query, select
 
+        _require(str, "a text", where=where, by=by)
+        _require(int | float, "a number", top=top)
         query = Query(where, by, top)
-        return select(self._folder, self.config, query, Path(output), on_shards)
+        return select(self._folder, self.config, query, _path("output", output), on_shards)
 
     @_explained()
     def export_datacomp(
@@ -328,7 +392,7 @@ class Run:
         """
         from d2m_hpc.subsets.datacomp import export
 
-        return export(self._folder, self.config, Path(folder), allow_missing)
+        return export(self._folder, self.config, _path("folder", folder), allow_missing)
 
     @_explained()
     def dataset(self) -> pads.Dataset:
@@ -363,6 +427,7 @@ class Run:
         """
         from d2m_hpc.subsets import finished
 
+        _require_names("columns", columns)
         return finished.table(self._folder, self.config, columns)
 
     @_explained()
@@ -381,4 +446,5 @@ class Run:
         """
         from d2m_hpc.subsets import finished
 
+        _require(str, "a name", name=name)
         return finished.features(self._folder, self.config, name)

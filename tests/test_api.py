@@ -12,6 +12,7 @@ import sysconfig
 import venv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -22,6 +23,9 @@ from kit import STATS, custom_config, custom_file, write_config, write_shards
 import d2m_hpc as d2m
 from d2m_hpc.errors import ConfigError, D2MError, SlurmError
 from d2m_hpc.models.weights import OFFLINE
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
+from d2m_hpc.subsets.finished import Features
 
 CUSTOM = """
 import os
@@ -331,3 +335,90 @@ def test_a_users_type_checker_finds_the_types(installed: Path, tmp_path: Path) -
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     [error, _] = ended.stdout.splitlines()
     assert re.fullmatch(r'mine.py:\d+: error: "Summary" has no attribute "dnoe".*', error)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"slurm": 5}, "slurm: found 5; input should be a valid dictionary"),
+        ({"slurm": "gpu"}, "slurm: found 'gpu'; input should be a valid dictionary"),
+        ({"slurm": {5: 1}}, "slurm.5: unknown key"),
+        ({"slurm": {"mem": object()}}, "slurm.mem: found <object"),
+        (
+            {"batch_size": object()},
+            "batch_size: found <object .*; valid are values that a YAML file",
+        ),
+        ({"models": {"image-stats"}}, r"models: found \{'image-stats'\}; valid are values"),
+        ({"batch_size": 10**5000}, "batch_size: found a int; valid are values"),
+        ({"models": [{5: 3}]}, "models.0.5: found {'5': 3}; valid is one name, with a mapping"),
+    ],
+)
+def test_a_key_of_another_type_is_a_mistake_of_the_config(
+    keys: dict[str, Any], told: str, config: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        d2m.load_config(config, **keys)
+
+
+def test_a_number_of_numpys_is_a_number(config: Path) -> None:
+    assert d2m.load_config(config, batch_size=np.int64(3)).batch_size == 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda run: d2m.load_config(5),
+        lambda run: d2m.submit({"models": []}),
+        lambda run: d2m.open(None),
+        lambda run: run.table(5),
+        lambda run: run.table("key"),
+        lambda run: run.table([5]),
+        lambda run: run.features([]),
+        lambda run: run.verify("x"),
+        lambda run: run.verify(-1),
+        lambda run: run.forget([5]),
+        lambda run: run.remember("00000"),
+        lambda run: run.report(5),
+        lambda run: run.report(samples="x"),
+        lambda run: run.select(5),
+        lambda run: run.select("a.npy", top="x", by="text-words"),
+        lambda run: run.select("a.npy", top=0.5, by=5),
+        lambda run: run.export_datacomp(5),
+    ],
+)
+def test_an_argument_of_another_type_is_told_in_a_line(call: Any, run: d2m.Run) -> None:
+    with pytest.raises(ConfigError, match=r"found .*; valid (is|are)") as told:
+        call(run)
+    assert str(told.value).count("\n") == 1
+
+
+def test_an_array_that_cannot_be_made_is_told_in_a_line(run: d2m.Run, tmp_path: Path) -> None:
+    features = run.features("image-histogram")
+    for path in (tmp_path / "none" / "a.npy", tmp_path, "a\0.npy", 5):
+        with pytest.raises(
+            D2MError, match=r"cannot take an array of|is no path of a new file"
+        ) as e:
+            features.array(path)  # type: ignore[arg-type]
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"image-histogram": np.float32(3)},
+        {"image-histogram": np.array([None] * 5, dtype=object)},
+        {"image-histogram": np.ones((4, 48))},
+        {"other": np.ones((5, 48))},
+        None,
+    ],
+)
+def test_an_npz_of_another_kind_is_told_in_a_line(
+    arrays: dict[str, Any] | None, config: Path, run: d2m.Run, tmp_path: Path
+) -> None:
+    shutil.copytree(config.parent / "out", tmp_path / "out")
+    npz = tmp_path / "out" / "00000.npz"
+    npz.write_bytes(npz.read_bytes()[:-30]) if arrays is None else np.savez(npz, **arrays)
+    features = Features("image-histogram", [Pair(OutputDir(str(tmp_path / "out")), "00000")])
+    with pytest.raises(D2MError, match=r"out/00000 cannot be read: .*; see `d2m verify`") as told:
+        features.array()
+    assert "\n" not in str(told.value)

@@ -167,7 +167,7 @@ class _Source:
         self.origins: dict[Loc, str] = {}
         self.mistakes: list[Mistake] = []
         section = self.values.get("slurm")
-        given = {k: v for k, v in options.items() if v is not None}
+        given = {str(k): v for k, v in options.items() if v is not None}
         if given and (section is None or isinstance(section, dict)):
             self.values["slurm"] = {**(section or {}), **given}
             self.origins |= {("slurm", k): f"--{k.replace('_', '-')}" for k in given}

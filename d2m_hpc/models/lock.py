@@ -11,14 +11,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.published import Checkpoint, HubRepo, endpoint
 from d2m_hpc.storage.files import atomic_write, make_folder
 from d2m_hpc.storage.lease import Lease
+from d2m_hpc.storage.texts import BRIEF, safe
 
 NAME = "weights.lock.json"
+LONGEST_NAME = 255
+"""Characters of a file's name."""
 UNLOCKED = f"not known: {NAME} beside it does not name it"
 """In place of the published hash of a repository's file that nobody fetched."""
 
@@ -55,9 +58,7 @@ class LockedRepo:
 
     def unsafe(self) -> Iterator[str]:
         """Names of files that would lead out of the repository's folder."""
-        for name in self.files:
-            if {"", ".", ".."} & {*name.split("/")} or "\\" in name or "\0" in name:
-                yield name
+        return filter(_leads_out, [*self.files, self.commit])
 
     def checkpoints(self, repo: HubRepo) -> list[Checkpoint]:
         """Those of the commit's files that are needed, as files to fetch and to check."""
@@ -96,12 +97,16 @@ class Lock:
         path = folder / NAME
         try:
             lock = JSON.validate_json(path.read_bytes())
-            if wrong := next((n for r in lock.repositories.values() for n in r.unsafe()), None):
-                raise ValueError(f"{wrong!r} is no name of a file")
+            wrong = [n for repo in lock.repositories.values() for n in repo.unsafe()]
+            wrong += filter(_leads_out, [*lock.files, *lock.repositories])
+            if wrong:
+                raise ValueError(f"{safe(repr(wrong[0]), BRIEF)} in it is no name of a file")
         except (FileNotFoundError, NotADirectoryError):
             return cls()
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is no lock file"
+            if not isinstance(error, OSError | ValidationError):
+                why = str(error)
             advice = "restore it, or remove it and run `d2m weights fetch` again"
             raise WeightsError(f"{path} cannot be read: {why}; {advice}") from None
         return lock
@@ -160,6 +165,13 @@ class Lock:
 
 
 JSON = TypeAdapter(Lock)
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a name is none of a file below a folder."""
+    parts = name.split("/")
+    odd = not name.isprintable() or "\\" in name or max(map(len, parts)) > LONGEST_NAME
+    return odd or bool({"", ".", ".."} & {*parts})
 
 
 def _seen(stat: os.stat_result) -> tuple[int, int]:

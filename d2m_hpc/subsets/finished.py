@@ -5,15 +5,17 @@ Importing this module loads no large library, as `import d2m_hpc` imports it.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.errors import ConfigError, D2MError, DiskError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     import pyarrow.dataset as pads
     from numpy.typing import NDArray
@@ -60,8 +62,8 @@ class Features:
             with _readable(pair.output.path(pair.stem)):
                 keys: list[str] = pair.table(["key"])["key"].to_pylist()
                 values = pair.features([self.name])[self.name]
-            if len(keys) != len(values):
-                raise _unreadable(pair.output.path(pair.stem), "its files are of different rows")
+                if values.shape[:1] != (len(keys),):
+                    raise ValueError("its files are of different rows")
             yield Part(pair.stem, keys, values)
 
     def array(self, path: str | os.PathLike[str] | None = None) -> tuple[list[str], NDArray[Any]]:
@@ -72,7 +74,9 @@ class Features:
                 into memory.
 
         Raises:
-            D2MError: a file cannot be read, or shards have vectors of different lengths.
+            DiskError: the new file cannot be written.
+            D2MError: a file cannot be read, shards have vectors of different lengths, or these take
+                more memory than there is.
         """
         import numpy as np
 
@@ -82,15 +86,38 @@ class Features:
         whole: NDArray[Any] = np.empty((0, 0), np.float32)
         for part in self:
             shape, dtype = (rows, *part.values.shape[1:]), part.values.dtype
-            if not keys and path is None:
-                whole = np.empty(shape, dtype)
-            elif not keys and path is not None:
-                whole = np.lib.format.open_memmap(Path(path), "w+", dtype, shape)
+            if not keys:
+                whole = _array(shape, dtype, path)
             if (whole.shape, whole.dtype) != (shape, dtype):
                 raise _unreadable(part.stem, f"{self.name!r} is of another shape or type here")
+            if len(keys) + len(part.keys) > rows:
+                raise _unreadable(part.stem, "it has changed meanwhile")
             whole[len(keys) : len(keys) + len(part.keys)] = part.values
             keys += part.keys
+        if len(keys) != rows:
+            raise _unreadable(self.name, "shards have changed meanwhile")
         return keys, whole
+
+
+def _array(
+    shape: tuple[int, ...], dtype: np.dtype[Any], path: str | os.PathLike[str] | None
+) -> NDArray[Any]:
+    """Memory, or a new file, for so many values."""
+    import numpy as np
+
+    from d2m_hpc.storage.refused import of_system
+
+    size = f"an array of {math.prod(shape) * dtype.itemsize / 1e9:.1f} GB"
+    try:
+        if path is None:
+            return np.empty(shape, dtype)
+        return np.lib.format.open_memmap(Path(path), "w+", dtype, shape)
+    except MemoryError:
+        raise D2MError(f"{size} is more than memory has; `array(path)` maps a file") from None
+    except OSError as error:
+        raise DiskError(f"{path} cannot take {size}: {of_system(error)}") from None
+    except (TypeError, ValueError) as error:
+        raise D2MError(f"{path!r} is no path of a new file: {error}") from None
 
 
 def dataset(run: RunDir, config: Config) -> pads.Dataset:
@@ -157,4 +184,4 @@ def _readable(where: str) -> Iterator[None]:
 
 
 def _unreadable(where: str, why: str) -> D2MError:
-    return D2MError(f"{where} cannot be read: {why}; see `d2m verify`")
+    return D2MError(f"{where} cannot be read: {' '.join(why.split())}; see `d2m verify`")

@@ -331,6 +331,28 @@ def test_a_damaged_lock_file_is_named(content: bytes, tmp_path: Path) -> None:
         Lock.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["../../.bashrc", "/etc/cron.d/x", "a//b", "a/./b", "a\\b", "", "a\nb", "x" * 300]
+)
+@pytest.mark.parametrize("place", ["files", "repositories", "names", "commit"])
+def test_a_lock_file_whose_names_lead_elsewhere_is_refused(
+    place: str, name: str, tmp_path: Path
+) -> None:
+    file = {"size": 1, "sha256": "12ab", "modified_ns": 1}
+    repo = {"repo_id": "a/b", "revision": "main", "commit": "12ab", "files": {"a": file}}
+    content = {
+        "files": {"files": {name: file}},
+        "repositories": {"repositories": {name: repo}},
+        "names": {"repositories": {"hub/a--b@main": {**repo, "files": {name: file}}}},
+        "commit": {"repositories": {"hub/a--b@main": {**repo, "commit": name}}},
+    }[place]
+    (tmp_path / "weights.lock.json").write_text(json.dumps(content))
+    with pytest.raises(
+        WeightsError, match=r"lock.json cannot be read: .* is no name of a file; re"
+    ):
+        Lock.read(tmp_path)
+
+
 def test_another_file_under_a_locked_name_is_no_new_truth(hub: Hub, folder: Path) -> None:
     """Neither for a file without a published hash, nor for one of a repository."""
     hub.put_files("Org/files", {"net.pt": NET})
