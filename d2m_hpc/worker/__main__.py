@@ -51,13 +51,14 @@ def main(arguments: list[str]) -> int:
     os.environ["SUBMITIT_EXECUTOR"] = "slurm"
     run, job = RunDir(Path(root)), JobEnvironment()
     index = int(first) + int(job.array_task_id or 0) * int(tasks_per_node) + job.local_rank
+    log_file = run.log_of(submission, index)
     try:
-        _own_log(run.log_of(submission, index))
+        _own_log(log_file)
     except OSError as error:
         return _said(of_system(error), DiskError.exit_code)
     _own_device(job.local_rank, int(tasks_per_node))
     unfit = partial(_unfit, run, submission, index)
-    return supervised(partial(_as_task, run, submission, index, job), unfit)
+    return supervised(partial(_as_task, run, submission, index, job), unfit, log_file)
 
 
 def _unfit(run: RunDir, submission: str, index: int, why: str) -> int:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from resource import struct_rusage
@@ -34,6 +36,7 @@ WATCHED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 KERNEL = 0x80
 """`si_code` of a signal that a terminal sends to all its processes."""
 SIGNALLED = 128
+ABORTED = re.compile(rb"what\(\): +(CUDA error: [^\n]+)")
 PR_SET_PDEATHSIG = 1
 
 
@@ -86,13 +89,15 @@ def is_possible() -> bool:
     return "torch" not in sys.modules and threading.active_count() == 1
 
 
-def supervised(main: Main, unfit: Callable[[str], int]) -> int:
+def supervised(main: Main, unfit: Callable[[str], int], log: Path | None = None) -> int:
     """Have a child do the work, and another one for the rest where that dies.
 
     In the child this returns the work's result, for a call of `leave`.
 
     Args:
-        unfit: called with the reason where a child died without a shard; gives the exit code.
+        unfit: called with the reason where a child died without a shard, or of its GPU; gives the
+            exit code.
+        log: the file that takes the child's output.
 
     Returns:
         The exit code: the work's own; 1 where a shard was to blame for a death.
@@ -103,7 +108,7 @@ def supervised(main: Main, unfit: Callable[[str], int]) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*WATCHED, signal.SIGCHLD})
     while True:
         board.clear()
-        killed = death.oom_kills()
+        killed, said = death.oom_kills(), log.stat().st_size if log else 0
         pid = _fork()
         if not pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -115,6 +120,9 @@ def supervised(main: Main, unfit: Callable[[str], int]) -> int:
         if watch.asked:
             death.give_back(board)
             return SIGNALLED + watch.asked
+        if log and (error := _cuda_error(watch, log, said)):
+            death.give_back(board)
+            return unfit(f"the process was aborted: {error}")
         how = _how(board, watch, death.oom_kills() - killed)
         begun = [entry.stem for entry in death.record(board, how)]
         if not begun:
@@ -233,6 +241,18 @@ def _how(board: Board, watch: Watch, oom_kills: int) -> str:
         stalled = scene.stall_seconds
     assert watch.usage is not None
     return death.told(watch.status, watch.usage, oom_kills, stalled)
+
+
+def _cuda_error(watch: Watch, log: Path, start: int) -> str:
+    """The error of CUDA that aborted a child, which C++ raises where memory of a failed GPU is
+    freed."""
+    if watch.stalled or os.waitstatus_to_exitcode(watch.status) != -signal.SIGABRT:
+        return ""
+    with suppress(OSError), open(log, "rb") as file:
+        file.seek(start)
+        if found := ABORTED.search(file.read()):
+            return found[1].decode(errors="replace")
+    return ""
 
 
 def _say(text: str) -> None:

@@ -161,6 +161,7 @@ BEGIN = 'rm "nodes/.$SLURM_JOB_ID-0.tmp"; '
         (BEGIN + "exit 1", 1, False),  # a shard failed
         (BEGIN + "exit 127", 127, False),
         ("kill -TERM $PPID; exit 1", 1, False),  # cancelled before it began
+        (BEGIN + "kill -SEGV $$", 139, False),
     ],
 )
 def test_a_node_on_which_the_task_does_not_begin_is_written_down(
@@ -174,6 +175,14 @@ def test_a_node_on_which_the_task_does_not_begin_is_written_down(
         said = json.loads((awkward_path / "nodes" / "12-0.json").read_text())
         assert said["node"] == "n7"
         assert said["why"].startswith("the task did not start there (srun ended with code ")
+
+
+def test_a_node_on_which_the_task_is_aborted_is_written_down(awkward_path: Path) -> None:
+    """Where a GPU fails, C++ may abort the process that frees its memory."""
+    ran = run_script(awkward_path, [], f"d2m_task bash -c {shlex.quote(BEGIN + 'kill -ABRT $$')}")
+    assert ran.returncode == 4, ran.stderr
+    said = json.loads((awkward_path / "nodes" / "12-0.json").read_text())
+    assert said["why"] == "the task was aborted (SIGABRT), as where a GPU fails"
 
 
 @pytest.mark.parametrize(

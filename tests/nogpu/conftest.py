@@ -61,13 +61,9 @@ def _run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def nogpu(runtime: Path) -> Iterator[Callable[..., Any]]:
-    """Call a function of a test file in a fork of a process with such a CUDA; give its result.
-
-    It is given an `inside.Gpu` first. Results and arguments are JSON. Where it ends its process,
-    the result is `Ended`.
-    """
-    environment = {
+def environment(runtime: Path) -> dict[str, str]:
+    """Variables of a process with such a CUDA."""
+    variables = {
         **os.environ,
         "LD_PRELOAD": str(runtime),
         "LD_LIBRARY_PATH": str(runtime.parent),
@@ -75,7 +71,17 @@ def nogpu(runtime: Path) -> Iterator[Callable[..., Any]]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    variables.pop("CUDA_VISIBLE_DEVICES", None)
+    return variables
+
+
+@pytest.fixture(scope="session")
+def nogpu(environment: dict[str, str]) -> Iterator[Callable[..., Any]]:
+    """Call a function of a test file in a fork of a process with such a CUDA; give its result.
+
+    It is given an `inside.Gpu` first. Results and arguments are JSON. Where it ends its process,
+    the result is `Ended`.
+    """
     command = [sys.executable, str(HERE / "inside.py")]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import d2m, write_config, write_shards
+from kit import custom_config, custom_file, d2m, write_config, write_shards
 
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURMD_NODENAME": "node7",
+    "SLURM_LOCALID": "0",
+    "SLURM_JOB_END_TIME": "4102444800",
+}
 MODELS = ["oai-clip-vit-b32", "dedup-isc-ft-v107"]
 
 
@@ -38,11 +45,9 @@ def work(gpu: Any, root: str, launches: int) -> None:
     """End this process as a task's ends."""
     from d2m_hpc.worker.__main__ import end, main
 
-    os.environ |= {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node7", "SLURM_LOCALID": "0"}
-    os.environ |= {"SLURM_JOB_END_TIME": "4102444800"}
-    sys.argv = ["worker", root, "000", "0", "1"]
+    os.environ |= SLURM
     gpu.die_after(launches)
-    end(main(sys.argv[1:]))
+    end(main([root, "000", "0", "1"]))
 
 
 @pytest.mark.parametrize("launches", [3, 250, 600])
@@ -57,3 +62,32 @@ def test_a_gpu_that_dies_is_the_nodes_fault(nogpu: Any, planned: RunDir, launche
     )
     assert Manifest.load(planned).failures == {}
     assert list(planned.leases.iterdir()) == []
+
+
+ABORT = """
+import ctypes
+shared = torch.empty(1000, device=0)
+shared.record_stream(torch.cuda.Stream())
+ctypes.CDLL(None).nogpu_die_after(ctypes.c_long(0))
+try:
+    shared + 1
+except RuntimeError:
+    del shared
+"""
+
+
+def test_an_abort_by_a_gpu_that_dies_is_the_nodes_fault(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Of memory that is a model's own."""
+    write_shards(tmp_path / "tars", 2, 2)
+    config = custom_config(tmp_path, custom_file("own", before=ABORT), "own", device=0)
+    assert d2m("submit", config, "--no-sbatch", "--no-preflight").returncode == 0
+    run = RunDir(tmp_path / "out" / ".d2m")
+    command = [sys.executable, "-m", "d2m_hpc.worker", str(run.root), "000", "0", "1"]
+    ended = subprocess.run(command, env=environment | SLURM, capture_output=True, text=True)
+    assert ended.returncode == 4, ended.stderr
+    [failure] = [json.loads(path.read_bytes()) for path in run.node_failures.iterdir()]
+    assert failure["why"].endswith("aborted: CUDA error: an illegal memory access was encountered")
+    assert Manifest.load(run).failures == {}
+    assert list(run.leases.iterdir()) == []
