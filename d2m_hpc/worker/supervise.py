@@ -95,8 +95,7 @@ def supervised(main: Main, unfit: Callable[[str], int], log: Path | None = None)
     In the child this returns the work's result, for a call of `leave`.
 
     Args:
-        unfit: called with the reason where a child died without a shard, or of its GPU; gives the
-            exit code.
+        unfit: gives the exit code for the death of a child without a shard, or of its GPU.
         log: the file that takes the child's output.
 
     Returns:
@@ -115,8 +114,7 @@ def supervised(main: Main, unfit: Callable[[str], int], log: Path | None = None)
             return _as_child(board, main, past)
         watch = _watched(pid, board)
         if board.left:
-            code = os.waitstatus_to_exitcode(watch.status)
-            return code or int(bool(past.blamed))
+            return os.waitstatus_to_exitcode(watch.status) or int(bool(past.blamed))
         if watch.asked:
             death.give_back(board)
             return SIGNALLED + watch.asked
