@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from kit import captions
 from tokenizers import BertWordPieceTokenizer
 from transformers import (
+    AutoImageProcessor,
     BertTokenizerFast,
     BlipConfig,
     BlipImageProcessor,
@@ -46,13 +48,19 @@ def vit(folder: Path, processor: Any = None, **config: Any) -> Path:
     return folder
 
 
+def image_processor(folder: Path, backend: str = "pil") -> Any:
+    """The processor in a folder, by PIL or torchvision; transformers 5.3 names these otherwise."""
+    named = hasattr(transformers, "ViTImageProcessorPil")
+    choice = {"backend": backend} if named else {"use_fast": backend != "pil"}
+    return AutoImageProcessor.from_pretrained(folder, **choice)
+
+
 def wordpieces(folder: Path) -> BertTokenizerFast:
     """BERT's tokenizer, learnt from the kit, of 64 tokens at most."""
     learnt = BertWordPieceTokenizer()
     learnt.train_from_iterator(captions(), vocab_size=300, show_progress=False)
     folder.mkdir(parents=True, exist_ok=True)
-    learnt.save_model(str(folder))
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64)
+    tokenizer = BertTokenizerFast(learnt.get_vocab(), model_max_length=64)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

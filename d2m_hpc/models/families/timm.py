@@ -186,7 +186,8 @@ class Timm(Family):
             return "", {}
         try:
             told = read_json(path)
-            return str(told["architecture"]), {**told, **told.get("pretrained_cfg", told)}
+            own = {"num_classes": told["num_classes"]} if "num_classes" in told else {}
+            return str(told["architecture"]), {**told, **told.get("pretrained_cfg", told), **own}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ParameterError("model", f"{path} cannot be used: {error}") from None
 

@@ -9,9 +9,8 @@ import pytest
 from bench import run
 from kit import photographs
 from safetensors.torch import load_file, save_file
-from tiny_nets import vit
+from tiny_nets import image_processor, vit
 from transformers import (
-    AutoImageProcessor,
     CLIPImageProcessor,
     DeiTImageProcessor,
     ViTForImageClassification,
@@ -40,7 +39,7 @@ def keys(folder: Path, *columns: str, features: tuple[str, ...] = ()) -> dict[st
 
 def theirs(folder: Path, backend: str = "pil") -> list[dict[str, float]]:
     """Scores by label, by a pipeline of transformers."""
-    processor = AutoImageProcessor.from_pretrained(folder, backend=backend)
+    processor = image_processor(folder, backend)
     net = ViTForImageClassification.from_pretrained(folder)
     run_all = pipeline("image-classification", model=net, image_processor=processor, top_k=9)
     return [{s["label"]: s["score"] for s in run_all(picture)} for picture in photographs(8)]

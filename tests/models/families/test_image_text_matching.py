@@ -8,8 +8,8 @@ import pytest
 import torch
 from bench import run
 from kit import captions, photographs
-from tiny_nets import bert, blip
-from transformers import AutoImageProcessor, AutoTokenizer, BertModel, BlipForImageTextRetrieval
+from tiny_nets import bert, blip, image_processor
+from transformers import AutoTokenizer, BertModel, BlipForImageTextRetrieval
 
 from d2m_hpc.models.families.image_text_matching import ImageTextMatching
 from d2m_hpc.models.family import ParameterError, Use
@@ -23,7 +23,7 @@ def test_scores_are_those_of_blips_matching_head(tmp_path: Path) -> None:
         "postprocess_columns": ["itm-score"],
     }
     found = run(keys, pictures, texts).columns["itm-score"]
-    images = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    images = image_processor(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     net = BlipForImageTextRetrieval.from_pretrained(folder)
     expected = []

@@ -8,9 +8,8 @@ import tiny_blip2
 import torch
 from bench import run
 from kit import photographs
-from tiny_nets import blip
+from tiny_nets import blip, image_processor
 from transformers import (
-    AutoImageProcessor,
     AutoProcessor,
     Blip2ForConditionalGeneration,
     BlipForConditionalGeneration,
@@ -35,7 +34,7 @@ def theirs(net: tuple[str, Path], prompt: str | None, **options: int) -> list[st
     """Texts of one picture after the other, as the models' cards make them."""
     kind, folder = net
     processor, made = AutoProcessor.from_pretrained(folder), MADE[kind].from_pretrained(folder)
-    processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor.image_processor = image_processor(folder)
     found = []
     for picture in photographs(4):
         given = processor(images=picture, text=prompt, return_tensors="pt")

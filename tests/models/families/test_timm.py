@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,10 @@ def test_a_folder_that_timm_wrote_says_how_images_are_prepared(
     told = {"input_size": (3, 64, 64), "crop_pct": 0.9, "interpolation": "bilinear", **data}
     made = net("test_vit", img_size=64, num_classes=0, pretrained_cfg_overlay=told)
     save_for_hf(made, tmp_path, model_args={"img_size": 64})
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    assert config["num_classes"] == 0
+    config["pretrained_cfg"]["num_classes"] = 1000  # as timm 1.0.17 leaves that
+    (tmp_path / "config.json").write_text(json.dumps(config))
     form = Timm(model=str(tmp_path)).inputs(Use("own", tmp_path, frozenset()))[0]
     assert isinstance(form, OwnInput if data else ImageInput)
     found = outputs({"model": str(tmp_path)}, [], ["own-feature"])
