@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 import transformers
 from kit import captions
+from packaging.version import Version
 from tokenizers import BertWordPieceTokenizer
 from transformers import (
     AutoImageProcessor,
@@ -22,6 +24,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
+OLD = Version(torchvision.__version__) < Version("0.24")
+OTHERWISE = OLD and torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""There torchvision resized bytes bilinearly as floats, and rounded otherwise."""
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

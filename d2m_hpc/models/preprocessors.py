@@ -72,11 +72,13 @@ class Picture:
     def form(self, exact: bool) -> Pixels:
         return self.pil if exact else self.tensor
 
-    @cached_property
+    @property
     def short(self) -> Picture:
         """The same, without sides that are too long to be resized at once."""
-        if max(self.size) <= extremes.LONGEST:
-            return self
+        return self if max(self.size) <= extremes.LONGEST else self._shortened
+
+    @cached_property
+    def _shortened(self) -> Picture:
         return Picture(extremes.shortened(self.pil))
 
     def resized(self, width: int, height: int, how: str, exact: bool) -> Pixels:

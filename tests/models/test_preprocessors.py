@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 import torchvision.transforms as T
 from kit import photographs
-from packaging.version import Version
 from PIL import Image
+from tiny_nets import OTHERWISE
 from torch import Tensor
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
@@ -89,11 +89,6 @@ FAST = {
     "dedup-aug": v2.Resize((512, 512)),
     "stats-aug": v2.Resize((256, 256)),
 }
-
-
-OLD = Version(torchvision.__version__) < Version("0.24")
-OTHERWISE = OLD and torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""There torchvision resized bytes bilinearly as floats, and rounded otherwise."""
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -229,3 +224,18 @@ def test_one_half_normalises_every_byte_bit_for_bit_as_the_reference_does() -> N
     finished: Tensor = PREPROCESSORS["dedup-aug"].finish(pixels)
     assert torch.equal(finished, (pixels.float() / 255 - 0.5) / 0.5)
     assert finished.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_picture_is_gone_with_its_last_user(exact: bool) -> None:
+    """Pictures in circles would lie in memory until the garbage collector runs."""
+    picture = Picture(photographs(1)[0])
+    for name in IMAGES:
+        PREPROCESSORS[name].prepare(picture, Options(exact=exact))
+    gone = weakref.ref(picture)
+    gc.disable()
+    try:
+        del picture
+        assert gone() is None
+    finally:
+        gc.enable()

