@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from d2m_hpc.errors import ConfigError, WeightsError
-from d2m_hpc.models.families.insightface import InsightFace
-from d2m_hpc.models.family import Use
+from d2m_hpc.models.families import insightface
+from d2m_hpc.models.families.insightface import InsightFace, _unpacked, files_of
+from d2m_hpc.models.family import ParameterError, Use
+from d2m_hpc.models.published import Checkpoint
 
 SIDE = 160
 COLUMNS = ("boxes", "scores", "landmarks", "sex", "age")
@@ -102,13 +105,64 @@ def test_faces_are_those_of_face_analysis(pack: Path) -> None:
     assert number > 10
 
 
+@pytest.mark.parametrize("inside", ["", "small/"])
+def test_a_zip_as_it_is_published_is_taken(inside: str, pack: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "small.zip", "w") as archive:
+        archive.writestr("__MACOSX/._det_10g.onnx", b"a Mac's notes")
+        for path in pack.iterdir():
+            archive.write(path, f"{inside}{path.name}")
+    keys: dict[str, Any] = {
+        "models": [{"own": {"kind": "insightface", "pack": "small", "det_size": SIDE}}],
+        "postprocess_columns": ["own-boxes", "own-age"],
+    }
+    found = [
+        run({**keys, "weights_dir": str(folder)}, photographs(3)).columns
+        for folder in (tmp_path, pack.parent)
+    ]
+    assert found[0] == found[1]
+    assert any(found[0]["own-boxes"])
+    assert [*tmp_path.iterdir()] == [tmp_path / "small.zip"]
+
+
+def test_a_zip_is_bounded_and_leads_nowhere_else(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, use = tmp_path / "a.zip", Use("own", tmp_path, frozenset({"boxes"}))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(pack / "det_10g.onnx", "../../det_10g.onnx")
+        archive.writestr("../..", b"")
+        archive.writestr("/etc/evil.sh", b"")
+    assert [*files_of(path)] == ["det_10g.onnx"]
+    assert InsightFace(pack="a").checkpoints(use) == [path]
+    with _unpacked(path) as folder:
+        assert [p.name for p in folder.iterdir()] == ["det_10g.onnx"]
+    assert not folder.exists()
+    monkeypatch.setattr(insightface, "LARGEST", 1000)
+    with pytest.raises(ParameterError, match=r"a\.zip: it holds \S+ bytes; valid are up to 1,000"):
+        InsightFace(pack="a").outputs(use)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ParameterError, match=r"a\.zip: it cannot be read as a zip .*fetch it"):
+        InsightFace(pack="a").outputs(use)
+
+
+def test_insightfaces_own_packs_are_fetched(tmp_path: Path) -> None:
+    use = Use("own", tmp_path, frozenset({"boxes"}))
+    [needed] = InsightFace(pack="buffalo_l").checkpoints(use)
+    assert isinstance(needed, Checkpoint)
+    assert needed.url.endswith("/v0.7/buffalo_l.zip")
+    assert InsightFace(pack="buffalo_l").outputs(use)
+    (tmp_path / "buffalo_l").mkdir()
+    (tmp_path / "buffalo_l" / "det_10g.onnx").write_bytes(b"")
+    assert InsightFace(pack="buffalo_l").checkpoints(use) == [tmp_path / "buffalo_l"]
+
+
 def test_mistakes_are_told_in_a_line(pack: Path, tmp_path: Path) -> None:
     keys: dict[str, Any] = {
-        "models": [{"own": {"kind": "insightface", "pack": "buffalo_l"}}],
+        "models": [{"own": {"kind": "insightface", "pack": "bufalo"}}],
         "postprocess_columns": ["own-boxes"],
         "weights_dir": str(tmp_path),
     }
-    with pytest.raises(ConfigError, match=r"buffalo_l is no folder of \.onnx files; unpack one of"):
+    with pytest.raises(ConfigError, match=r"bufalo is no folder of \.onnx files, nor a zip"):
         run(keys, [])
     (bare := tmp_path / "bare").mkdir()
     (bare / "det.onnx").write_bytes((pack / "det_10g.onnx").read_bytes())
