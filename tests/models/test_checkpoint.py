@@ -98,7 +98,7 @@ def _old(tensor: torch.Tensor) -> bytes:
         (_old(torch.ones(9))[:30], "it is damaged, or no file of torch's"),
         (_old(torch.ones(9))[:-8], "it is damaged, or no file of torch's"),
     ],
-    ids=str,
+    ids=["net", "object", "TorchScript", "empty", "text", "pickle", "half", "without its end"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_torch_says_is_told_in_words_for_users(
