@@ -91,7 +91,7 @@ def locked(size: int, device: torch.device) -> NDArray[np.uint8]:
         error = cudart.cudaHostRegister(address, pages, 0)
     if int(error):
         raise NodeError(
-            f"CUDA gives no {pages / 1e6:,.0f} MB of page-locked memory: "
+            f"CUDA gives no {pages:,} bytes of page-locked memory: "
             f"{cudart.cudaGetErrorString(error)}"
         )
     weakref.finalize(block, cudart.cudaHostUnregister, address).atexit = False

@@ -21,7 +21,7 @@ from d2m_hpc.models.entries import with_paths
 from d2m_hpc.models.headers import fault
 from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.registry import Registry
-from d2m_hpc.plan import patterns, preflight
+from d2m_hpc.plan import memory, patterns, preflight
 from d2m_hpc.run import frozen
 from d2m_hpc.run.extension import with_own_names
 from d2m_hpc.run.folder import RunDir
@@ -115,6 +115,7 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
     if problems:
         mode = ", preflight (--no-preflight skips it)" if thorough else ""
         raise ConfigError(f"{where}{mode}", located(where, problems))
+    sizes = [kept.size for kept in checkpoints.values()]
     hashes = {name: kept.sha256 for name, kept in checkpoints.items()}
     fingerprint = config.fingerprint(hashes, custom.hashes)
     return Workload(
@@ -125,7 +126,7 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
         custom,
         checkpoints,
         fingerprint,
-        _notices(expansion),
+        [*_notices(expansion), *memory.notices(config, custom.registry, sizes)],
         expansion.times,
     )
 
