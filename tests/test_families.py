@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,20 @@ import pytest
 import torch
 from hubs import serving
 from huggingface_hub import constants
-from kit import SHARDS, d2m, photographs, sample, submit, write_config, write_shards, write_tar
+from kit import (
+    SHARDS,
+    captions,
+    d2m,
+    photographs,
+    sample,
+    submit,
+    write_config,
+    write_shards,
+    write_tar,
+)
 from models.families.test_onnx import export as export_onnx
 from models.families.test_open_clip import CLIP, SIGLIP, SIGLIP_IMAGES, export, features
-from tiny_nets import blip, vit
+from tiny_nets import blip, vit, wordpieces
 from torch import nn
 from transformers import BlipForConditionalGeneration
 
@@ -305,3 +316,41 @@ def test_a_dry_run_of_many_families_imports_no_library_of_models(
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "1 shard" in ended.stdout or "shards" in ended.stdout
+
+
+def test_a_custom_class_reads_a_repository_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class of docs/models-adding.md: declared, told while it is missing, fetched and run."""
+    page = Path(__file__).parent.parent.joinpath("docs/models-adding.md").read_text()
+    [code] = (c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Lengths" in c)
+    (tmp_path / "own.py").write_text(code)
+    tokenizer = wordpieces(tmp_path / "net")
+    (tmp_path / "net" / "config.json").write_text('{"model_type": "bert"}')
+    config = write_config(
+        tmp_path / "c.yml",
+        {
+            **EXACT,
+            "models": ["lengths"],
+            "postprocess_columns": ["lengths-tokens"],
+            "custom_pypath": str(tmp_path / "own.py"),
+            "input_tars": str(SHARDS / "00000.tar"),
+            "output_metadata_dir": str(tmp_path / "out"),
+            "weights_dir": str(tmp_path / "weights"),
+        },
+    )
+    with pytest.raises(WeightsError, match="all-MiniLM-L6-v2@main is missing"):
+        run(config)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with serving() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        files = {p.name: p.read_bytes() for p in (tmp_path / "net").iterdir()}
+        hub.put_files("sentence-transformers/all-MiniLM-L6-v2", files)
+        app(["weights", "fetch", str(config)], standalone_mode=False)
+    run(config)
+    found = pq.read_table(tmp_path / "out" / "00000.parquet")["lengths-tokens"].to_pylist()
+    expected = tokenizer(captions()[: len(found)], truncation=True)["input_ids"]
+    assert sorted(found) == sorted(map(len, expected))
+    kept = json.loads(next((tmp_path / "out/.d2m/fingerprints").iterdir()).read_bytes())
+    assert any("all-MiniLM-L6-v2@main/tokenizer.json" in name for name in kept["checkpoints"])

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import postprocessors
+from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.code import MODULE, Modules, Sources
 from d2m_hpc.models.family import ModelSpec, Output, Post
 from d2m_hpc.models.inputs import NAMED, ImageInput
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture, Preprocessor
+from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, MODELS, Registry
 from d2m_hpc.models.types import is_column_type
 from d2m_hpc.stopping import is_asked
@@ -224,17 +226,21 @@ def spec_of(name: str, model: Any) -> ModelSpec:
     """
     given: dict[str, Any] = {f: _names(getattr(model, f, ())) for f in STATIC_FIELDS}
     given["preprocessors"] = tuple(_form(model, form) for form in given["preprocessors"])
-    files = _names(getattr(model, "checkpoints", ()))
+    declared = _names(getattr(model, "checkpoints", ()))
+    published = tuple(c for c in declared if isinstance(c, Checkpoint | HubRepo))
+    files = [c for c in declared if c not in published]
     odd = [
         f for f, names in given.items() if not all(isinstance(n, str | ImageInput) for n in names)
     ]
     mistakes = [f"{f}: found {getattr(model, f)!r}; valid is a list of names" for f in odd]
     if not all(isinstance(file, str | PathLike) for file in files):
-        mistakes.append(f"checkpoints: found {model.checkpoints!r}; valid is a list of paths")
+        what = "valid is a list of paths and of HubRepo"
+        mistakes.append(f"checkpoints: found {model.checkpoints!r}; {what}")
     if mistakes:
         raise ConfigError(origin(model), mistakes)
     paths = tuple(os.fspath(file) for file in files)
-    return ModelSpec(name, **given, to_device=bool(getattr(model, "to_device", True)), files=paths)
+    to_device = bool(getattr(model, "to_device", True))
+    return ModelSpec(name, **given, to_device=to_device, files=paths, checkpoints=published)
 
 
 _IMAGES: TypeAdapter[ImageInput] = TypeAdapter(ImageInput)
@@ -303,13 +309,17 @@ def _subscript(steps: list[dis.Instruction]) -> str:
     return steps[0].argval if is_read else ""
 
 
-def build(spec: ModelSpec, made: Any, device: int | str) -> nn.Module:
+def build(spec: ModelSpec, made: Any, device: int | str, weights: Weights) -> nn.Module:
     """A model of a custom class.
+
+    Args:
+        weights: for the `__init__` of a class that declares published checkpoints.
 
     Raises:
         TypeError: it cannot be called with the inputs that the class names.
     """
-    model: nn.Module = made(device)
+    wanted = spec.checkpoints and "weights" in inspect.signature(made).parameters
+    model: nn.Module = made(device, weights=weights) if wanted else made(device)
     if not callable(model):
         raise TypeError("its objects cannot be called; derive the class from torch.nn.Module")
     given = [raw for raw, _ in spec.inputs] + list(spec.dependencies)

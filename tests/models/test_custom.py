@@ -16,6 +16,7 @@ from PIL import Image
 
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import custom, postprocessors
+from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.family import ModelSpec, Post
 from d2m_hpc.models.inputs import NAMED
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
@@ -344,7 +345,7 @@ def test_one_name_may_stand_without_its_list(tmp_path: Path) -> None:
 
 def _built(tables: custom.Tables) -> Any:
     made = tables["model_lookup"]["look"]
-    return custom.build(custom.spec_of("look", made), made, "cpu")
+    return custom.build(custom.spec_of("look", made), made, "cpu", Weights(Path("w")))
 
 
 def test_a_model_is_built_for_a_device(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from torch import Tensor
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError, ShardError
 from d2m_hpc.models import custom, precision
+from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.compiled import compile_for
 from d2m_hpc.models.entries import name_of
 from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.inputs import Input, as_prepared
 from d2m_hpc.models.registry import in_order
 from d2m_hpc.models.transfer import CudaCopies, each
+from d2m_hpc.models.weights import weights_dir
 from d2m_hpc.stopping import is_asked
 from d2m_hpc.worker.batch import Batch, Outputs, count, flags, take
 from d2m_hpc.worker.compute.heap import Heap
@@ -50,6 +52,7 @@ class Graph:
     def __init__(self, config: Config, toolbox: Toolbox, device: torch.device) -> None:
         self.toolbox = toolbox
         self.device = device
+        self._weights = Weights(weights_dir(config.weights_dir))
         self.dtype = amp_dtype(config.amp, device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # else each call that names no device opens GPU 0 too
@@ -76,7 +79,7 @@ class Graph:
             if spec.family and spec.use:
                 model = spec.family.build(spec.use, self.device)
             else:
-                model = custom.build(spec, made, as_given)
+                model = custom.build(spec, made, as_given, self._weights)
             precision.cast_once(model)
             return model
         except (D2MError, torch.OutOfMemoryError):
