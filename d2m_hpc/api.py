@@ -159,6 +159,20 @@ def submit(
     return begin(inspect(config, thorough, recompute_changed, moved), backend)
 
 
+@contextmanager
+def every_mistake() -> Iterator[None]:
+    """Raise the `ConfigError` of a config that cannot be read with what else is wrong in it."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.valid is None:
+            raise
+        from d2m_hpc.plan.workload import further
+
+        more = (m for m in further(error.valid, error.where) if m not in error.mistakes)
+        raise ConfigError(error.where, [*error.mistakes, *more]) from None
+
+
 @_explained()
 def inspect(
     config: str | os.PathLike[str] | Config,
@@ -176,7 +190,8 @@ def inspect(
     from d2m_hpc.plan import workload
 
     if not isinstance(config, Config):
-        config, where = load_config(config), str(config)
+        with every_mistake():
+            config, where = load_config(config), str(config)
     asked = workload.inspect(config, where, thorough)
     asked.recompute_changed, asked.moved = recompute_changed, moved
     return asked

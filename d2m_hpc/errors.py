@@ -14,6 +14,7 @@ Their messages say what is wrong, where, and what to do next; they are printed w
 
 from collections.abc import Sequence
 from textwrap import indent
+from typing import Any
 
 MOST = 100
 """Mistakes that are told; a machine that wrote a config may have made thousands."""
@@ -26,12 +27,16 @@ class D2MError(Exception):
 
 
 class ConfigError(D2MError):
-    """One or more mistakes in the config or on the command line."""
+    """One or more mistakes in the config or on the command line.
+
+    Attributes:
+        valid: the rest of the config, in which there may be more mistakes; None if it is not known.
+    """
 
     exit_code = 2
 
-    def __init__(self, where: str, mistakes: Sequence[str]) -> None:
-        self.mistakes = [*mistakes]
+    def __init__(self, where: str, mistakes: Sequence[str], valid: Any = None) -> None:
+        self.where, self.mistakes, self.valid = where, [*mistakes], valid
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         told = [indent(m, "  ") for m in mistakes[:MOST]]
         if left := len(mistakes) - len(told):

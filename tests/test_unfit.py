@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import SHARDS, write_config
+from kit import SHARDS, submit, write_config
 from models.families.test_onnx import export as export_onnx
 from models.families.test_open_clip import SIGLIP, SIGLIP_IMAGES
 from models.families.test_open_clip import export as export_clip
@@ -16,6 +16,7 @@ from tiny_nets import blip, vit
 from torch import nn
 from transformers import BlipForConditionalGeneration
 
+from d2m_hpc import api
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.launch.flow import commit, submitting
@@ -205,3 +206,34 @@ def test_values_that_are_never_finite_fail_the_task_and_no_shard(tmp_path: Path)
     with pytest.raises(ConfigError, match="own gives a value that is not finite, on any sample"):
         run(workload)
     assert not Manifest.load(workload.run).failures
+
+
+def test_mistakes_of_all_kinds_are_told_at_once(nets: Path, tmp_path: Path) -> None:
+    """Of a key, a name, a parameter, a checkpoint that does not fit, one that is missing, a tar."""
+    models = [
+        *head(checkpoint=str(nets / "two.pth")),
+        {"big": {"kind": "text-boxes", "limit_side_len": 10**6}},
+        {"hash": {"kind": "sscd", "checkpoint": str(tmp_path / "none.pt")}},
+        {"net": {"kind": "image-classification", "checkpoint": "some/net"}},
+    ]
+    values = {"batch_sise": 3, "postprocess_columns": ["stats-phahs", "own-score"]}
+    values |= {"input_tars": str(tmp_path / "*.tar"), "output_metadata_dir": str(tmp_path / "out")}
+    path = write_config(tmp_path / "c.yml", {**KEYS, **values, "models": models})
+    with pytest.raises(ConfigError) as raised:
+        api.inspect(path)
+    told = "\n".join(raised.value.mistakes)
+    for part in (
+        "batch_sise: unknown key; did you mean 'batch_size'?",
+        "postprocess_columns: unknown name 'stats-phahs'; did you mean 'stats-phash'?",
+        "models.2.big.limit_side_len: found 1000000; valid is 32 to 4096",
+        "models.1.own.on: stats-histogram has 48 values",
+        "found no tar for",
+        f"checkpoints of 'hash': {tmp_path}/none.pt is not there",
+        "hub/some--net@main is missing; it is published at",
+    ):
+        assert told.count(part) == 1, part
+    assert not (tmp_path / "out").exists()
+    ended = submit(path, "--set", "device=x", "--dry-run")
+    assert ended.returncode == 2
+    assert "device: found 'x'" in ended.stderr
+    assert "found no tar for" in ended.stderr

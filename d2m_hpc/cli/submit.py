@@ -38,7 +38,8 @@ def submit(
         typer.Option("--moved/--not-moved", help="tars elsewhere are those that were planned"),
     ] = None,
 ) -> None:
-    loaded = load(config, set_, slurm)
+    with api.every_mistake():
+        loaded = load(config, set_, slurm)
     inspect = partial(
         api.inspect, loaded, recompute_changed=recompute_changed, moved=moved, where=str(config)
     )
@@ -53,7 +54,9 @@ def submit(
 
 
 def plan(config: ConfigFile, set_: Overrides = None) -> None:
-    _dry_run(api.inspect(load(config, set_), where=str(config)), local=False)
+    with api.every_mistake():
+        loaded = load(config, set_)
+    _dry_run(api.inspect(loaded, where=str(config)), local=False)
 
 
 def _dry_run(workload: Workload, local: bool) -> None:

@@ -74,8 +74,16 @@ def load(
         config, unset = with_variables(config)
         source.mistakes += [*unset, *semantic_mistakes(config)]
     if mistakes := [*document.mistakes, *map(source.shown, source.mistakes)]:
-        raise ConfigError(str(path), mistakes)
+        raise ConfigError(str(path), mistakes, _valid(config, document, source))
     return config
+
+
+def _valid(config: Config, document: Document, source: _Source) -> Config | None:
+    """What else of a config with mistakes can be looked at; nothing if its places are wrong."""
+    wrong = {m.loc[0] for m in source.mistakes if m.loc}
+    if document.mistakes or wrong & {*PLACES, "weights_dir", "custom_pypath"}:
+        return None
+    return config.model_copy(update={"input_tars": []}) if "input_tars" in wrong else config
 
 
 def glance(path: Path, frozen: bool = False) -> Config:

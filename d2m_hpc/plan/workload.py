@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
@@ -18,6 +19,7 @@ from d2m_hpc.config.mistakes import checkpoint_mistakes, registry_mistakes
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.models import weights
 from d2m_hpc.models.entries import with_paths
+from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.headers import fault
 from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.registry import Registry
@@ -26,7 +28,7 @@ from d2m_hpc.run import frozen
 from d2m_hpc.run.extension import with_own_names
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage.texts import BRIEF, safe
-from d2m_hpc.storage.urls import is_local
+from d2m_hpc.storage.urls import is_local, is_pipe
 
 
 def run_dir(config: Config) -> RunDir:
@@ -131,6 +133,31 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
     )
 
 
+def further(config: Config, where: str) -> list[str]:
+    """Find the mistakes of a config that was refused, in what is valid of it; reads no checkpoint,
+    and asks no store.
+
+    Args:
+        where: the config file.
+    """
+    config = absolute(config)
+    local = [pattern for pattern in config.input_tars if is_local(pattern) and not is_pipe(pattern)]
+    custom, mistakes = customs(config, run_dir(config))
+    problems = [
+        *patterns.expand(local, sized=False).mistakes,
+        *(mistakes or checkpoint_mistakes(config, custom.registry)),
+        *missing_extras(config),
+    ]
+    specs = custom.registry.specs(config.model_names).values()
+    try:
+        checked = weights.check(specs, weights.weights_dir(config.weights_dir), lambda path: "?")
+        any_hash = config.model_copy(update={"allow_unpublished_weights": True})
+        _places([*specs], [c for c in checked if c.state == "missing"], any_hash, where)
+    except WeightsError as error:
+        problems.append(str(error))
+    return located(where, problems)
+
+
 def customs(config: Config, run: RunDir, thorough: bool = False) -> tuple[frozen.Custom, list[str]]:
     """Run a config's custom file, or read what the last submit froze of an unchanged one.
 
@@ -194,17 +221,39 @@ def _checkpoints(
     folder = weights.weights_dir(config.weights_dir)
     specs = registry.specs(config.model_names).values()
     digest = Lock.read(folder).digest(folder, weights.HashCache(run.hashes))
-    checked = weights.check(specs, folder, digest)
-    weights.require(checked, config.allow_unpublished_weights, where)
-    files = {item.checkpoint.name: item.path for item in checked}
-    for spec in specs:
-        files |= weights.declared(spec, config.custom_file or folder)
-    if faults := [f"{p}: {why}" for p in dict.fromkeys(files.values()) if (why := fault(p))]:
-        raise WeightsError("\n  ".join(["checkpoints:", *faults]))
+    files = _places([*specs], weights.check(specs, folder, digest), config, where)
     try:
         return {name: weights.Kept.of(path, digest) for name, path in files.items()}
     except OSError as error:
         raise WeightsError(f"checkpoints: {error.filename}: {error.strerror or error}") from None
+
+
+def _places(
+    specs: Sequence[ModelSpec], checked: Sequence[weights.Checked], config: Config, where: str
+) -> dict[str, Path]:
+    """Where the checkpoints lie, by their names.
+
+    Args:
+        checked: the published ones.
+
+    Raises:
+        WeightsError: names all that are missing, damaged, or not the published ones.
+    """
+    files = {item.checkpoint.name: item.path for item in checked}
+    wrong: list[str] = []
+    try:
+        weights.require(checked, config.allow_unpublished_weights, where)
+    except WeightsError as error:
+        wrong.append(str(error))
+    for spec in specs:
+        try:
+            files |= weights.declared(spec, config.custom_file or Path(config.weights_dir or ""))
+        except WeightsError as error:
+            wrong.append(str(error))
+    wrong += [f"{p}: {why}" for p in dict.fromkeys(files.values()) if (why := fault(p))]
+    if wrong:
+        raise WeightsError("\n".join(wrong))
+    return files
 
 
 def _notices(expansion: patterns.Expansion) -> list[str]:
