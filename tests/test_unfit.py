@@ -237,3 +237,24 @@ def test_mistakes_of_all_kinds_are_told_at_once(nets: Path, tmp_path: Path) -> N
     assert ended.returncode == 2
     assert "device: found 'x'" in ended.stderr
     assert "found no tar for" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kind": "image-classification", "checkpoint": "mine"},
+        {"kind": "open_clip", "model": "mine"},
+        {"kind": "timm", "model": "mine"},
+        {"kind": "insightface", "pack": "mine"},
+    ],
+    ids=lambda given: given["kind"],
+)
+def test_a_folder_here_that_is_taken_for_a_name_is_told(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    values = {**KEYS, "output_metadata_dir": "out", "weights_dir": "w"}
+    path = write_config(tmp_path / "c.yml", {**values, "models": [{"own": given}]})
+    with pytest.raises(ConfigError, match=rf"if {tmp_path}/mine is meant, write '\./mine'"):
+        inspect(configs.load(path), str(path))

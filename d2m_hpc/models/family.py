@@ -91,6 +91,13 @@ def at_hand(given: str) -> Path | None:
     return None
 
 
+def here(given: str) -> str:
+    """What to say of a name that is taken for no path, though something here has it."""
+    return (
+        f"; if {os.path.abspath(given)} is meant, write './{given}'" if Path(given).exists() else ""
+    )
+
+
 def shipped_by(package: str) -> Path | None:
     """The folder of an installed package, which is not imported."""
     spec = find_spec(package) if package.isidentifier() else None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, read_json
+from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, here, read_json
 from d2m_hpc.models.inputs import ImageInput, OwnInput, require_sides
 from d2m_hpc.models.published import HubRepo
 
@@ -79,8 +79,11 @@ class HubFamily(Family):
 
     def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
         home = self.home(use)
-        if not (home / "config.json").exists():
-            return  # a repository that is not fetched
+        if not (home / "config.json").exists():  # a repository that is not fetched
+            if hint := here(self.checkpoint):
+                what = f"{self.checkpoint!r} is the name of a repository of the hub"
+                raise ParameterError("checkpoint", f"{what}{hint}")
+            return
         raws = {getattr(given, "raw", "") for given in self.inputs(use)}
         wanted = {n: NEEDED[n] for n in ("image", "text") if n in {*raws, *self.further}}
         if "timm" in str(self.document(use).get("model_type")):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from d2m_hpc.models.family import Between, Family, Output, ParameterError, Use, at_hand
+from d2m_hpc.models.family import Between, Family, Output, ParameterError, Use, at_hand, here
 from d2m_hpc.models.inputs import OwnInput
 from d2m_hpc.models.published import Checkpoint
 
@@ -80,7 +80,7 @@ class InsightFace(Family):
         except ValueError as error:
             raise ParameterError("pack", f"{place}: {error}") from None
         if not found or (place.is_dir() and not any(place.glob("*.onnx"))):
-            what = f"{place} is no folder of .onnx files, nor a zip of them"
+            what = f"{place} is no folder of .onnx files, nor a zip of them{here(self.pack)}"
             raise ParameterError("pack", f"{what}; insightface's own are {', '.join(_PACKS)}")
         return [
             Output("boxes", "list<list<float32>>"),

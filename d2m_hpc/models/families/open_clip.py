@@ -16,7 +16,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from d2m_hpc.models.family import Colour, Family, Output, ParameterError, Use, at_hand, read_json
+from d2m_hpc.models.family import (
+    Colour,
+    Family,
+    Output,
+    ParameterError,
+    Use,
+    at_hand,
+    here,
+    read_json,
+)
 from d2m_hpc.models.inputs import CLIP_MEAN, CLIP_STD, ImageInput, OwnInput
 from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.texts import nearest
@@ -249,7 +258,7 @@ class OpenClip(Family):
         home, name = self._home(use), self.model.replace("/", "-")
         if home is None:
             if name not in architectures():
-                what = f"unknown model {name!r}{nearest(name, architectures())}"
+                what = f"unknown model {name!r}{nearest(name, architectures())}{here(self.model)}"
                 raise ParameterError("model", what)
             path = _library() / "model_configs" / f"{name}.json"
             return {"model_cfg": read_json(path)}

@@ -23,6 +23,7 @@ from d2m_hpc.models.family import (
     ParameterError,
     Use,
     at_hand,
+    here,
     published,
     read_json,
 )
@@ -96,7 +97,8 @@ def chosen(architecture: str, tag: str) -> tuple[str, Mapping[str, Any]]:
         ParameterError: there is none such.
     """
     if architecture not in architectures():
-        what = f"unknown model {architecture!r}{nearest(architecture, architectures())}"
+        valid = nearest(architecture, architectures())
+        what = f"unknown model {architecture!r}{valid}{here(architecture)}"
         raise ParameterError("model", what)
     own = {
         name: told
