@@ -89,7 +89,8 @@ class CudaCopies:
 
     def kept(self, value: Any) -> Any:
         """What was fetched, in memory that is not page-locked, as there is little of that."""
-        return value if self._copying is None else each(value, Tensor.clone)
+        is_read = isinstance(value, list) and not any(isinstance(v, Tensor) for v in value)
+        return value if self._copying is None or is_read else each(value, Tensor.clone)
 
     def mark(self) -> Callable[[], None]:
         """Mark what was launched so far; the answer waits until all of it is done.
