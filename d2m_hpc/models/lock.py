@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -96,7 +97,7 @@ class Lock:
         """
         path = folder / NAME
         try:
-            lock = JSON.validate_json(path.read_bytes())
+            lock = _json().validate_json(path.read_bytes())
             wrong = [n for repo in lock.repositories.values() for n in repo.unsafe()]
             wrong += filter(_leads_out, [*lock.files, *lock.repositories])
             if wrong:
@@ -164,7 +165,10 @@ class Lock:
         self.files[name] = LockedFile(size, sha256, modified_ns=modified_ns)
 
 
-JSON = TypeAdapter(Lock)
+@cache
+def _json() -> TypeAdapter[Lock]:
+    """The lock's form in JSON; pydantic makes it in 25 ms, which most commands do without."""
+    return TypeAdapter(Lock)
 
 
 def _leads_out(name: str) -> bool:
@@ -189,10 +193,10 @@ def changing(folder: Path) -> Iterator[Lock]:
     make_folder(folder)
     with alone(folder / NAME):
         lock = Lock.read(folder)
-        before = JSON.dump_json(lock)
+        before = _json().dump_json(lock)
         yield lock
-        if JSON.dump_json(lock) != before:
-            atomic_write(folder / NAME, JSON.dump_json(lock, indent=1))
+        if _json().dump_json(lock) != before:
+            atomic_write(folder / NAME, _json().dump_json(lock, indent=1))
 
 
 @contextmanager

@@ -90,23 +90,19 @@ def stand(
         odd: stems of folders, pipes and devices that are named as parquets.
         bare: of `present`, stems whose npz is missing, though the config asks for features.
     """
-    recorded, known = manifest.done, manifest.done.get
+    known = manifest.done.get
     found = Standings(list(stems), asked, bare=bare)
-    found.done = {
-        stem: outcome
-        for stem in found.stems
-        if (outcome := known(stem)) and outcome.fingerprint == asked and stem in present
-    }
-    for stem in bare:
-        found.done.pop(stem, None)
-    for stem in found.unfinished:
-        if stem not in present or (stem in bare and stem in recorded):
-            if stem in recorded:
-                found.removed[stem] = recorded[stem]
-        elif stem in recorded:
-            found.outdated[stem] = recorded[stem]
-        else:
+    for stem in found.stems:
+        outcome = known(stem)
+        if stem not in present or (outcome and stem in bare):
+            if outcome:
+                found.removed[stem] = outcome
+        elif outcome is None:
             found.unrecorded.append(stem)
+        elif outcome.fingerprint == asked:
+            found.done[stem] = outcome
+        else:
+            found.outdated[stem] = outcome
     found.odd = [stem for stem in found.stems if stem in odd] if odd else []
     _set_failed_apart(found, manifest.failures, max_attempts)
     return found

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.storage import stores
@@ -21,6 +21,15 @@ BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
 """Stores without folders: making one would make a bucket of a misspelt name."""
 PROBE = ".d2m-probe"
 T = TypeVar("T")
+
+
+class Stored(NamedTuple):
+    """An object in a store, as far as it is like an `os.DirEntry`."""
+
+    name: str
+
+    def is_file(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -98,31 +107,31 @@ class OutputDir:
         Args:
             odd: receives the stems of folders, pipes and devices that are named as parquets.
         """
-        found: dict[str, set[str]] = {suffix: set() for suffix in suffixes}
-        for name, is_file in self._names():
-            stem, dot, suffix = name.rpartition(".")
-            if stem and (stems := found.get(dot + suffix)) is not None:
-                if is_file():
-                    stems.add(stem)
-                elif odd is not None and dot + suffix == ".parquet":
+        found: dict[str, set[str]] = {suffix[1:]: set() for suffix in suffixes}
+        for entry in self._entries():
+            stem, _, suffix = entry.name.rpartition(".")
+            if stem and suffix in found:
+                if entry.is_file():
+                    found[suffix].add(stem)
+                elif odd is not None and suffix == "parquet":
                     odd.add(stem)
-        return found
+        return {f".{suffix}": stems for suffix, stems in found.items()}
 
-    def _names(self) -> Iterator[tuple[str, Callable[[], bool]]]:
-        """List the names in the folder, each with a way to ask whether it is a file's.
+    def _entries(self) -> Iterator[os.DirEntry[str] | Stored]:
+        """List the folder.
 
         Raises:
             D2MError: the store cannot be listed.
         """
         if self.is_local:  # one at a time: fsspec holds a list of all paths
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root) as entries:
-                yield from ((entry.name, entry.is_file) for entry in entries)
+                yield from entries
             return
         try:
             paths = stores.retrying(self._paths)
         except Exception as error:  # each store raises errors of its own
             raise D2MError(f"{self.url} cannot be listed: {error}") from error
-        yield from ((path.rsplit("/", 1)[-1], lambda: True) for path in paths)
+        yield from (Stored(path.rsplit("/", 1)[-1]) for path in paths)
 
     def _paths(self) -> list[str]:
         """List the paths in a store; s3fs would list the parent of a missing folder."""
