@@ -110,7 +110,8 @@ def ceiling(bench: Bench) -> float:
 def models(bench: Bench, graph: Graph, batch: Batch, mode: str, most: float) -> Iterator[Row]:
     """Each model alone, its inputs where it takes them."""
     cache: dict[str, Any] = {}
-    finished = graph._finished(batch.inputs)
+    sent: list[Any] = []  # keeps the copies that the models compute from
+    finished = graph._finished(batch.inputs, sent)
     for name in graph.models:
         arguments = graph._arguments(name, finished, cache)
         work = partial(graph._run, name, arguments, graph.dtype)
