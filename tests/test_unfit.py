@@ -12,6 +12,8 @@ from kit import SHARDS, submit, write_config
 from models.families.test_onnx import export as export_onnx
 from models.families.test_open_clip import SIGLIP, SIGLIP_IMAGES
 from models.families.test_open_clip import export as export_clip
+from onnx import TensorProto, helper
+from onnx import save as onnx_save
 from tiny_nets import blip, vit
 from torch import nn
 from transformers import BlipForConditionalGeneration
@@ -39,6 +41,11 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut.pth").write_bytes((folder / "one.pth").read_bytes()[:-40])
     (folder / "empty.pth").write_bytes(b"")
     export_onnx(folder / "net.onnx")
+    both = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 1]) for n in "abc"]
+    node = helper.make_node("Add", ["a", "b"], ["c"])
+    onnx_save(
+        helper.make_model(helper.make_graph([node], "g", both[:2], both[2:])), folder / "ab.onnx"
+    )
     export_onnx(folder / "last.onnx", shape=(32, 32, 3))
     (folder / "cut.onnx").write_bytes((folder / "net.onnx").read_bytes()[:900])
     vit(folder / "bare", id2label={0: "a", 1: "b"})
@@ -114,6 +121,10 @@ UNFIT: list[tuple[list[Any], str]] = [
     (
         onnx({"score": {"index": 0}, "v": {"shape": [7]}}),
         r"v: `shape` is \[7\], and the net gives 6",
+    ),
+    (
+        onnx(checkpoint="ab.onnx", input="a"),
+        r"own: ab\.onnx: it takes a, b; valid is a net that tak",
     ),
     (onnx(checkpoint="cut.onnx"), r"own\.checkpoint: .*cut\.onnx: it is cut, or no ONNX file"),
     (hub("image-classification", "bare"), r"bare has no image processor \(preprocessor_config"),

@@ -38,7 +38,7 @@ class OnnxNet:
     """A net with one input of images.
 
     Args:
-        input_name: which of its inputs; empty where it has just one.
+        input_name: of its input; may be empty.
 
     Raises:
         ValueError: it has no such input.
@@ -51,8 +51,8 @@ class OnnxNet:
         )
         self.outputs = [output.name for output in self.session.get_outputs()]
         given = {each.name: each for each in self.session.get_inputs()}
-        if not input_name and len(given) > 1:
-            raise ValueError(f"it has several inputs; `input` is one of {', '.join(given)}")
+        if len(given) > 1:
+            raise ValueError(f"it takes {', '.join(given)}; valid is a net that takes images alone")
         self.input_name = input_name or next(iter(given))
         if self.input_name not in given:
             raise ValueError(f"it has no input {input_name!r}, but {', '.join(given)}")

@@ -96,7 +96,7 @@ class OnnxImages(Family):
     channels: Literal["RGB", "BGR"] = "RGB"
     """their order; `mean` and `std` are in the order of RGB"""
     input: str = ""
-    """name of the net's input, where it has several"""
+    """name of the net's input, which need not be given"""
 
     def inputs(self, use: Use) -> list[Any]:
         mean, std = self.mean, self.std
@@ -152,13 +152,12 @@ class OnnxImages(Family):
 
     def _wrong_input(self, net: Header) -> Iterator[tuple[str, str]]:
         names = ", ".join(net.inputs)
-        if not self.input and len(net.inputs) != 1:
-            yield "", f"it has several inputs; give `input`, one of {names}"
+        if len(net.inputs) != 1:
+            yield "", f"it takes {names}; valid is a net that takes images alone"
+            return
         if self.input and self.input not in net.inputs:
             yield "input", f"it has no input {self.input!r}; valid: {names}"
-        found = net.inputs.get(self.input or next(iter(net.inputs)))
-        if found is None or (len(net.inputs) > 1 and not self.input):
-            return
+        [found] = net.inputs.values()
         if found.type not in TYPES:
             yield "input", f"its input is of none of the types {', '.join(TYPES.values())}"
         height, width = self.size if isinstance(self.size, tuple) else (self.size, self.size)
