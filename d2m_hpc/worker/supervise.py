@@ -243,8 +243,8 @@ def _how(board: Board, watch: Watch, oom_kills: int) -> str:
 
 def _cuda_error(watch: Watch, log: Path, start: int) -> str:
     """The error of CUDA that aborted a child, which C++ raises where memory of a failed GPU is
-    freed."""
-    if watch.stalled or os.waitstatus_to_exitcode(watch.status) != -signal.SIGABRT:
+    freed. The dump of the stacks may crash in turn, with another signal."""
+    if watch.stalled or not os.WIFSIGNALED(watch.status):
         return ""
     with suppress(OSError), open(log, "rb") as file:
         file.seek(start)
