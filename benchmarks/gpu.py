@@ -1,12 +1,13 @@
 """What a GPU makes of the six models, from its arithmetic's ceiling to tars turned into files.
 
-    python -m benchmarks.gpu [--seconds 5] [--batch-size 512] [--json FILE]
+    python -m benchmarks.gpu [--parts tests,eager,tar] [--seconds 5] [--json FILE]
     python -m benchmarks.gpu --tiny      # small nets, on whatever there is: to see that it runs
 
-It needs no internet: the nets have the published sizes and random values. Full, it takes about nine
-minutes on an H100. TFLOP/s are of operations counted in the nets (two for a
-multiplication with its addition), and their share is of the large half-precision matrix products
-of the same card.
+It needs no internet: the nets have the published sizes and random values. Each part runs in a
+process of its own for its minutes at most, and each figure is in the file as soon as it is there.
+TFLOP/s are of operations counted in the nets (two for a multiplication with its addition); `share`
+is of the card's large half-precision matrix products, `of_roofline` of the least time that
+arithmetic and memory of each operation take on it.
 """
 
 from __future__ import annotations
@@ -14,177 +15,71 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from itertools import cycle
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu_conventional, gpu_data
-from benchmarks.gpu_pipeline import tar_to_files
+from benchmarks import gpu_data
+from benchmarks.gpu_parts import PARTS, ROOT, THREADS, Bench, Row
+from benchmarks.gpu_roofline import Ceiling
 from benchmarks.machine import Watch
-from benchmarks.workload import MODELS, batches, keys
-from d2m_hpc.config import Config
-from d2m_hpc.models.compiled import compile_for
-from d2m_hpc.worker.batch import Batch
-from d2m_hpc.worker.compute import graph as graphs
-from d2m_hpc.worker.compute.graph import Graph
-from d2m_hpc.worker.compute.resolve import Toolbox
 
-THREADS = (4, 8, 16)
-EAGER, COMPILED = "eager", "compiled"
-Row = dict[str, Any]
+SHOWN = {
+    "samples_per_second": "samples/s",
+    "tflops": "TFLOP/s",
+    "share": "share",
+    "of_roofline": "of roofline",
+    "idle": "idle",
+    "launches": "launches",
+    "waits": "waits",
+    "limit": "limit",
+}
 
 
-@dataclass(frozen=True)
-class Bench:
-    """How it is measured.
+class Report:
+    """The figures so far, in a file, for this process and those of the parts."""
 
-    Attributes:
-        seconds: of each measurement.
-        folder: for checkpoints, tars and outputs.
-    """
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
-    device: torch.device
-    tiny: bool
-    seconds: float
-    batch_size: int
-    folder: Path
+    def read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._path.read_text())
+        return found
 
     @property
-    def tars(self) -> list[Path]:
-        return sorted((self.folder / "tars").glob("*.tar"))
+    def rows(self) -> list[Row]:
+        rows: list[Row] = self.read()["rows"]
+        return rows
 
-    def config_keys(self, threads: int, **more: Any) -> dict[str, Any]:
-        return keys(
-            self.tars,
-            threads,
-            MODELS,
-            device=0 if self.device.type == "cuda" else "cpu",
-            batch_size=self.batch_size,
-            weights_dir=str(self.folder / "checkpoints"),
-            allow_unpublished_weights=True,
-            **more,
-        )
+    def write(self, content: dict[str, Any]) -> None:
+        fresh = self._path.with_name(f"{self._path.name}.new")
+        fresh.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(fresh, self._path)
 
-    def config(self, **more: Any) -> Config:
-        given = self.config_keys(THREADS[-1], output_metadata_dir=str(self.folder / "out"), **more)
-        return Config(**given)
+    def add(self, row: Row) -> None:
+        content = self.read()
+        self.write({**content, "rows": [*content["rows"], row]})
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def rate(self, work: Callable[[], object]) -> float:
-        """How often a second, after some times that are not counted."""
-        for _ in range(1 if self.tiny else 3):
-            work()
-        self.wait()
-        count, started = 0, time.perf_counter()
-        while not count or time.perf_counter() - started < self.seconds:
-            work()
-            count += 1
-        self.wait()
-        return count / (time.perf_counter() - started)
-
-
-def ceiling(bench: Bench) -> float:
-    """TFLOP/s of large matrix products, the most that any net could reach."""
-    cuda = bench.device.type == "cuda"
-    side, dtype = (8192, torch.float16) if cuda else (1024, torch.float32)
-    a, b = (torch.randn(side, side, device=bench.device, dtype=dtype) for _ in "ab")
-    return max(bench.rate(lambda: a @ b) for _ in range(3)) * 2 * side**3 / 1e12
-
-
-@torch.no_grad()
-def models(bench: Bench, graph: Graph, batch: Batch, mode: str, most: float) -> Iterator[Row]:
-    """Each model alone, its inputs where it takes them."""
-    cache: dict[str, Any] = {}
-    sent: list[Any] = []  # keeps the copies that the models compute from
-    finished = graph._finished(batch.inputs, sent)
-    for name in graph.models:
-        arguments = graph._arguments(name, finished, cache)
-        work = partial(graph._run, name, arguments, graph.dtype)
-        with FlopCounterMode(display=False) as counter, patch_compiled(graph, name):
-            cache[name] = work()
-        if mode == EAGER or hasattr(graph.models[name], "image_net"):
-            flops = counter.get_total_flops() / len(batch.keys)
-            yield {"part": "model", "name": name, **_speed(bench, work, batch, mode, flops, most)}
-
-
-def patch_compiled(graph: Graph, name: str) -> Any:
-    """Operations are counted in the net itself, not in what it is compiled to."""
-    net = getattr(graph.models[name], "image_net", None)
-    if net is None:
-        return patch.dict({})
-    return patch.object(net, "forward", partial(type(net).forward, net))
-
-
-def whole_graph(
-    bench: Bench, graph: Graph, batch: Batch, mode: str, flops: float, most: float
-) -> Row:
-    """All models with resident inputs, batch after batch, to outputs on the host."""
-    inputs = graph._copies.send({i: v for i, v in batch.inputs.items() if i[0] != "text"})
-    resident = Batch(batch.keys, {**batch.inputs, **inputs}, batch.fields)
-    outputs = graph.run(cycle([resident]))
-    row = _speed(bench, lambda: next(outputs), batch, mode, flops, most)
-    return {"part": "graph", "name": "six models", **row, "recomputed": next(outputs).recomputed}
-
-
-def _speed(
-    bench: Bench, work: Callable[[], object], batch: Batch, mode: str, flops: float, most: float
-) -> Row:
-    rate = bench.rate(work) * len(batch.keys)
-    tflops = rate * flops / 1e12
-    return {
-        "mode": mode,
-        "samples_per_second": rate,
-        "gflop_per_sample": flops / 1e9,
-        "tflops": tflops,
-        "share": tflops / most,
-    }
-
-
-def resident(bench: Bench, most: float) -> Iterator[Row]:
-    """Models and graph without loading and writing, as they are and compiled."""
-    backend = "eager" if bench.tiny else "inductor"
-    batch = next(batches(bench.config(), bench.folder))
-    flops = 0.0
-    for mode in (EAGER, COMPILED):
-        config = bench.config(compile=mode == COMPILED)
-        with patch.object(graphs, "compile_for", partial(compile_for, backend=backend)):
-            graph = Graph(config, Toolbox.of(config), bench.device)
-        with graph:
-            for row in models(bench, graph, batch, mode, most):
-                flops += row["gflop_per_sample"] * 1e9 * (mode == EAGER)
-                yield row
-            yield whole_graph(bench, graph, batch, mode, flops, most)
-        del graph
-
-
-def rows(bench: Bench, most: float) -> Iterator[Row]:
-    yield from resident(bench, most)
-    for threads in THREADS:
-        yield tar_to_files(bench.config_keys(threads), bench.device)
-    config = bench.config()
-    graph = Graph(config, Toolbox.of(config), bench.device)
-    for workers in THREADS[: 1 if bench.tiny else None]:
-        size = min(bench.batch_size, gpu_conventional.MOST_ROWS)
-        yield gpu_conventional.measure(graph, bench.tars, workers, size, bench.seconds)
+    def ceiling(self) -> Ceiling | None:
+        for row in self.rows:
+            if row["part"] == "device" and "tflops" in row:
+                return Ceiling(row["tflops"] * 1e12, row["bandwidth_tb"] * 1e12)
+        return None
 
 
 def prepare(bench: Bench) -> None:
     """Checkpoints, and tars for the seconds: a first one to warm up, as many as a fast GPU does."""
+    if (bench.folder / "tars").exists():
+        return
     make = gpu_data.tiny_checkpoints if bench.tiny else gpu_data.full_checkpoints
     make(bench.folder / "checkpoints")
     samples = bench.batch_size * 2
@@ -192,63 +87,110 @@ def prepare(bench: Bench) -> None:
     gpu_data.tars(bench.folder / "tars", count, samples)
 
 
-def table(found: list[Row]) -> Table:
-    shown = Table("part", "name", "mode", "samples/s", "TFLOP/s", "share", "idle", "limit")
+def run_here(parts: Sequence[str], bench: Bench, report: Report) -> None:
+    """Run all in this process."""
+    for part in parts:
+        for row in PARTS[part][0](replace(bench, ceiling=report.ceiling())):
+            report.add(row)
+
+
+def run_parts(parts: Sequence[str], given: argparse.Namespace, report: Report) -> bool:
+    """Run each in a process of its own; tell whether all of them ended well."""
+    well = True
+    command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]]
+    for part in parts:
+        own = ["--only", part, "--folder", str(given.folder), "--json", str(given.json)]
+        minutes = PARTS[part][1]
+        try:
+            code = subprocess.run([*command, *own], cwd=ROOT, timeout=minutes * 60).returncode
+            ended = f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            ended = f"over its {minutes:g} minutes"
+        if ended:
+            well = False
+            report.add({"part": part, "name": ended})
+    return well
+
+
+def table(found: Sequence[Row]) -> Table:
+    shown = Table("part", "name", "mode", *SHOWN.values(), "more")
     for row in found:
+        figures = [row.get(key, "") for key in SHOWN]
+        named = {"part", "name", "mode", *SHOWN, "kernels", "waits"}
+        more = {k: v for k, v in row.items() if k not in named}
         shown.add_row(
             row["part"],
             row["name"],
             row.get("mode", ""),
-            f"{row['samples_per_second']:.1f}",
-            *(f"{row[k]:.3f}" if k in row else "" for k in ("tflops", "share", "idle")),
-            row.get("limit", ""),
+            *(f"{f:.4g}" if isinstance(f, float) else str(f) for f in figures),
+            ", ".join(f"{k} {_short(v)}" for k, v in more.items()),
         )
     return shown
 
 
-def main() -> None:
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    known = ",".join(name for name in PARTS if name != "device")
+    parser.add_argument("--parts", default=known, help=f"some of {known}")
     parser.add_argument("--tiny", action="store_true", help="small nets, to see that it runs")
     parser.add_argument("--seconds", type=float, help="of each measurement (5; tiny: 0.2)")
     parser.add_argument("--batch-size", type=int, help="512; tiny: 4")
     parser.add_argument("--json", type=Path, help="where the figures are written")
+    parser.add_argument("--folder", type=Path, help="where checkpoints and tars are made and kept")
+    parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    given.parts = given.parts.split(",")
+    if odd := [name for name in given.parts if name not in PARTS]:
+        parser.error(f"there is no part {', '.join(odd)}; valid: {known}")
+    return given
+
+
+def main() -> int:
+    given = parse()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu" and not given.tiny:
         sys.exit("there is no CUDA device here; --tiny runs small nets on the CPU")
-    watch = Watch()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        given.folder = (given.folder or Path(temporary)).resolve()
+        given.json = (given.json or given.folder / "gpu.json").resolve()
+        report = Report(given.json)
         bench = Bench(
             device=device,
             tiny=given.tiny,
             seconds=given.seconds or (0.2 if given.tiny else 5.0),
             batch_size=given.batch_size or (4 if given.tiny else 512),
-            folder=Path(folder),
+            folder=given.folder,
         )
+        if given.only:
+            run_here([given.only], bench, report)
+            return 0
+        watch = Watch()
+        report.write({**about(bench), "machine": watch.describe(), "rows": []})
         prepare(bench)
-        most = ceiling(bench)
-        found: list[Row] = []
-        for row in rows(bench, most):
-            found.append(row)
-            if given.json:  # each time: what was measured stays, whatever stops the rest
-                result = {**about(bench, watch), "ceiling_tflops": most, "rows": found}
-                given.json.write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(f"large matrix products: {most:.1f} TFLOP/s", table(found))
+        parts, well = ["device", *given.parts], True
+        if given.tiny:  # nets so small that imports would take longer
+            run_here(parts, bench, report)
+        else:
+            well = run_parts(parts, given, report)
+        report.write({**report.read(), "machine": watch.describe()})
+        Console(width=200).print(table(report.rows))
+    return 0 if well else 1
 
 
-def about(bench: Bench, watch: Watch) -> dict[str, Any]:
-    cuda = bench.device.type == "cuda"
+def about(bench: Bench) -> dict[str, Any]:
     return {
         "name": "gpu",
         "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(bench.device) if cuda else "cpu",
         "tiny": bench.tiny,
         "seconds": bench.seconds,
         "batch_size": bench.batch_size,
-        "machine": watch.describe(),
     }
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

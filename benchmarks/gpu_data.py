@@ -45,7 +45,7 @@ def full_checkpoints(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, arch in CLIP.items():
         torch.save(_clip(arch), folder / name)
-    isc = _calibrated(IscNet(ISC_ARCH), torch.rand(8, 3, 160, 160) * 2 - 1)
+    isc = _calibrated(IscNet(ISC_ARCH), _pictures(8, 160))
     state = {f"module.{name}": value for name, value in isc.items()}
     torch.save({"arch": ISC_ARCH, "state_dict": state}, folder / dedup.CHECKPOINT)
     embeddings = nn.functional.normalize(torch.randn(REFERENCES, 256), dim=1)
@@ -53,6 +53,13 @@ def full_checkpoints(folder: Path) -> None:
     torch.save({"state_dict": _scrfd()}, folder / faces.CHECKPOINT)
     torch.save(nsfw.head().state_dict(), folder / nsfw.CHECKPOINT)
     _toxicity(folder)
+
+
+def _pictures(count: int, side: int) -> Tensor:
+    """float32 [count, 3, side, side] in [-1, 1], of what the tars hold."""
+    made = (Image.open(io.BytesIO(_jpeg(seed))).resize((side, side)) for seed in range(count))
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in made]))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _clip(arch: str) -> dict[str, Tensor]:

@@ -95,6 +95,11 @@ class Server:
             aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
         )
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment that leads here."""
+        return {**KEYS, "AWS_ENDPOINT_URL": self.url}
+
     @contextmanager
     def running(self) -> Iterator[Server]:
         thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))

@@ -152,8 +152,9 @@ class Config(Section):
     `output_metadata_dir`, or `.d2m/<name>` here where that is a URL"""
     amp: Annotated[Precision, BeforeValidator(_off_as_text, Precision | Literal[False])] = "auto"
     """precision of the models; `auto` is float16 on CUDA and `off`, float32, on the CPU"""
-    compile: bool = False
-    """compile the image nets for full batches; the first ones take minutes"""
+    compile: Literal["auto"] | bool = "auto"
+    """compile the image nets for full batches, which takes minutes; `auto` compiles the built-in
+    convolutional ones, on CUDA in half precision, once a task has run 100 full batches"""
     resize: Literal["fast", "exact"] = "fast"
     """`exact` is PIL, bit for bit; `fast` differs in 0.3 % of the pixels, by 2 of 255 at most"""
     feature_dtype: Literal["float16", "float32"] = "float16"

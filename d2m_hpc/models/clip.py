@@ -7,7 +7,8 @@ import logging
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from d2m_hpc.models.buckets import run_by_length
 from d2m_hpc.models.checkpoint import Weights, state_of
+from d2m_hpc.models.half import in_half, is_openai
 from d2m_hpc.models.transfer import conv_layout, to_device
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,13 @@ TOWERS = {
 
 
 class Clip(nn.Module):
-    """A net of open_clip, and how its texts are encoded."""
+    """A net of open_clip, and how its texts are encoded.
+
+    Attributes:
+        trained_in_half: its values fit into float16 between the blocks, too.
+    """
+
+    trained_in_half = False
 
     def __init__(self, net: Any, device: torch.device) -> None:
         super().__init__()
@@ -39,6 +47,23 @@ class Clip(nn.Module):
         if hasattr(self.clip.visual, "conv1"):
             self.clip.visual.conv1.to(memory_format=conv_layout(device))
         self.device = device
+        self._half: Any = None
+
+    def to_half(self) -> None:
+        """Run in float16 outright wherever autocast to float16 is on, if it was trained so."""
+        if self.trained_in_half and is_openai(self.clip):
+            self._half = in_half(self.clip)
+
+    @contextmanager
+    def _net(self) -> Iterator[Any]:
+        """The net to run, at the precision that it is run in."""
+        kind = self.device.type
+        wanted = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.half
+        if self._half is None or not wanted:
+            yield self.clip
+        else:
+            with torch.autocast(kind, enabled=False):
+                yield self._half
 
     @property
     def image_net(self) -> nn.Module:
@@ -47,14 +72,16 @@ class Clip(nn.Module):
         Raises:
             AttributeError: images are not encoded.
         """
-        net: nn.Module | None = self.clip.visual
+        net: nn.Module | None = (self._half or self.clip).visual
         if net is None:
             raise AttributeError("image_net")
         return net
 
     def encode_image(self, images: Tensor) -> Tensor:
         """float32 [B, D], each row of length 1."""
-        return F.normalize(self.clip.encode_image(images).float(), dim=-1)
+        with self._net() as net:
+            features = net.encode_image(images if net is self.clip else images.half())
+        return F.normalize(features.float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """float32 [B, D], each row of length 1.
@@ -62,41 +89,43 @@ class Clip(nn.Module):
         Args:
             tokens: int64 [B, L], on the CPU: their lengths are looked at before they are sent.
         """
-        clip = self.clip
-        if getattr(clip, "text_pool_type", "") == "argmax" and clip.attn_mask is not None:
-            features = self._encode_by_length(tokens)
-        else:
-            features = clip.encode_text(to_device(tokens, self.device))
+        with self._net() as net:
+            if getattr(net, "text_pool_type", "") == "argmax" and net.attn_mask is not None:
+                features = self._encode_by_length(net, tokens)
+            else:
+                features = net.encode_text(to_device(tokens, self.device))
         return F.normalize(features.float(), dim=-1)
 
-    def _encode_by_length(self, tokens: Tensor) -> Tensor:
+    def _encode_by_length(self, net: Any, tokens: Tensor) -> Tensor:
         """A causal tower that pools at the end token: nothing after that is computed."""
         ends = tokens.argmax(dim=1)
 
         def run(rows: Tensor, length: int) -> Tensor:
             chosen = to_device(tokens[rows, :length], self.device)
-            return self._encode_cut(chosen, to_device(ends[rows], self.device))
+            return _encode_cut(net, chosen, to_device(ends[rows], self.device))
 
         return run_by_length(ends + 1, run, self.device)
 
-    def _encode_cut(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        clip, length = self.clip, tokens.shape[1]
-        x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
-        x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
-        pooled: Tensor = clip.ln_final(x)[torch.arange(len(x), device=x.device), ends]
-        projection = clip.text_projection
-        if projection is None:
-            return pooled
-        features: Tensor = (
-            projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
-        )
-        return features
+
+def _encode_cut(clip: Any, tokens: Tensor, ends: Tensor) -> Tensor:
+    length = tokens.shape[1]
+    x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
+    x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
+    pooled: Tensor = clip.ln_final(x)[torch.arange(len(x), device=x.device), ends]
+    projection = clip.text_projection
+    if projection is None:
+        return pooled
+    features: Tensor = (
+        projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+    )
+    return features
 
 
 class OpenAIClip(Clip):
     """Image and text features of one batch, L2-normalised."""
 
     checkpoint: str
+    trained_in_half = True
 
     def __init__(self, device: torch.device, weights: Weights) -> None:
         super().__init__(load(weights, self.checkpoint), device)
@@ -140,6 +169,7 @@ class OpenClipNet(Clip):
         wanted: Collection[str],
     ) -> None:
         self.encoders = [kind for kind in ("image", "text") if {kind, "score"} & {*wanted}]
+        self.trained_in_half = config is None
         net = load(weights, name) if config is None else create(weights, name, config)
         for kind, parts in TOWERS.items():
             for part in parts if kind not in self.encoders else ():

@@ -60,6 +60,9 @@ class RunDir:
         self.logs = root / "logs"
         self.hashes = root / "hashes.json"
         """JSON: sha256 of checkpoints by path, size and mtime, so that each is read once."""
+        self.compiled = root / "compiled"
+        """What torch has compiled for the nets, so that the next tasks need not; torch chose the
+        names."""
         self.wandb = root / "wandb"
         """The folder of wandb, with `logging: true`; wandb chose the name."""
         self.submit_lock = root / "submit.lock"

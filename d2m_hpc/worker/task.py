@@ -115,6 +115,8 @@ def run_task(
     config = load(run.submission(submission).config, frozen=True)
     with logging_to(run.log_of(submission, index), crashes=board is not None):
         device = choose_device(config.device, local)
+        # By default it is in /tmp under a name that anybody can take first, on one node only.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run.compiled))
         progress = Progress(str(name), node_name(), _device_name(device), _gpu_model(device))
         report = Reporter(
             progress, run.progress_of(str(name)), listener, (board := board or Board()).beat

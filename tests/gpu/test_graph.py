@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,24 +122,26 @@ def test_weights_and_images_lie_as_tensor_cores_read_them(
         assert all(layouts)
 
 
-@pytest.fixture
+@contextmanager
 def no_waiting() -> Iterator[None]:
     """Whatever makes the host wait for the device is an error from here on."""
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_batch_is_launched_without_waiting_for_the_device(
-    tmp_path: Path, checkpoints: Path, request: pytest.FixtureRequest
+    tmp_path: Path, checkpoints: Path
 ) -> None:
     graph = _graph(tmp_path, checkpoints, CUDA, batch_size=8)
     first, second, third = _batches(graph.toolbox)
     with graph:
         graph(first)  # constants are copied and algorithms chosen
-        request.getfixturevalue("no_waiting")
-        launched = [graph.launch(second), graph.launch(third)]
-        torch.cuda.set_sync_debug_mode("default")
+        with no_waiting():
+            launched = [graph.launch(second), graph.launch(third)]
         assert [len(made.outputs().keys) for made in launched] == [8, 8]
 
 

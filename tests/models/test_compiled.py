@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from d2m_hpc.models import clip, dedup, scrfd
 from d2m_hpc.models.checkpoint import Weights
-from d2m_hpc.models.compiled import compile_for
+from d2m_hpc.models.compiled import compile_for, is_convolutional
 
 CPU = torch.device("cpu")
 
@@ -74,3 +74,59 @@ def test_compiled_outputs_are_those_of_the_net_itself_up_to_rounding() -> None:
         half = net(images)
     np.testing.assert_allclose(net(images).numpy(), expected.numpy(), atol=1e-5)
     np.testing.assert_allclose(half.float().numpy(), expected.numpy(), atol=2e-2)
+
+
+@torch.no_grad()
+def test_a_net_is_compiled_after_as_many_full_batches_as_are_asked_for() -> None:
+    net, counter = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), CompileCounter()
+    compile_for(4, net, backend=counter, after=2)
+    images, frames = torch.rand(4, 3, 8, 8), []
+    for rows in (4, 3, 4, 4, 4):
+        net(images[:rows])
+        frames.append(counter.frame_count)
+    assert frames == [0, 0, 0, 1, 1]
+
+
+@torch.no_grad()
+def test_what_is_run_again_at_another_precision_is_not_compiled_for() -> None:
+    net, counter = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), CompileCounter()
+    compile_for(4, net, backend=counter)
+    images = torch.rand(4, 3, 8, 8)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net(images).dtype == torch.bfloat16
+        assert net(images).dtype == torch.float32
+    assert counter.frame_count == 1
+
+
+def _broken(*given: Any) -> Any:
+    raise RuntimeError("no C compiler found\nat length")
+
+
+@torch.no_grad()
+def test_a_compiler_that_fails_is_told_once_and_changes_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    images = torch.rand(4, 3, 8, 8)
+    expected = net(images)
+    compile_for(4, net, backend=_broken, need=False)
+    for _ in range(2):
+        assert torch.equal(net(images), expected)
+    [said] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "Sequential cannot be compiled and runs as it is" in said
+    assert "no C compiler found" in said
+    compile_for(4, net, backend=_broken)
+    with pytest.raises(RuntimeError, match="no C compiler found"):
+        net(images)
+
+
+def test_nets_of_convolutions_gain_by_it(checkpoints: Path) -> None:
+    weights = Weights(checkpoints)
+    assert {
+        name: is_convolutional(_image_net(name, weights)) for name in ("clip", "scrfd", "isc")
+    } == {
+        "clip": False,
+        "scrfd": True,
+        "isc": True,
+    }

@@ -15,7 +15,8 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError, ShardError
 from d2m_hpc.models import custom, precision
 from d2m_hpc.models.checkpoint import Weights
-from d2m_hpc.models.compiled import compile_for
+from d2m_hpc.models.clip import Clip
+from d2m_hpc.models.compiled import PAYS_AFTER, compile_for, is_convolutional
 from d2m_hpc.models.entries import name_of
 from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.inputs import Input, as_prepared
@@ -60,7 +61,8 @@ class Graph:
         self._batch_size = self._fitting = config.batch_size
         # float32 (`amp: off`, rows that are computed again) means all of its bits, not 10.
         precision.use_full_float32()
-        # cuDNN's attention takes as long as a batch for each new shape, and texts have many.
+        # cuDNN's attention makes a plan for each new shape, 40 to 600 ms long on an H200, and texts
+        # come in thousands of shapes. The other kernels take any shape at once.
         torch.backends.cuda.enable_cudnn_sdp(False)
         as_given = config.device if device.type == "cuda" else "cpu"
         self.models = {
@@ -70,7 +72,9 @@ class Graph:
         # Autocast forgets its cast weights when its outermost context ends. This one casts nothing,
         # and only keeps the weights.
         self._kept = torch.autocast(device.type, enabled=False)
-        if config.compile:
+        if config.compile == "auto":
+            self._compile_later()
+        elif config.compile:
             self._compile()
 
     def _build(self, spec: ModelSpec, as_given: int | str) -> Any:
@@ -78,6 +82,8 @@ class Graph:
         try:
             if spec.family and spec.use:
                 model = spec.family.build(spec.use, self.device)
+                if self.dtype == torch.float16 and isinstance(model, Clip):
+                    model.to_half()
             else:
                 model = custom.build(spec, made, as_given, self._weights)
             precision.cast_once(model)
@@ -118,6 +124,15 @@ class Graph:
             log.info("compiling %s; the first batches of %d take minutes", ", ".join(nets), rows)
         for net in nets.values():
             compile_for(rows, net)
+
+    def _compile_later(self) -> None:
+        """Built-in nets that gain much by it, once the task has shown that it is a long one."""
+        if self.device.type != "cuda" or self.dtype is None:
+            return
+        for name, model in self.models.items():
+            net = getattr(model, "image_net", None) if self.toolbox.specs[name].family else None
+            if net is not None and is_convolutional(net):
+                compile_for(self._batch_size, net, after=PAYS_AFTER, need=False)
 
     def __enter__(self) -> Graph:
         self._kept.__enter__()  # type: ignore[no-untyped-call]
