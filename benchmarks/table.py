@@ -114,15 +114,44 @@ def _flat(flatness: dict[str, float | None], step: str) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+GPU_COLUMNS = {
+    "part": "part",
+    "name": "what",
+    "mode": "mode",
+    "samples_per_second": "samples/s",
+    "tflops": "TFLOP/s",
+    "share": "of the ceiling",
+    "roofline": "roofline, samples/s",
+    "of_roofline": "of the roofline",
+    "mb_per_sample": "MB/sample",
+    "launches": "launches a batch",
+    "kernel_ms": "kernels, ms a batch",
+    "new_shape_ms": "new shape, ms",
+    "known_shape_ms": "known shape, ms",
+    "bandwidth_tb": "TB/s",
+    "limit": "limit",
+}
+"""Of the GPU benchmark's figures, those shown; the JSON has all."""
+
+
 def _gpu_table(gpu: Result) -> str:
-    """All that the GPU benchmark lists, a column for each figure that it gives."""
-    head = list(dict.fromkeys(name for row in gpu["rows"] for name in row))
-    lines = [[_cell(row.get(name, "")) for name in head] for row in gpu["rows"]]
-    return _markdown(head, lines)
+    """A table for each part, without columns in which it has no figure, and the commands."""
+    parts = dict.fromkeys(row["part"] for row in gpu["rows"])
+    tables = [_gpu_part([row for row in gpu["rows"] if row["part"] == part]) for part in parts]
+    commands = dict.fromkeys([gpu.get("command", ""), *(r.get("command", "") for r in gpu["rows"])])
+    said = "; ".join(f"`{command}`" for command in commands if command)
+    return "\n\n".join([*tables, f"{gpu.get('date', '')}: {said}"])
+
+
+def _gpu_part(rows: Sequence[Result]) -> str:
+    shown = {k: v for k, v in GPU_COLUMNS.items() if any(k in row for row in rows)}
+    return _markdown([*shown.values()], ([_cell(row.get(k, "")) for k in shown] for row in rows))
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return str(value)
 
 
 def rewrite(folder: Path, readme: Path) -> None:

@@ -106,17 +106,12 @@ def run_task(
         NodeError: the device does not work; no shard fails for that.
         D2MError: the config cannot be worked with.
     """
-    # Compute nodes have no internet: a library that asks a hub must fail at once, not wait. The
-    # libraries read these variables when they are imported, which is when models are built.
-    for switch in OFFLINE:
-        os.environ.setdefault(switch, "1")
     run = RunDir(root)
+    _set_variables(run)
     name = TaskName(submission, index, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
     config = load(run.submission(submission).config, frozen=True)
     with logging_to(run.log_of(submission, index), crashes=board is not None):
         device = choose_device(config.device, local)
-        # By default it is in /tmp under a name that anybody can take first, on one node only.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run.compiled))
         progress = Progress(str(name), node_name(), _device_name(device), _gpu_model(device))
         report = Reporter(
             progress, run.progress_of(str(name)), listener, (board := board or Board()).beat
@@ -130,6 +125,18 @@ def run_task(
                     raise
                 raise NodeError(f"CUDA failed on {node_name()}: {why}") from error
     return progress
+
+
+def _set_variables(run: RunDir) -> None:
+    """Tell libraries, which read this when they are imported, as models are built."""
+    # Compute nodes have no internet: a library that asks a hub must fail at once, not wait.
+    for switch in OFFLINE:
+        os.environ.setdefault(switch, "1")
+    if torch.cuda.is_available():
+        # By default it is in /tmp, on one node only, under a name that anybody can take first. What
+        # lies there is run: nobody else may enter, as torch makes folders by the umask alone.
+        run.compiled.mkdir(0o700, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run.compiled))
 
 
 def _device_name(device: torch.device) -> str:

@@ -67,11 +67,14 @@ def test_every_row_is_in_the_table(results: Path) -> None:
 
 def test_without_a_gpu_the_table_says_so(results: Path) -> None:
     assert "The GPU table is empty: none was at hand." in render(load(results))
-    gpu = {"rows": [{"part": "model", "samples_per_second": 12.3456}, {"part": "graph"}]}
+    model = {"part": "model", "samples_per_second": 12.3456, "command": "python -m one"}
+    rows = [model, {"part": "graph", "kernels": {"sgemm": 1.0}}]
+    gpu = {"rows": rows, "command": "python -m all", "date": "2026-01-02"}
     (results / "gpu.json").write_text(json.dumps(gpu))
     text = render(load(results))
     assert "is empty" not in text
-    assert "| model | 12.35 |" in text
+    assert "| part | samples/s |\n| --- | --- |\n| model | 12.35 |" in text
+    assert "2026-01-02: `python -m all`; `python -m one`" in text
 
 
 def test_control_is_shown_by_steps_and_sizes(results: Path) -> None:

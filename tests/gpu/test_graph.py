@@ -163,13 +163,14 @@ def test_copies_run_beside_the_computation() -> None:
 
 
 def test_what_is_sent_and_fetched_is_what_was_given() -> None:
-    copies, sent = CudaCopies(CUDA), []
+    copies, kept, there = CudaCopies(CUDA), [], []
     values = [torch.full((256, 1024), float(i)).pin_memory() for i in range(40)]
     for value in values:
         [copy] = copies.send([value])
-        sent.append(copies.fetch({"twice": (copy * 2, "text")}))
+        kept.append(copy)  # until the mark: on an H200 it was overwritten without
+        there.append(copies.fetch({"twice": (copy * 2, "text")}))
     copies.mark()()
-    for i, fetched in enumerate(sent):
+    for i, fetched in enumerate(there):
         twice, text = fetched["twice"]
         assert text == "text"
         assert twice.device == CPU
