@@ -58,8 +58,7 @@ class Clip(nn.Module):
     def _net(self) -> Iterator[Any]:
         """The net to run, at the precision that it is run in."""
         kind = self.device.type
-        wanted = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.half
-        if self._half is None or not wanted:
+        if self._half is None or not _casts_to_half(kind):
             yield self.clip
         else:
             with torch.autocast(kind, enabled=False):
@@ -105,6 +104,10 @@ class Clip(nn.Module):
             return _encode_cut(net, chosen, to_device(ends[rows], self.device))
 
         return run_by_length(ends + 1, run, self.device)
+
+
+def _casts_to_half(kind: str) -> bool:
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.half
 
 
 def _encode_cut(clip: Any, tokens: Tensor, ends: Tensor) -> Tensor:
