@@ -275,6 +275,38 @@ def test_a_family_of_another_package_is_one_like_ours(
     assert "side of the square to which images are resized" in told
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import nothing_there", "No module named 'nothing_there'"),
+        ("1 / 0", "division by zero"),
+        ("def", "invalid syntax"),
+        ("class MeanColour: pass", "is no class of a Family"),
+        (PLUGIN.replace("def outputs(self, use)", "def outputs(self)"), "outputs"),
+    ],
+)
+def test_a_family_of_another_package_that_is_broken_is_told(
+    code: str, said: str, plugin: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "site" / "d2m_colour.py").write_text(code)
+    config = write_config(
+        tmp_path / "c.yml",
+        {
+            "models": [{"colour": {"kind": "mean-colour"}}],
+            "postprocess_columns": ["colour-red"],
+            "input_tars": str(SHARDS / "00000.tar"),
+            "output_metadata_dir": str(tmp_path / "out"),
+        },
+    )
+    planned, shown = d2m("plan", config, env=plugin), d2m("models", "mean-colour", env=plugin)
+    # What is not imported cannot be shown; the catalogue asks no family for its outputs.
+    for ended in (planned, *[shown] * (said != "outputs")):
+        assert ended.returncode == 2, ended.stderr
+        assert said in ended.stderr
+        assert "unexpected" not in ended.stderr
+        assert "d2m_colour" in ended.stderr
+
+
 def test_a_dry_run_of_many_families_imports_no_library_of_models(
     nets: dict[str, Path], tmp_path: Path
 ) -> None:

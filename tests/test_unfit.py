@@ -251,6 +251,35 @@ def test_mistakes_of_all_kinds_are_told_at_once(nets: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    "item",
+    [
+        {},
+        {"a": None},
+        {"a": "perceptual-hash"},
+        {"a": ["kind"]},
+        {"kind": "perceptual-hash"},
+        {"name": "a", "kind": "perceptual-hash"},
+        {"a": {"kind": "perceptual-hash"}, "b": {"kind": "perceptual-hash"}},
+        {"a": {"kind": None}},
+        [["a"]],
+        7,
+        None,
+    ],
+    ids=repr,
+)
+def test_an_item_that_names_no_family_is_told_with_what_else_is_wrong(
+    item: Any, tmp_path: Path
+) -> None:
+    values = {"input_tars": str(tmp_path / "*.tar"), "output_metadata_dir": str(tmp_path / "out")}
+    path = write_config(tmp_path / "c.yml", {**KEYS, **values, "models": ["text-stats", item]})
+    with pytest.raises(ConfigError) as raised:
+        api.inspect(path)
+    told = "\n".join(raised.value.mistakes)
+    assert "models.1" in told
+    assert "found no tar for" in told
+
+
+@pytest.mark.parametrize(
     "given",
     [
         {"kind": "image-classification", "checkpoint": "mine"},

@@ -14,13 +14,17 @@ def models(
 ) -> None:
     from d2m_hpc.errors import ConfigError
     from d2m_hpc.models.entries import kinds, known_families, plugged_in
+    from d2m_hpc.models.family import ParameterError
     from d2m_hpc.models.registry import MODELS
     from d2m_hpc.storage.texts import nearest
     from d2m_hpc.watch import catalogue
 
     if name is None:
         return catalogue.everything()
-    family = known_families().get(name) or plugged_in(name)
+    try:
+        family = known_families().get(name) or plugged_in(name)
+    except ParameterError as error:
+        raise ConfigError("d2m models", [what for _, what in error.mistakes]) from None
     if name in MODELS:
         catalogue.model(MODELS[name])
     if family is not None and (family.model_fields or name not in MODELS):

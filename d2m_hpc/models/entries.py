@@ -133,6 +133,8 @@ def family_of(entry: Mapping[str, Any]) -> Family:
 def with_paths(entry: Listed, change: Callable[[Path], str]) -> Listed:
     """The item with those parameters changed that are paths at hand.
 
+    An item that names no family is as it was: `family_of` says what is wrong with it.
+
     Example:
         >>> given = {"own": {"kind": "open_clip", "model": "ViT-B-32", "pretrained": "/w/net.pt"}}
         >>> with_paths(given, lambda path: path.name)["own"]["pretrained"]
@@ -140,9 +142,14 @@ def with_paths(entry: Listed, change: Callable[[Path], str]) -> Listed:
     """
     if isinstance(entry, str):
         return entry
-    [(name, given)] = entry.items()
+    name, given = next(iter(entry.items()), ("", None))
+    if len(entry) != 1 or not isinstance(given, Mapping):
+        return entry
     kind = str(given.get("kind"))
-    family = known_families().get(kind) or plugged_in(kind) or Family
+    try:
+        family = known_families().get(kind) or plugged_in(kind) or Family
+    except ParameterError:
+        return entry
     paths = {p: at_hand(given[p]) for p in family.paths if isinstance(given.get(p), str)}
     return {name: {**given, **{p: change(path) for p, path in paths.items() if path}}}
 

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d2m_hpc.models import weights
-from d2m_hpc.models.entries import Listed, family_of, name_of, presets, require_packages
+from d2m_hpc.models.entries import (
+    Listed,
+    family_of,
+    known_families,
+    name_of,
+    presets,
+    require_packages,
+)
 from d2m_hpc.models.family import Family, ModelSpec, Output, ParameterError, Post, Use
 from d2m_hpc.models.inputs import NAMED, Input
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
@@ -59,6 +66,22 @@ class Problem(NamedTuple):
     what: str
 
 
+def _outputs(family: Family, use: Use) -> list[Output]:
+    """
+    Raises:
+        ParameterError: a parameter has a value that cannot be used; or another package's family
+            fails.
+    """
+    kind = type(family)
+    try:
+        return [*family.outputs(use)]
+    except Exception as error:
+        if isinstance(error, ParameterError) or kind in known_families().values():
+            raise
+        what = f"{kind.__module__}:{kind.__name__}.outputs fails: {error!r}"
+        raise ParameterError("kind", what) from error
+
+
 class Chosen(NamedTuple):
     """A model and its outputs, by their full names.
 
@@ -90,7 +113,7 @@ class Chosen(NamedTuple):
         prefix = family.prefixes.get(name, name)
         own = (n.removeprefix(f"{prefix}-") for n in asked if n.startswith(f"{prefix}-"))
         outputs: dict[str, Output] = {}
-        for output in family.outputs(Use(name, folder, frozenset(own))):
+        for output in _outputs(family, Use(name, folder, frozenset(own))):
             _require_name("output", output.name)
             full = f"{prefix}-{output.name}"
             if full in outputs:
