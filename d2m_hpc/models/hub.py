@@ -88,13 +88,26 @@ def _repository(repo: HubRepo, folder: Path, wish: Wish) -> Found:
     locked = Lock.read(folder).repositories.get(repo.name)
     if locked is None or wish.update:
         locked = _from_mirror(repo, wish.mirror) if wish.mirror else _from_hub(repo)
+        _require_some(repo, locked)
         locked = _entered(repo, folder, locked)
-    wanted = locked.checkpoints(repo)
-    if not wanted:
-        has = ", ".join(sorted(locked.files)[:8])
-        raise WeightsError(safe(f"{repo.url} has none of {[*repo.files]}; it has {has}", 2 * WHY))
+    wanted = _require_some(repo, locked)
     files = [_file(checkpoint, repo, locked, folder, wish) for checkpoint in wanted]
     return Found(repo, folder / repo.name, files, locked.commit)
+
+
+def _require_some(repo: HubRepo, commit: LockedRepo) -> list[Checkpoint]:
+    """The files of a commit that are needed.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    if wanted := commit.checkpoints(repo):
+        return wanted
+    needed = f"none of {', '.join(repo.files)}" if repo.files else "no file of a model"
+    has = ", ".join(sorted(commit.files)[:8]) or "none"
+    what = f"{repo.url} has {needed} at {commit.commit[:12]}; its files: {has}"
+    advice = "check the name, and ask for a newer commit by `d2m weights fetch --update`"
+    raise WeightsError(safe(f"{what}; {advice}", 2 * WHY))
 
 
 def _entered(repo: HubRepo, folder: Path, new: LockedRepo) -> LockedRepo:

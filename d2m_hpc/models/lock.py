@@ -125,7 +125,7 @@ class Lock:
         What lies in the folder without an entry in the lock file is no published file.
         """
         if locked := self.repositories.get(repo.name):
-            return locked.checkpoints(repo)
+            return locked.checkpoints(repo) or [Checkpoint(repo.name, repo.url)]
         place = folder / repo.name
         inside = [p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()]
         names = repo.selected(n for n in inside if not n.startswith(".cache/"))

@@ -113,11 +113,29 @@ def test_without_safetensors_the_other_format_is_taken() -> None:
 
 
 def test_patterns_that_match_nothing_are_told_with_what_there_is(hub: Hub, folder: Path) -> None:
-    with pytest.raises(WeightsError, match=r"none of \['\*.ckpt'\]; it has config.json, model"):
+    with pytest.raises(
+        WeightsError, match=r"none of \*.ckpt at \w{12}; its files: config.json, model"
+    ):
         fetch(HubRepo("Org/net", files=("*.ckpt",)), folder, WISH)
 
 
 # --- one commit for all ---
+
+
+def test_a_repository_without_a_models_files_is_not_locked_and_never_passes(
+    hub: Hub, folder: Path
+) -> None:
+    hub.put_files("Org/net", {"README.md": b"soon"})
+    with pytest.raises(WeightsError, match=r"no file of a model at .*its files: README.md"):
+        fetch(REPO, folder, WISH)
+    assert Lock.read(folder).repositories == {}
+    hub.put_files("Org/net", {"model.safetensors": NET, "config.json": b"{}"})
+    fetch(REPO, folder, WISH)
+    held = Lock.read(folder)
+    held.repositories[REPO.name] = replace(held.repositories[REPO.name], files={})
+    # By hand, or by an earlier version: then the folder itself is missing.
+    [needed] = held.of(REPO, folder)
+    assert needed.name == REPO.name
 
 
 def test_a_second_fetch_has_the_locked_commit_until_it_is_asked_to_update(
