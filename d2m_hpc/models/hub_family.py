@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, here, read_json
 from d2m_hpc.models.inputs import ImageInput, OwnInput, require_sides
+from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.published import HubRepo
 
 WEIGHTS = (".safetensors", ".bin")
@@ -79,6 +80,7 @@ class HubFamily(Family):
 
     def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
         home = self.home(use)
+        self._require_files(use)
         if not (home / "config.json").exists():  # a repository that is not fetched
             if hint := here(self.checkpoint):
                 what = f"{self.checkpoint!r} is the name of a repository of the hub"
@@ -95,6 +97,24 @@ class HubFamily(Family):
         ]
         if mistakes:
             raise ParameterError(*mistakes)
+
+    def _require_files(self, use: Use) -> None:
+        """
+        Raises:
+            ParameterError: the commit of the hub that was fetched is of no model of transformers.
+        """
+        repo = self.repo()
+        locked = Lock.read(use.folder).repositories.get(repo.name) if repo else None
+        if repo is None or locked is None:
+            return
+        names = repo.selected(locked.files)
+        lacking = [] if "config.json" in names else ["config.json"]
+        if not any(name.endswith(WEIGHTS) for name in names):
+            lacking.append("file of weights (model.safetensors)")
+        if lacking:
+            what = f"{repo.url} has no {' and no '.join(lacking)} at {locked.commit[:12]}"
+            advice = "choose another repository or `revision`"
+            raise ParameterError("checkpoint", f"{what}; {advice}")
 
     def document(
         self, use: Use, name: str = "config.json", required: bool = True, kind: type = dict

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from d2m_hpc.cli import trouble
 from d2m_hpc.config import load
-from d2m_hpc.errors import WeightsError
+from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.models import download, weights
 from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.families.stats import StatsOfText
@@ -136,6 +136,30 @@ def test_a_repository_without_a_models_files_is_not_locked_and_never_passes(
     # By hand, or by an earlier version: then the folder itself is missing.
     [needed] = held.of(REPO, folder)
     assert needed.name == REPO.name
+
+
+@pytest.mark.parametrize(
+    ("files", "lacking"),
+    [
+        ({"model.safetensors": NET}, "has no config.json at"),
+        ({"config.json": b"{}"}, "has no file of weights"),
+    ],
+)
+def test_a_fetched_repository_that_is_no_model_is_refused_at_submit(
+    files: dict[str, bytes], lacking: str, hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    hub.put_files("Org/net", files)
+    model = {"kind": "image-classification", "checkpoint": "Org/net"}
+    fetch(REPO, folder, WISH)
+    write_shards(tmp_path / "tars", 1)
+    config = write_config(
+        tmp_path / "c.yml",
+        {"models": [{"net": model}], "postprocess_features": [], "weights_dir": str(folder)},
+        input_tars=str(tmp_path / "tars"),
+        output_metadata_dir=str(tmp_path / "out"),
+    )
+    with pytest.raises(ConfigError, match=lacking):
+        inspect(load(config), str(config))
 
 
 def test_a_second_fetch_has_the_locked_commit_until_it_is_asked_to_update(
