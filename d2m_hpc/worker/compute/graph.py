@@ -117,9 +117,11 @@ class Graph:
         small.models = {name: model for name, model in self.models.items() if name in kept}
         return small
 
+    def _image_nets(self) -> dict[str, Any]:
+        return {n: m.image_net for n, m in self.models.items() if hasattr(m, "image_net")}
+
     def _compile(self) -> None:
-        nets = {n: m.image_net for n, m in self.models.items() if hasattr(m, "image_net")}
-        rows = self._batch_size
+        nets, rows = self._image_nets(), self._batch_size
         if nets:
             log.info("compiling %s; the first batches of %d take minutes", ", ".join(nets), rows)
         for net in nets.values():
@@ -129,9 +131,8 @@ class Graph:
         """Built-in nets that gain much by it, once the task has shown that it is a long one."""
         if self.device.type != "cuda" or self.dtype is None:
             return
-        for name, model in self.models.items():
-            net = getattr(model, "image_net", None) if self.toolbox.specs[name].family else None
-            if net is not None and is_convolutional(net):
+        for name, net in self._image_nets().items():
+            if self.toolbox.specs[name].family and is_convolutional(net):
                 compile_for(self._batch_size, net, after=PAYS_AFTER, need=False)
 
     def __enter__(self) -> Graph:
