@@ -175,6 +175,37 @@ def test_a_wrong_config_exits_2_with_key_found_and_valid(
     assert not (tmp_path / "out").exists()
 
 
+FALSE = {
+    "no list": "image-stats",
+    "none": [],
+    "no item": ["image-stats", 7],
+    "misspelt": ["image-stat"],
+    "of no kind": [{"image": {"kind": "image-stat"}}],
+    "read by another": [
+        {"image": {"kind": "sscd", "checkpoint": "x"}},
+        {"text": {"kind": "head", "on": "image-image", "checkpoint": "/x.pth"}},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", FALSE)
+def test_a_mistake_in_a_model_is_followed_by_none_about_its_outputs(
+    kind: str, good: dict[str, Any], tmp_path: Path
+) -> None:
+    own = {"models": FALSE[kind], "postprocess_features": []}
+    own["postprocess_columns"] = ["image-brightness", f"image-{'stat-' * (kind == 'misspelt')}x"]
+    with pytest.raises(ConfigError) as caught:
+        load(write_config(tmp_path / "c.yml", {**good, **own}))
+    [mistake] = caught.value.mistakes
+    assert mistake.startswith("models")
+
+
+def test_where_no_name_is_valid_that_is_said(good: dict[str, Any], tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yml", {**good, "postprocess_features": ["text-vector"]})
+    with pytest.raises(ConfigError, match=r"unknown name 'text-vector';.* valid: none"):
+        load(path, ["models=[text-stats]", "postprocess_columns=[text-words]"])
+
+
 FILES = {
     "not YAML": ("models: [a\nb: }", "is not valid YAML"),
     "not a mapping": ("- models", "found list at the top"),

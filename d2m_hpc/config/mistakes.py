@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from graphlib import CycleError
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +73,7 @@ def registry_mistakes(config: Config, registry: Registry) -> list[Mistake]:
     registry, problems = config.registry(registry)
     wrong = [problem.model for problem in problems]
     return [
-        *(Mistake(("models", *p.loc), p.what) for p in problems),
+        *(Mistake(("models", *p.loc), p.what) for p in problems if p.what),
         *_model_mistakes(config, registry, wrong),
         *_post_mistakes(config, "postprocess_columns", registry.columns, registry, wrong),
         *_post_mistakes(config, "postprocess_features", registry.features, registry, wrong),
@@ -167,7 +168,12 @@ def _post_mistakes(
 ) -> list[Mistake]:
     names: list[str] = getattr(config, key) or []
     mistakes = _duplicates(key, names)
-    untold = tuple(f"{model}-" for model in wrong)
+    listed = set(config.model_names)
+    if not listed:
+        return mistakes  # for a mistake in `models`, which is told
+    unsure = [*wrong, *(model for model in config.model_names if model not in registry.models)]
+    meant = {m for name in unsure for m in get_close_matches(name, registry.models, n=1)}
+    untold = tuple(f"{model}-" for model in unsure)
     unknown = [name for name in names if name not in known and not name.startswith(untold)]
     mistakes += [
         Mistake(
@@ -176,9 +182,10 @@ def _post_mistakes(
         for name in unknown[:MANY]
     ]
     mistakes += _more(key, unknown)
-    listed = set(config.model_names)
     for name in dict.fromkeys(names):
         if name in known and known[name].model and known[name].model not in listed:
+            if known[name].model in meant:
+                continue  # its name is misspelt there
             what = (
                 f"{name!r} is made of {known[name].model!r}, which is not in models; "
                 f"add it there or drop {name!r}"

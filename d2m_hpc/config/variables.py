@@ -13,6 +13,7 @@ from typing import Any
 
 from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import Config
+from d2m_hpc.models.entries import TOLD, Listed, name_of, with_places
 from d2m_hpc.storage.urls import is_local, is_pipe, scheme
 
 PATHS = ("output_metadata_dir", "custom_pypath", "run_dir", "weights_dir")
@@ -34,7 +35,26 @@ def with_variables(config: Config) -> tuple[Config, list[Mistake]]:
     update: dict[str, Any] = {key: of(key, text) for key, text in given if text}
     update["output_metadata_dir"] = update.get("output_metadata_dir") or ""
     update["input_tars"] = [t for p in config.input_tars if (t := of("input_tars", p, p))]
+    update["models"] = [_of_model(i, entry, mistakes) for i, entry in enumerate(config.models)]
     return config.model_copy(update=update), mistakes
+
+
+def _of_model(i: int, entry: Listed, mistakes: list[Mistake]) -> Listed:
+    """Expand the paths among a model's parameters; mistakes are noted, and take their place."""
+    if "$" not in str(entry):
+        return entry  # without a look at its family
+    known = len(mistakes)
+
+    def of(parameter: str, text: str) -> str:
+        try:
+            return expanded(text)
+        except ValueError as error:
+            loc = ("models", i, name_of(entry), parameter)
+            mistakes.append(Mistake(loc, f"found {text!r}; {error}"))
+            return text
+
+    made = with_places(entry, of)
+    return made if len(mistakes) == known else {name_of(entry): {"kind": TOLD}}
 
 
 def as_pattern(text: str) -> str:

@@ -20,6 +20,8 @@ from d2m_hpc.storage.texts import BRIEF, nearest, safe
 GROUP = "d2m_hpc.models"
 """Entry points of families in other packages: a kind, and the family's class."""
 Listed = str | Mapping[str, Any]
+TOLD = "\0"
+"""The kind in the place of an item's parameters in which a mistake is told already."""
 
 
 def name_of(entry: Listed) -> str:
@@ -117,6 +119,8 @@ def family_of(entry: Mapping[str, Any]) -> Family:
         raise ParameterError("", what)
     parameters = dict(given)
     kind = str(parameters.pop("kind", ""))
+    if kind == TOLD:
+        raise ParameterError()
     if not kind:
         raise ParameterError("", f"found no `kind`; valid: {', '.join(kinds())}")
     family = known_families().get(kind) or plugged_in(kind)
@@ -133,12 +137,21 @@ def family_of(entry: Mapping[str, Any]) -> Family:
 def with_paths(entry: Listed, change: Callable[[Path], str]) -> Listed:
     """The item with those parameters changed that are paths at hand.
 
-    An item that names no family is as it was: `family_of` says what is wrong with it.
-
     Example:
         >>> given = {"own": {"kind": "open_clip", "model": "ViT-B-32", "pretrained": "/w/net.pt"}}
         >>> with_paths(given, lambda path: path.name)["own"]["pretrained"]
         'net.pt'
+    """
+    return with_places(entry, lambda _, given: change(path) if (path := at_hand(given)) else given)
+
+
+def with_places(entry: Listed, change: Callable[[str, str], str]) -> Listed:
+    """The item with those parameters changed that may be paths.
+
+    An item that names no family is as it was: `family_of` says what is wrong with it.
+
+    Args:
+        change: given a parameter and its value, returns the new value.
     """
     if isinstance(entry, str):
         return entry
@@ -150,8 +163,8 @@ def with_paths(entry: Listed, change: Callable[[Path], str]) -> Listed:
         family = known_families().get(kind) or plugged_in(kind) or Family
     except ParameterError:
         return entry
-    paths = {p: at_hand(given[p]) for p in family.paths if isinstance(given.get(p), str)}
-    return {name: {**given, **{p: change(path) for p, path in paths.items() if path}}}
+    texts = [p for p in family.paths if isinstance(given.get(p), str)]
+    return {name: {**given, **{p: change(p, given[p]) for p in texts}}}
 
 
 def _mistake(family: type[Family], parameters: Mapping[str, Any], error: Any) -> tuple[str, str]:

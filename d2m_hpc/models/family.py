@@ -208,7 +208,7 @@ class ParameterError(ValueError):
 
     Args:
         mistakes: a parameter and what is wrong with it; or several such pairs. The parameter is
-            empty where the mistake is in none of them.
+            empty where the mistake is in none of them. Nothing where another mistake is the cause.
     """
 
     def __init__(self, *mistakes: Any) -> None:

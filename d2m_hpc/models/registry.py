@@ -59,6 +59,7 @@ class Problem(NamedTuple):
     Attributes:
         model: its name.
         loc: the keys below `models` that lead to the mistake.
+        what: empty where another mistake causes it, which is told.
     """
 
     model: str
@@ -132,12 +133,14 @@ class Chosen(NamedTuple):
         asked: Collection[str],
         posts: Mapping[str, Post],
         listed: Collection[str] = (),
+        broken: Collection[str] = (),
     ) -> ModelSpec:
         """
         Args:
             asked: full names of outputs; where none is this model's, the model gives all.
             posts: how the features of other models are read.
             listed: the models of the config.
+            broken: those of them whose outputs are not known, for a mistake that is told.
 
         Raises:
             ParameterError: it reads an output that no model gives.
@@ -145,6 +148,8 @@ class Chosen(NamedTuple):
         named, reads = self.outputs.items(), tuple(self.family.reads())
         for name in reads:
             if not posts.get(name, Post()).model:
+                if name.startswith(tuple(f"{model}-" for model in broken)):
+                    raise ParameterError()
                 near = [n for n, post in posts.items() if post.model in listed]
                 what = f"no model gives the feature {name!r}{nearest(name, near or posts)}"
                 given = self.family.model_dump().items()
@@ -244,10 +249,11 @@ class Registry:
         whole = (name for c in chosen if c.name in taken for name in c.outputs)
         asked = {*asked, *read, *whole}
         models = dict(self.models)
+        names = [*map(name_of, entries)]
+        broken = {*names} - {*models, *(c.name for c in chosen)}
         for c in chosen:
             try:
-                names = [*map(name_of, entries)]
-                models[c.name] = c.spec(folder, asked, features, names)
+                models[c.name] = c.spec(folder, asked, features, names, broken)
             except ParameterError as error:
                 problems += _problems(c.name, c.loc, error)
         return replace(self, models=models, columns=columns, features=features), problems
@@ -310,7 +316,7 @@ def _loc(i: int, entry: Listed) -> tuple[str | int, ...]:
 
 
 def _problems(name: str, loc: tuple[str | int, ...], error: ParameterError) -> list[Problem]:
-    found = error.mistakes
+    found = error.mistakes or [("", "")]
     return [Problem(name, (*loc, *([p] if p and len(loc) > 1 else [])), what) for p, what in found]
 
 

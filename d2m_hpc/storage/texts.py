@@ -59,7 +59,7 @@ def nearest(name: str, valid: Iterable[str], others: Iterable[str] = ()) -> str:
     close = difflib.get_close_matches(name[:BRIEF], {*names, *others}, n=5, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if difflib.get_close_matches(name, close) else ";"
     if len(names) <= MANY:
-        return f"{hint} valid: {', '.join(names)}"
+        return f"{hint} valid: {', '.join(names) or 'none'}"
     return f"{hint} valid are {len(names)} names, such as {', '.join(close or names[:5])}"
 
 

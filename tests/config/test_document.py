@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import torch
 from kit import d2m
 
 from d2m_hpc.config import Config, load
@@ -318,6 +319,29 @@ def test_variables_in_paths_are_expanded(tmp_path: Path, monkeypatch: pytest.Mon
         "costs$5.tar",
     ]
     assert (config.output_metadata_dir, config.run_dir) == ("/home/me/out", "/lustre/me/run")
+
+
+def test_variables_in_the_paths_of_a_models_parameters_are_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one that is not set are one mistake: none of its outputs, or of a head on them."""
+    torch.save(torch.nn.Linear(48, 1).state_dict(), tmp_path / "head.pth")
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    text = """\
+    models:
+      - stats: {kind: image-stats}
+      - own: {kind: head, on: stats-histogram, checkpoint: $PLACE/head.pth}
+    postprocess_columns: [own-score]
+    input_tars: a.tar
+    output_metadata_dir: out
+    """
+    config = load(written(tmp_path, text))
+    assert config.models[1]["own"]["checkpoint"] == str(tmp_path / "head.pth")
+    text = text.replace("stats: {kind: image-stats}", "sims: {kind: sscd, checkpoint: $NO_SUCH/a}")
+    [unset] = mistakes(tmp_path, text.replace("stats-histogram", "sims-image"))
+    assert "models.0.sims.checkpoint: found '$NO_SUCH/a'; $NO_SUCH is not set; export" in unset
+    assert "2 |   - sims: {" in unset
 
 
 def test_a_variable_that_is_not_set_is_a_mistake(

@@ -288,8 +288,7 @@ class OpenClip(Family):
         found = tags.get(self.pretrained.lower().replace("-", "_"))
         if found is None:
             given = f"unknown tag {self.pretrained!r}" if self.pretrained else "no tag is given"
-            valid = nearest(self.pretrained, tags) if tags else "; the model has none; valid"
-            what = f"{given}{valid}, or the path of a checkpoint"
+            what = f"{given}{nearest(self.pretrained, tags)}, or the path of a checkpoint"
             raise ParameterError("pretrained" if self.pretrained else "", what)
         return found
 
