@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from d2m_hpc.config import Config, Slurm
 from d2m_hpc.config.reference import json_schema
-from d2m_hpc.config.schema import Section
+from d2m_hpc.config.schema import SOURCES, Section
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 TOP = """\
@@ -90,7 +90,7 @@ def page() -> str:
 
 def _fingerprinted() -> frozenset[str]:
     config = Config(models=["image-stats"], input_tars=["a.tar"], output_metadata_dir="out")
-    return frozenset(config.fingerprint({})) | {"custom_pypath"}
+    return frozenset({*config.fingerprint({}), *SOURCES, "custom_pypath"})
 
 
 def _table(section: type[Section], schema: dict[str, Any], marked: frozenset[str]) -> str:

@@ -39,6 +39,7 @@ def semantic_mistakes(config: Config) -> list[Mistake]:
     return [
         *_file_mistakes(config.custom_file),
         *_device_mistakes(config),
+        *_text_mistakes(config),
         *names,
         *_name_mistakes(config),
     ]
@@ -96,6 +97,12 @@ def _device_mistakes(config: Config) -> list[Mistake]:
         return []
     what = f"found {config.device!r}; valid: a CUDA index such as 0, cuda:0, or cpu"
     return [Mistake(("device",), what)]
+
+
+def _text_mistakes(config: Config) -> list[Mistake]:
+    if not (config.text_key and config.text_from):
+        return []
+    return [Mistake(("text_from",), "found text_key, too; valid is one of both")]
 
 
 def _model_mistakes(config: Config, registry: Registry, wrong: Collection[str]) -> list[Mistake]:

@@ -26,6 +26,17 @@ def _tars_as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _members(value: object) -> object:
+    """Turn one name into a list; `.JPG` names the same member as `jpg`."""
+    names = _as_list(_tars_as_list(value))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return names
+    names = [name.lower().removeprefix(".") for name in names]
+    if not all(names) or any("/" in name for name in names):
+        raise ValueError("valid are names after the key's dot, such as jpg or seg.png")
+    return names
+
+
 def _fields_as_list(value: Any) -> Any:
     """Turn `{score: float64}` into the text `score: float64`, in a list or in place of one."""
     if isinstance(value, Mapping):
@@ -54,6 +65,7 @@ Fields = Annotated[
         _fields_as_list, list[str | dict[str, str | None]] | dict[str, str | None] | None
     ),
 ]
+MemberNames = Annotated[list[str], BeforeValidator(_members, list[str] | str | None)]
 Tars = Annotated[list[str], BeforeValidator(_tars_as_list, list[str] | str), Field(min_length=1)]
 NoSwitch = BeforeValidator(no_switch)
 Count = Annotated[int, Field(ge=1, le=2**31 - 1), NoSwitch]
@@ -69,6 +81,10 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+SOURCES = ("image_key", "text_key", "text_from")
+"""Keys that say where a sample's image and text are; runs of versions without these keys go on."""
 
 
 class Slurm(Section):
@@ -118,10 +134,17 @@ class Config(Section):
     """outputs that become arrays of the npz"""
     additional_fields: Fields = []
     """keys of the samples' JSON that become columns of the parquet, each with a type if need be:
-    `[uid, score: float64]`; valid are `bool`, `int64`, `uint64`, `float64`, `string`, `json` (its
-    text) and `list<...>` and `map<...>` of these"""
+    `[uid, score: float64]`; `exif.Model` is a key within another; valid are `bool`, `int64`,
+    `uint64`, `float64`, `string`, `json` (its text) and `list<...>` and `map<...>` of these"""
     allow_missing_fields: bool = False
     """take fields that no sample of a run's first tar has, as columns of nulls"""
+    image_key: MemberNames = []
+    """member with a sample's image, or alternatives in order: the name after the key's dot, such as
+    `jpg` or `[seg.png, jpg]`; by default jpg, png, jpeg, webp and so on"""
+    text_key: MemberNames = []
+    """member with a sample's text, or alternatives in order; by default `txt`"""
+    text_from: Annotated[str | None, Field(pattern=r"^json:.")] = None
+    """take the text from a field of the samples' JSON in place of a member: `json:caption`"""
     nworkers: Count | None = None
     """decode threads of a task; by default as many as it has cores"""
     batch_size: Count = 512
@@ -190,6 +213,11 @@ class Config(Section):
     """accept checkpoints that are not the published files"""
     slurm: Slurm = Slurm()
     """how array tasks are submitted"""
+
+    @property
+    def text_field(self) -> str:
+        """The JSON's field that holds the text; empty where a member does."""
+        return (self.text_from or "").partition(":")[2]
 
     @property
     def custom_file(self) -> Path | None:
@@ -261,6 +289,7 @@ class Config(Section):
             **{key: getattr(self, key) for key in keys.split()},
             "models": [with_paths(entry, lambda path: path.name) for entry in self.models],
             **({"packages": foreign} if (foreign := packages(self.models)) else {}),
+            **{key: value for key in SOURCES if (value := getattr(self, key))},
             "checkpoints": dict(sorted(hashes.items())),
             "custom_file": code.get(main),
             **({"custom_modules": {n: code[n] for n in sorted(others)}} if others else {}),

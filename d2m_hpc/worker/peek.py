@@ -54,7 +54,7 @@ class Peek:
     def values(self, name: str) -> Iterator[Sequence[Any]]:
         """Yield each shard's values of a field."""
         for samples in self._some:
-            yield [sample.get(name) for sample in samples]
+            yield [decode.field(sample, name) for sample in samples]
 
     def kept(self, name: str) -> str:
         """A field's type in finished pairs; empty where none tells it."""

@@ -18,6 +18,7 @@ from jinja2 import UndefinedError
 from kit import jpeg, sample, write_tar
 from PIL import Image, UnidentifiedImageError
 
+from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.outputs import OutputDir
@@ -323,13 +324,20 @@ class TestSheet:
             sheet.choose_score([], "a", ["a"])
 
     def _made(
-        self, folder: Path, url: str, size: int | None = None, more: Sequence[Shard] = ()
+        self,
+        folder: Path,
+        url: str,
+        size: int | None = None,
+        more: Sequence[Shard] = (),
+        **values: Any,
     ) -> sheet.Sheet:
         keys = [f"k{i}" for i in range(6)]
         table = pa.table({"key": keys, "score": [0.1 * i for i in range(6)]})
         pq.write_table(table, folder / "a.parquet")
         output = OutputDir(str(folder))
-        return sheet.make(output, [Shard("a", url, size), *more], "score", 1, 10**6)
+        given = {"models": ["m"], "input_tars": ["unused"], "output_metadata_dir": str(folder)}
+        config = Config(**{**given, "max_image_pixels": 10**6, **values})
+        return sheet.make(output, [Shard("a", url, size), *more], "score", 1, config)
 
     def _tar(self, folder: Path) -> Path:
         members = {n: d for i in range(6) for n, d in sample(f"k{i}", i).items()}
@@ -343,6 +351,12 @@ class TestSheet:
             (f"k{i}", f"caption {i}") for i in (0, 2, 5)
         ]
         assert all(s.picture and not s.fault for s in samples)
+
+    def test_captions_come_from_where_the_models_take_them(self, tmp_path: Path) -> None:
+        made = self._made(tmp_path, str(self._tar(tmp_path)), text_from="json:uid")
+        assert [s.caption for end in sheet.ENDS for s in made.ends[end]] == [
+            f"{i:032x}" for i in (0, 2, 5)
+        ]
 
     def test_large_remote_tars_are_left_alone(self, tmp_path: Path) -> None:
         made = self._made(tmp_path, "s3://no/such.tar", size=sheet.REMOTE_BYTES + 1)

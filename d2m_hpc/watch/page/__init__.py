@@ -63,7 +63,7 @@ def _contents(run: RunDir, config: Config, score: str | None, each: int) -> dict
     if chosen and each:
         urls = {s.stem: s for s in read_shards(run.shards)}
         shards = [urls[stem] for stem in sampled.shards if stem in urls]
-        made = sheet.make(output, shards, chosen, each, config.max_image_pixels)
+        made = sheet.make(output, shards, chosen, each, config)
     begin, end = history.span
     axis = charts.time_axis(end - begin, moment(begin)) if end else None
     drawn = timing.progress(history, stood.done, summary.shards, axis) if axis else []

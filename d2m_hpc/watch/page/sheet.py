@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.models import formats
 from d2m_hpc.run.outputs import OutputDir
@@ -85,14 +86,14 @@ def choose_score(columns: Sequence[Column], asked: str | None, preferred: Iterab
 
 
 def make(
-    output: OutputDir, shards: Sequence[Shard], score: str, each: int, max_pixels: int
+    output: OutputDir, shards: Sequence[Shard], score: str, each: int, config: Config
 ) -> Sheet:
     """Choose samples, and read them from their tars.
 
     Args:
         shards: finished shards; samples come from cheap ones.
         each: the number of samples at each end.
-        max_pixels: larger pictures are not decoded.
+        config: says which members are pictures and captions; larger pictures are not decoded.
     """
     near, notes = _within_reach(shards)
     sheet = Sheet(score, shards=len(near), notes=notes)
@@ -103,7 +104,7 @@ def make(
     for sample in (s for samples in sheet.ends.values() for s in samples):
         wanted.setdefault(sample.stem, []).append(sample)
     for stem, samples in wanted.items():
-        _fill(by_shard[stem], samples, max_pixels)
+        _fill(by_shard[stem], samples, config)
     return sheet
 
 
@@ -149,14 +150,14 @@ def _pick(rows: Sequence[Picked], each: int) -> dict[str, list[Picked]]:
     return {end: list(span) for end, span in zip(ENDS, spans, strict=True)}
 
 
-def _fill(shard: Shard, samples: Sequence[Picked], max_pixels: int) -> None:
+def _fill(shard: Shard, samples: Sequence[Picked], config: Config) -> None:
     """Read captions and pictures from a tar; `fault` gives the reason for a missing picture."""
     from d2m_hpc.worker.read.scratch import scratch
     from d2m_hpc.worker.read.stage import stage
 
     try:
         with scratch(REMOTE_BYTES) as room, stage(shard, room) as staged:
-            found = _members(staged.path, {s.key for s in samples})
+            found = _members(staged.path, {s.key for s in samples}, config)
     except (OSError, D2MError) as error:
         found, fault = {}, f"the tar cannot be read: {error}"
     else:
@@ -166,25 +167,42 @@ def _fill(shard: Shard, samples: Sequence[Picked], max_pixels: int) -> None:
         if members is None:
             sample.fault = fault
             continue
-        sample.caption = members.get("txt", b"")[: 4 * CAPTION].decode(errors="replace")[:CAPTION]
-        _draw(sample, members, max_pixels)
+        sample.caption = members.get("text", b"")[: 4 * CAPTION].decode(errors="replace")[:CAPTION]
+        if config.text_field:
+            sample.caption = _text_in(members.get("json", b""), config.text_field)[:CAPTION]
+        _draw(sample, members.get("image"), config.max_image_pixels)
 
 
-def _members(path: Path, keys: set[str]) -> dict[str, dict[str, bytes]]:
-    """The pictures and texts of some samples, by key and extension."""
+def _members(path: Path, keys: set[str], config: Config) -> dict[str, dict[str, bytes]]:
+    """The pictures of some samples, and the texts or the JSON with the texts, by key and kind."""
+    from d2m_hpc.worker.read.decode import members_of
     from d2m_hpc.worker.read.shard import Archive
 
-    wanted, found = {"txt", *formats.EXTENSIONS}, {}
+    names, found = members_of(config), {}
+    wanted = ("image", "json" if config.text_field else "text")
     with closing(Archive(path)) as archive:
         for sample in archive.index():  # also the whole samples before a cut
             if sample.key in keys and sample.key not in found:
-                spans = ((e, span) for e, span in sample.members.items() if e in wanted)
-                found[sample.key] = {e: archive.read(*span) for e, span in spans}
+                spans = sample.members
+                there = {k: [spans[e] for e in names[k] if e in spans] for k in wanted}
+                found[sample.key] = {
+                    k: archive.read(*first[0]) for k, first in there.items() if first
+                }
     return found
 
 
-def _draw(sample: Picked, members: Mapping[str, bytes], max_pixels: int) -> None:
-    data = next((members[e] for e in formats.EXTENSIONS if e in members), None)
+def _text_in(data: bytes, name: str) -> str:
+    """The text in a field of a sample's JSON; empty where there is none."""
+    from d2m_hpc.models.preprocessors import Rejected
+    from d2m_hpc.worker.read import decode
+
+    try:
+        return decode.text_in(decode.json_object(data), name)
+    except Rejected:
+        return ""
+
+
+def _draw(sample: Picked, data: bytes | None, max_pixels: int) -> None:
     if data is None:
         sample.fault = "has no picture"
         return

@@ -6,17 +6,27 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
 import simplejpeg
 
+from d2m_hpc.config import Config
 from d2m_hpc.models import formats
 from d2m_hpc.models.preprocessors import Picture, Rejected
+from d2m_hpc.storage.texts import safe
 
-EXTENSIONS = {"image": formats.EXTENSIONS, "text": ("txt",), "json": ("json",)}
+Members = Mapping[str, tuple[str, ...]]
+"""The names of members by kind; the first one that a sample has is used."""
+EXTENSIONS: Members = {"image": formats.EXTENSIONS, "text": ("txt",), "json": ("json",)}
+
+
+def members_of(config: Config) -> Members:
+    """The members that a config takes images, texts and JSON from."""
+    asked = {"image": tuple(config.image_key), "text": tuple(config.text_key)}
+    return {**EXTENSIONS, **{kind: names for kind, names in asked.items() if names}}
 
 
 def image(data: bytes, max_pixels: int, need: Callable[[int], None] = lambda size: None) -> Picture:
@@ -127,3 +137,36 @@ def json_object(data: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise Rejected(f"the JSON holds {type(values).__name__}, not an object")
     return values
+
+
+def field(values: Any, name: str) -> Any:
+    """The value of a field; None where there is none.
+
+    A dot leads into a mapping, or into a text that holds JSON, as img2dataset keeps `exif`. A field
+    whose own name has the dot comes first.
+    """
+    if isinstance(values, str) and values.startswith("{"):
+        with suppress(Rejected):
+            values = json_object(values.encode("utf-8", "surrogatepass"))
+    if not isinstance(values, dict):
+        return None
+    if name in values:
+        return values[name]
+    parts = name.split(".")
+    heads = (".".join(parts[:i]) for i in range(1, len(parts)))
+    within = (field(values[h], name[len(h) + 1 :]) for h in heads if h in values)
+    return next((value for value in within if value is not None), None)
+
+
+def has_field(values: Mapping[str, Any], name: str) -> bool:
+    """Whether a sample's JSON has a field, even as null; one within another needs a value."""
+    return name in values or ("." in name and field(values, name) is not None)
+
+
+def text_in(values: Mapping[str, Any], name: str) -> str:
+    """The text in a field of a sample's JSON."""
+    value = field(values, name)
+    if not isinstance(value, str):
+        found = "null" if value is None else type(value).__name__
+        raise Rejected(f"no text in the JSON's field {safe(name, 40)!r}: found {found}")
+    return value

@@ -220,7 +220,7 @@ class Loader:
                     deque(whole, maxlen=0)
                     self._require_whole(url, whole, staged.damage or whole.cut)
                 self._look(archive, url)
-                index = archive.index(self._recipe.raw_inputs)
+                index = archive.index(self._recipe.needed)
                 self._emit(reading, found, index, archive)
                 if cut := staged.damage or index.cut:
                     self._require_whole(url, index, cut)

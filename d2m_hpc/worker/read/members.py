@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.texts import safe
-from d2m_hpc.worker.read.decode import EXTENSIONS
+from d2m_hpc.worker.read.decode import EXTENSIONS, Members
 
 KIND = {extension: kind for kind, known in EXTENSIONS.items() for extension in known}
 SHOWN = 3
@@ -70,9 +70,9 @@ def kind_of(extension: str) -> str:
     return KIND.get(extension.rpartition(".")[2].lower(), "")
 
 
-def lacks(members: Collection[str], needed: Iterable[str]) -> bool:
+def lacks(members: Collection[str], needed: Members) -> bool:
     """Whether a sample with these extensions has no member of a needed kind."""
-    return any(not any(e in members for e in EXTENSIONS[kind]) for kind in needed)
+    return any(not any(e in members for e in names) for names in needed.values())
 
 
 class Notes:
@@ -114,10 +114,10 @@ class Ledger:
         causes: why samples lack members, as far as the tar tells.
 
     Args:
-        needed: the kinds of members that make a sample a row.
+        needed: the members that make a sample a row.
     """
 
-    def __init__(self, needed: Collection[str]) -> None:
+    def __init__(self, needed: Members) -> None:
         self.strays: list[Rejection] = []
         self.notes, self.causes = Notes(), Notes()
         self._needed = needed
@@ -191,9 +191,9 @@ class Ledger:
         """Account for a sample's members beyond one of a kind."""
         merged: list[str] = []
         own: dict[str, list[str]] = {}
-        for kind in self._needed:
-            plain = [e for e in EXTENSIONS[kind] if e in members]
-            dotted = [e for e in members if "." in e and kind_of(e) == kind]
+        for kind, names in self._needed.items():
+            plain = [e for e in names if e in members]
+            dotted = [e for e in members if "." in e and e not in names and kind_of(e) == kind]
             for extension in plain[1:]:
                 self.notes.add(UNUSED, f"{key}.{extension}")
             if dotted and not plain:  # the first one stands for the sample

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
@@ -101,6 +102,10 @@ class Recipe:
         fields: keys of the samples' JSON that are carried over.
         strict: fail at the first rejection (`warn_and_continue: false`).
         asked: the additional fields, as the config names them.
+        members: the names of members by kind.
+        text_field: the field of the JSON that models take the text from; empty where they take a
+            member's, or none.
+        caption: the field that DataComp's `text` comes from, where a sample has it.
         datacomp_keys: make `text` and `uid` as DataComp's tools need them, or reject the sample.
         budget: of bytes for pictures in decoding, for all threads together.
     """
@@ -115,6 +120,9 @@ class Recipe:
     datacomp_keys: bool = False
     budget: Budget = field(default_factory=lambda: Budget(IN_FLIGHT), compare=False)
     asked: Sequence[str] = ()
+    members: decode.Members = field(default_factory=lambda: decode.EXTENSIONS)
+    text_field: str = ""
+    caption: str = "caption"
 
     @classmethod
     def of(cls, config: Config, inputs: Mapping[Input, Preprocessor]) -> Recipe:
@@ -128,13 +136,25 @@ class Recipe:
             strict=not config.warn_and_continue,
             datacomp_keys=config.use_datacomp_keys,
             asked=[name for name, _ in config.asked_fields],
+            members=decode.members_of(config),
+            text_field=config.text_field if any(raw == "text" for raw, _ in inputs) else "",
+            caption=config.text_field or "caption",
         )
 
-    @property
-    def raw_inputs(self) -> list[str]:
-        """The kinds of members that a sample must have."""
-        wanted = dict.fromkeys(raw for raw, _ in self.inputs)
-        return list(wanted | dict.fromkeys(["json"] if self.fields else []))
+    @cached_property
+    def needed(self) -> decode.Members:
+        """The kinds of members that a sample must have, and the members' names."""
+        kinds = dict.fromkeys(raw for raw, _ in self.inputs)
+        if self.text_field:
+            kinds.pop("text")
+        if self.text_field or self.fields:
+            kinds["json"] = None
+        return {kind: self.members[kind] for kind in kinds}
+
+    @cached_property
+    def nested(self) -> list[str]:
+        """The fields that may lie within others."""
+        return [name for name in self.fields if "." in name]
 
 
 @dataclass
@@ -168,15 +188,19 @@ def prepare(
     """
     try:
         with Held(recipe.budget) as held:
-            raw = {name: _raw(name, sample, archive, recipe, held) for name in recipe.raw_inputs}
+            raw = {name: _raw(name, sample, archive, recipe, held) for name in recipe.needed}
             if seen is not None and "json" in raw:
                 seen.add(sample.key, raw["json"], recipe.asked)
+            if recipe.text_field:
+                raw["text"] = decode.text_in(raw["json"], recipe.text_field)
             inputs = {
                 wanted: _preprocess(wanted, made, raw[wanted[0]], recipe.options)
                 for wanted, made in recipe.inputs.items()
             }
             raw.pop("image", None)
         fields = {name: raw["json"].get(name) for name in recipe.fields}
+        for name in recipe.nested:
+            fields[name] = decode.field(raw["json"], name)
         if recipe.datacomp_keys:
             fields |= _datacomp_fields(raw["json"], sample, archive, recipe)
         for name, value in fields.items():
@@ -196,9 +220,9 @@ def _datacomp_fields(
 
     A null in either would stop every reader of the shard.
     """
-    caption = values.get("caption")
+    caption = decode.field(values, recipe.caption)
     if not isinstance(caption, str):
-        caption = _text(sample, archive)
+        caption = decode.text(_member("text", sample, archive, recipe.members["text"]))
     fields = {"text": caption}
     if "uid" in recipe.fields:
         fields["uid"] = _uid(values.get("uid"))
@@ -236,27 +260,25 @@ def _preprocess(wanted: Input, made: Preprocessor, value: Any, options: Options)
 
 
 def _raw(name: str, sample: Sample, archive: Archive, recipe: Recipe, held: Held) -> Any:
-    data = _member(name, sample, archive, recipe.options.max_pixels, held.need)
+    max_pixels, names = recipe.options.max_pixels, recipe.needed[name]
+    data = _member(name, sample, archive, names, max_pixels, held.need)
     if name == "image":
-        return decode.image(data, recipe.options.max_pixels, held.need)
+        return decode.image(data, max_pixels, held.need)
     return decode.text(data) if name == "text" else decode.json_object(data)
-
-
-def _text(sample: Sample, archive: Archive) -> str:
-    return decode.text(_member("text", sample, archive))
 
 
 def _member(
     name: str,
     sample: Sample,
     archive: Archive,
+    names: Sequence[str],
     max_pixels: int = 0,
     need: Callable[[int], None] = lambda size: None,
 ) -> bytes:
     """Read a member of a bounded size; one that is large waits until it may be held alone."""
-    extension = next((e for e in decode.EXTENSIONS[name] if e in sample.members), None)
+    extension = next((e for e in names if e in sample.members), None)
     if extension is None:
-        wanted = " or ".join(decode.EXTENSIONS[name][:4])
+        wanted = " or ".join(names[:4])
         raise Rejected(f"no {name} ({wanted}); it has {_described(sample)}")
     offset, size = sample.members[extension]
     if size > (most := LARGEST.get(name) or formats.granted(max_pixels)):

@@ -10,6 +10,7 @@ from typing import Any
 from d2m_hpc.config import Config
 from d2m_hpc.run.schema import Schema
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
+from d2m_hpc.worker.read.decode import has_field
 
 MOST = 100
 """Keys that are kept, to find the one that was meant."""
@@ -38,7 +39,7 @@ class Seen:
             if "key" in wanted and values.get("key", key) != key:
                 self.renamed += 1
             if len(self.present) < len(wanted):
-                self.present.update(name for name in wanted if name in values)
+                self.present.update(name for name in wanted if has_field(values, name))
                 if len(self.present) < len(wanted) and len(self.keys) < MOST:
                     self.keys.update(values)
 

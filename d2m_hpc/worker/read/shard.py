@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -14,7 +14,7 @@ from d2m_hpc.errors import ShardError
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.texts import valid
-from d2m_hpc.worker.read.decode import EXTENSIONS
+from d2m_hpc.worker.read.decode import EXTENSIONS, Members
 from d2m_hpc.worker.read.members import Ledger, is_foreign, is_reserved
 from d2m_hpc.worker.read.nature import HEAD, nature
 from d2m_hpc.worker.read.tar import BLOCK, Member, TarCut, members
@@ -80,7 +80,7 @@ class Archive:
         """Whether the last block is zeros, as in every whole tar and in few cut ones."""
         return not any(os.pread(self._file.fileno(), BLOCK, max(0, self.size - BLOCK)))
 
-    def index(self, needed: Collection[str] = tuple(EXTENSIONS)) -> Index:
+    def index(self, needed: Members = EXTENSIONS) -> Index:
         return Index(self._file, self.size, needed)
 
     def close(self) -> None:
@@ -102,12 +102,10 @@ class Index:
     Args:
         file: a plain tar, seekable; only the iteration moves its position.
         size: its size in bytes.
-        needed: the kinds of members that make a sample a row.
+        needed: the members that make a sample a row.
     """
 
-    def __init__(
-        self, file: BinaryIO, size: int, needed: Collection[str] = tuple(EXTENSIONS)
-    ) -> None:
+    def __init__(self, file: BinaryIO, size: int, needed: Members = EXTENSIONS) -> None:
         self.count = 0
         self.ledger = Ledger(needed)
         self.cut = ""

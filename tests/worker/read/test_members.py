@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import pytest
 
 from d2m_hpc.run.records import Rejection
+from d2m_hpc.worker.read.decode import EXTENSIONS
 from d2m_hpc.worker.read.members import (
     HIDDEN,
     LINK,
@@ -34,7 +35,8 @@ def index_of(names: Iterable[str], needed: Iterable[str] = ALL, links: Iterable[
             if name in linked:
                 info.type, info.linkname = tarfile.LNKTYPE, "elsewhere"
             tar.addfile(info)
-    index = Index(buffer, len(buffer.getvalue()), tuple(needed))
+    members = {kind: EXTENSIONS[kind] for kind in needed}
+    index = Index(buffer, len(buffer.getvalue()), members)
     for _ in index:
         pass
     assert index.cut == ""
