@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from d2m_hpc.plan.workload import Workload
     from d2m_hpc.run.folder import RunDir
     from d2m_hpc.subsets.datacomp import Export
+    from d2m_hpc.subsets.exports import Exported
     from d2m_hpc.subsets.finished import Features
     from d2m_hpc.subsets.select import Selection
     from d2m_hpc.watch.status import Summary
@@ -395,6 +396,48 @@ class Run:
         _require(int | float, "a number", top=top)
         query = Query(where, by, top)
         return select(self._folder, self.config, query, _path("output", output), on_shards)
+
+    @_explained()
+    def export(
+        self,
+        layout: str,
+        folder: str | os.PathLike[str],
+        features: Sequence[str] | None = None,
+        *,
+        image: str = "",
+        text: str = "",
+        allow_missing: bool = False,
+        on_rows: Callable[[int, int], None] = lambda done, of: None,
+    ) -> Exported:
+        """Write the outputs in another tool's layout; again, it goes on, or adds what is new.
+
+        Example:
+            run.export("hf", "dataset", features=["oai-clip-vit-l14-image"])
+            datasets.load_dataset("dataset", split="train", streaming=True)
+
+        Args:
+            layout: `npy`, `clip-retrieval`, `hf` or `links`.
+            folder: a new folder, or that of the same export before.
+            features: names of features for `npy` and `hf`; by default all.
+            image: the feature for `img_emb`, if there are several; likewise `text`.
+            allow_missing: leave out shards that are not finished.
+            on_rows: called with the number of rows written, and of all rows.
+
+        Raises:
+            ConfigError: there is no such layout or feature, or the folder has other files.
+            D2MError: shards are not finished, or an output cannot be read.
+        """
+        from d2m_hpc.subsets import exports, layouts
+
+        _require_names("features", features)
+        _require(str, "a text", layout=layout, image=image, text=text)
+        path = _path("folder", folder)
+        if layout == "links":
+            return exports.link(self._folder, self.config, path, allow_missing)
+        found = layouts.of(
+            layout, self._folder, self.config, path, features, image, text, allow_missing
+        )
+        return exports.export(self._folder, found, on_rows)
 
     @_explained()
     def export_datacomp(

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from d2m_hpc.cli import datacomp, inspect, weights
+from d2m_hpc.cli import inspect, outputs, weights
 from d2m_hpc.cli.common import ending
 from d2m_hpc.cli.models import models
 from d2m_hpc.cli.submit import plan, submit
@@ -41,8 +41,8 @@ app.command(help="Take shards out of a run's plan: a wrong pattern's, or tars to
 app.command(help="The log of the task that worked on a shard last.")(inspect.logs)
 app.command(help=VERIFY_HELP)(inspect.verify)
 app.command(help="What a run did and made, as one HTML file.")(inspect.report)
-app.command(help="The uids of the best samples, as a subset for DataComp's tools.")(datacomp.select)
-app.add_typer(datacomp.app, name="export")
+app.command(help="The uids of the best samples, as a subset for DataComp's tools.")(outputs.select)
+app.add_typer(outputs.app, name="export")
 app.add_typer(weights.app, name="weights")
 
 submit_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

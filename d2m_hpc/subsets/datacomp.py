@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.errors import ConfigError
 from d2m_hpc.plan.naming import location
 from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.run.folder import RunDir
@@ -24,6 +24,7 @@ from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.urls import is_chained, is_remote
+from d2m_hpc.subsets.exports import require_finished
 from d2m_hpc.subsets.samples import UID, opened
 
 _B32, _L14 = "clip_b32_similarity_score", "clip_l14_similarity_score"
@@ -80,7 +81,8 @@ def export(run: RunDir, config: Config, folder: Path, allow_missing: bool = Fals
     """
     found = standings(run, config)
     missing = found.unfinished
-    _require_ready(run, config, missing, len(found.stems), allow_missing)
+    _require_names(run, config)
+    require_finished(found, allow_missing)
     asked_for.make_folder(folder)
     asked_for.require_writable(folder / "sizes.json")
     repeated, folder, lacks = _repeated(run, config, found), folder.absolute(), lacking(config)
@@ -99,19 +101,11 @@ def export(run: RunDir, config: Config, folder: Path, allow_missing: bool = Fals
     )
 
 
-def _require_ready(
-    run: RunDir, config: Config, missing: Sequence[str], shards: int, allow_missing: bool
-) -> None:
+def _require_names(run: RunDir, config: Config) -> None:
     if not config.use_datacomp_keys:
         what = "use_datacomp_keys: found false, so DataComp's tools find neither their columns nor "
         what += "their uids; set it to true, and submit with `reprocess: true`"
         raise ConfigError(str(run.config), [what])
-    if missing and not allow_missing:
-        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise D2MError(
-            f"{len(missing)} of {shards} shards are not finished ({few}); finish them with "
-            "`d2m submit`, or leave them out with --allow-missing"
-        )
 
 
 def lacking(config: Config) -> dict[str, list[str]]:

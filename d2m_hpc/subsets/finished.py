@@ -59,7 +59,7 @@ class Features:
             D2MError: a file cannot be read, or the two files of a pair differ in their rows.
         """
         for pair in self._pairs:
-            with _readable(pair.output.path(pair.stem)):
+            with readable(pair.output.path(pair.stem)):
                 keys: list[str] = pair.table(["key"])["key"].to_pylist()
                 values = pair.features([self.name])[self.name]
                 if values.shape[:1] != (len(keys),):
@@ -80,7 +80,7 @@ class Features:
         """
         import numpy as np
 
-        with _readable(self.name):
+        with readable(self.name):
             rows = sum(pair.metadata().num_rows for pair in self._pairs)
         keys: list[str] = []
         whole: NDArray[Any] = np.empty((0, 0), np.float32)
@@ -89,13 +89,13 @@ class Features:
             if not keys:
                 whole = _array(shape, dtype, path)
             if (whole.shape, whole.dtype) != (shape, dtype):
-                raise _unreadable(part.stem, f"{self.name!r} is of another shape or type here")
+                raise unreadable(part.stem, f"{self.name!r} is of another shape or type here")
             if len(keys) + len(part.keys) > rows:
-                raise _unreadable(part.stem, "it has changed meanwhile")
+                raise unreadable(part.stem, "it has changed meanwhile")
             whole[len(keys) : len(keys) + len(part.keys)] = part.values
             keys += part.keys
         if len(keys) != rows:
-            raise _unreadable(self.name, "shards have changed meanwhile")
+            raise unreadable(self.name, "shards have changed meanwhile")
         return keys, whole
 
 
@@ -129,27 +129,33 @@ def dataset(run: RunDir, config: Config) -> pads.Dataset:
     if not pairs:
         return pads.dataset(pa.table({"key": pa.array([], pa.string())}))
     output = pairs[0].output
-    some = pairs[:: -(-len(pairs) // FOOTERS)]
-    with _readable(output.url):
-        kinds = [pair.metadata().schema.to_arrow_schema().remove_metadata() for pair in some]
-        schema = pa.unify_schemas(kinds, promote_options="permissive")
+    with readable(output.url):
         paths = [output.path(pair.name(".parquet")) for pair in pairs]
-        return pads.dataset(paths, schema, "parquet", output.fs)
+        return pads.dataset(paths, schema_of(pairs), "parquet", output.fs)
+
+
+def schema_of(pairs: Sequence[Pair]) -> pa.Schema:
+    """The types of the columns of all pairs, which are one run's."""
+    import pyarrow as pa
+
+    some = pairs[:: -(-len(pairs) // FOOTERS)]
+    kinds = [pair.metadata().schema.to_arrow_schema().remove_metadata() for pair in some]
+    return pa.unify_schemas(kinds, promote_options="permissive")
 
 
 def table(run: RunDir, config: Config, columns: Sequence[str] | None = None) -> pa.Table:
     """Read columns of all finished shards, by default all columns."""
     found = dataset(run, config)
     for name in columns or ():
-        _require_known("column", name, found.schema.names)
-    with _readable(config.output_metadata_dir):
+        require_known("column", name, found.schema.names)
+    with readable(config.output_metadata_dir):
         return found.to_table(columns)
 
 
 def features(run: RunDir, config: Config, name: str) -> Features:
     """Find a feature of all finished shards, by its name in the config or in the npz."""
     names = {n: config.renamed(n) for n in config.postprocess_features}
-    _require_known("feature", name, {*names, *names.values()})
+    require_known("feature", name, {*names, *names.values()})
     return Features(names.get(name, name), _pairs(run, config))
 
 
@@ -164,7 +170,7 @@ def _pairs(run: RunDir, config: Config) -> list[Pair]:
     return [Pair(output, stem) for stem, outcome in done.items() if outcome.rows]
 
 
-def _require_known(kind: str, name: str, known: Collection[str]) -> None:
+def require_known(kind: str, name: str, known: Collection[str]) -> None:
     """Raise ConfigError if a name is not known."""
     from d2m_hpc.storage.texts import nearest
 
@@ -173,15 +179,15 @@ def _require_known(kind: str, name: str, known: Collection[str]) -> None:
 
 
 @contextmanager
-def _readable(where: str) -> Iterator[None]:
+def readable(where: str) -> Iterator[None]:
     """Raise every error in reading an output as a D2MError that names the output."""
     try:
         yield
     except D2MError:
         raise
     except Exception as error:  # each store, and each library at a damaged byte, raises its own
-        raise _unreadable(where, f"{type(error).__name__}: {error}") from error
+        raise unreadable(where, f"{type(error).__name__}: {error}") from error
 
 
-def _unreadable(where: str, why: str) -> D2MError:
+def unreadable(where: str, why: str) -> D2MError:
     return D2MError(f"{where} cannot be read: {' '.join(why.split())}; see `d2m verify`")

@@ -1,4 +1,4 @@
-"""Commands on finished outputs: subsets of samples, and files for DataComp's tools."""
+"""Commands on finished outputs: subsets of samples, and exports for other tools."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,14 +16,69 @@ from d2m_hpc.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2m_hpc.subsets.datacomp import Export
+    from d2m_hpc.subsets.exports import Exported
     from d2m_hpc.subsets.select import Selection
 
-app = typer.Typer(no_args_is_help=True, help="Files that other tools need beside the outputs.")
+app = typer.Typer(no_args_is_help=True, help="The outputs as other tools read them.")
+
+Folder = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER")]
+AllowMissing = Annotated[
+    bool, typer.Option("--allow-missing", help="though shards are not finished")
+]
+FeatureNames = Annotated[
+    list[str] | None,
+    typer.Option("--feature", metavar="NAME", help="again for several; by default all"),
+]
 
 
-@app.callback()
-def _commands() -> None:
-    """Make typer keep the name of the only command."""
+@app.command(help="Links to the parquets: pandas, pyarrow, polars, ... take the folder as a table.")
+def links(target: Target, output: Folder, allow_missing: AllowMissing = False) -> None:
+    _show_exported(api.open(target).export("links", output, allow_missing=allow_missing))
+
+
+@app.command(help="Arrays to map into memory: FEATURE.npy, and columns of the same rows.")
+def npy(
+    target: Target,
+    output: Folder,
+    features: FeatureNames = None,
+    allow_missing: AllowMissing = False,
+) -> None:
+    _export("npy", target, output, features=features, allow_missing=allow_missing)
+
+
+@app.command(help="Parquets of columns and features with a card, for Hugging Face's datasets.")
+def hf(
+    target: Target,
+    output: Folder,
+    features: FeatureNames = None,
+    allow_missing: AllowMissing = False,
+) -> None:
+    _export("hf", target, output, features=features, allow_missing=allow_missing)
+
+
+@app.command(help="img_emb/, text_emb/ and metadata/, for clip-retrieval and autofaiss.")
+def clip_retrieval(
+    target: Target,
+    output: Folder,
+    image: Annotated[str, typer.Option(metavar="NAME", help="the feature for img_emb/")] = "",
+    text: Annotated[str, typer.Option(metavar="NAME", help="the feature for text_emb/")] = "",
+    allow_missing: AllowMissing = False,
+) -> None:
+    options = {"image": image, "text": text, "allow_missing": allow_missing}
+    _export("clip-retrieval", target, output, **options)
+
+
+def _export(kind: str, target: Path, output: Path, **options: Any) -> None:
+    with _bar("rows") as on_rows:
+        found = api.open(target).export(kind, output, on_rows=on_rows, **options)
+    _show_exported(found)
+
+
+def _show_exported(found: Exported) -> None:
+    if found.unfinished:
+        echo(f"{found.unfinished:,} shards are not finished; they are left out")
+    parts = f"{found.written:,} of {found.parts:,} parts written, the others were there"
+    echo(f"{found.rows:,} rows of {found.shards:,} shards, {parts}: {found.folder}")
 
 
 def select(
@@ -38,7 +93,7 @@ def select(
 ) -> None:
     if output.suffix != ".npy":
         raise ConfigError("select", [f"--output: found {str(output)!r}; valid is a name in .npy"])
-    with _bar() as on_shards:
+    with _bar("shards") as on_shards:
         found = api.open(target).select(output, where, top, by, on_shards)
     if as_json:
         print_json(asdict(found))
@@ -50,24 +105,22 @@ def select(
 @app.command(help="DataComp's blur map and sizes.json; says which of its tools can run.")
 def datacomp(
     target: Target,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER")] = Path("datacomp"),
-    allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="though shards are not finished")
-    ] = False,
+    output: Folder = Path("datacomp"),
+    allow_missing: AllowMissing = False,
 ) -> None:
     _show_export(api.open(target).export_datacomp(output, allow_missing))
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar of the shards that were read, on a terminal only."""
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar, on a terminal only."""
     from rich.progress import Progress
 
     from d2m_hpc.watch.terminal import console
 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        row = bar.add_task("shards", total=None)
-        yield lambda read, total: bar.update(row, completed=read, total=total)
+        row = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)
 
 
 def _show_selection(found: Selection, output: Path) -> None:

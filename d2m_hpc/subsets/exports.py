@@ -1,0 +1,396 @@
+"""Write the finished outputs of a run into a folder, in the layout of another tool.
+
+An export goes part by part: some shards become some files. A part on the folder's log is not
+written again, so that the same command goes on after a kill, and adds newly finished shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.plan.standing import Standings, standings
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
+from d2m_hpc.storage import asked_for, files
+from d2m_hpc.storage.lease import Lease, held
+from d2m_hpc.subsets.finished import readable, require_known, schema_of, unreadable
+
+PART_ROWS = 100_000
+"""Rows after which a part ends; its last shard is whole."""
+LOG, LOCK = ".d2m-export.jsonl", ".d2m-export.lock"
+
+
+@dataclass(frozen=True)
+class ExportPart:
+    """Shards, neighbours in the plan, that become files of their own.
+
+    Attributes:
+        number: the place among all parts, from 0.
+        start: the rows before this part.
+        rows: the rows of this part.
+        pairs: the shards' pairs, each with its number of rows.
+        digest: a hash of all that decides the files.
+    """
+
+    number: int
+    start: int
+    rows: int
+    pairs: tuple[tuple[Pair, int], ...]
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:05d}"
+
+
+class Vectors:
+    """A feature's name in the npz, and what each row of it is.
+
+    Attributes:
+        shape: of one row.
+    """
+
+    def __init__(self, name: str, array: NDArray[Any]) -> None:
+        self.name, self.dtype, self.shape = name, array.dtype, array.shape[1:]
+
+    @property
+    def bytes(self) -> int:
+        """Of one row."""
+        return int(self.dtype.itemsize * math.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """The finished shards with rows of a run.
+
+    Attributes:
+        schema: one type for each column, over all shards.
+        vectors: the features to export.
+        unfinished: the number of shards that are left out.
+    """
+
+    config: Config
+    pairs: list[tuple[Pair, int]]
+    hashes: list[str]
+    schema: pa.Schema
+    vectors: list[Vectors]
+    unfinished: int
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for _, rows in self.pairs)
+
+    def parts(self, kind: str) -> list[ExportPart]:
+        """Group the shards into parts."""
+        about = [kind, str(self.rows), str(self.schema), *(v.name for v in self.vectors)]
+        found: list[ExportPart] = []
+        start = first = rows = 0
+        for last, (_, more) in enumerate(self.pairs, 1):
+            rows += more
+            if rows >= PART_ROWS or last == len(self.pairs):
+                own = [str(len(found)), *self.hashes[first:last]]
+                digest = _digest([*about, *own])
+                found.append(
+                    ExportPart(len(found), start, rows, tuple(self.pairs[first:last]), digest)
+                )
+                start, first, rows = start + rows, last, 0
+        return found
+
+    def read(
+        self, part: ExportPart, columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[pa.Table, dict[str, NDArray[Any]]]]:
+        """Read the shards of a part one after the other: columns of one type, and features.
+
+        Raises:
+            D2MError: a file cannot be read, or is not as the run has recorded.
+        """
+        names = self.schema.names if columns is None else columns
+        for pair, rows in part.pairs:
+            with readable(pair.output.path(pair.stem)):
+                table = self._cast(pair.table(names), rows, names)
+                arrays = pair.features([v.name for v in self.vectors]) if self.vectors else {}
+            for v in self.vectors:
+                found = arrays[v.name]
+                if (found.dtype, found.shape) != (v.dtype, (rows, *v.shape)):
+                    raise unreadable(pair.stem, f"{v.name!r} is of another shape or type here")
+            yield table, arrays
+
+    def _cast(self, table: pa.Table, rows: int, names: Sequence[str]) -> pa.Table:
+        if len(table) != rows:
+            raise ValueError(f"it has {len(table)} rows, its record {rows}")
+        kinds = [self.schema.field(name) for name in names]
+        there = set(table.column_names)
+        values = [
+            table[kind.name].cast(kind.type) if kind.name in there else pa.nulls(rows, kind.type)
+            for kind in kinds
+        ]
+        return pa.table(values, pa.schema(kinds))
+
+
+class ExportLayout(ABC):
+    """Writes the parts of an export into the files of one tool."""
+
+    kind: str
+
+    def __init__(self, source: ExportSource, folder: Path) -> None:
+        self.source, self.root = source, _local(folder)
+        self.parts = source.parts(self.kind)
+
+    @abstractmethod
+    def files(self, part: ExportPart) -> list[Path]:
+        """The files of a part."""
+
+    @abstractmethod
+    def write(self, part: ExportPart) -> None:
+        """Write the files of a part."""
+
+    def last(self) -> list[Path]:
+        """The files that `finish` writes."""
+        return []
+
+    def there(self, known: Collection[str], complete: bool) -> set[str]:
+        """The digests of parts that are there, of those on the log.
+
+        Args:
+            complete: whether the export had come to its end.
+        """
+        return {
+            part.digest
+            for part in self.parts
+            if part.digest in known and all(path.exists() for path in self.files(part))
+        }
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write what waits for all parts."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        written: the parts that this call wrote; others were there.
+        unfinished: shards of the run that are left out.
+    """
+
+    folder: str
+    rows: int
+    shards: int
+    parts: int
+    written: int
+    unfinished: int = 0
+
+
+def require_finished(found: Standings, allow_missing: bool) -> None:
+    """Raise a `D2MError` if shards are not finished, unless that is allowed."""
+    if (missing := found.unfinished) and not allow_missing:
+        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise D2MError(
+            f"{len(missing)} of {len(found.stems)} shards are not finished ({few}); finish them "
+            "with `d2m submit`, or leave them out with --allow-missing"
+        )
+
+
+def source(
+    run: RunDir, config: Config, features: Sequence[str] | None = None, allow_missing: bool = False
+) -> ExportSource:
+    """Find what is to be exported.
+
+    Args:
+        features: names in the config or in the npz; by default all.
+
+    Raises:
+        ConfigError: there is no such feature.
+        D2MError: no shard has rows, or shards are not finished.
+    """
+    found = standings(run, config)
+    require_finished(found, allow_missing)
+    names = {n: config.renamed(n) for n in config.postprocess_features}
+    for name in features or ():
+        require_known("feature", name, {*names, *names.values()})
+    asked = [*dict.fromkeys(names.get(n, n) for n in (names if features is None else features))]
+    output = OutputDir(config.output_metadata_dir)
+    done = {stem: outcome for stem, outcome in found.done.items() if outcome.rows}
+    pairs = [(Pair(output, stem), outcome.rows) for stem, outcome in done.items()]
+    if not pairs:
+        raise D2MError(f"{run.root}: no finished shard has rows; `d2m status` says how far it is")
+    with readable(output.url):
+        schema = schema_of([pair for pair, _ in pairs])
+        arrays = pairs[0][0].features(asked) if asked else {}
+    hashes = [f"{stem} {o.parquet_sha256} {o.npz_sha256}" for stem, o in done.items()]
+    vectors = [Vectors(name, arrays[name]) for name in asked]
+    return ExportSource(config, pairs, hashes, schema, vectors, len(found.stems) - len(found.done))
+
+
+def export(
+    run: RunDir, layout: ExportLayout, on_rows: Callable[[int, int], None] = lambda done, of: None
+) -> Exported:
+    """Write all parts that are not there yet.
+
+    Args:
+        on_rows: called with the number of rows that are written or were there, and of all rows.
+
+    Raises:
+        ConfigError: the folder has other files, or cannot be written.
+        D2MError: another export works in the folder, or an output cannot be read.
+    """
+    made, parts = layout.source, layout.parts
+    with claimed(layout.root, f"{layout.kind} of {run.root.absolute()}") as log:
+        whole_id = _digest(part.digest for part in parts)
+        there = layout.there(log.parts, whole_id in log.parts)
+        log.keep(there, [*layout.last(), *(path for part in parts for path in layout.files(part))])
+        for part in parts:
+            if part.digest not in there:
+                layout.write(part)
+                log.add(part.digest, layout.files(part))
+            on_rows(part.start + part.rows, made.rows)
+        layout.finish()
+        log.add(whole_id, layout.last())
+    left = len(parts) - len(there)
+    return Exported(str(layout.root), made.rows, len(made.pairs), len(parts), left, made.unfinished)
+
+
+def link(run: RunDir, config: Config, folder: Path, allow_missing: bool = False) -> Exported:
+    """Make a folder of links to the finished parquets, which readers of folders take as a table.
+
+    The npz beside the parquets keep most readers from the output folder itself.
+
+    Raises:
+        ConfigError: the outputs are on a store, or the folder has something else than such links.
+        D2MError: shards are not finished.
+    """
+    output, folder = OutputDir(config.output_metadata_dir), _local(folder)
+    if not output.is_local:
+        what = f"{output.url} is on a store, which has no links; export `hf` copies the columns"
+        raise ConfigError("export", [what])
+    found = standings(run, config)
+    require_finished(found, allow_missing)
+    asked_for.make_folder(folder)
+    root, there = os.path.realpath(output.root), {path.name: path for path in folder.iterdir()}
+    for path in there.values():
+        if not path.is_symlink() or os.path.dirname(os.path.realpath(path)) != root:
+            what = f"{path} is no link to an output of this run; name a new or empty folder"
+            raise ConfigError("export", [f"--output: {what}"])
+    done = {f"{stem}.parquet": o.rows for stem, o in found.done.items() if o.rows}
+    back = os.path.relpath(root, os.path.realpath(folder))
+    for name in there.keys() - done.keys():
+        there[name].unlink()
+    new = done.keys() - there.keys()
+    for name in new:
+        (folder / name).symlink_to(f"{back}/{name}")
+    left = len(found.stems) - len(found.done)
+    return Exported(str(folder), sum(done.values()), len(done), len(done), len(new), left)
+
+
+def _local(folder: Path) -> Path:
+    if re.match(r"\w+:/", str(folder)):  # a path has one slash of a URL's two
+        raise ConfigError("export", [f"--output: found {folder}; valid is a local folder"])
+    return folder.absolute()
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+@dataclass
+class Log:
+    """The log of an export's folder: JSON lines, the first of what it is an export.
+
+    Attributes:
+        parts: the files of each part that is written, by the part's digest; also of the whole.
+    """
+
+    root: Path
+    about: str
+    parts: dict[str, list[str]] = field(default_factory=dict)
+
+    def keep(self, there: Collection[str], wanted: Iterable[Path]) -> None:
+        """Forget all parts but those that are there; remove files that are not wanted any more."""
+        stay = {self._name(path) for path in wanted}
+        gone = {name for names in self.parts.values() for name in names} - stay
+        self.parts = {digest: names for digest, names in self.parts.items() if digest in there}
+        lines = [{"export": self.about}, *({"part": d, "files": n} for d, n in self.parts.items())]
+        files.atomic_write(self.root / LOG, (json.dumps(line).encode() + b"\n" for line in lines))
+        for name in gone:
+            (self.root / name).unlink(missing_ok=True)
+
+    def add(self, digest: str, paths: Sequence[Path]) -> None:
+        line = {"part": digest, "files": [*map(self._name, paths)]}
+        with open(self.root / LOG, "ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.root))
+
+
+@contextmanager
+def claimed(folder: Path, about: str) -> Iterator[Log]:
+    """Take a folder for one export: a new or empty one, or one that had the same export before.
+
+    Raises:
+        ConfigError: it has other files, or another export.
+        D2MError: another process exports into it.
+    """
+    asked_for.make_folder(folder)
+    names = {path.name for path in folder.iterdir()} - {LOCK}
+    log = Log(folder, about)
+    if names:
+        lines = _lines(folder / LOG)
+        if not lines or lines[0].get("export") != about:
+            had = f"the export {lines[0].get('export')}" if lines else f"{min(names)} and the like"
+            advice = "name a new or empty folder, or remove this one"
+            raise ConfigError("export", [f"--output: {folder} has {had}; {advice}"])
+        log.parts = {line["part"]: line["files"] for line in lines[1:]}
+    asked_for.require_writable(folder / LOG)
+    lease = Lease(folder / LOCK)
+    if not lease.claim() and (held([folder / LOCK]) or not lease.claim()):
+        raise D2MError(f"{folder}: another export is writing there; wait for its end")
+    try:
+        for left in folder.rglob(".*.tmp"):
+            left.unlink()
+        yield log
+    finally:
+        lease.release()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; none without one."""
+    try:
+        text = path.read_text()
+        return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file, which is in its place, and on disk, once the block ends without an error."""
+    files.make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with files.durable(temporary) as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    files.fsync_dir(path.parent)

@@ -1,0 +1,265 @@
+"""The layouts of exports: arrays, the folders of clip-retrieval, a data set of Hugging Face."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from numpy.typing import NDArray
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.models.entries import with_paths
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.storage import files
+from d2m_hpc.subsets import exports
+from d2m_hpc.subsets.exports import ExportLayout, ExportPart, ExportSource, Vectors, whole
+from d2m_hpc.version import __version__
+
+IMAGE, TEXT = ("-image", "_img"), ("-text", "_txt")
+"""How the names of features of images and of texts end, also with DataComp's keys."""
+
+
+class Arrays(ExportLayout):
+    """`FEATURE.npy`, one array a feature that numpy maps; `columns/` has the same rows."""
+
+    kind = "npy"
+
+    def files(self, part: ExportPart) -> list[Path]:
+        columns = self.root / "columns" / f"{part.name}.parquet"
+        return [columns, *map(self._unfinished, self.source.vectors)]
+
+    def last(self) -> list[Path]:
+        return [self.root / f"{v.name}.npy" for v in self.source.vectors] + [self._index]
+
+    @property
+    def _index(self) -> Path:
+        return self.root / "shards.parquet"
+
+    def _unfinished(self, vectors: Vectors) -> Path:
+        return self.root / f".{vectors.name}.npy.part"
+
+    def there(self, known: Collection[str], complete: bool) -> set[str]:
+        columns = [self.files(part)[0] for part in self.parts]
+        if complete and all(path.exists() for path in [*columns, *self.last()]):
+            return {part.digest for part in self.parts}
+        there = super().there(known, complete)
+        for vectors in () if there else self.source.vectors:
+            self._unfinished(vectors).unlink(missing_ok=True)
+        return there
+
+    def write(self, part: ExportPart) -> None:
+        with ExitStack() as stack:
+            table = stack.enter_context(_parquet(self.files(part)[0], self.source.schema))
+            arrays = {v.name: stack.enter_context(self._at(v, part)) for v in self.source.vectors}
+            for rows, found in self.source.read(part):
+                table.write_table(rows)
+                for name, file in arrays.items():
+                    file.write(found[name].tobytes())
+
+    @contextmanager
+    def _at(self, vectors: Vectors, part: ExportPart) -> Iterator[IO[bytes]]:
+        """Open an array's file at the part's first row; make the file if it is missing."""
+        path = self._unfinished(vectors)
+        with files.named(path), open(os.open(path, os.O_RDWR | os.O_CREAT, 0o664), "r+b") as file:
+            start = _begin_npy(file, vectors, self.source.rows)
+            file.truncate(start + self.source.rows * vectors.bytes)
+            file.seek(start + part.start * vectors.bytes)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        for vectors, path in zip(self.source.vectors, self.last(), strict=False):
+            if self._unfinished(vectors).exists():
+                os.replace(self._unfinished(vectors), path)
+        stems = [pair.stem for pair, _ in self.source.pairs]
+        rows = np.array([rows for _, rows in self.source.pairs], np.int64)
+        index = pa.table({"shard": stems, "start": rows.cumsum() - rows, "rows": rows})
+        with _parquet(self._index, index.schema) as writer:
+            writer.write_table(index)
+
+
+class ClipRetrieval(ExportLayout):
+    """`img_emb/`, `text_emb/` and `metadata/`, as clip-retrieval's inference writes them."""
+
+    kind = "clip-retrieval"
+
+    def __init__(self, source: ExportSource, folder: Path, image: str, text: str) -> None:
+        super().__init__(source, folder)
+        self._folders = {"img_emb": image, "text_emb": text}
+        caption = "caption" if "caption" in source.schema.names else "text"
+        self._renamed = {"key": "image_path", caption: "caption"}
+
+    def files(self, part: ExportPart) -> list[Path]:
+        number = str(part.number).zfill(len(str(len(self.parts))))
+        there = {v.name for v in self.source.vectors}
+        arrays = {f: f"{f}_{number}.npy" for f, name in self._folders.items() if name in there}
+        metadata = self.root / "metadata" / f"metadata_{number}.parquet"
+        return [*(self.root / f / name for f, name in arrays.items()), metadata]
+
+    def write(self, part: ExportPart) -> None:
+        *paths, metadata = self.files(part)
+        known = {v.name: v for v in self.source.vectors}
+        asked = [known[name] for name in self._folders.values() if name in known]
+        with ExitStack() as stack:
+            arrays = [stack.enter_context(whole(path)) for path in paths]
+            for file, vectors in zip(arrays, asked, strict=True):
+                _begin_npy(file, vectors, part.rows)
+            writer = stack.enter_context(_parquet(metadata, self._named(self.source.schema)))
+            for table, found in self.source.read(part):
+                writer.write_table(table.rename_columns(self._named(table.schema).names))
+                for file, vectors in zip(arrays, asked, strict=True):
+                    file.write(found[vectors.name].tobytes())
+
+    def finish(self) -> None:
+        """All files are of parts."""
+
+    def _named(self, schema: pa.Schema) -> pa.Schema:
+        """The names that clip-retrieval knows; a column that would take one of these keeps out."""
+        new = [self._renamed.get(name, name) for name in schema.names]
+        again = [f"{n}_2" if n in new[:i] else n for i, n in enumerate(new)]
+        kinds = zip(again, schema.types, strict=True)
+        return pa.schema([pa.field(name, kind) for name, kind in kinds])
+
+
+class HuggingFace(ExportLayout):
+    """`data/*.parquet`, all columns and features with one schema, and a card, `README.md`."""
+
+    kind = "hf"
+
+    def files(self, part: ExportPart) -> list[Path]:
+        number = part.name
+        return [self.root / "data" / f"train-{number}-of-{len(self.parts):05d}.parquet"]
+
+    def last(self) -> list[Path]:
+        return [self.root / "README.md"]
+
+    @property
+    def _schema(self) -> pa.Schema:
+        kinds = [pa.field(v.name, _list_of(v)) for v in self.source.vectors]
+        return pa.schema([*self.source.schema, *kinds])
+
+    def write(self, part: ExportPart) -> None:
+        schema = self._schema
+        with _parquet(self.files(part)[0], schema) as writer:
+            for table, found in self.source.read(part):
+                lists = [_as_lists(found[v.name], v) for v in self.source.vectors]
+                writer.write_table(pa.table([*table.columns, *lists], schema))
+
+    def finish(self) -> None:
+        with whole(self.root / "README.md") as file:
+            file.write(self._card().encode())
+
+    def _card(self) -> str:
+        made, config = self.source, self.source.config
+        about = {
+            "size_categories": [_size(made.rows)],
+            "configs": [
+                {
+                    "config_name": "default",
+                    "data_files": [{"split": "train", "path": "data/*.parquet"}],
+                }
+            ],
+        }
+        models = yaml.safe_dump(
+            [with_paths(entry, lambda path: path.name) for entry in config.models]
+        )
+        columns = "\n".join(f"| `{kind.name}` | {kind.type} |" for kind in self._schema)
+        return (
+            f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\n# Metadata of samples\n\n"
+            f"{made.rows:,} samples of {len(made.pairs):,} shards, "
+            f"computed by d2m_hpc {__version__} with these models:\n\n```yaml\n{models}```\n\n"
+            f"| column | type |\n|---|---|\n{columns}\n"
+        )
+
+
+def _size(rows: int) -> str:
+    """The Hub's words for a number of rows."""
+    steps = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
+    place = max(0, len(str(rows)) - 3)
+    return f"{steps[place - 1]}<n<{steps[place]}" if 0 < place < len(steps) else "n<1K"
+
+
+def of(
+    kind: str,
+    run: RunDir,
+    config: Config,
+    folder: Path,
+    features: Sequence[str] | None = None,
+    image: str = "",
+    text: str = "",
+    allow_missing: bool = False,
+) -> ExportLayout:
+    """Find the outputs to export, in the layout of this name.
+
+    Raises:
+        ConfigError: there is no such layout or feature.
+        D2MError: shards are not finished.
+    """
+    if kind == "clip-retrieval":
+        names = [config.renamed(name) for name in config.postprocess_features]
+        ends = (("--image", image, IMAGE), ("--text", text, TEXT))
+        found = [given or _only(o, [n for n in names if n.endswith(e)]) for o, given, e in ends]
+        if not any(found):
+            what = f"found features {', '.join(names) or 'none'}; valid is a feature of images or "
+            raise ConfigError("export", [f"{what}texts, by --image or --text"])
+        made = exports.source(run, config, [name for name in found if name], allow_missing)
+        return ClipRetrieval(made, folder, *map(config.renamed, found))
+    for layout in (Arrays, HuggingFace):
+        if kind == layout.kind:
+            return layout(exports.source(run, config, features, allow_missing), folder)
+    kinds = ["npy", "clip-retrieval", "hf", "links"]
+    raise ConfigError("export", [f"layout: found {kind!r}; valid: {', '.join(kinds)}"])
+
+
+def _only(option: str, names: list[str]) -> str:
+    if len(names) > 1:
+        raise ConfigError("export", [f"{option}: name one of {', '.join(names)}"])
+    return names[0] if names else ""
+
+
+def _begin_npy(file: IO[bytes], vectors: Vectors, rows: int) -> int:
+    """Write the header of an npy; returns its length in bytes."""
+    described = {
+        "descr": np.lib.format.dtype_to_descr(vectors.dtype),
+        "fortran_order": False,
+        "shape": (rows, *vectors.shape),
+    }
+    np.lib.format.write_array_header_1_0(file, described)
+    return file.tell()
+
+
+@contextmanager
+def _parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """Open a new parquet; vectors, which do not get smaller, are not compressed."""
+    arrow = pa.types.is_fixed_size_list
+    codecs = {kind.name: "none" if arrow(kind.type) else "zstd" for kind in schema}
+    words = [kind.name for kind in schema if not arrow(kind.type)]
+    with (
+        whole(path) as file,
+        pq.ParquetWriter(file, schema, compression=codecs, use_dictionary=words) as writer,
+    ):
+        yield writer
+
+
+def _list_of(vectors: Vectors) -> pa.DataType:
+    """Lists of fixed sizes, one in the other, of the feature's numbers."""
+    kind = pa.from_numpy_dtype(vectors.dtype)
+    for length in reversed(vectors.shape):
+        kind = pa.list_(kind, length)
+    return kind
+
+
+def _as_lists(array: NDArray[Any], vectors: Vectors) -> pa.Array:
+    values = pa.array(array.reshape(-1))
+    for length in reversed(vectors.shape):
+        values = pa.FixedSizeListArray.from_arrays(values, length)
+    return values

@@ -1,0 +1,313 @@
+"""Exports of a finished run, each read by the program that it is for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from pools import CLIP, CONFIG, make_run, table, uid
+from typer.testing import CliRunner
+
+import d2m_hpc as d2m
+from d2m_hpc.cli.commands import app
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.subsets import exports
+
+ROWS = [4, 0, 3, 6, 1, 5]
+"""Of each shard; the second has no samples."""
+FEATURES = ["oai-clip-vit-l14-image", "oai-clip-vit-l14-text", "image-histogram"]
+NAMES = ["l14_img", "l14_txt", "image-histogram"]
+KEYS = [f"{uid(100 * shard + i)}" for shard, rows in enumerate(ROWS) for i in range(rows)]
+
+
+def vectors(shard: int, rows: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(shard)
+    flat = {name: rng.normal(size=(rows, 16)).astype(np.float16) for name in NAMES[:2]}
+    return flat | {NAMES[2]: rng.random((rows, 2, 3)).astype(np.float16)}
+
+
+def shard(number: int, rows: int) -> pa.Table:
+    uids: list[str | None] = [uid(100 * number + i) for i in range(rows)]
+    captions = [None if i == 2 else f"of {i}" for i in range(rows)]
+    return table(uids, [i / 8 for i in range(rows)], caption=pa.array(captions, pa.string()))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> d2m.Run:
+    """Of six shards, exported in parts of seven rows and more: two parts, and the rest."""
+    monkeypatch.setattr(exports, "PART_ROWS", 7)
+    return finished(tmp_path, len(ROWS))
+
+
+def finished(folder: Path, shards: int) -> d2m.Run:
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    names = {f"{i:05d}": shard(i, rows) if i < shards else None for i, rows in enumerate(ROWS)}
+    models = [*CONFIG["models"], "image-stats"]
+    where = make_run(folder, names, models=models, postprocess_features=FEATURES)
+    for number, rows in enumerate(ROWS[:shards]):
+        np.savez(folder / "out" / f"{number:05d}.npz", **vectors(number, rows))
+    return d2m.Run(*where)
+
+
+def whole(name: str) -> np.ndarray:
+    return np.concatenate([vectors(number, rows)[name] for number, rows in enumerate(ROWS)])
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files but the log, which has a line for each time."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != exports.LOG]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def datasets_rows(folder: Path, streaming: bool = False) -> list[dict[str, Any]]:
+    datasets = pytest.importorskip("datasets")
+    cache = str(folder.parent / "cache")
+    return [
+        *datasets.load_dataset(str(folder), split="train", streaming=streaming, cache_dir=cache)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+# --- links ---
+
+READERS: dict[str, Callable[[Path], int]] = {
+    "pandas": lambda folder: len(pd.read_parquet(folder)),
+    "pyarrow.parquet": lambda folder: pq.read_table(folder).num_rows,
+    "pyarrow.dataset": lambda folder: ds.dataset(folder).count_rows(),
+    "duckdb": lambda folder: len(duckdb.sql(f"FROM '{folder}/*.parquet'").fetchall()),
+    "polars": lambda folder: pl.scan_parquet(folder).collect().height,
+    "datasets": lambda folder: len(datasets_rows(folder)),
+    "datasets, streaming": lambda folder: len(datasets_rows(folder, streaming=True)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_take_the_folder_of_links(run: d2m.Run, tmp_path: Path, reader: str) -> None:
+    run.export("links", tmp_path / "view")
+    assert READERS[reader](tmp_path / "view") == len(KEYS)
+
+
+def test_links_follow_the_run_and_lead_to_the_outputs(tmp_path: Path) -> None:
+    view = tmp_path / "view"
+    with pytest.raises(D2MError, match="1 of 6 shards are not finished"):
+        finished(tmp_path, 5).export("links", view)
+    found = finished(tmp_path, 5).export("links", view, allow_missing=True)
+    assert (found.written, found.unfinished) == (4, 1)
+    again = finished(tmp_path, 6).export("links", view)
+    assert (again.written, again.parts, again.rows) == (1, 5, len(KEYS))
+    for path in view.iterdir():
+        assert path.samefile(tmp_path / "out" / path.name)
+        assert not os.path.isabs(os.readlink(path))
+    (view / "mine.parquet").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"mine.parquet is no link to an output of this run"):
+        finished(tmp_path, 6).export("links", view)
+
+
+def test_a_store_has_no_links(tmp_path: Path) -> None:
+    run = d2m.Run(*make_run(tmp_path, {"a": shard(0, 1)}, url="memory://links"))
+    with pytest.raises(ConfigError, match="on a store, which has no links; export `hf`"):
+        run.export("links", tmp_path / "view")
+
+
+# --- npy ---
+
+
+def test_npy_is_mapped_and_its_columns_have_the_same_rows(run: d2m.Run, tmp_path: Path) -> None:
+    run.export("npy", tmp_path / "npy")
+    for name in NAMES:
+        found = np.load(tmp_path / "npy" / f"{name}.npy", mmap_mode="r")
+        assert found.dtype == np.float16
+        assert np.array_equal(found, whole(name))
+    columns = pd.read_parquet(tmp_path / "npy" / "columns")
+    assert columns.uid.tolist() == KEYS
+    index = pq.read_table(tmp_path / "npy" / "shards.parquet").to_pylist()
+    assert [row["rows"] for row in index] == [rows for rows in ROWS if rows]
+    for row in index:
+        rows = slice(row["start"], row["start"] + row["rows"])
+        assert np.array_equal(
+            whole("l14_img")[rows], vectors(int(row["shard"]), row["rows"])["l14_img"]
+        )
+
+
+# --- clip-retrieval ---
+
+
+def test_embedding_reader_reads_what_clip_retrieval_would_have_written(
+    run: d2m.Run, tmp_path: Path
+) -> None:
+    reader = pytest.importorskip("embedding_reader")
+    run.export("clip-retrieval", tmp_path / "clip")
+    assert sorted(path.name for path in (tmp_path / "clip").iterdir() if path.is_dir()) == [
+        *("img_emb", "metadata", "text_emb")
+    ]
+    for folder, name in (("img_emb", "l14_img"), ("text_emb", "l14_txt")):
+        found = reader.EmbeddingReader(
+            str(tmp_path / "clip" / folder),
+            file_format="parquet_npy",
+            metadata_folder=str(tmp_path / "clip" / "metadata"),
+            meta_columns=["image_path", "caption", "uid"],
+        )
+        assert (found.count, found.dimension) == (len(KEYS), 16)
+        batches = [*found(batch_size=5, show_progress=False)]
+        assert np.array_equal(np.concatenate([batch for batch, _ in batches]), whole(name))
+        meta = pd.concat([meta for _, meta in batches])
+        assert meta.uid.tolist() == KEYS
+        assert meta.image_path.tolist()[:2] == ["000000000", "000000001"]
+        assert meta.caption.tolist()[:2] == ["of 0", "of 1"]
+
+
+def test_autofaiss_finds_the_neighbours_that_brute_force_finds(
+    run: d2m.Run, tmp_path: Path
+) -> None:
+    autofaiss = pytest.importorskip("autofaiss")
+    run.export("clip-retrieval", tmp_path / "clip", image="oai-clip-vit-l14-image")
+    index, _ = autofaiss.build_index(
+        str(tmp_path / "clip" / "img_emb"), save_on_disk=False, metric_type="l2", verbose=40
+    )
+    points = whole("l14_img").astype(np.float32)
+    _, found = index.search(points, 3)
+    distances = ((points[:, None] - points[None]) ** 2).sum(-1)
+    assert np.array_equal(found, np.argsort(distances, axis=1)[:, :3])
+
+
+def test_which_feature_is_meant_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    two = [*FEATURES[:2], "oai-clip-vit-b32-image"]
+    run = d2m.Run(*make_run(tmp_path, {"a": shard(0, 2)}, postprocess_features=two))
+    with pytest.raises(ConfigError, match="--image: name one of l14_img, b32_img"):
+        run.export("clip-retrieval", tmp_path / "clip")
+    with pytest.raises(ConfigError, match="found no feature 'l14_imag'; did you mean 'l14_img'"):
+        run.export("clip-retrieval", tmp_path / "clip", image="l14_imag")
+    with pytest.raises(ConfigError, match="layout: found 'hff'; valid: npy, clip-retrieval, hf"):
+        run.export("hff", tmp_path / "clip")
+    run = d2m.Run(*make_run(tmp_path / "none", {"a": shard(0, 2)}, postprocess_features=[]))
+    with pytest.raises(ConfigError, match="valid is a feature of images or texts, by --image"):
+        run.export("clip-retrieval", tmp_path / "clip")
+
+
+# --- hf ---
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_loads_the_export(run: d2m.Run, tmp_path: Path, streaming: bool) -> None:
+    run.export("hf", tmp_path / "hf-export")
+    rows = datasets_rows(tmp_path / "hf-export", streaming)
+    assert [row["uid"] for row in rows] == KEYS
+    for name in NAMES:
+        assert np.array_equal(np.array([row[name] for row in rows], np.float16), whole(name))
+    assert rows[2]["caption"] is None
+
+
+def test_the_card_and_one_schema(run: d2m.Run, tmp_path: Path) -> None:
+    out = tmp_path / "hf-export"
+    run.export("hf", out, features=["l14_img"])
+    schemas = [pq.read_schema(path) for path in sorted((out / "data").iterdir())]
+    assert len(schemas) == 3
+    assert all(schema.equals(schemas[0]) for schema in schemas)
+    assert schemas[0].field("l14_img").type == pa.list_(pa.float16(), 16)
+    _, front, text = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["configs"][0]["data_files"][0]["path"] == "data/*.parquet"
+    assert "19 samples of 5 shards" in text
+    assert f"| `{CLIP}` | float |" in text
+    by_duckdb = duckdb.sql(
+        f"SELECT l14_img FROM '{out}/data/*.parquet' ORDER BY filename"
+    ).fetchall()
+    by_polars = pl.read_parquet(out / "data")["l14_img"].to_list()
+    for found in ([row for (row,) in by_duckdb], by_polars):
+        assert np.array_equal(np.array(found, np.float16), whole("l14_img"))
+
+
+# --- all of them ---
+
+LAYOUTS = ["npy", "clip-retrieval", "hf"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_that_broke_off_goes_on(
+    run: d2m.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    run.export(layout, tmp_path / "at-once")
+    broken, npz = tmp_path / "broken", tmp_path / "out" / "00003.npz"
+    content = npz.read_bytes()
+    npz.write_bytes(content[:200])
+    with pytest.raises(D2MError, match=r"00003 cannot be read: .*; see `d2m verify`"):
+        run.export(layout, broken)
+    assert [path for path in tree(broken) if path.endswith(".tmp")] == []
+    assert layout != "npy" or not (broken / "l14_img.npy").exists()
+    npz.write_bytes(content)
+    seen: list[tuple[int, int]] = []
+    found = run.export(layout, broken, on_rows=lambda *count: seen.append(count))
+    assert (found.parts, found.written) == (3, 2)
+    assert seen == [(7, 19), (14, 19), (19, 19)]
+    assert tree(broken) == tree(tmp_path / "at-once")
+    assert run.export(layout, broken).written == 0
+    assert tree(broken) == tree(tmp_path / "at-once")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_grows_with_its_run_and_loses_nothing(
+    run: d2m.Run, tmp_path: Path, layout: str
+) -> None:
+    run.export(layout, tmp_path / "at-once")
+    part = finished(tmp_path, 3)
+    before = part.export(layout, tmp_path / "grown", allow_missing=True)
+    assert (before.rows, before.unfinished) == (7, 3)
+    finished(tmp_path, 6).export(layout, tmp_path / "grown")
+    assert tree(tmp_path / "grown") == tree(tmp_path / "at-once")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_lost_file_is_written_again(run: d2m.Run, tmp_path: Path, layout: str) -> None:
+    run.export(layout, tmp_path / "export")
+    first = tree(tmp_path / "export")
+    for name in first:
+        (tmp_path / "export" / name).unlink()
+        run.export(layout, tmp_path / "export")
+        assert tree(tmp_path / "export") == first
+
+
+def test_another_s_folder_is_left_alone(run: d2m.Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"mine has thesis.tex and the like; name a new or empty"):
+        run.export("hf", tmp_path / "mine")
+    run.export("npy", tmp_path / "npy")
+    with pytest.raises(ConfigError, match=r"npy has the export npy of .*; name a new or empty"):
+        run.export("hf", tmp_path / "npy")
+    with pytest.raises(ConfigError, match="found s3:/b/x; valid is a local folder"):
+        run.export("hf", "s3://b/x")
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+def test_an_npz_of_another_shape_is_named(run: d2m.Run, tmp_path: Path) -> None:
+    wrong = vectors(5, 5) | {"l14_img": np.zeros((5, 8), np.float16)}
+    np.savez(tmp_path / "out" / "00005.npz", **wrong)
+    with pytest.raises(D2MError, match="00005 cannot be read: 'l14_img' is of another shape"):
+        run.export("hf", tmp_path / "hf-export")
+
+
+def test_the_commands(run: d2m.Run, tmp_path: Path) -> None:
+    for layout in [*LAYOUTS, "links"]:
+        words = ["export", layout, str(run.path), "-o", str(tmp_path / "by-command" / layout)]
+        (tmp_path / "by-command").mkdir(exist_ok=True)
+        ended = CliRunner().invoke(app, words)
+        assert (ended.exit_code, ended.stderr) == (0, "")
+        assert "19 rows of " in ended.stdout
