@@ -18,7 +18,7 @@ from d2m_hpc import config as configs
 from d2m_hpc.launch.flow import submit
 from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.models.preprocessors import PREPROCESSORS
-from d2m_hpc.models.registry import COLUMNS, FEATURES
+from d2m_hpc.models.registry import builtin
 from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.plan.workload import inspect
 from d2m_hpc.run.records import Job, Shard
@@ -40,10 +40,11 @@ BATCH = 128
 
 def keys(tars: Sequence[Path], workers: int, models: Sequence[str], **more: Any) -> dict[str, Any]:
     """A config's keys for these models with all that they give, as DataComp has it."""
+    known = builtin()
     return {
         "models": list(models),
-        "postprocess_columns": [name for name, post in COLUMNS.items() if post.model in models],
-        "postprocess_features": [name for name, post in FEATURES.items() if post.model in models],
+        "postprocess_columns": [n for n, p in known.columns.items() if p.model in models],
+        "postprocess_features": [n for n, p in known.features.items() if p.model in models],
         "additional_fields": FIELDS,
         "nworkers": workers,
         "batch_size": BATCH,

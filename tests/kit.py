@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from d2m_hpc.models import weights
-from d2m_hpc.models.registry import MODELS
+from d2m_hpc.models.registry import builtin
 from d2m_hpc.run.outputs import OutputDir
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -59,7 +59,7 @@ DATACOMP: dict[str, Any] = {
     "nworkers": 2,
 }
 
-CHECKPOINTS = {c.name: c for c in weights.needed(MODELS[name] for name in DATACOMP["models"])}
+CHECKPOINTS = {c.name: c for c in weights.needed(builtin().specs(DATACOMP["models"]).values())}
 """What the six models of DataComp need."""
 
 STATS: dict[str, Any] = {

@@ -26,7 +26,7 @@ from torch import nn
 
 from d2m_hpc import cli
 from d2m_hpc.models.published import HubRepo
-from d2m_hpc.models.registry import MODELS
+from d2m_hpc.models.registry import builtin
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yml"))
 
@@ -44,7 +44,7 @@ def weights(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(checkpoints, folder, copy_function=os.symlink)
     save_clip(folder / HubRepo("apple/DFN-public").name)
     tiny_blip2.save(folder / HubRepo("Salesforce/blip2-opt-2.7b").name)
-    [aesthetic] = MODELS["aesthetic-laion-v2"].checkpoints
+    [aesthetic] = builtin().models["aesthetic-laion-v2"].checkpoints
     save_head(folder / aesthetic.name)
     nsfw = torch.load(checkpoints / "nsfw_torch.pt", weights_only=True)
     nsfw[[*nsfw][-1]] -= 1  # which leaves random scores below a half

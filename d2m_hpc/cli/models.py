@@ -15,7 +15,7 @@ def models(
     from d2m_hpc.errors import ConfigError
     from d2m_hpc.models.entries import kinds, known_families, plugged_in
     from d2m_hpc.models.family import ParameterError
-    from d2m_hpc.models.registry import MODELS
+    from d2m_hpc.models.registry import builtin
     from d2m_hpc.storage.texts import nearest
     from d2m_hpc.watch import catalogue
 
@@ -25,10 +25,11 @@ def models(
         family = known_families().get(name) or plugged_in(name)
     except ParameterError as error:
         raise ConfigError("d2m models", [what for _, what in error.mistakes]) from None
-    if name in MODELS:
-        catalogue.model(MODELS[name])
-    if family is not None and (family.model_fields or name not in MODELS):
+    known = builtin().models
+    if name in known:
+        catalogue.model(known[name])
+    if family is not None and (family.model_fields or name not in known):
         catalogue.family(family)
-    elif name not in MODELS:
-        what = f"unknown model or family {name!r}{nearest(name, {*kinds(), *MODELS})}"
+    elif name not in known:
+        what = f"unknown model or family {name!r}{nearest(name, {*kinds(), *known})}"
         raise ConfigError("d2m models", [what])

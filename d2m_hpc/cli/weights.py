@@ -19,14 +19,17 @@ app = typer.Typer(no_args_is_help=True, help="The published checkpoints of the m
 
 @app.command("list", help="What all models of this program need, or those of a config.")
 def weights_list(config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]")] = None) -> None:
-    from d2m_hpc.models import registry, weights
+    from d2m_hpc.models import weights
+    from d2m_hpc.models.registry import builtin
     from d2m_hpc.watch import terminal
 
     if config is None:
-        found = weights.survey_all(registry.MODELS.values(), weights.default_dir(), quick=True)
+        specs = builtin().models.values()
+        found = weights.survey_all(specs, weights.default_dir(), quick=True)
     else:
         loaded = load(config)
-        folder, specs = weights.weights_dir(loaded.weights_dir), _specs(config, loaded).values()
+        folder = weights.weights_dir(loaded.weights_dir)
+        specs = _specs(config, loaded).values()
         found = weights.survey_all(specs, folder, loaded.custom_file, quick=True)
     terminal.checkpoints(found)
 

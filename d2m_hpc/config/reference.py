@@ -9,17 +9,19 @@ from d2m_hpc.config.load import APART
 from d2m_hpc.config.schema import Config
 from d2m_hpc.models.entries import known_families
 from d2m_hpc.models.family import Family
-from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS
+from d2m_hpc.models.registry import builtin
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-KNOWN = {"models": MODELS, "postprocess_columns": COLUMNS, "postprocess_features": FEATURES}
-"""Names that an editor may offer; those of a custom file are as valid."""
 
 
 def json_schema() -> dict[str, Any]:
     """Make the schema: the keys and their types. `load` finds more mistakes, in better words."""
     schema = Config.model_json_schema()
-    for key, names in KNOWN.items():
+    known = builtin()
+    offered = (known.models, known.columns, known.features)  # a custom file's are as valid
+    for key, names in zip(
+        ("models", "postprocess_columns", "postprocess_features"), offered, strict=True
+    ):
         for array in _arrays(schema["properties"][key]):
             named = [{"enum": sorted(names)}, {"type": "string"}]
             array["items"] = {"anyOf": named + ([_families()] if key == "models" else [])}

@@ -28,7 +28,7 @@ from d2m_hpc.models.family import ModelSpec, Output, Post
 from d2m_hpc.models.inputs import NAMED, ImageInput
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture, Preprocessor
 from d2m_hpc.models.published import Checkpoint, HubRepo
-from d2m_hpc.models.registry import COLUMNS, FEATURES, LOOKUPS, MODELS, Registry
+from d2m_hpc.models.registry import LOOKUPS, Registry, builtin
 from d2m_hpc.models.types import is_column_type
 from d2m_hpc.stopping import is_asked
 
@@ -192,10 +192,11 @@ def registry(tables: Tables, types: Mapping[str, Any] = {}) -> Registry:
     shaped = {n: p for n, p in outputs if not p.type} | {
         n: Post(source(p), shape=tuple(types.get(n, ()))) for n, p in features.items()
     }
+    known = builtin()
     return Registry(
-        models={**MODELS, **{name: spec_of(name, model) for name, model in models.items()}},
-        columns={**COLUMNS, **typed},
-        features={**FEATURES, **shaped},
+        models={**known.models, **{name: spec_of(name, model) for name, model in models.items()}},
+        columns={**known.columns, **typed},
+        features={**known.features, **shaped},
         preprocessors=frozenset(NAMED.keys() | made.keys()),
         own=frozenset({*models, *made, *typed, *shaped}),
     )

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -196,22 +197,28 @@ def _usable(named: Mapping[str, Family], folder: Path) -> Iterator[Chosen]:
             yield Chosen.of(name, family, folder)
 
 
-_FOLDER = weights.default_dir()
-_PRESETS = [*_usable(presets(), _FOLDER)]
-COLUMNS: Mapping[str, Post] = _posts(_PRESETS, columns=True)
-FEATURES: Mapping[str, Post] = _posts(_PRESETS, columns=False)
-MODELS: Mapping[str, ModelSpec] = {
-    chosen.name: chosen.spec(_FOLDER, (), FEATURES) for chosen in _PRESETS
-}
+@cache
+def builtin() -> Registry:
+    """The names of the presets. Made when asked: `status` and its like load no family.
+
+    Example:
+        >>> builtin().post("oai-clip-vit-l14-score").type
+        'float32'
+    """
+    folder = weights.default_dir()
+    chosen = [*_usable(presets(), folder)]
+    columns, features = _posts(chosen, columns=True), _posts(chosen, columns=False)
+    models = {c.name: c.spec(folder, (), features) for c in chosen}
+    return Registry(models, columns, features)
 
 
 @dataclass(frozen=True)
 class Registry:
-    """All names that a config may use."""
+    """All names that a config may use; by default, the built-in ones."""
 
-    models: Mapping[str, ModelSpec] = field(default_factory=lambda: MODELS)
-    columns: Mapping[str, Post] = field(default_factory=lambda: COLUMNS)
-    features: Mapping[str, Post] = field(default_factory=lambda: FEATURES)
+    models: Mapping[str, ModelSpec] = field(default_factory=lambda: builtin().models)
+    columns: Mapping[str, Post] = field(default_factory=lambda: builtin().columns)
+    features: Mapping[str, Post] = field(default_factory=lambda: builtin().features)
     preprocessors: frozenset[str] = frozenset(NAMED)
     own: frozenset[str] = frozenset()
     """The names that a custom file gives, of all kinds; they go before built-in ones."""

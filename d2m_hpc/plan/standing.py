@@ -15,8 +15,7 @@ from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.run import fingerprints
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
-from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.run.pair import NPZ, PARQUET, SUFFIXES
+from d2m_hpc.run.outputs import NPZ, PARQUET, SUFFIXES, OutputDir
 from d2m_hpc.run.shards import read_stems
 
 State = Literal["done", "outdated", "failed", "given up", "pending"]

@@ -11,7 +11,7 @@ from typing import Any
 from d2m_hpc.config.schema import Config
 from d2m_hpc.models.entries import Listed, name_of, parameters_of
 from d2m_hpc.models.family import ModelSpec
-from d2m_hpc.models.registry import MODELS, Registry
+from d2m_hpc.models.registry import Registry, builtin
 from d2m_hpc.models.types import misfit, split
 from d2m_hpc.run.manifest import gist
 from d2m_hpc.storage.texts import BRIEF, safe
@@ -107,7 +107,7 @@ def _other_code(old: Fingerprint, new: Fingerprint) -> list[str]:
 def _used(fingerprint: Fingerprint) -> list[str]:
     """The names of all code that decides the outputs of a fingerprint."""
     models = [name_of(entry) for entry in fingerprint["models"]]
-    specs = (MODELS[model] for model in models if model in MODELS)
+    specs = builtin().specs(models).values()
     made = (name for spec in specs for name in spec.preprocessors if isinstance(name, str))
     posts = (*fingerprint["postprocess_columns"], *fingerprint["postprocess_features"])
     return list(dict.fromkeys((*models, *made, *posts)))

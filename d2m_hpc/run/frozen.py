@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ from pydantic import TypeAdapter
 from d2m_hpc.errors import D2MError, WeightsError
 from d2m_hpc.models.code import Source, Sources
 from d2m_hpc.models.inputs import NAMED
-from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS, Registry
+from d2m_hpc.models.registry import Registry, builtin
 from d2m_hpc.models.weights import Kept
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.storage.files import atomic_write, is_private
 
-NAMES: TypeAdapter[Registry] = TypeAdapter(Registry)
+
+@cache
+def names() -> TypeAdapter[Registry]:
+    """How a registry is written and read; made when asked, as that takes milliseconds."""
+    return TypeAdapter(Registry)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Custom:
     def described(self) -> dict[str, Any]:
         """Describe the custom file as JSON: its own names, and the places of its modules."""
         own = self.registry.own
-        named: dict[str, Any] = NAMES.dump_python(self.registry, mode="json")
+        named: dict[str, Any] = names().dump_python(self.registry, mode="json")
         for kind in ("models", "columns", "features"):
             named[kind] = {name: value for name, value in named[kind].items() if name in own}
         named["preprocessors"] = sorted(self.registry.preprocessors & own)
@@ -79,14 +84,15 @@ class Custom:
     @classmethod
     def of(cls, described: dict[str, Any], sources: Sources) -> Custom:
         """Make the object of which `described` made a description."""
-        named = NAMES.validate_python(
+        named = names().validate_python(
             {k: v for k, v in described.items() if k in asdict(Registry())}
         )
+        known = builtin()
         registry = replace(
             named,
-            models={**MODELS, **named.models},
-            columns={**COLUMNS, **named.columns},
-            features={**FEATURES, **named.features},
+            models={**known.models, **named.models},
+            columns={**known.columns, **named.columns},
+            features={**known.features, **named.features},
             preprocessors=named.preprocessors | frozenset(NAMED),
         )
         return cls(registry, sources, tuple(described["missing"]))

@@ -35,8 +35,8 @@ def _names(folder: Path) -> list[str]:
     return [n for n in os.listdir(folder) if n.endswith(SUFFIXES) and not n.startswith(".")]
 
 
-def listed(folder: Path) -> Iterator[Path]:
-    """List the files of a folder, each once; readers skip files that are gone by then.
+def listed(folder: Path) -> Iterator[str]:
+    """List the paths of a folder's files, each once; readers skip files that are gone by then.
 
     A file that was merged meanwhile is part of a file in the next listing, so the folder is listed
     until nothing new shows. A listing in the midst of renames may still miss a file: decisions by
@@ -45,7 +45,7 @@ def listed(folder: Path) -> Iterator[Path]:
     seen: set[str] = set()
     while folder.is_dir() and (new := sorted(set(_names(folder)) - seen)):
         seen.update(new)
-        yield from (folder / name for name in new)
+        yield from (f"{folder}/{name}" for name in new)  # a Path each takes as long as a read
 
 
 def merge_silent(run: RunDir, seconds: float) -> int:

@@ -20,6 +20,8 @@ from d2m_hpc.storage.urls import is_local, scheme
 BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
 """Stores without folders: making one would make a bucket of a misspelt name."""
 PROBE = ".d2m-probe"
+PARQUET, NPZ = SUFFIXES = (".parquet", ".npz")
+"""How the names of a shard's two files end."""
 T = TypeVar("T")
 
 
@@ -50,7 +52,7 @@ class OutputDir:
     @cached_property
     def root(self) -> str:
         """The folder's path in its filesystem."""
-        return stores.filesystem(self._url)[1]
+        return self._url if self.is_local else stores.filesystem(self._url)[1]
 
     @cached_property
     def _url(self) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from d2m_hpc.errors import D2MError, ShardError
 from d2m_hpc.run.manifest import Outcome
-from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.outputs import NPZ, PARQUET, OutputDir
 from d2m_hpc.run.records import Record
 
 METADATA = b"d2m"
@@ -31,7 +31,6 @@ METADATA = b"d2m"
 TAIL = 64 << 10
 """Bytes at the end of a parquet that hold almost any parquet's metadata."""
 AGAIN = "delete {}.parquet to have the shard computed whole by the next submit"
-PARQUET, NPZ = SUFFIXES = (".parquet", ".npz")
 
 
 class Contents(NamedTuple):

@@ -213,7 +213,7 @@ def read_records(path: Path) -> Iterator[Record]:
             yield Record.from_dict(values)
 
 
-def read_values(path: Path) -> Iterator[Any]:
+def read_values(path: Path | str) -> Iterator[Any]:
     """Read the values of a file's lines; a value may be no record."""
     with open(path, "rb") as file:
         while lines := file.readlines(1 << 20):

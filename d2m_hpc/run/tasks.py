@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.merge import listed
+from d2m_hpc.run.records import read_values
 
 ACTIVE_SECONDS = 60.0
 """A task that has been silent for longer does not count as running."""
@@ -115,9 +115,7 @@ _NAMES = {f.name for f in fields(Progress)}
 def _all_values(run: RunDir) -> Iterator[Any]:
     for path in listed(run.progress):
         with suppress(FileNotFoundError, IsADirectoryError):
-            for line in path.read_bytes().split(b"\n"):
-                with suppress(ValueError, RecursionError):  # the line is being written, or damaged
-                    yield json.loads(line)
+            yield from read_values(path)
 
 
 def _is_progress(told: Any) -> bool:

@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
-import fsspec
-
 from d2m_hpc.errors import D2MError
 from d2m_hpc.storage.urls import is_chained, scheme
 
@@ -61,6 +59,8 @@ def filesystem(url: str) -> tuple[Any, str]:
     Raises:
         D2MError: no library for such URLs is installed.
     """
+    import fsspec  # with asyncio behind it, which what lies on a disk does without
+
     name = scheme(url)
     try:
         # A cached listing would hide the files of other tasks.

@@ -8,7 +8,7 @@ from d2m_hpc.models import weights
 from d2m_hpc.models.entries import kinds, known_families, presets
 from d2m_hpc.models.family import Family, ModelSpec
 from d2m_hpc.models.inputs import NAMED
-from d2m_hpc.models.registry import COLUMNS, FEATURES
+from d2m_hpc.models.registry import builtin
 from d2m_hpc.watch import terminal
 
 
@@ -51,7 +51,8 @@ def model(spec: ModelSpec) -> None:
         terminal.console.print(f"  input    {raw}: {NAMED.get(str(form), form)}")
     for name in spec.reads:
         terminal.console.print(f"  input    the feature {name}")
-    for names, what in ((COLUMNS, "column "), (FEATURES, "feature")):
+    known = builtin()
+    for names, what in ((known.columns, "column "), (known.features, "feature")):
         for name, post in names.items():
             if post.model == spec.name:
                 kind = post.type or f"float, of {' x '.join(map(str, post.shape)) or 'any'} values"

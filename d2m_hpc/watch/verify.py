@@ -16,8 +16,8 @@ from d2m_hpc.plan.changed import Changed
 from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
-from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.run.pair import SUFFIXES, Pair
+from d2m_hpc.run.outputs import SUFFIXES, OutputDir
+from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.shards import read_named
 
 

@@ -20,7 +20,7 @@ from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.family import ModelSpec, Post
 from d2m_hpc.models.inputs import NAMED
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
-from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS
+from d2m_hpc.models.registry import builtin
 from d2m_hpc.run import frozen
 from d2m_hpc.worker.batch import collate
 
@@ -101,9 +101,9 @@ def test_names_of_a_custom_file_come_on_top_of_the_built_in_ones(tmp_path: Path)
     assert found.columns["caption-text"] == Post("caption", type="string")
     assert found.features["caption-feature"] == Post("caption", shape=(7,))
     assert found.own == {"small", "caption", "other", "caption-text", "caption-feature"}
-    assert MODELS.keys() < found.models.keys()
-    assert COLUMNS.keys() < found.columns.keys()
-    assert FEATURES.keys() < found.features.keys()
+    assert builtin().models.keys() < found.models.keys()
+    assert builtin().columns.keys() < found.columns.keys()
+    assert builtin().features.keys() < found.features.keys()
     assert found.preprocessors > NAMED.keys()
 
 

@@ -12,24 +12,19 @@ from d2m_hpc.config.mistakes import registry_mistakes
 from d2m_hpc.models import postprocessors, weights
 from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.inputs import RAW_INPUTS
-from d2m_hpc.models.registry import (
-    COLUMNS,
-    DATACOMP_KEYS,
-    FEATURES,
-    MODELS,
-    Registry,
-    in_order,
-)
+from d2m_hpc.models.registry import DATACOMP_KEYS, Registry, builtin, in_order
+
+BUILTIN = builtin()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BUILTIN.models)
 def test_a_model_names_a_class_known_preprocessors_and_known_checkpoints(name: str) -> None:
-    spec = MODELS[name]
+    spec = BUILTIN.models[name]
     assert spec.name == name
     assert spec.family is not None
     assert {f for _, f in spec.inputs if isinstance(f, str)} <= Registry().preprocessors
     assert set(spec.raw_inputs) <= set(RAW_INPUTS)
-    assert set(spec.dependencies) <= MODELS.keys()
+    assert set(spec.dependencies) <= BUILTIN.models.keys()
     if spec.family.built_by:
         module, target = spec.family.built_by.split(":")
         model = getattr(import_module(module), target)
@@ -40,25 +35,25 @@ def test_a_model_names_a_class_known_preprocessors_and_known_checkpoints(name: s
 
 
 def test_no_two_checkpoints_have_one_name() -> None:
-    needed = weights.needed(MODELS.values())
+    needed = weights.needed(BUILTIN.models.values())
     assert len({checkpoint.name for checkpoint in needed}) == len(needed)
 
 
-@pytest.mark.parametrize("name", [*COLUMNS, *FEATURES])
+@pytest.mark.parametrize("name", [*BUILTIN.columns, *BUILTIN.features])
 def test_a_column_or_feature_is_made_of_a_known_model(name: str) -> None:
-    post = {**COLUMNS, **FEATURES}[name]
-    assert post.model in MODELS
+    post = {**BUILTIN.columns, **BUILTIN.features}[name]
+    assert post.model in BUILTIN.models
     made = postprocessors.build(post)
     inspect.signature(made).bind({})
 
 
 def test_datacomps_keys_rename_known_columns_and_features() -> None:
-    assert DATACOMP_KEYS.keys() <= COLUMNS.keys() | FEATURES.keys()
+    assert DATACOMP_KEYS.keys() <= BUILTIN.columns.keys() | BUILTIN.features.keys()
     assert len(set(DATACOMP_KEYS.values())) == len(DATACOMP_KEYS)
 
 
 def test_without_a_custom_file_the_tables_are_the_built_in_ones() -> None:
-    assert Registry().models is MODELS
+    assert Registry().models is BUILTIN.models
     assert Registry().own == frozenset()
     assert list(Registry().specs(["text-stats", "no-such"])) == ["text-stats"]
 

@@ -12,7 +12,7 @@ from kit import CHECKPOINTS, DATACOMP, write_config
 from d2m_hpc.config import load
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import weights
-from d2m_hpc.models.registry import MODELS
+from d2m_hpc.models.registry import builtin
 from d2m_hpc.models.weights import HashCache, check, require
 from d2m_hpc.plan.workload import absolute, customs, run_dir
 
@@ -27,9 +27,9 @@ def test_clips_urls_are_those_that_open_clip_knows(name: str, model: str) -> Non
 
 
 def test_needed_lists_each_checkpoint_once() -> None:
-    clip = MODELS["oai-clip-vit-b32"]
-    assert [c.name for c in weights.needed([clip, MODELS["text-stats"], clip])] == ["ViT-B-32.pt"]
-    six = [MODELS[name] for name in DATACOMP["models"]]
+    clip, text = (builtin().models[name] for name in ("oai-clip-vit-b32", "text-stats"))
+    assert [c.name for c in weights.needed([clip, text, clip])] == ["ViT-B-32.pt"]
+    six = [builtin().models[name] for name in DATACOMP["models"]]
     assert [c.name for c in weights.needed([*six, *six])] == [*CHECKPOINTS]
 
 
@@ -55,7 +55,7 @@ def test_a_custom_model_under_a_built_in_name_needs_no_checkpoint(tmp_path: Path
 
 
 def test_a_missing_file_is_named_with_its_url_and_the_command(tmp_path: Path) -> None:
-    checked = check([MODELS["faces-scrfd10g"]], tmp_path)
+    checked = check([builtin().models["faces-scrfd10g"]], tmp_path)
     assert [item.state for item in checked] == ["missing"]
     with pytest.raises(WeightsError) as caught:
         require(checked, allow_unpublished=True, config="my config.yml")
@@ -68,7 +68,7 @@ def test_a_missing_file_is_named_with_its_url_and_the_command(tmp_path: Path) ->
 
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "scrfd_10g.pt").write_bytes(b"mine")
-    specs = [MODELS["faces-scrfd10g"], MODELS["dedup-isc-ft-v107"]]
+    specs = [builtin().models["faces-scrfd10g"], builtin().models["dedup-isc-ft-v107"]]
     with pytest.raises(WeightsError) as caught:
         require(check(specs, tmp_path), False, "c.yml")
     for name in ("scrfd_10g.pt has sha256", "isc_ft_v107.pth.tar is missing", "eval_dedup"):
@@ -77,7 +77,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
 
 def test_an_unpublished_file_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
     (tmp_path / "scrfd_10g.pt").write_bytes(b"mine")
-    checked = check([MODELS["faces-scrfd10g"]], tmp_path)
+    checked = check([builtin().models["faces-scrfd10g"]], tmp_path)
     digest = hashlib.sha256(b"mine").hexdigest()
     assert [item.state for item in checked] == ["not the published file"]
     with pytest.raises(WeightsError, match=f"{digest}.*963570df(.|\n)*allow_unpublished_weights"):

@@ -71,7 +71,7 @@ def names(folder: Path) -> list[str]:
 
 def told(run: RunDir) -> list[str]:
     """The tasks whose progress is there."""
-    lines = (line for path in listed(run.progress) for line in path.read_bytes().splitlines())
+    lines = (line for path in listed(run.progress) for line in Path(path).read_bytes().splitlines())
     return sorted({json.loads(line)["task"] for line in lines})
 
 
@@ -294,7 +294,7 @@ def test_two_merges_at_once_lose_nothing(run: RunDir) -> None:
 
 def test_a_reader_finds_what_was_merged_after_it_looked(run: RunDir) -> None:
     before = Manifest.load(run)
-    paths = listed(run.records)
+    paths = map(Path, listed(run.records))
     first = next(paths)
     merge_silent(run, SILENT)
     rest = [path for path in paths if path.exists()]

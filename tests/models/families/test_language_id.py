@@ -15,7 +15,7 @@ from kit import captions
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.models.families.language_id import LanguageId
 from d2m_hpc.models.family import Use
-from d2m_hpc.models.registry import MODELS
+from d2m_hpc.models.registry import builtin
 
 SAID = {
     "ein Hund liegt auf der Wiese in der Sonne": "de",
@@ -63,7 +63,7 @@ def test_languages_are_the_librarys(ours: dict[str, Any], theirs: dict[str, Any]
 def test_a_model_at_hand_is_used_and_declared(tmp_path: Path) -> None:
     shutil.copy(SHIPPED, own := tmp_path / "own.ftz")
     assert _columns([*SAID], model=str(own))[0] == list(SAID.values())
-    preset = MODELS["language-lid176"]
+    preset = builtin().models["language-lid176"]
     assert (preset.files, preset.checkpoints) == ((str(SHIPPED),), ())
 
 

@@ -23,7 +23,7 @@ from d2m_hpc.models.families.open_clip import OpenClip
 from d2m_hpc.models.family import Use
 from d2m_hpc.models.inputs import ImageInput
 from d2m_hpc.models.published import Checkpoint
-from d2m_hpc.models.registry import MODELS
+from d2m_hpc.models.registry import builtin
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 VISION = {"image_size": 48, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
@@ -159,7 +159,7 @@ def test_siglip_and_a_clip_of_another_size_run_together(tmp_path: Path) -> None:
 def test_presets_are_pairs_that_open_clip_lists() -> None:
     presets = {(p["model"], p["pretrained"]) for p in OpenClip.presets.values()}
     assert presets <= {*open_clip.list_pretrained()}
-    assert OpenClip.presets.keys() <= MODELS.keys()
+    assert OpenClip.presets.keys() <= builtin().models.keys()
 
 
 PAIRS = open_clip.list_pretrained()

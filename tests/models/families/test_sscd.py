@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.models.registry import MODELS
+from d2m_hpc.models.registry import builtin
 
 
 class _Net(nn.Module):
@@ -68,7 +68,7 @@ def test_descriptors_are_those_of_the_authors_way(
 
 
 def test_published_nets_are_named_and_others_are_told_in_a_line(tmp_path: Path) -> None:
-    [need] = MODELS["sscd-disc-mixup"].checkpoints
+    [need] = builtin().models["sscd-disc-mixup"].checkpoints
     assert need.url.endswith("/sscd-copy-detection/sscd_disc_mixup.torchscript.pt")
     with pytest.raises(ConfigError, match=r"unknown net 'disc_mixed'.*disc_mixup"):
         _features("disc_mixed")
