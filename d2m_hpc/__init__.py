@@ -10,8 +10,18 @@ Example:
         index.add(part.values)
 """
 
-from d2m_hpc.api import Run, load_config, open, submit
+from d2m_hpc.api import Run, head, init, load_config, open, submit
 from d2m_hpc.subsets.finished import Features, Part
 from d2m_hpc.version import __version__
 
-__all__ = ["Features", "Part", "Run", "__version__", "load_config", "open", "submit"]
+__all__ = [
+    "Features",
+    "Part",
+    "Run",
+    "__version__",
+    "head",
+    "init",
+    "load_config",
+    "open",
+    "submit",
+]

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from d2m_hpc.config import Config
     from d2m_hpc.launch.flow import Backend
+    from d2m_hpc.launch.head import FirstSamples
     from d2m_hpc.plan.decide import Decision
+    from d2m_hpc.plan.suggest import Sight
     from d2m_hpc.plan.workload import Workload
     from d2m_hpc.run.folder import RunDir
     from d2m_hpc.subsets.datacomp import Export
@@ -120,6 +122,73 @@ def load_config(path: str | os.PathLike[str], **keys: Any) -> Config:
             what = f"{key}: found {_shown(value)}; valid are values that a YAML file has"
             raise ConfigError(str(file), [what]) from None
     return load(file, texts, options)
+
+
+@_explained()
+def init(
+    inputs: str | os.PathLike[str] | Sequence[str],
+    path: str | os.PathLike[str] = "d2m.yml",
+    output: str | os.PathLike[str] | None = None,
+) -> Sight:
+    """Look into the first tars of a folder, and write a first config for them.
+
+    Example:
+        d2m.init("tars", "d2m.yml")
+        d2m.submit("d2m.yml", local=True)
+
+    Args:
+        inputs: a folder of tars, a pattern or a URL, or several.
+        path: the new config file.
+        output: the folder of the outputs; by default beside the config.
+
+    Raises:
+        ConfigError: the file exists, or there are no samples in the tars.
+    """
+    from d2m_hpc.config import load
+    from d2m_hpc.models import weights
+    from d2m_hpc.plan import suggest
+    from d2m_hpc.storage import asked_for
+    from d2m_hpc.storage.urls import is_local
+
+    file = _path("config", path)
+    if file.exists():
+        raise ConfigError("init", [f"{file} exists; name another file by -o"])
+    given = [inputs] if isinstance(inputs, str | os.PathLike) else [*inputs]
+    names = [str(Path(n).absolute()) if is_local(str(n)) else str(n) for n in given]
+    where = file.absolute().with_name(f"{file.stem}-metadata") if output is None else output
+    sight = suggest.look(names)
+    text = suggest.config(names, os.fspath(where), sight, weights.default_dir())
+    asked_for.write(file, [text.encode()])
+    load(file)
+    return sight
+
+
+@_explained()
+def head(
+    config: str | os.PathLike[str] | Config, count: int = 5, where: str = "config"
+) -> FirstSamples:
+    """Compute the first samples of a config; nothing is written.
+
+    Example:
+        d2m.head("config.yml").table.to_pandas()
+
+    Args:
+        config: a file, or the result of `load_config`.
+        count: the number of samples.
+        where: the config's file, for messages, if `config` is no file.
+
+    Raises:
+        ConfigError: names every mistake.
+        D2MError: the samples cannot be read or computed.
+    """
+    from d2m_hpc.config import Config
+    from d2m_hpc.launch import head as first
+
+    _require(int, "a number of samples", count=count)
+    if not isinstance(config, Config):
+        with every_mistake():
+            config, where = load_config(config), str(config)
+    return first.head(config, where, max(count, 1))
 
 
 def submit(

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from d2m_hpc.cli import inspect, outputs, weights
+from d2m_hpc.cli import begin, inspect, outputs, weights
 from d2m_hpc.cli.common import ending
 from d2m_hpc.cli.models import models
 from d2m_hpc.cli.submit import plan, submit
@@ -30,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Metadata for folders of webdataset tars: every shard exactly once.",
 )
+app.command(help="Look into the first tars of a folder, and write a first config.")(begin.init)
+app.command(help="The first samples of a config with their values; nothing is written.")(begin.head)
 app.command(help=SUBMIT_HELP)(submit)
 app.command(help="Show what a submit would do; the same as submit --dry-run.")(plan)
 app.command(help="The families of models, or what one of them takes and gives.")(models)

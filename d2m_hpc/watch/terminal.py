@@ -22,10 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from d2m_hpc.models.published import Checkpoint
-from d2m_hpc.storage.texts import safe
+from d2m_hpc.storage.texts import fit, safe
 
 if TYPE_CHECKING:
     from d2m_hpc.config import Config
+    from d2m_hpc.launch.head import FirstSamples
     from d2m_hpc.launch.slurm import Array, Proposal
     from d2m_hpc.models.weights import Checked, Found
     from d2m_hpc.plan.decide import Decision
@@ -36,6 +37,8 @@ WATCH_SECONDS = 3.0
 WIDE = 10_000
 LONGEST = 20_000
 """Characters of a text that are printed."""
+SHOWN, NUMBERS = 300, 4
+"""Characters of a sample's value, and numbers of a feature, that are shown."""
 
 
 class Screen(Console):
@@ -70,6 +73,24 @@ def _pairs(rows: dict[str, Any], title: str | None = None) -> None:
     for name, value in rows.items():
         table.add_row(name, str(value))
     console.print(table)
+
+
+def samples(head: FirstSamples) -> None:
+    """Show the first samples, each with its values."""
+    for row in head.to_dict()["rows"]:
+        _pairs({name: _shown(value) for name, value in row.items()})
+    for key, reason in head.rejections:
+        console.print(f"rejected {key}: {reason}", style="yellow")
+    left = f", {len(head.rejections)} rejected" if head.rejections else ""
+    console.print(f"{count(head.table.num_rows, 'sample')}{left}; nothing was written")
+
+
+def _shown(value: Any) -> str:
+    """A value in a line; of a long list, as of a feature, its first numbers and its length."""
+    if isinstance(value, list) and len(value) > NUMBERS and isinstance(value[0], float):
+        numbers = ", ".join(f"{number:.3g}" for number in value[:NUMBERS])
+        return f"{len(value)} numbers: {numbers}, ..."
+    return f"{value:.4g}" if isinstance(value, float) else fit(str(value), SHOWN)
 
 
 def duration(seconds: float | None) -> str:

@@ -1,0 +1,43 @@
+"""Commands to begin with: a first config, a look at its first samples, a look at this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2m_hpc import api
+from d2m_hpc.cli.common import AsJson, ConfigFile, Overrides, echo, load, print_json
+
+
+def init(
+    inputs: Annotated[list[str], typer.Argument(metavar="FOLDER|PATTERN|URL...", help="the tars")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="the new config")
+    ] = Path("d2m.yml"),
+    metadata: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="of the outputs; by default beside it")
+    ] = None,
+) -> None:
+    sight = api.init(inputs, output, metadata)
+    echo(f"looked at {sight.samples} samples in the first of {sight.tars:,} tars")
+    echo(f"wrote {output}; next: d2m head {output}; d2m-submit {output} --local")
+
+
+def head(
+    config: ConfigFile,
+    count: Annotated[int, typer.Argument(metavar="[N]", min=1, help="samples")] = 5,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    from d2m_hpc.watch import terminal
+
+    with api.every_mistake():
+        loaded = load(config, set_)
+    found = api.head(loaded, count, str(config))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        terminal.samples(found)
+    raise typer.Exit(0 if found.table.num_rows else 1)

@@ -1,0 +1,222 @@
+"""Write a first config for tars: the models that fit them, and the fields of their samples."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import yaml
+
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.models import weights
+from d2m_hpc.models.formats import EXTENSIONS
+from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS
+from d2m_hpc.plan import patterns
+from d2m_hpc.run import values
+from d2m_hpc.storage import stores
+from d2m_hpc.storage.urls import is_local, is_pipe
+
+TARS, SAMPLES = 3, 100
+"""How many tars are looked into, and samples of each."""
+START = 16 << 20
+"""Bytes of a tar on a store, or of a compressed one, that are looked at."""
+USUAL = (
+    *("oai-clip-vit-l14", "nsfw-image-oai-clip-vit-l-14", "oai-clip-vit-b32", "nsfw-detoxify"),
+    *("faces-scrfd10g", "opennsfw", "language-lid176", "image-stats", "text-stats"),
+)
+"""Models for a first config; each stands behind those that it reads."""
+CAPTIONS = ("caption", "text", "alt_text", "alt", "title")
+"""Fields that hold a sample's text where no member does."""
+OF_TOOLS = ("key", "status", "error_message")
+"""Fields that say nothing of a sample: its name, and how its download went."""
+_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<kind>[^/]+)")
+
+
+@dataclass
+class Sight:
+    """The samples at the beginning of some tars.
+
+    Attributes:
+        tars: the number of all tars.
+        samples: how many were looked at.
+        members: in how many samples there is a member of each kind, such as `jpg`.
+        fields: the values of each field of their JSON that are not null.
+        first: the fields in the first tar; a run takes no others without being told.
+    """
+
+    tars: int
+    samples: int = 0
+    members: Counter[str] = field(default_factory=Counter)
+    fields: dict[str, list[object]] = field(default_factory=dict)
+    first: frozenset[str] = frozenset()
+
+    @property
+    def image(self) -> bool:
+        return any(self.members[kind] for kind in EXTENSIONS)
+
+    @property
+    def image_key(self) -> str:
+        """A kind of member with pictures that has to be named in the config; mostly empty."""
+        odd = [k for k in self.members if k.rpartition(".")[2] in EXTENSIONS]
+        return "" if self.image or not odd else max(odd, key=lambda kind: self.members[kind])
+
+    @property
+    def caption(self) -> str:
+        """The field to take the text from; empty where members have it, or where there is none."""
+        names = [name for name in CAPTIONS if any(isinstance(v, str) for v in self._of(name))]
+        return "" if 2 * self.members["txt"] >= self.samples or not names else names[0]
+
+    def _of(self, name: str) -> list[object]:
+        return self.fields.get(name, [])
+
+    @property
+    def inputs(self) -> set[str]:
+        """The inputs of models that the samples have."""
+        image = {"image"} if self.image or self.image_key else set()
+        return image | ({"text"} if self.members["txt"] or self.caption else set())
+
+    def add(self, members: dict[str, bytes]) -> None:
+        self.samples += 1
+        self.members.update(members.keys())
+        with suppress(ValueError, RecursionError):
+            found = json.loads(members.get("json", b""))
+            for name, value in found.items() if isinstance(found, dict) else ():
+                values = self.fields.setdefault(name, [])
+                if value is not None:
+                    values.append(value)
+
+
+def look(inputs: Sequence[str]) -> Sight:
+    """Look into the first samples of the tars that patterns name.
+
+    Raises:
+        ConfigError: a pattern names no tar, or no sample can be read.
+    """
+    found = patterns.expand(inputs)
+    if found.mistakes:
+        raise ConfigError("init", [*map(str, found.mistakes)])
+    sight, what = Sight(len(found.sizes)), f"no sample in {next(iter(found.sizes))}"
+    for url in islice((u for u in found.sizes if u not in found.missing), TARS):
+        try:
+            with _opened(url) as file:
+                for members in islice(_samples(file), SAMPLES):
+                    sight.add(members)
+            sight.first = sight.first or frozenset(sight.fields)
+        except Exception as error:  # each store, and each damaged tar, raises errors of its own
+            what = f"{url}, which cannot be read: {error}"
+    if not sight.inputs:
+        what = ", ".join(sight.members) or what
+        raise ConfigError("init", [f"found {what}; valid are samples with images or texts"])
+    return sight
+
+
+def _opened(url: str) -> BinaryIO:
+    """A tar, or the beginning of one that is on a store or compressed."""
+    # None of these loads torch, but a login node imports modules of the worker only if needed.
+    from d2m_hpc.worker.read.compressed import HEAD, codec_of
+
+    if is_pipe(url):
+        raise ConfigError("init", [f"{url} is a command; name a tar that it brings"])
+    if is_local(url):
+        file: BinaryIO = open(url, "rb")  # noqa: SIM115
+        codec = codec_of(file.read(HEAD))
+        file.seek(0)
+    else:
+        head = stores.peek(url, START)
+        file, codec = io.BytesIO(head), codec_of(head)
+    if codec is None:
+        return file
+    plain = b""
+    with file, codec.open(file) as stream, suppress(EOFError):
+        while len(plain) < START and (more := stream.read(1 << 16)):
+            plain += more
+    return io.BytesIO(plain)
+
+
+def _samples(file: BinaryIO) -> Iterator[dict[str, bytes]]:
+    """The members of each whole sample: those of JSON with their bytes."""
+    from d2m_hpc.worker.read.tar import TarCut, members
+
+    last, sample = "", dict[str, bytes]()
+    with suppress(TarCut):
+        for member in members(file, file.seek(0, io.SEEK_END)):
+            match = _MEMBER.fullmatch(member.name)
+            if match is None or member.kind != "file":
+                continue
+            key, kind = match["key"], match["kind"].lower()
+            if key != last and sample:
+                yield sample
+                sample = {}
+            last, sample[kind] = key, b""
+            if kind == "json":
+                file.seek(member.offset)
+                sample[kind] = file.read(member.size)
+        if sample:
+            yield sample
+
+
+def config(inputs: Sequence[str], output: str, sight: Sight, folder: Path) -> str:
+    """The text of a config.
+
+    Args:
+        output: the folder of the outputs.
+        folder: the weights folder; models whose weights are missing there are comments.
+    """
+    fit = [name for name in USUAL if sight.inputs >= {*MODELS[name].raw_inputs}]
+    ready = [name for name in fit if _is_ready(name, folder)]
+    ready = [n for n in ready if all(FEATURES[f].model in ready for f in MODELS[n].reads)]
+    rest = [name for name in fit if name not in ready]
+    more = [n for n, post in {**COLUMNS, **FEATURES}.items() if post.model in rest]
+    kinds = [f"{kind} in {n / sight.samples:.0%}" for kind, n in sight.members.most_common(8)]
+    why = "# these fit, too; list them, and `d2m weights fetch` brings their weights:"
+    lines = [
+        f"# {sight.tars:,} tars. Of their first {sight.samples} samples: {', '.join(kinds)}.",
+        "# `d2m head` shows the first samples with their values; docs/config.md has all keys.",
+        *_listed("input_tars", [*inputs]),
+        *_listed("output_metadata_dir", output),
+        *_listed("models", ready),
+        *([why, *(f"# - {name}" for name in rest)] if rest else []),
+        *_listed("postprocess_columns", [n for n, p in COLUMNS.items() if p.model in ready]),
+        *_listed("postprocess_features", [n for n, p in FEATURES.items() if p.model in ready]),
+        *([f"# with those models: {', '.join(more)}"] if more else []),
+        *(_listed("image_key", sight.image_key) if sight.image_key else []),
+        *(_listed("text_from", f"json:{sight.caption}") if sight.caption else []),
+        *_fields(sight),
+        "device: 0 # a GPU; without one, --local takes the CPU",
+        "batch_size: 256",
+        "# slurm: {partition: gpu, gres: 'gpu:1', time: '4:00:00'} # or as options of d2m-submit",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _is_ready(name: str, folder: Path) -> bool:
+    found = weights.survey_all([MODELS[name]], folder, quick=True)
+    return all(checked.sha256 for item in found for checked in item.files)
+
+
+def _fields(sight: Sight) -> list[str]:
+    """The fields of the samples; others than of plain values are a comment."""
+    kinds = {
+        name: values.inferred(found) if found else ""
+        for name, found in sight.fields.items()
+        if name not in OF_TOOLS
+    }
+    named = sight.first - {name for name in kinds if ":" in name}  # which would declare a type
+    plain = [name for name, kind in kinds.items() if name in named and kind not in ("", "json")]
+    aside = [name for name in kinds if name not in plain]
+    lines = _listed("additional_fields", plain)
+    return [*lines, *([f"# also in the JSON: {json.dumps(aside)}"] if aside else [])]
+
+
+def _listed(key: str, value: object) -> list[str]:
+    """A key and its value in YAML."""
+    text = yaml.safe_dump({key: value}, allow_unicode=True, width=1000, sort_keys=False)
+    return text.splitlines()

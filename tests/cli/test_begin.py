@@ -1,0 +1,196 @@
+"""A newcomer's first commands: a config for the tars at hand, and a look at the first samples."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import yaml
+from click.testing import Result
+from kit import STATS, custom_config, custom_file, jpeg, write_config, write_shards, write_tar
+from typer.testing import CliRunner
+
+import d2m_hpc as d2m
+from d2m_hpc.cli.commands import app
+from d2m_hpc.errors import ConfigError, D2MError
+
+
+@pytest.fixture(autouse=True)
+def _weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None are there."""
+    monkeypatch.setenv("D2M_WEIGHTS", str(tmp_path / "weights"))
+
+
+def _d2m(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def _tar(path: Path, count: int, members: dict[str, bytes], **fields: Any) -> Path:
+    found: dict[str, bytes] = {}
+    for i in range(count):
+        found |= {f"{path.stem}{i}.{kind}": data for kind, data in members.items()}
+        if fields:
+            found[f"{path.stem}{i}.json"] = json.dumps({"uid": f"{i:032x}", **fields}).encode()
+    return write_tar(path, found) or path
+
+
+def _init(folder: Path, *inputs: object) -> dict[str, Any]:
+    """The config that `d2m init` writes."""
+    ended = _d2m("init", *inputs, "-o", folder / "c.yml")
+    assert (ended.exit_code, ended.stderr) == (0, ""), ended.exception
+    config: dict[str, Any] = yaml.safe_load((folder / "c.yml").read_text())
+    return config
+
+
+# --- init ---
+
+
+def test_from_a_folder_to_a_finished_run_in_three_commands(tmp_path: Path) -> None:
+    _tar(tmp_path / "tars" / "a.tar", 3, {"jpg": jpeg(), "txt": b"a cat"}, caption="a cat", n=1)
+    _tar(tmp_path / "tars" / "b.tar", 2, {"jpg": jpeg(), "txt": b"a dog"}, caption=None, later=2)
+    config = _init(tmp_path, tmp_path / "tars")
+    assert config["models"] == ["opennsfw", "language-lid176", "image-stats", "text-stats"]
+    assert {"opennsfw-score", "image-phash", "text-words"} < {*config["postprocess_columns"]}
+    assert config["additional_fields"] == ["uid", "caption", "n"]
+    text = (tmp_path / "c.yml").read_text()
+    assert "# 2 tars. Of their first 5 samples: jpg in 100%, txt in 100%, json in 100%." in text
+    assert "# - oai-clip-vit-l14\n" in text
+    assert '# also in the JSON: ["later"]' in text
+    assert "opennsfw-score" in _d2m("head", tmp_path / "c.yml", 2).stdout
+    run = d2m.submit(tmp_path / "c.yml", local=True)
+    assert (run.status().complete, run.status().rows) == (True, 5)
+    assert run.path == tmp_path / "c-metadata" / ".d2m"
+
+
+def test_models_whose_weights_are_here_are_listed(tmp_path: Path, checkpoints: Path) -> None:
+    (tmp_path / "weights").symlink_to(checkpoints)
+    tar = _tar(tmp_path / "a.tar", 1, {"jpg": jpeg(), "txt": b"a"})
+    config = _init(tmp_path, tar)
+    assert config["models"][:3] == [
+        *("oai-clip-vit-l14", "nsfw-image-oai-clip-vit-l-14", "oai-clip-vit-b32")
+    ]
+    assert "oai-clip-vit-l14-image" in config["postprocess_features"]
+    assert "d2m weights fetch" not in (tmp_path / "c.yml").read_text()
+
+
+def test_captions_in_the_json_and_pictures_of_another_name_are_found(tmp_path: Path) -> None:
+    tar = _tar(tmp_path / "a.tar", 2, {"edge.png": jpeg()}, caption="a cat", exif={"Model": "x"})
+    config = _init(tmp_path, tar)
+    assert (config["image_key"], config["text_from"]) == ("edge.png", "json:caption")
+    assert config["additional_fields"] == ["uid", "caption"]
+    rows = d2m.head(tmp_path / "c.yml").to_dict()["rows"]
+    assert [(row["text-words"], len(row["image-histogram"])) for row in rows] == [(2, 48)] * 2
+
+
+@pytest.mark.parametrize(
+    ("members", "models"),
+    [
+        ({"jpg": jpeg()}, ["opennsfw", "image-stats"]),
+        ({"txt": b"a"}, ["language-lid176", "text-stats"]),
+    ],
+)
+def test_only_models_that_fit_are_listed(
+    tmp_path: Path, members: dict[str, bytes], models: list[str]
+) -> None:
+    assert _init(tmp_path, _tar(tmp_path / "a.tar", 2, members))["models"] == models
+
+
+def test_compressed_tars_and_stores_are_looked_into(tmp_path: Path) -> None:
+    plain = _tar(tmp_path / "a.tar", 3, {"jpg": jpeg(), "txt": b"a"}, caption="x").read_bytes()
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(plain))
+    with fsspec.open("memory://init/a.tar", "wb") as file:
+        file.write(plain)
+    first = _init(tmp_path, tmp_path / "a.tar")
+    for number, place in enumerate((tmp_path / "a.tar.gz", "memory://init/a.tar")):
+        (tmp_path / str(number)).mkdir()
+        found = _init(tmp_path / str(number), place)
+        assert found["input_tars"] == [str(place)]
+        assert found["additional_fields"] == first["additional_fields"] == ["uid", "caption"]
+
+
+def test_what_init_refuses(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="found no tar for"):
+        d2m.init(tmp_path / "empty", tmp_path / "c.yml")
+    audio = _tar(tmp_path / "a.tar", 2, {"wav": b"x"})
+    with pytest.raises(ConfigError, match="found wav; valid are samples with images or texts"):
+        d2m.init(audio, tmp_path / "c.yml")
+    (tmp_path / "no.tar").write_bytes(b"no tar" * 500)
+    with pytest.raises(ConfigError, match=r"found no sample in .*/no\.tar; valid are"):
+        d2m.init(tmp_path / "no.tar", tmp_path / "c.yml")
+    with pytest.raises(ConfigError, match="is a command; name a tar"):
+        d2m.init("pipe:cat x.tar", tmp_path / "c.yml")
+    assert not (tmp_path / "c.yml").exists()
+    (tmp_path / "c.yml").write_text("mine: 1")
+    with pytest.raises(ConfigError, match=r"c\.yml exists; name another file"):
+        d2m.init(_tar(tmp_path / "b.tar", 2, {"txt": b"x"}), tmp_path / "c.yml")
+    assert (tmp_path / "c.yml").read_text() == "mine: 1"
+
+
+def test_init_loads_no_torch(tmp_path: Path) -> None:
+    tar = _tar(tmp_path / "a.tar", 1, {"jpg": jpeg()}, caption="x")
+    code = (
+        f"import sys, d2m_hpc; d2m_hpc.init({str(tar)!r}, 'c.yml'); print('torch' in sys.modules)"
+    )
+    words = [sys.executable, "-c", code]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ended.stdout == "False\n"
+
+
+# --- head ---
+
+
+def _tree(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def test_head_is_the_beginning_of_what_a_run_computes_and_writes_nothing(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 3)
+    values = {"input_tars": str(tmp_path / "tars"), "output_metadata_dir": str(tmp_path / "out")}
+    path = write_config(tmp_path / "c.yml", STATS, **values)
+    before = _tree(tmp_path)
+    found = d2m.head(path, 7)
+    assert _tree(tmp_path) == before
+    run = d2m.submit(path, local=True)
+    assert found.table.equals(run.table().slice(0, 7))
+    keys, histograms = run.features("image-histogram").array()
+    assert keys[:7] == found.table["key"].to_pylist()
+    assert (histograms[:7] == found.features["image-histogram"]).all()
+    before = _tree(tmp_path)
+    assert len(json.loads(_d2m("head", path, 2, "--json").stdout)["rows"]) == 2
+    assert _tree(tmp_path) == before
+
+
+def test_head_shows_rejections_and_goes_past_empty_shards(tmp_path: Path) -> None:
+    write_tar(tmp_path / "tars" / "0.tar", {})
+    write_tar(tmp_path / "tars" / "1.tar", {"a.jpg": b"no picture", "a.txt": b"x", "a.json": b"{}"})
+    _tar(tmp_path / "tars" / "2.tar", 3, {"jpg": jpeg(), "txt": b"x"}, caption="x")
+    values = {"input_tars": str(tmp_path / "tars"), "output_metadata_dir": str(tmp_path / "out")}
+    path = write_config(tmp_path / "c.yml", STATS, **values, allow_missing_fields=True)
+    ended = _d2m("head", path, 3)
+    assert ended.exit_code == 0
+    assert "rejected a: " in ended.stdout
+    assert "2 samples, 1 rejected; nothing was written" in ended.stdout
+
+
+def test_head_tells_what_would_fail(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1)
+    code = custom_file("own", before="raise ValueError('as it does')")
+    path = custom_config(tmp_path, code, "own")
+    with pytest.raises(D2MError, match="as it does"):
+        d2m.head(path)
+    write_config(path, STATS, input_tars=str(tmp_path / "none"), output_metadata_dir="out")
+    with pytest.raises(ConfigError, match="found no tar for"):
+        d2m.head(path)
+    write_tar(tmp_path / "empty.tar", {})
+    write_config(path, STATS, input_tars=str(tmp_path / "empty.tar"), output_metadata_dir="out")
+    with pytest.raises(
+        D2MError, match=r"the first of 1 shards have no samples; look at .*empty\.tar"
+    ):
+        d2m.head(path)
