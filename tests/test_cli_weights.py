@@ -163,7 +163,15 @@ def test_a_mirror_with_a_lock_file_gives_repositories_too(
     with serving_folder(folder) as mirror:
         monkeypatch.setenv("D2M_WEIGHTS", str(tmp_path / "other"))
         _weights("fetch", config, "--mirror", mirror)
-    assert _files(tmp_path / "other") == before
+        assert _files(tmp_path / "other") == before
+        monkeypatch.setenv("D2M_WEIGHTS", str(tmp_path / "third"))
+        told = f"{mirror}/none/weights.lock.json: the server answers 404"
+        with pytest.raises(WeightsError, match=told):
+            _weights("fetch", config, "--mirror", f"{mirror}/none")
+        (folder / "weights.lock.json").write_bytes(b"{")
+        told = f"^{mirror}/weights.lock.json cannot be read: it is no lock file"
+        with pytest.raises(WeightsError, match=told):
+            _weights("fetch", config, "--mirror", mirror)
 
 
 def test_the_checkpoints_of_a_custom_file_are_listed_and_checked(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kit import SHARDS, submit, write_config
@@ -13,6 +15,7 @@ from models.families.test_onnx import export as export_onnx
 from models.families.test_open_clip import SIGLIP, SIGLIP_IMAGES
 from models.families.test_open_clip import export as export_clip
 from onnx import TensorProto, helper
+from onnx import load as onnx_load
 from onnx import save as onnx_save
 from tiny_nets import blip, vit
 from torch import nn
@@ -40,6 +43,12 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(nn.Sequential(nn.Linear(48, 8), nn.Linear(9, 1)).state_dict(), folder / "gap.pth")
     (folder / "cut.pth").write_bytes((folder / "one.pth").read_bytes()[:-40])
     (folder / "empty.pth").write_bytes(b"")
+    (folder / "text.pth").write_text("no checkpoint")
+    np.savez(folder / "other.npz", x=np.zeros((3, 3)))
+    np.savez(folder / "bias.npz", coef_=np.zeros((1, 48)), intercept_=np.zeros(7))
+    np.savez(folder / "flat.npz", coefs_0=np.zeros(48))
+    np.savez(folder / "later.npz", coefs_1=np.zeros((48, 1)))
+    np.savez(folder / "words.npz", coef_=np.array(["a"] * 48))
     export_onnx(folder / "net.onnx")
     both = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 1]) for n in "abc"]
     node = helper.make_node("Add", ["a", "b"], ["c"])
@@ -47,6 +56,11 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         helper.make_model(helper.make_graph([node], "g", both[:2], both[2:])), folder / "ab.onnx"
     )
     export_onnx(folder / "last.onnx", shape=(32, 32, 3))
+    export_onnx(folder / "words.onnx")
+    net = onnx_load(folder / "words.onnx")
+    net.graph.output[0].type.tensor_type.elem_type = TensorProto.STRING
+    net.graph.output[0].name = "words"
+    onnx_save(net, folder / "words.onnx")
     (folder / "cut.onnx").write_bytes((folder / "net.onnx").read_bytes()[:900])
     vit(folder / "bare", id2label={0: "a", 1: "b"})
     (folder / "bare" / "preprocessor_config.json").unlink()
@@ -109,6 +123,44 @@ UNFIT: list[tuple[list[Any], str]] = [
         r"own\.checkpoint: .*cut\.pth: it is cut: .*copy or fetch it again",
     ),
     (head(checkpoint="empty.pth"), r"empty\.pth: it is empty; copy or fetch it again"),
+    (head(checkpoint="text.pth"), r"text\.pth: it is damaged, or no file of torch's"),
+    (head(checkpoint="other.npz"), r"other\.npz: it holds no linear layer, but x"),
+    (head(checkpoint="bias.npz"), r"bias\.npz: intercept_ has 7 values, and coef_ gives 1"),
+    (head(checkpoint="flat.npz"), r"flat\.npz: coefs_0 has the shape \[48\], which is no linear"),
+    (head(checkpoint="later.npz"), r"later\.npz: it holds coefs_1 without coefs_0"),
+    (head(checkpoint="words.npz"), r"words\.npz: coef_\.npy in it holds no numbers, but <U1"),
+    (
+        head(checkpoint="clip"),
+        r"own\.checkpoint: \S+/clip is a folder; valid is the path of a file",
+    ),
+    (
+        head(checkpoint="one.pth", width=1, classes=["a"]),
+        r"own\.width: is for one feature, and `cl",
+    ),
+    (
+        head(checkpoint="one.pth", sha256="0" * 64),
+        r"one\.pth has sha256 \w+, the config says 0{64}",
+    ),
+    (
+        head(checkpoint="one.pth", sha256="00"),
+        r"own\.sha256: found '00'; valid are the 64 hexadeci",
+    ),
+    (
+        onnx(sha256="0" * 64),
+        r"net\.onnx has sha256 \w+, the config says 0{64} \(allow_unpublished_w",
+    ),
+    (
+        onnx(short=16),
+        r"own: a `short` side of 16 pixels, of which 32 are cut out; valid is 32 or m",
+    ),
+    (
+        onnx({"score": {"index": 0, "type": "string"}}),
+        r"gives: score: unknown type 'string'; valid",
+    ),
+    (
+        onnx({"score": {"output": "words"}}, checkpoint="words.onnx"),
+        r"score: the output holds no nu",
+    ),
     (
         onnx(size=64),
         r"own\.size: net\.onnx: its input is \[n, 3, 32, 32\], and images are \[n, 3, 64",
@@ -133,6 +185,14 @@ UNFIT: list[tuple[list[Any], str]] = [
         hub("image-classification", "cut"),
         r"cut/model\.safetensors: it is cut, or no file of safeten",
     ),
+    (
+        hub("image-classification", "mute"),
+        r"own\.checkpoint: .*mute/config\.json is of a BlipFor.*; `kind: image-to-text` takes it",
+    ),
+    (
+        [{"own": {"kind": "image-to-text", "checkpoint": "mute", "max_new_tokens": 65}}],
+        r"own\.max_new_tokens: found 65; valid are up to 64, as the net's texts have 64 tokens",
+    ),
     ([{"own": {"kind": "open_clip", "model": "clip"}}], r"clip has no tokenizer \(tokenizer\.json"),
 ]
 
@@ -145,6 +205,7 @@ def test_the_submit_fails(models: list[Any], told: str, nets: Path, tmp_path: Pa
     with pytest.raises(D2MError, match=told) as raised:
         inspected(models, [column.get(kind, "own-score")], nets, tmp_path)
     assert raised.value.exit_code == 2
+    assert len(re.findall(told, str(raised.value))) == 1
 
 
 @pytest.mark.parametrize("models", FITS, ids=lambda value: str(value)[-60:])
@@ -176,7 +237,9 @@ def test_what_only_torch_can_tell_fails_the_task_and_no_shard(nets: Path, tmp_pa
             {"vision_cfg": {"image_size": 10**9}},
             "a side of 1000000000 pix",
         ),
-        ("open_clip_config.json", {"vision_cfg": {"image_size": "x"}}, "a side of 'x' pixels"),
+        ("open_clip_config.json", {"vision_cfg": {"image_size": "big"}}, "a side of 'big' p"),
+        ("open_clip_config.json", {"text_cfg": None}, "its `model_cfg` has no mapping `text_cfg`"),
+        ("open_clip_config.json", {"embed_dim": None}, "`embed_dim` of its `model_cfg` is None"),
         ("open_clip_config.json", {"text_cfg": {"context_length": 10**9}}, "valid is 1 to 131072"),
         (
             "preprocessor_config.json",
@@ -187,6 +250,11 @@ def test_what_only_torch_can_tell_fails_the_task_and_no_shard(nets: Path, tmp_pa
             "preprocessor_config.json",
             {"size": 10**9, "image_processor_type": "X"},
             "a side of 10000",
+        ),
+        (
+            "preprocessor_config.json",
+            {"image_mean": [1, 2]},
+            r"image_mean \[1, 2\]; valid are three",
         ),
     ],
 )

@@ -80,6 +80,9 @@ def plugged_in(kind: str) -> type[Family] | None:
         if not _is_family(found):
             what = f"{point.value} of the package {_package(point)} is no class of a Family"
             raise ParameterError("kind", what)
+        if found.build is Family.build and not found.built_by:
+            what = f"{point.value} of the package {_package(point)} has no `build`"
+            raise ParameterError("kind", f"{what}, which makes the model, and no `built_by`")
         return found  # type: ignore[no-any-return]
     return None
 
@@ -196,4 +199,6 @@ def require_packages(family: Family) -> None:
     for parameter, value in given.items():
         if value.startswith(PACKAGE) and at_hand(value) is None:
             what = f"{value}: no package {value[len(PACKAGE) :].split('/')[0]!r} is installed"
+            if ".." in value.split("/")[1:]:
+                what = f"{value}: valid is a path within the package, without `..`"
             raise ParameterError(parameter, what)

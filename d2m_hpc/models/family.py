@@ -84,7 +84,7 @@ def at_hand(given: str) -> Path | None:
     if given.startswith(PACKAGE):
         name, _, rest = given.removeprefix(PACKAGE).partition("/")
         folder = shipped_by(name)
-        return folder and folder / rest
+        return folder / rest if folder and ".." not in rest.split("/") else None
     path = Path(os.path.expanduser(given))
     if given.startswith(("/", "~", "./", "../")) or (re.search(r"[/.]", given) and path.exists()):
         return Path(os.path.abspath(path))
@@ -93,9 +93,19 @@ def at_hand(given: str) -> Path | None:
 
 def here(given: str) -> str:
     """What to say of a name that is taken for no path, though something here has it."""
-    return (
-        f"; if {os.path.abspath(given)} is meant, write './{given}'" if Path(given).exists() else ""
-    )
+    is_meant = not at_hand(given) and Path(given).exists()
+    return f"; if {os.path.abspath(given)} is meant, write './{given}'" if is_meant else ""
+
+
+def file_at_hand(parameter: str, given: str) -> Path | None:
+    """Like `at_hand`, of a parameter that is no folder.
+
+    Raises:
+        ParameterError: it is one.
+    """
+    if (path := at_hand(given)) and path.is_dir():
+        raise ParameterError(parameter, f"{path} is a folder; valid is the path of a file")
+    return path
 
 
 def shipped_by(package: str) -> Path | None:
@@ -116,16 +126,19 @@ def published(parameter: str, given: str, sha256: str = "") -> Checkpoint | Path
         sha256: of the file behind the URL, where it is known.
 
     Raises:
-        ParameterError: it is neither, or the URL holds a password or a query: these would be in
-            the file's name, or two files would have one name.
+        ParameterError: it is neither, or the URL names no file, or holds a password or a query:
+            these would be in the file's name, or two files would have one name.
     """
     if given.startswith(("http://", "https://")):
         place = given.partition("://")[2]
         if re.search(r"[?#]|^[^/]*@", place):
             what = "a URL with a password, `?` or `#` names no published file; fetch it by hand"
             raise ParameterError(parameter, f"{what}, and give its path")
+        if "/" not in place or {"", ".", ".."} & {*place.split("/")}:
+            what = f"found {given!r}, which names no file; valid is https://<host>/<path>/<file>"
+            raise ParameterError(parameter, what)
         return Checkpoint(place, given, sha256)
-    if path := at_hand(given):
+    if path := file_at_hand(parameter, given):
         return path
     what = f"found {given!r}, which is not there; valid is the path of a file, or an http(s) URL"
     raise ParameterError(parameter, what)
@@ -192,6 +205,13 @@ class Between:
         return value
 
 
+def _as_sha256(given: str) -> str:
+    if given and not re.fullmatch("[0-9a-f]{64}", given := given.lower()):
+        raise ValueError("valid are the 64 hexadecimal digits of a sha256")
+    return given
+
+
+Sha256 = Annotated[str, AfterValidator(_as_sha256)]
 Side = Annotated[int, Between(1, LARGEST_SIDE)]
 Tokens = Annotated[int, Between(1, 131_072)]
 Shade = Annotated[float, Between(-1000, 1000)]

@@ -15,6 +15,8 @@ WEIGHTS = frozenset(
     (".bin", ".ckpt", ".ftz", ".npz", ".onnx", ".pt", ".pth", ".safetensors", ".tar", ".zip")
 )
 """How files end that are never empty."""
+PICKLE = b"\x80"
+"""The first byte of what torch saved before it saved zips."""
 LARGEST = 64 << 20
 """Bytes of a pickle that is read; it names the tensors, which lie beside it."""
 _OTHERS: Mapping[bytes, str] = {
@@ -66,12 +68,15 @@ def shapes(path: Path) -> dict[str, Axes]:
         raise ValueError(why)
     if path.suffix == ".safetensors":
         return _of_safetensors(path)
+    if path.suffix == ".npz":
+        return dict(sorted(_of_arrays(path), key=lambda found: natural(found[0])))
     if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            if file.read(1) != PICKLE:
+                raise ValueError("it is damaged, or no file of torch's")
         return {}
     try:
         with zipfile.ZipFile(path) as archive:
-            if path.suffix == ".npz":
-                return dict(sorted(_of_arrays(archive), key=lambda found: natural(found[0])))
             return dict(_of_torch(archive))
     except Exception:  # whatever a pickle of another kind trips over: torch will tell
         return {}
@@ -95,14 +100,20 @@ def _of_safetensors(path: Path) -> dict[str, Axes]:
         raise ValueError(f"{what} ({error}); copy or fetch it again") from None
 
 
-def _of_arrays(archive: zipfile.ZipFile) -> Iterator[tuple[str, Axes]]:
+def _of_arrays(path: Path) -> Iterator[tuple[str, Axes]]:
     from numpy.lib import format as npy
 
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    for name in archive.namelist():
-        with archive.open(name) as file:
-            shape, _, _ = readers[npy.read_magic(file)](file)
-        yield name.removesuffix(".npy"), shape
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as file:
+                    shape, _, kind = readers[npy.read_magic(file)](file)
+                if kind.kind not in "biuf":
+                    raise ValueError(f"{name} in it holds no numbers, but {kind}")
+                yield name.removesuffix(".npy"), shape
+    except (zipfile.BadZipFile, LookupError):
+        raise ValueError("it is damaged, or no file of numpy.savez") from None
 
 
 def _of_torch(archive: zipfile.ZipFile) -> Iterator[tuple[str, Axes]]:

@@ -169,9 +169,13 @@ def _downloaded(checkpoint: Checkpoint, repo: HubRepo, folder: Path, wish: Wish)
 
 def _from_mirror(repo: HubRepo, mirror: str) -> LockedRepo:
     """What the lock file of a mirror says of a repository."""
+    wanted = Checkpoint(lock.NAME, "")
     with tempfile.TemporaryDirectory() as folder:
-        weights.fetch(Checkpoint(lock.NAME, ""), Path(folder), mirror)
-        locked = Lock.read(Path(folder)).repositories.get(repo.name)
+        try:
+            weights.fetched(wanted, Path(folder), mirror, False, lambda done, total: None)
+        except DownloadError as error:
+            raise WeightsError(f"{address(wanted, mirror)}: {error}; try again") from None
+        locked = Lock.read(Path(folder), address(wanted, mirror)).repositories.get(repo.name)
     if locked is None:
         raise WeightsError(f"{mirror}: its {lock.NAME} has no {repo.name}; fetch it there first")
     return locked
@@ -190,7 +194,7 @@ def _from_hub(repo: HubRepo) -> LockedRepo:
     }
     if not info.sha:
         raise _refused(repo, 0, "the hub tells no commit")
-    found = LockedRepo(info.id, repo.revision, info.sha, files)
+    found = LockedRepo(repo.repo_id, repo.revision, info.sha, files)
     if wrong := next(found.unsafe(), None):
         raise WeightsError(f"{repo.url}: {wrong!r} is no name of a file that can be fetched")
     return found
@@ -256,5 +260,7 @@ ADVICE = {
 
 def _refused(repo: HubRepo, status: int, reason: str) -> WeightsError:
     """What to do about an answer; it holds no token."""
+    if status == 403 and not _headers(repo):
+        status = 401  # there is no token
     advice = ADVICE.get(status, f"try again, or set HF_ENDPOINT to a mirror of {endpoint()}")
     return WeightsError(safe(f"{repo.url}: {' '.join(reason.split())}; {advice}", 2 * WHY))

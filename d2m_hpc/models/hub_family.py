@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, here, read_json
-from d2m_hpc.models.inputs import ImageInput, OwnInput, require_sides
+from d2m_hpc.models.inputs import ImageInput, OwnInput, colour, require_sides
 from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.published import HubRepo
 
@@ -27,6 +27,20 @@ NEEDED = {
 """What prepares an input, and the files that it may be in."""
 SIDES = {"height", "width", "shortest_edge"}
 """What a processor's config calls the sides of its pictures."""
+NETS = {
+    "image-classification": ("ForImageClassification",),
+    "text-classification": ("ForSequenceClassification",),
+    "image-text-matching": ("BlipForImageTextRetrieval",),
+    "image-to-text": (
+        "ForConditionalGeneration",
+        "ForCausalLM",
+        "ForImageTextToText",
+        "VisionEncoderDecoder",
+    ),
+}
+"""What the names of the nets have in them that a family computes with, by its kind."""
+PLACES = {"blip": 512, "git": 1024}
+"""Tokens of a text that a net takes where its config does not say, by its type."""
 OTHERS = ("label", "scores")
 """What a classifier gives beside a column for each label."""
 PLAIN = re.compile(
@@ -86,6 +100,9 @@ class HubFamily(Family):
                 what = f"{self.checkpoint!r} is the name of a repository of the hub"
                 raise ParameterError("checkpoint", f"{what}{hint}")
             return
+        if not {"model_type", "pretrained_cfg"} & self.document(use).keys():
+            what = f"{home}/config.json has no `model_type`, as `save_pretrained` writes it"
+            raise ParameterError("checkpoint", what)
         raws = {getattr(given, "raw", "") for given in self.inputs(use)}
         wanted = {n: NEEDED[n] for n in ("image", "text") if n in {*raws, *self.further}}
         if "timm" in str(self.document(use).get("model_type")):
@@ -134,8 +151,34 @@ class HubFamily(Family):
             why = getattr(error, "strerror", None) or error
             raise ParameterError("checkpoint", f"{path} cannot be read: {why}") from None
         if not isinstance(content, kind):
-            raise ParameterError("checkpoint", f"{path} holds no {kind.__name__}")
+            what = "mapping" if kind is dict else kind.__name__
+            raise ParameterError("checkpoint", f"{path} holds no {what}")
+        if name == "config.json":
+            self._require_net(path, content)
         return content
+
+    def _require_net(self, path: Path, config: Any) -> None:
+        """
+        Raises:
+            ParameterError: the checkpoint is of another family's net.
+        """
+        wanted, built = NETS.get(self.kind), config.get("architectures")
+        if not wanted or not isinstance(built, list) or not built or _any_of(wanted, built):
+            return
+        fit = [kind for kind, nets in NETS.items() if _any_of(nets, built)]
+        valid = f"valid is a net whose name has {wanted[0]!r} in it"
+        advice = f"`kind: {fit[0]}` takes it" if fit else valid
+        raise ParameterError("checkpoint", f"{path} is of a {built[0]}; {advice}")
+
+    def places(self, use: Use) -> int:
+        """Tokens of a text that the net has places for; 0 where its config does not say."""
+        config = self.document(use)
+        text = {**config, **(config.get("text_config") or {})}
+        kind = str(config.get("model_type"))
+        if "relative_attention_num_buckets" in text:
+            return 0  # T5 counts distances, and takes texts of any length
+        found = text.get("max_position_embeddings") or text.get("n_positions") or PLACES.get(kind)
+        return found if isinstance(found, int) else 0
 
     def image(self, use: Use) -> ImageInput | OwnInput:
         """The picture, as the checkpoint's processor prepares it."""
@@ -147,6 +190,9 @@ class HubFamily(Family):
         for sides in (told.get("size"), told.get("crop_size")):
             given = sides if isinstance(sides, dict) else {"height": sides}
             require_sides(*(given[n] for n in SIDES & given.keys() if given[n] is not None))
+        for name in ("image_mean", "image_std"):
+            if told.get("do_normalize") and not isinstance(told.get(name), int | float | None):
+                colour(name, told[name])
         return described(told) or OwnInput("image", "d2m_hpc.models.hub_nets:images", source=source)
 
     def text(self, use: Use, **options: Any) -> OwnInput:
@@ -188,6 +234,10 @@ class HubFamily(Family):
             Output("label", "string", options={"to_cpu": False}),
             Output("scores", shape=(len(labels),) if labels else ()),
         ]
+
+
+def _any_of(parts: Sequence[str], names: Sequence[Any]) -> bool:
+    return any(part in str(name) for part in parts for name in names)
 
 
 def column_name(label: str) -> str:

@@ -44,12 +44,12 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def loading(folder: Path) -> Iterator[None]:
-    """Build something of a checkpoint's folder.
+    """Build something of a checkpoint's folder, or of a file.
 
     Raises:
-        WeightsError: the folder does not hold what is needed.
+        WeightsError: it does not hold what is needed.
     """
-    if not folder.is_dir():
+    if not folder.exists():
         raise WeightsError(f"{folder} is missing; run `d2m weights check`")
     try:
         with quiet():

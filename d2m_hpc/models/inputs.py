@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 RAW_INPUTS = ("image", "text", "json")
 LARGEST_SIDE = 4096
@@ -22,6 +22,19 @@ def require_sides(*sides: Any) -> None:
     for side in sides:
         if type(side) is not int or not 1 <= side <= LARGEST_SIDE:
             raise ValueError(f"a side of {side!r} pixels; valid is 1 to {LARGEST_SIDE}")
+
+
+def colour(name: str, given: Any) -> tuple[float, float, float]:
+    """Mean or std of pixels, by channel.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        red, green, blue = map(float, given)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} {given!r}; valid are three numbers, one a channel") from None
+    return red, green, blue
 
 
 @dataclass(frozen=True)
@@ -61,12 +74,18 @@ class ImageInput:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        size = self.size if isinstance(self.size, Iterable) else (self.size, self.size)
+        size = self.size if isinstance(self.size, list | tuple) else (self.size, self.size)
         object.__setattr__(self, "size", tuple(size))
         require_sides(*self.size, self.short or 1)  # type: ignore[misc]
+        if self.resize == "shortest" and 0 < self.short < max(size):
+            what = f"a `short` side of {self.short} pixels, of which {max(size)} are cut out"
+            raise ValueError(f"{what}; valid is {max(size)} or more")
+        for name, choice in (("resize", Resize), ("interpolation", Interpolation)):
+            if (value := getattr(self, name)) not in get_args(choice):
+                raise ValueError(f"{name} {value!r}; valid: {', '.join(get_args(choice))}")
         for name in ("mean", "std"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(map(float, value)))
+                object.__setattr__(self, name, colour(name, value))
         if self.std and not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"a std of {[*self.std]}; valid are numbers above 0")
 

@@ -57,6 +57,14 @@ class LockedRepo:
     commit: str
     files: Mapping[str, LockedFile]
 
+    @property
+    def folder(self) -> str:
+        """Its folder's name; empty where no repository has such a name."""
+        try:
+            return HubRepo(self.repo_id, self.revision).name
+        except ValueError:
+            return ""
+
     def unsafe(self) -> Iterator[str]:
         """Names of files that would lead out of the repository's folder."""
         return filter(_leads_out, [*self.files, self.commit])
@@ -90,8 +98,11 @@ class Lock:
     repositories: dict[str, LockedRepo] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> Lock:
+    def read(cls, folder: Path, told: str = "") -> Lock:
         """
+        Args:
+            told: where the file is from, for messages.
+
         Raises:
             WeightsError: there is a lock file, and it cannot be read.
         """
@@ -102,6 +113,12 @@ class Lock:
             wrong += filter(_leads_out, [*lock.files, *lock.repositories])
             if wrong:
                 raise ValueError(f"{safe(repr(wrong[0]), BRIEF)} in it is no name of a file")
+            for name, repo in lock.repositories.items():
+                other = f"{repo.repo_id} at {repo.revision}" if name != repo.folder else "no files"
+                if name != repo.folder or not repo.files:
+                    raise ValueError(safe(f"its entry {name!r} is of {other}", 3 * BRIEF))
+            if bare := next((n for n, file in lock.files.items() if not file.sha256), ""):
+                raise ValueError(safe(f"its entry {bare!r} has no sha256", 3 * BRIEF))
         except (FileNotFoundError, NotADirectoryError):
             return cls()
         except (OSError, ValueError) as error:
@@ -109,7 +126,7 @@ class Lock:
             if not isinstance(error, OSError | ValidationError):
                 why = str(error)
             advice = "restore it, or remove it and run `d2m weights fetch` again"
-            raise WeightsError(f"{path} cannot be read: {why}; {advice}") from None
+            raise WeightsError(f"{told or path} cannot be read: {why}; {advice}") from None
         return lock
 
     def expected(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -125,7 +142,10 @@ class Lock:
         What lies in the folder without an entry in the lock file is no published file.
         """
         if locked := self.repositories.get(repo.name):
-            return locked.checkpoints(repo) or [Checkpoint(repo.name, repo.url)]
+            known = locked.checkpoints(repo)
+            return [c if c.sha256 else replace(c, sha256=UNLOCKED) for c in known] or [
+                Checkpoint(repo.name, repo.url)
+            ]
         place = folder / repo.name
         inside = [p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()]
         names = repo.selected(n for n in inside if not n.startswith(".cache/"))

@@ -179,8 +179,10 @@ def _inputs(family: Family, use: Use) -> list[Input]:
         return [i if isinstance(i, tuple) else (i.raw, i) for i in family.inputs(use)]
     except ParameterError:
         raise
-    except (TypeError, ValueError) as error:  # of what a checkpoint's own config says
-        raise ParameterError("", f"its pictures or texts cannot be prepared: {error}") from None
+    except Exception as error:  # of what a checkpoint's own config says
+        why = error if isinstance(error, ValueError) else repr(error)
+        what = f"its pictures or texts cannot be prepared: {why}"
+        raise ParameterError(family.paths[0] if family.paths else "", what) from None
 
 
 def _posts(chosen: Iterable[Chosen], columns: bool) -> dict[str, Post]:

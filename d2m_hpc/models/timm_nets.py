@@ -54,7 +54,7 @@ class TimmNet(nn.Module):
             raise WeightsError(f"{path} is missing; run `d2m weights check`")
         kept = {"file": str(path), "source": "", "custom_load": path.suffix == ".npz"}
         told = {**told, **kept, "num_classes": given["num_classes"]}
-        with loading(path.parent):
+        with loading(path):
             net = timm.create_model(
                 name.partition(".")[0], pretrained=True, pretrained_cfg=told, **given
             )

@@ -175,10 +175,15 @@ def survey_all(
     specs, lock = [*specs], Lock.read(folder)
     digest = lock.digest(folder, lambda path: "unread", timed=False) if quick else sha256_of
     own = [p for s in specs for given in s.files for p in _paths(given, custom_file or folder)]
-    return [
-        *(survey(need, folder, lock, digest) for need in needed(specs)),
-        *(survey(Checkpoint(str(p), ""), folder, lock, digest) for p in dict.fromkeys(own)),
-    ]
+    asked = {} if quick else asked_hashes(specs)
+    files = [Checkpoint(str(p), "", asked.get(str(p), "")) for p in dict.fromkeys(own)]
+    return [survey(need, folder, lock, digest) for need in [*needed(specs), *files]]
+
+
+def asked_hashes(specs: Iterable[ModelSpec]) -> dict[str, str]:
+    """The sha256 that a config gives of checkpoints at hand, by their paths."""
+    given = ((spec.files[:1], getattr(spec.family, "sha256", "")) for spec in specs)
+    return {path: sha256 for files, sha256 in given if sha256 for path in files}
 
 
 @dataclass(frozen=True)
@@ -264,13 +269,15 @@ def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) ->
             )
             problems.append(f"{item.path} is missing; {where}")
         elif not item.is_usable(allow_unpublished):
+            whose = "published is" if item.checkpoint.url else "the config says"
             problems.append(
-                f"{item.path} has sha256 {item.sha256}, published is {item.checkpoint.sha256} "
+                f"{item.path} has sha256 {item.sha256}, {whose} {item.checkpoint.sha256} "
                 "(allow_unpublished_weights: true accepts your own)"
             )
     if problems:
-        fetch_hint = f"run `d2m weights fetch {config}` where there is internet"
-        raise WeightsError("\n  ".join(["checkpoints:", *problems, fetch_hint]))
+        published = any(item.checkpoint.url for item in checked)
+        advice = [f"run `d2m weights fetch {config}` where there is internet"] if published else []
+        raise WeightsError("\n  ".join(["checkpoints:", *problems, *advice]))
     return {item.checkpoint.name: item.sha256 for item in checked}
 
 

@@ -22,6 +22,7 @@ from d2m_hpc.models.entries import with_paths
 from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.headers import fault
 from d2m_hpc.models.lock import Lock
+from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.models.registry import Registry
 from d2m_hpc.plan import memory, patterns, preflight
 from d2m_hpc.run import frozen
@@ -108,7 +109,7 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
     problems += mistakes or checkpoint_mistakes(config, custom.registry)
     checkpoints: dict[str, weights.Kept] = {}
     try:
-        checkpoints = _checkpoints(config, custom.registry, run, where)
+        checkpoints = _checkpoints(config, custom.registry, run, where, problems)
     except WeightsError as error:
         if not thorough and not problems:
             raise
@@ -152,7 +153,7 @@ def further(config: Config, where: str) -> list[str]:
     try:
         checked = weights.check(specs, weights.weights_dir(config.weights_dir), lambda path: "?")
         any_hash = config.model_copy(update={"allow_unpublished_weights": True})
-        _places([*specs], [c for c in checked if c.state == "missing"], any_hash, where)
+        _places([*specs], [c for c in checked if c.state == "missing"], any_hash, where, problems)
     except WeightsError as error:
         problems.append(str(error))
     return located(where, problems)
@@ -211,9 +212,12 @@ def missing_extras(config: Config) -> list[str]:
 
 
 def _checkpoints(
-    config: Config, registry: Registry, run: RunDir, where: str
+    config: Config, registry: Registry, run: RunDir, where: str, told: Sequence[str]
 ) -> dict[str, weights.Kept]:
     """Check every checkpoint that the models need, also those that custom classes declare.
+
+    Args:
+        told: mistakes that are known already.
 
     Raises:
         WeightsError: a checkpoint is missing or wrong.
@@ -221,20 +225,33 @@ def _checkpoints(
     folder = weights.weights_dir(config.weights_dir)
     specs = registry.specs(config.model_names).values()
     digest = Lock.read(folder).digest(folder, weights.HashCache(run.hashes))
-    files = _places([*specs], weights.check(specs, folder, digest), config, where)
+    files = _places([*specs], weights.check(specs, folder, digest), config, where, told)
     try:
-        return {name: weights.Kept.of(path, digest) for name, path in files.items()}
+        found = {name: weights.Kept.of(path, digest) for name, path in files.items()}
     except OSError as error:
         raise WeightsError(f"checkpoints: {error.filename}: {error.strerror or error}") from None
+    asked = weights.asked_hashes(specs)
+    own = [
+        weights.Checked(Checkpoint(kept.path, "", asked[kept.path]), Path(kept.path), kept.sha256)
+        for kept in found.values()
+        if kept.path in asked
+    ]
+    weights.require(own, config.allow_unpublished_weights, where)
+    return found
 
 
 def _places(
-    specs: Sequence[ModelSpec], checked: Sequence[weights.Checked], config: Config, where: str
+    specs: Sequence[ModelSpec],
+    checked: Sequence[weights.Checked],
+    config: Config,
+    where: str,
+    told: Sequence[str],
 ) -> dict[str, Path]:
     """Where the checkpoints lie, by their names.
 
     Args:
         checked: the published ones.
+        told: mistakes that are known already.
 
     Raises:
         WeightsError: names all that are missing, damaged, or not the published ones.
@@ -250,7 +267,8 @@ def _places(
             files |= weights.declared(spec, config.custom_file or Path(config.weights_dir or ""))
         except WeightsError as error:
             wrong.append(str(error))
-    wrong += [f"{p}: {why}" for p in dict.fromkeys(files.values()) if (why := fault(p))]
+    faults = (f"{p}: {why}" for p in dict.fromkeys(files.values()) if (why := fault(p)))
+    wrong += [what for what in faults if not any(what in mistake for mistake in told)]
     if wrong:
         raise WeightsError("\n".join(wrong))
     return files

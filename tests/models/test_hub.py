@@ -283,6 +283,9 @@ def test_a_gated_repository_says_how_to_get_it_and_a_token_opens_it(
     hub.gated = {"Org/net"}
     with pytest.raises(WeightsError, match=r"401 .*accept its licence.*`hf auth login` or set HF_"):
         fetch(REPO, folder, WISH)
+    hub.ways = ["403"]  # as some hubs answer where there is no token
+    with pytest.raises(WeightsError, match=r"403 .*accept its licence.*`hf auth login` or set HF_"):
+        fetch(REPO, folder, WISH)
     monkeypatch.setenv("HF_TOKEN", "hf_of_another")
     with pytest.raises(WeightsError, match=r"403 .*account of your token") as caught:
         fetch(REPO, folder, WISH)
@@ -393,6 +396,44 @@ def test_a_lock_file_whose_names_lead_elsewhere_is_refused(
         WeightsError, match=r"lock.json cannot be read: .* is no name of a file; re"
     ):
         Lock.read(tmp_path)
+
+
+NO_TRUTH: dict[str, tuple[dict[str, Any], str]] = {
+    "of another": ({"repositories": {REPO.name: {"repo_id": "Org/other"}}}, "is of Org/other at m"),
+    "no files": ({"repositories": {REPO.name: {"files": {}}}}, "is of no files"),
+    "no hash": ({"files": {"net.pt": {"size": 3}}}, "entry 'net.pt' has no sha256"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TRUTH)
+def test_a_lock_file_that_tells_nothing_of_a_checkpoint_is_refused(
+    kind: str, tmp_path: Path
+) -> None:
+    change, told = NO_TRUTH[kind]
+    file = {"size": 1, "sha256": "12ab"}
+    repo = {"repo_id": "Org/net", "revision": "main", "commit": "12ab", "files": {"a": file}}
+    content = dict(change)
+    if "repositories" in change:
+        content = {"repositories": {REPO.name: repo | change["repositories"][REPO.name]}}
+    (tmp_path / "weights.lock.json").write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=rf"lock.json cannot be read: its .*{told}"):
+        Lock.read(tmp_path)
+
+
+def test_a_file_without_a_hash_in_the_lock_file_is_none_that_was_fetched(
+    hub: Hub, folder: Path
+) -> None:
+    """As a fetch leaves it that is stopped before the file: what lies there may be any."""
+    fetch(REPO, folder, WISH)
+    path = folder / "weights.lock.json"
+    content = json.loads(path.read_bytes())
+    content["repositories"][REPO.name]["files"]["config.json"].pop("sha256")
+    path.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=r"config.json has sha256 \w+, published is not known"):
+        _require(folder)
+    assert _state(folder) == "changed"
+    fetch(REPO, folder, WISH)
+    assert _require(folder)
 
 
 def test_another_file_under_a_locked_name_is_no_new_truth(hub: Hub, folder: Path) -> None:

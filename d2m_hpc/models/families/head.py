@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models.family import Between, Family, Output, ParameterError, Use, located, published
+from d2m_hpc.models.family import (
+    Between,
+    Family,
+    Output,
+    ParameterError,
+    Sha256,
+    Use,
+    located,
+    published,
+)
 from d2m_hpc.models.headers import Axes, shapes
 from d2m_hpc.models.published import Checkpoint
 
@@ -48,8 +57,8 @@ class LinearHead(Family):
     """path or URL of a state dict of linear and batch norm layers, in their order (`.pth`, `.pt`,
     `.safetensors`), or of an `.npz` with sklearn's `coef_` and `intercept_`, or with `coefs_0`,
     `intercepts_0`, `coefs_1` and so on; and with a StandardScaler's `mean_` and `scale_`, if any"""
-    sha256: str = ""
-    """of the file that a URL gives"""
+    sha256: Sha256 = ""
+    """of the file"""
     normalize: bool = False
     """divide a feature by its length first, which those of CLIP-like models have done"""
     activation: Literal["none", "relu", "gelu", "tanh"] = "none"
@@ -68,6 +77,9 @@ class LinearHead(Family):
 
     def outputs(self, use: Use) -> list[Output]:
         self._file()
+        if self.width and self.classes:
+            what = "is for one feature, and `classes` for columns; give one of them"
+            raise ParameterError("width", what)
         if self.width:
             return [Output("vector", shape=(self.width,))]
         return [Output(name, "float32") for name in self._names]
@@ -149,13 +161,29 @@ def widths(found: Mapping[str, Axes]) -> tuple[int, int]:
 
 
 def _steps(found: Mapping[str, Axes]) -> Iterator[tuple[str, int, int]]:
-    """Each layer's name, and how many values it takes and gives."""
+    """Each layer's name, and how many values it takes and gives.
+
+    Raises:
+        ValueError: an array has other axes, or another number of values than belongs to the layer.
+    """
+    chain = 0
     for name, shape in found.items():
-        if name.endswith("weight") and len(shape) in (1, 2):  # of a batch norm, or a linear layer
-            yield name, shape[-1], shape[0]
+        if name.endswith("weight"):  # of a batch norm, or a linear layer
+            takes, gives, beside = shape[-1:], shape[:1], f"{name.removesuffix('weight')}bias"
         elif name == "mean_":
-            yield name, shape[0], shape[0]
+            takes, gives, beside = shape, shape, "scale_"
         elif name == "coef_":
-            yield name, shape[-1], prod(shape[:-1])
+            takes, gives, beside = shape[-1:], (prod(shape[:-1]),), "intercept_"
         elif name.startswith("coefs_"):
-            yield name, shape[0], shape[1]
+            takes, gives, beside = shape[:1], shape[1:], name.replace("coefs", "intercepts")
+            if name != f"coefs_{chain}":
+                raise ValueError(f"it holds {name} without coefs_{chain}")
+            chain += 1
+        else:
+            continue
+        if not (len(takes) == len(gives) == 1 and len(shape) < 3):
+            raise ValueError(f"{name} has the shape {[*shape]}, which is no linear layer's")
+        if beside in found and prod(found[beside]) != gives[0]:
+            what = f"{beside} has {prod(found[beside])} values, and {name}"
+            raise ValueError(f"{what} {'has' if takes is gives else 'gives'} {gives[0]}")
+        yield name, takes[0], gives[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from d2m_hpc.models.family import Between, Output, Use
+from d2m_hpc.models.family import Between, Output, ParameterError, Use
 from d2m_hpc.models.hub_family import HubFamily
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ class ImageToText(HubFamily):
         return [self.image(use)]
 
     def outputs(self, use: Use) -> list[Output]:
-        self.document(use)
+        start = 1 + len(self.prompt.split())  # or more, by the tokenizer
+        if (places := self.places(use)) and self.max_new_tokens > (most := places + 1 - start):
+            what = f"found {self.max_new_tokens}; valid are up to {most}, as the net's texts have"
+            raise ParameterError("max_new_tokens", f"{what} {places} tokens, the prompt included")
         return [Output("text", "string", options={"to_cpu": False})]
 
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:

@@ -7,7 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from d2m_hpc.models.family import Between, Family, Output, ParameterError, Use, at_hand, shipped_by
+from d2m_hpc.models.family import (
+    Between,
+    Family,
+    Output,
+    ParameterError,
+    Use,
+    file_at_hand,
+    shipped_by,
+)
 from d2m_hpc.models.inputs import OwnInput
 from d2m_hpc.models.published import Checkpoint
 
@@ -75,7 +83,7 @@ class LanguageId(Family):
         """
         if self.model == "full":
             return use.folder / _FULL.name
-        if path := at_hand(self.model):
+        if path := file_at_hand("model", self.model):
             return path
         if self.model != "lite":
             what = f"unknown model {self.model!r}; valid: lite, full, or the path of a file"

@@ -16,19 +16,23 @@ from d2m_hpc.models.family import (
     Family,
     Output,
     ParameterError,
+    Sha256,
     Side,
     Use,
     located,
     published,
 )
+from d2m_hpc.models.headers import fault
 from d2m_hpc.models.inputs import LARGEST_SIDE, ImageInput, Interpolation
-from d2m_hpc.models.onnx_header import TYPES, Header, read
+from d2m_hpc.models.onnx_header import GIVEN, TYPES, Header, read
 from d2m_hpc.models.published import Checkpoint
-from d2m_hpc.models.types import is_column_type
+from d2m_hpc.models.types import COLUMN_TYPES, parts
 
 if TYPE_CHECKING:
     import torch
 
+NUMBERS = tuple(kind for kind in COLUMN_TYPES if kind not in ("bool", "string"))
+"""Types of what a net gives."""
 LARGEST_ROW = 1 << 24
 """Values of a feature's row."""
 Length = Annotated[int, Between(1, LARGEST_ROW)]
@@ -76,8 +80,8 @@ class OnnxImages(Family):
     `image: {output: embedding, shape: [512]}`"""
     size: Side | tuple[Side, Side]
     """side of the square that the net is given, or height and width"""
-    sha256: str = ""
-    """of the file that a URL gives"""
+    sha256: Sha256 = ""
+    """of the file"""
     resize: Literal["shortest", "longest", "squash"] = "shortest"
     """bring the short side to the size and cut the middle out; bring the long side to the size and
     put `fill` around; or ignore the aspect"""
@@ -102,24 +106,19 @@ class OnnxImages(Family):
         mean, std = self.mean, self.std
         if mean or std:
             mean, std = mean or (0, 0, 0), std or (1, 1, 1)
-        return [
-            ImageInput(
-                self.size,
-                self.resize,
-                self.interpolation,
-                self.short,
-                self.fill,
-                mean=mean,
-                std=std,
-            )
-        ]
+        given = (self.size, self.resize, self.interpolation, self.short, self.fill)
+        try:
+            return [ImageInput(*given, mean=mean, std=std)]
+        except ValueError as error:
+            raise ParameterError("", str(error)) from None
 
     def outputs(self, use: Use) -> list[Output]:
         self._file()
         for name, given in self.gives.items():
-            if not is_column_type(given.type):
-                what = f"{name}: unknown type {given.type!r}; valid: float32, list<float32>, ..."
-                raise ParameterError("gives", what)
+            _, each = parts(given.type)
+            if (each or given.type) not in NUMBERS:
+                what = f"{name}: unknown type {given.type!r}; valid: {', '.join(NUMBERS)}"
+                raise ParameterError("gives", f"{what}, and list<...> of these")
             if prod(given.shape) > LARGEST_ROW:
                 what = f"{name}: found a `shape` of {prod(given.shape):,} values"
                 raise ParameterError("gives", f"{what}; valid is {LARGEST_ROW:,} in all")
@@ -141,6 +140,8 @@ class OnnxImages(Family):
         if not path.is_file():
             return
         try:
+            if why := fault(path):
+                raise ValueError(why)
             net = read(path)
         except (OSError, ValueError) as error:
             raise ParameterError("checkpoint", f"{path}: {error}") from None
@@ -179,6 +180,8 @@ class OnnxImages(Family):
             if found is None:
                 names = ", ".join(net.outputs)
                 yield "gives", f"{name}: it has no output {given.output!r}; valid: {names}"
+            elif found.type not in (0, *GIVEN):
+                yield "gives", f"{name}: the output holds no numbers of {', '.join(GIVEN.values())}"
             elif found.shape == ():
                 yield "gives", f"{name}: the output is one number, and not one a picture"
             elif found.shape and all(found.shape[1:]):

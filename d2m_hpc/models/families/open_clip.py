@@ -23,6 +23,7 @@ from d2m_hpc.models.family import (
     ParameterError,
     Use,
     at_hand,
+    file_at_hand,
     here,
     read_json,
 )
@@ -133,6 +134,27 @@ def exported(folder: Path) -> Path | None:
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """An `open_clip_config.json`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it lacks what a model needs.
+    """
+    found: dict[str, Any] = read_json(path)
+    config = found.get("model_cfg") if isinstance(found, dict) else None
+    if not isinstance(config, dict):
+        raise ValueError("it has no mapping `model_cfg`")
+    for key in ("text_cfg", "vision_cfg"):
+        if not isinstance(config.get(key), dict):
+            raise ValueError(f"its `model_cfg` has no mapping `{key}`")
+    if type(width := config.get("embed_dim")) is not int:
+        raise ValueError(f"`embed_dim` of its `model_cfg` is {width!r}; valid is a whole number")
+    if not isinstance(found.setdefault("preprocess_cfg", {}) or {}, dict):
+        raise ValueError("its `preprocess_cfg` is no mapping")
+    return found
+
+
 def merged(needs: Iterable[Checkpoint | HubRepo | Path]) -> list[Checkpoint | HubRepo | Path]:
     """With one entry a repository, which has the files of all of them."""
     found: dict[str, Checkpoint | HubRepo | Path] = {}
@@ -188,7 +210,7 @@ class OpenClip(Family):
     def outputs(self, use: Use) -> list[Output]:
         self._weights(use)
         width = self._config(use).get("embed_dim")
-        shape = (int(width),) if width else ()  # not known before the repository is fetched
+        shape = (width,) if width else ()  # not known before the repository is fetched
         dot = {"i": "image", "j": "text"}
         return [
             Output("score", "float32", function="batched_dot_product_index", options=dot),
@@ -265,15 +287,12 @@ class OpenClip(Family):
         if self._repo() and not (home / CONFIG).exists():
             return {"model_cfg": {}}
         try:
-            found: dict[str, Any] = read_json(home / CONFIG)
-            config = found["model_cfg"]
-            int(config["embed_dim"]), {**config["text_cfg"]}, {**config["vision_cfg"]}
-            return found
+            return _read(home / CONFIG)
         except OSError as error:
             what = f"{home / CONFIG}: {error.strerror}; valid is a folder with a model of open_clip"
             raise ParameterError("model", what) from None
-        except (ValueError, LookupError, TypeError) as error:
-            what = f"{home / CONFIG} holds no model of open_clip: {error!r}"
+        except ValueError as error:
+            what = f"{home / CONFIG} holds no model of open_clip: {error}"
             raise ParameterError("model", what) from None
 
     def _config(self, use: Use) -> dict[str, Any]:
@@ -298,7 +317,7 @@ class OpenClip(Family):
             ParameterError: there is no such model, tag or file.
         """
         self._document(use)
-        if path := at_hand(self.pretrained):
+        if path := file_at_hand("pretrained", self.pretrained):
             return path
         if repo := self._repo():
             return repo
@@ -325,7 +344,7 @@ class OpenClip(Family):
             "resize_mode": self.image_resize_mode,
         }
         chosen = dict(DEFAULTS)
-        for told in (document.get("preprocess_cfg", {}), self._tag(), own):
+        for told in (document.get("preprocess_cfg") or {}, self._tag(), own):
             chosen |= {key: value for key, value in told.items() if value is not None}
         return ImageInput(
             document["model_cfg"].get("vision_cfg", {}).get("image_size", 224),

@@ -6,7 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from d2m_hpc.models.family import Between, Family, Output, ParameterError, Use, at_hand, located
+from d2m_hpc.models.family import (
+    Between,
+    Family,
+    Output,
+    ParameterError,
+    Use,
+    file_at_hand,
+    located,
+)
 from d2m_hpc.models.inputs import ImageInput
 from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.storage.texts import nearest
@@ -83,7 +91,7 @@ class Sscd(Family):
         if self.checkpoint in _TRAINED:
             name = f"sscd_{self.checkpoint}.torchscript.pt"
             return Checkpoint(name, f"{_URL}/{name}", _NOTED.get(self.checkpoint, ""))
-        if path := at_hand(self.checkpoint):
+        if path := file_at_hand("checkpoint", self.checkpoint):
             return path
         what = f"unknown net {self.checkpoint!r}{nearest(self.checkpoint, _TRAINED)}"
         raise ParameterError("checkpoint", f"{what}, or the path of a TorchScript file")

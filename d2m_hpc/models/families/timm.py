@@ -9,7 +9,7 @@ import ast
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -152,6 +152,12 @@ class Timm(Family):
     def checkpoints(self, use: Use) -> list[Checkpoint | HubRepo | Path]:
         return [self._weights(use)]
 
+    def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
+        name = self._published(use)[0].partition(".")[0]
+        if name and name not in architectures():
+            what = f"{self.model} is of an unknown architecture {name!r}"
+            raise ParameterError("model", f"{what}{nearest(name, architectures())}")
+
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.timm_nets import TimmNet
 
@@ -187,11 +193,12 @@ class Timm(Family):
         if repo and not path.exists():
             return "", {}
         try:
-            told = read_json(path)
-            own = {"num_classes": told["num_classes"]} if "num_classes" in told else {}
-            return str(told["architecture"]), {**told, **told.get("pretrained_cfg", told), **own}
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ParameterError("model", f"{path} cannot be used: {error}") from None
+            return _read(path)
+        except OSError as error:
+            what = f"{path} cannot be used: {error.strerror or error}"
+            raise ParameterError("model", what) from None
+        except ValueError as error:
+            raise ParameterError("model", f"{path} holds no model of timm: {error}") from None
 
     def _told(self, use: Use) -> dict[str, Any]:
         """What a model's config says, and timm's defaults for what it leaves out."""
@@ -239,6 +246,29 @@ class Timm(Family):
         return published("model", told["url"])
 
 
+def _read(path: Path) -> tuple[str, Mapping[str, Any]]:
+    """The architecture and the config of a `config.json` that timm wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else.
+    """
+    told = read_json(path)
+    if not isinstance(told, dict) or "architecture" not in told:
+        raise ValueError("it has no `architecture`")
+    if not isinstance(inner := told.get("pretrained_cfg") or {}, dict):
+        raise ValueError(f"`pretrained_cfg` is {inner!r}; valid is a mapping")
+    found = {**told, **(inner or told)}
+    found |= {"num_classes": told["num_classes"]} if "num_classes" in told else {}
+    for key, default in DEFAULTS.items():
+        valid = (int, float) if isinstance(default, float) else (type(default), list)
+        value: Any = found.get(key)
+        of_size = not isinstance(default, tuple) or not value or len(value) == len(default)
+        if value is not None and not (isinstance(value, valid) and of_size):
+            raise ValueError(f"`{key}` is {value!r}; valid is for example {default!r}")
+    return str(told["architecture"]), found
+
+
 def exported(folder: Path, names: tuple[str, ...] = WEIGHTS) -> Path | None:
     """The weights in a folder."""
     found = (folder / name for name in names if not name.endswith(".json"))
@@ -253,7 +283,7 @@ def described(told: Mapping[str, Any]) -> ImageInput | None:
     """
     (_, height, width), part = told["input_size"], told["crop_pct"]
     mode, how = told["crop_mode"], told["interpolation"]
-    if how not in get_args(Interpolation) or not (height == width or part == 1):
+    if how not in get_args(Interpolation) or part > 1 or not (height == width or part == 1):
         return None
     if (mode == "squash" and part != 1) or mode == "border":
         return None

@@ -38,5 +38,5 @@ def test_scores_are_those_of_blips_matching_head(tmp_path: Path) -> None:
 
 def test_another_net_is_told(tmp_path: Path) -> None:
     folder = bert(tmp_path, BertModel)
-    with pytest.raises(ParameterError, match="type 'bert'; valid is 'blip'"):
+    with pytest.raises(ParameterError, match=r"is of a BertModel; valid is a net .* 'BlipForIm"):
         ImageTextMatching(checkpoint=str(folder)).outputs(Use("itm", tmp_path, frozenset()))

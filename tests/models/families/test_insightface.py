@@ -164,6 +164,10 @@ def test_mistakes_are_told_in_a_line(pack: Path, tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match=r"bufalo is no folder of \.onnx files, nor a zip"):
         run(keys, [])
+    (tmp_path / "none").mkdir()
+    keys["models"] = [{"own": {"kind": "insightface", "pack": str(tmp_path / "none")}}]
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/none is no folder of \.onnx.* them; insig"):
+        run(keys, [])
     (bare := tmp_path / "bare").mkdir()
     (bare / "det.onnx").write_bytes((pack / "det_10g.onnx").read_bytes())
     use = Use("own", tmp_path, frozenset({"age"}))

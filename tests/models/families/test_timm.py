@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 from timm.models._registry import _model_default_cfgs
 from tiny_nets import lively
 
+from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.families import timm as family
 from d2m_hpc.models.families.timm import Timm
 from d2m_hpc.models.family import ParameterError, Use
@@ -123,6 +124,38 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": NET, "checkpoint": "/none.pth"}, "which is no file"),
     ({"model": NET, "num_classes": 3}, "leave it out"),
 ]
+
+
+def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    path, use = tmp_path / "text.pth", Use("own", tmp_path, frozenset({"feature"}))
+    path.write_text("no checkpoint")
+    with pytest.raises(WeightsError, match=r"/text\.pth cannot be used: "):
+        Timm(model=NET, checkpoint=str(path)).build(use, torch.device("cpu"))
+
+
+LACKING: list[tuple[Any, str]] = [
+    ([], "it has no `architecture`"),
+    ({"num_classes": 3}, "it has no `architecture`"),
+    ({"architecture": NET, "num_classes": "x"}, "`num_classes` is 'x'; valid is for example 1000"),
+    ({"architecture": NET, "pretrained_cfg": 3}, "`pretrained_cfg` is 3; valid is a map"),
+    (
+        {"architecture": NET, "pretrained_cfg": {"input_size": [3, 5]}},
+        r"`input_size` is \[3, 5\]; valid is for example \(3, 224, 224\)",
+    ),
+    ({"architecture": "resnet10tt"}, "unknown architecture 'resnet10tt'; did you mean 'resnet10t'"),
+]
+
+
+@pytest.mark.parametrize(("content", "what"), LACKING)
+def test_what_a_folders_config_lacks_is_told_with_its_file(
+    content: Any, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    made, use = Timm(model=str(tmp_path)), Use("own", tmp_path, frozenset())
+    with pytest.raises(ParameterError, match=what) as caught:
+        made.outputs(use), made.check(use, [])
+    assert str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize(("given", "what"), WRONG)
