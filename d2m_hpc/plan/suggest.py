@@ -17,8 +17,9 @@ import yaml
 
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import weights
+from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.formats import EXTENSIONS
-from d2m_hpc.models.registry import COLUMNS, FEATURES, MODELS
+from d2m_hpc.models.registry import builtin
 from d2m_hpc.plan import patterns
 from d2m_hpc.run import values
 from d2m_hpc.storage import stores
@@ -170,11 +171,13 @@ def config(inputs: Sequence[str], output: str, sight: Sight, folder: Path) -> st
         output: the folder of the outputs.
         folder: the weights folder; models whose weights are missing there are comments.
     """
-    fit = [name for name in USUAL if sight.inputs >= {*MODELS[name].raw_inputs}]
-    ready = [name for name in fit if _is_ready(name, folder)]
-    ready = [n for n in ready if all(FEATURES[f].model in ready for f in MODELS[n].reads)]
-    rest = [name for name in fit if name not in ready]
-    more = [n for n, post in {**COLUMNS, **FEATURES}.items() if post.model in rest]
+    known = builtin()
+    fit = [spec for spec in known.specs(USUAL).values() if sight.inputs >= {*spec.raw_inputs}]
+    there = {spec.name for spec in fit if _is_ready(spec, folder)}
+    ready = [s.name for s in fit if there >= {s.name, *(known.post(n).model for n in s.reads)}]
+    rest = [spec.name for spec in fit if spec.name not in ready]
+    columns, features = known.columns.items(), known.features.items()
+    more = [name for name, post in (*columns, *features) if post.model in rest]
     kinds = [f"{kind} in {n / sight.samples:.0%}" for kind, n in sight.members.most_common(8)]
     why = "# these fit, too; list them, and `d2m weights fetch` brings their weights:"
     lines = [
@@ -184,8 +187,8 @@ def config(inputs: Sequence[str], output: str, sight: Sight, folder: Path) -> st
         *_listed("output_metadata_dir", output),
         *_listed("models", ready),
         *([why, *(f"# - {name}" for name in rest)] if rest else []),
-        *_listed("postprocess_columns", [n for n, p in COLUMNS.items() if p.model in ready]),
-        *_listed("postprocess_features", [n for n, p in FEATURES.items() if p.model in ready]),
+        *_listed("postprocess_columns", [n for n, p in columns if p.model in ready]),
+        *_listed("postprocess_features", [n for n, p in features if p.model in ready]),
         *([f"# with those models: {', '.join(more)}"] if more else []),
         *(_listed("image_key", sight.image_key) if sight.image_key else []),
         *(_listed("text_from", f"json:{sight.caption}") if sight.caption else []),
@@ -197,8 +200,8 @@ def config(inputs: Sequence[str], output: str, sight: Sight, folder: Path) -> st
     return "\n".join(lines) + "\n"
 
 
-def _is_ready(name: str, folder: Path) -> bool:
-    found = weights.survey_all([MODELS[name]], folder, quick=True)
+def _is_ready(spec: ModelSpec, folder: Path) -> bool:
+    found = weights.survey_all([spec], folder, quick=True)
     return all(checked.sha256 for item in found for checked in item.files)
 
 
