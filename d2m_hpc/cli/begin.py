@@ -41,3 +41,20 @@ def head(
     else:
         terminal.samples(found)
     raise typer.Exit(0 if found.table.num_rows else 1)
+
+
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    from d2m_hpc.watch.doctor import checks
+
+    sick, told = False, list[dict[str, str]]()
+    for check in checks(load(config) if config else None, str(config)):
+        sick, told = sick or bool(check.mend), [*told, check._asdict()]
+        if not as_json:  # at once, as torch takes seconds
+            advice = f"; {check.mend}" if check.mend else ""
+            echo(f"{'mend' if check.mend else 'ok':5}{check.name}: {check.found}{advice}")
+    if as_json:
+        print_json(told)
+    raise typer.Exit(1 if sick else 0)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -18,21 +19,59 @@ from d2m_hpc.cli.trouble import explained
 SUBMIT_HELP = (
     "Compute what is left of a config's shards. The same command again goes on from there."
 )
+SUBMIT_EXAMPLE = "Example: d2m-submit laion.yml --partition gpu --gres gpu:1 --time 4:00:00"
 VERIFY_HELP = (
     "Check every output against its record. Exit 0: all shards are finished and right; 1: a file "
     "is wrong, or shards are not finished; 2: there is no such run."
 )
 
+SHORT_HELP = {"help_option_names": ["-h", "--help"]}
+
 app = typer.Typer(
     name="d2m",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings=SHORT_HELP,
     help="Metadata for folders of webdataset tars: every shard exactly once.",
+    epilog="Begin with: d2m init TARS; d2m head d2m.yml; d2m-submit d2m.yml --local",
 )
-app.command(help="Look into the first tars of a folder, and write a first config.")(begin.init)
-app.command(help="The first samples of a config with their values; nothing is written.")(begin.head)
-app.command(help=SUBMIT_HELP)(submit)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from d2m_hpc.version import __version__
+
+        print(f"d2m_hpc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="and leave")
+    ] = False,
+) -> None:
+    """Options of all commands together."""
+
+
+def _example(words: str) -> str:
+    """The end of a command's help."""
+    return f"Example: {words}"
+
+
+app.command(
+    help="Look into the first tars of a folder, and write a first config.",
+    epilog=_example("d2m init s3://bucket/tars -o laion.yml"),
+)(begin.init)
+app.command(
+    help="The first samples of a config with their values; nothing is written.",
+    epilog=_example("d2m head laion.yml 3 --set device=cpu"),
+)(begin.head)
+app.command(
+    help="What this machine, or a config's folders and weights lack; exit 1 for anything to mend.",
+    epilog=_example("d2m doctor laion.yml"),
+)(begin.doctor)
+app.command(help=SUBMIT_HELP, epilog=SUBMIT_EXAMPLE)(submit)
 app.command(help="Show what a submit would do; the same as submit --dry-run.")(plan)
 app.command(help="The families of models, or what one of them takes and gives.")(models)
 app.command(help="How far a run is.")(inspect.status)
@@ -47,8 +86,8 @@ app.command(help="The uids of the best samples, as a subset for DataComp's tools
 app.add_typer(outputs.app, name="export")
 app.add_typer(weights.app, name="weights")
 
-submit_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-submit_app.command(help=SUBMIT_HELP)(submit)
+submit_app = typer.Typer(pretty_exceptions_enable=False, context_settings=SHORT_HELP)
+submit_app.command(help=SUBMIT_HELP, epilog=SUBMIT_EXAMPLE)(submit)
 
 
 @app.command(help="The config's JSON schema, for editors.")

@@ -45,18 +45,21 @@ def _output(config: Config) -> Iterator[str]:
 
 
 def _leases(run: RunDir) -> Iterator[str]:
-    """Check exclusive creation of files, which leases need and a few network filesystems lack."""
     try:
         run.create()
-        path = run.root / f".probe-{uuid.uuid4().hex}.lock"
-        first, second = Lease(path), Lease(path)
-        exclusive = first.claim() and not second.claim()
-        first.release()
+        if not is_exclusive(run.root):
+            yield f"run_dir: two tasks could claim one shard in {run.root}; put it on another disk"
     except OSError as error:
         yield f"run_dir: {run.root} cannot be written: {error}"
-        return
-    if not exclusive:
-        yield f"run_dir: two tasks could claim one shard in {run.root}; put it on another disk"
+
+
+def is_exclusive(folder: Path) -> bool:
+    """Check exclusive creation of files, which leases need and a few network filesystems lack."""
+    path = folder / f".probe-{uuid.uuid4().hex}.lock"
+    first, second = Lease(path), Lease(path)
+    exclusive = first.claim() and not second.claim()
+    first.release()
+    return exclusive
 
 
 def inputs(expansion: patterns.Expansion) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A newcomer's first commands: a config for the tars at hand, and a look at the first samples."""
+"""A newcomer's first commands: a config for the tars, the first samples, this machine, the help."""
 
 from __future__ import annotations
 
@@ -141,6 +141,49 @@ def test_init_loads_no_torch(tmp_path: Path) -> None:
     words = [sys.executable, "-c", code]
     ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n"
+
+
+# --- doctor, and the help ---
+
+
+def test_the_doctor_says_what_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"input_tars": "x.tar", "output_metadata_dir": str(tmp_path / "out")}
+    path = write_config(tmp_path / "c.yml", STATS, **values)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ended = _d2m("doctor", path)
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    lines = dict(line[5:].split(": ", 1) for line in ended.stdout.splitlines())
+    assert [*lines] == [
+        *("d2m_hpc", "torch", "decoders", "Slurm", "scratch", "leases", "weights", "network")
+    ]
+    assert lines["Slurm"] == "there is no sbatch here; --local works"
+    assert lines["leases"] == f"work in {tmp_path}"
+    assert not (tmp_path / "out").exists()
+
+    only = {"models": ["oai-clip-vit-b32"], "postprocess_columns": []}
+    write_config(path, STATS, **values, **only, postprocess_features=[])
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so: cannot be opened')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ended = _d2m("doctor", path, "--json")
+    assert ended.exit_code == 1
+    found = {check["name"]: check for check in json.loads(ended.stdout)}
+    assert found["torch"]["found"].endswith("ImportError: libcudart.so: cannot be opened")
+    assert found["torch"]["mend"] == "install torch anew"
+    assert found["weights"]["found"].startswith("0 of 1 that the config needs are here")
+    assert found["weights"]["mend"] == f"d2m weights fetch {path}"
+    assert "HF_HUB_OFFLINE" in found["network"]["found"]
+
+
+def test_version_help_and_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _d2m("--version").stdout == f"d2m_hpc {d2m.__version__}\n"
+    assert "Example: d2m head laion.yml" in _d2m("head", "-h").stdout
+    words = [sys.executable, "-m", "d2m_hpc", "--version"]
+    assert subprocess.run(words, capture_output=True, text=True).stdout.startswith("d2m_hpc ")
+    for name, value in {"_D2M_COMPLETE": "complete_bash", "COMP_WORDS": "d2m exp"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert CliRunner().invoke(app, [], prog_name="d2m").stdout.split() == ["export"]
 
 
 # --- head ---
