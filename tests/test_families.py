@@ -40,6 +40,8 @@ from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.plan.decide import decide
 from d2m_hpc.plan.workload import inspect
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.worker.read import decode
 from d2m_hpc.worker.task import run_task
 
@@ -306,6 +308,46 @@ def test_a_family_of_another_package_that_is_broken_is_told(
         assert said in ended.stderr
         assert "unexpected" not in ended.stderr
         assert "d2m_colour" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "shape=(3,)",
+            "shape=(4,)",
+            r"'colour-rgb' has rows of shape \[3\], and its model declares",
+        ),
+        ('"float32"', '"string"', "'colour-red' is float here, and its model declares string"),
+        ('"float32"', '"int32"', "'colour-red' cannot be written: Float value .* was truncated"),
+        ("colours[:, 0]", '["red"] * len(colours)', "column 'colour-red' cannot be written: Could"),
+        ("colours[:, 0]", "colours[:, 0].sum()", "'colour-red' made a tensor of shape"),
+    ],
+)
+def test_a_family_of_another_package_that_declares_what_it_does_not_give_is_told_once(
+    old: str, new: str, said: str, plugin: dict[str, str], tmp_path: Path
+) -> None:
+    """As the config's fault, by the first task: no shard has failed."""
+    (tmp_path / "site" / "d2m_colour.py").write_text(PLUGIN.replace(old, new))
+    config = write_config(
+        tmp_path / "c.yml",
+        {
+            **EXACT,
+            "models": [{"colour": {"kind": "mean-colour"}}],
+            "postprocess_columns": ["colour-red"],
+            "postprocess_features": ["colour-rgb"],
+            "input_tars": str(SHARDS / "00000.tar"),
+            "output_metadata_dir": str(tmp_path / "out"),
+        },
+    )
+    ended = submit(config, env=plugin)
+    assert ended.returncode == 2, ended.stderr + ended.stdout
+    assert len(re.findall(said, ended.stderr)) == 1, ended.stderr
+    assert re.search(
+        "on any sample; mend its parameters, checkpoint or code|; mend its declaration",
+        ended.stderr,
+    )
+    assert not Manifest.load(RunDir(tmp_path / "out" / ".d2m")).failures
 
 
 def test_a_dry_run_of_many_families_imports_no_library_of_models(

@@ -366,3 +366,39 @@ def test_a_folder_here_that_is_taken_for_a_name_is_told(
     path = write_config(tmp_path / "c.yml", {**values, "models": [{"own": given}]})
     with pytest.raises(ConfigError, match=rf"if {tmp_path}/mine is meant, write '\./mine'"):
         inspect(configs.load(path), str(path))
+
+
+OWN = """
+import torch
+
+class Own(torch.nn.Module):
+    raw_inputs, preprocessors = ["text"], ["identity"]
+    outputs = {"v": [4]}
+    to_device = False
+
+    def __init__(self, device):
+        super().__init__()
+
+    def forward(self, texts):
+        return {"v": torch.zeros(len(texts), 3)}
+
+model_lookup = {"own": Own}
+"""
+
+
+def test_a_shape_that_a_custom_class_does_not_give_fails_the_task_and_no_shard(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    values = {"models": ["own"], "postprocess_features": ["own-v"], "postprocess_columns": []}
+    values |= {
+        "custom_pypath": str(tmp_path / "own.py"),
+        "output_metadata_dir": str(tmp_path / "o"),
+    }
+    path = write_config(tmp_path / "c.yml", {**KEYS, **values})
+    workload = inspect(configs.load(path), str(path))
+    with pytest.raises(
+        ConfigError, match=r"'own-v' has rows of shape \[3\], and its model declares"
+    ):
+        run(workload)
+    assert not Manifest.load(workload.run).failures

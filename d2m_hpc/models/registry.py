@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from d2m_hpc.models import weights
 from d2m_hpc.models.entries import (
@@ -68,20 +68,27 @@ class Problem(NamedTuple):
     what: str
 
 
-def _outputs(family: Family, use: Use) -> list[Output]:
-    """
+def _asked(family: Family, method: str, *given: Any) -> list[Any]:
+    """What a method of a family gives, in a list.
+
     Raises:
-        ParameterError: a parameter has a value that cannot be used; or another package's family
-            fails.
+        ParameterError: a parameter has a value that cannot be used; a checkpoint's own files say
+            what the family does not expect; or another package's family fails.
     """
     kind = type(family)
     try:
-        return [*family.outputs(use)]
+        return [*(getattr(family, method)(*given) or ())]
+    except ParameterError:
+        raise
     except Exception as error:
-        if isinstance(error, ParameterError) or kind in known_families().values():
-            raise
-        what = f"{kind.__module__}:{kind.__name__}.outputs fails: {error!r}"
-        raise ParameterError("kind", what) from error
+        why = error if isinstance(error, ValueError) else repr(error)
+        if kind not in known_families().values():
+            what = f"{kind.__module__}:{kind.__name__}.{method} fails: {error!r}"
+            raise ParameterError("kind", what) from error
+        what = "pictures or texts cannot be prepared" if method == "inputs" else "files are unfit"
+        raise ParameterError(
+            family.paths[0] if family.paths else "", f"its {what}: {why}"
+        ) from error
 
 
 class Chosen(NamedTuple):
@@ -115,7 +122,7 @@ class Chosen(NamedTuple):
         prefix = family.prefixes.get(name, name)
         own = (n.removeprefix(f"{prefix}-") for n in asked if n.startswith(f"{prefix}-"))
         outputs: dict[str, Output] = {}
-        for output in _outputs(family, Use(name, folder, frozenset(own))):
+        for output in _asked(family, "outputs", Use(name, folder, frozenset(own))):
             _require_name("output", output.name)
             full = f"{prefix}-{output.name}"
             if full in outputs:
@@ -158,7 +165,7 @@ class Chosen(NamedTuple):
         wanted = [o.name for n, o in named if n in asked] or [o.name for _, o in named]
         use = Use(self.name, folder, frozenset(wanted))
         inputs = _inputs(self.family, use)
-        needed = self.family.checkpoints(use)
+        needed = _asked(self.family, "checkpoints", use)
         return ModelSpec(
             self.name,
             raw_inputs=tuple(raw for raw, _ in inputs),
@@ -175,14 +182,7 @@ class Chosen(NamedTuple):
 
 
 def _inputs(family: Family, use: Use) -> list[Input]:
-    try:
-        return [i if isinstance(i, tuple) else (i.raw, i) for i in family.inputs(use)]
-    except ParameterError:
-        raise
-    except Exception as error:  # of what a checkpoint's own config says
-        why = error if isinstance(error, ValueError) else repr(error)
-        what = f"its pictures or texts cannot be prepared: {why}"
-        raise ParameterError(family.paths[0] if family.paths else "", what) from None
+    return [i if isinstance(i, tuple) else (i.raw, i) for i in _asked(family, "inputs", use)]
 
 
 def _posts(chosen: Iterable[Chosen], columns: bool) -> dict[str, Post]:
@@ -194,7 +194,7 @@ def _usable(named: Mapping[str, Family], folder: Path) -> Iterator[Chosen]:
     are damaged; a config that lists one is told."""
     for name, family in named.items():
         use = Use(name, folder, frozenset())
-        with suppress(TypeError, ValueError):
+        with suppress(Exception):  # whatever the files lead to
             family.inputs(use), family.checkpoints(use)
             yield Chosen.of(name, family, folder)
 
@@ -278,7 +278,8 @@ class Registry:
             spec = self.models.get(name := name_of(entry))
             if spec and spec.family and spec.use:
                 try:
-                    spec.family.check(spec.use, [self.post(n).shape for n in spec.reads])
+                    shapes = [self.post(n).shape for n in spec.reads]
+                    _asked(spec.family, "check", spec.use, shapes)
                 except ParameterError as error:
                     problems += _problems(name, _loc(i, entry), error)
         return problems

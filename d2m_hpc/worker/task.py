@@ -31,6 +31,7 @@ from d2m_hpc.run.schema import Schema
 from d2m_hpc.run.shards import read_some
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.suspension import Awake
+from d2m_hpc.worker.batch import Outputs
 from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.compute import trial
@@ -170,7 +171,7 @@ class Task:
         self.checkpoints = frozen.require_checkpoints(submission.frozen)
         self.output = OutputDir(config.output_metadata_dir)
         self.schema = Schema.of(config)
-        self._is_sound = False
+        self._is_sound = self._is_declared = False
         self.part = config  # the part that the task computes: for an extension, the added keys
 
     def work(
@@ -254,6 +255,7 @@ class Task:
             finished = pair.contents() if work.job.extends else None
             with work.clock("compute", besides="wait"):
                 for outputs in guarded(graph.run(reading)):
+                    self._require_declared(outputs)
                     table.add(outputs)
                     record.rejections += outputs.rejections
                     record.recomputed += outputs.recomputed
@@ -278,16 +280,34 @@ class Task:
                 raise
             if why := self._fault(graph):
                 claims.let_go(work)
-                advice = "on any sample; mend its parameters or checkpoint, and submit again"
+                advice = "on any sample; mend its parameters, checkpoint or code, and submit again"
                 raise ConfigError("models", [f"{why}, {advice}"]) from error
             result.error = error
         return result
 
     def _fault(self, graph: Graph) -> str:
         """Why every shard would fail, if the config is at fault; found out at the first failure."""
-        why = "" if self._is_sound else trial.fault(graph, self.part)
+        if self._is_sound:
+            return ""
+        self._is_declared = False
+        why = trial.fault(graph, self.part, self._require_declared)
         self._is_sound = not why
         return why
+
+    def _require_declared(self, outputs: Outputs) -> None:
+        """Compare the task's first outputs with the types and shapes that their models declare.
+
+        Raises:
+            ShardError, ConfigError: they are others.
+        """
+        if self._is_declared or not outputs.keys:
+            return
+        self._is_declared = True
+        named = {"postprocess_columns": [*outputs.columns]}
+        named |= {"postprocess_features": [*outputs.features]}
+        table = Table(self.part.model_copy(update=named), self.schema)
+        table.add(outputs)
+        table.require_declared()
 
     def _look_elsewhere(self, graph: Graph, recipe: Recipe) -> None:
         """Find types and shapes that no shard of this task tells, for instance as none has rows.

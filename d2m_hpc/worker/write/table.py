@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import ShardError
+from d2m_hpc.errors import ConfigError, ShardError
 from d2m_hpc.models.types import leaf
 from d2m_hpc.run import values as fields
 from d2m_hpc.run.records import Rejection
@@ -84,6 +84,21 @@ class Table:
             *(n for n in config.postprocess_features if schema.shape(n, self._shape(n)) is None),
         ]
 
+    def require_declared(self) -> None:
+        """
+        Raises:
+            ShardError: a column is not of the type that its model declares.
+            ConfigError: a feature has another shape, which no sample decides.
+        """
+        for name in self.schema.columns.keys() & {*self.config.postprocess_columns}:
+            self._column(name)
+        for name in self.schema.shapes.keys() & {*self.config.postprocess_features}:
+            found, shape = self._shape(name), self.schema.shapes[name]
+            if found not in (None, shape):
+                told = f"{[*(found or ())]}, and its model declares {[*shape]}"
+                mistake = f"feature {name!r} has rows of shape {told}; mend its declaration or code"
+                raise ConfigError("models", [mistake])
+
     def features(self) -> dict[str, NDArray[Any]]:
         """Each feature [rows, ...], by its name in the npz."""
         config, dtype = self.config, np.dtype(self.config.feature_dtype)
@@ -149,9 +164,9 @@ def _typed(given: Any, schema: Schema, name: str) -> tuple[pa.Array, bool]:
     if _is_void(array.type):
         return pa.array(array.to_pylist(), wanted), bool(kind)
     if not (_are_numbers(array.type) and _are_numbers(wanted)):
+        rest = "its model declares" if name in schema.columns else "the rest of the run has"
         raise ShardError(
-            f"column {name!r} is {array.type} here, and {kind} in the rest of the run; a column "
-            "has one type"
+            f"column {name!r} is {array.type} here, and {rest} {kind}; a column has one type"
         )
     return array.cast(wanted), True
 
