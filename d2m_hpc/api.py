@@ -438,33 +438,49 @@ class Run:
     @_explained()
     def select(
         self,
-        output: str | os.PathLike[str],
+        output: str | os.PathLike[str] | None,
         where: str = "true",
         top: float = 0.0,
         by: str = "",
         on_shards: Callable[[int, int], None] | None = None,
+        *,
+        within: str = "",
+        sample: float = 0.0,
+        weight: str = "",
+        seed: int = 0,
+        join: str | os.PathLike[str] | None = None,
+        columns: Sequence[str] = ("uid",),
     ) -> Selection:
-        """Write the uids of the best samples, as a subset for DataComp's tools.
+        """Write the uids of the best samples: a subset for DataComp's tools, or a parquet.
 
         Example:
             run.select("best.npy", "\"text-words\" > 3", top=0.3, by="oai-clip-vit-l14-score")
+            run.select("some.parquet", sample=1000, seed=1, columns=["uid", "url"])
 
         Args:
-            output: a .npy file.
+            output: a .npy or .parquet file; None to count only what thresholds of `by` keep.
             where: an SQL expression over the columns.
             top: the share (up to 1) or the number of the best samples among those of `where`.
             by: the column whose highest values are the best.
             on_shards: called with the number of shards read, and of all shards.
+            within: a column; `top` and `sample` are of the samples of each of its values.
+            sample: the share or the number of samples to draw from these, by `seed`.
+            weight: a column; a sample of twice the weight is twice as likely to be drawn first.
+            join: a parquet of more columns by `uid`; or a .npy, for the column `in_subset`.
+            columns: of a parquet.
 
         Raises:
             ConfigError: names every mistake in the query.
         """
         from d2m_hpc.subsets.select import Query, select
 
-        _require(str, "a text", where=where, by=by)
-        _require(int | float, "a number", top=top)
-        query = Query(where, by, top)
-        return select(self._folder, self.config, query, _path("output", output), on_shards)
+        _require(str, "a text", where=where, by=by, within=within, weight=weight)
+        _require(int | float, "a number", top=top, sample=sample)
+        _require(int, "a whole number", seed=seed)
+        _require_names("columns", columns)
+        beside, path = (_path("path", p) if p else None for p in (join, output))
+        query = Query(where, by, top, within, sample, weight, seed, beside)
+        return select(self._folder, self.config, query, path, on_shards, columns)
 
     @_explained()
     def export(

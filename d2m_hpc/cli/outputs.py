@@ -12,7 +12,6 @@ import typer
 
 from d2m_hpc import api
 from d2m_hpc.cli.common import AsJson, Target, echo, print_json
-from d2m_hpc.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2m_hpc.subsets.datacomp import Export
@@ -68,6 +67,25 @@ def clip_retrieval(
     _export("clip-retrieval", target, output, **options)
 
 
+@app.command(help="A parquet of uid, url and caption, for img2dataset to download again.")
+def img2dataset(
+    target: Target,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.parquet")],
+    subset: Annotated[
+        Path | None, typer.Option(metavar="SUBSET.npy", help="of `d2m select`, or DataComp's")
+    ] = None,
+    where: Annotated[str, typer.Option(help="an SQL expression over the columns")] = "true",
+) -> None:
+    run = api.open(target)
+    caption = "text" if run.config.use_datacomp_keys else "caption"
+    condition = f"({where}) AND in_subset" if subset else where
+    with _bar("shards") as on_shards:
+        columns = ["uid", "url", caption]
+        found = run.select(output, condition, on_shards=on_shards, join=subset, columns=columns)
+    _show_selection(found, output)
+    raise typer.Exit(0 if found.chosen else 1)
+
+
 def _export(kind: str, target: Path, output: Path, **options: Any) -> None:
     with _bar("rows") as on_rows:
         found = api.open(target).export(kind, output, on_rows=on_rows, **options)
@@ -83,23 +101,39 @@ def _show_exported(found: Exported) -> None:
 
 def select(
     target: Target,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="SUBSET.npy")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help=".npy or .parquet")
+    ] = None,
     where: Annotated[str, typer.Option(help="an SQL expression over the columns")] = "true",
     top: Annotated[
         float, typer.Option(help="of what --where leaves, the best share, such as 0.3, or so many")
     ] = 0.0,
     by: Annotated[str, typer.Option(help="the column whose highest values are the best")] = "",
+    within: Annotated[
+        str, typer.Option(metavar="COLUMN", help="--top and --sample of each of its values")
+    ] = "",
+    sample: Annotated[float, typer.Option(help="draw a share or so many at random")] = 0.0,
+    weight: Annotated[str, typer.Option(metavar="COLUMN", help="draw these likelier")] = "",
+    seed: Annotated[int, typer.Option(help="of the draw")] = 0,
+    join: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="a .parquet with more columns by uid, or a .npy subset"),
+    ] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", metavar="NAME", help="of a .parquet")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    if output.suffix != ".npy":
-        raise ConfigError("select", [f"--output: found {str(output)!r}; valid is a name in .npy"])
+    more: dict[str, Any] = {"within": within, "sample": sample, "weight": weight, "join": join}
     with _bar("shards") as on_shards:
-        found = api.open(target).select(output, where, top, by, on_shards)
+        run = api.open(target)
+        more |= {"seed": seed, "columns": columns or ["uid"]}
+        found = run.select(output, where, top, by, on_shards, **more)
     if as_json:
         print_json(asdict(found))
     else:
         _show_selection(found, output)
-    raise typer.Exit(0 if found.chosen else 1)
+    raise typer.Exit(0 if found.chosen or found.survival else 1)
 
 
 @app.command(help="DataComp's blur map and sizes.json; says which of its tools can run.")
@@ -123,7 +157,7 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(row, completed=done, total=total)
 
 
-def _show_selection(found: Selection, output: Path) -> None:
+def _show_selection(found: Selection, output: Path | None) -> None:
     echo(f"{found.rows:,} rows, {found.passed:,} pass")
     if found.unfinished:
         echo(f"{found.unfinished:,} shards are not finished; their samples are not considered")
@@ -135,6 +169,10 @@ def _show_selection(found: Selection, output: Path) -> None:
         echo(f"{found.repeated:,} rows have the uid of another row; each uid is taken once")
     for notice in found.notices:
         echo(f"note: {notice}")
+    for threshold, kept, part in found.survival:
+        echo(f"{threshold:>12g} keeps {part:6.1%}, {kept:,} samples")
+    if found.survival:
+        return
     share = found.chosen / found.rows
     if found.chosen:
         echo(f"{found.chosen:,} chosen, {share:.1%} of the rows: {output}")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import D2MError
+from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.subsets.widest import FLOATS, Layout, Widest, is_lossy, listed, literal, quoted, text
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from duckdb import DuckDBPyConnection
 
 GROUP = 256
@@ -24,6 +26,8 @@ GROUP = 256
 MEMORY, THREADS = "2GB", 4
 """Limits, as a login node is shared; duckdb spills the rest to a temporary folder."""
 DIGITS = "CASE WHEN regexp_full_match(uid, '[0-9a-fA-F]{1,32}') THEN lpad(uid, 32, '0') END"
+MARK = '"in_subset"'
+"""The column, true or false, of a subset that the user brings."""
 UID = f"('0x' || ({DIGITS})[:16])::UBIGINT AS high, ('0x' || ({DIGITS})[17:])::UBIGINT AS low"
 """A uid's two halves; null where the text is no uid."""
 
@@ -41,6 +45,7 @@ class Pool:
         unfinished: the number of shards without samples here.
         notices: effects of the widest types on conditions.
         rounded: by column, integers that a cast to floats changed in the groups so far.
+        beside: columns of the table `beside`, which the user brought.
     """
 
     db: DuckDBPyConnection
@@ -51,6 +56,7 @@ class Pool:
     unfinished: int
     notices: list[str] = field(default_factory=list)
     rounded: dict[str, int] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
     def groups(self, on_shards: Callable[[int, int], None] | None = None) -> Iterator[None]:
         """Point the view `pool` at one group of shards after another.
@@ -69,6 +75,12 @@ class Pool:
         """Cast each column to its type in `columns`; NaN becomes null, as duckdb's NaN is above all
         numbers."""
         parts = " UNION ALL ".join(map(self._cast, layouts))
+        if self.beside:
+            more = ", ".join(f"beside.{quoted(name)}" for name in self.beside)
+            more = more.replace(f"beside.{MARK}", f"coalesce(beside.{MARK}, false) AS {MARK}")
+            halves = f"(SELECT *, {UID} FROM ({parts})) AS own"
+            parts = f"SELECT own.* EXCLUDE (high, low), {more} FROM {halves} LEFT JOIN beside "
+            parts += "ON own.high = beside.high AND own.low = beside.low"
         self.db.execute(f"CREATE OR REPLACE VIEW pool AS {parts}")
 
     def _cast(self, layout: Layout) -> str:
@@ -76,6 +88,7 @@ class Pool:
         columns = [
             f"{_value(name, kind) if name in layout.kinds else f'NULL::{kind}'} AS {quoted(name)}"
             for name, kind in self.columns.items()
+            if name not in self.beside
         ]
         return f"SELECT {', '.join(columns)} FROM read_parquet({listed(layout.paths)})"
 
@@ -107,13 +120,17 @@ def _value(name: str, kind: str) -> str:
 
 
 @contextmanager
-def opened(run: RunDir, config: Config, known: Standings | None = None) -> Iterator[Pool]:
+def opened(
+    run: RunDir, config: Config, known: Standings | None = None, beside: Path | None = None
+) -> Iterator[Pool]:
     """Open the finished shards of a run as a pool.
 
     Args:
         known: where the run's shards stand, if known already.
+        beside: a parquet with a column `uid`, whose other columns the pool gets; or a subset.
 
     Raises:
+        ConfigError: `beside` cannot be used.
         D2MError: no shard is finished, or a parquet cannot be read.
     """
     import duckdb
@@ -134,15 +151,64 @@ def opened(run: RunDir, config: Config, known: Standings | None = None) -> Itera
         duckdb.connect() as db,
         _read_errors(output),
     ):
-        _confine(db, output, paths, spill)
+        _confine(db, output, [*paths, *([str(beside)] if beside else [])], spill)
         groups, widest = _grouped(paths), Widest(db)
         with _read_errors(output, only_files=True):
             layouts = [widest.add(group) for group in groups]
             columns, notices = widest.columns(), widest.notices()
         rows = sum(outcome.rows for outcome in done.values())
         pool = Pool(db, paths, columns, layouts, rows, len(found.stems) - len(done), notices)
+        if beside:
+            pool.beside = tuple(more := _beside(db, beside, columns))
+            pool.columns |= more
         pool._show(layouts[0])
         yield pool
+
+
+def _beside(db: DuckDBPyConnection, path: Path, known: Collection[str]) -> dict[str, str]:
+    """Make the table `beside` of a user's parquet, or of a subset, which becomes `in_subset`.
+
+    Returns its columns' types but that of `uid`.
+
+    Raises:
+        ConfigError: it cannot be read, has no usable uids, or a column that the run has, too.
+    """
+    import duckdb
+
+    def wrong(what: str) -> ConfigError:
+        return ConfigError("select", [f"--join: {path} {what}"])
+
+    try:
+        if path.suffix == ".npy":
+            db.register("theirs", _halves(path))
+            db.execute(f"CREATE TABLE beside AS SELECT DISTINCT *, true AS {MARK} FROM theirs")
+            return {"in_subset": "BOOLEAN"}
+        described = db.execute(f"DESCRIBE FROM read_parquet({listed([str(path)])})").fetchall()
+        columns = {row[0]: row[1] for row in described}
+        if columns.pop("uid", "") != "VARCHAR":
+            raise wrong("has no column `uid` of texts")
+        if both := [name for name in columns if name in known]:
+            raise wrong(f"has columns that the run has, too: {', '.join(both)}; rename them there")
+        rows = f"SELECT * EXCLUDE (uid), {UID} FROM read_parquet({listed([str(path)])})"
+        db.execute(f"CREATE TABLE beside AS FROM ({rows}) WHERE high IS NOT NULL")
+    except (duckdb.Error, OSError, ValueError) as error:
+        raise wrong(f"cannot be read: {str(error).splitlines()[0]}") from error
+    repeated = "SELECT count(*) - count(DISTINCT (high, low)) FROM beside"
+    ((again,),) = db.execute(repeated).fetchall()
+    if again:
+        raise wrong(f"has {again:,} rows with the uid of another row; keep one of each")
+    return columns
+
+
+def _halves(path: Path) -> pa.Table:
+    """The uids of a subset for DataComp's tools."""
+    import numpy as np
+    import pyarrow as pa
+
+    uids = np.load(path, mmap_mode="r")
+    if uids.dtype != np.dtype("u8,u8"):
+        raise ValueError(f"found {uids.dtype}, valid is u8,u8")
+    return pa.table({"high": uids["f0"], "low": uids["f1"]})
 
 
 def _confine(db: DuckDBPyConnection, output: OutputDir, paths: Sequence[str], spill: str) -> None:

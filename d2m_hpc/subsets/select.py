@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.texts import nearest
+from d2m_hpc.subsets import exports
 from d2m_hpc.subsets.samples import UID, Pool, is_of_file, opened
 from d2m_hpc.subsets.widest import NUMBERS, quoted
 
@@ -34,36 +37,50 @@ class Query:
         where: an SQL expression over the columns.
         by: the column of scores for `top`, or empty.
         top: the best share of the samples that pass, up to 1, or a number of samples; 0 for all.
+        within: a column; `top` and `sample` are of each of its values, or empty.
+        sample: a share or a number of these, drawn at random; 0 for all.
+        weight: the column that makes some samples likelier to be drawn, or empty.
+        seed: of the draw; the same seed draws the same uids.
+        join: a parquet with a column `uid`, whose other columns a query may use; or a subset as
+            DataComp's tools write one, for the column `in_subset`.
     """
 
     where: str = "true"
     by: str = ""
     top: float = 0.0
+    within: str = ""
+    sample: float = 0.0
+    weight: str = ""
+    seed: int = 0
+    join: Path | None = None
 
     @property
     def mistakes(self) -> list[str]:
         """Mistakes that do not depend on the columns."""
         found = []
-        if not (0 <= self.top <= 1 or (self.top > 1 and self.top % 1 == 0)):
-            valid = "a share up to 1, such as 0.3, or a whole number of samples"
-            found.append(f"--top: found {self.top:g}; valid is {valid}")
-        if bool(self.top) != bool(self.by):
-            found.append("--top and --by: found one without the other; valid are both or none")
+        valid = "a share up to 1, such as 0.3, or a whole number of samples"
+        for name, number in (("--top", self.top), ("--sample", self.sample)):
+            if not (0 <= number <= 1 or (number > 1 and number % 1 == 0)):
+                found.append(f"{name}: found {number:g}; valid is {valid}")
+        if self.top and not self.by:
+            found.append("--top and --by: found --top without --by; valid are both")
+        if self.within and not (self.top or self.sample):
+            found.append("--within: found neither --top nor --sample; valid is one of them")
+        if self.weight and not self.sample:
+            found.append("--weight: found no --sample; valid are both")
         return found
 
     @property
-    def condition(self) -> str:
-        """The condition in SQL: null, and so undecided, where there is no score."""
-        where = f"(\n{self.where}\n)::BOOLEAN"
-        return f"{where} AND {quoted(self.by)} = {quoted(self.by)}" if self.by else where
+    def scores(self) -> dict[str, str]:
+        """The columns of numbers that the query names, by their options."""
+        named = {"--by": self.by, "--weight": self.weight}
+        return {option: name for option, name in named.items() if name}
 
-    def count(self, samples: int) -> int:
-        """The number of samples to take from this many."""
-        if not self.top:
-            return samples
-        # From the typed decimal number: 0.29 * 100 is 28.999... in binary.
-        share = Fraction(str(self.top))
-        return int(share * samples) if share <= 1 else min(int(share), samples)
+    @property
+    def condition(self) -> str:
+        """The condition in SQL: null, and so undecided, where a value that is needed is missing."""
+        needed = [quoted(name) for name in (self.by, self.within, self.weight) if name]
+        return " AND ".join([f"(\n{self.where}\n)::BOOLEAN", *(f"{n} = {n}" for n in needed)])
 
 
 @dataclass(frozen=True)
@@ -75,9 +92,10 @@ class Selection:
         passed: rows that fulfil the condition.
         without_uid: rows of `passed` without a usable uid.
         repeated: rows of `passed` beyond the first of each uid.
-        chosen: uids in the subset.
+        chosen: uids in the subset; with `survival` none.
         unfinished: shards that were not read.
         notices: remarks on types that differ between shards.
+        survival: thresholds of `by`, the number of samples that each keeps, and their share.
     """
 
     rows: int
@@ -88,49 +106,78 @@ class Selection:
     chosen: int
     unfinished: int = 0
     notices: tuple[str, ...] = ()
+    survival: tuple[tuple[float, int, float], ...] = ()
 
 
 def select(
     run: RunDir,
     config: Config,
     query: Query,
-    path: Path,
+    path: Path | None,
     on_shards: Callable[[int, int], None] | None = None,
+    columns: Sequence[str] = ("uid",),
 ) -> Selection:
-    """Write the chosen uids to an npy: [chosen] of dtype `u8,u8`, sorted, each once.
+    """Write the chosen uids, sorted, each once, to an npy of dtype `u8,u8`, or to a parquet.
 
     The file is replaced whole, and only where a uid was chosen. Ties of `by` go to the lower uid;
     of several rows with one uid, the best score counts.
 
     Args:
+        path: the file; None to find what thresholds of `by` keep, and to write nothing.
         on_shards: called with the number of shards read so far, and of all.
+        columns: of a parquet.
 
     Raises:
         ConfigError: the condition or column cannot be evaluated, or the file cannot be written.
         D2MError: no shard is finished, or a parquet cannot be read.
     """
-    if query.mistakes:
-        raise ConfigError(WHERE, query.mistakes)
-    asked_for.require_writable(path)
-    with opened(run, config) as pool:
-        _check(pool, query)
+    if mistakes := query.mistakes + _mistakes(query, path):
+        raise ConfigError(WHERE, mistakes)
+    if path:
+        asked_for.require_writable(path)
+    with opened(run, config, beside=query.join) as pool:
+        _check(pool, query, columns)
         with _explained(pool, query):
             _keep(pool, query, on_shards)
+        if path is None:
+            return replace(_choose(pool, query), chosen=0, survival=_survival(pool))
         selection = _choose(pool, query)
-        if selection.chosen:
+        if selection.chosen and path.suffix == ".parquet":
+            with exports.whole(path) as file:
+                _write_rows(pool, columns, file)
+        elif selection.chosen:
             asked_for.write(path, _npy(pool, selection.chosen))
     return selection
 
 
-def _check(pool: Pool, query: Query) -> None:
+def _mistakes(query: Query, path: Path | None) -> list[str]:
+    if path is None and not query.by:
+        return ["--output: found none; valid is a file, or --by COLUMN to see what is kept"]
+    if path is not None and path.suffix not in (".npy", ".parquet"):
+        return [f"--output: found {str(path)!r}; valid is a name in .npy or .parquet"]
+    if query.by and path is not None and not query.top:
+        return ["--top and --by: found --by without --top; valid are both, or no --output"]
+    return []
+
+
+def _check(pool: Pool, query: Query, columns: Sequence[str]) -> None:
     """Raise a `ConfigError` for a wrong query, before anything is read."""
     if pool.columns.get("uid") != "VARCHAR":
         raise ConfigError(WHERE, ["there is no column of uids; name `uid` in additional_fields"])
-    if query.by and pool.columns.get(query.by) not in NUMBERS:
-        numeric = [name for name, kind in pool.columns.items() if kind in NUMBERS]
-        raise ConfigError(
-            WHERE, [f"--by: found {query.by!r}, no column of numbers{nearest(query.by, numeric)}"]
-        )
+    numeric = [name for name, kind in pool.columns.items() if kind in NUMBERS]
+    wrong = [
+        f"{option}: found {name!r}, no column of numbers{nearest(name, numeric)}"
+        for option, name in query.scores.items()
+        if name not in numeric
+    ]
+    named = [("--within", query.within)] if query.within else []
+    wrong += [
+        f"{option}: found {name!r}, no column{nearest(name, pool.columns)}"
+        for option, name in [*named, *(("--column", name) for name in columns)]
+        if name not in pool.columns
+    ]
+    if wrong:
+        raise ConfigError(WHERE, wrong)
     with _explained(pool, query):
         pool.db.view("pool").filter(query.where)  # raises for two expressions, or an unknown column
 
@@ -154,28 +201,37 @@ def _explained(pool: Pool, query: Query) -> Iterator[None]:
 def _keep(pool: Pool, query: Query, on_shards: Callable[[int, int], None] | None) -> None:
     """Make the table `kept` of rows that pass, and of rows that are undecided."""
     db, score = pool.db, quoted(query.by) if query.by else "0"
-    db.execute("CREATE TABLE kept (high UBIGINT, low UBIGINT, score DOUBLE, passes BOOLEAN)")
+    stratum = f"{quoted(query.within)}::VARCHAR" if query.within else "''"
+    weight = quoted(query.weight) if query.weight else "1"
+    db.execute(
+        "CREATE TABLE kept (high UBIGINT, low UBIGINT, score DOUBLE, stratum VARCHAR, "
+        "weight DOUBLE, passes BOOLEAN)"
+    )
     for _ in pool.groups(on_shards):
-        rows = f"SELECT {UID}, {score} AS score, {query.condition} AS passes FROM pool"
+        rows = f"SELECT {UID}, {score}, {stratum}, {weight}, {query.condition} AS passes FROM pool"
         db.execute(f"INSERT INTO kept FROM ({rows}) WHERE passes IS DISTINCT FROM false")
 
 
 def _choose(pool: Pool, query: Query) -> Selection:
-    """Make the table `chosen`."""
+    """Make the table `samples`, and of it the table `chosen`."""
     db = pool.db
     counts = "count(*) FILTER (passes IS NULL), count(*) FILTER (passes)"
     no_uid = "count(*) FILTER (passes AND high IS NULL)"
     undecided, passed, without_uid = _row(pool, f"SELECT {counts}, {no_uid} FROM kept")
+    values = "{'score': score, 'stratum': stratum, 'weight': weight}"
     db.execute(
-        "CREATE TABLE samples AS SELECT high, low, max(score) AS score FROM kept "
+        f"CREATE TABLE samples AS SELECT high, low, unnest(max({values})) FROM kept "
         "WHERE passes AND high IS NOT NULL GROUP BY high, low"
     )
     (samples,) = _row(pool, "SELECT count(*) FROM samples")
-    chosen = query.count(samples)
-    db.execute(
-        "CREATE TABLE chosen AS SELECT high, low FROM samples "
-        f"ORDER BY score DESC, high, low LIMIT {chosen}"
-    )
+    _take(pool, "best", "samples", "score DESC, high, low", query.top, query.within)
+    # A number between 0 and 1 by md5, as duckdb's own hash may change with its version.
+    digits = f"('0x' || md5(concat_ws(' ', high, low, {int(query.seed)}))[:13])::UBIGINT"
+    # The smallest of these are a weighted sample without replacement (Efraimidis and Spirakis).
+    order = f"-ln(({digits} + 0.5) / 2**52) / weight, high, low"
+    source = "best WHERE weight > 0" if query.weight else "best"
+    _take(pool, "chosen", source, order, query.sample, query.within)
+    (chosen,) = _row(pool, "SELECT count(*) FROM chosen")
     return Selection(
         rows=pool.rows,
         undecided=undecided,
@@ -188,9 +244,75 @@ def _choose(pool: Pool, query: Query) -> Selection:
     )
 
 
-def _row(pool: Pool, query: str) -> tuple[int, ...]:
-    row = pool.db.execute(query).fetchone()
-    assert row is not None
+def quota(wanted: float, samples: int) -> int:
+    """The number of samples to take from this many, for a share up to 1 or a number."""
+    # From the typed decimal number: 0.29 * 100 is 28.999... in binary.
+    share = Fraction(str(wanted))
+    return int(share * samples) if share <= 1 else min(int(share), samples)
+
+
+def _take(pool: Pool, made: str, source: str, order: str, wanted: float, within: str) -> None:
+    """Make a table of the first of some samples: a share or a number of all, or of each stratum.
+
+    Args:
+        wanted: 0 for all.
+    """
+    if not wanted:
+        pool.db.execute(f"CREATE TABLE {made} AS FROM {source}")
+        return
+    if not within:
+        (samples,) = _row(pool, f"SELECT count(*) FROM {source}")
+        first = f"ORDER BY {order} LIMIT {quota(wanted, samples)}"
+        pool.db.execute(f"CREATE TABLE {made} AS FROM {source} {first}")
+        return
+    share = Fraction(str(wanted))
+    part = f"n::HUGEINT * {share.numerator} // {share.denominator}"
+    most = part if share <= 1 else str(int(share))
+    place = f"row_number() OVER (PARTITION BY stratum ORDER BY {order}) AS place"
+    counted = f"SELECT *, {place}, count(*) OVER (PARTITION BY stratum) AS n FROM {source}"
+    pool.db.execute(
+        f"CREATE TABLE {made} AS SELECT * EXCLUDE (place, n) FROM ({counted}) WHERE place <= {most}"
+    )
+
+
+def _survival(pool: Pool) -> tuple[tuple[float, int, float], ...]:
+    """Round thresholds of the score, with the number and the share of samples at or above each."""
+    shares = [0.99, 0.95, *(tenth / 10 for tenth in range(9, 0, -1)), 0.05, 0.01]
+    found = _row(
+        pool, f"SELECT quantile_disc(score, {[round(1 - s, 2) for s in shares]}) FROM samples"
+    )
+    (samples,) = _row(pool, "SELECT count(*) FROM samples")
+    table = []
+    for threshold in dict.fromkeys(float(f"{value:.3g}") for value in found[0] or ()):
+        (kept,) = _row(pool, f"SELECT count(*) FROM samples WHERE score >= {threshold!r}")
+        table.append((threshold, kept, kept / samples))
+    return tuple(table)
+
+
+def _write_rows(pool: Pool, columns: Sequence[str], file: IO[bytes]) -> None:
+    """Write the chosen samples' columns, a row for each uid, as a parquet."""
+    named = ", ".join(dict.fromkeys(map(quoted, columns)))
+    pool.db.execute("CREATE TABLE left_over AS FROM chosen")
+    writer = None
+    for _ in pool.groups():
+        rows = f"SELECT {UID}, {named} FROM pool"
+        pool.db.execute(
+            f"CREATE OR REPLACE TABLE found AS FROM ({rows}) SEMI JOIN left_over USING (high, low) "
+            "QUALIFY row_number() OVER (PARTITION BY high, low) = 1"
+        )
+        pool.db.execute(
+            "DELETE FROM left_over WHERE (high, low) IN (SELECT (high, low) FROM found)"
+        )
+        for batch in pa.RecordBatchReader.from_stream(pool.db.sql(f"SELECT {named} FROM found")):
+            writer = writer or pq.ParquetWriter(file, batch.schema, compression="zstd")
+            writer.write_batch(batch)
+    if writer:
+        writer.close()
+
+
+def _row(pool: Pool, query: str) -> tuple[Any, ...]:
+    row: tuple[Any, ...]
+    (row,) = pool.db.execute(query).fetchall()  # all, which leaves the connection free
     return row
 
 

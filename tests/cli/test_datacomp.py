@@ -92,6 +92,30 @@ def test_nothing_chosen_is_exit_code_1(config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "s.npy").exists()
 
 
+def test_thresholds_are_shown_where_no_file_is_named(config: Path) -> None:
+    shown = _d2m("select", config, "--by", "original_width")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert shown.stdout.splitlines()[:2] == [
+        "14 rows, 14 pass",
+        "         300 keeps 100.0%, 14 samples",
+    ]
+
+
+def test_a_parquet_for_img2dataset(config: Path, tmp_path: Path) -> None:
+    """Of what a subset and a condition leave; this run has no URLs."""
+    _d2m("select", config, "--where", "original_width >= 303", "-o", tmp_path / "s.npy")
+    options = ("--subset", tmp_path / "s.npy", "-o", tmp_path / "kept.parquet")
+    ended = _d2m("export", "img2dataset", config, *options)
+    assert "--column: found 'url', no column" in str(ended.exception)
+    more = ("--column", "uid", "--column", "text", "--join", tmp_path / "s.npy")
+    where = ("--where", "in_subset and original_width < 305")
+    ended = _d2m("select", config, *where, *more, "-o", tmp_path / "kept.parquet")
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    kept = pd.read_parquet(tmp_path / "kept.parquet").sort_values("text")
+    assert kept.columns.tolist() == ["uid", "text"]
+    assert kept.text.tolist() == ["caption 3", "caption 3", "caption 4"]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3
 from pools import CLIP, finish, make_run, subset, table, uid
@@ -18,7 +19,7 @@ from pools import CLIP, finish, make_run, subset, table, uid
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.subsets import samples as pools
-from d2m_hpc.subsets.select import Query, Selection, select
+from d2m_hpc.subsets.select import Query, Selection, quota, select
 
 SCORES = [0.1, 0.3, 0.25, 0.4, 0.3]
 
@@ -86,7 +87,7 @@ def test_a_share_is_of_what_the_condition_leaves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("top", "count"), [(0.29, 29), (0.57, 57), (0.001, 0), (1.0, 100)])
 def test_a_share_is_of_the_decimal_number(top: float, count: int) -> None:
-    assert Query(by="x", top=top).count(100) == count
+    assert quota(top, 100) == count
 
 
 def test_missing_values_and_nan_fail_and_are_counted(tmp_path: Path) -> None:
@@ -320,3 +321,165 @@ def test_a_damaged_parquet_is_not_the_conditions_fault(tmp_path: Path) -> None:
         match=r"out: outputs of 1 finished shards are missing \(a\); see `d2m verify`",
     ):
         select(run, config, Query(), tmp_path / "subset.npy")
+
+
+# --- by group, at random, with columns of one's own ---
+
+LANGUAGES = ["en", "de", "en", "fr", "en", "de", None, "en"]
+OF_EIGHT = [0.1, 0.9, 0.3, 0.5, 0.2, 0.8, 0.99, 0.4]
+
+
+def _eight(folder: Path, query: Query) -> list[str]:
+    """The uids that are chosen of eight samples in two shards, as the place of each."""
+    names = [uid(i) for i in range(8)]
+    rows = table(names, OF_EIGHT, language=LANGUAGES, weight=[1.0, 0, 1, 5, 1, 1, 1, 1])
+    _select(folder, {"a": rows.slice(0, 3), "b": rows.slice(3)}, query)
+    chosen = np.load(folder / "subset.npy")
+    return sorted(names.index(f"{high:016x}{low:016x}") for high, low in chosen.tolist())
+
+
+@pytest.mark.parametrize(
+    ("top", "best"),
+    [(0.5, [1, 2, 7]), (1, [0, 1, 2, 3, 4, 5, 7]), (2, [1, 2, 3, 5, 7]), (0.75, [1, 2, 4, 7])],
+)
+def test_the_best_of_each_group(tmp_path: Path, top: float, best: list[int]) -> None:
+    """Of four texts in English, two in German and one in French; one has no language."""
+    assert _eight(tmp_path, Query(by=CLIP, top=top, within="language")) == best
+
+
+def test_a_draw_is_decided_by_its_seed_and_not_by_the_shards(tmp_path: Path) -> None:
+    names = [uid(i) for i in range(1000)]
+    rows = table(names, [0.5] * 1000)
+    drawn = []
+    for number, (size, seed) in enumerate(((1000, 1), (100, 1), (1000, 2))):
+        (folder := tmp_path / str(number)).mkdir()
+        shards = {f"{i:04d}": rows.slice(i, size) for i in range(0, 1000, size)}
+        assert _select(folder, shards, Query(sample=0.3, seed=seed)).chosen == 300
+        drawn.append({*map(tuple, np.load(folder / "subset.npy").tolist())})
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert 50 < len(drawn[0] & drawn[2]) < 130  # 90 by chance
+    rank = {pair: i for i, pair in enumerate(map(tuple, subset(names).tolist()))}
+    assert 400 < np.mean([rank[pair] for pair in drawn[0]]) < 600
+
+
+def test_a_draw_of_each_group_and_of_the_best(tmp_path: Path) -> None:
+    drawn = _eight(tmp_path, Query(sample=0.5, within="language"))
+    assert sorted(str(LANGUAGES[i]) for i in drawn) == ["de", "en", "en"]
+    (tmp_path / "b").mkdir()
+    two = _eight(tmp_path / "b", Query(by=CLIP, top=4, sample=2))
+    assert len(two) == 2
+    assert {*two} < {6, 1, 5, 3}
+
+
+def test_weights_decide_how_often_a_sample_is_drawn(tmp_path: Path) -> None:
+    """Against the chance of the first draw: five of ten; without a weight never."""
+    rows = table([uid(i) for i in range(6)], [0.5] * 6, weight=[5.0, 1, 1, 1, 2, 0])
+    run, first = make_run(tmp_path, {"a": rows}), []
+    assert select(*run, Query(sample=1.0, weight="weight"), tmp_path / "all.npy").chosen == 5
+    for seed in range(60):
+        select(*run, Query(sample=0.2, weight="weight", seed=seed), tmp_path / "one.npy")
+        first += np.load(tmp_path / "one.npy").tolist()
+    assert len(first) == 60
+    assert 15 < first.count(subset([uid(0)]).tolist()[0]) < 45  # four standard deviations
+    assert subset([uid(5)]).tolist()[0] not in first
+
+
+def test_a_user_s_parquet_is_joined_by_uid(tmp_path: Path) -> None:
+    rows = {"a": table([uid(0), uid(1)], [0.5, 0.6]), "b": table([uid(2)], [0.7])}
+    mine = tmp_path / "mine.parquet"
+    own = pa.table(
+        {"uid": [uid(2).upper(), uid(0), "x"], "cluster": [7, 8, 9], "good": [1.0, 2, 3]}
+    )
+    pq.write_table(own, mine)
+    run = make_run(tmp_path, rows)
+    found = select(*run, Query("cluster = 7 or good > 1", join=mine), tmp_path / "subset.npy")
+    assert (found.chosen, found.undecided) == (2, 1)
+    best = Query(by="good", top=1, join=mine)
+    out = tmp_path / "best.parquet"
+    columns = ["uid", "cluster", CLIP]
+    assert select(*run, best, out, columns=columns).chosen == 2
+    assert pq.read_table(out).sort_by("cluster").to_pylist() == [
+        {"uid": uid(2), "cluster": 7, CLIP: pytest.approx(0.7)},
+        {"uid": uid(0), "cluster": 8, CLIP: 0.5},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ({"key": ["a"]}, "mine.parquet has no column `uid` of texts"),
+        ({"uid": [1]}, "mine.parquet has no column `uid` of texts"),
+        ({"uid": [uid(0), uid(0).upper()]}, "has 1 rows with the uid of another row"),
+        ({"uid": [uid(0)], "key": ["a"]}, "has columns that the run has, too: key"),
+        (None, "mine.parquet cannot be read: "),
+    ],
+)
+def test_what_cannot_be_joined_is_told(tmp_path: Path, made: Any, says: str) -> None:
+    mine = tmp_path / "mine.parquet"
+    if made:
+        pq.write_table(pa.table(made), mine)
+    with pytest.raises(ConfigError) as raised:
+        _select(tmp_path, {"a": table([uid(0)], [0.5])}, Query(join=mine))
+    assert says in str(raised.value)
+
+
+def test_what_a_threshold_keeps(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0.28, 0.1, 3000).astype(np.float32)
+    shards = {"a": table([uid(i) for i in range(3000)], scores.tolist())}
+    run = make_run(tmp_path, shards)
+    found = select(*run, Query("true", CLIP), None)
+    assert (found.chosen, len(found.survival)) == (0, 13)
+    for threshold, kept, share in found.survival:
+        assert kept == (scores.astype(float) >= threshold).sum()
+        assert share == kept / 3000
+    assert [f"{share:.1f}" for _, _, share in found.survival[2:11]] == [
+        f"0.{i}" for i in range(9, 0, -1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        (Query(within="key"), "--within: found neither --top nor --sample"),
+        (Query(weight=CLIP), "--weight: found no --sample"),
+        (Query(sample=-1), "--sample: found -1; valid is a share"),
+        (Query(sample=2, within="langage"), "--within: found 'langage', no column"),
+        (Query(sample=2, weight="key"), "--weight: found 'key', no column of numbers"),
+    ],
+)
+def test_mistakes_in_groups_and_draws(tmp_path: Path, query: Query, says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        _select(tmp_path, {"a": table([uid(0)], [0.5])}, query)
+    assert says in str(raised.value)
+
+
+def test_a_parquet_has_each_uid_once(tmp_path: Path) -> None:
+    shards = {
+        "a": table([uid(0), uid(1), uid(1)], [0.1, 0.2, 0.9], caption=["a", "b", "c"]),
+        "b": table([uid(0), uid(2)], [0.8, 0.3], caption=["d", None]),
+    }
+    out = tmp_path / "kept.parquet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pools, "GROUP", 1)
+        run = make_run(tmp_path, shards)
+        assert select(*run, Query(), out, columns=["uid", "caption"]).chosen == 3
+    found = pq.read_table(out)
+    assert found.column_names == ["uid", "caption"]
+    assert sorted(found["uid"].to_pylist()) == sorted(map(uid, range(3)))
+    with pytest.raises(ConfigError, match=r"--column: found 'captoin', no column.*'caption'"):
+        select(*run, Query(), out, columns=["captoin"])
+
+
+def test_a_subset_of_others_is_joined(tmp_path: Path) -> None:
+    np.save(tmp_path / "theirs.npy", subset([uid(1), uid(77)]))
+    run = make_run(tmp_path, {"a": table([uid(i) for i in range(4)], [0.5] * 4)})
+    query = Query("in_subset", join=tmp_path / "theirs.npy")
+    found = select(*run, query, tmp_path / "subset.npy")
+    assert (found.passed, found.undecided) == (1, 0)
+    assert np.array_equal(np.load(tmp_path / "subset.npy"), subset([uid(1)]))
+    np.save(tmp_path / "theirs.npy", np.arange(3))
+    with pytest.raises(
+        ConfigError, match=r"theirs\.npy cannot be read: found int64, valid is u8,u8"
+    ):
+        select(*run, query, tmp_path / "subset.npy")
