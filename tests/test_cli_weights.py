@@ -15,6 +15,7 @@ from kit import CHECKPOINTS, DATACOMP, d2m, write_config
 
 from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import WeightsError
+from d2m_hpc.models import weights
 from d2m_hpc.models.families.stats import StatsOfText
 from d2m_hpc.models.published import HubRepo
 
@@ -172,6 +173,18 @@ def test_a_mirror_with_a_lock_file_gives_repositories_too(
         told = f"^{mirror}/weights.lock.json cannot be read: it is no lock file"
         with pytest.raises(WeightsError, match=told):
             _weights("fetch", config, "--mirror", mirror)
+
+
+def test_a_hash_that_a_config_gives_of_a_file_at_hand_is_checked(tmp_path: Path) -> None:
+    (net := tmp_path / "mine.npz").write_bytes(b"net")
+    head = {"kind": "head", "on": "stats-histogram", "checkpoint": str(net), "sha256": "0" * 64}
+    keys = {**NO_OUTPUT, "allow_unpublished_weights": False}
+    keys["models"] = [{"stats": {"kind": "image-stats"}}, {"own": head}]
+    with pytest.raises(WeightsError, match=rf"{net} has sha256 \w+, the config says 000") as caught:
+        _weights("check", _config(tmp_path, **keys))
+    assert "weights fetch" not in str(caught.value)
+    head["sha256"] = weights.sha256_of(net)
+    _weights("check", _config(tmp_path, **keys))
 
 
 def test_the_checkpoints_of_a_custom_file_are_listed_and_checked(
