@@ -200,6 +200,17 @@ def test_a_mistake_in_a_model_is_followed_by_none_about_its_outputs(
     assert mistake.startswith("models")
 
 
+def test_names_of_a_model_whose_outputs_are_known_are_checked_though_it_is_wrong(
+    good: dict[str, Any], tmp_path: Path
+) -> None:
+    own = {"models": FALSE["read by another"], "postprocess_features": []}
+    own["postprocess_columns"] = ["text-scores", "image-x"]
+    with pytest.raises(ConfigError) as caught:
+        load(write_config(tmp_path / "c.yml", {**good, **own}))
+    _, name = caught.value.mistakes
+    assert "unknown name 'text-scores'; did you mean 'text-score'" in name
+
+
 def test_where_no_name_is_valid_that_is_said(good: dict[str, Any], tmp_path: Path) -> None:
     path = write_config(tmp_path / "c.yml", {**good, "postprocess_features": ["text-vector"]})
     with pytest.raises(ConfigError, match=r"unknown name 'text-vector';.* valid: none"):

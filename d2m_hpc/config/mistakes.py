@@ -178,7 +178,9 @@ def _post_mistakes(
     listed = set(config.model_names)
     if not listed:
         return mistakes  # for a mistake in `models`, which is told
-    unsure = [*wrong, *(model for model in config.model_names if model not in registry.models)]
+    told = {post.model for post in (*registry.columns.values(), *registry.features.values())}
+    unknown_models = {*listed} - registry.models.keys()
+    unsure = [model for model in {*wrong, *unknown_models} if model not in told]
     meant = {m for name in unsure for m in get_close_matches(name, registry.models, n=1)}
     untold = tuple(f"{model}-" for model in unsure)
     unknown = [name for name in names if name not in known and not name.startswith(untold)]

@@ -319,6 +319,10 @@ class OpenClip(Family):
         self._document(use)
         if path := file_at_hand("pretrained", self.pretrained):
             return path
+        if self.pretrained and self._home(use):
+            what = f"found {self.pretrained!r}, which names no file, and the model is none of "
+            advice = "open_clip's own, which have tags; valid is the path of a checkpoint, or none"
+            raise ParameterError("pretrained", f"{what}{advice}")
         if repo := self._repo():
             return repo
         if home := at_hand(self.model):

@@ -249,6 +249,12 @@ def test_another_nets_weights_are_told(tmp_path: Path) -> None:
         run(keys, photographs(1))
 
 
+def test_a_tag_of_a_model_that_has_none_is_told(tmp_path: Path) -> None:
+    folder = export(tmp_path / "net", CLIP)
+    with pytest.raises(ConfigError, match="found 'webli', which names no file, and the model is n"):
+        run(_config("own", {"model": str(folder), "pretrained": "webli"}, "image"), [])
+
+
 def test_a_text_tower_of_transformers_is_read_from_a_folder(tmp_path: Path) -> None:
     """As of the multilingual models."""
     tower = XLMRobertaConfig(
