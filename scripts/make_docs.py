@@ -23,8 +23,8 @@ TOP = """\
 
 <!-- Written by scripts/make_docs.py from d2m_hpc/config/schema.py: change it there. -->
 
-A YAML file. Only `models`, `input_tars` and `output_metadata_dir` are required. Files of
-[dataset2metadata](migrating.md) are valid as they are.
+A YAML file. Only `models`, `output_metadata_dir` and one of `input_tars` and [`inputs`](inputs.md)
+are required. Files of [dataset2metadata](migrating.md) are valid as they are.
 
 ```yaml
 models: [image-stats, text-stats]

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from d2m_hpc.config.document import Document
 from d2m_hpc.config.mistakes import semantic_mistakes
 from d2m_hpc.config.places import Loc, Mistake, dotted
-from d2m_hpc.config.schema import Config, Slurm
+from d2m_hpc.config.schema import INPUTS, Config, Slurm
 from d2m_hpc.config.variables import as_pattern, with_variables
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.storage.texts import nearest
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 APART = "x-"
 """The prefix of keys for the file's own use: YAML anchors to repeat elsewhere."""
-REQUIRED: dict[str, Any] = {"models": [" "], "input_tars": [" "], "output_metadata_dir": " "}
+REQUIRED: dict[str, Any] = {"models": [" "], "output_metadata_dir": " "}
 """Valid values of the required keys, to check the other keys without them."""
-BLANK: dict[str, Any] = {"models": [], "input_tars": [], "output_metadata_dir": ""}
+BLANK: dict[str, Any] = {"models": [], "output_metadata_dir": ""}
 """Values of the required keys in a config that lacks them."""
 LARGEST = 10_000_000
 """The most bytes of a config file."""
@@ -83,7 +83,7 @@ def _valid(config: Config, document: Document, source: _Source) -> Config | None
     wrong = {m.loc[0] for m in source.mistakes if m.loc}
     if document.mistakes or wrong & {*PLACES, "weights_dir", "custom_pypath"}:
         return None
-    return config.model_copy(update={"input_tars": []}) if "input_tars" in wrong else config
+    return config.model_copy(update={key: [] for key in INPUTS if key in wrong})
 
 
 def glance(path: Path, frozen: bool = False) -> Config:
@@ -253,6 +253,7 @@ def _validate(source: _Source) -> Config:
     partial = Config.model_validate({**REQUIRED, **rest})
     source.mistakes += _described(errors, values, source.left_out)
     blank = {k: v for k, v in BLANK.items() if k not in rest}
+    blank |= {key: [] for key in INPUTS if key in wrong}
     return partial.model_copy(update=blank)
 
 

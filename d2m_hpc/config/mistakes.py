@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2m_hpc.config.places import Mistake
-from d2m_hpc.config.schema import Config
+from d2m_hpc.config.schema import INPUTS, Config
 from d2m_hpc.models import types
 from d2m_hpc.models.family import ModelSpec, Post
 from d2m_hpc.models.inputs import RAW_INPUTS
@@ -39,6 +39,7 @@ def semantic_mistakes(config: Config) -> list[Mistake]:
     return [
         *_file_mistakes(config.custom_file),
         *_device_mistakes(config),
+        *_input_mistakes(config),
         *_text_mistakes(config),
         *names,
         *_name_mistakes(config),
@@ -99,6 +100,14 @@ def _device_mistakes(config: Config) -> list[Mistake]:
     return [Mistake(("device",), what)]
 
 
+def _input_mistakes(config: Config) -> list[Mistake]:
+    given = [key for key in INPUTS if getattr(config, key) is not None]
+    if len(given) > 1:
+        return [Mistake(("inputs",), "found input_tars, too; valid is one of both")]
+    what = "found nothing; the key is required, or `inputs` in its place"
+    return [] if given else [Mistake(("input_tars",), what)]
+
+
 def _text_mistakes(config: Config) -> list[Mistake]:
     if not (config.text_key and config.text_from):
         return []
@@ -127,7 +136,7 @@ def _model_mistakes(config: Config, registry: Registry, wrong: Collection[str]) 
             for d in spec.dependencies
             if d not in listed
         ]
-        mistakes += (_listed(what, name) for what in _input_mistakes(spec, registry))
+        mistakes += (_listed(what, name) for what in _raw_mistakes(spec, registry))
     try:
         in_order(known)
     except CycleError as error:
@@ -147,7 +156,7 @@ def _more(key: str, wrong: Sequence[str]) -> list[Mistake]:
     return [Mistake((key,), f"found {left:,} more unknown names")] if left > 0 else []
 
 
-def _input_mistakes(spec: ModelSpec, registry: Registry) -> list[str]:
+def _raw_mistakes(spec: ModelSpec, registry: Registry) -> list[str]:
     if len(spec.raw_inputs) != len(spec.preprocessors):
         return [
             f"{spec.name!r} has {len(spec.raw_inputs)} raw_inputs and "

@@ -66,7 +66,9 @@ Fields = Annotated[
     ),
 ]
 MemberNames = Annotated[list[str], BeforeValidator(_members, list[str] | str | None)]
-Tars = Annotated[list[str], BeforeValidator(_tars_as_list, list[str] | str), Field(min_length=1)]
+Patterns = Annotated[
+    list[str], BeforeValidator(_tars_as_list, list[str] | str), Field(min_length=1)
+]
 NoSwitch = BeforeValidator(no_switch)
 Count = Annotated[int, Field(ge=1, le=2**31 - 1), NoSwitch]
 Bytes = Annotated[int, Field(ge=1), NoSwitch]
@@ -83,6 +85,8 @@ class Section(BaseModel):
     )
 
 
+INPUTS = ("input_tars", "inputs")
+"""Keys of which a config has one."""
 SOURCES = ("image_key", "text_key", "text_from")
 """Keys that say where a sample's image and text are; runs of versions without these keys go on."""
 
@@ -151,9 +155,11 @@ class Config(Section):
     """samples in a batch of the models"""
     device: Annotated[int | str, NoSwitch] = 0
     """a CUDA index, `cuda:N` or `cpu`; with `--local`, a machine without CUDA takes the CPU"""
-    input_tars: Tars
+    input_tars: Patterns | None = None
     """one pattern, or a list: paths, URLs, `pipe:` commands; braces, and globs but in commands; a
     folder stands for the tars in it"""
+    inputs: Patterns | None = None
+    """in place of `input_tars`: such patterns of parquets with images, or of tars"""
     output_metadata_dir: Annotated[str, Field(min_length=1)]
     """folder or URL for a parquet and an npz a tar"""
     custom_pypath: str | None = None
@@ -213,6 +219,16 @@ class Config(Section):
     """accept checkpoints that are not the published files"""
     slurm: Slurm = Slurm()
     """how array tasks are submitted"""
+
+    @property
+    def input_key(self) -> str:
+        """The key that names the shards."""
+        return "inputs" if self.inputs else "input_tars"
+
+    @property
+    def patterns(self) -> list[str]:
+        """What names the shards."""
+        return self.inputs or self.input_tars or []
 
     @property
     def text_field(self) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from d2m_hpc.config.places import Mistake
-from d2m_hpc.config.schema import Config
+from d2m_hpc.config.schema import INPUTS, Config
 from d2m_hpc.models.entries import TOLD, Listed, name_of, with_places
 from d2m_hpc.storage.urls import is_local, is_pipe, scheme
 
@@ -34,7 +34,9 @@ def with_variables(config: Config) -> tuple[Config, list[Mistake]]:
     given = ((key, getattr(config, key)) for key in PATHS)
     update: dict[str, Any] = {key: of(key, text) for key, text in given if text}
     update["output_metadata_dir"] = update.get("output_metadata_dir") or ""
-    update["input_tars"] = [t for p in config.input_tars if (t := of("input_tars", p, p))]
+    for key in INPUTS:
+        if (texts := getattr(config, key)) is not None:
+            update[key] = [t for text in texts if (t := of(key, text, text))]
     update["models"] = [_of_model(i, entry, mistakes) for i, entry in enumerate(config.models)]
     return config.model_copy(update=update), mistakes
 

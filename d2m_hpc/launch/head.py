@@ -16,7 +16,7 @@ from d2m_hpc.config.load import located
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.launch import flow
 from d2m_hpc.launch.local import ThisProcess
-from d2m_hpc.plan import patterns, workload
+from d2m_hpc.plan import patterns, preflight, workload
 from d2m_hpc.plan.naming import own_name
 from d2m_hpc.run.manifest import Manifest, all_values
 from d2m_hpc.run.outputs import OutputDir
@@ -69,6 +69,7 @@ def head(config: Config, where: str, count: int) -> FirstSamples:
         tars = _first(config, where, count, Path(folder) / "tars")
         aside: dict[str, Any] = {
             "input_tars": [str(tar) for tar in tars],
+            "inputs": None,
             "output_metadata_dir": str(Path(folder) / "out"),
             "run_dir": str(Path(folder) / "run"),
             "max_rejected_fraction": 1.0,
@@ -84,7 +85,11 @@ def _first(config: Config, where: str, count: int, folder: Path) -> list[Path]:
     from d2m_hpc.worker.read.scratch import scratch
     from d2m_hpc.worker.read.stage import stage
 
-    found, tars, left = patterns.expand(config.input_tars, sized=False), list[Path](), count
+    found, tars, left = (
+        patterns.expand(config.patterns, False, config.input_key),
+        list[Path](),
+        count,
+    )
     if found.mistakes:
         raise ConfigError(where, located(where, found.mistakes))
     with scratch(config.scratch_bytes) as room:
@@ -92,7 +97,7 @@ def _first(config: Config, where: str, count: int, folder: Path) -> list[Path]:
             path = folder / str(number) / f"{own_name(url)}.tar"
             path.parent.mkdir(parents=True)
             with stage(Shard(path.stem, url, None), room) as staged:
-                copied = _copy(staged.path, url, path, left)
+                copied = _copy(staged.path, url, path, left, config)
             left -= copied
             tars += [path] if copied else []
             if not left:
@@ -102,20 +107,24 @@ def _first(config: Config, where: str, count: int, folder: Path) -> list[Path]:
     return tars
 
 
-def _copy(tar: Path, url: str, path: Path, most: int) -> int:
+def _copy(tar: Path, url: str, path: Path, most: int, config: Config) -> int:
     """Copy the members of the first samples; returns the number of samples."""
-    from d2m_hpc.worker.read import refusal
-    from d2m_hpc.worker.read.shard import Archive
+    from d2m_hpc.worker.read.decode import members_of
+    from d2m_hpc.worker.read.readers import opener
 
-    with closing(Archive(tar)) as archive, tarfile.open(path, "w") as copy:
-        if what := archive.nature():
-            raise refusal.no_tar(url, what)
-        samples = [*islice(archive.index(), most)]
+    needed = members_of(config)
+    if config.inputs:  # what no model asks for need not be there
+        custom, _ = workload.customs(config, workload.run_dir(config))
+        kinds = preflight.kinds(config, custom.registry) | {"json"}
+        needed = {kind: names for kind, names in needed.items() if kind in kinds}
+    with closing(opener(config)(url, tar, "")) as archive, tarfile.open(path, "w") as copy:
+        samples = [*islice(archive.index(needed), most)]
         for sample in samples:
-            for kind, (offset, size) in sample.members.items():
+            for kind, (place, size) in sample.members.items():
                 info = tarfile.TarInfo(f"{sample.key}.{kind}")
-                info.size = size
-                copy.addfile(info, BytesIO(archive.read(offset, size)))
+                data = archive.read(place, size)
+                info.size = len(data)
+                copy.addfile(info, BytesIO(data))
     return len(samples)
 
 

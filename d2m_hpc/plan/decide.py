@@ -138,9 +138,9 @@ def _moved(workload: Workload, known: list[Shard], shards: list[Shard]) -> dict[
         return places if workload.moved else {}
     old, new = next(iter(places.items()))
     mistake = (
-        f"input_tars: {len(places)} new tars have the names and sizes of planned ones that are no "
-        f"longer where they were: {old} may be {new.url} now; say which: --moved if they are the "
-        "same tars, --not-moved if they are others and get names of their own"
+        f"{workload.config.input_key}: {len(places)} new tars have the names and sizes of planned "
+        f"ones that are no longer where they were: {old} may be {new.url} now; say which: --moved "
+        "if they are the same tars, --not-moved if they are others and get names of their own"
     )
     raise ConfigError(workload.where, [mistake])
 

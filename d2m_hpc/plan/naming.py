@@ -12,6 +12,7 @@ from functools import lru_cache
 from d2m_hpc.storage.urls import PIPE, has_secret, is_local, is_pipe, is_remote, scheme
 
 _ARCHIVE = re.compile(r"\.(tar(\.(gz|xz|bz2|zst))?|tgz|txz|tbz2?|tzst)$", re.IGNORECASE)
+_SHARD = re.compile(rf"({_ARCHIVE.pattern}|\.parquet$)", re.IGNORECASE)
 _LONGEST = 200
 """The most bytes of a stem: a file name has 255, and temporary names are longer than stems."""
 
@@ -19,6 +20,11 @@ _LONGEST = 200
 def is_archive(name: str) -> bool:
     """Whether a path or URL has the name of a tar, compressed or not, or is a command."""
     return is_pipe(name) or _ARCHIVE.search(location(name)) is not None
+
+
+def is_shard(name: str, key: str) -> bool:
+    """Whether a path or URL has the name of a shard that a config's key may name."""
+    return is_archive(name) or (key == "inputs" and location(name).lower().endswith(".parquet"))
 
 
 def location(url: str) -> str:
@@ -110,7 +116,7 @@ def _stem_parts(url: str) -> tuple[tuple[str, ...], str]:
     if not is_local(url) and has_secret(path):  # stems are shown, and name files
         return (), _short_hash(url)
     folder, _, name = path.rstrip("/").rpartition("/")
-    return _folders(folder), _ARCHIVE.sub("", name) or name or "shard"
+    return _folders(folder), _SHARD.sub("", name) or name or "shard"
 
 
 @lru_cache(maxsize=1000)

@@ -23,8 +23,8 @@ COMPRESSED = 1 << 20
 class Oddities:
     """The files that one pattern names and that are not named as tars, by their endings."""
 
-    def __init__(self, pattern: str) -> None:
-        self._pattern = pattern
+    def __init__(self, pattern: str, key: str) -> None:
+        self._pattern, self._key = pattern, key
         self._kinds: dict[str, list[str]] = defaultdict(list)
 
     def add(self, url: str) -> None:
@@ -36,7 +36,7 @@ class Oddities:
         found, files = [], 0
         for kind, urls in list(self._kinds.items())[:KINDS]:
             step = max(1, len(urls) // LOOKED_AT)
-            natures = ((url, _nature(url)) for url in urls[::step][:LOOKED_AT])
+            natures = ((url, _nature(url, self._key)) for url in urls[::step][:LOOKED_AT])
             if first := next(((url, what) for url, what in natures if what), None):
                 files += len(urls)
                 ending = f".{kind}" if kind else "no ending"
@@ -45,13 +45,15 @@ class Oddities:
             return ""
         folder = self._pattern.rpartition("/")[0]
         better = f"{folder}/*.tar" if folder else "*.tar"
-        advice = f"; valid is for example {better!r}" if GLOB.search(self._pattern) else ""
+        is_parquet = any(kind.endswith("parquet") for kind in self._kinds)
+        advice = "; `inputs` names parquets with images" if is_parquet else ""
+        advice += f"; valid is for example {better!r}" if GLOB.search(self._pattern) else ""
         return (
             f"{self._pattern!r} names {files:,} files that are no tars: {', '.join(found)}{advice}"
         )
 
 
-def _nature(url: str) -> str:
+def _nature(url: str, key: str) -> str:
     """The kind of a file; empty for a tar, compressed or not, and for a file that is unreadable."""
     # Neither module loads torch, but a login node imports modules of the worker only if needed.
     from d2m_hpc.worker.read.compressed import codec_of, start_of
@@ -59,6 +61,8 @@ def _nature(url: str) -> str:
 
     try:
         head = _head(url, HEAD)
+        if key == "inputs" and any(map(head.startswith, _magics())):
+            return ""
         if codec := codec_of(head):
             plain = start_of(_head(url, COMPRESSED))
             what = nature(plain, len(plain)) if plain else ""
@@ -66,6 +70,13 @@ def _nature(url: str) -> str:
         return nature(head, Path(url).stat().st_size if is_local(url) else len(head))
     except Exception:  # each store raises errors of its own, which preflight and the task report
         return ""
+
+
+def _magics() -> list[bytes]:
+    """The first bytes of the files that `inputs` may name besides tars."""
+    from d2m_hpc.worker.read.readers import READERS
+
+    return [*READERS]
 
 
 def _head(url: str, size: int) -> bytes:

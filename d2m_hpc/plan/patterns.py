@@ -15,7 +15,7 @@ from d2m_hpc.config.places import Mistake
 from d2m_hpc.errors import D2MError
 from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.plan import braces, remote
-from d2m_hpc.plan.naming import is_archive, name_shards
+from d2m_hpc.plan.naming import is_archive, is_shard, name_shards
 from d2m_hpc.plan.oddities import Oddities
 from d2m_hpc.plan.remote import MISSING
 from d2m_hpc.run.records import Shard
@@ -38,6 +38,7 @@ class Expansion:
         duplicates: how many times a URL was named again.
         missing: local files that are named without a glob and do not exist.
         mistakes: patterns that name nothing, or files that are no tars.
+        key: the config's key with the patterns.
     """
 
     sizes: dict[str, int | None] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Expansion:
     duplicates: int = 0
     missing: list[str] = field(default_factory=list)
     mistakes: list[Mistake] = field(default_factory=list)
+    key: str = "input_tars"
 
     def take(self, named: Iterable[tuple[str, int | None]], odd: Oddities) -> int:
         """Take the files that a pattern names; returns how many of them exist.
@@ -58,7 +60,7 @@ class Expansion:
             if size == SPECIAL:
                 self.wrong(f"{url} is a device, a pipe or a socket; valid are regular files")
                 continue
-            if not (url.endswith(".tar") or is_archive(url)) and size != MISSING:
+            if not (url.endswith(".tar") or is_shard(url, self.key)) and size != MISSING:
                 odd.add(url)
             if not (url.isascii() or _is_utf8(url)):  # no parquet can hold it
                 name = os.fsencode(url).decode(errors="backslashreplace")
@@ -74,7 +76,7 @@ class Expansion:
         return count
 
     def wrong(self, what: str, pattern: str | None = None) -> None:
-        self.mistakes.append(Mistake(("input_tars",), what, pattern))
+        self.mistakes.append(Mistake((self.key,), what, pattern))
 
 
 def _is_utf8(text: str) -> bool:
@@ -86,22 +88,23 @@ def _is_utf8(text: str) -> bool:
 
 
 @gc_paused()
-def expand(patterns: Iterable[str], sized: bool = True) -> Expansion:
+def expand(patterns: Iterable[str], sized: bool = True, key: str = "input_tars") -> Expansion:
     """List the tars that patterns name.
 
     Args:
         patterns: local paths, fsspec URLs or `pipe:` commands, each with braces (nested,
             zero-padded ranges) and, except in commands, globs; a folder stands for the tars in it.
         sized: whether to find the sizes of local tars, which is most of the work.
+        key: the config's key with the patterns; `inputs` may name parquets, too.
     """
-    found = Expansion()
-    disk = _Disk(sized)
+    found = Expansion(key=key)
+    disk = _Disk(sized, key)
     left = braces.MOST
     for pattern in patterns:
-        odd = Oddities(pattern)
+        odd = Oddities(pattern, key)
         try:
             left -= braces.require_few(pattern, left)
-            matched = found.take(_expand_one(pattern, disk, found.times), odd)
+            matched = found.take(_expand_one(pattern, disk, found), odd)
         except D2MError as error:
             found.wrong(str(error), pattern)
             continue
@@ -120,14 +123,16 @@ class _Disk:
 
     Args:
         sized: whether to find sizes, in the folder's own order, which Lustre reads ahead.
+        key: the config's key with the patterns.
     """
 
-    def __init__(self, sized: bool) -> None:
-        self._sized = sized
+    def __init__(self, sized: bool, key: str) -> None:
+        self._sized, self._key = sized, key
         self._folders: dict[str, dict[str, int | None]] = {}
 
     def tars(self, folder: str) -> list[tuple[str, int | None]]:
         """All files in a folder that are named as tars, sorted."""
+        remote.require_tars(folder, self._key)
         return self._list(f"{folder.rstrip('/')}/", is_archive)
 
     def __getitem__(self, path: str) -> int | None:
@@ -215,9 +220,7 @@ def _size(entry: os.DirEntry[str], sized: bool) -> int | None:
     return SPECIAL
 
 
-def _expand_one(
-    pattern: str, disk: _Disk, times: dict[str, float]
-) -> Iterator[tuple[str, int | None]]:
+def _expand_one(pattern: str, disk: _Disk, found: Expansion) -> Iterator[tuple[str, int | None]]:
     pattern = pattern.removeprefix("file://")
     if is_local(pattern) and os.path.isfile(path := _absolute(pattern)):
         yield path, disk[path]  # a file's own name may hold braces and brackets
@@ -226,7 +229,7 @@ def _expand_one(
         yield from disk.tars(path)
         return
     if is_remote(pattern):
-        yield from remote.expand(list(braces.expand(pattern)), times)
+        yield from remote.expand(list(braces.expand(pattern)), found.times, found.key)
         return
     for name in braces.expand(pattern):
         if is_pipe(name):

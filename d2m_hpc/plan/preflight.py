@@ -13,6 +13,7 @@ from pathlib import Path
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.models.registry import Registry
 from d2m_hpc.plan import patterns
 from d2m_hpc.run import frozen
 from d2m_hpc.run.folder import RunDir
@@ -62,16 +63,27 @@ def is_exclusive(folder: Path) -> bool:
     return exclusive
 
 
-def inputs(expansion: patterns.Expansion) -> Iterator[str]:
-    """Open a few inputs, and report those that cannot be read."""
+def inputs(
+    expansion: patterns.Expansion, config: Config, known: Registry, thorough: bool
+) -> Iterator[str]:
+    """Open a few inputs, and report those that cannot be read, or lack what the models take.
+
+    Args:
+        thorough: open tars, too; the columns of parquets are always looked at.
+    """
+    if not thorough and not config.inputs:
+        return
     missing = set(expansion.missing)
     urls = [u for u in expansion.sizes if not is_pipe(u) and u not in missing]
     step = max(1, (len(urls) - 1) // (PROBED - 1))
     for url in dict.fromkeys([*urls[::step][: PROBED - 1], *urls[-1:]]):
         try:
-            _read_some(url)
+            if url.endswith(".parquet") and config.inputs:
+                _require_columns(url, config, known)
+            else:
+                _read_some(url)
         except Exception as error:  # each store raises errors of its own
-            yield f"input_tars: {url} cannot be read: {error}"
+            yield f"{expansion.key}: {url} cannot be read: {error}"
 
 
 def _read_some(url: str) -> None:
@@ -79,6 +91,29 @@ def _read_some(url: str) -> None:
         open(url, "rb", opener=regular).close()
     else:
         stores.peek(url)
+
+
+def _require_columns(url: str, config: Config, known: Registry) -> None:
+    """Raise `ValueError` for a parquet that lacks a column which the models need."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq  # the import takes longer than most commands do
+
+    from d2m_hpc.worker.read.columns import choose
+
+    fs, path = stores.filesystem(url)
+    with fs.open(path, "rb") as file:
+        try:
+            schema = pq.read_schema(file)
+        except pa.ArrowException:  # damaged, which fails its shard alone
+            return
+    choose(schema, config, kinds(config, known))
+
+
+def kinds(config: Config, known: Registry) -> set[str]:
+    """The kinds of members that a config's models take, besides fields."""
+    models = filter(None, map(known.models.get, config.model_names))
+    found = {raw for model in models for raw in model.raw_inputs}
+    return found - {"text"} if config.text_field else found
 
 
 def described(file: Path) -> tuple[Custom, list[str]]:

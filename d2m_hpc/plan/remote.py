@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from d2m_hpc.errors import D2MError
 from d2m_hpc.plan.naming import is_archive, location
 from d2m_hpc.storage import stores
 from d2m_hpc.storage.urls import GLOB, scheme
@@ -23,13 +24,14 @@ FEW = 100
 
 
 def expand(
-    urls: Sequence[str], times: dict[str, float] | None = None
+    urls: Sequence[str], times: dict[str, float] | None = None, key: str = "input_tars"
 ) -> Iterator[tuple[str, int | None]]:
     """List the tars that URLs name, in their order; those of a glob sorted.
 
     Args:
         times: receives when each listed tar was put into its store, in seconds since the epoch; 0
             if the listing does not show the time.
+        key: the config's key with the URLs.
 
     Returns:
         Pairs of URL and size in bytes; None for an unknown size, `MISSING` for a missing tar.
@@ -46,7 +48,16 @@ def expand(
         if url in sizes:
             yield url, sizes[url]
         else:
+            if url in folders:
+                require_tars(url, key)
             yield from _listed(url, url in folders, times)
+
+
+def require_tars(folder: str, key: str) -> None:
+    """Raise `D2MError` for a folder that does not stand for the tars in it."""
+    if key == "inputs":
+        path = folder.rstrip("/")
+        raise D2MError(f"{path} is a folder; name its files, such as '{path}/*.parquet'")
 
 
 def _is_folder(url: str, asked: bool) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
@@ -101,11 +101,11 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
     """
     config = absolute(config)
     run = run_dir(config)
-    expansion = patterns.expand(config.input_tars, sized=not has_plan(run, where))
+    expansion = patterns.expand(config.patterns, not has_plan(run, where), config.input_key)
     problems = [*preflight.folders(config, run)] if thorough else []
-    problems += expansion.mistakes
-    problems += preflight.inputs(expansion) if thorough else ()
+    problems += [*expansion.mistakes, *_own_inputs(config, expansion)]
     custom, mistakes = customs(config, run, thorough)
+    problems += preflight.inputs(expansion, config, custom.registry, thorough)
     problems += mistakes or checkpoint_mistakes(config, custom.registry)
     checkpoints: dict[str, weights.Kept] = {}
     try:
@@ -142,10 +142,10 @@ def further(config: Config, where: str) -> list[str]:
         where: the config file.
     """
     config = absolute(config)
-    local = [pattern for pattern in config.input_tars if is_local(pattern) and not is_pipe(pattern)]
+    local = [pattern for pattern in config.patterns if is_local(pattern) and not is_pipe(pattern)]
     custom, mistakes = customs(config, run_dir(config))
     problems = [
-        *patterns.expand(local, sized=False).mistakes,
+        *patterns.expand(local, sized=False, key=config.input_key).mistakes,
         *(mistakes or checkpoint_mistakes(config, custom.registry)),
         *missing_extras(config),
     ]
@@ -157,6 +157,20 @@ def further(config: Config, where: str) -> list[str]:
     except WeightsError as error:
         problems.append(str(error))
     return located(where, problems)
+
+
+def _own_inputs(config: Config, expansion: patterns.Expansion) -> Iterator[str]:
+    """Find inputs that outputs would replace, as both are parquets of the same names."""
+    folder = config.output_metadata_dir.rstrip("/")
+    for url in expansion.sizes if config.inputs else ():
+        if url.endswith(".parquet") and _folder(url) in (folder, os.path.realpath(folder)):
+            yield f"output_metadata_dir: {url} is an input there; take a folder of the outputs' own"
+            return
+
+
+def _folder(url: str) -> str:
+    folder = url.rpartition("/")[0]
+    return os.path.realpath(folder) if is_local(url) else folder
 
 
 def customs(config: Config, run: RunDir, thorough: bool = False) -> tuple[frozen.Custom, list[str]]:

@@ -25,8 +25,9 @@ from d2m_hpc.storage.texts import safe
 from d2m_hpc.storage.urls import is_local
 from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read.reader import Reader
+from d2m_hpc.worker.read.readers import Opener, open_tar, opener
 from d2m_hpc.worker.read.seen import Seen
-from d2m_hpc.worker.read.shard import Archive
 
 SHARDS = 16
 SAMPLES = 64
@@ -36,8 +37,8 @@ SAMPLES = 64
 class Peek:
     """A run's first tars on a disk, and the pairs of earlier tasks."""
 
-    def __init__(self, run: RunDir, output: OutputDir) -> None:
-        self._run, self._output = run, output
+    def __init__(self, run: RunDir, output: OutputDir, opened: Opener = open_tar) -> None:
+        self._run, self._output, self._opened = run, output, opened
 
     @cached_property
     def _tars(self) -> list[Path]:
@@ -49,7 +50,10 @@ class Peek:
     @cached_property
     def _some(self) -> list[list[dict[str, Any]]]:
         """The JSON of each tar's first samples."""
-        return [[values for _, values in islice(_samples(tar), SAMPLES)] for tar in self._tars]
+        return [
+            [values for _, values in islice(_samples(tar, self._opened), SAMPLES)]
+            for tar in self._tars
+        ]
 
     def values(self, name: str) -> Iterator[Sequence[Any]]:
         """Yield each shard's values of a field."""
@@ -89,7 +93,9 @@ class Peek:
         Raises:
             ConfigError: no sample of that shard has one of them.
         """
-        any(require_fields(_samples(tar), str(tar), config, schema) for tar in self._tars)
+        for tar in self._tars:
+            if require_fields(_samples(tar, self._opened), str(tar), config, schema):
+                return
 
 
 def require_fields(
@@ -131,7 +137,7 @@ def schema_of(
     Raises:
         ConfigError: the run's first shard lacks a field.
     """
-    peek = Peek(run, output)
+    peek = Peek(run, output, opener(config))
     schema = Schema(
         fields=config.field_types,
         columns=toolbox.types,
@@ -145,18 +151,18 @@ def schema_of(
     return schema
 
 
-def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _samples(tar: Path, opened: Opener) -> Iterator[tuple[str, dict[str, Any]]]:
     """Keys and JSON of a tar's samples, as far as the tar can be read; errors are silent here."""
     try:
-        with closing(Archive(tar)) as archive:
+        with closing(opened(str(tar), tar, "")) as archive:
             yield from json_of(archive)
     except Exception:  # the task that reads the whole tar reports its faults
         return
 
 
-def json_of(archive: Archive) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_of(archive: Reader) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the key and the JSON of each sample that has one."""
-    for sample in archive.index():
+    for sample in archive.index({"json": decode.EXTENSIONS["json"]}):
         if place := sample.members.get("json"):
             with suppress(Rejected):
                 yield sample.key, decode.json_object(archive.read(*place))

@@ -44,8 +44,8 @@ from d2m_hpc.worker.progress import Listener, Reporter, Watchdog
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.loader import Findings, Loader, Reading
 from d2m_hpc.worker.read.prepare import Recipe
+from d2m_hpc.worker.read.reader import Reader
 from d2m_hpc.worker.read.scratch import Scratch, scratch
-from d2m_hpc.worker.read.shard import Archive
 from d2m_hpc.worker.tracking import Tracker
 from d2m_hpc.worker.work import Work
 from d2m_hpc.worker.write.extend import Extended, carry_over
@@ -240,7 +240,7 @@ class Task:
             self.part = only_new(self.config, earlier, toolbox.registry)
         return toolbox.only(self.part)
 
-    def _look(self, archive: Archive, url: str) -> None:
+    def _look(self, archive: Reader, url: str) -> None:
         """Raise `ConfigError` for a field that a tar lacks, as all of the run's before it do."""
         require_fields(json_of(archive), url, self.part, self.schema)
 

@@ -157,7 +157,7 @@ def _fill(shard: Shard, samples: Sequence[Picked], config: Config) -> None:
 
     try:
         with scratch(REMOTE_BYTES) as room, stage(shard, room) as staged:
-            found = _members(staged.path, {s.key for s in samples}, config)
+            found = _members(shard.url, staged.path, {s.key for s in samples}, config)
     except (OSError, D2MError) as error:
         found, fault = {}, f"the tar cannot be read: {error}"
     else:
@@ -173,15 +173,17 @@ def _fill(shard: Shard, samples: Sequence[Picked], config: Config) -> None:
         _draw(sample, members.get("image"), config.max_image_pixels)
 
 
-def _members(path: Path, keys: set[str], config: Config) -> dict[str, dict[str, bytes]]:
+def _members(url: str, path: Path, keys: set[str], config: Config) -> dict[str, dict[str, bytes]]:
     """The pictures of some samples, and the texts or the JSON with the texts, by key and kind."""
     from d2m_hpc.worker.read.decode import members_of
-    from d2m_hpc.worker.read.shard import Archive
+    from d2m_hpc.worker.read.readers import opener
 
     names, found = members_of(config), {}
     wanted = ("image", "json" if config.text_field else "text")
-    with closing(Archive(path)) as archive:
-        for sample in archive.index():  # also the whole samples before a cut
+    with closing(opener(config)(url, path, "")) as archive:
+        for sample in archive.index(
+            {k: names[k] for k in wanted}
+        ):  # also the whole samples before a cut
             if sample.key in keys and sample.key not in found:
                 spans = sample.members
                 there = {k: [spans[e] for e in names[k] if e in spans] for k in wanted}

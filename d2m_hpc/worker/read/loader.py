@@ -28,9 +28,9 @@ from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.members import Notes
 from d2m_hpc.worker.read.prefetch import Coming, Stager, received
 from d2m_hpc.worker.read.prepare import IN_FLIGHT, Ready, Recipe, prepare
+from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 from d2m_hpc.worker.read.scratch import Scratch
 from d2m_hpc.worker.read.seen import Seen
-from d2m_hpc.worker.read.shard import Archive, Index, Sample, Version
 from d2m_hpc.worker.work import Clock, Work
 
 AHEAD = 4
@@ -141,7 +141,7 @@ class Loader:
         recipe: Recipe,
         scratch: Scratch,
         device: torch.device | None = None,
-        look: Callable[[Archive, str], None] = lambda archive, url: None,
+        look: Callable[[Reader, str], None] = lambda archive, url: None,
     ) -> None:
         self._look = look
         self._stager = Stager(iter(works), scratch)
@@ -211,18 +211,17 @@ class Loader:
             with ExitStack() as stack:
                 staged = stack.enter_context(coming.arrived())
                 reading.work.read()
-                archive = stack.enter_context(closing(Archive(staged.path)))
+                opened = self._recipe.open(url, staged.path, staged.damage)
+                archive = stack.enter_context(closing(opened))
                 found.tar = staged.origin if staged.copied else archive.version
-                if not staged.damage and (what := archive.nature()):
-                    raise refusal.no_tar(url, what)
-                if staged.damage or not archive.ends_in_zeros():  # it is cut off somewhere
+                if archive.is_doubtful:
                     whole = archive.index()
                     deque(whole, maxlen=0)
-                    self._require_whole(url, whole, staged.damage or whole.cut)
+                    self._require_whole(url, whole, archive.damage or whole.cut)
                 self._look(archive, url)
                 index = archive.index(self._recipe.needed)
                 self._emit(reading, found, index, archive)
-                if cut := staged.damage or index.cut:
+                if cut := archive.damage or index.cut:
                     self._require_whole(url, index, cut)
                     found.notices.append(refusal.taken(cut, index.count))
                 found.total = index.count + len(index.strays)
@@ -233,7 +232,7 @@ class Loader:
         except BaseException as error:
             reading.put(error)
 
-    def _emit(self, reading: Reading, found: Findings, index: Index, archive: Archive) -> None:
+    def _emit(self, reading: Reading, found: Findings, index: Samples, archive: Reader) -> None:
         ready: list[Ready] = []
         bulk = 0
         for result in self._prepared(reading, found.seen, index, archive):
@@ -248,7 +247,7 @@ class Loader:
         if ready:
             reading.put(self._pool.submit(self._batch, ready))
 
-    def _require_whole(self, url: str, index: Index, cut: str) -> None:
+    def _require_whole(self, url: str, index: Samples, cut: str) -> None:
         if cut and not (index.count and self._recipe.allow_truncated):
             raise refusal.truncated(url, cut, index.count)
 
@@ -258,7 +257,7 @@ class Loader:
             raise refusal.rejected(url, rejections[0])
 
     def _prepared(
-        self, reading: Reading, seen: Seen, samples: Iterable[Sample], archive: Archive
+        self, reading: Reading, seen: Seen, samples: Iterable[Sample], archive: Reader
     ) -> Iterator[Ready | Rejection]:
         """Yield prepared samples in the tar's order, with a bounded number in the pool."""
         clock, waiting = reading.work.clock, deque[Future[list[Ready | Rejection]]]()
@@ -286,7 +285,7 @@ class Loader:
         return results
 
     def _prepare(
-        self, clock: Clock, seen: Seen, samples: Sequence[Sample], archive: Archive
+        self, clock: Clock, seen: Seen, samples: Sequence[Sample], archive: Reader
     ) -> list[Ready | Rejection]:
         with clock("decode"):
             return [prepare(sample, archive, self._recipe, seen) for sample in samples]

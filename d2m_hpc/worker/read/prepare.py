@@ -21,8 +21,9 @@ from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.texts import safe
 from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read.reader import Reader, Sample
+from d2m_hpc.worker.read.readers import Opener, open_tar, opener
 from d2m_hpc.worker.read.seen import Seen
-from d2m_hpc.worker.read.shard import Archive, Sample
 
 IN_FLIGHT = 2 << 30
 """Bytes that all decode threads together may take for pictures: for 19 JPEGs of 12 megapixels at
@@ -105,6 +106,7 @@ class Recipe:
         members: the names of members by kind.
         text_field: the field of the JSON that models take the text from; empty where they take a
             member's, or none.
+        open: opens a shard.
         caption: the field that DataComp's `text` comes from, where a sample has it.
         datacomp_keys: make `text` and `uid` as DataComp's tools need them, or reject the sample.
         budget: of bytes for pictures in decoding, for all threads together.
@@ -123,6 +125,7 @@ class Recipe:
     members: decode.Members = field(default_factory=lambda: decode.EXTENSIONS)
     text_field: str = ""
     caption: str = "caption"
+    open: Opener = open_tar
 
     @classmethod
     def of(cls, config: Config, inputs: Mapping[Input, Preprocessor]) -> Recipe:
@@ -139,6 +142,7 @@ class Recipe:
             members=decode.members_of(config),
             text_field=config.text_field if any(raw == "text" for raw, _ in inputs) else "",
             caption=config.text_field or "caption",
+            open=opener(config),
         )
 
     @cached_property
@@ -179,7 +183,7 @@ def _size(value: Any) -> int:
 
 
 def prepare(
-    sample: Sample, archive: Archive, recipe: Recipe, seen: Seen | None = None
+    sample: Sample, archive: Reader, recipe: Recipe, seen: Seen | None = None
 ) -> Ready | Rejection:
     """Decode one sample once and run every distinct preprocessor on it once.
 
@@ -214,7 +218,7 @@ _UID = re.compile("[0-9a-f]{1,32}")
 
 
 def _datacomp_fields(
-    values: Mapping[str, Any], sample: Sample, archive: Archive, recipe: Recipe
+    values: Mapping[str, Any], sample: Sample, archive: Reader, recipe: Recipe
 ) -> dict[str, str]:
     """`text`, and `uid` if asked for; rejects a sample without a caption or a usable uid.
 
@@ -259,7 +263,7 @@ def _preprocess(wanted: Input, made: Preprocessor, value: Any, options: Options)
     return prepared
 
 
-def _raw(name: str, sample: Sample, archive: Archive, recipe: Recipe, held: Held) -> Any:
+def _raw(name: str, sample: Sample, archive: Reader, recipe: Recipe, held: Held) -> Any:
     max_pixels, names = recipe.options.max_pixels, recipe.needed[name]
     data = _member(name, sample, archive, names, max_pixels, held.need)
     if name == "image":
@@ -270,7 +274,7 @@ def _raw(name: str, sample: Sample, archive: Archive, recipe: Recipe, held: Held
 def _member(
     name: str,
     sample: Sample,
-    archive: Archive,
+    archive: Reader,
     names: Sequence[str],
     max_pixels: int = 0,
     need: Callable[[int], None] = lambda size: None,

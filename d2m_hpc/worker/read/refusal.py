@@ -18,6 +18,10 @@ def no_tar(url: str, what: str) -> ShardError:
     return ShardError(_line(url, f" is no tar: {what}"))
 
 
+def unreadable(url: str, what: str) -> ShardError:
+    return ShardError(_line(url, f": {safe(what, 250)}"))
+
+
 def truncated(url: str, where: str, whole: int) -> TruncatedShard:
     """The error for a tar that cannot be read on from `where`, after `whole` samples."""
     advice = " (allow_truncated_shards: true takes them)" if whole else ""

@@ -4,58 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from webdataset.tariterators import base_plus_ext
 
 from d2m_hpc.errors import ShardError
-from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.texts import valid
 from d2m_hpc.worker.read.decode import EXTENSIONS, Members
-from d2m_hpc.worker.read.members import Ledger, is_foreign, is_reserved
+from d2m_hpc.worker.read.members import is_foreign, is_reserved
 from d2m_hpc.worker.read.nature import HEAD, nature
+from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 from d2m_hpc.worker.read.tar import BLOCK, Member, TarCut, members
 
 CUT_OFF = "cut off where the archive ends"
 
 
-@dataclass
-class Sample:
-    """A key, and the places of its members in the tar: lower-case extension to (offset, size).
-
-    Attributes:
-        links: extensions of members that are links, which are not followed.
-        again: the key came before, with other keys in between.
-    """
-
-    key: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    links: list[str] = field(default_factory=list)
-    again: bool = False
-
-
-class Version(NamedTuple):
-    """A file's size and time, by which a later look notices a change."""
-
-    size: int = 0
-    mtime_ns: int = 0
-
-    @classmethod
-    def of(cls, file: BinaryIO) -> Version:
-        """The version of an open file, as its path may lead to another file by now."""
-        there = os.fstat(file.fileno())
-        return cls(there.st_size, there.st_mtime_ns)
-
-
-class Archive:
+class Archive(Reader):
     """A plain tar on this node, read from many threads at once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, damage: str = "") -> None:
         self._file = open(path, "rb", opener=regular)  # noqa: SIM115
-        self.version = Version.of(self._file)
+        self.version, self.damage = Version.of(self._file), damage
         self.size = self.version.size
 
     def read(self, offset: int, size: int) -> bytes:
@@ -76,9 +47,12 @@ class Archive:
         begins_well = not nature(os.pread(fd, BLOCK, 0), self.size)
         return "" if begins_well else nature(os.pread(fd, HEAD, 0), self.size)
 
-    def ends_in_zeros(self) -> bool:
-        """Whether the last block is zeros, as in every whole tar and in few cut ones."""
-        return not any(os.pread(self._file.fileno(), BLOCK, max(0, self.size - BLOCK)))
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the stream is damaged, or the last block holds more than zeros: in every whole
+        tar and in few cut ones, it is zeros."""
+        last = os.pread(self._file.fileno(), BLOCK, max(0, self.size - BLOCK))
+        return bool(self.damage) or any(last)
 
     def index(self, needed: Members = EXTENSIONS) -> Index:
         return Index(self._file, self.size, needed)
@@ -87,17 +61,12 @@ class Archive:
         self._file.close()
 
 
-class Index:
+class Index(Samples):
     """Iterate, once, over a tar's samples in its order, while its headers are read.
 
     By webdataset's rule, consecutive members of one key form a sample, and a repeated extension
     starts the next one. Every member is in a sample or in the ledger; webdataset's own readers skip
     the rest without a word, and hold all members in memory.
-
-    Attributes:
-        count: samples so far.
-        ledger: all other members.
-        cut: how the archive ends too early; empty for a whole one, and until the iteration ends.
 
     Args:
         file: a plain tar, seekable; only the iteration moves its position.
@@ -106,18 +75,11 @@ class Index:
     """
 
     def __init__(self, file: BinaryIO, size: int, needed: Members = EXTENSIONS) -> None:
-        self.count = 0
-        self.ledger = Ledger(needed)
-        self.cut = ""
+        super().__init__(needed)
         self._members = members(file, size)
         self._open: Sample | None = None
         self._first: frozenset[str] = frozenset()
         self._keys: set[int] = set()  # hashes, which take less memory
-
-    @property
-    def strays(self) -> list[Rejection]:
-        """Members so far that should be samples and are none."""
-        return self.ledger.strays
 
     def __iter__(self) -> Iterator[Sample]:
         try:

@@ -22,8 +22,8 @@ from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.refused import of_system
 from d2m_hpc.storage.urls import PIPE, is_local, is_pipe
 from d2m_hpc.worker.read.compressed import BROKEN, HEAD, MEMORY, Readable, codec_of, is_hungry
+from d2m_hpc.worker.read.reader import Version
 from d2m_hpc.worker.read.scratch import Copy, Scratch
-from d2m_hpc.worker.read.shard import Version
 
 STEP = 1 << 20
 SAID = 2000

@@ -1,0 +1,39 @@
+"""The reader of a shard, by its form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from d2m_hpc.config import Config
+from d2m_hpc.storage.files import regular
+from d2m_hpc.worker.read import refusal
+from d2m_hpc.worker.read.parquet import Parquet
+from d2m_hpc.worker.read.reader import Reader
+from d2m_hpc.worker.read.shard import Archive
+
+READERS: dict[bytes, Callable[[str, Path, Config], Reader]] = {b"PAR1": Parquet}
+"""Readers of files that are no tars, by the files' first bytes."""
+Opener = Callable[[str, Path, str], Reader]
+"""Opens a shard, given its URL, its file on this node, and the fault of the stream to there."""
+
+
+def open_tar(url: str, path: Path, damage: str = "") -> Reader:
+    """Open a tar; raise `ShardError` for any other file."""
+    archive = Archive(path, damage)
+    if not damage and (what := archive.nature()):
+        archive.close()
+        raise refusal.no_tar(url, what)
+    return archive
+
+
+def opener(config: Config) -> Opener:
+    """The function that opens a config's shards: `input_tars` are tars, `inputs` of any form."""
+
+    def open_any(url: str, path: Path, damage: str = "") -> Reader:
+        with open(path, "rb", opener=regular) as file:
+            head = file.read(max(map(len, READERS)))
+        found = next((r for magic, r in READERS.items() if head.startswith(magic)), None)
+        return found(url, path, config) if found else open_tar(url, path, damage)
+
+    return open_any if config.inputs else open_tar

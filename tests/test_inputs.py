@@ -1,0 +1,480 @@
+"""The same samples in other forms than tars give the same outputs, by the same code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from kit import STATS, jpeg, write_config, write_tar
+
+import d2m_hpc as d2m
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError, ShardError
+from d2m_hpc.plan.patterns import expand
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.records import Record
+from d2m_hpc.worker.read import readers
+from d2m_hpc.worker.read.columns import Columns, choose
+from d2m_hpc.worker.read.decode import EXTENSIONS, Members
+from d2m_hpc.worker.read.reader import Reader, Sample, Samples
+
+Row = dict[str, Any]
+FIELDS = ["uid", "caption", "original_width", "exif", "exif.Model", "score"]
+BAD = "000000007"
+"""The sample whose picture is corrupt."""
+
+
+def rows(count: int = 20) -> list[Row]:
+    """Samples as img2dataset has them: a picture, and the JSON's values."""
+    found = []
+    for i in range(count):
+        key = f"{i:09d}"
+        found.append(
+            {
+                "caption": f"ein Wörtchen {'mehr ' * (i % 4)}{i}",
+                "url": f"http://here/{i}.jpg",
+                "key": key,
+                "status": "success",
+                "error_message": None,
+                "original_width": 40 + i,
+                "exif": json.dumps({"Model": f"M{i}"}) if i % 3 else "{}",
+                "uid": f"{i:032x}",
+                "score": None if i == 3 else i / 7,
+                "jpg": b"\xff\xd8\xff no picture" if key == BAD else jpeg(i),
+            }
+        )
+    return found
+
+
+def as_tar(folder: Path, samples: list[Row]) -> None:
+    members: dict[str, bytes] = {}
+    for row in samples:
+        meta = {name: value for name, value in row.items() if name != "jpg"}
+        members[f"{row['key']}.jpg"] = row["jpg"]
+        members[f"{row['key']}.txt"] = row["caption"].encode()
+        members[f"{row['key']}.json"] = json.dumps(meta).encode()
+    write_tar(folder / "00000.tar", members)
+
+
+def as_img2dataset(folder: Path, samples: list[Row]) -> None:
+    """The schema of `img2dataset --output_format parquet`: failed downloads have rows, too."""
+    lost = {**samples[0], "key": "000000999", "status": "failed_to_download", "jpg": None}
+    table = pa.Table.from_pylist([*samples, {**lost, "error_message": "404"}])
+    pq.write_table(table, folder / "00000.parquet", row_group_size=7)
+
+
+def as_datasets(folder: Path, samples: list[Row]) -> None:
+    """By `datasets` itself, with its `Image`: `struct<bytes, path>`."""
+    made = datasets.Dataset.from_list(
+        [
+            {**{k: v for k, v in row.items() if k != "jpg"}, "image": {"bytes": row["jpg"]}}
+            for row in samples
+        ]
+    ).cast_column("image", datasets.Image(decode=False))
+    made.to_parquet(folder / "00000.parquet", batch_size=6)
+
+
+WRITERS: dict[str, Callable[[Path, list[Row]], None]] = {
+    "tar": as_tar,
+    "img2dataset": as_img2dataset,
+    "datasets": as_datasets,
+}
+
+
+def config_of(folder: Path, pattern: str, **more: Any) -> Path:
+    key = "input_tars" if pattern.endswith(".tar") else "inputs"
+    values = {**STATS, "additional_fields": FIELDS, key: pattern}
+    return write_config(
+        folder / "c.yml", {**values, "output_metadata_dir": str(folder / "out")}, **more
+    )
+
+
+def made(folder: Path, stem: str = "00000") -> tuple[pa.Table, dict[str, Any], Record]:
+    """The rows, arrays and record of a shard."""
+    pair = Pair(OutputDir(str(folder / "out")), stem)
+    record = pair.record()
+    assert record is not None
+    with np.load(folder / "out" / f"{stem}.npz") as arrays:
+        return pair.table(), dict(arrays), record
+
+
+def written(folder: Path, kind: str, samples: list[Row] | None = None) -> Path:
+    """A config for a shard of some form."""
+    (folder / "in").mkdir(parents=True)
+    WRITERS[kind](folder / "in", rows() if samples is None else samples)
+    return config_of(folder, str(folder / "in" / ("*.tar" if kind == "tar" else "*.parquet")))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WRITERS if kind != "tar"])
+def test_rows_features_and_rejections_are_those_of_the_tar(kind: str, tmp_path: Path) -> None:
+    for each in ("tar", kind):
+        run = d2m.submit(written(tmp_path / each, each), local=True)
+        assert run.status().complete
+        assert run.verify().faults == []
+    (table, arrays, record), (same, others, other) = made(tmp_path / "tar"), made(tmp_path / kind)
+    assert table.num_rows == 19
+    assert same.equals(table)
+    assert same.schema.remove_metadata() == table.schema.remove_metadata()
+    assert {n: a.tobytes() for n, a in others.items()} == {
+        n: a.tobytes() for n, a in arrays.items()
+    }
+    assert [r.key for r in record.rejections] == [BAD]
+    assert other.rejections == record.rejections
+    lost = ["rows whose download failed are no samples: 000000999"]
+    assert other.notices == (lost if kind == "img2dataset" else [])
+
+
+def test_a_run_over_parquets_resumes_extends_and_tells_what_was_replaced(tmp_path: Path) -> None:
+    path = written(tmp_path, "img2dataset")
+    d2m.submit(path, local=True)
+    made_at = (tmp_path / "out" / "00000.parquet").stat().st_mtime_ns
+    d2m.submit(path, local=True)
+    assert (tmp_path / "out" / "00000.parquet").stat().st_mtime_ns == made_at
+    before, _, _ = made(tmp_path)
+    more = {"postprocess_columns": [*STATS["postprocess_columns"], "image-contrast"]}
+    path = config_of(tmp_path, str(tmp_path / "in" / "*.parquet"), **more)
+    d2m.submit(path, local=True)
+    after, _, _ = made(tmp_path)
+    assert after.drop_columns(["image-contrast"]).equals(before)
+    as_img2dataset(tmp_path / "in", rows(7))
+    assert d2m.submit(path, local=True).verify().changed.stems == ["00000"]
+    d2m.submit(path, local=True, recompute_changed=True)
+    assert made(tmp_path)[0].num_rows == 7
+
+
+def test_a_parquet_in_a_store_is_copied_to_the_node(tmp_path: Path) -> None:
+    path = written(tmp_path, "datasets")
+    with fsspec.open(f"memory://{tmp_path.name}/00000.parquet", "wb") as file:
+        file.write((tmp_path / "in" / "00000.parquet").read_bytes())
+    config_of(tmp_path, f"memory://{tmp_path.name}/*.parquet")
+    d2m.submit(path, local=True)
+    assert made(tmp_path)[0].num_rows == 19
+
+
+def test_rows_have_the_keys_of_the_parquet_or_their_numbers(tmp_path: Path) -> None:
+    pictures = [jpeg(i) for i in range(3)]
+    for name, keys, expected in (
+        ("none", None, ["000000000", "000000001", "000000002"]),
+        ("text", ["a", None, ""], ["a", "000000001", "000000002"]),
+        ("number", [7, 8, 9], ["7", "8", "9"]),
+    ):
+        columns = {"image": pictures, "text": ["x"] * 3} | ({"key": keys} if keys else {})
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table(columns), tmp_path / name / "00000.parquet")
+        config = config_of(tmp_path / name, f"{tmp_path}/{name}/*.parquet", additional_fields=[])
+        d2m.submit(config, local=True)
+        assert made(tmp_path / name)[0]["key"].to_pylist() == expected
+
+
+def test_odd_values_cost_their_sample_alone(tmp_path: Path) -> None:
+    """A null picture, a path in place of bytes, a null text, bytes that are no UTF-8."""
+    bad = pa.array([b"fine", b"\xff\xfe", None, b"fine", b"fine"], pa.binary()).view(pa.string())
+    image = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(4)] + [{"path": "/etc/passwd"}]
+    times = pa.array([1, 2, 3, 4, 5], pa.timestamp("s"))
+    columns = {"image": image, "text": bad, "when": times, "other": [b"\xff"] * 5}
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "in" / "00000.parquet")
+    fields = ["when", "image.path"]
+    more = {"additional_fields": fields, "max_rejected_fraction": 1}
+    d2m.submit(config_of(tmp_path, f"{tmp_path}/in/*.parquet", **more), local=True)
+    table, _, record = made(tmp_path)
+    assert table["when"].to_pylist() == ["1970-01-01 00:00:01", "1970-01-01 00:00:04"]
+    assert table["image.path"].to_pylist() == ["0.jpg", "3.jpg"]
+    assert [r.reason[:22] for r in record.rejections] == [
+        "the text is not UTF-8:",
+        "no text (txt); it has ",
+        "no image (jpg or png o",
+    ]
+    assert any("images have a path and no bytes (000000004)" in n for n in record.notices)
+
+
+# --- which column ---
+
+BYTES, IMAGE = pa.binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()})
+TEXT = pa.string()
+CHOSEN: dict[str, tuple[dict[str, pa.DataType], dict[str, Any], Columns | str]] = {
+    "datasets": ({"image": IMAGE, "text": TEXT}, {}, Columns("", "image", "text")),
+    "beside other bytes": (
+        {"thumb": BYTES, "image": IMAGE, "caption": pa.large_string()},
+        {},
+        Columns("", "image", "caption"),
+    ),
+    "by name": (
+        {"png": BYTES, "embedding": BYTES, "txt": TEXT, "key": TEXT},
+        {},
+        Columns("key", "png", "txt"),
+    ),
+    "the only bytes": (
+        {"pixels": pa.large_binary(), "text": TEXT},
+        {},
+        Columns("", "pixels", "text"),
+    ),
+    "as the config says": (
+        {"a": IMAGE, "B": IMAGE, "Recap": pa.dictionary(pa.int32(), TEXT)},
+        {"image_key": ["none", "b"], "text_key": "recap"},
+        Columns("", "B", "Recap"),
+    ),
+    "several": (
+        {"a": IMAGE, "b": IMAGE, "text": TEXT},
+        {},
+        "several columns hold bytes (a, b); image_key says which",
+    ),
+    "URLs": (
+        {"URL": TEXT, "text": TEXT},
+        {},
+        "it holds URLs or paths of images (column 'URL') and no images; download them first",
+    ),
+    "paths": (
+        {"image": TEXT, "text": TEXT},
+        {},
+        "it holds URLs or paths of images (column 'image')",
+    ),
+    "nothing": ({"a": pa.int32(), "text": TEXT}, {}, "no column holds images; it has a, text"),
+    "another type": (
+        {"image": IMAGE, "a": TEXT, "text": TEXT},
+        {"image_key": "a"},
+        "the column 'a' holds string and no images (image_key)",
+    ),
+    "lists of texts": (
+        {"image": IMAGE, "captions": pa.list_(TEXT)},
+        {"text_key": "captions"},
+        "the column 'captions' holds list<item: string> and no texts (text_key)",
+    ),
+    "no text": (
+        {"image": IMAGE, "alt": TEXT},
+        {},
+        "no column of texts is called txt, text, caption",
+    ),
+    "not there": ({"image": IMAGE}, {"image_key": "x"}, "no column x (image_key); it has image"),
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_columns_are_chosen_by_keys_or_by_names_and_types(case: str) -> None:
+    columns, values, expected = CHOSEN[case]
+    config = Config(models=["m"], inputs=["x"], output_metadata_dir="x", **values)
+    schema = pa.schema([*columns.items()])
+    if isinstance(expected, Columns):
+        assert choose(schema, config, EXTENSIONS) == expected
+        return
+    with pytest.raises(ValueError, match=r"^") as caught:
+        choose(schema, config, EXTENSIONS)
+    assert str(caught.value).startswith(expected)
+
+
+def test_what_no_model_asks_for_need_not_be_there(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"caption": ["a b", "c"], "url": ["u", "v"]}), tmp_path / "0.parquet")
+    more = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
+    more |= {"postprocess_features": [], "additional_fields": ["url"]}
+    path = config_of(tmp_path, f"{tmp_path}/0.parquet", **more)
+    table = d2m.submit(path, local=True).table()
+    assert table.select(["text-words", "url"]).to_pydict() == {
+        "text-words": [2, 1],
+        "url": ["u", "v"],
+    }
+
+
+def test_a_parquet_of_urls_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["http://x/0.jpg"], "text": ["a"]}), tmp_path / "0.parquet")
+    with pytest.raises(ConfigError) as caught:
+        d2m.submit(config_of(tmp_path, f"{tmp_path}/*.parquet"), local=True)
+    [mistake] = caught.value.mistakes
+    assert "0.parquet cannot be read: it holds URLs or paths of images (column 'url')" in mistake
+    assert "download them first, for example by img2dataset" in mistake
+
+
+# --- sizes and damage ---
+
+PEAK = """
+import sys
+from pathlib import Path
+from d2m_hpc.config import Config
+from d2m_hpc.worker.read.decode import EXTENSIONS
+from d2m_hpc.worker.read.parquet import Parquet
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+config = Config(models=["m"], inputs=["x"], output_metadata_dir="x")
+before = status("VmRSS")
+reader = Parquet("x", Path(sys.argv[1]), config)
+index = reader.index(EXTENSIONS)
+sizes = [len(reader.read(*sample.members["jpg"])) for sample in index]
+print(index.count, sum(sizes), status("VmHWM") - before)
+"""
+
+
+def test_a_row_group_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    """One row group of 320 MB, of pictures of 100 kB and some of 2 MB."""
+    rng = np.random.default_rng(0)
+    sizes = [2_000_000 if i % 40 == 0 else 100_000 for i in range(2160)]
+    noise = rng.bytes(2_100_000)
+    pictures = [noise[i : i + size] for i, size in enumerate(sizes)]
+    table = pa.table({"image": pictures, "text": ["x"] * len(sizes)})
+    pq.write_table(table, tmp_path / "0.parquet", use_dictionary=False, write_batch_size=16)
+    assert pq.ParquetFile(tmp_path / "0.parquet").num_row_groups == 1
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "0.parquet")]
+    count, total, peak = map(int, subprocess.check_output(command, text=True).split())
+    assert (count, total) == (len(sizes), sum(sizes))
+    assert peak < 120 << 20
+
+
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "cut": (lambda data: data[:-30], "it is no whole parquet: "),
+    "no footer": (lambda data: data[:200], "it is no whole parquet: "),
+    "no pages": (lambda data: data[:4] + bytes(5000) + data[5004:], "it is no whole parquet: "),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_parquet_fails_its_shard_in_one_line(case: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "datasets")
+    damage, told = DAMAGE[case]
+    parquet = tmp_path / "in" / "00000.parquet"
+    as_datasets(tmp_path / "in", rows())
+    whole = parquet.read_bytes()
+    parquet.with_name("1.parquet").write_bytes(damage(whole))  # no first, middle or last one
+    for name in ("0", "2", "3"):
+        parquet.with_name(f"{name}.parquet").write_bytes(whole)
+    run = d2m.submit(path, local=True)
+    [failure] = run.status().failures
+    assert told in failure.error
+    assert "\n" not in failure.error
+    assert run.status().done == 4
+
+
+def test_a_reader_that_is_closed_early_leaves_no_file_open(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
+    config = Config(models=["m"], inputs=["x"], output_metadata_dir="x")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ShardError, match="no whole parquet"):
+        readers.opener(config)("x", tmp_path / "x.parquet", "")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- patterns ---
+
+
+def test_outputs_never_replace_their_inputs(tmp_path: Path) -> None:
+    as_datasets(tmp_path, rows(2))
+    whole = (tmp_path / "00000.parquet").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for output in (tmp_path, tmp_path / "link"):
+        more = {"output_metadata_dir": f"{output}/", "reprocess": True}
+        path = config_of(tmp_path, f"{tmp_path}/*.parquet", **more)
+        with pytest.raises(ConfigError, match="is an input there; take a folder of the outputs'"):
+            d2m.submit(path, local=True)
+    assert (tmp_path / "00000.parquet").read_bytes() == whole
+
+
+def test_inputs_name_parquets_and_tars_and_stems_are_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    as_datasets(tmp_path / "a", rows(2))
+    as_tar(tmp_path / "a", rows(2))
+    values = {**STATS, "inputs": [f"{tmp_path}/a/*.tar", f"{tmp_path}/a/*.parquet"]}
+    path = write_config(tmp_path / "c.yml", values, output_metadata_dir=str(tmp_path / "out"))
+    d2m.submit(path, local=True)
+    first, second = sorted((tmp_path / "out").glob("*.parquet"))
+    assert pq.read_table(first).equals(pq.read_table(second))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"inputs": ["x"], "input_tars": ["y"]}, "inputs: found input_tars, too; valid is one"),
+        ({}, "input_tars: found nothing; the key is required, or `inputs` in its place"),
+        ({"inputs": []}, "inputs: found []"),
+    ],
+)
+def test_a_config_has_one_key_of_inputs(values: Row, told: str, tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yml", {**STATS, **values, "output_metadata_dir": "out"})
+    with pytest.raises(ConfigError) as caught:
+        d2m.load_config(path)
+    [mistake] = caught.value.mistakes
+    assert mistake.startswith(told)
+
+
+def test_parquets_named_as_tars_are_told_of_the_other_key(tmp_path: Path) -> None:
+    as_datasets(tmp_path, rows(2))
+    [mistake] = expand([f"{tmp_path}/*"]).mistakes
+    assert "; `inputs` names parquets with images; valid is" in mistake
+    assert expand([f"{tmp_path}/*"], key="inputs").mistakes == []
+
+
+# --- the seam ---
+
+
+class Zip(Reader):
+    """A zip whose members are named as a tar's: all that a fourth form takes."""
+
+    def __init__(self, url: str, path: Path, config: Config) -> None:
+        self._zip = zipfile.ZipFile(path)
+
+    def index(self, needed: Members = EXTENSIONS) -> ZipSamples:
+        return ZipSamples(self._zip, needed)
+
+    def read(self, place: str, size: int) -> bytes:
+        return self._zip.read(place)
+
+    def close(self) -> None:
+        self._zip.close()
+
+
+class ZipSamples(Samples):
+    def __init__(self, file: zipfile.ZipFile, needed: Members) -> None:
+        super().__init__(needed)
+        self._file = file
+
+    def __iter__(self) -> Iterator[Sample]:
+        found: dict[str, Sample] = {}
+        for info in self._file.infolist():
+            key, _, extension = info.filename.partition(".")
+            sample = found.setdefault(key, Sample(key))
+            sample.members[extension] = (info.filename, info.file_size)
+        for sample in found.values():
+            self.count += 1
+            yield sample
+
+
+def test_a_fourth_form_takes_forty_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(readers.READERS, b"PK\x03\x04", Zip)
+    assert d2m.submit(written(tmp_path / "tar", "tar"), local=True).status().complete
+    (tmp_path / "in").mkdir()
+    with zipfile.ZipFile(tmp_path / "in" / "00000.zip", "w") as file:
+        for name, data in _members(tmp_path / "tar" / "in" / "00000.tar").items():
+            file.writestr(name, data)
+    run = d2m.submit(config_of(tmp_path, f"{tmp_path}/in/*.zip"), local=True)
+    assert run.verify().faults == []
+    table, _, record = made(tmp_path, "00000.zip")
+    same, _, other = made(tmp_path / "tar")
+    assert table.equals(same)
+    assert record.rejections == other.rejections
+
+
+def _members(tar: Path) -> Mapping[str, bytes]:
+    from d2m_hpc.worker.read.tar import members
+
+    data = tar.read_bytes()
+    found = members(io.BytesIO(data), len(data))
+    return {m.name: data[m.offset : m.offset + m.size] for m in found}
+
+
+def test_the_first_samples_of_a_parquet_are_computed_as_those_of_a_tar(tmp_path: Path) -> None:
+    tar, parquet = (d2m.head(written(tmp_path / each, each), 3) for each in ("tar", "datasets"))
+    assert parquet.table.num_rows == 3
+    assert parquet.table.equals(tar.table)
