@@ -526,16 +526,20 @@ class Run:
 
     @_explained()
     def export_datacomp(
-        self, folder: str | os.PathLike[str] = "datacomp", allow_missing: bool = False
+        self,
+        folder: str | os.PathLike[str] = "datacomp",
+        allow_missing: bool = False,
+        on_rows: Callable[[int, int], None] = lambda done, of: None,
     ) -> Export:
-        """Write DataComp's blur map and sizes.json.
+        """Write DataComp's blur map and sizes.json, and outputs by DataComp's names if need be.
 
         Args:
             allow_missing: write them even if shards are not finished.
+            on_rows: called with the number of rows that have DataComp's names, and of all.
         """
         from d2m_hpc.subsets.datacomp import export
 
-        return export(self._folder, self.config, _path("folder", folder), allow_missing)
+        return export(self._folder, self.config, _path("folder", folder), allow_missing, on_rows)
 
     @_explained()
     def dataset(self) -> pads.Dataset:

@@ -142,7 +142,9 @@ def datacomp(
     output: Folder = Path("datacomp"),
     allow_missing: AllowMissing = False,
 ) -> None:
-    _show_export(api.open(target).export_datacomp(output, allow_missing))
+    with _bar("rows") as on_rows:
+        found = api.open(target).export_datacomp(output, allow_missing, on_rows)
+    _show_export(found)
 
 
 @contextmanager
@@ -183,6 +185,10 @@ def _show_selection(found: Selection, output: Path | None) -> None:
 def _show_export(found: Export) -> None:
     for file in found.files:
         echo(f"wrote {file}")
+    if found.renamed:
+        echo(f"wrote the outputs by DataComp's names: {found.renamed}")
+    if found.left_out:
+        echo(f"{found.left_out:,} rows have no caption or no usable uid; they are left out there")
     echo(f"{found.shards:,} finished shards; {len(found.missing):,} are not finished")
     if found.repeated:
         times = "the resharder writes each such sample as often as its uid is in the subset"

@@ -9,9 +9,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
@@ -24,7 +31,7 @@ from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.urls import is_chained, is_remote
-from d2m_hpc.subsets.exports import require_finished
+from d2m_hpc.subsets import exports
 from d2m_hpc.subsets.samples import UID, opened
 
 _B32, _L14 = "clip_b32_similarity_score", "clip_l14_similarity_score"
@@ -59,6 +66,8 @@ class Export:
         lacking: for each tool, columns and arrays that the run does not have.
         commands: a command of the resharder for each folder of tars.
         unnamed: folders of tars whose names the resharder cannot make from a number.
+        renamed: the folder of the outputs with DataComp's names; empty where the run has these.
+        left_out: rows without a caption or a usable uid, which are not in that folder.
     """
 
     files: list[Path]
@@ -68,28 +77,99 @@ class Export:
     lacking: dict[str, list[str]]
     commands: list[str]
     unnamed: list[str]
+    renamed: str = ""
+    left_out: int = 0
 
 
-def export(run: RunDir, config: Config, folder: Path, allow_missing: bool = False) -> Export:
+class Renamed(exports.ExportLayout):
+    """The outputs of a run by DataComp's names, as `use_datacomp_keys` would have made them."""
+
+    kind = "datacomp"
+
+    def __init__(self, source: exports.ExportSource, folder: Path) -> None:
+        self.config = source.config.model_copy(update={"use_datacomp_keys": True})
+        self._caption = source.config.text_field or "caption"
+        if self._caption not in source.schema.names:
+            what = (
+                f"found no column {self._caption!r}, of which DataComp's `text` is made; name it in"
+            )
+            what += " additional_fields and submit: it is read from the tars, and no model runs"
+            raise ConfigError("export", [what])
+        super().__init__(source, folder)
+
+    def files(self, part: exports.ExportPart) -> list[Path]:
+        stems = [pair.stem for pair, _ in part.pairs]
+        return [self.root / f"{stem}.{kind}" for stem in stems for kind in ("npz", "parquet")]
+
+    def write(self, part: exports.ExportPart) -> None:
+        files = iter(self.files(part))
+        for table, arrays in self.source.read(part):
+            columns, keep = self._columns(table)
+            with exports.whole(next(files)) as file:
+                kept: dict[str, Any] = {n: array[keep] for n, array in self._arrays(arrays)}
+                np.savez(file, **kept)
+            with exports.whole(next(files)) as file:
+                pq.write_table(pa.table(columns).filter(keep), file, compression="zstd")
+
+    def _arrays(self, arrays: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+        for name, array in arrays.items():
+            yield self.config.renamed(name), array.astype(np.float16)
+
+    def _columns(self, table: pa.Table) -> tuple[dict[str, pa.Array], NDArray[np.bool_]]:
+        """The columns, and which rows have a caption, and a usable uid if there are uids."""
+        names = map(self.config.renamed, table.column_names)
+        columns = dict(zip(names, table.columns, strict=True))
+        columns["text"] = table[self._caption].cast(pa.string())
+        keep = pc.is_valid(columns["text"])
+        if "uid" in columns:
+            uids = columns["uid"]
+            usable = pc.match_substring_regex(uids, "^[0-9a-fA-F]{1,32}$")
+            keep = pc.and_(keep, pc.fill_null(usable, False))
+            columns["uid"] = pc.utf8_lpad(pc.utf8_lower(uids), 32, "0")
+        return columns, keep.to_numpy(zero_copy_only=False)
+
+    def finish(self) -> None:
+        """All files are of parts."""
+
+    @property
+    def left_out(self) -> int:
+        paths = (p for part in self.parts for p in self.files(part) if p.suffix == ".parquet")
+        return self.source.rows - sum(int(pq.read_metadata(path).num_rows) for path in paths)
+
+
+def export(
+    run: RunDir,
+    config: Config,
+    folder: Path,
+    allow_missing: bool = False,
+    on_rows: Callable[[int, int], None] = lambda done, of: None,
+) -> Export:
     """Write `sizes.json` and, where there are faces, `blur_metadata_map.json`.
 
-    The resharder takes the tars of one folder; those of several get a `sizes-N.json` each.
+    The resharder takes the tars of one folder; those of several get a `sizes-N.json` each. The
+    outputs of a run without DataComp's names are copied with these names into `metadata/`.
 
     Raises:
-        ConfigError: the outputs do not have DataComp's names, or the folder cannot be written.
+        ConfigError: the outputs have no captions, or the folder cannot be written.
         D2MError: shards are not finished, unless that is allowed.
     """
     found = standings(run, config)
     missing = found.unfinished
-    _require_names(run, config)
-    require_finished(found, allow_missing)
+    exports.require_finished(found, allow_missing)
     asked_for.make_folder(folder)
     asked_for.require_writable(folder / "sizes.json")
-    repeated, folder, lacks = _repeated(run, config, found), folder.absolute(), lacking(config)
+    renamed = None
+    if not config.use_datacomp_keys:
+        made = exports.source(run, config, None, allow_missing)
+        renamed = Renamed(made, folder.absolute() / "metadata")
+        exports.export(run, renamed, on_rows)
+    where = str(renamed.root) if renamed else config.output_metadata_dir
+    repeated, folder = _repeated(run, config, found), folder.absolute()
+    lacks = lacking(renamed.config if renamed else config)
     there = [s for s in read_shards(run.shards) if s.stem in found.done]
     sizes = _write_sizes(folder, there, found.done)
-    blur = [] if BLUR in lacks else [_write_blur_map(folder, there, config)]
-    commands = {where: _command(where, table, blur) for where, table in sizes.items()}
+    blur = [] if BLUR in lacks else [_write_blur_map(folder, there, OutputDir(where))]
+    commands = {place: _command(place, table, blur) for place, table in sizes.items()}
     return Export(
         files=[*sizes.values(), *blur],
         shards=len(there),
@@ -97,15 +177,10 @@ def export(run: RunDir, config: Config, folder: Path, allow_missing: bool = Fals
         repeated=repeated,
         lacking=lacks,
         commands=[command for command in commands.values() if command],
-        unnamed=[where for where, command in commands.items() if not command],
+        unnamed=[place for place, command in commands.items() if not command],
+        renamed=where if renamed else "",
+        left_out=renamed.left_out if renamed else 0,
     )
-
-
-def _require_names(run: RunDir, config: Config) -> None:
-    if not config.use_datacomp_keys:
-        what = "use_datacomp_keys: found false, so DataComp's tools find neither their columns nor "
-        what += "their uids; set it to true, and submit with `reprocess: true`"
-        raise ConfigError(str(run.config), [what])
 
 
 def lacking(config: Config) -> dict[str, list[str]]:
@@ -142,9 +217,8 @@ def _write_sizes(
     return paths
 
 
-def _write_blur_map(folder: Path, shards: Iterable[Shard], config: Config) -> Path:
+def _write_blur_map(folder: Path, shards: Iterable[Shard], output: OutputDir) -> Path:
     """Write which parquet has the faces of which tar."""
-    output = OutputDir(config.output_metadata_dir)
     table = {
         shard.stem: {
             "parquet": output.address(f"{shard.stem}.parquet"),

@@ -285,7 +285,8 @@ def _survival(pool: Pool) -> tuple[tuple[float, int, float], ...]:
     table = []
     for threshold in dict.fromkeys(float(f"{value:.3g}") for value in found[0] or ()):
         (kept,) = _row(pool, f"SELECT count(*) FROM samples WHERE score >= {threshold!r}")
-        table.append((threshold, kept, kept / samples))
+        if kept:  # rounding may have led above the best
+            table.append((threshold, kept, kept / samples))
     return tuple(table)
 
 

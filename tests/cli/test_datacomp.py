@@ -173,3 +173,36 @@ def test_an_export_of_a_run_that_is_not_finished_is_an_error(config: Path, tmp_p
     assert (
         _d2m("export", "datacomp", half, "-o", tmp_path / "files", "--allow-missing").exit_code == 0
     )
+
+
+def test_a_finished_run_gets_datacomps_names_without_computing(
+    config: Path, tmp_path: Path
+) -> None:
+    """But for samples without a caption in their JSON, whose text only the tar has."""
+    tars, out = config.parent / "tars" / "*.tar", tmp_path / "out"
+    fields = ["uid", "caption", "original_width"]
+    values = {**STATS, "additional_fields": fields, "feature_dtype": "float32"}
+    plain = write_config(
+        tmp_path / "c.yml", values, input_tars=str(tars), output_metadata_dir=str(out)
+    )
+    assert d2m.submit(plain, local=True).status().rows == 15
+    ended = _d2m("export", "datacomp", plain, "-o", tmp_path / "files")
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert "3 rows have no caption or no usable uid; they are left out there" in ended.stdout
+    theirs = config.parent / "out"
+    for stem in STEMS:
+        want = pd.read_parquet(theirs / f"{stem}.parquet")
+        keep = want.text != "of the txt"
+        found = pd.read_parquet(tmp_path / "files" / "metadata" / f"{stem}.parquet")
+        assert found.drop(columns="caption").equals(want[keep].reset_index(drop=True))
+        with (
+            np.load(theirs / f"{stem}.npz") as a,
+            np.load(tmp_path / "files" / "metadata" / f"{stem}.npz") as b,
+        ):
+            assert a.files == b.files
+            for name in a.files:
+                assert b[name].dtype == np.float16
+                assert np.array_equal(a[name][keep], b[name])
+    sizes = json.loads((tmp_path / "files" / "sizes.json").read_bytes())
+    assert sizes == {f"{STEMS[0]}.tar": 4, f"{STEMS[1]}.tar": 11}
+    assert _d2m("export", "datacomp", plain, "-o", tmp_path / "files").exit_code == 0

@@ -160,6 +160,6 @@ def test_without_faces_there_is_no_blur_map(tmp_path: Path) -> None:
     assert "--blur-metadata-map" not in found.commands[0]
 
 
-def test_without_datacomps_names_there_is_no_export(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="use_datacomp_keys: found false"):
-        _export(tmp_path, _shards(), use_datacomp_keys=False)
+def test_without_captions_there_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="found no column 'caption', of which DataComp's `text`"):
+        _export(tmp_path, _shards(), use_datacomp_keys=False, postprocess_features=[])
