@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from kit import SHARDS, submit, write_config
+from bench import EXACT
+from kit import SHARDS, d2m, submit, write_config
 from models.families.test_onnx import export as export_onnx
 from models.families.test_open_clip import SIGLIP, SIGLIP_IMAGES
 from models.families.test_open_clip import export as export_clip
@@ -23,8 +27,11 @@ from transformers import BlipForConditionalGeneration
 
 from d2m_hpc import api
 from d2m_hpc import config as configs
+from d2m_hpc.config import Config
+from d2m_hpc.config.mistakes import checkpoint_mistakes, registry_mistakes
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.launch.flow import commit, submitting
+from d2m_hpc.models.registry import Registry
 from d2m_hpc.plan.decide import decide
 from d2m_hpc.plan.workload import Workload, inspect
 from d2m_hpc.run.attempts import Attempts
@@ -277,6 +284,42 @@ def test_sizes_in_a_checkpoints_own_config_are_bounded(
         inspected([{"own": given}], ["own-score" if is_clip else "own-label"], tmp_path, tmp_path)
 
 
+def test_whatever_a_checkpoints_own_config_holds_is_told_in_words(tmp_path: Path) -> None:
+    """Each value of it in turn is another kind's, or missing; nothing is read that is not."""
+    clip, net = export_clip(tmp_path / "c", SIGLIP, SIGLIP_IMAGES), vit(tmp_path / "v")
+    given = {"checkpoint": str(net), "kind": "image-classification"}
+    odd = [None, "x", -1, [], {"a": 1}, ...]
+    for entry, path in (
+        ({"kind": "open_clip", "model": str(clip)}, clip / "open_clip_config.json"),
+        (given, net / "config.json"),
+        (given, net / "preprocessor_config.json"),
+    ):
+        whole = json.loads(path.read_bytes())
+        config = Config(**EXACT, models=[{"own": entry}])
+        for place, value in product([*_places(whole)], odd):
+            path.write_text(json.dumps(_with(whole, place, value)))
+            found = registry_mistakes(config, Registry())
+            found = found or checkpoint_mistakes(config, config.registry(Registry())[0])
+            assert not any("Error(" in mistake for mistake in found), (place, value, found)
+        path.write_text(json.dumps(whole))
+        assert not registry_mistakes(config, Registry())
+
+
+def _places(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Of all values within a mapping, but of those in lists."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield (*place, key)
+        yield from _places(inner, (*place, key))
+
+
+def _with(whole: Any, place: tuple[str, ...], value: Any) -> Any:
+    """A copy of a mapping with another value at a place, or none for `...`."""
+    first, *rest = place
+    if rest:
+        return {**whole, first: _with(whole[first], tuple(rest), value)}
+    return {k: v for k, v in whole.items() if k != first} | ({} if value is ... else {first: value})
+
+
 def test_values_that_are_never_finite_fail_the_task_and_no_shard(tmp_path: Path) -> None:
     folder = vit(tmp_path / "n")
     told = json.loads((path := folder / "preprocessor_config.json").read_bytes())
@@ -402,3 +445,13 @@ def test_a_shape_that_a_custom_class_does_not_give_fails_the_task_and_no_shard(
     ):
         run(workload)
     assert not Manifest.load(workload.run).failures
+
+
+def test_a_preset_whose_files_are_damaged_breaks_no_other_model(tmp_path: Path) -> None:
+    place = tmp_path / "hub" / "Falconsai--nsfw_image_detection@main"
+    place.mkdir(parents=True)
+    (place / "config.json").write_text("[]")
+    env = {**os.environ, "D2M_WEIGHTS": str(tmp_path)}
+    shown, other = (d2m("models", name, env=env) for name in ("nsfw-falconsai", "text-stats"))
+    assert (shown.returncode, other.returncode) == (2, 0), other.stderr
+    assert f"{place}/config.json holds no mapping" in shown.stderr

@@ -13,6 +13,7 @@ def models(
     ] = None,
 ) -> None:
     from d2m_hpc.errors import ConfigError
+    from d2m_hpc.models import weights
     from d2m_hpc.models.entries import kinds, known_families, plugged_in
     from d2m_hpc.models.family import ParameterError
     from d2m_hpc.models.registry import builtin
@@ -31,5 +32,6 @@ def models(
     if family is not None and (family.model_fields or name not in known):
         catalogue.family(family)
     elif name not in known:
-        what = f"unknown model or family {name!r}{nearest(name, {*kinds(), *known})}"
-        raise ConfigError("d2m models", [what])
+        _, problems = builtin().with_models([name], (), weights.default_dir())
+        unknown = f"unknown model or family {name!r}{nearest(name, {*kinds(), *known})}"
+        raise ConfigError("d2m models", [p.what for p in problems] or [unknown])

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, here, read_json
 from d2m_hpc.models.inputs import ImageInput, OwnInput, colour, require_sides
 from d2m_hpc.models.lock import Lock
@@ -120,8 +122,9 @@ class HubFamily(Family):
         Raises:
             ParameterError: the commit of the hub that was fetched is of no model of transformers.
         """
-        repo = self.repo()
-        locked = Lock.read(use.folder).repositories.get(repo.name) if repo else None
+        repo, locked = self.repo(), None
+        with suppress(WeightsError):  # which is told by whoever looks at files
+            locked = Lock.read(use.folder).repositories.get(repo.name) if repo else None
         if repo is None or locked is None:
             return
         names = repo.selected(locked.files)
@@ -173,7 +176,8 @@ class HubFamily(Family):
     def places(self, use: Use) -> int:
         """Tokens of a text that the net has places for; 0 where its config does not say."""
         config = self.document(use)
-        text = {**config, **(config.get("text_config") or {})}
+        inner = config.get("text_config")
+        text = {**config, **(inner if isinstance(inner, dict) else {})}
         kind = str(config.get("model_type"))
         if "relative_attention_num_buckets" in text:
             return 0  # T5 counts distances, and takes texts of any length
@@ -185,7 +189,9 @@ class HubFamily(Family):
         told = self.document(use, "preprocessor_config.json", required=False)
         if not told:  # transformers 5 keeps it within the config of all that prepares inputs
             told = self.document(use, "processor_config.json", required=False)
-            told = told.get("image_processor", {})
+            told = told.get("image_processor") or {}
+            if not isinstance(told, dict):
+                raise ValueError("`image_processor` of its processor_config.json is no mapping")
         source = str(self.home(use))
         for sides in (told.get("size"), told.get("crop_size")):
             given = sides if isinstance(sides, dict) else {"height": sides}

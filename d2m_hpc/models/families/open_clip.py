@@ -372,6 +372,8 @@ class OpenClip(Family):
     def _text(self, use: Use) -> OwnInput:
         text = self._config(use).get("text_cfg", {})
         context, options = text.get("context_length", CONTEXT), text.get("tokenizer_kwargs", {})
+        if not isinstance(options, dict):
+            raise ParameterError("model", f"tokenizer_kwargs {options!r}; valid is a mapping")
         if type(context) is not int or not 1 <= context <= LONGEST:
             raise ParameterError(
                 "model", f"a context_length of {context!r}; valid is 1 to {LONGEST}"

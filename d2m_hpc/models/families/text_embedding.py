@@ -64,7 +64,11 @@ class TextEmbedding(HubFamily):
             ParameterError: one of them is not known here.
         """
         told = self.document(use, "modules.json", required=False, kind=list)
-        modules = {str(m["type"]).rpartition(".")[2]: str(m["path"]) for m in told}
+        try:
+            modules = {str(m["type"]).rpartition(".")[2]: str(m["path"]) for m in told}
+        except (LookupError, TypeError):
+            what = f"{self.home(use)}/modules.json has no `type` and `path` of each module"
+            raise ParameterError("checkpoint", what) from None
         if others := modules.keys() - {*KNOWN}:
             what = f"has a module {min(others)} of sentence-transformers; valid: {', '.join(KNOWN)}"
             raise ParameterError("checkpoint", what)

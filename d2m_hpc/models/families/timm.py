@@ -263,8 +263,10 @@ def _read(path: Path) -> tuple[str, Mapping[str, Any]]:
     for key, default in DEFAULTS.items():
         valid = (int, float) if isinstance(default, float) else (type(default), list)
         value: Any = found.get(key)
-        of_size = not isinstance(default, tuple) or not value or len(value) == len(default)
-        if value is not None and not (isinstance(value, valid) and of_size):
+        if value is None:
+            continue
+        is_kind = isinstance(value, valid)
+        if not is_kind or (isinstance(default, tuple) and len(value) != len(default)):
             raise ValueError(f"`{key}` is {value!r}; valid is for example {default!r}")
     return str(told["architecture"]), found
 
@@ -282,6 +284,8 @@ def described(told: Mapping[str, Any]) -> ImageInput | None:
         told: as `timm.data.resolve_data_config` gives it.
     """
     (_, height, width), part = told["input_size"], told["crop_pct"]
+    if not part > 0:
+        raise ValueError(f"crop_pct {part}; valid is a share above 0")
     mode, how = told["crop_mode"], told["interpolation"]
     if how not in get_args(Interpolation) or part > 1 or not (height == width or part == 1):
         return None
