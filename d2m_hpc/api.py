@@ -137,7 +137,7 @@ def init(
         d2m.submit("d2m.yml", local=True)
 
     Args:
-        inputs: a folder of tars, a pattern or a URL, or several.
+        inputs: a folder of tars or parquets, a pattern or a URL, or several.
         path: the new config file.
         output: the folder of the outputs; by default beside the config.
 
@@ -157,7 +157,7 @@ def init(
     names = [str(Path(n).absolute()) if is_local(str(n)) else str(n) for n in given]
     where = file.absolute().with_name(f"{file.stem}-metadata") if output is None else output
     sight = suggest.look(names)
-    text = suggest.config(names, os.fspath(where), sight, weights.default_dir())
+    text = suggest.config(os.fspath(where), sight, weights.default_dir())
     asked_for.write(file, [text.encode()])
     load(file)
     return sight

@@ -12,7 +12,9 @@ from d2m_hpc.cli.common import AsJson, ConfigFile, Overrides, echo, load, print_
 
 
 def init(
-    inputs: Annotated[list[str], typer.Argument(metavar="FOLDER|PATTERN|URL...", help="the tars")],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="FOLDER|PATTERN|URL...", help="the shards")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="the new config")
     ] = Path("d2m.yml"),
@@ -21,7 +23,7 @@ def init(
     ] = None,
 ) -> None:
     sight = api.init(inputs, output, metadata)
-    echo(f"looked at {sight.samples} samples in the first of {sight.tars:,} tars")
+    echo(f"looked at {sight.samples} samples in the first of {sight.tars:,} shards")
     echo(f"wrote {output}; next: d2m head {output}; d2m-submit {output} --local")
 
 

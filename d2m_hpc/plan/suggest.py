@@ -38,6 +38,9 @@ CAPTIONS = ("caption", "text", "alt_text", "alt", "title")
 """Fields that hold a sample's text where no member does."""
 OF_TOOLS = ("key", "status", "error_message")
 """Fields that say nothing of a sample: its name, and how its download went."""
+PARQUETS = ".parquet"
+IMAGE = "image"
+"""What stands for the pictures of a parquet among members."""
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<kind>[^/]+)")
 
 
@@ -46,14 +49,18 @@ class Sight:
     """The samples at the beginning of some tars.
 
     Attributes:
-        tars: the number of all tars.
+        tars: the number of all shards.
         samples: how many were looked at.
         members: in how many samples there is a member of each kind, such as `jpg`.
         fields: the values of each field of their JSON that are not null.
         first: the fields in the first tar; a run takes no others without being told.
+        key: the config's key for the patterns.
+        patterns: the patterns of these shards; those of a folder of parquets name them.
     """
 
     tars: int
+    key: str
+    patterns: list[str]
     samples: int = 0
     members: Counter[str] = field(default_factory=Counter)
     fields: dict[str, list[object]] = field(default_factory=dict)
@@ -61,7 +68,7 @@ class Sight:
 
     @property
     def image(self) -> bool:
-        return any(self.members[kind] for kind in EXTENSIONS)
+        return any(self.members[kind] for kind in (*EXTENSIONS, IMAGE))
 
     @property
     def image_key(self) -> str:
@@ -101,10 +108,14 @@ def look(inputs: Sequence[str]) -> Sight:
     Raises:
         ConfigError: a pattern names no tar, or no sample can be read.
     """
-    found = patterns.expand(inputs)
+    key, found = "input_tars", patterns.expand(inputs)
+    if tars := found.mistakes:
+        inputs = [n if n.endswith(PARQUETS) else f"{n.rstrip('/')}/*{PARQUETS}" for n in inputs]
+        key, found = "inputs", patterns.expand(inputs, True, "inputs")
     if found.mistakes:
-        raise ConfigError("init", [*map(str, found.mistakes)])
-    sight, what = Sight(len(found.sizes)), f"no sample in {next(iter(found.sizes))}"
+        raise ConfigError("init", [*map(str, tars)])
+    sight = Sight(len(found.sizes), key, [*inputs])
+    what = f"no sample in {next(iter(found.sizes))}"
     for url in islice((u for u in found.sizes if u not in found.missing), TARS):
         try:
             with _opened(url) as file:
@@ -130,6 +141,9 @@ def _opened(url: str) -> BinaryIO:
         file: BinaryIO = open(url, "rb")  # noqa: SIM115
         codec = codec_of(file.read(HEAD))
         file.seek(0)
+    elif url.endswith(PARQUETS):
+        fs, path = stores.filesystem(url)
+        return fs.open(path, "rb")  # type: ignore[no-any-return]
     else:
         head = stores.peek(url, START)
         file, codec = io.BytesIO(head), codec_of(head)
@@ -146,6 +160,10 @@ def _samples(file: BinaryIO) -> Iterator[dict[str, bytes]]:
     """The members of each whole sample: those of JSON with their bytes."""
     from d2m_hpc.worker.read.tar import TarCut, members
 
+    magic = file.read(4)
+    if magic == b"PAR1":
+        yield from _rows(file)
+        return
     last, sample = "", dict[str, bytes]()
     with suppress(TarCut):
         for member in members(file, file.seek(0, io.SEEK_END)):
@@ -164,7 +182,24 @@ def _samples(file: BinaryIO) -> Iterator[dict[str, bytes]]:
             yield sample
 
 
-def config(inputs: Sequence[str], output: str, sight: Sight, folder: Path) -> str:
+def _rows(file: BinaryIO) -> Iterator[dict[str, bytes]]:
+    """The first samples of a parquet, as if they were members."""
+    import pyarrow.parquet as pq
+
+    from d2m_hpc.worker.read.columns import TEXTS, is_bytes, is_wrapped
+
+    with pq.ParquetFile(file) as parquet:
+        schema = parquet.schema_arrow
+        images = {f.name for f in schema if is_bytes(f.type) or is_wrapped(f.type)}
+        there = dict.fromkeys([*([IMAGE] if images else [])], b"")
+        there |= {"txt": b""} if {*TEXTS} & {*schema.names} else {}
+        names = [name for name in schema.names if name not in images]
+        for batch in islice(parquet.iter_batches(SAMPLES, columns=names), 1):
+            for row in batch.to_pylist():
+                yield there | {"json": json.dumps(row, default=str).encode()}
+
+
+def config(output: str, sight: Sight, folder: Path) -> str:
     """The text of a config.
 
     Args:
@@ -181,9 +216,9 @@ def config(inputs: Sequence[str], output: str, sight: Sight, folder: Path) -> st
     kinds = [f"{kind} in {n / sight.samples:.0%}" for kind, n in sight.members.most_common(8)]
     why = "# these fit, too; list them, and `d2m weights fetch` brings their weights:"
     lines = [
-        f"# {sight.tars:,} tars. Of their first {sight.samples} samples: {', '.join(kinds)}.",
+        f"# {sight.tars:,} shards. Of their first {sight.samples} samples: {', '.join(kinds)}.",
         "# `d2m head` shows the first samples with their values; docs/config.md has all keys.",
-        *_listed("input_tars", [*inputs]),
+        *_listed(sight.key, sight.patterns),
         *_listed("output_metadata_dir", output),
         *_listed("models", ready),
         *([why, *(f"# - {name}" for name in rest)] if rest else []),

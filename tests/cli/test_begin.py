@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import Result
@@ -59,7 +61,7 @@ def test_from_a_folder_to_a_finished_run_in_three_commands(tmp_path: Path) -> No
     assert {"opennsfw-score", "image-phash", "text-words"} < {*config["postprocess_columns"]}
     assert config["additional_fields"] == ["uid", "caption", "n"]
     text = (tmp_path / "c.yml").read_text()
-    assert "# 2 tars. Of their first 5 samples: jpg in 100%, txt in 100%, json in 100%." in text
+    assert "# 2 shards. Of their first 5 samples: jpg in 100%, txt in 100%, json in 100%." in text
     assert "# - oai-clip-vit-l14\n" in text
     assert '# also in the JSON: ["later"]' in text
     assert "opennsfw-score" in _d2m("head", tmp_path / "c.yml", 2).stdout
@@ -112,6 +114,28 @@ def test_compressed_tars_and_stores_are_looked_into(tmp_path: Path) -> None:
         found = _init(tmp_path / str(number), place)
         assert found["input_tars"] == [str(place)]
         assert found["additional_fields"] == first["additional_fields"] == ["uid", "caption"]
+
+
+def test_a_folder_of_parquets_becomes_inputs(tmp_path: Path) -> None:
+    """As `datasets` writes images."""
+    (tmp_path / "in").mkdir()
+    images = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(3)]
+    table = pa.table({"image": images, "caption": ["a", "a b", "c"], "score": [1.0, 2, 3]})
+    for number in range(2):
+        pq.write_table(table, tmp_path / "in" / f"{number}.parquet")
+    config = _init(tmp_path, tmp_path / "in")
+    assert config["inputs"] == [f"{tmp_path}/in/*.parquet"]
+    assert "input_tars" not in config
+    assert config["models"] == ["opennsfw", "language-lid176", "image-stats", "text-stats"]
+    assert config["additional_fields"] == ["caption", "score"]
+    rows = d2m.head(tmp_path / "c.yml", 4).to_dict()["rows"]
+    assert [row["text-words"] for row in rows] == [1, 2, 1, 1]
+    with fsspec.open("memory://init-parquets/a.parquet", "wb") as file:
+        pq.write_table(table, file)
+    (tmp_path / "store").mkdir()
+    config = _init(tmp_path / "store", "memory://init-parquets")
+    assert config["inputs"] == ["memory://init-parquets/*.parquet"]
+    assert config["additional_fields"] == ["caption", "score"]
 
 
 def test_what_init_refuses(tmp_path: Path) -> None:
