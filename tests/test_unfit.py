@@ -200,6 +200,14 @@ UNFIT: list[tuple[list[Any], str]] = [
         [{"own": {"kind": "image-to-text", "checkpoint": "mute", "max_new_tokens": 65}}],
         r"own\.max_new_tokens: found 65; valid are up to 64, as the net's texts have 64 tokens",
     ),
+    (
+        [{"own": {"kind": "image-classification", "checkpoint": "bare", "revision": "v2"}}],
+        r"own\.revision: is of a repository of the hub, and no such one is named; leave it out",
+    ),
+    (
+        [{"own": {"kind": "open_clip", "model": "clip", "revision": "v2"}}],
+        r"own\.revision: is of a r",
+    ),
     ([{"own": {"kind": "open_clip", "model": "clip"}}], r"clip has no tokenizer \(tokenizer\.json"),
 ]
 

@@ -93,8 +93,11 @@ def at_hand(given: str) -> Path | None:
 
 def here(given: str) -> str:
     """What to say of a name that is taken for no path, though something here has it."""
-    is_meant = not at_hand(given) and Path(given).exists()
+    is_meant = given and not at_hand(given) and Path(given).exists()
     return f"; if {os.path.abspath(given)} is meant, write './{given}'" if is_meant else ""
+
+
+NO_REVISION = "is of a repository of the hub, and no such one is named; leave it out"
 
 
 def file_at_hand(parameter: str, given: str) -> Path | None:

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models.family import Family, Output, ParameterError, Use, at_hand, here, read_json
+from d2m_hpc.models.family import (
+    NO_REVISION,
+    Family,
+    Output,
+    ParameterError,
+    Use,
+    at_hand,
+    here,
+    read_json,
+)
 from d2m_hpc.models.inputs import ImageInput, OwnInput, colour, require_sides
 from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.published import HubRepo
@@ -72,6 +81,8 @@ class HubFamily(Family):
             ParameterError: the hub can have no such repository.
         """
         if at_hand(self.checkpoint):
+            if self.revision != "main":
+                raise ParameterError("revision", NO_REVISION)
             return None
         try:
             return HubRepo(self.checkpoint, self.revision)

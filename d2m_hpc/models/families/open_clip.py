@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from d2m_hpc.models.family import (
+    NO_REVISION,
     Colour,
     Family,
     Output,
@@ -261,6 +262,8 @@ class OpenClip(Family):
         """The repository that the model is, where it is one."""
         name = self.model.removeprefix(HUB)
         if name == self.model:
+            if self.revision != "main":
+                raise ParameterError("revision", NO_REVISION)
             return None
         try:
             return HubRepo(name, self.revision, (CONFIG, *EXPORTED, *TOKENIZER))
