@@ -62,7 +62,7 @@ class Arrays(ExportLayout):
             for rows, found in self.source.read(part):
                 table.write_table(rows)
                 for name, file in arrays.items():
-                    file.write(found[name].tobytes())
+                    file.write(np.ascontiguousarray(found[name]).data)
 
     @contextmanager
     def _at(self, vectors: Vectors, part: ExportPart) -> Iterator[IO[bytes]]:
@@ -117,7 +117,7 @@ class ClipRetrieval(ExportLayout):
             for table, found in self.source.read(part):
                 writer.write_table(table.rename_columns(self._named(table.schema).names))
                 for file, vectors in zip(arrays, asked, strict=True):
-                    file.write(found[vectors.name].tobytes())
+                    file.write(np.ascontiguousarray(found[vectors.name]).data)
 
     def finish(self) -> None:
         """All files are of parts."""
@@ -239,14 +239,15 @@ def _begin_npy(file: IO[bytes], vectors: Vectors, rows: int) -> int:
 
 @contextmanager
 def _parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """Open a new parquet; vectors, which do not get smaller, are not compressed."""
-    arrow = pa.types.is_fixed_size_list
-    codecs = {kind.name: "none" if arrow(kind.type) else "zstd" for kind in schema}
-    words = [kind.name for kind in schema if not arrow(kind.type)]
-    with (
-        whole(path) as file,
-        pq.ParquetWriter(file, schema, compression=codecs, use_dictionary=words) as writer,
-    ):
+    """Open a new parquet; of vectors nothing is compressed or counted, which would gain nothing."""
+    vectors = {kind.name for kind in schema if pa.types.is_fixed_size_list(kind.type)}
+    words = [name for name in schema.names if name not in vectors]
+    options = {
+        "compression": {name: "none" if name in vectors else "zstd" for name in schema.names},
+        "use_dictionary": words,
+        "write_statistics": words,
+    }
+    with whole(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         yield writer
 
 
