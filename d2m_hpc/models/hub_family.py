@@ -208,7 +208,9 @@ class HubFamily(Family):
             given = sides if isinstance(sides, dict) else {"height": sides}
             require_sides(*(given[n] for n in SIDES & given.keys() if given[n] is not None))
         for name in ("image_mean", "image_std"):
-            if told.get("do_normalize") and not isinstance(told.get(name), int | float | None):
+            if told.get("do_normalize", True) and not isinstance(
+                told.get(name), int | float | None
+            ):
                 colour(name, told[name])
         return described(told) or OwnInput("image", "d2m_hpc.models.hub_nets:images", source=source)
 
