@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import fsspec
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -23,6 +26,7 @@ from typer.testing import CliRunner
 import d2m_hpc as d2m
 from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.storage.lease import Lease
 from d2m_hpc.subsets import exports
 
 ROWS = [4, 0, 3, 6, 1, 5]
@@ -227,12 +231,10 @@ def test_the_card_and_one_schema(run: d2m.Run, tmp_path: Path) -> None:
     assert yaml.safe_load(front)["configs"][0]["data_files"][0]["path"] == "data/*.parquet"
     assert "19 samples of 5 shards" in text
     assert f"| `{CLIP}` | float |" in text
-    by_duckdb = duckdb.sql(
-        f"SELECT l14_img FROM '{out}/data/*.parquet' ORDER BY filename"
-    ).fetchall()
-    by_polars = pl.read_parquet(out / "data")["l14_img"].to_list()
-    for found in ([row for (row,) in by_duckdb], by_polars):
-        assert np.array_equal(np.array(found, np.float16), whole("l14_img"))
+    rows = duckdb.sql(f"SELECT uid, l14_img FROM '{out}/data/*.parquet'").fetchall()
+    read = pl.read_parquet(out / "data").select("uid", "l14_img").rows()
+    for found in (dict(rows), dict(read)):
+        assert np.array_equal([found[key] for key in KEYS], whole("l14_img"))
 
 
 # --- all of them ---
@@ -260,6 +262,51 @@ def test_an_export_that_broke_off_goes_on(
     assert tree(broken) == tree(tmp_path / "at-once")
     assert run.export(layout, broken).written == 0
     assert tree(broken) == tree(tmp_path / "at-once")
+
+
+KILLED = """
+import os, sys
+import d2m_hpc
+from d2m_hpc.storage.lease import Lease
+from d2m_hpc.subsets import exports
+exports.PART_ROWS = 7
+kill = lambda done, of: done == 14 and os.kill(os.getpid(), 9)
+d2m_hpc.open(sys.argv[1]).export(sys.argv[2], sys.argv[3], on_rows=kill)
+"""
+
+
+def test_a_killed_export_goes_on(run: d2m.Run, tmp_path: Path) -> None:
+    run.export("npy", tmp_path / "at-once")
+    words = [sys.executable, "-c", KILLED, str(run.path), "npy", str(tmp_path / "npy")]
+    assert subprocess.run(words).returncode == -9
+    assert (tmp_path / "npy" / exports.LOCK).exists()
+    assert not (tmp_path / "npy" / "l14_img.npy").exists()
+    (tmp_path / "npy" / "columns" / ".00002.parquet.tmp").write_bytes(b"half")
+    assert run.export("npy", tmp_path / "npy").written == 1
+    assert tree(tmp_path / "npy") == tree(tmp_path / "at-once")
+
+
+def test_two_exports_do_not_write_into_one_folder(run: d2m.Run, tmp_path: Path) -> None:
+    run.export("npy", tmp_path / "npy")
+    lease = Lease(tmp_path / "npy" / exports.LOCK)
+    assert lease.claim()
+    with pytest.raises(D2MError, match="npy: another export is writing there; wait for its end"):
+        run.export("npy", tmp_path / "npy")
+    lease.release()
+    assert run.export("npy", tmp_path / "npy").written == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_outputs_on_a_store_are_exported(run: d2m.Run, tmp_path: Path, layout: str) -> None:
+    run.export(layout, tmp_path / "from-disk")
+    url = f"memory://{tmp_path.name}/out"
+    fs = fsspec.filesystem("memory")
+    fs.put(f"{tmp_path}/out/", f"{url}/", recursive=True)
+    values = yaml.safe_load((run.path / "config.yml").read_text())
+    (run.path / "config.yml").write_text(yaml.safe_dump({**values, "output_metadata_dir": url}))
+    d2m.open(run.path).export(layout, tmp_path / "from-store")
+    fs.rm(f"/{tmp_path.name}", recursive=True)
+    assert tree(tmp_path / "from-store") == tree(tmp_path / "from-disk")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
