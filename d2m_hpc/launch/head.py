@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 import tempfile
 from contextlib import closing
@@ -18,11 +19,13 @@ from d2m_hpc.launch import flow
 from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.plan import patterns, preflight, workload
 from d2m_hpc.plan.naming import own_name
+from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, all_values
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Rejection, Shard
 from d2m_hpc.run.shards import read_stems
+from d2m_hpc.storage.files import make_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,6 +78,10 @@ def head(config: Config, where: str, count: int) -> FirstSamples:
             "max_rejected_fraction": 1.0,
             "logging": False,
         }
+        own, known = RunDir(Path(folder) / "run"), workload.run_dir(config).hashes
+        if known.exists():  # of checkpoints, which take seconds to read
+            make_folder(own.root)
+            shutil.copy(known, own.hashes)
         asked = workload.inspect(config.model_copy(update=aside), where)
         flow.submit(asked, ThisProcess())
         return _read(asked)

@@ -23,6 +23,7 @@ from d2m_hpc.models.registry import builtin
 from d2m_hpc.plan import patterns
 from d2m_hpc.run import values
 from d2m_hpc.storage import stores
+from d2m_hpc.storage.texts import safe
 from d2m_hpc.storage.urls import is_local, is_pipe
 
 TARS, SAMPLES = 3, 100
@@ -175,7 +176,7 @@ def _samples(file: BinaryIO) -> Iterator[dict[str, bytes]]:
                 yield sample
                 sample = {}
             last, sample[kind] = key, b""
-            if kind == "json":
+            if kind == "json" and member.size < START:
                 file.seek(member.offset)
                 sample[kind] = file.read(member.size)
         if sample:
@@ -213,7 +214,7 @@ def config(output: str, sight: Sight, folder: Path) -> str:
     rest = [spec.name for spec in fit if spec.name not in ready]
     columns, features = known.columns.items(), known.features.items()
     more = [name for name, post in (*columns, *features) if post.model in rest]
-    kinds = [f"{kind} in {n / sight.samples:.0%}" for kind, n in sight.members.most_common(8)]
+    kinds = [f"{safe(kind)} in {n / sight.samples:.0%}" for kind, n in sight.members.most_common(8)]
     why = "# these fit, too; list them, and `d2m weights fetch` brings their weights:"
     lines = [
         f"# {sight.tars:,} shards. Of their first {sight.samples} samples: {', '.join(kinds)}.",
@@ -247,7 +248,9 @@ def _fields(sight: Sight) -> list[str]:
         for name, found in sight.fields.items()
         if name not in OF_TOOLS
     }
-    named = sight.first - {name for name in kinds if ":" in name}  # which would declare a type
+    named = sight.first - {
+        n for n in kinds if ":" in n or not n.isprintable()
+    }  # `a: b` declares a type
     plain = [name for name, kind in kinds.items() if name in named and kind not in ("", "json")]
     aside = [name for name in kinds if name not in plain]
     lines = _listed("additional_fields", plain)

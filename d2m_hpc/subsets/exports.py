@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -68,6 +69,11 @@ class Vectors:
 
     def __init__(self, name: str, array: NDArray[Any]) -> None:
         self.name, self.dtype, self.shape = name, array.dtype, array.shape[1:]
+
+    @property
+    def file(self) -> str:
+        """The name as a file's: those of custom models may hold anything."""
+        return quote(self.name, safe=" ()[]+,=@")
 
     @property
     def bytes(self) -> int:
@@ -328,8 +334,9 @@ class Log:
         self.parts = {digest: names for digest, names in self.parts.items() if digest in there}
         lines = [{"export": self.about}, *({"part": d, "files": n} for d, n in self.parts.items())]
         files.atomic_write(self.root / LOG, (json.dumps(line).encode() + b"\n" for line in lines))
-        for name in gone:
-            (self.root / name).unlink(missing_ok=True)
+        for path in (self.root / name for name in gone):
+            if path.resolve().is_relative_to(self.root.resolve()):
+                path.unlink(missing_ok=True)
 
     def add(self, digest: str, paths: Sequence[Path]) -> None:
         line = {"part": digest, "files": [*map(self._name, paths)]}

@@ -37,14 +37,14 @@ class Arrays(ExportLayout):
         return [columns, *map(self._unfinished, self.source.vectors)]
 
     def last(self) -> list[Path]:
-        return [self.root / f"{v.name}.npy" for v in self.source.vectors] + [self._index]
+        return [self.root / f"{v.file}.npy" for v in self.source.vectors] + [self._index]
 
     @property
     def _index(self) -> Path:
         return self.root / "shards.parquet"
 
     def _unfinished(self, vectors: Vectors) -> Path:
-        return self.root / f".{vectors.name}.npy.part"
+        return self.root / f".{vectors.file}.npy.part"
 
     def there(self, known: Collection[str], complete: bool) -> set[str]:
         columns = [self.files(part)[0] for part in self.parts]

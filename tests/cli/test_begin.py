@@ -138,6 +138,15 @@ def test_a_folder_of_parquets_becomes_inputs(tmp_path: Path) -> None:
     assert config["additional_fields"] == ["caption", "score"]
 
 
+def test_names_in_the_tars_are_no_lines_of_the_config(tmp_path: Path) -> None:
+    odd = {"jpg": jpeg(), "x\nreprocess: true\n#": b"x"}
+    fields: dict[str, Any] = {"a: int64": 1, "b\nreprocess: true": 2, "\ud800": 3, "on": "no"}
+    config = _init(tmp_path, _tar(tmp_path / "a.tar", 2, odd, **fields))
+    assert "reprocess" not in config
+    assert config["additional_fields"] == ["uid", "on"]
+    assert d2m.head(tmp_path / "c.yml", 1).table["on"].to_pylist() == ["no"]
+
+
 def test_what_init_refuses(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="found no tar for"):

@@ -344,6 +344,17 @@ def test_another_s_folder_is_left_alone(run: d2m.Run, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
 
 
+def test_names_of_features_are_no_paths(tmp_path: Path) -> None:
+    name = "../a/b"
+    own = tmp_path / "own.py"
+    own.write_text(f"postprocess_feature_lookup = {{{name!r}: None}}")
+    more: dict[str, Any] = {"postprocess_features": [name], "custom_pypath": str(own)}
+    run = d2m.Run(*make_run(tmp_path, {"a": shard(0, 2)}, **more))
+    np.savez(tmp_path / "out" / "a.npz", **{name: np.ones((2, 3))})
+    run.export("npy", tmp_path / "npy")
+    assert [path.name for path in (tmp_path / "npy").glob("*.npy")] == ["..%2Fa%2Fb.npy"]
+
+
 def test_an_npz_of_another_shape_is_named(run: d2m.Run, tmp_path: Path) -> None:
     wrong = vectors(5, 5) | {"l14_img": np.zeros((5, 8), np.float16)}
     np.savez(tmp_path / "out" / "00005.npz", **wrong)
