@@ -124,6 +124,13 @@ class Slurm(Section):
     extra: Annotated[dict[str, str | int | float | bool | None], BeforeValidator(options)] = {}
     """any other long option of sbatch, without its dashes, to its value; `true` for one that takes
     none, `false` or null to leave it out"""
+    srun: Annotated[dict[str, str | int | float | bool | None], BeforeValidator(options)] = {}
+    """options of the srun that starts the tasks of an array element, as `extra` has sbatch's; with
+    pyxis, `container-image` here holds for the tasks and not for the batch script"""
+    launcher: Names = []
+    """command and options before `python`, such as `[apptainer, exec, --nv, d2m.sif]`"""
+    python: Line | None = None
+    """Python of the tasks, such as a container's `python3`; by default the one that submits"""
 
 
 class Config(Section):

@@ -24,6 +24,8 @@ SHORTEST_WAIT, LONGEST_WAIT = 2.0, 30.0
 """Seconds between two looks at the queue; longer for longer runs, as slurmctld serves everybody."""
 PATIENCE = 900.0
 """Seconds without an answer before `wait` gives up; a controller may restart meanwhile."""
+PATIENCE_OF_A_SUBMIT = 120.0
+"""Seconds for which a submit waits for a controller that is away."""
 STUCK_SECONDS = 10.0
 """Seconds in which no task can start before `wait` gives up: some reasons pass by themselves."""
 
@@ -63,7 +65,7 @@ class SlurmArrays(_Arrays):
     def look(self, workload: Workload) -> Decision:
         """Decide by Slurm's word; raise `SlurmError` without it, as live tasks look like dead
         ones."""
-        return look(workload, slurm.queue())
+        return look(workload, slurm.queue(PATIENCE_OF_A_SUBMIT))
 
     def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
         """Submit the arrays; raise `SlurmError` where sbatch refuses, with earlier arrays on
@@ -71,8 +73,14 @@ class SlurmArrays(_Arrays):
         # First without job ids: a job whose id is never recorded is found by its array's name.
         slurm.write_arrays(submission, self.arrays)
         workload = decision.workload
-        for array in self.arrays:
-            array.job_id = sbatch.submit(self._command(workload, submission, array))
+        for taken, array in enumerate(self.arrays):
+            try:
+                array.job_id = sbatch.submit(self._command(workload, submission, array))
+            except SlurmError as error:
+                if not taken:
+                    raise
+                part = f"Slurm took {taken} of {len(self.arrays)} arrays, which go on"
+                raise SlurmError(f"{error}; {part}") from None
             slurm.write_arrays(submission, self.arrays)
         return nullcontext()
 

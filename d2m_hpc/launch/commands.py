@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
+import time
 from collections.abc import Mapping
 
 from d2m_hpc.errors import SlurmError
 
+log = logging.getLogger(__name__)
+
 SECONDS = 120.0
 """Seconds that a command may take; shorter tries of its own end before."""
+
+PAUSE = 3.0
+"""Seconds between two tries."""
+AWAY = re.compile(r"contact slurm controller|timed out|Zero Bytes|[Cc]onnect|not answer")
+"""Words of Slurm's commands where slurmctld is away."""
 
 CALLERS = re.compile(r"S(LURM|LURMD|BATCH|RUN|ALLOC|QUEUE|INFO|CANCEL|CONTROL)_")
 """Variables with options: of an allocation around this process, or the user's for other commands.
@@ -56,6 +65,26 @@ def ask(*words: str, seconds: float = SECONDS) -> str:
     if done.returncode:
         raise SlurmError(f"{words[0]} failed: {done.stderr.strip()}")
     return done.stdout
+
+
+def asked_again(patience: float, *words: str) -> str:
+    """Like `ask`; again while slurmctld is away, as when it restarts.
+
+    Args:
+        patience: seconds after which no further try begins.
+    """
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            return ask(*words)
+        except SlurmError as error:
+            waited = time.monotonic() - began
+            if waited + PAUSE > patience or not AWAY.search(str(error)):
+                raise
+            if not told:
+                log.warning("%s; asking again for up to %g s", error, patience)
+                told = True
+            time.sleep(PAUSE)
 
 
 def call(*words: str, seconds: float | None) -> subprocess.CompletedProcess[str]:

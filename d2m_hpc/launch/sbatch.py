@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,22 @@ def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
         "signal": f"USR2@{USR2_SECONDS}",
         **config.extra,
     }
+    return _given(chosen)
+
+
+def _given(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are left out."""
     return {k: v for k, v in chosen.items() if v is not None and v is not False}
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as they stand on a command line.
+
+    Example:
+        >>> flags({"exclusive": True, "nice": 100})
+        ['--exclusive', '--nice=100']
+    """
+    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
 
 
 TEMPLATE = Path(__file__).with_name("array.sbatch")
@@ -58,13 +73,19 @@ def filled(setup: Sequence[str], failures: Path, task: str) -> str:
     return re.sub("@(nodes|setup|task)@", lambda mark: values[mark[1]], TEMPLATE.read_text())
 
 
-def command(run: RunDir, submission: Submission, array: Array, options: dict[str, Any]) -> str:
+def command(
+    run: RunDir, submission: Submission, config: Slurm, array: Array, options: dict[str, Any]
+) -> str:
     """The command of an array element, in `array.sbatch`: one process for each of its tasks."""
-    srun = ["d2m_task", "srun", "--kill-on-bad-exit=0", "--unbuffered"]
-    if cpus := options.get("cpus-per-task"):
-        srun.append(f"--cpus-per-task={cpus}")  # from 22.05 on, srun ignores sbatch's
+    chosen = {
+        "kill-on-bad-exit": 0,
+        "unbuffered": True,
+        "cpus-per-task": options.get("cpus-per-task"),  # from 22.05 on, srun ignores sbatch's
+        **config.srun,
+    }
+    srun = ["d2m_task", "srun", *flags(_given(chosen)), *config.launcher]
     # -P: a json.py in the folder where sbatch was called must not take the place of Python's own.
-    python = [sys.executable, "-P", "-u", "-m", "d2m_hpc.worker"]
+    python = [config.python or sys.executable, "-P", "-u", "-m", "d2m_hpc.worker"]
     told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]
     return shlex.join([*srun, *python, *told])
 
@@ -77,7 +98,7 @@ def script(
     A folder in an #SBATCH line would be read for quotes and %, and SBATCH_* variables win over such
     lines. The one line left is a default that `slurm.extra` may change.
     """
-    task = command(run, submission, array, options)
+    task = command(run, submission, config, array, options)
     return filled(config.setup, run.node_failures, task)
 
 
@@ -88,9 +109,9 @@ def prepared(
     options = _array_options(array, proposal)
     text = script(run, submission, config, array, proposal.options)
     path = run.logs / f"{array.name}.sh"
-    atomic_write(path, text.encode(), private=has_secret([config.setup, options]))
-    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
-    return ["sbatch", f"--chdir={run.logs}", *flags, str(path)]
+    secret = has_secret([config.setup, config.srun, config.launcher, options])
+    atomic_write(path, text.encode(), private=secret)
+    return ["sbatch", f"--chdir={run.logs}", *flags(options), str(path)]
 
 
 def submit(command: Sequence[str]) -> str:
@@ -135,18 +156,33 @@ def _array_options(array: Array, proposal: Proposal) -> dict[str, Any]:
 
 
 HINTS = {
-    "partition": "check slurm.partition against `sinfo`",
-    "account": "check slurm.account and slurm.qos against `sacctmgr show assoc user=$USER`",
-    "QOS": "check slurm.qos, or submit fewer tasks at once with a larger shards_per_task",
-    "limit": "submit fewer tasks at once: a larger shards_per_task",
-    "array": "`scontrol show config` says what MaxArraySize is",
-    "node name": "check slurm.exclude against `sinfo -N`",
-    "node configuration": "no node has what slurm.gres, mem and cpus_per_task ask for",
+    r"submit limit|MaxSubmitJob|GrpSubmitJob|accounting/QOS policy": "the account or QOS takes no "
+    "more jobs, or none so large or so long; `sacctmgr show assoc user=$USER` and `sacctmgr show "
+    "qos` show the limits. Wait until array tasks have ended, or submit fewer at once by a larger "
+    "shards_per_task",
+    r"[Ii]nvalid account|account/partition": "check slurm.account, and whether the partition takes "
+    "it, against `sacctmgr show assoc user=$USER`",
+    r"QOS|qos": "check slurm.qos against `sacctmgr show assoc user=$USER format=account,qos`",
+    r"time limit": "check slurm.time against `sinfo -o '%P %l'`",
+    r"group not permitted|[Pp]ermission denied": "ask the administrators who may use the partition",
+    r"partition": "check slurm.partition against `sinfo`",
+    r"[Gg]eneric [Rr]esource|gres|[Ff]eature": "check slurm.gres and slurm.constraint against "
+    "`sinfo -o '%P %G %f'`",
+    r"[Rr]eservation|[Ll]icense": "check slurm.extra against `scontrol show reservation` and "
+    "`scontrol show licenses`",
+    r"job array": "`scontrol show config` says what MaxArraySize is",
+    r"node name": "check slurm.exclude against `sinfo -N`",
+    r"node configuration|[Mm]emory specification|processors|Node count": "no node has what "
+    "slurm.gres, mem and cpus_per_task ask for; `sinfo -o '%P %c %m %G'`",
+    r"contact slurm controller|[Tt]imed out|connect": "slurmctld does not answer; `scontrol ping` "
+    "says whether it is up",
 }
+"""What helps, by a pattern of sbatch's words; the first that is found."""
 
 
 def _refusal(words: str, code: int) -> str:
     said = re.findall(r"sbatch: error: (.*)", words) or words.strip().splitlines()[-1:]
     said = said or [f"sbatch ended with exit code {code} and said nothing"]
-    hint = next((h for word, h in HINTS.items() if word in " ".join(said)), "see `man sbatch`")
+    told = " ".join(said)
+    hint = next((h for words, h in HINTS.items() if re.search(words, told)), "see `man sbatch`")
     return f"Slurm refused: {'; '.join(said)} ({hint}; the same command goes on from here)"

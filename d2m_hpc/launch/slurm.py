@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from d2m_hpc.errors import SlurmError
-from d2m_hpc.launch.commands import ask
+from d2m_hpc.launch.commands import ask, asked_again
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.records import Job
@@ -183,10 +183,14 @@ AT_ONCE = 500
 """Jobs on one command line, whose length the system bounds."""
 
 
-def queue() -> Queue:
-    """Ask squeue for the user's array elements; raise `SlurmError` where that fails."""
+def queue(patience: float = 0.0) -> Queue:
+    """Ask squeue for the user's array elements; raise `SlurmError` where that fails.
+
+    Args:
+        patience: seconds for which a controller that is away is asked again.
+    """
     words = ("squeue", "--me", "--noheader", "--array")
-    found = parse_queue(ask(*words, f"--format={_FORMAT}"))
+    found = parse_queue(asked_again(patience, *words, f"--format={_FORMAT}"))
     if not any(element.state == COMPLETING for element in found.all):
         return found
     return with_requeued(found, ask(*words, f"--format={_ENDS}"), datetime.now())

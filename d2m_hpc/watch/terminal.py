@@ -149,14 +149,15 @@ def _gained(lacked: Config) -> str:
 
 def proposal(proposed: Proposal) -> None:
     """Print the tasks, arrays and sbatch options that a submit would use."""
+    from d2m_hpc.launch.sbatch import flags
+
     console.print(f"{proposed.tasks} tasks of at most {proposed.most} shards")
     for array in proposed.arrays:
         line = f"array {array.name}: elements 0-{array.elements - 1}"
         line += f", {array.parallel} at once" if array.parallel else ""
         line += f", after array {array.after}" if array.after is not None else ""
         console.print(line)
-    flags = (f"--{k}" if v is True else f"--{k}={v}" for k, v in proposed.options.items())
-    console.print("sbatch", *flags)
+    console.print("sbatch", *flags(proposed.options))
 
 
 def submitted(arrays: Sequence[Array]) -> None:

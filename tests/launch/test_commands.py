@@ -67,6 +67,36 @@ def test_a_command_that_does_not_answer_is_given_up(bin_dir: Path) -> None:
         commands.ask("squeue", seconds=0.5)
 
 
+AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+
+
+def test_a_controller_that_is_away_is_asked_again_and_that_is_told_once(
+    bin_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(commands, "PAUSE", 0.05)
+    calls = tmp_path / "calls"
+    script(
+        bin_dir,
+        "squeue",
+        f'echo >> {calls}; [ $(wc -l < {calls}) -gt 3 ] || {{ echo "{AWAY}" >&2; exit 1; }}\n'
+        "echo '7|0|RUNNING|None|n1|a'",
+    )
+    [element] = slurm.queue(patience=60).all
+    assert element.job_id == "7"
+    [told] = caplog.messages
+    assert told == f"squeue failed: {AWAY}; asking again for up to 60 s"
+
+
+@pytest.mark.parametrize(("words", "patience"), [(AWAY, 0.2), ("Invalid user", 60), (AWAY, 0)])
+def test_only_a_controller_that_is_away_is_waited_for_and_not_for_ever(
+    bin_dir: Path, monkeypatch: pytest.MonkeyPatch, words: str, patience: float
+) -> None:
+    monkeypatch.setattr(commands, "PAUSE", 0.05)
+    script(bin_dir, "squeue", f'echo "{words}" >&2; exit 1')
+    with pytest.raises(SlurmError, match=words[:12]):
+        slurm.queue(patience)
+
+
 def test_words_too_long_for_the_system_are_an_error_of_slurms(bin_dir: Path) -> None:
     script(bin_dir, "scancel", "true")
     with pytest.raises(SlurmError, match="scancel cannot be started"):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kit import STATS, write_config, write_shards
 
+import d2m_hpc as d2m
 from d2m_hpc.config import Slurm
 from d2m_hpc.errors import SlurmError
-from d2m_hpc.launch import sbatch
+from d2m_hpc.launch import sbatch, slurm
 from d2m_hpc.launch.slurm import Array, Proposal
 from d2m_hpc.run.folder import RunDir
 
@@ -24,6 +27,27 @@ mode = os.stat(sys.argv[-1]).st_mode & 0o777
 json.dump([sys.argv[1:], dict(os.environ), script, mode], open({told!r}, "w"))
 {then}
 """
+
+
+FAILED = "Batch job submission failed: "
+REFUSALS = {
+    "AssocMaxSubmitJobLimit": "the account or QOS takes no more jobs",
+    FAILED + "Job violates accounting/QOS policy .job submit limit, user.s size and/or time "
+    "limits.": "the account or QOS takes no more jobs",
+    FAILED + "Invalid account or account/partition combination specified": "check slurm.account",
+    FAILED + "Invalid partition name specified": "check slurm.partition",
+    FAILED + "Invalid qos specification": "check slurm.qos",
+    FAILED + "Requested time limit is invalid .missing or exceeds some limit.": "check slurm.time",
+    FAILED + "Invalid generic resource .gres. specification": "check slurm.gres",
+    FAILED + "Invalid feature specification": "check slurm.gres and slurm.constraint",
+    FAILED + "Invalid license specification": "check slurm.extra",
+    FAILED + "Invalid job array specification": "`scontrol show config` says what MaxArraySize",
+    FAILED + "Requested node configuration is not available": "no node has what",
+    FAILED + "Unable to contact slurm controller .connect failure.": "slurmctld does not answer",
+    FAILED + "Access/permission denied": "ask the administrators",
+    FAILED + "Job dependency problem": "see `man sbatch`",
+}
+"""Words of sbatch, each with the start of what helps."""
 
 
 @pytest.fixture
@@ -79,6 +103,32 @@ def test_all_options_stand_on_the_command_line(
     assert lines[-1].startswith("d2m_task srun ")
 
 
+def test_a_site_chooses_sruns_options_the_launcher_and_the_python(run: RunDir) -> None:
+    config = Slurm(
+        cpus_per_task=4,
+        srun={"container-image": "it's.sqsh", "no-container-mount-home": True, "unbuffered": False},
+        launcher=["apptainer", "exec", "--nv", "a b.sif"],
+        python="/opt/venv/bin/python3",
+    )
+    array = Array("a", 0, 1)
+    told = sbatch.command(run, run.submission("000"), config, array, sbatch.options(config))
+    assert shlex.split(told) == [
+        "d2m_task",
+        "srun",
+        "--kill-on-bad-exit=0",
+        "--cpus-per-task=4",
+        "--container-image=it's.sqsh",
+        "--no-container-mount-home",
+        "apptainer",
+        "exec",
+        "--nv",
+        "a b.sif",
+        "/opt/venv/bin/python3",
+        *("-P", "-u", "-m", "d2m_hpc.worker"),
+        *(str(run.root), "000", "0", "1"),
+    ]
+
+
 def test_a_thousand_elements_leave_one_file_which_no_task_needs(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +170,10 @@ def test_a_script_with_a_secret_is_for_its_owner_alone(
             "sys.exit('sbatch: error: invalid partition specified: x\\nsbatch: error: Batch job')",
             r"invalid partition specified: x; Batch job \(check slurm.partition against `sinfo`",
         ),
+        *(
+            (f"sys.exit('sbatch: error: {words}')", rf"{words} \({hint}".replace("/", "."))
+            for words, hint in REFUSALS.items()
+        ),
         ("print('no array jobs here'); sys.exit(1)", "Slurm refused: no array jobs here"),
         ("sys.exit(3)", "sbatch ended with exit code 3 and said nothing"),
     ],
@@ -131,3 +185,27 @@ def test_a_refusal_is_told_in_sbatchs_words(
     with pytest.raises(SlurmError, match=said):
         submit(run, monkeypatch, then, array)
     assert array.job_id == ""
+
+
+def test_a_refusal_after_some_arrays_says_how_many_slurm_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a limit of the account is reached in between; the first array is on record."""
+    calls, folder = tmp_path / "calls", tmp_path / "bin"
+    folder.mkdir()
+    limit = "echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; exit 1"
+    for name, text in {
+        "squeue": "true",
+        "scontrol": "echo MaxArraySize = 2",
+        "sbatch": f"echo >> {calls}; [ $(wc -l < {calls}) -lt 2 ] || {{ {limit}; }}; echo 71",
+    }.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    write_shards(tmp_path / "tars", 6)
+    places = {"input_tars": f"{tmp_path}/tars/*.tar", "output_metadata_dir": f"{tmp_path}/out"}
+    config = write_config(tmp_path / "c.yml", STATS, **places, shards_per_task=1)
+    with pytest.raises(SlurmError, match=r"JobLimit .*; Slurm took 1 of 3 arrays, which go on"):
+        d2m.submit(config)
+    [run] = (tmp_path / "out").glob(".d2m")
+    assert [a.job_id for a in slurm.all_arrays(RunDir(run))] == ["71", "", ""]

@@ -208,7 +208,7 @@ def test_an_answer_without_a_job_is_told(said: str) -> None:
 def test_the_command_survives_the_shell(awkward_path: Path) -> None:
     run = RunDir(awkward_path)
     array = Array("d2m-x-1", first=40, elements=3, tasks_per_node=2)
-    words = shlex.split(sbatch.command(run, run.submission("007"), array, {}))
+    words = shlex.split(sbatch.command(run, run.submission("007"), Slurm(), array, {}))
     assert words[-6:] == ["-m", "d2m_hpc.worker", str(awkward_path), "007", "40", "2"]
     assert not [w for w in words if w.startswith("--cpus-per-task")]
 
@@ -216,7 +216,9 @@ def test_the_command_survives_the_shell(awkward_path: Path) -> None:
 def test_a_step_gets_the_cores_of_its_job(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     options = sbatch.options(Slurm(cpus_per_task=8))
-    words = shlex.split(sbatch.command(run, run.submission("000"), Array("a", 0, 1), options))
+    words = shlex.split(
+        sbatch.command(run, run.submission("000"), Slurm(), Array("a", 0, 1), options)
+    )
     assert "--cpus-per-task=8" in words
 
 

@@ -65,7 +65,7 @@ def test_a_strangers_file_in_the_folder_is_not_imported(name: str, tmp_path: Pat
     here.mkdir()
     (here / f"{name}.py").write_text("open('RAN', 'w').close()\nraise SystemExit('shadowed')\n")
     run = RunDir(tmp_path / "out" / ".d2m")
-    words = shlex.split(sbatch.command(run, run.submission("000"), Array("a", 0, 1), {}))
+    words = shlex.split(sbatch.command(run, run.submission("000"), Slurm(), Array("a", 0, 1), {}))
     python = words[words.index("-m") - 3 :]
     environment = {**os.environ, "SLURM_JOB_END_TIME": "4102444800"}
     ended = subprocess.run(python, cwd=here, env=environment, capture_output=True, text=True)
