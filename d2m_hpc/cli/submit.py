@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,12 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
     no_sbatch: Annotated[bool, typer.Option("--no-sbatch", help="only print commands")] = False,
+    print_sbatch: Annotated[
+        bool, typer.Option("--print-sbatch", help="show the batch script; change nothing")
+    ] = False,
+    test_only: Annotated[
+        bool, typer.Option("--test-only", help="ask Slurm whether it would start the tasks, when")
+    ] = False,
     preflight: Annotated[bool, typer.Option(help="look for what would fail on every node")] = True,
     recompute_changed: Annotated[
         bool, typer.Option("--recompute-changed", help="compute tars again that were replaced")
@@ -43,7 +50,9 @@ def submit(
     inspect = partial(
         api.inspect, loaded, recompute_changed=recompute_changed, moved=moved, where=str(config)
     )
-    if dry_run:
+    if print_sbatch or test_only:
+        _asked(inspect(), test_only)
+    elif dry_run:
         _dry_run(inspect(), local)
     elif local:
         raise typer.Exit(_supervised(inspect))
@@ -67,6 +76,24 @@ def _dry_run(workload: Workload, local: bool) -> None:
     terminal.decision(decision)
     if decision.pending and not local:
         terminal.proposal(arrays.propose(decision, "next"))
+
+
+def _asked(workload: Workload, test_only: bool) -> None:
+    """Print the script of the first array, or what Slurm says of each array."""
+    from d2m_hpc.launch import arrays, sbatch
+
+    decision = api.dry_run(workload)
+    run, config = workload.run, workload.config.slurm
+    if not decision.pending:
+        print("nothing is left to submit")
+        return
+    proposal = arrays.propose(decision, "next")
+    for array in proposal.arrays:
+        words, text = sbatch.made(run, run.submission("next"), config, array, proposal)
+        if not test_only:
+            print(f"# {shlex.join(words)} <this script>", text, sep="\n", end="")
+            return
+        print(f"{array.name}: {sbatch.asked(words, text)}")
 
 
 def _to_slurm(inspect: Callable[[], Workload], wait: bool) -> int:

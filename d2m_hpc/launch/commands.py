@@ -87,8 +87,11 @@ def asked_again(patience: float, *words: str) -> str:
             time.sleep(PAUSE)
 
 
-def call(*words: str, seconds: float | None) -> subprocess.CompletedProcess[str]:
+def call(*words: str, seconds: float | None, told: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command of Slurm's in a clean environment.
+
+    Args:
+        told: what the command reads from its standard input.
 
     Raises:
         SlurmError: the command is not here, or does not answer in time.
@@ -96,7 +99,7 @@ def call(*words: str, seconds: float | None) -> subprocess.CompletedProcess[str]
     try:
         return subprocess.run(
             words,
-            stdin=subprocess.DEVNULL,
+            input=told,
             capture_output=True,
             encoding="utf-8",
             errors="replace",

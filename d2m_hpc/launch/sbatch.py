@@ -102,16 +102,38 @@ def script(
     return filled(config.setup, run.node_failures, task)
 
 
+def made(
+    run: RunDir, submission: Submission, config: Slurm, array: Array, proposal: Proposal
+) -> tuple[list[str], str]:
+    """The sbatch command that starts an array, but for the script's path; and the script."""
+    options = flags(_array_options(array, proposal))
+    text = script(run, submission, config, array, proposal.options)
+    return ["sbatch", f"--chdir={run.logs}", *options], text
+
+
 def prepared(
     run: RunDir, submission: Submission, config: Slurm, array: Array, proposal: Proposal
 ) -> list[str]:
     """Write an array's script into the run folder; return the sbatch command that starts it."""
-    options = _array_options(array, proposal)
-    text = script(run, submission, config, array, proposal.options)
+    words, text = made(run, submission, config, array, proposal)
     path = run.logs / f"{array.name}.sh"
-    secret = has_secret([config.setup, config.srun, config.launcher, options])
+    secret = has_secret([config.setup, config.srun, config.launcher, words])
     atomic_write(path, text.encode(), private=secret)
-    return ["sbatch", f"--chdir={run.logs}", *flags(options), str(path)]
+    return [*words, str(path)]
+
+
+def asked(words: Sequence[str], script: str) -> str:
+    """Ask Slurm when an array would start, without submitting it.
+
+    Raises:
+        SlurmError: it would be refused, with sbatch's words.
+    """
+    # The run folder need not be there yet, nor the array that this one waits for.
+    kept = [w for w in words[1:] if not w.startswith(("--chdir=", "--dependency="))]
+    done = commands.call(words[0], "--test-only", *kept, seconds=commands.SECONDS, told=script)
+    if done.returncode:
+        raise SlurmError(_refusal(done.stderr or done.stdout, done.returncode))
+    return (done.stderr or done.stdout).strip().removeprefix("sbatch: ")
 
 
 def submit(command: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from kit import STATS, write_config, write_shards
+from kit import submit as submit_command
 
 import d2m_hpc as d2m
 from d2m_hpc.config import Slurm
@@ -187,25 +188,72 @@ def test_a_refusal_is_told_in_sbatchs_words(
     assert array.job_id == ""
 
 
+def commands_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **commands: str) -> None:
+    """Shell lines in place of Slurm's commands."""
+    folder.mkdir()
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def six_tasks(folder: Path) -> Path:
+    write_shards(folder / "tars", 6)
+    places = {"input_tars": f"{folder}/tars/*.tar", "output_metadata_dir": f"{folder}/out"}
+    return write_config(folder / "c.yml", STATS, **places, shards_per_task=1)
+
+
 def test_a_refusal_after_some_arrays_says_how_many_slurm_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a limit of the account is reached in between; the first array is on record."""
-    calls, folder = tmp_path / "calls", tmp_path / "bin"
-    folder.mkdir()
-    limit = "echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; exit 1"
-    for name, text in {
-        "squeue": "true",
-        "scontrol": "echo MaxArraySize = 2",
-        "sbatch": f"echo >> {calls}; [ $(wc -l < {calls}) -lt 2 ] || {{ {limit}; }}; echo 71",
-    }.items():
-        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    write_shards(tmp_path / "tars", 6)
-    places = {"input_tars": f"{tmp_path}/tars/*.tar", "output_metadata_dir": f"{tmp_path}/out"}
-    config = write_config(tmp_path / "c.yml", STATS, **places, shards_per_task=1)
+    calls, limit = tmp_path / "calls", "echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; exit 1"
+    commands_of(
+        tmp_path / "bin",
+        monkeypatch,
+        squeue="true",
+        scontrol="echo MaxArraySize = 2",
+        sbatch=f"echo >> {calls}; [ $(wc -l < {calls}) -lt 2 ] || {{ {limit}; }}; echo 71",
+    )
+    config = six_tasks(tmp_path)
     with pytest.raises(SlurmError, match=r"JobLimit .*; Slurm took 1 of 3 arrays, which go on"):
         d2m.submit(config)
     [run] = (tmp_path / "out").glob(".d2m")
     assert [a.job_id for a in slurm.all_arrays(RunDir(run))] == ["71", "", ""]
+
+
+def test_the_script_is_shown_and_nothing_is_written(tmp_path: Path) -> None:
+    config = six_tasks(tmp_path)
+    shown = submit_command(config, "--print-sbatch", "--partition=gpu", "--launcher=env")
+    assert shown.returncode == 0
+    first, second, *_, last = shown.stdout.splitlines()
+    assert "--partition=gpu" in first
+    assert second == "#!/bin/bash"
+    assert last.startswith("d2m_task srun ")
+    assert " env " in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_slurm_is_asked_when_the_arrays_would_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real answers are in tests/slurm."""
+    commands_of(
+        tmp_path / "bin",
+        monkeypatch,
+        squeue="true",
+        scontrol="echo MaxArraySize = 4",
+        sbatch=f'echo "$@" >> {tmp_path}/words; cat >> {tmp_path}/scripts; echo "sbatch: Job 7 to '
+        'start at noon" >&2; exit $REFUSED',
+    )
+    config = six_tasks(tmp_path)
+    shown = submit_command(config, "--test-only")
+    assert [line.partition(": ")[2] for line in shown.stdout.splitlines()] == [
+        "Job 7 to start at noon"
+    ] * 2
+    words = (tmp_path / "words").read_text().splitlines()
+    assert all(w.startswith("--test-only ") for w in words)
+    assert (tmp_path / "scripts").read_text().count("#!/bin/bash") == 2
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("REFUSED", "1")
+    assert submit_command(config, "--test-only").returncode == 3
