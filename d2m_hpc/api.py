@@ -361,6 +361,32 @@ class Run:
         return arrays.cancel(self._folder)
 
     @_explained()
+    def go_on(self, most: int = 20, then: str = "", notify: str = "") -> str:
+        """Let small jobs submit again what the array tasks leave, until the run is complete.
+
+        Example:
+            run = d2m.submit("config.yml")
+            run.go_on(then="sbatch train.sh")
+
+        Args:
+            most: rounds after which the run stops, whatever is left.
+            then: a shell line that becomes a job of its own once the run is complete.
+            notify: a shell line that is run when the last round has ended, with `D2M_RUN`,
+                `D2M_STATE` (`complete` or `stopped`) and `D2M_WHY` in its environment.
+
+        Returns:
+            The job id of the first round.
+
+        Raises:
+            SlurmError: Slurm refused, or does not answer.
+        """
+        from d2m_hpc.launch import rounds
+        from d2m_hpc.run.rounds import Rounds
+
+        _require(int, "a number of rounds", most=most)
+        return rounds.begin(self._folder, self.config, Rounds(most, then, notify))
+
+    @_explained()
     def wait(self) -> None:
         """Wait until the last array task has ended.
 

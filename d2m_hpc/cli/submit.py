@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
     from d2m_hpc.worker.supervise import Past
 
 
+UntilDone = Annotated[
+    bool, typer.Option("--until-done", help="let small jobs submit again what is left")
+]
+Then = Annotated[
+    str, typer.Option(metavar="LINE", help="shell line of a job, once --until-done is complete")
+]
+Notify = Annotated[
+    str, typer.Option(metavar="LINE", help="shell line to run, once --until-done has ended")
+]
+
+
 @WithSlurmOptions
 def submit(
     config: ConfigFile,
@@ -29,6 +41,10 @@ def submit(
     local: Annotated[bool, typer.Option("--local", help="run in this process, no Slurm")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
+    until_done: UntilDone = False,
+    max_rounds: Annotated[int, typer.Option(min=1, metavar="N", help="of --until-done")] = 20,
+    then: Then = "",
+    notify: Notify = "",
     no_sbatch: Annotated[bool, typer.Option("--no-sbatch", help="only print commands")] = False,
     print_sbatch: Annotated[
         bool, typer.Option("--print-sbatch", help="show the batch script; change nothing")
@@ -59,7 +75,16 @@ def submit(
     elif no_sbatch:
         _write_only(inspect(thorough=preflight))
     else:
-        raise typer.Exit(_to_slurm(lambda: inspect(thorough=preflight), wait))
+        wish = (max_rounds, then, notify) if until_done else None
+        raise typer.Exit(_to_slurm(lambda: inspect(thorough=preflight), wait, wish))
+
+
+def again(folder: Path) -> None:
+    """One round of a run that goes on by itself; a job calls this."""
+    from d2m_hpc.launch import rounds
+    from d2m_hpc.run.folder import RunDir
+
+    print(rounds.again(RunDir(folder)))
 
 
 def plan(config: ConfigFile, set_: Overrides = None) -> None:
@@ -96,13 +121,17 @@ def _asked(workload: Workload, test_only: bool) -> None:
         print(f"{array.name}: {sbatch.asked(words, text)}")
 
 
-def _to_slurm(inspect: Callable[[], Workload], wait: bool) -> int:
+def _to_slurm(
+    inspect: Callable[[], Workload], wait: bool, wish: tuple[int, str, str] | None
+) -> int:
     from d2m_hpc.launch.arrays import SlurmArrays
     from d2m_hpc.watch import terminal
 
     slurm = SlurmArrays()  # first, as it raises an error if there is no Slurm here
     run = api.begin(inspect(), slurm, terminal.decision)
     terminal.submitted(slurm.arrays)
+    if wish:
+        print(f"job {run.go_on(*wish)} submits again what these leave")
     if not wait:
         return 0
     run.wait()

@@ -128,7 +128,9 @@ class Slurm(Section):
     """options of the srun that starts the tasks of an array element, as `extra` has sbatch's; with
     pyxis, `container-image` here holds for the tasks and not for the batch script"""
     launcher: Names = []
-    """command and options before `python`, such as `[apptainer, exec, --nv, d2m.sif]`"""
+    """words before `python`: `apptainer`, `exec`, `--nv`, `d2m.sif`"""
+    rounds: Annotated[dict[str, str | int | float | bool | None], BeforeValidator(options)] = {}
+    """options of the small jobs of `--until-done`, as `extra` has them, such as `partition: cpu`"""
     python: Line | None = None
     """Python of the tasks, such as a container's `python3`; by default the one that submits"""
 

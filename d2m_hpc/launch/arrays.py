@@ -181,6 +181,8 @@ def cancel(run: RunDir) -> int:
     Raises:
         SlurmError: scancel failed, and tasks are still there.
     """
+    # First the round that waits for the tasks to end, and then submits again.
+    slurm.cancel(sorted({e.job_id for e in slurm.queue().live(slurm.rounds_of(run))}))
     live = live_jobs(run)
     try:
         slurm.cancel(list(dict.fromkeys(job.partition("_")[0] for job in live)))
@@ -191,7 +193,7 @@ def cancel(run: RunDir) -> int:
 
 
 def wait(run: RunDir) -> None:
-    """Wait until no array task of the run is pending or running.
+    """Wait until no array task of the run is pending or running, and no round of `--until-done`.
 
     Raises:
         SlurmError: no remaining task can start, or squeue has failed for minutes.
@@ -201,7 +203,7 @@ def wait(run: RunDir) -> None:
     began = heard = moved = time.monotonic()
     while True:
         try:
-            queue, arrays = slurm.queue(), slurm.all_arrays(run)
+            queue, arrays = slurm.queue(), [*slurm.all_arrays(run), slurm.rounds_of(run)]
             if not any(queue.live(array) for array in arrays):
                 return
             heard = time.monotonic()

@@ -41,10 +41,10 @@ def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
         "signal": f"USR2@{USR2_SECONDS}",
         **config.extra,
     }
-    return _given(chosen)
+    return given(chosen)
 
 
-def _given(chosen: Mapping[str, Any]) -> dict[str, Any]:
+def given(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Without those that are left out."""
     return {k: v for k, v in chosen.items() if v is not None and v is not False}
 
@@ -83,7 +83,7 @@ def command(
         "cpus-per-task": options.get("cpus-per-task"),  # from 22.05 on, srun ignores sbatch's
         **config.srun,
     }
-    srun = ["d2m_task", "srun", *flags(_given(chosen)), *config.launcher]
+    srun = ["d2m_task", "srun", *flags(given(chosen)), *config.launcher]
     # -P: a json.py in the folder where sbatch was called must not take the place of Python's own.
     python = [config.python or sys.executable, "-P", "-u", "-m", "d2m_hpc.worker"]
     told = [str(run.root), submission.name, str(array.first), str(array.tasks_per_node)]

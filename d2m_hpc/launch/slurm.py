@@ -273,5 +273,10 @@ def all_arrays(run: RunDir) -> list[Array]:
     return [array for submission in run.submissions() for array in read_arrays(submission)]
 
 
+def rounds_of(run: RunDir) -> Array:
+    """The rounds of a run that goes on by itself, as `Queue` finds them."""
+    return Array(f"d2m-{token(run.root)}-next", 0, 0)
+
+
 def write_arrays(submission: Submission, arrays: Sequence[Array]) -> None:
     atomic_write(submission.arrays, json.dumps([asdict(a) for a in arrays]).encode())

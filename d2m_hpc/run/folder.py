@@ -65,6 +65,8 @@ class RunDir:
         names."""
         self.wandb = root / "wandb"
         """The folder of wandb, with `logging: true`; wandb chose the name."""
+        self.rounds = root / "rounds.json"
+        """JSON: how the run goes on by itself, and what each round found."""
         self.submit_lock = root / "submit.lock"
         """A lease that a submit holds while it decides and commits."""
 

@@ -20,7 +20,7 @@ from d2m_hpc.plan import changed
 from d2m_hpc.plan.changed import Changed
 from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.plan.workload import run_dir
-from d2m_hpc.run import nodes
+from d2m_hpc.run import nodes, rounds
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import OutputDir
@@ -63,6 +63,7 @@ class Summary:
         odd: paths of folders, pipes and devices in the place of parquets.
         changed: shards whose tars have changed, of the tars that were checked.
         notices: done shards by their notices, such as on members that are no samples.
+        rounds: how far a run is that goes on by itself; empty for others.
     """
 
     run_dir: str
@@ -92,6 +93,7 @@ class Summary:
     odd: list[str] = field(default_factory=list)
     changed: Changed | None = None
     notices: dict[str, int] = field(default_factory=dict)
+    rounds: str = ""
 
     @property
     def complete(self) -> bool:
@@ -184,6 +186,7 @@ def summarise(
         odd=[OutputDir(config.output_metadata_dir).path(f"{s}.parquet") for s in found.odd],
         given_up=len(found.given_up),
         notices=noticed(done),
+        rounds=str(rounds.read(run) or ""),
     )
 
 

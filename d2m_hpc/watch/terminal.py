@@ -198,6 +198,8 @@ def summary(found: Summary) -> None:
     rows = {**figures(found), "outputs": found.output, "run folder": found.run_dir}
     if found.tasks:
         rows["array tasks"] = ", ".join(f"{n:,} {state}" for state, n in found.tasks.items())
+    if found.rounds:
+        rows["by itself"] = found.rounds
     if found.hardware:
         rows["ran on"] = ran_on(found)
     _pairs(rows, found.state)

@@ -137,9 +137,9 @@ def test_a_submit_reads_records_and_inputs_once(
         counts["load"] += 1
         return load(run)
 
-    def counted_expand(patterns: list[str], sized: bool) -> patterns.Expansion:
+    def counted_expand(*given: Any) -> patterns.Expansion:
         counts["expand"] += 1
-        return expand(patterns, sized)
+        return expand(*given)
 
     monkeypatch.setattr(Manifest, "load", counted_load)
     monkeypatch.setattr(patterns, "expand", counted_expand)

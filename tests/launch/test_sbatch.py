@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import STATS, write_config, write_shards
 from kit import submit as submit_command
+from launch.scripted import commands_of, six_tasks
 
 import d2m_hpc as d2m
 from d2m_hpc.config import Slurm
@@ -186,21 +186,6 @@ def test_a_refusal_is_told_in_sbatchs_words(
     with pytest.raises(SlurmError, match=said):
         submit(run, monkeypatch, then, array)
     assert array.job_id == ""
-
-
-def commands_of(folder: Path, monkeypatch: pytest.MonkeyPatch, **commands: str) -> None:
-    """Shell lines in place of Slurm's commands."""
-    folder.mkdir()
-    for name, text in commands.items():
-        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-
-def six_tasks(folder: Path) -> Path:
-    write_shards(folder / "tars", 6)
-    places = {"input_tars": f"{folder}/tars/*.tar", "output_metadata_dir": f"{folder}/out"}
-    return write_config(folder / "c.yml", STATS, **places, shards_per_task=1)
 
 
 def test_a_refusal_after_some_arrays_says_how_many_slurm_took(

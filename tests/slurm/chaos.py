@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from kit import d2m, submit
-from slurm.cluster import PATIENCE, Cluster, is_up
+from slurm.cluster import PATIENCE, Cluster, is_up, wait_until
 from slurm.runs import Run, Tars, config_of
 from test_resume import contents
 
+from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.records import read_records
+from d2m_hpc.run.rounds import read
 from d2m_hpc.watch.status import find_run
 from d2m_hpc.watch.verify import verify
 
@@ -96,7 +98,20 @@ class Chaos:
     Most faults end after some seconds, while others are done.
     """
 
-    def __init__(self, cluster: Cluster, tars: Tars, shards: int, folder: Path, seed: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        tars: Tars,
+        shards: int,
+        folder: Path,
+        seed: int,
+        by_itself: bool = False,
+    ) -> None:
+        """
+        Args:
+            by_itself: no user submits again: the run has `--until-done`.
+        """
+        self.by_itself = by_itself
         self.cluster, self.tars, self.folder = cluster, tars, folder
         self.random = random.Random(seed)
         self.disk = Disk(folder / "disk")
@@ -146,7 +161,7 @@ class Chaos:
         """Until some task is at work that can be harmed."""
         end = time.monotonic() + 60
         while not self.workers() and time.monotonic() < end and not self.is_done():
-            if not self.live():
+            if not self.live() and self._needs_a_user():
                 self.submit()
             self._release()
             self._sleep(0.5)
@@ -177,7 +192,15 @@ class Chaos:
         """`element state` of the run's tasks; none while slurmctld is away."""
         asked = ("squeue", "-h", "-r", "-o", "%i %T %j")
         lines = self.cluster.run(*asked, check=False).stdout.splitlines()
-        return [" ".join(x.split()[:2]) for x in lines if " d2m-" in x]
+        tasks = (x.split() for x in lines if " d2m-" in x)
+        return [" ".join(words[:2]) for words in tasks if not words[2].endswith("-next")]
+
+    def _needs_a_user(self) -> bool:
+        """Whether nothing submits by itself what is left; that is a fault where it should."""
+        chain = read(RunDir(self.run.run_dir)) if self.by_itself else None
+        if chain is not None and chain.state == "stopped":
+            self.account.unfinished.append(str(chain))
+        return chain is None or chain.state == "stopped"
 
     def workers(self) -> list[int]:
         command = f"^{sys.executable} -P -u -m d2m_hpc.worker {re.escape(str(self.run.run_dir))} "
@@ -211,7 +234,9 @@ class Chaos:
             self.account.tracebacks.append((ended.stdout + ended.stderr)[-2000:])
 
     def submit(self, *options: str) -> int:
-        ended = d2m("submit", self.run.config, "--no-preflight", *options, timeout=PATIENCE)
+        own = ("--until-done", "--max-rounds=1000") if self.by_itself else ()
+        words = (self.run.config, "--no-preflight", *own, *options)
+        ended = d2m("submit", *words, timeout=PATIENCE)
         self._said(ended)
         self.last = ended.stdout + ended.stderr
         return ended.returncode
@@ -340,13 +365,26 @@ class Chaos:
             self.cluster.up()
         self.cluster.resume_nodes()
         self.run.pace(0)
+        if self.by_itself:
+            wait_until(self._has_ended)
+            return
         for _ in range(8):
-            self._release()
-            for element in (line.split()[0] for line in self.live()):
-                self._slurm("scontrol", "resume", element)
+            self._let_run()
             if self.submit("--wait") == 0:
                 return
         self.account.unfinished.append(self.last[-2000:])
+
+    def _let_run(self) -> None:
+        self._release()
+        for element in (line.split()[0] for line in self.live()):
+            self._slurm("scontrol", "resume", element)
+
+    def _has_ended(self) -> bool:
+        self._let_run()
+        chain = read(RunDir(self.run.run_dir))
+        if chain is not None and chain.state == "stopped":
+            self.account.unfinished.append(str(chain))
+        return chain is not None and chain.state != "running"
 
     def close(self, truth: Callable[[int, int], dict[str, object]]) -> Account:
         """Compare with an undisturbed run's outputs.

@@ -264,6 +264,6 @@ class Run:
         assert self.status()["done"] == self.shards, self.logs()
         assert contents(self.out) == self.tars.of(self.shards)
         assert times_computed(self.out) == Counter(f"{i:05d}" for i in range(self.shards))
-        kept = re.compile(r"\.d2m/(nodes/.*\.json|hashes\.json)")
+        kept = re.compile(r"\.d2m/(nodes/.*\.json|hashes\.json|rounds\.json)")
         assert [f for f in leftovers(self.out) if not kept.fullmatch(f)] == []
         assert verify(*find_run(self.run_dir)).faults == []

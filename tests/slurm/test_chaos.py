@@ -4,6 +4,8 @@ By default each kind is done once. By hand, for an hour or more:
 
     D2M_CHAOS_FAULTS=1000 D2M_CHAOS_SEED=7 pytest -s tests/slurm/test_chaos.py
 
+With `D2M_CHAOS_BY_ITSELF=1` no user submits again: the run goes on by `--until-done`.
+
 Its last line counts faults by kind, and shards lost, doubled or with wrong outputs.
 """
 
@@ -19,6 +21,7 @@ from slurm.runs import Tars
 
 FAULTS = int(os.environ.get("D2M_CHAOS_FAULTS", len(KINDS)))
 SEED = int(os.environ.get("D2M_CHAOS_SEED", "20261122"))
+BY_ITSELF = bool(os.environ.get("D2M_CHAOS_BY_ITSELF"))
 SHARDS = 40
 ROUND = 48
 """Faults of a round at most: the last shard's task would be hit again and again as it starts."""
@@ -31,7 +34,7 @@ def test_faults_of_every_kind_lose_nothing_and_double_nothing(
     truth, total, seeds, kinds = Truth(tars, tmp_path), Account(), random.Random(SEED), order(SEED)
     while (done := total.faults.total()) < FAULTS:
         seed = seeds.randrange(2**32)
-        chaos = Chaos(cluster, tars, SHARDS, tmp_path / f"after-{done}-{seed}", seed)
+        chaos = Chaos(cluster, tars, SHARDS, tmp_path / f"after-{done}-{seed}", seed, BY_ITSELF)
         try:
             chaos.go(kinds, min(ROUND, FAULTS - done))
             chaos.heal()

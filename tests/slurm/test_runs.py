@@ -177,6 +177,21 @@ def test_a_refusal_is_told_in_slurms_words_and_loses_nothing(cluster: Cluster, t
     assert len(run.live()) == 1
 
 
+def test_slurm_says_when_tasks_would_start_and_a_launcher_starts_them(
+    cluster: Cluster, tars: Tars
+) -> None:
+    wrapped = ["env", "--chdir=/", "D2M_LAUNCHED=1"]
+    slurm = {"srun": {"label": True, "comment": "it's"}, "launcher": wrapped}
+    run = Run(cluster, tars, 2, slurm=slurm)
+    said = run.submit("--test-only").stdout
+    assert "to start at" in said
+    assert "in partition low" in said
+    assert "is not available" in run.submit("--test-only", "--mem=9T", code=3).stderr
+    assert not run.run_dir.exists()
+    run.submit("--wait")
+    run.assert_complete()
+
+
 def test_the_plain_template_runs_the_same_tasks(cluster: Cluster, tars: Tars) -> None:
     run = Run(cluster, tars, 4, shards_per_task=2, slurm={"cpus_per_task": 2})
     said = d2m("submit", run.config, "--no-sbatch", "--no-preflight").stdout

@@ -1,0 +1,177 @@
+"""A run that goes on by itself: a small job submits again what the array tasks have left.
+
+The job waits, by `--dependency=afterany`, for the arrays of a submit. It looks at the run, submits
+what is left, and starts its own successor; so nothing runs on a login node. All that a round must
+know lies in the run folder: `rounds.json`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from typing import Any
+
+from d2m_hpc.config import Config
+from d2m_hpc.config.load import load
+from d2m_hpc.errors import ConfigError, D2MError, SlurmError, WeightsError
+from d2m_hpc.launch import flow, sbatch, slurm
+from d2m_hpc.launch.arrays import SlurmArrays
+from d2m_hpc.plan import workload
+from d2m_hpc.plan.standing import standings
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.manifest import Manifest
+from d2m_hpc.run.rounds import IDLE, Chain, Round, Rounds, read, write
+from d2m_hpc.storage.files import atomic_write
+from d2m_hpc.storage.texts import ERROR, safe
+
+PATIENCE = 600.0
+"""Seconds for which a round waits for a controller that is away."""
+SOON, LATE = 30, 3600
+"""Seconds until the next round, where a submit failed: first, and at most."""
+TRIES, PAUSE = 5, 60.0
+"""How often a round asks for its successor, and the seconds between."""
+
+
+def begin(run: RunDir, config: Config, wish: Rounds) -> str:
+    """Let a run that was just submitted go on by itself; returns the first round's job id.
+
+    Rounds that an earlier submit began are cancelled.
+
+    Raises:
+        SlurmError: Slurm refused, or does not answer.
+    """
+    slurm.cancel(sorted(_live(run)))
+    write(run, Chain(wish, os.getcwd()))
+    return _follow(run, config)
+
+
+def again(run: RunDir) -> Chain:
+    """Do one round: look, submit what is left, and let another round follow.
+
+    Raises:
+        D2MError: the run does not go on by itself.
+        SlurmError: no other round can be submitted.
+    """
+    chain = read(run)
+    if chain is None:
+        raise D2MError(f"{run.root} does not go on by itself; submit with --until-done")
+    if chain.ended:  # by this job, before it was requeued
+        return chain
+    config = _config(run)
+    this = _look(run, config, chain)
+    if not chain.ended:
+        _submit_rest(run, config, chain, this)
+    write(run, chain)
+    if chain.ended:
+        _tell(run, config, chain)
+    elif not _live(run) - {os.environ.get("SLURM_ARRAY_JOB_ID", "")}:
+        troubles = chain.troubles()
+        later = min(LATE, SOON << min(troubles - 1, 10)) if troubles else 0
+        _follow_in_the_end(run, config, chain, later)
+    return chain
+
+
+def _config(run: RunDir) -> Config:
+    config = load(run.config, frozen=True)
+    if workload.run_dir(config).root == run.root:
+        return config
+    return config.model_copy(update={"run_dir": str(run.root)})  # of a store, beside the user
+
+
+def _look(run: RunDir, config: Config, chain: Chain) -> Round:
+    """Add a round to the chain; end the chain where no further round would help."""
+    manifest = Manifest.load(run)
+    found = standings(run, config, manifest)
+    tries = sum(map(len, manifest.failures.values()))
+    this = Round(time.time(), len(found.done), len(found.stems), tries)
+    chain.rounds.append(this)
+    if found.is_complete:
+        chain.end("complete", "the run is complete")
+    elif len(chain.rounds) > chain.wish.most:
+        chain.end("stopped", "there were as many rounds as --max-rounds allows")
+    elif chain.is_idle():
+        chain.end("stopped", f"{IDLE} rounds in a row came to nothing")
+    return this
+
+
+def _submit_rest(run: RunDir, config: Config, chain: Chain, this: Round) -> None:
+    try:
+        asked = workload.inspect(config, str(run.config), thorough=False)
+        decision = flow.submit(asked, SlurmArrays())
+    except (ConfigError, WeightsError) as error:  # which somebody must mend
+        chain.end("stopped", f"the submit failed: {safe(str(error), ERROR)}")
+    except (D2MError, OSError) as error:
+        this.trouble = safe(str(error), ERROR)
+        print(f"{error}; the next round tries again", file=sys.stderr)
+    else:
+        if not (decision.pending or decision.in_flight):
+            what = "no shard is left that may be tried again; `d2m status` says what failed"
+            chain.end("stopped", what)
+
+
+def _live(run: RunDir) -> set[str]:
+    """The job ids of a run's rounds that are pending or running."""
+    return {e.job_id for e in slurm.queue(PATIENCE).live(slurm.rounds_of(run))}
+
+
+def _follow_in_the_end(run: RunDir, config: Config, chain: Chain, later: int) -> None:
+    """Submit the next round; try again where Slurm refuses, as at a limit of jobs."""
+    for left in reversed(range(TRIES)):
+        try:
+            _follow(run, config, later)
+            return
+        except SlurmError as error:
+            if not left:
+                chain.end("stopped", f"the next round could not be submitted: {error}")
+                write(run, chain)
+                _tell(run, config, chain)
+                raise
+        time.sleep(PAUSE)
+
+
+def _follow(run: RunDir, config: Config, later: int = 0) -> str:
+    """Submit the next round, behind all live array tasks."""
+    queue = slurm.queue(PATIENCE)
+    live = sorted({e.job_id for a in slurm.all_arrays(run) for e in queue.live(a)}, key=int)
+    when = {"dependency": f"afterany:{':'.join(live)}"} if live else {"begin": f"now+{later}"}
+    # An array of one element, as the queue lists the run's other jobs.
+    own = {"job-name": slurm.rounds_of(run).name, "array": "0-0", "output": "next-%A.out", **when}
+    line = [sys.executable, "-P", "-m", "d2m_hpc", "again", str(run.root)]
+    return _start(run, "next.sh", shlex.join(line), {**_options(config), **own})
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """sbatch's options of a job that needs no GPU."""
+    chosen = config.slurm
+    return {
+        "partition": chosen.partition,
+        "account": chosen.account,
+        "qos": chosen.qos,
+        "time": 60,
+        "cpus-per-task": 1,
+        "nodes": 1,
+        "requeue": True,
+        **chosen.rounds,
+    }
+
+
+def _start(run: RunDir, file: str, line: str, options: dict[str, Any]) -> str:
+    path = run.logs / file
+    atomic_write(path, f"#!/bin/bash\n{line}\n".encode(), private=True)
+    flags = sbatch.flags(sbatch.given(options))
+    return sbatch.submit(["sbatch", f"--chdir={run.logs}", *flags, str(path)])
+
+
+def _tell(run: RunDir, config: Config, chain: Chain) -> None:
+    """Start the job of `then`, if the run is complete; run `notify`."""
+    if chain.wish.then and chain.state == "complete":
+        line = f"cd {shlex.quote(chain.folder)}\nexport D2M_RUN={shlex.quote(str(run.root))}"
+        own = {"job-name": "d2m-then", "output": "then-%j.out"}
+        _start(run, "then.sh", f"{line}\n{chain.wish.then}", {**_options(config), **own})
+    if chain.wish.notify:
+        told = {"D2M_RUN": str(run.root), "D2M_STATE": chain.state, "D2M_WHY": chain.ended}
+        environment = {**os.environ, **told}
+        subprocess.run(["bash", "-c", chain.wish.notify], env=environment, check=False)

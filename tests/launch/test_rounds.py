@@ -1,0 +1,191 @@
+"""A run that goes on by itself, round by round; tests/slurm has it on a real Slurm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from kit import d2m as command
+from kit import submit
+from launch.scripted import commands_of, six_tasks
+
+import d2m_hpc as d2m
+from d2m_hpc.errors import D2MError, SlurmError
+from d2m_hpc.launch import rounds, slurm
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.rounds import Chain, Rounds, read
+
+ANSWERS = 'echo "$@" >> {folder}/asked; echo $((70 + $(wc -l < {folder}/asked)))'
+REFUSAL = "echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; exit 1"
+
+
+class Site:
+    """A scripted Slurm that takes every job and runs none."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.patch, self.bin = folder, monkeypatch, folder / "bin"
+        self.config = six_tasks(folder, slurm={"rounds": {"partition": "cpu", "mem": "2G"}})
+        self.run = RunDir(folder / "out" / ".d2m")
+        commands_of(self.bin, monkeypatch, scontrol="true", scancel=f'echo "$@" >> {folder}/gone')
+        self.takes(ANSWERS.format(folder=folder))
+        self.lists()
+
+    def takes(self, line: str) -> None:
+        commands_of(self.bin, self.patch, sbatch=line)
+
+    def lists(self, *jobs: tuple[str, str]) -> None:
+        """Running elements, by job id and name."""
+        lines = "".join(f"{job}|0|RUNNING|None|n1|{name}\\n" for job, name in jobs)
+        commands_of(self.bin, self.patch, squeue=f"printf '{lines}'")
+
+    def asked(self) -> list[str]:
+        """The words of each sbatch."""
+        path = self.folder / "asked"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def begin(self, **wish: object) -> None:
+        d2m.submit(self.config, preflight=False).go_on(**wish)  # type: ignore[arg-type]
+
+    def again(self) -> Chain:
+        self.lists()
+        return rounds.again(self.run)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    return Site(tmp_path, monkeypatch)
+
+
+def test_a_round_waits_for_the_arrays_and_submits_what_they_left(site: Site) -> None:
+    run = d2m.submit(site.config, preflight=False)
+    [array] = slurm.all_arrays(site.run)
+    site.lists(("71", array.name))
+    run.go_on()
+    own = site.asked()[-1]
+    for option in ("--dependency=afterany:71", "--partition=cpu", "--mem=2G", "--array=0-0"):
+        assert option in own.split()
+    chain = site.again()
+    assert (chain.state, len(chain.rounds)) == ("running", 1)
+    assert [len(slurm.read_arrays(s)) for s in site.run.submissions()] == [1, 1]
+    assert "-next --array=0-0" in site.asked()[-1]
+    assert str(site.run.logs / "next.sh") in site.asked()[-1]
+
+
+def test_a_complete_run_ends_it_starts_the_next_job_and_tells(site: Site) -> None:
+    site.begin(then="echo trained > here", notify='echo "$D2M_STATE: $D2M_WHY" > ../told')
+    site.patch.chdir(site.bin)
+    assert submit(site.config).returncode == 0
+    before = len(site.asked())
+    chain = site.again()
+    assert (chain.state, chain.ended) == ("complete", "the run is complete")
+    [then] = site.asked()[before:]
+    assert "--job-name=d2m-then" in then
+    assert (site.run.logs / "then.sh").read_text().splitlines()[-1] == "echo trained > here"
+    assert (site.folder / "told").read_text() == "complete: the run is complete\n"
+    assert d2m.open(site.run.root).status().rounds == str(chain)
+
+
+def test_rounds_that_come_to_nothing_stop(site: Site) -> None:
+    site.begin(notify=f"echo $D2M_STATE >> {site.folder}/told")
+    assert [site.again().state for _ in range(3)] == ["running", "running", "stopped"]
+    chain = read(site.run)
+    assert chain is not None
+    assert chain.ended == "2 rounds in a row came to nothing"
+    before = len(site.asked())
+    assert site.again().state == "stopped"
+    assert len(site.asked()) == before
+    assert (site.folder / "told").read_text() == "stopped\n"
+
+
+def test_no_more_rounds_than_allowed(site: Site) -> None:
+    site.begin(most=1)
+    assert site.again().state == "running"
+    chain = site.again()
+    assert chain.ended == "there were as many rounds as --max-rounds allows"
+
+
+def test_a_refused_submit_is_tried_again_later(site: Site) -> None:
+    site.begin()
+    limit = f"case $* in *-next*) {ANSWERS.format(folder=site.folder)};; *) {REFUSAL};; esac"
+    site.takes(limit)
+    chain = site.again()
+    assert chain.state == "running"
+    assert "AssocMaxSubmitJobLimit" in chain.rounds[-1].trouble
+    assert "AssocMaxSubmitJobLimit" in d2m.open(site.run.root).status().rounds
+    for _ in range(8):
+        assert site.again().state == "running"
+    begins = [word for words in site.asked() for word in words.split() if "--begin" in word]
+    waits = [0, 30, 60, 120, 240, 480, 960, 1920, 3600, 3600]
+    assert begins == [f"--begin=now+{seconds}" for seconds in waits]
+
+
+def test_where_no_round_can_follow_that_is_on_record(site: Site) -> None:
+    site.patch.setattr(rounds, "PAUSE", 0.01)
+    site.begin(notify=f"echo $D2M_STATE >> {site.folder}/told")
+    site.takes(f"case $* in *-next*) {REFUSAL};; *) echo 77;; esac")
+    with pytest.raises(SlurmError):
+        site.again()
+    chain = read(site.run)
+    assert chain is not None
+    assert chain.ended.startswith("the next round could not be submitted: Slurm refused")
+    assert (site.folder / "told").read_text() == "stopped\n"
+
+
+def test_a_mistake_that_somebody_must_mend_stops_it(site: Site) -> None:
+    site.begin()
+    (site.folder / "tars").rename(site.folder / "elsewhere")
+    chain = site.again()
+    assert chain.state == "stopped"
+    assert "found no tar" in chain.ended
+
+
+def test_a_round_leaves_a_newer_submits_rounds_alone(site: Site) -> None:
+    site.begin()
+    before = len(site.asked())
+    site.patch.setenv("SLURM_ARRAY_JOB_ID", "72")
+    name = slurm.rounds_of(site.run).name
+    site.lists(("72", name), ("99", name))
+    rounds.again(site.run)
+    assert all("-next" not in words for words in site.asked()[before:])
+    site.lists(("72", name))
+    rounds.again(site.run)
+    assert "-next" in site.asked()[-1]
+
+
+def test_a_cancel_and_another_submit_end_the_rounds_before(site: Site) -> None:
+    site.begin()
+    name = slurm.rounds_of(site.run).name
+    site.lists(("99", name))
+    site.begin()
+    d2m.open(site.run.root).cancel()
+    assert (site.folder / "gone").read_text().splitlines() == ["99", "99"]
+
+
+def test_a_run_without_rounds_or_with_a_damaged_record_says_so(site: Site) -> None:
+    d2m.submit(site.config, preflight=False)
+    with pytest.raises(D2MError, match="submit with --until-done"):
+        rounds.again(site.run)
+    site.begin()
+    site.run.rounds.write_text("{")
+    with pytest.raises(D2MError, match=r"rounds\.json"):
+        rounds.again(site.run)
+
+
+def test_the_record_is_for_its_user_alone(site: Site) -> None:
+    site.begin(notify="curl -H 'Authorization: hush'")
+    assert site.run.rounds.stat().st_mode & 0o077 == 0
+    assert json.loads(site.run.rounds.read_text())["wish"]["most"] == 20
+
+
+def test_the_command_line_begins_it_and_shows_it(site: Site) -> None:
+    said = command("submit", site.config, "--no-preflight", "--until-done", "--max-rounds", "3")
+    assert said.returncode == 0, said.stderr
+    assert "submits again what these leave" in said.stdout
+    again = command("again", site.run.root)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == "1 of at most 3 rounds"
+    assert "1 of at most 3 rounds" in command("status", site.config).stdout
+    chain = read(site.run)
+    assert chain is not None
+    assert (chain.wish, chain.folder) == (Rounds(3), str(Path.cwd()))
