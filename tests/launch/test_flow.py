@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 from kit import STATS, write_config
