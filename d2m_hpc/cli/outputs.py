@@ -95,7 +95,8 @@ def _export(kind: str, target: Path, output: Path, **options: Any) -> None:
 def _show_exported(found: Exported) -> None:
     if found.unfinished:
         echo(f"{found.unfinished:,} shards are not finished; they are left out")
-    parts = f"{found.written:,} of {found.parts:,} parts written, the others were there"
+    there = found.parts - found.written
+    parts = f"{found.written:,} parts written" + (f", {there:,} were there" if there else "")
     echo(f"{found.rows:,} rows of {found.shards:,} shards, {parts}: {found.folder}")
 
 
