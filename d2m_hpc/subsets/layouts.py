@@ -19,6 +19,7 @@ from d2m_hpc.errors import ConfigError
 from d2m_hpc.models.entries import with_paths
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage import files
+from d2m_hpc.storage.urls import masked_all
 from d2m_hpc.subsets import exports
 from d2m_hpc.subsets.exports import ExportLayout, ExportPart, ExportSource, Vectors, whole
 from d2m_hpc.version import __version__
@@ -169,9 +170,8 @@ class HuggingFace(ExportLayout):
                 }
             ],
         }
-        models = yaml.safe_dump(
-            [with_paths(entry, lambda path: path.name) for entry in config.models]
-        )
+        named = [masked_all(with_paths(entry, lambda path: path.name)) for entry in config.models]
+        models = yaml.safe_dump(named)
         columns = "\n".join(f"| `{kind.name}` | {kind.type} |" for kind in self._schema)
         return (
             f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\n# Metadata of samples\n\n"
@@ -206,8 +206,10 @@ def of(
     """
     if kind == "clip-retrieval":
         names = [config.renamed(name) for name in config.postprocess_features]
-        ends = (("--image", image, IMAGE), ("--text", text, TEXT))
-        found = [given or _only(o, [n for n in names if n.endswith(e)]) for o, given, e in ends]
+        ends = {"--image": IMAGE, "--text": TEXT}
+        found = [image, text]
+        if not any(found):
+            found = [_only(o, [n for n in names if n.endswith(e)]) for o, e in ends.items()]
         if not any(found):
             what = f"found features {', '.join(names) or 'none'}; valid is a feature of images or "
             raise ConfigError("export", [f"{what}texts, by --image or --text"])

@@ -183,6 +183,7 @@ def test_autofaiss_finds_the_neighbours_that_brute_force_finds(
 ) -> None:
     autofaiss = pytest.importorskip("autofaiss")
     run.export("clip-retrieval", tmp_path / "clip", image="oai-clip-vit-l14-image")
+    assert not (tmp_path / "clip" / "text_emb").exists()
     index, _ = autofaiss.build_index(
         str(tmp_path / "clip" / "img_emb"), save_on_disk=False, metric_type="l2", verbose=40
     )
