@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from kit import STATS, jpeg, write_config, write_tar
+from kit import d2m as d2m_command
 
 import d2m_hpc as d2m
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, ShardError
 from d2m_hpc.plan.patterns import expand
+from d2m_hpc.plan.workload import expanded
+from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Record
+from d2m_hpc.run.slices import Slice
 from d2m_hpc.worker.read import readers
 from d2m_hpc.worker.read.columns import Columns, choose
-from d2m_hpc.worker.read.decode import EXTENSIONS, Members
+from d2m_hpc.worker.read.names import EXTENSIONS, Members
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples
 
 Row = dict[str, Any]
@@ -88,11 +93,41 @@ def as_datasets(folder: Path, samples: list[Row]) -> None:
     made.to_parquet(folder / "00000.parquet", batch_size=6)
 
 
+def as_files(folder: Path, samples: list[Row]) -> None:
+    """The layout of `img2dataset --output_format files`, with what it puts beside."""
+    (folder / "00000").mkdir()
+    for row in samples:
+        meta = {name: value for name, value in row.items() if name != "jpg"}
+        start = folder / "00000" / row["key"]
+        start.with_suffix(".jpg").write_bytes(row["jpg"])
+        start.with_suffix(".txt").write_text(row["caption"])
+        start.with_suffix(".json").write_text(json.dumps(meta))
+    (folder / "00000_stats.json").write_text("{}")
+    (folder / "00000.parquet").write_bytes(b"PAR1")
+
+
+def as_folder(folder: Path, samples: list[Row]) -> None:
+    """Pictures alone, and a captions file as `datasets` takes it."""
+    (folder / "00000").mkdir()
+    lines = []
+    for row in samples:
+        meta = {name: value for name, value in row.items() if name != "jpg"}
+        (folder / "00000" / f"{row['key']}.jpg").write_bytes(row["jpg"])
+        lines.append({"file_name": f"00000/{row['key']}.jpg", **meta})
+    lines.append({**lines[0], "file_name": "../../secret.jpg"})
+    lines.append({**lines[0], "file_name": "00001/000000000.jpg"})
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pq.write_table(pa.Table.from_pylist(lines), folder / "captions.parquet")
+
+
 WRITERS: dict[str, Callable[[Path, list[Row]], None]] = {
     "tar": as_tar,
     "img2dataset": as_img2dataset,
     "datasets": as_datasets,
+    "files": as_files,
+    "folder": as_folder,
 }
+PATTERNS = {"tar": "*.tar", "files": "", "folder": ""}
 
 
 def config_of(folder: Path, pattern: str, **more: Any) -> Path:
@@ -116,7 +151,8 @@ def written(folder: Path, kind: str, samples: list[Row] | None = None) -> Path:
     """A config for a shard of some form."""
     (folder / "in").mkdir(parents=True)
     WRITERS[kind](folder / "in", rows() if samples is None else samples)
-    return config_of(folder, str(folder / "in" / ("*.tar" if kind == "tar" else "*.parquet")))
+    captions = {"captions": str(folder / "in" / "captions.jsonl")} if kind == "folder" else {}
+    return config_of(folder, str(folder / "in" / PATTERNS.get(kind, "*.parquet")), **captions)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in WRITERS if kind != "tar"])
@@ -303,7 +339,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from d2m_hpc.config import Config
-from d2m_hpc.worker.read.decode import EXTENSIONS
+from d2m_hpc.worker.read.names import EXTENSIONS
 from d2m_hpc.worker.read.parquet import Parquet
 
 def status(name):
@@ -478,3 +514,243 @@ def test_the_first_samples_of_a_parquet_are_computed_as_those_of_a_tar(tmp_path:
     tar, parquet = (d2m.head(written(tmp_path / each, each), 3) for each in ("tar", "datasets"))
     assert parquet.table.num_rows == 3
     assert parquet.table.equals(tar.table)
+
+
+# --- folders of pictures ---
+
+
+def pictures(folder: Path, *names: str, first: int = 0) -> Path:
+    for seed, name in enumerate(names, first):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg(seed))
+    return folder
+
+
+def of_pictures(folder: Path, **more: Any) -> Path:
+    values = {"models": ["image-stats"], "postprocess_columns": ["image-phash"]}
+    values |= {"postprocess_features": [], "additional_fields": []}
+    return config_of(folder, str(folder / "in"), **{**values, **more})
+
+
+def keys_of(run: d2m.Run) -> dict[str, list[str]]:
+    """The keys of each shard, in their order."""
+    paths = sorted(Path(run.config.output_metadata_dir).glob("*.parquet"))
+    return {path.stem: pq.read_table(path)["key"].to_pylist() for path in paths}
+
+
+def test_a_run_over_a_folder_goes_on_as_planned_when_pictures_come(tmp_path: Path) -> None:
+    pictures(tmp_path / "in", *(f"cats/{i}.jpg" for i in range(10, 17)), "dogs/10.png", "top.JPG")
+    path = of_pictures(tmp_path, samples_per_shard=3)
+    run = d2m.submit(path, local=True)
+    before = keys_of(run)
+    assert before == {
+        "in": ["top"],
+        "cats_00000": ["10", "11", "12"],
+        "cats_00001": ["13", "14", "15"],
+        "cats_00002": ["16"],
+        "dogs": ["10"],
+    }
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.parquet")}
+    pictures(tmp_path / "in", "cats/0.jpg", "cats/125.jpg", "cats/9.jpg", "birds/1.jpg", first=40)
+    run = d2m.submit(of_pictures(tmp_path, samples_per_shard=100), local=True)
+    new = {"cats_00003": ["0"], "cats_00004": ["125"], "cats_00005": ["9"], "birds": ["1"]}
+    assert keys_of(run) == before | new
+    assert (
+        times.items()
+        <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.parquet")}.items()
+    )
+    assert run.status().complete
+    assert run.verify().faults == []
+
+
+def test_a_picture_that_is_replaced_or_comes_within_a_shard_is_noticed(tmp_path: Path) -> None:
+    pictures(tmp_path / "in", "a/1.jpg", "a/3.jpg", "b/1.jpg")
+    path = of_pictures(tmp_path)
+    run = d2m.submit(path, local=True)
+    assert run.verify().changed.stems == []
+    pictures(tmp_path / "in", "a/2.jpg", first=9)
+    assert run.verify().changed.stems == ["a"]
+    run = d2m.submit(path, local=True, recompute_changed=True)
+    assert keys_of(run)["a"] == ["1", "2", "3"]
+    assert run.verify().changed.stems == []
+
+
+def test_links_are_not_followed_and_what_is_no_sample_is_told(tmp_path: Path) -> None:
+    outside = pictures(tmp_path / "outside", "secret.jpg", "more/secret.jpg")
+    inside = pictures(tmp_path / "in", *(f"{i}.jpg" for i in range(9)), "x.2020.jpeg")
+    (inside / "link.jpg").symlink_to(outside / "secret.jpg")
+    (inside / "folder").symlink_to(outside / "more")
+    (inside / "9.jpg").symlink_to(outside / "secret.jpg")
+    (inside / "9.txt").write_text("its text")
+    os.mkfifo(inside / "pipe.jpg")
+    (inside / ".hidden.jpg").write_bytes(b"")
+    (inside / "notes.md").write_text("")
+    run = d2m.submit(of_pictures(tmp_path, max_rejected_fraction=1), local=True)
+    [(stem, keys)] = keys_of(run).items()
+    assert keys == [*map(str, range(9)), "x.2020"]
+    record = Pair(OutputDir(str(tmp_path / "out")), stem).record()
+    assert record is not None
+    assert {r.key: r.reason for r in record.rejections} == {
+        "9": "no image (jpg or png or jpeg or webp); it has txt; jpg is a link, and links are not "
+        "followed",
+        "link.jpg": "a link or a special file",
+        "pipe.jpg": "a link or a special file",
+    }
+    notes = expanded(run.config, RunDir(tmp_path / "none"), sized=False).notes
+    assert notes == [
+        f"{inside}: files belong to no picture and are not read: notes.md",
+        f"{inside}: links to folders are not followed: folder",
+    ]
+
+
+def test_captions_may_be_a_csv_and_only_the_first_of_a_picture_counts(tmp_path: Path) -> None:
+    pictures(tmp_path / "in", "a/1.jpg", "a/2.jpg", "b/1.jpg")
+    text = (
+        'file_name,text,uid\na/1.jpg,"one, ""two""\nthree",u1\nb/1.jpg,x y,u3\nb/1.jpg,again,u4\n'
+    )
+    (tmp_path / "in" / "captions.csv").write_text("\ufeff" + text)
+    more = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
+    more |= {"additional_fields": ["uid"], "max_rejected_fraction": 0.5}
+    more |= {"captions": str(tmp_path / "in" / "captions.csv")}
+    table = d2m.submit(of_pictures(tmp_path, **more), local=True).table()
+    assert table.select(["key", "text-words", "uid"]).to_pydict() == {
+        "key": ["1", "1"],
+        "text-words": [3, 2],
+        "uid": ["u1", "u3"],
+    }
+    records = {s: Pair(OutputDir(str(tmp_path / "out")), s).record() for s in "ab"}
+    assert records["a"] is not None
+    assert records["b"] is not None
+    assert [tuple(r) for r in records["a"].rejections] == [("2", "no text (txt); it has jpg")]
+    assert "further captions of a picture are not read: 1.jpg" in records["b"].notices
+
+
+def test_captions_in_a_parquet_are_those_of_json_lines(tmp_path: Path) -> None:
+    path = written(tmp_path, "folder")
+    d2m.submit(path, local=True)
+    table, _, record = made(tmp_path)
+    more = {"captions": str(tmp_path / "in" / "captions.parquet")}
+    d2m.submit(
+        config_of(tmp_path, f"{tmp_path}/in", output_metadata_dir=f"{tmp_path}/2", **more),
+        local=True,
+    )
+    assert pq.read_table(tmp_path / "2" / "00000.parquet").equals(table)
+    assert record.rows == 19
+
+
+WRONG = {
+    "of another kind": ("a.txt", "", "found 'a.txt'; valid is a jsonl, csv or parquet"),
+    "missing": ("in/none.csv", None, "which is no file here; check the path"),
+    "aside": ("other/a.csv", "file_name\n", "or above, as its paths begin there"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_captions_that_cannot_be_those_of_the_pictures_are_refused(
+    case: str, tmp_path: Path
+) -> None:
+    name, text, told = WRONG[case]
+    pictures(tmp_path / "in", "1.jpg")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        d2m.submit(of_pictures(tmp_path, captions=str(tmp_path / name)), local=True)
+    [mistake] = caught.value.mistakes
+    assert mistake.startswith("captions: ")
+    assert told in mistake
+
+
+BROKEN = {
+    "a.jsonl": (
+        '{"file_name": "1.jpg"}\n{broken\n',
+        "it cannot be read: line 2: the JSON cannot be parsed",
+    ),
+    "a.csv": ("name,text\n1.jpg,a\n", "a row has no 'file_name', the picture's path"),
+    "a.parquet": ("PAR1", "it cannot be read: "),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_captions_fail_the_shard_in_one_line(name: str, tmp_path: Path) -> None:
+    pictures(tmp_path / "in", "1.jpg")
+    text, told = BROKEN[name]
+    (tmp_path / "in" / name).write_text(text)
+    run = d2m.submit(of_pictures(tmp_path, captions=str(tmp_path / "in" / name)), local=True)
+    [failure] = run.status().failures
+    assert f"{tmp_path}/in/{name}: {told}" in failure.error
+    assert "\n" not in failure.error
+
+
+def test_pictures_that_are_gone_fail_their_shard(tmp_path: Path) -> None:
+    pictures(tmp_path / "in", "a/1.jpg", "b/1.jpg")
+    path = of_pictures(tmp_path)
+    plan = expanded(d2m.load_config(path), RunDir(tmp_path / "none"), sized=False)
+    reader = readers.opener(d2m.load_config(path))
+    for url, told in zip(
+        plan.sizes, ("none of the shard's pictures", "it cannot be listed"), strict=True
+    ):
+        folder = Path(Slice.of(url).folder)
+        (folder / "1.jpg").unlink()
+        if "listed" in told:
+            folder.rmdir()
+        with pytest.raises(ShardError, match=told), closing(reader(url, Path(), "")) as shard:
+            shard.index()
+
+
+def test_a_file_that_becomes_a_link_or_shorter_is_not_read(tmp_path: Path) -> None:
+    pictures(tmp_path, "in/1.jpg", "secret.jpg")
+    config = d2m.load_config(of_pictures(tmp_path))
+    [url] = expanded(config, RunDir(tmp_path / "none"), sized=False).sizes
+    with closing(readers.opener(config)(url, Path(), "")) as shard:
+        [sample] = shard.index()
+        (tmp_path / "in" / "1.jpg").write_bytes(b"\xff\xd8")
+        with pytest.raises(ShardError, match="changed while the shard was read"):
+            shard.read(*sample.members["jpg"])
+        (tmp_path / "in" / "1.jpg").unlink()
+        (tmp_path / "in" / "1.jpg").symlink_to(tmp_path / "secret.jpg")
+        with pytest.raises(ShardError, match="cannot be read: Too many levels of symbolic links"):
+            shard.read(*sample.members["jpg"])
+
+
+def test_a_folder_without_pictures_is_told_what_it_may_stand_for(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    as_tar(tmp_path / "in", rows(2))
+    with pytest.raises(ConfigError) as caught:
+        d2m.submit(of_pictures(tmp_path), local=True)
+    [mistake] = caught.value.mistakes
+    assert f"inputs: found no picture in {tmp_path}/in or below; name parquets and tars" in mistake
+    d2m.submit(
+        config_of(tmp_path, str(tmp_path / "in"), inputs=None, input_tars=str(tmp_path / "in")),
+        local=True,
+    )
+    assert made(tmp_path)[0].num_rows == 2
+
+
+def test_the_report_shows_pictures_of_folders_and_parquets(tmp_path: Path) -> None:
+    for kind in ("files", "datasets"):
+        run = d2m.submit(written(tmp_path / kind, kind), local=True)
+        page = tmp_path / f"{kind}.html"
+        run.report(page)
+        text = page.read_text()
+        assert text.count("data:image/jpeg;base64") >= 6
+        assert "W\u00f6rtchen" in text
+
+
+def test_a_shard_of_a_folder_that_was_forgotten_does_not_come_back(tmp_path: Path) -> None:
+    pictures(tmp_path / "in", *(f"{i}.jpg" for i in range(4)))
+    path = of_pictures(tmp_path, samples_per_shard=2)
+    run = d2m.submit(path, local=True)
+    assert [*keys_of(run)] == ["in_00000", "in_00001"]
+    assert d2m_command("forget", path, "in_00001").returncode == 0
+    (tmp_path / "out" / "in_00001.parquet").unlink(missing_ok=True)
+    run = d2m.submit(path, local=True)
+    assert [*keys_of(run)] == ["in_00000"]
+    assert run.status().shards == 1
+
+
+def test_datacomps_tools_are_given_tars_only(tmp_path: Path) -> None:
+    pictures(tmp_path / "in", "1.jpg")
+    run = d2m.submit(of_pictures(tmp_path), local=True)
+    with pytest.raises(ConfigError, match="inputs: DataComp's tools read tars"):
+        run.export_datacomp(tmp_path / "export")

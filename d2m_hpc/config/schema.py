@@ -168,7 +168,13 @@ class Config(Section):
     """one pattern, or a list: paths, URLs, `pipe:` commands; braces, and globs but in commands; a
     folder stands for the tars in it"""
     inputs: Patterns | None = None
-    """in place of `input_tars`: such patterns of parquets with images, or of tars"""
+    """in place of `input_tars`: folders of pictures, and such patterns of parquets with images or
+    of tars"""
+    samples_per_shard: Count = 10_000
+    """pictures of a folder that make a shard; planned shards stay as they are"""
+    captions: str | None = None
+    """captions of the pictures in `inputs`: a jsonl, csv or parquet whose column `file_name` has
+    their paths from its folder on; all its columns are a sample's JSON"""
     output_metadata_dir: Annotated[str, Field(min_length=1)]
     """folder or URL for a parquet and an npz a tar"""
     custom_pypath: str | None = None

@@ -16,7 +16,7 @@ from d2m_hpc.config.schema import INPUTS, Config
 from d2m_hpc.models.entries import TOLD, Listed, name_of, with_places
 from d2m_hpc.storage.urls import is_local, is_pipe, scheme
 
-PATHS = ("output_metadata_dir", "custom_pypath", "run_dir", "weights_dir")
+PATHS = ("output_metadata_dir", "custom_pypath", "run_dir", "weights_dir", "captions")
 _VARIABLE = re.compile(r"\$(?:(\$)|\{(\w+)\}|([A-Za-z_]\w*))", re.ASCII)
 
 

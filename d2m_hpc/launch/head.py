@@ -17,7 +17,7 @@ from d2m_hpc.config.load import located
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.launch import flow
 from d2m_hpc.launch.local import ThisProcess
-from d2m_hpc.plan import patterns, preflight, workload
+from d2m_hpc.plan import preflight, workload
 from d2m_hpc.plan.naming import own_name
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, all_values
@@ -73,6 +73,7 @@ def head(config: Config, where: str, count: int) -> FirstSamples:
         aside: dict[str, Any] = {
             "input_tars": [str(tar) for tar in tars],
             "inputs": None,
+            "captions": None,
             "output_metadata_dir": str(Path(folder) / "out"),
             "run_dir": str(Path(folder) / "run"),
             "max_rejected_fraction": 1.0,
@@ -92,11 +93,8 @@ def _first(config: Config, where: str, count: int, folder: Path) -> list[Path]:
     from d2m_hpc.worker.read.scratch import scratch
     from d2m_hpc.worker.read.stage import stage
 
-    found, tars, left = (
-        patterns.expand(config.patterns, False, config.input_key),
-        list[Path](),
-        count,
-    )
+    found = workload.expanded(config, workload.run_dir(config), sized=False)
+    tars, left = list[Path](), count
     if found.mistakes:
         raise ConfigError(where, located(where, found.mistakes))
     with scratch(config.scratch_bytes) as room:
@@ -116,7 +114,7 @@ def _first(config: Config, where: str, count: int, folder: Path) -> list[Path]:
 
 def _copy(tar: Path, url: str, path: Path, most: int, config: Config) -> int:
     """Copy the members of the first samples; returns the number of samples."""
-    from d2m_hpc.worker.read.decode import members_of
+    from d2m_hpc.worker.read.names import members_of
     from d2m_hpc.worker.read.readers import opener
 
     needed = members_of(config)

@@ -23,12 +23,15 @@ from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Record, Shard
-from d2m_hpc.storage.urls import is_local
+from d2m_hpc.run.slices import Slice, version_of
+from d2m_hpc.storage.urls import is_folder, is_local
 
 LOOKED_AT = 1000
 """The most tars that a command checks unless asked: each check asks a file server."""
 AT_ONCE = 16
 """Checks at the same time."""
+SLICES = 10
+"""The most slices of folders that a command checks unless asked."""
 SLACK = 600.0
 """Seconds by which the clocks of file servers and nodes may differ."""
 COPIES = 100
@@ -80,6 +83,9 @@ def find(
     """
     drawn = shards if most is None or len(shards) <= most else random.sample(shards, most)
     local = [s for s in drawn if is_local(s.url) and made(found, s.stem)]
+    # Of a slice of a folder, all files are asked for.
+    slices = [s for s in drawn if is_folder(s.url) and made(found, s.stem)]
+    local += slices[: None if most is None else SLICES]
     stems = [
         shard.stem
         for shard, now in zip(local, _stats(local), strict=True)
@@ -115,7 +121,13 @@ def _stats(shards: Sequence[Shard]) -> list[os.stat_result | None]:
 
 def _stat(shard: Shard) -> os.stat_result | None:
     with suppress(OSError, ValueError):
-        return os.stat(shard.url)
+        if not is_folder(shard.url):
+            return os.stat(shard.url)
+        size, time = version_of(Slice.of(shard.url).files())
+        # As a stat has them: mode, inode, ..., size, times in seconds, and in nanoseconds.
+        return os.stat_result(
+            [0] * 6 + [size] + [time // 10**9] * 3 + [time / 1e9] * 3 + [time] * 3
+        )
     return None
 
 

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from d2m_hpc.storage.urls import PIPE, has_secret, is_local, is_pipe, is_remote, scheme
+from d2m_hpc.run.slices import Slice
+from d2m_hpc.storage.urls import PIPE, has_secret, is_folder, is_local, is_pipe, is_remote, scheme
 
 _ARCHIVE = re.compile(r"\.(tar(\.(gz|xz|bz2|zst))?|tgz|txz|tbz2?|tzst)$", re.IGNORECASE)
 _SHARD = re.compile(rf"({_ARCHIVE.pattern}|\.parquet$)", re.IGNORECASE)
@@ -35,6 +36,9 @@ def location(url: str) -> str:
             return _short_hash(url)
         protocol, mark, rest = tars[-1].rpartition("://")
         return protocol + mark + _without_user(rest) if mark else rest
+    if is_folder(url):
+        there = Slice.of(url)
+        return f"{there.folder}_{there.part}" if there.part else there.folder
     if not is_remote(url):
         return url
     rest = url.partition("://")[2]

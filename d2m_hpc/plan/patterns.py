@@ -19,7 +19,8 @@ from d2m_hpc.plan.naming import is_archive, is_shard, name_shards
 from d2m_hpc.plan.oddities import Oddities
 from d2m_hpc.plan.remote import MISSING
 from d2m_hpc.run.records import Shard
-from d2m_hpc.storage.urls import GLOB, is_local, is_pipe, is_remote
+from d2m_hpc.run.slices import Tree
+from d2m_hpc.storage.urls import GLOB, is_folder, is_local, is_pipe, is_remote
 
 SPECIAL = -2
 """The size of a device, a pipe or a socket."""
@@ -39,6 +40,7 @@ class Expansion:
         missing: local files that are named without a glob and do not exist.
         mistakes: patterns that name nothing, or files that are no tars.
         key: the config's key with the patterns.
+        notes: on what is in folders of pictures and in no shard.
     """
 
     sizes: dict[str, int | None] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class Expansion:
     missing: list[str] = field(default_factory=list)
     mistakes: list[Mistake] = field(default_factory=list)
     key: str = "input_tars"
+    notes: list[str] = field(default_factory=list)
 
     def take(self, named: Iterable[tuple[str, int | None]], odd: Oddities) -> int:
         """Take the files that a pattern names; returns how many of them exist.
@@ -60,7 +63,8 @@ class Expansion:
             if size == SPECIAL:
                 self.wrong(f"{url} is a device, a pipe or a socket; valid are regular files")
                 continue
-            if not (url.endswith(".tar") or is_shard(url, self.key)) and size != MISSING:
+            is_named = url.endswith(".tar") or is_folder(url) or is_shard(url, self.key)
+            if not is_named and size != MISSING:
                 odd.add(url)
             if not (url.isascii() or _is_utf8(url)):  # no parquet can hold it
                 name = os.fsencode(url).decode(errors="backslashreplace")
@@ -88,7 +92,12 @@ def _is_utf8(text: str) -> bool:
 
 
 @gc_paused()
-def expand(patterns: Iterable[str], sized: bool = True, key: str = "input_tars") -> Expansion:
+def expand(
+    patterns: Iterable[str],
+    sized: bool = True,
+    key: str = "input_tars",
+    tree: Callable[[str], Tree] | None = None,
+) -> Expansion:
     """List the tars that patterns name.
 
     Args:
@@ -96,9 +105,10 @@ def expand(patterns: Iterable[str], sized: bool = True, key: str = "input_tars")
             zero-padded ranges) and, except in commands, globs; a folder stands for the tars in it.
         sized: whether to find the sizes of local tars, which is most of the work.
         key: the config's key with the patterns; `inputs` may name parquets, too.
+        tree: plans the pictures of a folder; None where a folder stands for the tars in it.
     """
     found = Expansion(key=key)
-    disk = _Disk(sized, key)
+    disk = _Disk(sized, tree, found.notes)
     left = braces.MOST
     for pattern in patterns:
         odd = Oddities(pattern, key)
@@ -123,17 +133,30 @@ class _Disk:
 
     Args:
         sized: whether to find sizes, in the folder's own order, which Lustre reads ahead.
-        key: the config's key with the patterns.
+        tree: plans the pictures of a folder; None where a folder stands for the tars in it.
+        notes: receives what is in such folders and in no shard.
     """
 
-    def __init__(self, sized: bool, key: str) -> None:
-        self._sized, self._key = sized, key
+    def __init__(self, sized: bool, tree: Callable[[str], Tree] | None, notes: list[str]) -> None:
+        self._sized, self._tree, self._notes = sized, tree, notes
         self._folders: dict[str, dict[str, int | None]] = {}
 
     def tars(self, folder: str) -> list[tuple[str, int | None]]:
-        """All files in a folder that are named as tars, sorted."""
-        remote.require_tars(folder, self._key)
+        """All files in a folder that are named as tars, sorted; or the shards of its pictures."""
+        if self._tree:
+            return self._pictures(folder)
         return self._list(f"{folder.rstrip('/')}/", is_archive)
+
+    def _pictures(self, folder: str) -> list[tuple[str, int | None]]:
+        assert self._tree is not None
+        tree = self._tree(folder)
+        self._notes += tree.notes(folder)
+        if not tree.slices:
+            raise D2MError(
+                f"found no picture in {folder} or below; name parquets and tars as files, such as "
+                f"'{folder}/*.parquet'"
+            )
+        return [(there.url, None) for there in tree.slices]
 
     def __getitem__(self, path: str) -> int | None:
         folder = path.rpartition("/")[0]

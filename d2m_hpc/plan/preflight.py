@@ -23,7 +23,7 @@ from d2m_hpc.storage import stores
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.storage.texts import ERROR, safe
-from d2m_hpc.storage.urls import is_local, is_pipe
+from d2m_hpc.storage.urls import is_folder, is_local, is_pipe
 
 PROBED = 3
 """The number of inputs that are opened: the first, the middle one and the last."""
@@ -74,7 +74,7 @@ def inputs(
     if not thorough and not config.inputs:
         return
     missing = set(expansion.missing)
-    urls = [u for u in expansion.sizes if not is_pipe(u) and u not in missing]
+    urls = [u for u in expansion.sizes if not (is_pipe(u) or is_folder(u) or u in missing)]
     step = max(1, (len(urls) - 1) // (PROBED - 1))
     for url in dict.fromkeys([*urls[::step][: PROBED - 1], *urls[-1:]]):
         try:

@@ -48,16 +48,11 @@ def expand(
         if url in sizes:
             yield url, sizes[url]
         else:
-            if url in folders:
-                require_tars(url, key)
+            if url in folders and key == "inputs":
+                raise D2MError(
+                    f"{url} is a folder in a store; name its files, such as its '*.parquet'"
+                )
             yield from _listed(url, url in folders, times)
-
-
-def require_tars(folder: str, key: str) -> None:
-    """Raise `D2MError` for a folder that does not stand for the tars in it."""
-    if key == "inputs":
-        path = folder.rstrip("/")
-        raise D2MError(f"{path} is a folder; name its files, such as '{path}/*.parquet'")
 
 
 def _is_folder(url: str, asked: bool) -> bool:

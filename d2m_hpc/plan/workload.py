@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from d2m_hpc.config import Config
 from d2m_hpc.config.load import located
 from d2m_hpc.config.mistakes import checkpoint_mistakes, registry_mistakes
+from d2m_hpc.config.places import Mistake
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.models import weights
 from d2m_hpc.models.entries import with_paths
@@ -25,11 +26,14 @@ from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.models.registry import Registry
 from d2m_hpc.plan import memory, patterns, preflight
+from d2m_hpc.plan.forget import forgotten
 from d2m_hpc.run import frozen
 from d2m_hpc.run.extension import with_own_names
 from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.shards import read_shards
+from d2m_hpc.run.slices import Slice, Tree, planned
 from d2m_hpc.storage.texts import BRIEF, safe
-from d2m_hpc.storage.urls import is_local, is_pipe
+from d2m_hpc.storage.urls import is_folder, is_local
 
 
 def run_dir(config: Config) -> RunDir:
@@ -101,9 +105,9 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
     """
     config = absolute(config)
     run = run_dir(config)
-    expansion = patterns.expand(config.patterns, not has_plan(run, where), config.input_key)
+    expansion = expanded(config, run, sized=not has_plan(run, where))
     problems = [*preflight.folders(config, run)] if thorough else []
-    problems += [*expansion.mistakes, *_own_inputs(config, expansion)]
+    problems += _input_mistakes(config, expansion)
     custom, mistakes = customs(config, run, thorough)
     problems += preflight.inputs(expansion, config, custom.registry, thorough)
     problems += mistakes or checkpoint_mistakes(config, custom.registry)
@@ -134,6 +138,54 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
     )
 
 
+def expanded(config: Config, run: RunDir, sized: bool) -> patterns.Expansion:
+    """List the shards that a config names; those of folders as the run has planned them.
+
+    Args:
+        sized: whether to find the sizes of local tars.
+    """
+    from d2m_hpc.worker.read.names import members_of
+
+    def tree(folder: str) -> Tree:
+        members = members_of(config)
+        known = {name for names in members.values() for name in names}
+        return planned(folder, members["image"], known, config.samples_per_shard, earlier())
+
+    @cache
+    def earlier() -> list[str]:
+        urls = [*(shard.url for shard in read_shards(run.shards)), *forgotten(run)]
+        return [*filter(is_folder, urls)]
+
+    pictures = tree if config.inputs else None
+    return patterns.expand(config.patterns, sized, config.input_key, pictures)
+
+
+def _input_mistakes(config: Config, expansion: patterns.Expansion) -> Iterator[str]:
+    yield from expansion.mistakes
+    yield from _own_inputs(config, expansion)
+    yield from _captions(config, expansion)
+
+
+def _captions(config: Config, expansion: patterns.Expansion) -> Iterator[Mistake]:
+    """Find out why a captions file cannot be that of the pictures."""
+    if config.captions is None:
+        return
+    path, what = Path(config.captions), ""
+    folders = {Slice.of(url).folder for url in filter(is_folder, expansion.sizes)}
+    if path.suffix.lower() not in (".jsonl", ".csv", ".parquet"):
+        what = f"found {path.name!r}; valid is a jsonl, csv or parquet"
+    elif not path.is_file():
+        what = f"found {str(path)!r}, which is no file here; check the path"
+    elif not folders:
+        what = "found a file, but `inputs` names no folder of pictures"
+    elif aside := [f for f in sorted(folders) if not Path(f).is_relative_to(path.parent)]:
+        what = (
+            f"found {str(path)!r}; valid is a file in {aside[0]} or above, as its paths begin there"
+        )
+    if what:
+        yield Mistake(("captions",), what)
+
+
 def further(config: Config, where: str) -> list[str]:
     """Find the mistakes of a config that was refused, in what is valid of it; reads no checkpoint,
     and asks no store.
@@ -142,10 +194,11 @@ def further(config: Config, where: str) -> list[str]:
         where: the config file.
     """
     config = absolute(config)
-    local = [pattern for pattern in config.patterns if is_local(pattern) and not is_pipe(pattern)]
+    local = [pattern for pattern in config.patterns if is_local(pattern)]
+    near = config.model_copy(update={config.input_key: local})
     custom, mistakes = customs(config, run_dir(config))
     problems = [
-        *patterns.expand(local, sized=False, key=config.input_key).mistakes,
+        *expanded(near, run_dir(config), sized=False).mistakes,
         *(mistakes or checkpoint_mistakes(config, custom.registry)),
         *missing_extras(config),
     ]
@@ -207,7 +260,7 @@ def absolute(config: Config) -> Config:
     config = config.model_copy(update={"output_metadata_dir": output})
     paths = {
         key: str(Path(os.path.expanduser(value)).absolute())
-        for key in ("output_metadata_dir", "custom_pypath", "weights_dir", "run_dir")
+        for key in ("output_metadata_dir", "custom_pypath", "weights_dir", "run_dir", "captions")
         if (value := getattr(config, key)) and is_local(value)
     }
     folder = str(weights.weights_dir(config.weights_dir).absolute())
@@ -289,7 +342,7 @@ def _places(
 
 
 def _notices(expansion: patterns.Expansion) -> list[str]:
-    notices = []
+    notices = [*expansion.notes]
     if expansion.duplicates:
         notices.append(f"{expansion.duplicates} tars are named more than once; each is done once")
     if expansion.missing:

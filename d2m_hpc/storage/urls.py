@@ -11,6 +11,8 @@ from functools import lru_cache
 from typing import Any
 
 PIPE = "pipe:"
+FOLDER = "folder:"
+"""What a shard of a folder of pictures begins with, in a plan; no config has it."""
 GLOB = re.compile(r"[*?\[]")
 """Characters that make a path a pattern."""
 MASK = "***"
@@ -27,7 +29,12 @@ def is_remote(url: str) -> bool:
 
 
 def is_local(url: str) -> bool:
-    return not is_pipe(url) and not is_remote(url)
+    return not is_pipe(url) and not is_remote(url) and not is_folder(url)
+
+
+def is_folder(url: str) -> bool:
+    """Whether a shard is a slice of a folder, which `run.slices` reads."""
+    return url.startswith(FOLDER)
 
 
 def scheme(url: str) -> str:

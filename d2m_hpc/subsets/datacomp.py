@@ -155,6 +155,7 @@ def export(
     """
     found = standings(run, config)
     missing = found.unfinished
+    _require_tars(run, config)
     exports.require_finished(found, allow_missing)
     asked_for.make_folder(folder)
     asked_for.require_writable(folder / "sizes.json")
@@ -181,6 +182,12 @@ def export(
         renamed=where if renamed else "",
         left_out=renamed.left_out if renamed else 0,
     )
+
+
+def _require_tars(run: RunDir, config: Config) -> None:
+    if config.inputs:
+        what = "inputs: DataComp's tools read tars, of runs with input_tars"
+        raise ConfigError(str(run.config), [what])
 
 
 def lacking(config: Config) -> dict[str, list[str]]:

@@ -22,9 +22,10 @@ from d2m_hpc.run.pair import METADATA, Pair
 from d2m_hpc.run.schema import Schema, untold
 from d2m_hpc.run.shards import read_stems
 from d2m_hpc.storage.texts import safe
-from d2m_hpc.storage.urls import is_local
+from d2m_hpc.storage.urls import is_folder, is_local
 from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read.names import EXTENSIONS
 from d2m_hpc.worker.read.reader import Reader
 from d2m_hpc.worker.read.readers import Opener, open_tar, opener
 from d2m_hpc.worker.read.seen import Seen
@@ -41,18 +42,18 @@ class Peek:
         self._run, self._output, self._opened = run, output, opened
 
     @cached_property
-    def _tars(self) -> list[Path]:
+    def _shards(self) -> list[str]:
         with pq.ParquetFile(self._run.shards) as plan:
             first = next(plan.iter_batches(batch_size=SHARDS, columns=["url"]), None)
         urls = first["url"].to_pylist() if first is not None else []
-        return [Path(url) for url in urls if is_local(url)]
+        return [url for url in urls if is_local(url) or is_folder(url)]
 
     @cached_property
     def _some(self) -> list[list[dict[str, Any]]]:
         """The JSON of each tar's first samples."""
         return [
             [values for _, values in islice(_samples(tar, self._opened), SAMPLES)]
-            for tar in self._tars
+            for tar in self._shards
         ]
 
     def values(self, name: str) -> Iterator[Sequence[Any]]:
@@ -93,8 +94,8 @@ class Peek:
         Raises:
             ConfigError: no sample of that shard has one of them.
         """
-        for tar in self._tars:
-            if require_fields(_samples(tar, self._opened), str(tar), config, schema):
+        for url in self._shards:
+            if require_fields(_samples(url, self._opened), url, config, schema):
                 return
 
 
@@ -151,10 +152,10 @@ def schema_of(
     return schema
 
 
-def _samples(tar: Path, opened: Opener) -> Iterator[tuple[str, dict[str, Any]]]:
+def _samples(url: str, opened: Opener) -> Iterator[tuple[str, dict[str, Any]]]:
     """Keys and JSON of a tar's samples, as far as the tar can be read; errors are silent here."""
     try:
-        with closing(opened(str(tar), tar, "")) as archive:
+        with closing(opened(url, Path(url), "")) as archive:
             yield from json_of(archive)
     except Exception:  # the task that reads the whole tar reports its faults
         return
@@ -162,7 +163,7 @@ def _samples(tar: Path, opened: Opener) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def json_of(archive: Reader) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the key and the JSON of each sample that has one."""
-    for sample in archive.index({"json": decode.EXTENSIONS["json"]}):
+    for sample in archive.index({"json": EXTENSIONS["json"]}):
         if place := sample.members.get("json"):
             with suppress(Rejected):
                 yield sample.key, decode.json_object(archive.read(*place))

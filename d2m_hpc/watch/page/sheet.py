@@ -19,7 +19,7 @@ from d2m_hpc.models import formats
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Shard
-from d2m_hpc.storage.urls import is_local
+from d2m_hpc.storage.urls import is_folder, is_local
 from d2m_hpc.watch.page.columns import Column, kind_of, numbers
 
 SHARDS = 12
@@ -110,8 +110,8 @@ def make(
 
 def _within_reach(shards: Sequence[Shard]) -> tuple[list[Shard], list[str]]:
     """The shards that are cheap to read, or a note that none is."""
-    local = [s for s in shards if is_local(s.url)][:SHARDS]
-    remote = [s for s in shards if not is_local(s.url) and (s.size or 0) <= REMOTE_BYTES]
+    local = [s for s in shards if is_local(s.url) or is_folder(s.url)][:SHARDS]
+    remote = [s for s in shards if s not in local and (s.size or 0) <= REMOTE_BYTES]
     near = local or remote[:REMOTE_SHARDS]
     if near or not shards:
         return near, []
@@ -175,7 +175,7 @@ def _fill(shard: Shard, samples: Sequence[Picked], config: Config) -> None:
 
 def _members(url: str, path: Path, keys: set[str], config: Config) -> dict[str, dict[str, bytes]]:
     """The pictures of some samples, and the texts or the JSON with the texts, by key and kind."""
-    from d2m_hpc.worker.read.decode import members_of
+    from d2m_hpc.worker.read.names import members_of
     from d2m_hpc.worker.read.readers import opener
 
     names, found = members_of(config), {}

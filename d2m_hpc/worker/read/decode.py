@@ -13,20 +13,9 @@ from typing import Any
 
 import simplejpeg
 
-from d2m_hpc.config import Config
 from d2m_hpc.models import formats
 from d2m_hpc.models.preprocessors import Picture, Rejected
 from d2m_hpc.storage.texts import safe
-
-Members = Mapping[str, tuple[str, ...]]
-"""The names of members by kind; the first one that a sample has is used."""
-EXTENSIONS: Members = {"image": formats.EXTENSIONS, "text": ("txt",), "json": ("json",)}
-
-
-def members_of(config: Config) -> Members:
-    """The members that a config takes images, texts and JSON from."""
-    asked = {"image": tuple(config.image_key), "text": tuple(config.text_key)}
-    return {**EXTENSIONS, **{kind: names for kind, names in asked.items() if names}}
 
 
 def image(data: bytes, max_pixels: int, need: Callable[[int], None] = lambda size: None) -> Picture:

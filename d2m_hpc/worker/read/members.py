@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.texts import safe
-from d2m_hpc.worker.read.decode import EXTENSIONS, Members
+from d2m_hpc.worker.read.names import EXTENSIONS, Members
 
 KIND = {extension: kind for kind, known in EXTENSIONS.items() for extension in known}
 SHOWN = 3

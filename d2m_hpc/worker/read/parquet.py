@@ -17,7 +17,7 @@ from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.texts import safe, valid
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.columns import Columns, choose, is_bytes, is_wrapped
-from d2m_hpc.worker.read.decode import EXTENSIONS, Members, members_of
+from d2m_hpc.worker.read.names import EXTENSIONS, Members, members_of
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 
 BUFFER = 1 << 20

@@ -21,6 +21,7 @@ from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.texts import safe
 from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read.names import EXTENSIONS, Members, members_of
 from d2m_hpc.worker.read.reader import Reader, Sample
 from d2m_hpc.worker.read.readers import Opener, open_tar, opener
 from d2m_hpc.worker.read.seen import Seen
@@ -122,7 +123,7 @@ class Recipe:
     datacomp_keys: bool = False
     budget: Budget = field(default_factory=lambda: Budget(IN_FLIGHT), compare=False)
     asked: Sequence[str] = ()
-    members: decode.Members = field(default_factory=lambda: decode.EXTENSIONS)
+    members: Members = field(default_factory=lambda: EXTENSIONS)
     text_field: str = ""
     caption: str = "caption"
     open: Opener = open_tar
@@ -139,14 +140,14 @@ class Recipe:
             strict=not config.warn_and_continue,
             datacomp_keys=config.use_datacomp_keys,
             asked=[name for name, _ in config.asked_fields],
-            members=decode.members_of(config),
+            members=members_of(config),
             text_field=config.text_field if any(raw == "text" for raw, _ in inputs) else "",
             caption=config.text_field or "caption",
             open=opener(config),
         )
 
     @cached_property
-    def needed(self) -> decode.Members:
+    def needed(self) -> Members:
         """The kinds of members that a sample must have, and the members' names."""
         kinds = dict.fromkeys(raw for raw, _ in self.inputs)
         if self.text_field:

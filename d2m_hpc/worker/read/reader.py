@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 from d2m_hpc.run.records import Rejection
-from d2m_hpc.worker.read.decode import EXTENSIONS, Members
 from d2m_hpc.worker.read.members import Ledger
+from d2m_hpc.worker.read.names import EXTENSIONS, Members
 
 
 @dataclass

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from d2m_hpc.config import Config
 from d2m_hpc.storage.files import regular
+from d2m_hpc.storage.urls import is_folder
 from d2m_hpc.worker.read import refusal
+from d2m_hpc.worker.read.folder import PictureFolder
 from d2m_hpc.worker.read.parquet import Parquet
 from d2m_hpc.worker.read.reader import Reader
 from d2m_hpc.worker.read.shard import Archive
@@ -31,6 +33,8 @@ def opener(config: Config) -> Opener:
     """The function that opens a config's shards: `input_tars` are tars, `inputs` of any form."""
 
     def open_any(url: str, path: Path, damage: str = "") -> Reader:
+        if is_folder(url):
+            return PictureFolder(url, config)
         with open(path, "rb", opener=regular) as file:
             head = file.read(max(map(len, READERS)))
         found = next((r for magic, r in READERS.items() if head.startswith(magic)), None)

@@ -12,8 +12,8 @@ from webdataset.tariterators import base_plus_ext
 from d2m_hpc.errors import ShardError
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.texts import valid
-from d2m_hpc.worker.read.decode import EXTENSIONS, Members
 from d2m_hpc.worker.read.members import is_foreign, is_reserved
+from d2m_hpc.worker.read.names import EXTENSIONS, Members
 from d2m_hpc.worker.read.nature import HEAD, nature
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 from d2m_hpc.worker.read.tar import BLOCK, Member, TarCut, members

@@ -20,7 +20,7 @@ from d2m_hpc.run.records import Shard
 from d2m_hpc.storage import stores
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.refused import of_system
-from d2m_hpc.storage.urls import PIPE, is_local, is_pipe
+from d2m_hpc.storage.urls import PIPE, is_folder, is_local, is_pipe
 from d2m_hpc.worker.read.compressed import BROKEN, HEAD, MEMORY, Readable, codec_of, is_hungry
 from d2m_hpc.worker.read.reader import Version
 from d2m_hpc.worker.read.scratch import Copy, Scratch
@@ -57,6 +57,9 @@ def stage(shard: Shard, scratch: Scratch) -> Iterator[Staged]:
     Raises:
         ShardError: it cannot be had, is too large for scratch, or takes too much memory.
     """
+    if is_folder(shard.url):
+        yield Staged(Path(), copied=False)
+        return
     if is_local(shard.url) and not _is_compressed(shard.url):
         yield Staged(Path(shard.url), copied=False)
         return

@@ -20,6 +20,7 @@ from d2m_hpc.models.formats import TooLarge, opened
 from d2m_hpc.models.preprocessors import Rejected
 from d2m_hpc.run.values import column
 from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read.names import EXTENSIONS
 
 LIMIT = 10_000_000
 
@@ -35,7 +36,7 @@ def members(shard: str, *suffixes: str) -> dict[str, bytes]:
     return found
 
 
-ODD = members("odd.tar", *(f".{e}" for e in decode.EXTENSIONS["image"]))
+ODD = members("odd.tar", *(f".{e}" for e in EXTENSIONS["image"]))
 BAD = members("bad.tar", "")
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 import pytest
 
 from d2m_hpc.run.records import Rejection
-from d2m_hpc.worker.read.decode import EXTENSIONS
 from d2m_hpc.worker.read.members import (
     HIDDEN,
     LINK,
@@ -20,6 +19,7 @@ from d2m_hpc.worker.read.members import (
     Notes,
     is_foreign,
 )
+from d2m_hpc.worker.read.names import EXTENSIONS
 from d2m_hpc.worker.read.shard import Index
 
 ALL = ("image", "text", "json")
