@@ -83,6 +83,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(int(way), b"", Retry_After=1)
         elif api := re.fullmatch(r"/api/models/(.+?)/revision/(.+)", path):
             self._info(api[1], api[2])
+        elif tree := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/tree/([^/]+)/?(.*))?", path):
+            self._data_set(f"datasets/{tree[1]}", tree[2], tree[3])
         elif resolve := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
             self._resolve(resolve[1], resolve[2], resolve[3], way)
         elif lfs := re.fullmatch(r"/lfs/([0-9a-f]{40})/(.+)", path):
@@ -105,6 +107,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if (files := self._known(repo, revision)) is None:
             return
         told = {"id": repo, "sha": commit_of(files), "siblings": [*map(_sibling, files.items())]}
+        self._send(200, json.dumps(told).encode(), Content_Type="application/json")
+
+    def _data_set(self, repo: str, revision: str | None, folder: str) -> None:
+        """What a folder of a data set has, or that there is such a data set."""
+        if (files := self._known(repo, revision or "main")) is None:
+            return
+        start = f"{folder}/" if folder else ""
+        rest = [
+            (name.removeprefix(start), d) for name, d in files.items() if name.startswith(start)
+        ]
+        found: list[dict[str, Any]] = [
+            {"type": "file", "path": start + name, "size": len(data), "oid": "0" * 40}
+            for name, data in rest
+            if "/" not in name
+        ]
+        folders = sorted({name.partition("/")[0] for name, _ in rest if "/" in name})
+        found += [{"type": "directory", "path": start + f, "oid": "0" * 40} for f in folders]
+        told = found if revision else {"id": repo, "sha": commit_of(files), "siblings": []}
         self._send(200, json.dumps(told).encode(), Content_Type="application/json")
 
     def _resolve(self, repo: str, commit: str, name: str, way: str) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 import datasets
 import fsspec
+import hubs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from kit import STATS, jpeg, write_config, write_tar
+from kit import STATS, jpeg, submit, write_config, write_tar
 from kit import d2m as d2m_command
 
 import d2m_hpc as d2m
@@ -32,6 +33,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Record
 from d2m_hpc.run.slices import Slice
+from d2m_hpc.worker import task
 from d2m_hpc.worker.read import readers
 from d2m_hpc.worker.read.columns import Columns, choose
 from d2m_hpc.worker.read.names import EXTENSIONS, Members
@@ -754,3 +756,29 @@ def test_datacomps_tools_are_given_tars_only(tmp_path: Path) -> None:
     run = d2m.submit(of_pictures(tmp_path), local=True)
     with pytest.raises(ConfigError, match="inputs: DataComp's tools read tars"):
         run.export_datacomp(tmp_path / "export")
+
+
+def test_parquets_on_the_hub_are_read_and_no_token_is_kept(tmp_path: Path) -> None:
+    path = written(tmp_path, "datasets")
+    repo = "datasets/me/pictures"
+    with hubs.serving() as hub:
+        data = (tmp_path / "in" / "00000.parquet").read_bytes()
+        hub.put_files(repo, {"data/00000.parquet": data, "README.md": b"x"})
+        hub.gated.add(repo)
+        path = config_of(tmp_path, f"hf://{repo}/data/*.parquet")
+        env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hubs.TOKEN, "HF_HOME": str(tmp_path / "home")}
+        ended = submit(path, env={**os.environ, **env})
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert made(tmp_path)[0].num_rows == 19
+        assert hub.leaked == []
+    kept = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert not [p for p in kept if hubs.TOKEN.encode() in p.read_bytes()]
+
+
+@pytest.mark.parametrize("is_on_hub", [True, False])
+def test_tasks_ask_the_hub_for_shards_alone(
+    is_on_hub: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    task._set_variables(RunDir(tmp_path), is_on_hub)
+    assert ("HF_HUB_OFFLINE" not in os.environ) is is_on_hub

@@ -31,6 +31,7 @@ from d2m_hpc.run.schema import Schema
 from d2m_hpc.run.shards import read_some
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.suspension import Awake
+from d2m_hpc.storage.urls import scheme
 from d2m_hpc.worker.batch import Outputs
 from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
@@ -108,9 +109,9 @@ def run_task(
         D2MError: the config cannot be worked with.
     """
     run = RunDir(root)
-    _set_variables(run)
     name = TaskName(submission, index, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
     config = load(run.submission(submission).config, frozen=True)
+    _set_variables(run, any(scheme(pattern) == "hf" for pattern in config.patterns))
     with logging_to(run.log_of(submission, index), crashes=board is not None):
         device = choose_device(config.device, local)
         progress = Progress(str(name), node_name(), _device_name(device), _gpu_model(device))
@@ -128,10 +129,14 @@ def run_task(
     return progress
 
 
-def _set_variables(run: RunDir) -> None:
-    """Tell libraries, which read this when they are imported, as models are built."""
+def _set_variables(run: RunDir, is_on_hub: bool) -> None:
+    """Tell libraries, which read this when they are imported, as models are built.
+
+    Args:
+        is_on_hub: whether shards lie on Hugging Face's hub.
+    """
     # Compute nodes have no internet: a library that asks a hub must fail at once, not wait.
-    for switch in OFFLINE:
+    for switch in () if is_on_hub else OFFLINE:
         os.environ.setdefault(switch, "1")
     if torch.cuda.is_available():
         # By default it is in /tmp, on one node only, under a name that anybody can take first. What
