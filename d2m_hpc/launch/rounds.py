@@ -24,13 +24,14 @@ from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.rounds import IDLE, Chain, Round, Rounds, read, write
-from d2m_hpc.storage.files import atomic_write
 from d2m_hpc.storage.texts import ERROR, safe
 
 PATIENCE = 600.0
 """Seconds for which a round waits for a controller that is away."""
 SOON, LATE = 30, 3600
 """Seconds until the next round, where a submit failed: first, and at most."""
+PAUSES = "60 120 240 480"
+"""Seconds until a round that has not come to its end is tried again, in its job."""
 TRIES, PAUSE = 5, 60.0
 """How often a round asks for its successor, and the seconds between."""
 
@@ -64,14 +65,25 @@ def again(run: RunDir) -> Chain:
     this = _look(run, config, chain)
     if not chain.ended:
         _submit_rest(run, config, chain, this)
-    write(run, chain)
+    is_kept = _keep(run, chain)
     if chain.ended:
         _tell(run, config, chain)
     elif not _live(run) - {os.environ.get("SLURM_ARRAY_JOB_ID", "")}:
         troubles = chain.troubles()
         later = min(LATE, SOON << min(troubles - 1, 10)) if troubles else 0
-        _follow_in_the_end(run, config, chain, later)
+        # Rounds that cannot be counted, as on a full disk, must be few.
+        _follow_in_the_end(run, config, chain, later if is_kept else LATE)
     return chain
+
+
+def _keep(run: RunDir, chain: Chain) -> bool:
+    """Write the chain; whether that went well."""
+    try:
+        write(run, chain)
+    except OSError as error:
+        print(f"this round is not on record: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _config(run: RunDir) -> Config:
@@ -126,7 +138,7 @@ def _follow_in_the_end(run: RunDir, config: Config, chain: Chain, later: int) ->
         except SlurmError as error:
             if not left:
                 chain.end("stopped", f"the next round could not be submitted: {error}")
-                write(run, chain)
+                _keep(run, chain)
                 _tell(run, config, chain)
                 raise
         time.sleep(PAUSE)
@@ -139,8 +151,10 @@ def _follow(run: RunDir, config: Config, later: int = 0) -> str:
     when = {"dependency": f"afterany:{':'.join(live)}"} if live else {"begin": f"now+{later}"}
     # An array of one element, as the queue lists the run's other jobs.
     own = {"job-name": slurm.rounds_of(run).name, "array": "0-0", "output": "next-%A.out", **when}
-    line = [sys.executable, "-P", "-m", "d2m_hpc", "again", str(run.root)]
-    return _start(run, "next.sh", shlex.join(line), {**_options(config), **own})
+    words = [sys.executable, "-P", "-m", "d2m_hpc", "again", str(run.root)]
+    # A node may lack the run folder's mount for a while, or the venv's.
+    line = f"for wait in {PAUSES}; do {shlex.join(words)} && exit; sleep $wait; done\nexit 1"
+    return _start(run, line, {**_options(config), **own})
 
 
 def _options(config: Config) -> dict[str, Any]:
@@ -158,11 +172,11 @@ def _options(config: Config) -> dict[str, Any]:
     }
 
 
-def _start(run: RunDir, file: str, line: str, options: dict[str, Any]) -> str:
-    path = run.logs / file
-    atomic_write(path, f"#!/bin/bash\n{line}\n".encode(), private=True)
+def _start(run: RunDir, line: str, options: dict[str, Any]) -> str:
+    """Submit a job; its script is in no file, which a full disk would not take."""
     flags = sbatch.flags(sbatch.given(options))
-    return sbatch.submit(["sbatch", f"--chdir={run.logs}", *flags, str(path)])
+    words = ["sbatch", f"--chdir={run.logs}", *flags]
+    return sbatch.submit(words, f"#!/bin/bash\n{line}\n")
 
 
 def _tell(run: RunDir, config: Config, chain: Chain) -> None:
@@ -170,7 +184,7 @@ def _tell(run: RunDir, config: Config, chain: Chain) -> None:
     if chain.wish.then and chain.state == "complete":
         line = f"cd {shlex.quote(chain.folder)}\nexport D2M_RUN={shlex.quote(str(run.root))}"
         own = {"job-name": "d2m-then", "output": "then-%j.out"}
-        _start(run, "then.sh", f"{line}\n{chain.wish.then}", {**_options(config), **own})
+        _start(run, f"{line}\n{chain.wish.then}", {**_options(config), **own})
     if chain.wish.notify:
         told = {"D2M_RUN": str(run.root), "D2M_STATE": chain.state, "D2M_WHY": chain.ended}
         environment = {**os.environ, **told}

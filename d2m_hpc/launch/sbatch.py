@@ -136,17 +136,20 @@ def asked(words: Sequence[str], script: str) -> str:
     return (done.stderr or done.stdout).strip().removeprefix("sbatch: ")
 
 
-def submit(command: Sequence[str]) -> str:
-    """Hand an array to sbatch; return its job id.
+def submit(command: Sequence[str], script: str = "") -> str:
+    """Hand a job to sbatch; return its job id.
 
     Not by submitit's executor: it renames a pickle an element to a name with the job id, so that
     no element of an array can start whose submit was killed between sbatch and these renames.
+
+    Args:
+        script: the script, where no word of the command names one.
 
     Raises:
         SlurmError: sbatch refused, with its words.
     """
     # Without a time limit: sbatch asks a slurmctld that restarts again and again.
-    done = commands.call(*command, seconds=None)
+    done = commands.call(*command, seconds=None, told=script)
     if done.returncode:
         raise SlurmError(_refusal(done.stderr or done.stdout, done.returncode))
     return job_id(done.stdout)

@@ -24,6 +24,7 @@ from d2m_hpc.run import nodes, rounds
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.rounds import Chain
 from d2m_hpc.run.shards import read_some
 from d2m_hpc.run.tasks import Progress, attempts, log_file
 from d2m_hpc.storage.texts import ERROR, safe
@@ -162,7 +163,7 @@ def summarise(
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     rows = sum(r.rows for r in done)
     active = [t for t in tasks if t.is_active]
-    rejections = _by_reason(done)
+    rejections, chain = _by_reason(done), rounds.read(run)
     return Summary(
         run_dir=str(run.root),
         output=config.output_metadata_dir,
@@ -176,7 +177,7 @@ def summarise(
         recomputed=sum(r.recomputed for r in done),
         **_pace(active, done, pending + len(running)),
         **_ran_on(tasks),
-        **_queued(run),
+        **{"rounds": str(chain or ""), **_queued(run, chain)},
         stragglers=_stragglers(active),
         broken_nodes=nodes.broken(run, manifest),
         failures=_grouped(run, failed),
@@ -186,7 +187,6 @@ def summarise(
         odd=[OutputDir(config.output_metadata_dir).path(f"{s}.parquet") for s in found.odd],
         given_up=len(found.given_up),
         notices=noticed(done),
-        rounds=str(rounds.read(run) or ""),
     )
 
 
@@ -209,7 +209,7 @@ def _mtime(path: Path) -> float:
         return 0.0
 
 
-def _queued(run: RunDir) -> dict[str, Any]:
+def _queued(run: RunDir, chain: Chain | None) -> dict[str, Any]:
     """Array elements by state, and why some wait; empty without Slurm."""
     arrays = slurm.all_arrays(run)
     if not arrays or not slurm.is_here():
@@ -219,7 +219,10 @@ def _queued(run: RunDir) -> dict[str, Any]:
     except SlurmError as error:
         return {"unasked": str(error)}
     tasks = dict(Counter(e.state.lower() for a in arrays for e in queue.of(a)))
-    return {"tasks": tasks, "waiting": why(queue, arrays)}
+    told = {"tasks": tasks, "waiting": why(queue, arrays)}
+    if chain and chain.state == "running" and not queue.live(slurm.rounds_of(run)):
+        told["rounds"] = f"{chain}; no further round waits: submit again with --until-done"
+    return told
 
 
 def _ran_on(tasks: list[Progress]) -> dict[str, Any]:

@@ -21,14 +21,15 @@ from typing import NoReturn
 
 from submitit import JobEnvironment
 
+from d2m_hpc.config.load import load
 from d2m_hpc.errors import D2MError, DiskError, NodeError
-from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.stopping import Stopped, interrupt_once, own_process, stop_on_signals
 from d2m_hpc.storage.files import FILE_MODE, atomic_write
 from d2m_hpc.storage.refused import of_system
 from d2m_hpc.storage.texts import ERROR, safe
 from d2m_hpc.worker.board import Board
+from d2m_hpc.worker.left import Left, cancel_pending
 from d2m_hpc.worker.supervise import Past, leave, supervised
 
 log = logging.getLogger(__name__)
@@ -114,15 +115,18 @@ def _work(
     board: Board | None,
     alone: Collection[str],
 ) -> int:
+    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+    starting = run.starting(os.environ.get("SLURM_JOB_ID", ""), int(attempt))
+    config = load(run.submission(submission).config, frozen=True)
+    if Left(run, submission, config).nothing_for(index):
+        starting.unlink(missing_ok=True)
+        print("no shard is left for this task", flush=True)
+        return 0
     try:
         from d2m_hpc.worker.task import run_task
     except (ImportError, OSError) as error:  # this node lacks a library, or has an old one
         raise NodeError(f"d2m_hpc cannot be loaded on {_node()}: {error}") from error
-    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
-    starting = run.starting(os.environ.get("SLURM_JOB_ID", ""), int(attempt))
     starting.unlink(missing_ok=True)
-    if index >= len(Chunks(run.submission(submission))):
-        return 0  # the last element of an array may have fewer chunks than ranks
     record = run.record(submission, index, int(attempt))
     try:
         progress = run_task(
@@ -136,6 +140,10 @@ def _work(
     if progress.state == "out of time":
         _requeue(job, record)
         return 0
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    is_last = array and config.steal and Left(run, submission, config).nothing()
+    if is_last and (why := cancel_pending(array or "")):
+        print(f"pending elements of the array stay: {why}", flush=True)
     return 1 if progress.failed else 0
 
 

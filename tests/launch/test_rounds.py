@@ -16,7 +16,9 @@ from d2m_hpc.launch import rounds, slurm
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.rounds import Chain, Rounds, read
 
-ANSWERS = 'echo "$@" >> {folder}/asked; echo $((70 + $(wc -l < {folder}/asked)))'
+ANSWERS = (
+    'echo "$@" >> {folder}/asked; cat > {folder}/script; echo $((70 + $(wc -l < {folder}/asked)))'
+)
 REFUSAL = "echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2; exit 1"
 
 
@@ -69,7 +71,7 @@ def test_a_round_waits_for_the_arrays_and_submits_what_they_left(site: Site) -> 
     assert (chain.state, len(chain.rounds)) == ("running", 1)
     assert [len(slurm.read_arrays(s)) for s in site.run.submissions()] == [1, 1]
     assert "-next --array=0-0" in site.asked()[-1]
-    assert str(site.run.logs / "next.sh") in site.asked()[-1]
+    assert f"again {site.run.root}" in (site.folder / "script").read_text()
 
 
 def test_a_complete_run_ends_it_starts_the_next_job_and_tells(site: Site) -> None:
@@ -81,7 +83,7 @@ def test_a_complete_run_ends_it_starts_the_next_job_and_tells(site: Site) -> Non
     assert (chain.state, chain.ended) == ("complete", "the run is complete")
     [then] = site.asked()[before:]
     assert "--job-name=d2m-then" in then
-    assert (site.run.logs / "then.sh").read_text().splitlines()[-1] == "echo trained > here"
+    assert (site.folder / "script").read_text().splitlines()[-1] == "echo trained > here"
     assert (site.folder / "told").read_text() == "complete: the run is complete\n"
     assert d2m.open(site.run.root).status().rounds == str(chain)
 
@@ -130,6 +132,28 @@ def test_where_no_round_can_follow_that_is_on_record(site: Site) -> None:
     assert chain is not None
     assert chain.ended.startswith("the next round could not be submitted: Slurm refused")
     assert (site.folder / "told").read_text() == "stopped\n"
+
+
+def test_a_round_that_cannot_be_written_is_followed_all_the_same(site: Site) -> None:
+    """As on a full disk: rounds that are in no record are rare, but none is the last."""
+    site.begin()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with site.patch.context() as patch:
+        patch.setattr(rounds, "write", full)
+        assert site.again().state == "running"
+    assert "--begin=now+3600" in site.asked()[-1]
+
+
+def test_a_chain_that_broke_off_is_told(site: Site) -> None:
+    site.begin()
+    name = slurm.rounds_of(site.run).name
+    site.lists(("72", name))
+    assert d2m.open(site.run.root).status().rounds == "0 of at most 20 rounds"
+    site.lists()
+    assert "no further round waits" in d2m.open(site.run.root).status().rounds
 
 
 def test_a_mistake_that_somebody_must_mend_stops_it(site: Site) -> None:

@@ -366,7 +366,7 @@ class Chaos:
         self.cluster.resume_nodes()
         self.run.pace(0)
         if self.by_itself:
-            wait_until(self._has_ended)
+            wait_until(self._has_ended, 3 * PATIENCE)
             return
         for _ in range(8):
             self._let_run()

@@ -21,11 +21,11 @@ PATIENCE = 300.0
 """Seconds for what takes a few on an idle machine, and many times that on a busy one."""
 
 
-def wait_until(probe: Callable[[], T]) -> T:
-    """The first true value of `probe`; an assertion error with its last one after `PATIENCE`."""
-    end = time.monotonic() + PATIENCE
+def wait_until(probe: Callable[[], T], seconds: float = PATIENCE) -> T:
+    """The first true value of `probe`; an assertion error with its last one after `seconds`."""
+    end = time.monotonic() + seconds
     while not (value := probe()):
-        assert time.monotonic() < end, f"still {value!r} after {PATIENCE} s"
+        assert time.monotonic() < end, f"still {value!r} after {seconds} s"
         time.sleep(0.1)
     return value
 

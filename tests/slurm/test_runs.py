@@ -192,6 +192,15 @@ def test_slurm_says_when_tasks_would_start_and_a_launcher_starts_them(
     run.assert_complete()
 
 
+def test_a_task_that_took_all_shards_cancels_the_elements_that_wait(
+    cluster: Cluster, tars: Tars
+) -> None:
+    run = Run(cluster, tars, 12, shards_per_task=1, slurm={"max_parallel": 1})
+    run.submit("--wait")
+    run.assert_complete()
+    assert [p.name for p in (run.run_dir / "logs").glob("*.log")] == ["000-0.log"]
+
+
 def test_the_plain_template_runs_the_same_tasks(cluster: Cluster, tars: Tars) -> None:
     run = Run(cluster, tars, 4, shards_per_task=2, slurm={"cpus_per_task": 2})
     said = d2m("submit", run.config, "--no-sbatch", "--no-preflight").stdout

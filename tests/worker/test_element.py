@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 from kit import STATS, d2m, write_config, write_shards
+from launch.scripted import commands_of
 
 from d2m_hpc.config import Slurm
+from d2m_hpc.config.load import load
 from d2m_hpc.launch import sbatch
 from d2m_hpc.launch.slurm import Array
 from d2m_hpc.run.folder import RunDir
+from d2m_hpc.storage.files import make_folder
 from d2m_hpc.worker import __main__ as main
+from d2m_hpc.worker.left import Left
 
 
 def own(rank: int, tasks_per_node: int) -> str | None:
@@ -116,3 +120,79 @@ def test_a_rank_of_an_element_finds_its_chunk_and_its_name(tmp_path: Path) -> No
     assert [p.name for p in (tmp_path / "out").glob("*.parquet")] == ["00003.parquet"]
     assert told.read_text() == "show job --oneliner 17_1\n"
     assert list(run.node_failures.iterdir()) == []
+
+
+@pytest.fixture
+def four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A submission of four tasks that nobody has started, and an scancel that says what it did."""
+    write_shards(tmp_path / "tars", 4, 2)
+    tars, out = str(tmp_path / "tars" / "*.tar"), str(tmp_path / "out")
+    config = write_config(
+        tmp_path / "c.yml", STATS, input_tars=tars, output_metadata_dir=out, shards_per_task=1
+    )
+    assert d2m("submit", config, "--no-sbatch", "--no-preflight").returncode == 0
+    commands_of(tmp_path / "bin", monkeypatch, scancel=f'echo "$@" >> {tmp_path}/cancelled')
+    (tmp_path / "lacking").mkdir()
+    (tmp_path / "lacking" / "torch.py").write_text("raise ImportError('this node has no torch')\n")
+    return RunDir(tmp_path / "out" / ".d2m")
+
+
+def element(run: RunDir, index: int, **more: str) -> int:
+    """The exit code of an element's task."""
+    words = shlex.split(sbatch.command(run, run.submission("000"), Slurm(), Array("a", 0, 4), {}))
+    slurm = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": str(index), "SLURM_LOCALID": "0"}
+    environment = {**os.environ, "SLURM_JOB_END_TIME": "4102444800", **slurm, **more}
+    python = words[words.index("-m") - 3 :]
+    return subprocess.run(python, env=environment, capture_output=True).returncode
+
+
+def test_an_element_without_work_loads_no_torch_and_the_pending_ones_are_cancelled(
+    four: RunDir,
+) -> None:
+    folder = four.root.parents[1]
+    lacking = {"PYTHONPATH": str(folder / "lacking")}
+    assert element(four, 3, **lacking) == 4  # as on a node that lacks a library
+    assert not (folder / "cancelled").exists()
+    assert element(four, 0) == 0
+    assert (folder / "cancelled").read_text() == "--state=PENDING 17\n"
+    assert element(four, 3, **lacking) == 0
+    assert "no shard is left for this task" in four.log_of("000", 3).read_text()
+    (folder / "out" / "00002.parquet").unlink()
+    assert element(four, 3, **lacking) == 4  # it would take that shard
+    assert element(four, 3) == 0
+    assert (folder / "out" / "00002.parquet").exists()
+
+
+def test_an_element_leaves_shards_to_others_where_it_may_not_steal(four: RunDir) -> None:
+    folder = four.root.parents[1]
+    config = four.submission("000").config
+    config.write_text(config.read_text().replace("steal: true", "steal: false"))
+    assert element(four, 1) == 0
+    assert not (folder / "cancelled").exists()
+    assert element(four, 1, PYTHONPATH=str(folder / "lacking")) == 0
+    assert sorted(p.name for p in (folder / "out").glob("*.parquet")) == ["00001.parquet"]
+
+
+def test_a_failed_shard_is_not_left_and_one_to_compute_again_is(four: RunDir) -> None:
+    config = load(four.submission("000").config, frozen=True)
+    (four.root.parents[1] / "out" / "00000.parquet").touch()
+    make_folder(four.submission("000").failed(""))
+    four.submission("000").failed("00001").touch()
+    left = Left(four, "000", config.model_copy(update={"steal": False}))
+    assert [left.nothing_for(i) for i in range(5)] == [True, True, False, False, True]
+    again = config.model_copy(update={"steal": False, "reprocess": True})
+    assert [Left(four, "000", again).nothing_for(i) for i in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize("line", ["echo 'slurmctld is away' >&2; exit 1", "exit 1", None])
+def test_pending_elements_that_stay_are_no_failure(
+    four: RunDir, monkeypatch: pytest.MonkeyPatch, line: str | None
+) -> None:
+    folder = four.root.parents[1] / "bin"
+    if line is None:
+        (folder / "scancel").unlink()
+        monkeypatch.setenv("PATH", str(folder))
+    else:
+        commands_of(folder, monkeypatch, scancel=line)
+    assert element(four, 0) == 0
+    assert "pending elements of the array stay" in four.log_of("000", 0).read_text()

@@ -1,0 +1,69 @@
+"""What is left of a submission, without torch: an array element looks before it loads its nets.
+
+With stealing, the tasks that began early leave nothing to those that Slurm starts late.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from d2m_hpc.config import Config
+from d2m_hpc.run.chunks import Chunks
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.records import Job
+
+
+class Left:
+    """The shards of a submission that are neither done nor failed; a look at three folders."""
+
+    def __init__(self, run: RunDir, submission: str, config: Config) -> None:
+        self._submission, self._config = run.submission(submission), config
+        self._chunks = Chunks(self._submission)
+        self._failed = _names(self._submission.failed(""))
+        self._extended = _names(self._submission.extended)
+        self._present = OutputDir(config.output_metadata_dir).stems()
+
+    def nothing_for(self, index: int) -> bool:
+        """Whether the task of a chunk has no shard to do, nor to take from others.
+
+        Shards that other tasks have in hand count as left, lest these tasks die.
+        """
+        if index >= len(self._chunks):
+            return True  # the last element of an array may have fewer chunks than ranks
+        own = self._are_settled([index])
+        return own and (not self._config.steal or self.nothing())
+
+    def nothing(self) -> bool:
+        """Whether no task of the submission has any shard left."""
+        return self._are_settled(range(len(self._chunks)))
+
+    def _are_settled(self, numbers: Iterable[int]) -> bool:
+        return all(map(self._is_settled, (j for c in self._chunks.read(numbers) for j in c)))
+
+    def _is_settled(self, job: Job) -> bool:
+        if job.stem in self._failed:
+            return True
+        if job.again or self._config.reprocess:
+            return False
+        return job.stem in (self._extended if job.extends else self._present)
+
+
+def _names(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def cancel_pending(array: str) -> str:
+    """Cancel an array's pending elements; returns why not, if Slurm did not.
+
+    Each would take an allocation for seconds to find nothing.
+    """
+    words = ["scancel", "--state=PENDING", array]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return done.stderr.strip() or "scancel failed" if done.returncode else ""
