@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.launch import sbatch, slurm, waiting
+from d2m_hpc.launch.commands import wait_for_next_look
 from d2m_hpc.launch.flow import Backend
 from d2m_hpc.plan import balance
 from d2m_hpc.plan.decide import Decision, decide
@@ -20,8 +21,6 @@ from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.records import Job
 
 SHARDS_PER_TASK = 16
-SHORTEST_WAIT, LONGEST_WAIT = 2.0, 30.0
-"""Seconds between two looks at the queue; longer for longer runs, as slurmctld serves everybody."""
 PATIENCE = 900.0
 """Seconds without an answer before `wait` gives up; a controller may restart meanwhile."""
 PATIENCE_OF_A_SUBMIT = 120.0
@@ -216,4 +215,4 @@ def wait(run: RunDir) -> None:
         except SlurmError:
             if time.monotonic() - heard > PATIENCE:
                 raise
-        time.sleep(min(LONGEST_WAIT, max(SHORTEST_WAIT, (time.monotonic() - began) / 20)))
+        wait_for_next_look(began)

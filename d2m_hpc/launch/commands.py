@@ -53,6 +53,19 @@ def callers(environment: Mapping[str, str]) -> set[str]:
     return gone
 
 
+SHORTEST_WAIT, LONGEST_WAIT = 2.0, 60.0
+
+
+def wait_for_next_look(began: float) -> None:
+    """Sleep between two looks at the queue: longer the longer one has waited, as slurmctld serves
+    everybody.
+
+    Args:
+        began: the first look, by `time.monotonic`.
+    """
+    time.sleep(min(LONGEST_WAIT, max(SHORTEST_WAIT, (time.monotonic() - began) / 20)))
+
+
 def environment() -> dict[str, str]:
     """This process's environment without the caller's variables."""
     gone = callers(os.environ)

@@ -65,6 +65,7 @@ class Summary:
         changed: shards whose tars have changed, of the tars that were checked.
         notices: done shards by their notices, such as on members that are no samples.
         rounds: how far a run is that goes on by itself; empty for others.
+        goes_on: whether another round follows.
     """
 
     run_dir: str
@@ -95,6 +96,7 @@ class Summary:
     changed: Changed | None = None
     notices: dict[str, int] = field(default_factory=dict)
     rounds: str = ""
+    goes_on: bool = False
 
     @property
     def complete(self) -> bool:
@@ -108,6 +110,12 @@ class Summary:
         if self.running or self.tasks.get("running"):  # one that starts has no shard in hand yet
             return "running"
         return "pending" if self.pending else "failed"
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a task works on the run or will, as far as can be known."""
+        over = {state.lower() for state in slurm.OVER}
+        return bool(self.running or self.unasked or self.goes_on or self.tasks.keys() - over)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -219,8 +227,9 @@ def _queued(run: RunDir, chain: Chain | None) -> dict[str, Any]:
     except SlurmError as error:
         return {"unasked": str(error)}
     tasks = dict(Counter(e.state.lower() for a in arrays for e in queue.of(a)))
-    told = {"tasks": tasks, "waiting": why(queue, arrays)}
-    if chain and chain.state == "running" and not queue.live(slurm.rounds_of(run)):
+    goes_on = bool(chain and not chain.ended and queue.live(slurm.rounds_of(run)))
+    told = {"tasks": tasks, "waiting": why(queue, arrays), "goes_on": goes_on}
+    if chain and not chain.ended and not goes_on:
         told["rounds"] = f"{chain}; no further round waits: submit again with --until-done"
     return told
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from d2m_hpc.watch.status import Summary
     from d2m_hpc.watch.verify import Report
 
-WATCH_SECONDS = 3.0
 WIDE = 10_000
 LONGEST = 20_000
 """Characters of a text that are printed."""
@@ -238,14 +237,21 @@ def _counted(found: Summary) -> None:
 
 
 def watch(look: Callable[[], Summary]) -> None:
-    """Print the summary again and again, until the run is complete, or can only fail."""
+    """Print the summary again and again, until the run is over, or nobody works on it."""
+    from d2m_hpc.launch.commands import wait_for_next_look
+
+    began, idle = time.monotonic(), 0
     while True:
         found = look()
         console.clear()
         summary(found)
         if found.state in ("complete", "failed"):
             return
-        time.sleep(WATCH_SECONDS)
+        idle = 0 if found.is_alive else idle + 1
+        if idle > 1:  # once may be between two tasks
+            console.print("nobody works on it; `d2m-submit` goes on", style="yellow")
+            return
+        wait_for_next_look(began)
 
 
 def report(found: Report) -> None:

@@ -15,7 +15,7 @@ from kit import CHECKPOINTS, STATS, write_config, write_shards
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
-from d2m_hpc.launch import flow
+from d2m_hpc.launch import commands, flow
 from d2m_hpc.launch.local import ThisProcess
 from d2m_hpc.models import weights
 from d2m_hpc.models.lock import Lock
@@ -274,3 +274,25 @@ def test_a_decision_says_what_finished_shards_gain(tmp_path: Path, file: Screen)
     ):
         show.decision(decide(inspect(asked, str(path))))
         assert file.text.splitlines()[-2:] == ["3 shards: 0 done, 3 to do", lines]
+
+
+@pytest.mark.parametrize(
+    ("alive", "left"),
+    [
+        ({"tasks": {"pending": 3}}, 0),
+        ({"running": 1}, 0),
+        ({"unasked": "squeue failed"}, 0),
+        ({"goes_on": True}, 0),
+        ({"tasks": {"completed": 2, "node_fail": 1}}, 2),
+        ({}, 2),
+    ],
+)
+def test_a_watch_ends_with_the_run_or_where_nobody_works_on_it(
+    terminal: Screen, monkeypatch: pytest.MonkeyPatch, alive: dict[str, Any], left: int
+) -> None:
+    monkeypatch.setattr(commands, "SHORTEST_WAIT", 0.0)
+    pending = _summary(done=1, pending=2, shards=3, **{"running": 0, **alive})
+    looks = iter([pending, pending, pending, _summary(done=3, pending=0, shards=3, running=0)])
+    show.watch(lambda: next(looks))
+    assert len(list(looks)) == left
+    assert ("nobody works on it" in terminal.text) == bool(left)
