@@ -1,4 +1,4 @@
-"""Hand job arrays to sbatch: options, script, refusals."""
+"""Hand job arrays to sbatch: options, script, and hints on what sbatch refuses."""
 
 from __future__ import annotations
 

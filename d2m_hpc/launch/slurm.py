@@ -1,4 +1,4 @@
-"""Slurm's answers: read squeue, divide chunks into job arrays, cancel them."""
+"""Ask squeue for a run's elements, size the job arrays of a submit, cancel them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Patterns to shards, and shards to the jobs that are left; changes nothing but the plan."""
+"""From patterns to shards, and to the jobs that are left; writes nothing but a first config."""

@@ -1,4 +1,4 @@
-"""Estimate the memory of the host that a task takes, to compare `slurm.mem` with."""
+"""Estimate how much host memory a task needs, to check `slurm.mem` against it."""
 
 from __future__ import annotations
 

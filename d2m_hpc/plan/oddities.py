@@ -1,4 +1,4 @@
-"""Look into files that a pattern takes but whose names do not end as those of tars do."""
+"""Check files that a pattern matches, but whose names do not end as those of tars do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Select the uids of a run's best samples, as DataComp's tools take a subset."""
+"""Select the uids of a run's best samples, in the file format that DataComp's tools take."""
 
 from __future__ import annotations
 

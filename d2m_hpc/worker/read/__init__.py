@@ -1,1 +1,1 @@
-"""Read archives from shared storage into batches in memory."""
+"""Read the shards of a task into batches in memory."""

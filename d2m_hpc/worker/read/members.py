@@ -1,4 +1,4 @@
-"""Account for members that are no samples, and for samples whose members cannot all be used."""
+"""Count and describe rejections and notices: samples that cannot be used, members of no sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recognise, by its first bytes, a file that is no tar."""
+"""Recognise what a file is that is no tar (HTML, a zip, text), to name that in the error."""
 
 from __future__ import annotations
 

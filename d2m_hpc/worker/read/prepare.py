@@ -1,4 +1,4 @@
-"""Turn one sample's members in the tar into models' inputs."""
+"""Turn the members of one sample into the inputs of the models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reader of a shard, by its form."""
+"""Choose the reader of a shard: for tars, parquets and folders."""
 
 from __future__ import annotations
 
