@@ -20,6 +20,7 @@ from d2m_hpc.errors import ConfigError, D2MError, SlurmError, WeightsError
 from d2m_hpc.launch import flow, sbatch, slurm
 from d2m_hpc.launch.arrays import SlurmArrays
 from d2m_hpc.plan import workload
+from d2m_hpc.plan.decide import Decision
 from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
@@ -61,10 +62,11 @@ def again(run: RunDir) -> Chain:
         raise D2MError(f"{run.root} does not go on by itself; submit with --until-done")
     if chain.ended:  # by this job, before it was requeued
         return chain
+    known = len(run.submissions())
     config = _config(run)
     this = _look(run, config, chain)
     if not chain.ended:
-        _submit_rest(run, config, chain, this)
+        _submit_rest(run, config, known, chain, this)
     is_kept = _keep(run, chain)
     if chain.ended:
         _tell(run, config, chain)
@@ -109,10 +111,33 @@ def _look(run: RunDir, config: Config, chain: Chain) -> Round:
     return this
 
 
-def _submit_rest(run: RunDir, config: Config, chain: Chain, this: Round) -> None:
+class _Newer(D2MError):
+    """A user has submitted the run meanwhile, maybe with another config."""
+
+
+class _Arrays(SlurmArrays):
+    """Array tasks of a config that is still the run's newest; looked up under the run's lock."""
+
+    def __init__(self, submissions: int) -> None:
+        super().__init__()
+        self._submissions = submissions
+
+    def look(self, workload: workload.Workload) -> Decision:
+        if len(workload.run.submissions()) != self._submissions:
+            raise _Newer("another submit came before; the next round follows its config")
+        return super().look(workload)
+
+
+def _submit_rest(run: RunDir, config: Config, known: int, chain: Chain, this: Round) -> None:
+    """
+    Args:
+        known: the number of submissions when the config was read.
+    """
     try:
         asked = workload.inspect(config, str(run.config), thorough=False)
-        decision = flow.submit(asked, SlurmArrays())
+        decision = flow.submit(asked, _Arrays(known))
+    except _Newer as error:
+        print(error, file=sys.stderr)
     except (ConfigError, WeightsError) as error:  # which somebody must mend
         chain.end("stopped", f"the submit failed: {safe(str(error), ERROR)}")
     except (D2MError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kit import d2m as command
@@ -11,8 +12,10 @@ from kit import submit
 from launch.scripted import commands_of, six_tasks
 
 import d2m_hpc as d2m
+from d2m_hpc.config.load import load
 from d2m_hpc.errors import D2MError, SlurmError
 from d2m_hpc.launch import rounds, slurm
+from d2m_hpc.plan import workload
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.rounds import Chain, Rounds, read
 
@@ -175,6 +178,29 @@ def test_a_round_leaves_a_newer_submits_rounds_alone(site: Site) -> None:
     site.lists(("72", name))
     rounds.again(site.run)
     assert "-next" in site.asked()[-1]
+
+
+def test_a_round_does_not_bring_an_older_config_back(site: Site) -> None:
+    """A user adds a column while the round waits for the run's lock."""
+    site.begin()
+    inspect = workload.inspect
+
+    def overtaken(*given: Any, **named: Any) -> workload.Workload:
+        site.patch.undo()
+        asked = inspect(*given, **named)
+        edited = site.config.read_text().replace("- text-words", "- text-words\n- text-characters")
+        site.config.write_text(edited)
+        commands_of(site.bin, site.patch)
+        d2m.submit(site.config, preflight=False)
+        return asked
+
+    site.patch.setattr(workload, "inspect", overtaken)
+    assert site.again().state == "running"
+    assert "text-characters" in load(site.run.config, frozen=True).postprocess_columns
+    assert len(site.run.submissions()) == 2
+    site.again()
+    assert "text-characters" in load(site.run.config, frozen=True).postprocess_columns
+    assert len(site.run.submissions()) == 3
 
 
 def test_a_cancel_and_another_submit_end_the_rounds_before(site: Site) -> None:

@@ -253,7 +253,9 @@ class Chaos:
             return False
         self.columns += 1
         self._run(self.run.shards)  # writes the config
-        self.submit()
+        # Rounds follow the run's config, so a user whose submit fails has to see to that.
+        while self.submit() and self.by_itself:
+            self._sleep(2)
         return True
 
     # --- what becomes of processes ---
