@@ -197,9 +197,11 @@ class HubFamily(Family):
 
     def image(self, use: Use) -> ImageInput | OwnInput:
         """The picture, as the checkpoint's processor prepares it."""
-        told = self.document(use, "preprocessor_config.json", required=False)
+        file = "preprocessor_config.json"
+        told = self.document(use, file, required=False)
         if not told:  # transformers 5 keeps it within the config of all that prepares inputs
-            told = self.document(use, "processor_config.json", required=False)
+            file = "processor_config.json"
+            told = self.document(use, file, required=False)
             told = told.get("image_processor") or {}
             if not isinstance(told, dict):
                 raise ValueError("`image_processor` of its processor_config.json is no mapping")
@@ -207,7 +209,11 @@ class HubFamily(Family):
         for sides in (told.get("size"), told.get("crop_size")):
             given = sides if isinstance(sides, dict) else {"height": sides}
             require_sides(*(given[n] for n in SIDES & given.keys() if given[n] is not None))
+        path = self.home(use) / file
         for name in ("image_mean", "image_std"):
+            if told.get("do_normalize") and told.get(name, 0) is None:
+                what = f"{path}: `{name}` is null, and `do_normalize` wants both of mean and std"
+                raise ParameterError("checkpoint", what)
             if told.get("do_normalize", True) and not isinstance(
                 told.get(name), int | float | None
             ):

@@ -58,7 +58,7 @@ class ImageInput:
         fill: grey value, in [0, 255].
         crop: how the first row and column of the middle come from a half: `round` to the even
             number, as torchvision does, or `floor`, as transformers does.
-        mean, std: of pixels in [0, 1], by channel; without them the model is given uint8.
+        mean, std: of pixels in [0, 1], by channel; without both the model is given uint8.
     """
 
     size: tuple[int, int] | int
@@ -86,6 +86,9 @@ class ImageInput:
         for name in ("mean", "std"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, colour(name, value))
+        if (self.mean is None) != (self.std is None):
+            given, other = ("std", "mean") if self.mean is None else ("mean", "std")
+            raise ValueError(f"a {given} without a {other}; give both, or neither for uint8")
         if self.std and not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"a std of {[*self.std]}; valid are numbers above 0")
 

@@ -153,6 +153,8 @@ def test_a_class_declares_its_image_input_and_its_outputs(tmp_path: Path) -> Non
     [
         ("'size': [32, 48]", "'sise': 32", "sise"),
         ("'size': [32, 48]", "'size': 'large'", "preprocessors: size: found 'large'"),
+        (", 'std': [1, 1, 1]", "", "a mean without a std; give both"),
+        ("'mean': [0, 0, 0], ", "'mean': None, ", "a std without a mean; give both"),
         ("'squash'", "'squish'", "preprocessors: resize: found 'squish'"),
         ("'float32'", "'float'", "outputs: found 'tone': 'float'; valid are a column's type"),
         ("[3]", "[0]", r"outputs: found 'rgb': \[0\]"),

@@ -112,6 +112,24 @@ def test_a_folder_without_a_checkpoint_is_told_at_once(tmp_path: Path) -> None:
     assert "no file of weights" in mistake
 
 
+@pytest.mark.parametrize(
+    ("change", "mistake"),
+    [
+        ({"image_mean": None}, "preprocessor_config.json: `image_mean` is null"),
+        ({"image_std": None}, "preprocessor_config.json: `image_std` is null"),
+    ],
+)
+def test_a_processor_that_fits_no_picture_is_told_at_once(
+    change: dict[str, Any], mistake: str, tmp_path: Path
+) -> None:
+    """With null, the net would be given bytes; transformers refuses it for the first picture."""
+    folder = vit(tmp_path / "net", DeiTImageProcessor(do_center_crop=False), id2label=NAMES)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
+    [found] = _mistakes(keys(folder, "own-normal"), tmp_path)
+    assert mistake in found
+
+
 def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:
     folder = vit(tmp_path, id2label=NAMES)
     tensors = load_file(folder / "model.safetensors")
