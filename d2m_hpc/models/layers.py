@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import count
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from d2m_hpc.models.chain import Layer, activated, layers_of, require_scale
 from d2m_hpc.models.checkpoint import Weights, state_of
-from d2m_hpc.models.headers import natural
 from d2m_hpc.models.nsfw import EPSILON
 
 FUNCTIONS: Mapping[str, Any] = {
@@ -47,15 +46,15 @@ class Layers(nn.Module):
         super().__init__()
         weights = Weights(path.parent)
         with weights.used(path.name):
-            if path.suffix == ".npz":
-                layers = [*_of_sklearn(path)]
-            else:
-                state = state_of(weights.load(path.name))
-                if path.suffix == ".safetensors":  # which has not kept their order
-                    state = {name: state[name] for name in sorted(state, key=natural)}
-                layers = [*_of_state(state, epsilon)]
-            chain = [*_activated(layers, FUNCTIONS[activation])]
-        self.values = [layer.out_features for layer in chain if isinstance(layer, nn.Linear)][-1]
+            own = _arrays(path) if path.suffix == ".npz" else state_of(weights.load(path.name))
+            layers = layers_of({n: tuple(v.shape) for n, v in own.items()}, path.suffix)
+            places = activated(layers) if activation != "none" else []
+            chain = []
+            for i, layer in enumerate(layers):
+                chain.append(_built(layer, own, epsilon))
+                if i in places:
+                    chain.append(FUNCTIONS[activation]())
+        self.values = layers[-1].gives
         self.net = nn.Sequential(*chain, FUNCTIONS[final]()).eval()
         self.normalize = normalize
 
@@ -68,47 +67,31 @@ class Layers(nn.Module):
         return values
 
 
-def _activated(layers: list[nn.Module], activation: Any) -> Iterator[nn.Module]:
-    """The layers, and an activation after each linear one but the last."""
-    linear = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
-    if not linear:
-        raise ValueError("it holds no linear layer")
-    for i, layer in enumerate(layers):
-        yield layer
-        if i in linear[:-1]:
-            yield activation()
+def _built(layer: Layer, own: Mapping[str, Tensor], epsilon: float) -> nn.Module:
+    """A layer with its tensors."""
+    if layer.name != layer.prefix:  # of a state dict
+        if not layer.is_norm:
+            return _linear(own[layer.name], own.get(f"{layer.prefix}bias"))
+        norm = nn.BatchNorm1d(layer.takes, eps=epsilon)
+        given = {n: own.get(f"{layer.prefix}{n}") for n in norm.state_dict()}
+        # Weight and bias, which `affine=False` leaves out, are 1 and 0 in a new one.
+        norm.load_state_dict({n: v for n, v in given.items() if v is not None}, strict=False)
+        return norm
+    if layer.is_norm:
+        scale = own.get("scale_", torch.ones_like(own["mean_"]))
+        require_scale(scale)
+        norm = nn.BatchNorm1d(layer.takes, eps=EPSILON, affine=False)
+        norm.running_mean, norm.running_var = own["mean_"], scale**2
+        return norm
+    weight, bias = own[layer.name], own.get(layer.name.replace("coef", "intercept"))
+    if layer.name == "coef_":
+        return _linear(weight.reshape(-1, layer.takes), bias)
+    return _linear(weight.T, bias)
 
 
-def _of_state(state: Mapping[str, Tensor], epsilon: float) -> Iterator[nn.Module]:
-    """The layers of a state dict, in its order."""
-    for name in [n.removesuffix("weight") for n in state if n.endswith("weight")]:
-        own = {n.removeprefix(name): v.float() for n, v in state.items() if n.startswith(name)}
-        if own["weight"].dim() == 2:
-            yield _linear(own["weight"], own.get("bias"))
-        elif "running_mean" in own:
-            norm = nn.BatchNorm1d(len(own["weight"]), eps=epsilon)
-            norm.load_state_dict({"num_batches_tracked": torch.tensor(0), **own})
-            yield norm
-        else:
-            raise ValueError(f"{name}weight is neither a linear nor a batch norm layer's")
-
-
-def _of_sklearn(path: Path) -> Iterator[nn.Module]:
-    """The layers of arrays under sklearn's names: of a StandardScaler, a linear model, an MLP."""
+def _arrays(path: Path) -> dict[str, Tensor]:
     with np.load(path, allow_pickle=False) as file:
-        arrays = {name: _tensor(file[name]) for name in file.files}
-    if "mean_" in arrays:
-        scale = arrays.get("scale_", torch.ones_like(arrays["mean_"]))
-        norm = nn.BatchNorm1d(len(scale), eps=EPSILON, affine=False)
-        norm.running_mean, norm.running_var = arrays["mean_"], scale**2
-        yield norm
-    if "coef_" in arrays:
-        weight = arrays["coef_"]
-        yield _linear(weight.reshape(-1, weight.shape[-1]), arrays.get("intercept_"))
-    for i in count():
-        if f"coefs_{i}" not in arrays:
-            break
-        yield _linear(arrays[f"coefs_{i}"].T, arrays.get(f"intercepts_{i}"))
+        return {name: _tensor(file[name]) for name in file.files}
 
 
 def _tensor(values: NDArray[Any]) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
-from math import prod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from zipfile import is_zipfile
 
 from d2m_hpc.errors import WeightsError
+from d2m_hpc.models.chain import activated, layers_of, require_scale
 from d2m_hpc.models.family import (
     Between,
     Family,
@@ -62,7 +62,8 @@ class LinearHead(Family):
     normalize: bool = False
     """divide a feature by its length first, which those of CLIP-like models have done"""
     activation: Literal["none", "relu", "gelu", "tanh"] = "none"
-    """between the linear layers"""
+    """between two linear layers; where a batch norm is there too, in the place that the numbers of
+    an `nn.Sequential` leave out"""
     final: Literal["none", "sigmoid", "softmax"] = "none"
     """of the last layer's values"""
     epsilon: Annotated[float, Between(0, 1)] = 1e-5
@@ -80,6 +81,8 @@ class LinearHead(Family):
         if self.width and self.classes:
             what = "is for one feature, and `classes` for columns; give one of them"
             raise ParameterError("width", what)
+        if self.final == "softmax" and (self.width or len(self._names)) == 1:
+            raise ParameterError("final", "softmax of one value is 1 for every sample; use sigmoid")
         if self.width:
             return [Output("vector", shape=(self.width,))]
         return [Output(name, "float32") for name in self._names]
@@ -89,11 +92,13 @@ class LinearHead(Family):
 
     def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
         path = located(self._file(), use.folder)
+        if not path.is_file():
+            return
         try:
-            found = shapes(path) if path.is_file() else {}
-            if not found:
-                return
-            takes, gives = widths(found)
+            found = shapes(path)
+            if not found and path.suffix != ".safetensors" and not is_zipfile(path):
+                return  # of torch, from before it saved zips: the task tells what is in the file
+            takes, gives = self._sizes(path, found)
         except ValueError as error:
             raise ParameterError("checkpoint", f"{path}: {error}") from None
         wrong = []
@@ -107,6 +112,24 @@ class LinearHead(Family):
             wrong.append(("classes", f"{what}; name each in `classes`, or give `width: {gives}`"))
         if wrong:
             raise ParameterError(*wrong)
+
+    def _sizes(self, path: Path, found: Mapping[str, Axes]) -> tuple[int, int]:
+        """How many values the head takes and gives.
+
+        Raises:
+            ValueError: the file holds no head, or one whose values cannot be told.
+        """
+        if not found and path.suffix not in (".npz", ".safetensors"):
+            raise ValueError("it holds no tensors by name; save the net's `state_dict()`")
+        layers = layers_of(found, path.suffix)
+        if self.activation != "none":
+            activated(layers)
+        if path.suffix == ".npz" and "scale_" in found:
+            from numpy import load
+
+            with load(path) as arrays:
+                require_scale(arrays["scale_"])
+        return layers[0].takes, layers[-1].gives
 
     def licence(self) -> str:
         return {_V1: "MIT", _V2: "Apache-2.0"}.get(self.checkpoint.rpartition("/")[0], "")
@@ -136,54 +159,3 @@ class LinearHead(Family):
 
     def _file(self) -> Checkpoint | Path:
         return published("checkpoint", self.checkpoint, self.sha256)
-
-
-def widths(found: Mapping[str, Axes]) -> tuple[int, int]:
-    """How many values a chain of layers takes, and how many it gives.
-
-    Example:
-        >>> widths({"0.weight": (8, 768), "0.bias": (8,), "2.weight": (1, 8)})
-        (768, 1)
-
-    Args:
-        found: the shapes of the layers' tensors by name, in the layers' order.
-
-    Raises:
-        ValueError: there is no linear layer, or one cannot take what the one before it gives.
-    """
-    steps = sorted(_steps(found), key=lambda step: step[0] != "mean_")  # a scaler comes first
-    if not any(len(found[name]) == 2 or name == "coef_" for name, _, _ in steps):
-        raise ValueError(f"it holds no linear layer, but {', '.join([*found][:4])}")
-    for (before, _, gives), (name, takes, _) in pairwise(steps):
-        if gives != takes:
-            raise ValueError(f"{name} takes {takes} values, and {before} gives {gives}")
-    return steps[0][1], steps[-1][2]
-
-
-def _steps(found: Mapping[str, Axes]) -> Iterator[tuple[str, int, int]]:
-    """Each layer's name, and how many values it takes and gives.
-
-    Raises:
-        ValueError: an array has other axes, or another number of values than belongs to the layer.
-    """
-    chain = 0
-    for name, shape in found.items():
-        if name.endswith("weight"):  # of a batch norm, or a linear layer
-            takes, gives, beside = shape[-1:], shape[:1], f"{name.removesuffix('weight')}bias"
-        elif name == "mean_":
-            takes, gives, beside = shape, shape, "scale_"
-        elif name == "coef_":
-            takes, gives, beside = shape[-1:], (prod(shape[:-1]),), "intercept_"
-        elif name.startswith("coefs_"):
-            takes, gives, beside = shape[:1], shape[1:], name.replace("coefs", "intercepts")
-            if name != f"coefs_{chain}":
-                raise ValueError(f"it holds {name} without coefs_{chain}")
-            chain += 1
-        else:
-            continue
-        if not (len(takes) == len(gives) == 1 and len(shape) < 3):
-            raise ValueError(f"{name} has the shape {[*shape]}, which is no linear layer's")
-        if beside in found and prod(found[beside]) != gives[0]:
-            what = f"{beside} has {prod(found[beside])} values, and {name}"
-            raise ValueError(f"{what} {'has' if takes is gives else 'gives'} {gives[0]}")
-        yield name, takes[0], gives[0]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,93 @@ def test_other_numbers_of_values_than_classes_are_told(tmp_path: Path) -> None:
     torch.save(nn.Linear(WIDTH, 2).state_dict(), tmp_path / "two.pth")
     with pytest.raises(Exception, match=r"two.pth gives 2 values for 1 classes"):
         _scores(_head(checkpoint=str(tmp_path / "two.pth")), "score")
+
+
+def _trained(*layers: nn.Module) -> nn.Sequential:
+    """A net whose batch norms have seen some features."""
+    torch.manual_seed(2)
+    net = nn.Sequential(*layers)
+    net(torch.rand(60, WIDTH))
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [(nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout()), (nn.ReLU(), nn.BatchNorm1d(8, affine=False))],
+)
+def test_an_activation_is_where_the_numbers_of_a_sequential_leave_it_out(
+    middle: tuple[nn.Module, ...], tmp_path: Path
+) -> None:
+    from d2m_hpc.models.layers import Layers
+
+    first = (nn.BatchNorm1d(WIDTH, affine=False), nn.Linear(WIDTH, 8))
+    net, rows = _trained(*first, *middle, nn.Linear(8, 1)), torch.randn(20, WIDTH)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    made = Layers(tmp_path / "net.pth", "relu", "none", normalize=False, epsilon=1e-5)
+    with torch.no_grad():
+        np.testing.assert_allclose(made(rows), net(rows), atol=1e-6)
+
+
+def test_layers_of_a_safetensors_without_numbers_are_in_the_only_order_that_fits(
+    tmp_path: Path,
+) -> None:
+    from d2m_hpc.models.layers import Layers
+
+    net = nn.Sequential(OrderedDict(fc=nn.Linear(WIDTH, 8), a_out=nn.Linear(8, 1)))
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    made = Layers(tmp_path / "net.safetensors", "none", "none", normalize=False, epsilon=1e-5)
+    rows = torch.randn(3, WIDTH)
+    with torch.no_grad():
+        np.testing.assert_allclose(made(rows), net(rows), atol=1e-6)
+
+
+COEF = {"coef_": np.ones((1, WIDTH)), "intercept_": np.ones(1)}
+ONES = np.ones(WIDTH)
+SQUARE = {f"{n}.weight": torch.zeros(WIDTH, WIDTH) for n in ("proj", "fc")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.npz", {**COEF, "scale_": ONES}, "it holds scale_ without mean_"),
+        ("a.npz", {**COEF, "mean_": ONES, "var_": ONES}, "it holds var_ without scale_"),
+        ("a.npz", {**COEF, "foo": ONES}, "it holds foo, which is not computed"),
+        ("a.npz", {**COEF, "mean_": ONES, "scale_": ONES * 0}, "scale_ has values that are 0"),
+        ("a.npz", {}, "it holds no linear layer, but nothing"),
+        ("a.pth", {}, "it holds no tensors by name"),
+        ("a.pth", [1, 2], "it holds no tensors by name"),
+        ("a.pth", nn.Linear(WIDTH, 1), "it holds no tensors by name"),
+        ("a.pth", {"model": nn.Linear(WIDTH, 1).state_dict()}, "it holds no tensors by name"),
+        ("a.pth", nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 1)).state_dict(), "0.weight"),
+        ("a.pth", nn.Sequential(nn.Linear(WIDTH, 1), nn.PReLU()).state_dict(), "1.weight"),
+        ("a.pth", {"scale": torch.ones(1)}, "scale is neither a linear nor a batch norm layer's"),
+        (
+            "a.pth",
+            nn.ModuleList([nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)]).state_dict(),
+            "do not tell on which side",
+        ),
+        ("a.safetensors", {**SQUARE, "out.weight": torch.zeros(1, WIDTH)}, "cannot be told"),
+    ],
+)
+def test_what_is_no_head_or_one_of_two_is_told_at_submit(
+    name: str, content: Any, told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if name.endswith(".npz"):
+        np.savez(path, **content)
+    elif name.endswith(".safetensors"):
+        save_file(content, path)
+    else:
+        torch.save(content, path)
+    config = {**EXACT, "models": [MODEL, _head(checkpoint=str(path), activation="relu")]}
+    registry, problems = Registry().with_models(config["models"], [], tmp_path)
+    assert problems == []
+    [problem] = registry.unfit(config["models"])
+    assert problem.loc[-1] == "checkpoint"
+    assert told in problem.what
+
+
+def test_a_softmax_of_one_value_is_told() -> None:
+    models = [MODEL, _head(checkpoint="/a.pth", final="softmax")]
+    [mistake] = registry_mistakes(Config.model_validate({**EXACT, "models": models}), Registry())
+    assert "softmax of one value is 1 for every sample" in mistake
