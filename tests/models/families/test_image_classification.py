@@ -13,7 +13,6 @@ from tiny_nets import OTHERWISE, image_processor, vit
 from transformers import (
     CLIPImageProcessor,
     DeiTImageProcessor,
-    ViTForImageClassification,
     pipeline,
 )
 
@@ -37,11 +36,9 @@ def keys(folder: Path, *columns: str, features: tuple[str, ...] = ()) -> dict[st
     }
 
 
-def theirs(folder: Path, backend: str = "pil") -> list[dict[str, float]]:
-    """Scores by label, by a pipeline of transformers."""
-    processor = image_processor(folder, backend)
-    net = ViTForImageClassification.from_pretrained(folder)
-    run_all = pipeline("image-classification", model=net, image_processor=processor, top_k=9)
+def theirs(folder: Path, **chosen: Any) -> list[dict[str, float]]:
+    """Scores by label, by a pipeline of transformers, with its own processor if none is chosen."""
+    run_all = pipeline("image-classification", model=str(folder), top_k=9, **chosen)
     return [{s["label"]: s["score"] for s in run_all(picture)} for picture in photographs(8)]
 
 
@@ -50,7 +47,7 @@ def test_scores_are_a_pipelines(processor: Any, tmp_path: Path) -> None:
     folder = vit(tmp_path / "net", processor, id2label=NAMES)
     columns = ["own-normal", "own-nsfw-drawn-1", "own-nsfw-drawn-2", "own-label"]
     found = run(keys(folder, *columns, features=("own-scores",)), photographs(8))
-    expected = theirs(folder)
+    expected = theirs(folder, image_processor=image_processor(folder))
     for column, label in zip(columns, NAMES.values(), strict=False):
         scores = np.array([row[label] for row in expected])
         assert scores.std() > 1e-3
@@ -60,14 +57,17 @@ def test_scores_are_a_pipelines(processor: Any, tmp_path: Path) -> None:
     if OTHERWISE and processor is None:
         return  # the pipeline resizes bytes as this torchvision does
     fast = run({**keys(folder, "own-normal"), "resize": "fast"}, photographs(8))
-    scores = [row["normal"] for row in theirs(folder, "torchvision")]
+    scores = [row["normal"] for row in theirs(folder)]
     np.testing.assert_allclose(fast.columns["own-normal"], scores, atol=1e-5)
 
 
-def test_a_processor_that_does_more_prepares_the_pictures_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resize", ["exact", "fast"])
+def test_a_processor_that_does_more_prepares_the_pictures_itself(
+    resize: str, tmp_path: Path
+) -> None:
     folder = vit(tmp_path / "net", OWN, id2label=NAMES, problem_type="multi_label_classification")
-    found = run(keys(folder, "own-normal"), photographs(8))
-    scores = [row["normal"] for row in theirs(folder, "torchvision")]
+    found = run({**keys(folder, "own-normal"), "resize": resize}, photographs(8))
+    scores = [row["normal"] for row in theirs(folder)]
     np.testing.assert_allclose(found.columns["own-normal"], scores, atol=1e-5)
 
 
