@@ -216,7 +216,8 @@ def _as_sha256(given: str) -> str:
 
 Sha256 = Annotated[str, AfterValidator(_as_sha256)]
 Side = Annotated[int, Between(1, LARGEST_SIDE)]
-Tokens = Annotated[int, Between(1, 131_072)]
+Tokens = Annotated[int, Between(3, 131_072)]
+"""Of a text; two of them may be a tokenizer's own, around the text."""
 Shade = Annotated[float, Between(-1000, 1000)]
 Colour = tuple[Shade, Shade, Shade]
 """Mean or std of pixels, by channel."""

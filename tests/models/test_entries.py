@@ -185,7 +185,7 @@ def test_every_number_of_every_family_has_a_range(kind: str) -> None:
         ("text-boxes", {"limit_side_len": 10**9}, "found 1000000000; valid is 32 to 4096"),
         ("text-boxes", {"thresh": 1.0}, "found 1.0; valid is 0.001 to 0.999"),
         ("sscd", {"size": -1}, "found -1; valid is 32 to 4096"),
-        ("text-embedding", {"checkpoint": "a/b", "max_tokens": 0}, "found 0; valid is 1 to 131072"),
+        ("text-embedding", {"checkpoint": "a/b", "max_tokens": 2}, "found 2; valid is 3 to 131072"),
         ("onnx", {"checkpoint": "a", "gives": {"s": {}}, "size": [9, 9**9]}, "valid is 1 to 4096"),
         ("onnx", {"checkpoint": "a", "gives": {"s": {"index": -1}}, "size": 9}, "valid is 0 to 16"),
     ],

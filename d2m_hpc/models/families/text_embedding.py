@@ -37,8 +37,12 @@ class TextEmbedding(HubFamily):
 
     def inputs(self, use: Use) -> list[Any]:
         told = self.document(use, "sentence_bert_config.json", required=False)
+        most = told.get("max_seq_length")
+        if most is not None and (type(most) is not int or most < 3):
+            what = f"{self.home(use)}/sentence_bert_config.json: max_seq_length is {most!r}"
+            raise ParameterError("checkpoint", f"{what}; valid is 3 or more")
         options = {"prefix": self.prefix, "lower": bool(told.get("do_lower_case"))}
-        return [self.text(use, most=self.max_tokens or told.get("max_seq_length"), **options)]
+        return [self.text(use, most=self.max_tokens or most, **options)]
 
     def outputs(self, use: Use) -> list[Output]:
         self._modules(use)

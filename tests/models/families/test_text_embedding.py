@@ -79,5 +79,15 @@ def test_other_modules_and_poolings_are_told(tmp_path: Path) -> None:
         model.outputs(use)
 
 
+def test_a_length_that_leaves_no_room_for_a_text_is_told(tmp_path: Path) -> None:
+    shutil.copytree(MINILM, tmp_path / "net", copy_function=_linked)
+    told = tmp_path / "net" / "sentence_bert_config.json"
+    told.unlink()
+    told.write_text(json.dumps({"max_seq_length": 2}))
+    use, model = Use("own", tmp_path, frozenset()), TextEmbedding(checkpoint=str(tmp_path / "net"))
+    with pytest.raises(ParameterError, match=r"config\.json: max_seq_length is 2; valid is 3 or"):
+        model.inputs(use)
+
+
 def _linked(source: str, target: str) -> None:
     Path(target).symlink_to(source)
