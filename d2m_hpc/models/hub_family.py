@@ -228,22 +228,26 @@ class HubFamily(Family):
     def labels(self, use: Use) -> dict[str, str]:
         """The checkpoint's labels, in order, by the names of their columns.
 
-        Two labels of one name, as a column has it, are told apart by their numbers.
+        Two labels of one name, as a column has it, are told apart by their numbers. A label without
+        letters and digits has the column `label_<number>`.
         """
         config = self.document(use)
         if not config:
             return {}
-        told = config.get("id2label") or {
-            i: f"LABEL_{i}" for i in range(config.get("num_labels", 2))
-        }
+        told = config.get("id2label")
+        if told is None:
+            told = {i: f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
         try:
-            labels = [str(told[i]) for i in sorted(told, key=int)]
+            numbers = sorted(told, key=int)
+            labels = [str(told[i]) for i in numbers]
         except (TypeError, ValueError, LookupError):
-            what = f"{self.home(use)}: the labels in its config.json are no numbered names"
-            raise ParameterError("checkpoint", what) from None
-        names = [column_name(label) for label in labels]
+            numbers, labels = [], []
+        if not labels or [*map(int, numbers)] != [*range(len(labels))]:
+            what = f"{self.home(use)}/config.json: the labels in its id2label are no names"
+            raise ParameterError("checkpoint", f"{what} numbered from 0 without a gap")
+        names = [column_name(label) or f"label_{i}" for i, label in enumerate(labels)]
         return {
-            f"{name}-{i}" if not name or name in OTHERS or names.count(name) > 1 else name: label
+            f"{name}-{i}" if name in OTHERS or names.count(name) > 1 else name: label
             for i, (name, label) in enumerate(zip(names, labels, strict=True))
         }
 

@@ -153,3 +153,19 @@ def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:
     (folder / "code.py").write_text("raise SystemExit('ran')")
     with pytest.raises(WeightsError, match="trust_remote_code"):
         run(keys(folder, "own-normal"), photographs(1))
+
+
+@pytest.mark.parametrize("labels", [{"0": "a", "1": "b", "5": "c"}, {}, ["a"], {"a": "b"}])
+def test_labels_that_are_not_numbered_from_0_are_told(labels: Any, tmp_path: Path) -> None:
+    folder = vit(tmp_path / "net", id2label=NAMES)
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": labels}))
+    [mistake] = _mistakes(keys(folder, "own-label"), tmp_path)
+    assert "net/config.json: the labels in its id2label are no names numbered from 0" in mistake
+
+
+def test_a_label_without_letters_has_a_column_by_its_number(tmp_path: Path) -> None:
+    folder = vit(tmp_path, id2label={0: "", 1: "b", 2: "!"})
+    model = ImageClassification(checkpoint=str(folder))
+    labels = model.labels(Use("own", tmp_path, frozenset()))
+    assert labels == {"label_0": "", "b": "b", "label_2": "!"}
