@@ -14,7 +14,7 @@ from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import INPUTS, Config
 from d2m_hpc.models import types
 from d2m_hpc.models.family import ModelSpec, Post
-from d2m_hpc.models.inputs import RAW_INPUTS
+from d2m_hpc.models.inputs import RAW_INPUTS, ImageInput
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
 
 if TYPE_CHECKING:  # its import declares all families, which `--help` does not need
@@ -166,6 +166,11 @@ def _raw_mistakes(spec: ModelSpec, registry: Registry) -> list[str]:
         f"{spec.name!r} asks for the unknown raw input {name!r}{nearest(name, RAW_INPUTS)}"
         for name in spec.raw_inputs
         if name not in RAW_INPUTS
+    ]
+    unknown += [
+        f"{spec.name!r} wants the raw input {raw!r} prepared as an {form}; valid is 'image' for it"
+        for raw, form in spec.inputs
+        if isinstance(form, ImageInput) and raw != "image"
     ]
     return unknown + [
         f"{spec.name!r} asks for the unknown preprocessor {name!r}"

@@ -60,6 +60,10 @@ PLAIN = re.compile(
 """Processors that resize, cut the middle out and normalise, and do nothing else."""
 
 
+UNCUT = ("ViT", "Blip", "Siglip")
+"""Of these, the ones that cut out nothing unless their config says so."""
+
+
 class HubFamily(Family):
     """A checkpoint of transformers; a family adds what is computed with it."""
 
@@ -218,6 +222,9 @@ class HubFamily(Family):
                 told.get(name), int | float | None
             ):
                 colour(name, told[name])
+        if told.get("do_resize") and _has_many_sizes(told):
+            what = f"{path} gives pictures no fixed size; valid is a `size` of height and width"
+            raise ParameterError("checkpoint", f"{what}, or a `crop_size` with `do_center_crop`")
         return described(told) or OwnInput("image", "d2m_hpc.models.hub_nets:images", source=source)
 
     def text(self, use: Use, **options: Any) -> OwnInput:
@@ -277,6 +284,14 @@ def column_name(label: str) -> str:
         ('tabby-tabby-cat', 'label_0')
     """
     return re.sub(r"\W+", "-", label.lower()).strip("-")
+
+
+def _has_many_sizes(told: Mapping[str, Any]) -> bool:
+    """Whether pictures stay as they are longer on one side: of processors that do nothing else."""
+    kind, size = told.get("image_processor_type"), told.get("size")
+    plain = PLAIN.fullmatch(str(kind or told.get("feature_extractor_type")))
+    uncut = told.get("do_center_crop", bool(plain and plain[1] not in UNCUT)) is False
+    return bool(plain and uncut and isinstance(size, dict) and {*size} == {"shortest_edge"})
 
 
 def described(told: Mapping[str, Any]) -> ImageInput | None:

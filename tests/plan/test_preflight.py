@@ -9,7 +9,11 @@ import pytest
 from kit import DATACOMP, STATS, write_config, write_shards
 
 from d2m_hpc.config import load
+from d2m_hpc.config.mistakes import _raw_mistakes
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.models.family import ModelSpec
+from d2m_hpc.models.inputs import ImageInput
+from d2m_hpc.models.registry import Registry
 from d2m_hpc.plan.workload import inspect
 
 
@@ -78,6 +82,12 @@ def test_what_only_running_the_custom_file_can_tell_is_told(tmp_path: Path) -> N
         inspect(load(config), "c.yml", thorough=True)
     assert "unknown raw input 'images'; did you mean 'image'" in str(caught.value)
     assert "banner" not in str(caught.value)
+
+
+def test_an_image_input_for_a_text_is_refused() -> None:
+    spec = ModelSpec("own", ("text",), (ImageInput(8),))
+    [mistake] = _raw_mistakes(spec, Registry())
+    assert "'own' wants the raw input 'text' prepared as an image of 8 x 8" in mistake
 
 
 def test_folders_are_not_world_writable_and_colons_are_just_a_name(tmp_path: Path) -> None:

@@ -117,12 +117,13 @@ def test_a_folder_without_a_checkpoint_is_told_at_once(tmp_path: Path) -> None:
     [
         ({"image_mean": None}, "preprocessor_config.json: `image_mean` is null"),
         ({"image_std": None}, "preprocessor_config.json: `image_std` is null"),
+        ({"size": {"shortest_edge": 48}}, "preprocessor_config.json gives pictures no fixed size"),
     ],
 )
 def test_a_processor_that_fits_no_picture_is_told_at_once(
     change: dict[str, Any], mistake: str, tmp_path: Path
 ) -> None:
-    """With null, the net would be given bytes; transformers refuses it for the first picture."""
+    """With null, the net would be given bytes; pictures of several sizes make no batch."""
     folder = vit(tmp_path / "net", DeiTImageProcessor(do_center_crop=False), id2label=NAMES)
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
