@@ -286,6 +286,7 @@ def test_a_family_of_another_package_is_one_like_ours(
         ("class MeanColour: pass", "is no class of a Family"),
         (PLUGIN.replace("def outputs(self, use)", "def outputs(self)"), "outputs"),
         (PLUGIN.replace("def build", "def builds"), "has no `build`"),
+        ("raise SystemExit(3)", "cannot be imported: SystemExit(3)"),
     ],
 )
 def test_a_family_of_another_package_that_is_broken_is_told(

@@ -74,7 +74,7 @@ def plugged_in(kind: str) -> type[Family] | None:
     for point in entry_points(group=GROUP, name=kind):
         try:
             found = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = f"{point.value} of the package {_package(point)} cannot be imported: {error!r}"
             raise ParameterError("kind", what) from error
         if not _is_family(found):

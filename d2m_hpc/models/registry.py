@@ -24,7 +24,8 @@ from d2m_hpc.models.entries import (
     require_packages,
 )
 from d2m_hpc.models.family import Family, ModelSpec, Output, ParameterError, Post, Use
-from d2m_hpc.models.inputs import NAMED, Input
+from d2m_hpc.models.inputs import NAMED, Form, ImageInput, Input, OwnInput
+from d2m_hpc.models.types import is_column_type
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
 
 DATACOMP_KEYS: Mapping[str, str] = {
@@ -80,7 +81,7 @@ def _asked(family: Family, method: str, *given: Any) -> list[Any]:
         return [*(getattr(family, method)(*given) or ())]
     except ParameterError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = error if isinstance(error, ValueError) else repr(error)
         if kind not in known_families().values():
             what = f"{kind.__module__}:{kind.__name__}.{method} fails: {error!r}"
@@ -123,6 +124,10 @@ class Chosen(NamedTuple):
         own = (n.removeprefix(f"{prefix}-") for n in asked if n.startswith(f"{prefix}-"))
         outputs: dict[str, Output] = {}
         for output in _asked(family, "outputs", Use(name, folder, frozenset(own))):
+            if not isinstance(output, Output):
+                raise _given(family, "outputs", output, "an Output")
+            if output.type and not is_column_type(output.type):
+                raise _given(family, "outputs", output.type, "a type such as float32 or string")
             _require_name("output", output.name)
             full = f"{prefix}-{output.name}"
             if full in outputs:
@@ -182,7 +187,19 @@ class Chosen(NamedTuple):
 
 
 def _inputs(family: Family, use: Use) -> list[Input]:
-    return [i if isinstance(i, tuple) else (i.raw, i) for i in _asked(family, "inputs", use)]
+    found = _asked(family, "inputs", use)
+    pairs = [(i.raw, i) if isinstance(i, ImageInput | OwnInput) else i for i in found]
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Form)):
+            raise _given(family, "inputs", pair, "an ImageInput, an OwnInput or a pair of names")
+    return pairs
+
+
+def _given(family: Family, method: str, found: Any, valid: str) -> ParameterError:
+    """The mistake that a family's method gives something of another kind."""
+    kind = type(family)
+    what = f"{kind.__module__}:{kind.__name__}.{method} gives {safe(repr(found), BRIEF)}"
+    return ParameterError("kind", f"{what}; valid is {valid}")
 
 
 def _posts(chosen: Iterable[Chosen], columns: bool) -> dict[str, Post]:

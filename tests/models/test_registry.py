@@ -3,6 +3,8 @@ from __future__ import annotations
 import inspect
 from graphlib import CycleError
 from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from bench import EXACT
@@ -10,9 +12,9 @@ from bench import EXACT
 from d2m_hpc.config import Config
 from d2m_hpc.config.mistakes import registry_mistakes
 from d2m_hpc.models import postprocessors, weights
-from d2m_hpc.models.family import ModelSpec
+from d2m_hpc.models.family import Family, ModelSpec, Output, ParameterError, Use
 from d2m_hpc.models.inputs import RAW_INPUTS
-from d2m_hpc.models.registry import DATACOMP_KEYS, Registry, builtin, in_order
+from d2m_hpc.models.registry import DATACOMP_KEYS, Chosen, Registry, builtin, in_order
 
 BUILTIN = builtin()
 
@@ -84,3 +86,31 @@ def test_labels_of_a_preset_that_is_not_fetched_are_taken_on_trust() -> None:
     """Its checkpoint, which has them, is fetched by a config that is valid."""
     keys = {"models": ["nsfw-falconsai"], "postprocess_columns": ["nsfw-falconsai-nsfw"]}
     assert registry_mistakes(Config(**EXACT, **keys), Registry()) == []
+
+
+class Odd(Family):
+    """A family as another package might write one."""
+
+    kind: ClassVar = "odd"
+
+    gives: Any
+
+    def inputs(self, use: Use) -> Any:
+        return self.gives.get("inputs")
+
+    def outputs(self, use: Use) -> Any:
+        return self.gives.get("outputs", [Output("red", "float32")])
+
+
+@pytest.mark.parametrize(
+    ("gives", "told"),
+    [
+        ({"inputs": ["image"]}, "Odd.inputs gives 'image'; valid is an ImageInput, an OwnInput"),
+        ({"inputs": [("image", 3)]}, r"Odd.inputs gives \('image', 3\); valid is"),
+        ({"outputs": ["red"]}, "Odd.outputs gives 'red'; valid is an Output"),
+        ({"outputs": [Output("red", "float33")]}, "Odd.outputs gives 'float33'; valid is a type"),
+    ],
+)
+def test_what_a_family_gives_of_another_kind_is_told(gives: Any, told: str) -> None:
+    with pytest.raises(ParameterError, match=told):
+        Chosen.of("odd", Odd(gives=gives), Path()).spec(Path(), (), {})
