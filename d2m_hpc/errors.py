@@ -72,5 +72,9 @@ class ShardError(D2MError):
     """A shard cannot be finished."""
 
 
+class OutputError(ShardError):
+    """A model's outputs are none of those that its declaration names."""
+
+
 class TruncatedShard(ShardError):
     """An archive ends before its end-of-archive mark."""

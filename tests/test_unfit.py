@@ -455,6 +455,36 @@ def test_a_shape_that_a_custom_class_does_not_give_fails_the_task_and_no_shard(
     assert not Manifest.load(workload.run).failures
 
 
+@pytest.mark.parametrize(
+    ("declared", "given", "told"),
+    [
+        ("'int32'", "{'v': torch.full((len(texts),), 0.5)}", "'own-v' cannot be written: .*int32"),
+        ("'string'", "{'v': torch.zeros(len(texts))}", "'own-v' is float here, and its model dec"),
+        ("'float32'", "{'w': 1}", "'own-v' raised KeyError: 'v'; the outputs of 'own' are 'w'"),
+        ("'float32'", "None", "'own' raised TypeError: its forward returned None"),
+        ("'float32'", "{'v': torch.zeros(len(texts), 1)}", "'own-v' cannot be written: .*list"),
+        ("'float32'", "{'v': torch.zeros(len(texts) - 1)}", r"'own-v' made .* \[0\] of 'own'"),
+        ("'float32'", "{'v': torch.zeros(len(texts)) + 1j}", "'own-v' cannot be written: Unsupp"),
+    ],
+)
+def test_a_column_that_a_custom_class_does_not_give_fails_the_task_and_no_shard(
+    declared: str, given: str, told: str, tmp_path: Path
+) -> None:
+    code = OWN.replace("[4]", declared).replace('{"v": torch.zeros(len(texts), 3)}', given)
+    (tmp_path / "own.py").write_text(code)
+    values = {"models": ["text-stats", "own"], "postprocess_features": []}
+    values["postprocess_columns"] = ["text-words", "own-v"]
+    values |= {
+        "custom_pypath": str(tmp_path / "own.py"),
+        "output_metadata_dir": str(tmp_path / "o"),
+    }
+    path = write_config(tmp_path / "c.yml", {**KEYS, **values})
+    workload = inspect(configs.load(path), str(path))
+    with pytest.raises(ConfigError, match=told):
+        run(workload)
+    assert not Manifest.load(workload.run).failures
+
+
 def test_a_preset_whose_files_are_damaged_breaks_no_other_model(tmp_path: Path) -> None:
     place = tmp_path / "hub" / "Falconsai--nsfw_image_detection@main"
     place.mkdir(parents=True)

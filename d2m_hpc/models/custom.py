@@ -260,7 +260,9 @@ def _form(model: Any, given: Any) -> Any:
     except ValidationError as error:
         told = error.errors(include_url=False, include_context=False)
         mistakes = [
-            f"preprocessors: {'.'.join(map(str, e['loc'][:1]))}: found {e['input']!r}; {e['msg']}"
+            ": ".join(
+                ["preprocessors", *map(str, e["loc"][:1]), f"found {e['input']!r}; {e['msg']}"]
+            )
             for e in told
         ]
         raise ConfigError(origin(model), list(dict.fromkeys(mistakes))) from None

@@ -294,20 +294,22 @@ class Task:
         """Why every shard would fail, if the config is at fault; found out at the first failure."""
         if self._is_sound:
             return ""
-        self._is_declared = False
-        why = trial.fault(graph, self.part, self._require_declared)
+        why = trial.fault(graph, self.part, self._compare)
         self._is_sound = not why
         return why
 
     def _require_declared(self, outputs: Outputs) -> None:
-        """Compare the task's first outputs with the types and shapes that their models declare.
+        """Compare the task's first outputs with what their models declare."""
+        if outputs.keys and not self._is_declared:
+            self._is_declared = True
+            self._compare(outputs)
+
+    def _compare(self, outputs: Outputs) -> None:
+        """Compare outputs with the types and shapes that their models declare.
 
         Raises:
             ShardError, ConfigError: they are others.
         """
-        if self._is_declared or not outputs.keys:
-            return
-        self._is_declared = True
         named = {"postprocess_columns": [*outputs.columns]}
         named |= {"postprocess_features": [*outputs.features]}
         table = Table(self.part.model_copy(update=named), self.schema)

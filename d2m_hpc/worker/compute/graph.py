@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import ConfigError, D2MError, ShardError
+from d2m_hpc.errors import ConfigError, D2MError, OutputError, ShardError
 from d2m_hpc.models import custom, precision
 from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.clip import Clip
@@ -97,18 +97,24 @@ class Graph:
             mistake = f"{which} cannot be built: {custom.described(error)}"
             raise ConfigError("models", [mistake]) from error
 
-    def of_families(self, config: Config, raws: Collection[str]) -> Graph:
-        """The same models, less custom ones, those that take other raw inputs than these, and all
-        that depend on them."""
+    def declared(self, config: Config, raws: Collection[str], own: bool) -> Graph:
+        """The same models, less those that take other raw inputs than these, and all that depend
+        on them.
+
+        Args:
+            own: keep custom models, too, which declare their outputs, and no outputs but these.
+        """
         specs = self.toolbox.specs
         kept: set[str] = set()
         for name in in_order(specs):
             spec = specs[name]
-            if spec.family and {*spec.raw_inputs} <= {*raws} and {*spec.dependencies} <= kept:
+            known = spec.family or (own and hasattr(self.toolbox.classes[name], "outputs"))
+            if known and {*spec.raw_inputs} <= {*raws} and {*spec.dependencies} <= kept:
                 kept.add(name)
-        known = self.toolbox.registry
+        post, made = self.toolbox.registry.post, self.toolbox.tables.values()
+        skipped = {name for table in made for name in table} if own else set()
         lists = {
-            key: [name for name in getattr(config, key) if known.post(name).model in kept]
+            key: [n for n in getattr(config, key) if post(n).model in kept and n not in skipped]
             for key in ("postprocess_columns", "postprocess_features")
         }
         models = [entry for entry in config.models if name_of(entry) in kept]
@@ -257,8 +263,12 @@ class Graph:
         """Run one model on some rows."""
         try:
             with self._precision(name), self._autocast(dtype):
-                return _outputs(self.models[name](*arguments), arguments)
-        except torch.OutOfMemoryError:
+                output = self.models[name](*arguments)
+                if output is None:
+                    what = "TypeError: its forward returned None; is a `return` missing?"
+                    raise OutputError(f"{name!r} raised {what}")
+                return _outputs(output, arguments)
+        except (torch.OutOfMemoryError, OutputError):
             raise
         except Exception as error:
             raise ShardError(f"{name!r} raised {custom.described(error)}") from error
@@ -279,8 +289,6 @@ class Graph:
 
 def _outputs(output: Any, arguments: Sequence[Any]) -> Any:
     """Several outputs in a list as a tuple; a list of rows stays one."""
-    if output is None:
-        raise TypeError("its forward returned None; is a `return` missing?")
     if not isinstance(output, list) or not all(isinstance(x, Tensor) for x in output):
         return output
     several = bool(output) and all(row_count(x) == count(arguments[0]) for x in output)

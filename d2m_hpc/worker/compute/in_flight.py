@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2m_hpc.errors import ShardError
+from d2m_hpc.errors import OutputError, ShardError
 from d2m_hpc.models import custom
 from d2m_hpc.models.inputs import Input
 from d2m_hpc.run.records import Rejection
@@ -126,13 +126,16 @@ class InFlight:
         )
 
     def _post(self, name: str, post: Postprocessor, cache: dict[str, Any]) -> Any:
+        of = f" of {model!r}" if (model := custom.source(post)) else ""
         try:
             value = post(cache)
         except Exception as error:
-            raise ShardError(f"{name!r} raised {custom.described(error)}") from error
+            what = f"raised {custom.described(error)}"
+            if isinstance(error, KeyError) and isinstance(given := cache.get(model), dict):
+                what += f"; the outputs{of} are {', '.join(map(repr, given))}"
+            raise OutputError(f"{name!r} {what}") from error
         if row_count(value) != len(self._batch.keys):
-            of = f" of {model!r}" if (model := custom.source(post)) else ""
-            raise ShardError(
+            raise OutputError(
                 f"{name!r} made {_shape(value)}{of} for a batch of {len(self._batch.keys)} "
                 "samples; valid is one item a sample"
             )

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import ShardError
+from d2m_hpc.errors import OutputError, ShardError
 from d2m_hpc.models.custom import described
 from d2m_hpc.models.inputs import told
 from d2m_hpc.models.preprocessors import Options, Picture
@@ -21,9 +21,10 @@ SAMPLE = {"image": Picture(Image.new("RGB", (256, 256), "grey")), "text": "a gre
 
 
 def fault(graph: Graph, config: Config, check: Callable[[Outputs], None]) -> str:
-    """What the config's families raise for a made-up sample; nothing where all of them work.
+    """What the config's families raise for a made-up sample, or how the outputs of custom models
+    are not as declared; nothing where all is well.
 
-    Custom models are left out: they may want samples of a certain kind.
+    What custom models raise is left out: they may want samples of a certain kind.
 
     Args:
         config: what the graph computes.
@@ -32,8 +33,16 @@ def fault(graph: Graph, config: Config, check: Callable[[Outputs], None]) -> str
     Raises:
         NodeError: the device fails.
     """
-    small = graph.of_families(config, SAMPLE.keys())
-    if not small.models:
+    return _fault(graph, config, check, False) or _fault(graph, config, check, True)
+
+
+def _fault(graph: Graph, config: Config, check: Callable[[Outputs], None], own: bool) -> str:
+    """
+    Args:
+        own: look for outputs alone, those of custom models, too.
+    """
+    small = graph.declared(config, SAMPLE.keys(), own)
+    if not small.models or (own and all(small.toolbox.specs[n].family for n in small.models)):
         return ""
     options = Options(config.resize == "exact", config.max_image_pixels)
     inputs = {}
@@ -41,13 +50,16 @@ def fault(graph: Graph, config: Config, check: Callable[[Outputs], None]) -> str
         try:
             inputs[raw, form] = collate([made.prepare(SAMPLE[raw], options)])
         except Exception as error:
-            return safe(f"{told(form)} raised {described(error)}")
+            return "" if own else safe(f"{told(form)} raised {described(error)}")
+    outputs = None
     try:
         outputs = small(Batch(["made up"], inputs, {}))
         if not outputs.rejections:
             check(outputs)
     except torch.OutOfMemoryError:
         return ""
-    except ShardError as error:
+    except OutputError as error:
         return str(error)
-    return outputs.rejections[0].reason if outputs.rejections else ""
+    except ShardError as error:
+        return "" if own and not outputs else str(error)
+    return outputs.rejections[0].reason if outputs.rejections and not own else ""

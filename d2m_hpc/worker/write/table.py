@@ -144,7 +144,7 @@ class Table:
         given = join(values) if values else []
         try:
             array, is_told = _typed(given, self.schema, name)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        except pa.ArrowException as error:
             raise ShardError(f"column {name!r} cannot be written: {error}") from None
         _require_finite(name, array)
         return array, is_told
