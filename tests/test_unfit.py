@@ -201,6 +201,10 @@ UNFIT: list[tuple[list[Any], str]] = [
         r"own\.max_new_tokens: found 65; valid are up to 64, as the net's texts have 64 tokens",
     ),
     (
+        [{"own": {"kind": "image-to-text", "checkpoint": "mute", "prompt": "a " * 64}}],
+        r"own\.prompt: found 64 words or more; the net's texts have 64 tokens in all",
+    ),
+    (
         [{"own": {"kind": "image-classification", "checkpoint": "bare", "revision": "v2"}}],
         r"own\.revision: is of a repository of the hub, and no such one is named; leave it out",
     ),

@@ -101,6 +101,8 @@ def told(error: BaseException, path: Path) -> str:
         return f"it holds a {found[1]}, and only tensors are loaded; save the net's `state_dict()`"
     if "weights_only" in text and "TorchScript" in text:
         return "it is a TorchScript archive; save the net's `state_dict()`"
+    if "constants.pkl" in text:  # which torch.jit alone looks for
+        return "it is no TorchScript archive, as `torch.jit.save` writes it"
     is_code = isinstance(error, KeyError) and isinstance(error.args[0], int)  # of a pickle
     if is_code or _DAMAGED.search(text):
         return "it is damaged, or no file of torch's"

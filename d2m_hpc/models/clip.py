@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.buckets import run_by_length
 from d2m_hpc.models.checkpoint import Weights, state_of
 from d2m_hpc.models.half import in_half, is_openai
@@ -201,7 +202,13 @@ def create(weights: Weights, name: str, config: Mapping[str, Any]) -> Any:
         kept = Path(folder) / f"d2m-{sha256(json.dumps(config).encode()).hexdigest()[:16]}.json"
         kept.write_text(json.dumps(config))
         open_clip.add_model_config(kept)
-        return open_clip.create_model(kept.stem, pretrained=str(weights.path(name)))
+        try:
+            return open_clip.create_model(kept.stem, pretrained=str(weights.path(name)))
+        except TypeError as error:
+            if "unexpected keyword" not in str(error):
+                raise
+            what = f"open_clip does not take the config of the net of {weights.path(name)}"
+            raise WeightsError(f"{what}: {error}") from error
 
 
 def load(weights: Weights, name: str) -> Any:

@@ -224,6 +224,9 @@ def _asked(repo: HubRepo) -> ModelInfo:
             if status not in download.PASSING or tries == download.TRIES:
                 raise _refused(repo, status, f"the server answers {status}") from None
             download.pause(tries, error.response.headers.get("Retry-After"))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # of its answer
+            what = f"{endpoint()} gives no hub's answer: {type(error).__name__}: {error}"
+            raise _refused(repo, 0, what) from None
         except Exception as error:  # of the HTTP library, which is another in each version
             reason = f"{type(error).__name__}: {error}"
             raise _refused(repo, 0, f"the hub cannot be reached: {reason}") from None

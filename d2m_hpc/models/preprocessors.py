@@ -317,7 +317,8 @@ def _made(form: OwnInput) -> Callable[[Any], Any]:
     except D2MError:
         raise
     except Exception as error:  # of a library, on a missing or damaged file
-        what = " ".join(f"{type(error).__name__}: {error}".split())
+        why = str(error) or "a library says no more; its file may be of another net"
+        what = " ".join(f"{type(error).__name__}: {why}".split())
         raise ConfigError("models", [f"{form} cannot be made ready: {safe(what, 600)}"]) from error
     return made
 

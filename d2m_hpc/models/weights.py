@@ -323,7 +323,8 @@ def fetch(
     except DownloadError as error:
         reason = " ".join(str(error).split())
         url = address(checkpoint, mirror)
-        raise WeightsError(f"{url}: {reason}; try again, or copy to {path}") from None
+        advice = "check the URL" if error.status in (404, 410) else "try again"
+        raise WeightsError(f"{url}: {reason}; {advice}, or copy to {path}") from None
 
 
 @contextmanager

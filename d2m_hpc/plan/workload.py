@@ -24,7 +24,7 @@ from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.headers import fault
 from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.published import Checkpoint
-from d2m_hpc.models.registry import Registry
+from d2m_hpc.models.registry import Registry, builtin
 from d2m_hpc.plan import memory, patterns, preflight
 from d2m_hpc.plan.forget import forgotten
 from d2m_hpc.run import frozen
@@ -133,7 +133,7 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
         custom,
         checkpoints,
         fingerprint,
-        [*_notices(expansion), *memory.notices(config, custom.registry, sizes)],
+        _notices(expansion, config, custom.registry, sizes),
         expansion.times,
     )
 
@@ -341,11 +341,15 @@ def _places(
     return files
 
 
-def _notices(expansion: patterns.Expansion) -> list[str]:
-    notices = [*expansion.notes]
+def _notices(
+    expansion: patterns.Expansion, config: Config, known: Registry, sizes: list[int]
+) -> list[str]:
+    taken = [n for n in config.model_names if n in known.own and n in builtin().models]
+    what = "is the custom file's model, not the built-in one of that name"
+    notices = [*expansion.notes, *(f"{name!r} {what}" for name in taken)]
     if expansion.duplicates:
         notices.append(f"{expansion.duplicates} tars are named more than once; each is done once")
     if expansion.missing:
         few = ", ".join(expansion.missing[:3])
         notices.append(f"{len(expansion.missing)} tars are not there and will fail: {few}")
-    return notices
+    return notices + memory.notices(config, known, sizes)

@@ -42,7 +42,7 @@ def _names(folder: Path) -> list[str]:
 def _broken(served: Served, folder: Path, sha256: str | None = None) -> None:
     """A fetch that ended after half of the file; the server is well again."""
     served.ways = ["breaks", "absent"]
-    with pytest.raises(WeightsError, match="404"):
+    with pytest.raises(WeightsError, match=r"404 .*; check the URL"):
         fetch(_checkpoint(served, sha256), folder)
     assert (folder / "net.pt.part").stat().st_size == HALF
     served.ways, served.ranges, served.paths = ["right"], [], []

@@ -254,6 +254,13 @@ def test_too_many_requests_are_repeated_within_limits(tries: int, hub: Hub, fold
     assert len(hub.asked) == download.TRIES
 
 
+@pytest.mark.parametrize("answer", ["<html>", "[]", "{}"])
+def test_what_is_no_hub_s_answer_is_told_so(answer: str, hub: Hub, folder: Path) -> None:
+    hub.ways = [answer]
+    with pytest.raises(WeightsError, match=rf"{hub.url} gives no hub's answer: \w+"):
+        fetch(REPO, folder, WISH)
+
+
 def test_a_hub_that_hangs_is_given_up(
     hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,24 @@ def test_what_only_running_the_custom_file_can_tell_is_told(tmp_path: Path) -> N
     assert "banner" not in str(caught.value)
 
 
+def test_a_custom_model_in_the_place_of_a_built_in_one_is_noted(tmp_path: Path) -> None:
+    write_shards(tmp_path / "tars", 1, samples=1)
+    named = {'("images",)': '("image",)', '("other",)': "()", '"look"': '"text-stats"'}
+    text = COMPUTED
+    for old, new in named.items():
+        text = text.replace(old, new)
+    (tmp_path / "custom.py").write_text(text)
+    config = write_config(
+        tmp_path / "c.yml",
+        {"models": ["text-stats"]},
+        input_tars=str(tmp_path / "tars" / "*.tar"),
+        output_metadata_dir=str(tmp_path / "out"),
+        custom_pypath=str(tmp_path / "custom.py"),
+    )
+    noted = inspect(load(config), "c.yml").notices
+    assert "'text-stats' is the custom file's model, not the built-in one of that name" in noted
+
+
 def test_an_image_input_for_a_text_is_refused() -> None:
     spec = ModelSpec("own", ("text",), (ImageInput(8),))
     [mistake] = _raw_mistakes(spec, Registry())

@@ -31,7 +31,10 @@ class ImageToText(HubFamily):
 
     def outputs(self, use: Use) -> list[Output]:
         start = 1 + len(self.prompt.split())  # or more, by the tokenizer
-        if (places := self.places(use)) and self.max_new_tokens > (most := places + 1 - start):
+        if (places := self.places(use)) and start > places:
+            what = f"found {start - 1} words or more; the net's texts have {places} tokens in all"
+            raise ParameterError("prompt", f"{what}, the new ones included")
+        if places and self.max_new_tokens > (most := places + 1 - start):
             what = f"found {self.max_new_tokens}; valid are up to {most}, as the net's texts have"
             raise ParameterError("max_new_tokens", f"{what} {places} tokens, the prompt included")
         return [Output("text", "string", options={"to_cpu": False})]

@@ -249,6 +249,16 @@ def test_another_nets_weights_are_told(tmp_path: Path) -> None:
         run(keys, photographs(1))
 
 
+def test_an_unknown_key_of_a_config_is_told(tmp_path: Path) -> None:
+    folder = export(tmp_path / "net", CLIP)
+    path = folder / "open_clip_config.json"
+    told = json.loads(path.read_bytes())
+    told["model_cfg"]["nope"] = 1
+    path.write_text(json.dumps(told))
+    with pytest.raises(WeightsError, match=r"not take the config of the net of .*argument 'nope'"):
+        run(_config("own", {"model": str(folder)}, "image"), photographs(1))
+
+
 def test_a_tag_of_a_model_that_has_none_is_told(tmp_path: Path) -> None:
     folder = export(tmp_path / "net", CLIP)
     with pytest.raises(ConfigError, match="found 'webli', which names no file, and the model is n"):

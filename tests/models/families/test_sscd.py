@@ -12,7 +12,7 @@ from kit import photographs
 from torch import Tensor, nn
 from torchvision import transforms
 
-from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.errors import ConfigError, D2MError, WeightsError
 from d2m_hpc.models.registry import builtin
 
 
@@ -42,6 +42,12 @@ def _features(checkpoint: Path | str, **parameters: Any) -> np.ndarray:
     entry = {"own": {"kind": "sscd", "checkpoint": str(checkpoint), **parameters}}
     keys = {"models": [entry], "postprocess_features": ["own-image"]}
     return run(keys, photographs(6)).features["own-image"]
+
+
+def test_a_state_dict_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    torch.save(_Net().state_dict(), tmp_path / "net.pt")
+    with pytest.raises(WeightsError, match=r"net.pt cannot be used: it is no TorchScript archive"):
+        _features(tmp_path / "net.pt")
 
 
 @pytest.mark.parametrize(
