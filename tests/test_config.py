@@ -66,6 +66,12 @@ WRONG: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "not a choice": ({"resize": "quick"}, "resize", "'quick'", "'fast' or 'exact'"),
     "not an amp": ({"amp": "fp16"}, "amp", "'fp16'", "'bfloat16'"),
     "over a range": ({"max_rejected_fraction": 2}, "max_rejected_fraction", "2", "less than or"),
+    "a kind for a model": (
+        {"models": ["timm"]},
+        "models",
+        "'timm', which is a kind",
+        "`NAME: {kind: timm, ...}`",
+    ),
     "unknown model": ({"models": ["image-stat"]}, "models", "'image-stat'", "'image-stats'"),
     "model twice": ({"models": ["text-stats", "text-stats"]}, "models", "'text-stats'", "once"),
     "dependency not listed": (

@@ -126,7 +126,7 @@ def _model_mistakes(config: Config, registry: Registry, wrong: Collection[str]) 
     known = registry.specs(n for n in listed if n not in wrong)
     unknown = [name for name in listed if name not in known and name not in wrong]
     mistakes += [
-        _listed(f"unknown model {quoted(n)}{nearest(n, registry.models)}", n)
+        _listed(f"unknown model {quoted(n)}{_if_kind(n)}{nearest(n, registry.models)}", n)
         for n in unknown[:MANY]
     ]
     mistakes += _more("models", unknown)
@@ -144,6 +144,13 @@ def _model_mistakes(config: Config, registry: Registry, wrong: Collection[str]) 
         what = f"found a circle of dependencies, {circle}; valid is none"
         mistakes.append(_listed(what, error.args[1][0]))
     return mistakes
+
+
+def _if_kind(name: str) -> str:
+    """What to say of a kind in the place of a model."""
+    from d2m_hpc.models.entries import kinds
+
+    return f", which is a kind: `NAME: {{kind: {name}, ...}}` is one" if name in kinds() else ""
 
 
 def _listed(what: str, name: str) -> Mistake:

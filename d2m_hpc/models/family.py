@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, WrapValidator
 
 from d2m_hpc.models.inputs import LARGEST_SIDE, Form, ImageInput, Input, OwnInput
 from d2m_hpc.models.published import Checkpoint, HubRepo
@@ -197,12 +197,15 @@ class Between:
     high: float
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return AfterValidator(self._checked).__get_pydantic_core_schema__(source, handler)
+        return WrapValidator(self._checked).__get_pydantic_core_schema__(source, handler)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
         return {**handler(schema), "minimum": self.low, "maximum": self.high}
 
-    def _checked(self, value: Any) -> Any:
+    def _checked(self, given: Any, convert: Callable[[Any], Any]) -> Any:
+        if isinstance(given, bool):  # which counts as 1 or 0
+            raise ValueError(f"valid is {self.low} to {self.high}")
+        value = convert(given)
         if not self.low <= value <= self.high:
             raise ValueError(f"valid is {self.low} to {self.high}")
         return value

@@ -89,6 +89,9 @@ class ImageInput:
         if (self.mean is None) != (self.std is None):
             given, other = ("std", "mean") if self.mean is None else ("mean", "std")
             raise ValueError(f"a {given} without a {other}; give both, or neither for uint8")
+        if self.mean and not all(0 <= value <= 1 for value in self.mean):
+            what = f"a mean of {[*self.mean]}, and pixels are in [0, 1]"
+            raise ValueError(f"{what}; valid is 0 to 1, as is a mean of 0 to 255 divided by 255")
         if self.std and not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"a std of {[*self.std]}; valid are numbers above 0")
 

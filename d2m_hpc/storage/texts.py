@@ -56,8 +56,11 @@ def nearest(name: str, valid: Iterable[str], others: Iterable[str] = ()) -> str:
         others: names that may be meant, too.
     """
     names = sorted(valid)
-    close = difflib.get_close_matches(name[:BRIEF], {*names, *others}, n=5, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if difflib.get_close_matches(name, close) else ";"
+    plain = {n.lower(): n for n in (*others, *names)}
+    given = name[:BRIEF].lower()
+    close = [plain[n] for n in difflib.get_close_matches(given, plain, n=5, cutoff=0.5)]
+    is_near = difflib.get_close_matches(given, [n.lower() for n in close])
+    hint = f"; did you mean {close[0]!r}?" if is_near else ";"
     if len(names) <= MANY:
         return f"{hint} valid: {', '.join(names) or 'none'}"
     return f"{hint} valid are {len(names)} names, such as {', '.join(close or names[:5])}"

@@ -188,6 +188,13 @@ def test_every_number_of_every_family_has_a_range(kind: str) -> None:
         ("text-embedding", {"checkpoint": "a/b", "max_tokens": 2}, "found 2; valid is 3 to 131072"),
         ("onnx", {"checkpoint": "a", "gives": {"s": {}}, "size": [9, 9**9]}, "valid is 1 to 4096"),
         ("onnx", {"checkpoint": "a", "gives": {"s": {"index": -1}}, "size": 9}, "valid is 0 to 16"),
+        ("onnx", {"checkpoint": "a", "gives": {"s": {"index": True}}, "size": 9}, "found {'s'"),
+        (
+            "onnx",
+            {"checkpoint": "a", "gives": {"s": {}}, "size": True},
+            "found True; ",
+        ),
+        ("Open_CLIP", {}, "unknown kind 'Open_CLIP'; did you mean 'open_clip'?"),
     ],
 )
 def test_a_number_out_of_its_range_is_told_with_the_range(
@@ -202,3 +209,9 @@ def test_a_number_out_of_its_range_is_told_with_the_range(
 def test_an_image_of_a_size_that_takes_too_much_memory_is_refused(size: Any) -> None:
     with pytest.raises(ValueError, match="valid is 1 to 4096"):
         ImageInput(size)
+
+
+def test_a_mean_of_pixels_up_to_255_is_refused() -> None:
+    mean = (123.675, 116.28, 103.53)
+    with pytest.raises(ValueError, match=r"a mean of \[123.675, .*; valid is 0 to 1, as is a mean"):
+        ImageInput(224, mean=mean, std=(58.395, 57.12, 57.375))
