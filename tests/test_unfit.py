@@ -27,6 +27,7 @@ from transformers import BlipForConditionalGeneration
 
 from d2m_hpc import api
 from d2m_hpc import config as configs
+from d2m_hpc.cli.models import models
 from d2m_hpc.config import Config
 from d2m_hpc.config.mistakes import checkpoint_mistakes, registry_mistakes
 from d2m_hpc.errors import ConfigError, D2MError
@@ -487,6 +488,24 @@ def test_a_column_that_a_custom_class_does_not_give_fails_the_task_and_no_shard(
     with pytest.raises(ConfigError, match=told):
         run(workload)
     assert not Manifest.load(workload.run).failures
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nsfw-falconsai", "licence  Apache-2.0"),
+        ("dinov2-b14", "licence  Apache-2.0"),
+        ("minilm-l6", "licence  Apache-2.0"),
+        ("blip-itm", "licence  BSD-3-Clause"),
+        ("blip2-opt-2.7b", "licence  MIT"),
+        ("perceptual-hash", "column   perceptual-hash-phash: string"),
+    ],
+)
+def test_the_catalogue_tells_licences_and_outputs(
+    name: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models(name)
+    assert told in capsys.readouterr().out
 
 
 def test_a_preset_whose_files_are_damaged_breaks_no_other_model(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def models(
         raise ConfigError("d2m models", [what for _, what in error.mistakes]) from None
     known = builtin().models
     if name in known:
-        catalogue.model(known[name])
+        catalogue.model(known[name], builtin())
     if family is not None and (family.model_fields or name not in known):
         catalogue.family(family)
     elif name not in known:

@@ -50,6 +50,13 @@ NETS = {
     ),
 }
 """What the names of the nets have in them that a family computes with, by its kind."""
+LICENCES = {
+    "Falconsai/nsfw_image_detection": "Apache-2.0",
+    "sentence-transformers/all-MiniLM-L6-v2": "Apache-2.0",
+    "Salesforce/blip-itm-base-coco": "BSD-3-Clause",
+    "Salesforce/blip2-opt-2.7b": "MIT",
+}
+"""Of the presets' repositories, as their publishers name them."""
 PLACES = {"blip": 512, "git": 1024}
 """Tokens of a text that a net takes where its config does not say, by its type."""
 OTHERS = ("label", "scores")
@@ -108,6 +115,9 @@ class HubFamily(Family):
             what = f"{home} has no file of weights (model.safetensors)"
             raise ParameterError("checkpoint", what)
         return [*found]
+
+    def licence(self) -> str:
+        return LICENCES.get(self.checkpoint, "")
 
     def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
         home = self.home(use)

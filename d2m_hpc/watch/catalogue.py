@@ -8,7 +8,7 @@ from d2m_hpc.models import weights
 from d2m_hpc.models.entries import kinds, known_families, presets
 from d2m_hpc.models.family import Family, ModelSpec
 from d2m_hpc.models.inputs import NAMED
-from d2m_hpc.models.registry import builtin
+from d2m_hpc.models.registry import Registry, builtin
 from d2m_hpc.watch import terminal
 
 
@@ -31,7 +31,11 @@ def _summary(family: type[Family]) -> str:
 
 
 def family(made: type[Family]) -> None:
-    """A family's parameters."""
+    """A family's parameters; what a model of it takes and gives, where it has none."""
+    folder, entry = weights.default_dir(), {made.kind: {"kind": made.kind}}
+    known = builtin() if made.model_fields else builtin().with_models([entry], (), folder)[0]
+    if made.kind in known.models and not made.model_fields:
+        return model(known.models[made.kind], known)
     terminal.console.print(f"{made.kind}: {_summary(made)}")
     table = Table("parameter", "default", "meaning", show_edge=False)
     meant = made.described()
@@ -43,7 +47,7 @@ def family(made: type[Family]) -> None:
         terminal.console.print(f"by plain names: {examples}")
 
 
-def model(spec: ModelSpec) -> None:
+def model(spec: ModelSpec, known: Registry) -> None:
     """A model's inputs, outputs and checkpoints."""
     assert spec.family is not None
     terminal.console.print(f"{spec.name}: {_summary(type(spec.family))}")
@@ -51,7 +55,6 @@ def model(spec: ModelSpec) -> None:
         terminal.console.print(f"  input    {raw}: {NAMED.get(str(form), form)}")
     for name in spec.reads:
         terminal.console.print(f"  input    the feature {name}")
-    known = builtin()
     for names, what in ((known.columns, "column "), (known.features, "feature")):
         for name, post in names.items():
             if post.model == spec.name:

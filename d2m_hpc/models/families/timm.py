@@ -158,6 +158,10 @@ class Timm(Family):
             what = f"{self.model} is of an unknown architecture {name!r}"
             raise ParameterError("model", f"{what}{nearest(name, architectures())}")
 
+    def licence(self) -> str:
+        known = self.model in {preset["model"] for preset in self.presets.values()}
+        return "Apache-2.0" if known and not self.checkpoint else ""
+
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.timm_nets import TimmNet
 
