@@ -15,10 +15,8 @@ from typing import Any
 
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-EXTENSIONS = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
-"""Of a sample's pictures, in the order in which one is looked for."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""The same by PIL's names, in the order in which they are tried."""
+"""The formats of `inputs.PICTURES` by PIL's names, in the order in which they are tried."""
 BYTES = {"JPEG": 9, "TIFF": 12, "AVIF": 13, "WEBP": 19, "JPEG2000": 20}
 """What a pixel takes while it is decoded and resized, as measured; of other formats, `OTHERS`."""
 OTHERS = 12

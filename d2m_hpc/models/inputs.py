@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 RAW_INPUTS = ("image", "text", "json")
+PICTURES = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
+"""Extensions of a sample's pictures, in the order in which one is looked for."""
 LARGEST_SIDE = 4096
 """Pixels of a side of what a model is given."""
 Resize = Literal["shortest", "longest", "squash", "pad"]

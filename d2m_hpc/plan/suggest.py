@@ -18,7 +18,7 @@ import yaml
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import weights
 from d2m_hpc.models.family import ModelSpec
-from d2m_hpc.models.formats import EXTENSIONS
+from d2m_hpc.models.inputs import PICTURES
 from d2m_hpc.models.registry import builtin
 from d2m_hpc.plan import patterns
 from d2m_hpc.run import values
@@ -69,12 +69,12 @@ class Sight:
 
     @property
     def image(self) -> bool:
-        return any(self.members[kind] for kind in (*EXTENSIONS, IMAGE))
+        return any(self.members[kind] for kind in (*PICTURES, IMAGE))
 
     @property
     def image_key(self) -> str:
         """A kind of member with pictures that has to be named in the config; mostly empty."""
-        odd = [k for k in self.members if k.rpartition(".")[2] in EXTENSIONS]
+        odd = [k for k in self.members if k.rpartition(".")[2] in PICTURES]
         return "" if self.image or not odd else max(odd, key=lambda kind: self.members[kind])
 
     @property

@@ -144,9 +144,10 @@ def expanded(config: Config, run: RunDir, sized: bool) -> patterns.Expansion:
     Args:
         sized: whether to find the sizes of local tars.
     """
-    from d2m_hpc.worker.read.names import members_of
 
     def tree(folder: str) -> Tree:
+        from d2m_hpc.worker.read.names import members_of
+
         members = members_of(config)
         known = {name for names in members.values() for name in names}
         return planned(folder, members["image"], known, config.samples_per_shard, earlier())

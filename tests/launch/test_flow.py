@@ -16,7 +16,7 @@ from kit import STATS, write_config
 from d2m_hpc import cli
 from d2m_hpc import config as configs
 from d2m_hpc.errors import D2MError, SlurmError
-from d2m_hpc.launch import arrays, flow, slurm
+from d2m_hpc.launch import arrays, commands, flow, slurm
 from d2m_hpc.launch.slurm import Element, Queue
 from d2m_hpc.plan import decide, patterns
 from d2m_hpc.plan.workload import Workload, inspect
@@ -235,7 +235,7 @@ def test_status_tells_why_tasks_wait_and_what_slurm_did_not_say(
 def test_wait_ends_when_nothing_can_start(
     workload: Workload, squeue: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrays, "SHORTEST_WAIT", 0.05)
+    monkeypatch.setattr(commands, "SHORTEST_WAIT", 0.05)
     monkeypatch.setattr(arrays, "STUCK_SECONDS", 0.5)
     held = rows(workload, "PENDING|BadConstraints", 1, 2)
     squeue.write_text(held + rows(workload, "RUNNING|None", 0))

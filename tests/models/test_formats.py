@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, UnidentifiedImageError
 
 from d2m_hpc.models import formats
+from d2m_hpc.models.inputs import PICTURES
 from d2m_hpc.models.preprocessors import Options, Rejected
 from d2m_hpc.watch.page import sheet
 from d2m_hpc.worker.read import decode
@@ -128,5 +129,5 @@ def test_a_limit_of_fewer_pixels_is_one_of_pixels_alone() -> None:
 
 def test_every_documented_extension_is_that_of_a_format() -> None:
     Image.init()
-    kinds = {Image.EXTENSION[f".{extension}"] for extension in formats.EXTENSIONS}
+    kinds = {Image.EXTENSION[f".{extension}"] for extension in PICTURES}
     assert kinds == set(formats.FORMATS)

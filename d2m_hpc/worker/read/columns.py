@@ -8,10 +8,10 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from d2m_hpc.config import Config
-from d2m_hpc.models import formats
+from d2m_hpc.models.inputs import PICTURES
 from d2m_hpc.storage.texts import BRIEF, safe
 
-IMAGES = ("image", *formats.EXTENSIONS)
+IMAGES = ("image", *PICTURES)
 TEXTS = ("txt", "text", "caption")
 KEYS = ("key", "__key__")
 SHOWN = 12

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from d2m_hpc.config import Config
-from d2m_hpc.models import formats
+from d2m_hpc.models.inputs import PICTURES
 
 Members = Mapping[str, tuple[str, ...]]
 """The names of members by kind; the first one that a sample has is used."""
-EXTENSIONS: Members = {"image": formats.EXTENSIONS, "text": ("txt",), "json": ("json",)}
+EXTENSIONS: Members = {"image": PICTURES, "text": ("txt",), "json": ("json",)}
 
 
 def members_of(config: Config) -> Members:
