@@ -181,7 +181,7 @@ def cancel(run: RunDir) -> int:
         SlurmError: scancel failed, and tasks are still there.
     """
     # First the round that waits for the tasks to end, and then submits again.
-    slurm.cancel(sorted({e.job_id for e in slurm.queue().live(slurm.rounds_of(run))}))
+    slurm.cancel(sorted(slurm.live_rounds(run)))
     live = live_jobs(run)
     try:
         slurm.cancel(list(dict.fromkeys(job.partition("_")[0] for job in live)))

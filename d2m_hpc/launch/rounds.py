@@ -45,7 +45,7 @@ def begin(run: RunDir, config: Config, wish: Rounds) -> str:
     Raises:
         SlurmError: Slurm refused, or does not answer.
     """
-    slurm.cancel(sorted(_live(run)))
+    slurm.cancel(sorted(slurm.live_rounds(run, PATIENCE)))
     write(run, Chain(wish, os.getcwd()))
     return _follow(run, config)
 
@@ -70,7 +70,7 @@ def again(run: RunDir) -> Chain:
     is_kept = _keep(run, chain)
     if chain.ended:
         _tell(run, config, chain)
-    elif not _live(run) - {os.environ.get("SLURM_ARRAY_JOB_ID", "")}:
+    elif not slurm.live_rounds(run, PATIENCE) - {os.environ.get("SLURM_ARRAY_JOB_ID", "")}:
         troubles = chain.troubles()
         later = min(LATE, SOON << min(troubles - 1, 10)) if troubles else 0
         # Rounds that cannot be counted, as on a full disk, must be few.
@@ -147,11 +147,6 @@ def _submit_rest(run: RunDir, config: Config, known: int, chain: Chain, this: Ro
         if not (decision.pending or decision.in_flight):
             what = "no shard is left that may be tried again; `d2m status` says what failed"
             chain.end("stopped", what)
-
-
-def _live(run: RunDir) -> set[str]:
-    """The job ids of a run's rounds that are pending or running."""
-    return {e.job_id for e in slurm.queue(PATIENCE).live(slurm.rounds_of(run))}
 
 
 def _follow_in_the_end(run: RunDir, config: Config, chain: Chain, later: int) -> None:

@@ -278,5 +278,10 @@ def rounds_of(run: RunDir) -> Array:
     return Array(f"d2m-{token(run.root)}-next", 0, 0)
 
 
+def live_rounds(run: RunDir, patience: float = 0.0) -> set[str]:
+    """The job ids of a run's rounds that are pending or running; asks squeue as `queue` does."""
+    return {element.job_id for element in queue(patience).live(rounds_of(run))}
+
+
 def write_arrays(submission: Submission, arrays: Sequence[Array]) -> None:
     atomic_write(submission.arrays, json.dumps([asdict(a) for a in arrays]).encode())

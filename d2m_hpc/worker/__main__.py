@@ -140,11 +140,15 @@ def _work(
     if progress.state == "out of time":
         _requeue(job, record)
         return 0
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    is_last = array and config.steal and Left(run, submission, config).nothing()
-    if is_last and (why := cancel_pending(array or "")):
-        print(f"pending elements of the array stay: {why}", flush=True)
+    if config.steal and Left(run, submission, config).nothing():
+        _cancel_pending()
     return 1 if progress.failed else 0
+
+
+def _cancel_pending() -> None:
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array and (why := cancel_pending(array)):
+        print(f"pending elements of the array stay: {why}", flush=True)
 
 
 _first_stderr = 2

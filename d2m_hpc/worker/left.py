@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from d2m_hpc.config import Config
@@ -18,14 +18,12 @@ from d2m_hpc.run.records import Job
 
 
 class Left:
-    """The shards of a submission that are neither done nor failed; a look at three folders."""
+    """The shards of a submission that are neither done nor failed."""
 
     def __init__(self, run: RunDir, submission: str, config: Config) -> None:
         self._submission, self._config = run.submission(submission), config
         self._chunks = Chunks(self._submission)
-        self._failed = _names(self._submission.failed(""))
-        self._extended = _names(self._submission.extended)
-        self._present = OutputDir(config.output_metadata_dir).stems()
+        self._output = OutputDir(config.output_metadata_dir)
 
     def nothing_for(self, index: int) -> bool:
         """Whether the task of a chunk has no shard to do, nor to take from others.
@@ -34,22 +32,27 @@ class Left:
         """
         if index >= len(self._chunks):
             return True  # the last element of an array may have fewer chunks than ranks
-        own = self._are_settled([index])
+        # One look at a file tells most tasks that their own first shard is left; thousands that
+        # start together must not each list the whole output folder.
+        own = self._are_settled([index], lambda job: self._output.has(f"{job.stem}.parquet"))
         return own and (not self._config.steal or self.nothing())
 
     def nothing(self) -> bool:
         """Whether no task of the submission has any shard left."""
-        return self._are_settled(range(len(self._chunks)))
+        present = self._output.stems()
+        return self._are_settled(range(len(self._chunks)), lambda job: job.stem in present)
 
-    def _are_settled(self, numbers: Iterable[int]) -> bool:
-        return all(map(self._is_settled, (j for c in self._chunks.read(numbers) for j in c)))
+    def _are_settled(self, numbers: Iterable[int], is_present: Callable[[Job], bool]) -> bool:
+        failed, extended = _names(self._submission.failed("")), _names(self._submission.extended)
 
-    def _is_settled(self, job: Job) -> bool:
-        if job.stem in self._failed:
-            return True
-        if job.again or self._config.reprocess:
-            return False
-        return job.stem in (self._extended if job.extends else self._present)
+        def is_settled(job: Job) -> bool:
+            if job.stem in failed:
+                return True
+            if job.again or self._config.reprocess:
+                return False
+            return job.stem in extended if job.extends else is_present(job)
+
+        return all(is_settled(job) for chunk in self._chunks.read(numbers) for job in chunk)
 
 
 def _names(folder: Path) -> set[str]:
