@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import random
-import resource
 import struct
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
 
+import kit
 import numpy as np
 from PIL import Image
 
@@ -136,7 +136,7 @@ def work(seed: int, count: int, start: int) -> None:
 
     torch.set_num_threads(1)
     makers = {name: PREPROCESSORS[f"{name}-aug"] for name in ("clip", "faces", "dedup", "stats")}
-    before, outcomes = _peak(), Counter[str]()
+    before, outcomes = kit.peak(), Counter[str]()
     for number, kind, data in cases(seed, count):
         if number < start:
             continue
@@ -157,14 +157,10 @@ def work(seed: int, count: int, start: int) -> None:
         except Exception:
             last = " | ".join(traceback.format_exc().splitlines()[-3:])
             print(f"fault {number} {kind}: {last}")
-    grown = _peak() - before
+    grown = kit.peak() - before
     if grown > MEMORY:
         print(f"fault memory: {grown >> 20} MB more than before the first picture")
     print(f"end {dict(outcomes)} {grown >> 20} MB", flush=True)
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 @dataclass
