@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from models.families.test_open_clip import export as export_clip
 from onnx import TensorProto, helper
 from onnx import load as onnx_load
 from onnx import save as onnx_save
+from safetensors.torch import load_file, save_file
 from tiny_nets import blip, vit
 from torch import nn
 from transformers import BlipForConditionalGeneration
@@ -333,10 +335,86 @@ def _with(whole: Any, place: tuple[str, ...], value: Any) -> Any:
     return {k: v for k, v in whole.items() if k != first} | ({} if value is ... else {first: value})
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vit(tmp_path_factory.mktemp("whole") / "n", id2label={0: "a", 1: "b", 2: "c"})
+
+
+def mistakes_of(given: dict[str, Any]) -> list[str]:
+    config = Config(**EXACT, models=[{"own": given}])
+    found = registry_mistakes(config, Registry())
+    return [*map(str, found or checkpoint_mistakes(config, config.registry(Registry())[0]))]
+
+
+PROCESSOR, NET = "preprocessor_config.json", "config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        (PROCESSOR, {"size": {"height": 64, "width": 48}}, "pictures of 48 x 64 pixels, and image"),
+        (PROCESSOR, {"do_center_crop": True, "crop_size": 32}, "pictures of 32 x 32 pixels, and"),
+        (PROCESSOR, {"do_resize": False}, "`do_resize` is false: pictures have no fixed size"),
+        (PROCESSOR, {"size": {"height": 48}}, "`size` is {'height': 48}; valid is"),
+        (PROCESSOR, {"size": None}, "`size` is None; valid is"),
+        (PROCESSOR, {"resample": 7}, "`resample` is 7; valid is 0 to 5"),
+        (PROCESSOR, {"rescale_factor": 0}, "`rescale_factor` is 0; valid is a number"),
+        (PROCESSOR, {"image_std": [0, 1, 1]}, "`image_std` is [0.0, 1.0, 1.0]; valid are numbers"),
+        (PROCESSOR, {"image_processor_type": "NopeImageProcessor"}, "no image processor 'Nope"),
+        (
+            NET,
+            {"image_size": 64},
+            "of 48 x 48 pixels, and image_size in config.json is 64",
+        ),
+        (NET, {"num_channels": 1}, "num_channels is 1; valid is 3"),
+        (NET, {"model_type": "nope"}, "no net for image-classification of the model_type 'nope'"),
+        (NET, {"model_type": "bert"}, "of the model_type 'bert'; did you mean 'beit'?"),
+        (NET, {"id2label": {"0": "a"}}, "has 1 labels (id2label), and classifier.bias is of 3"),
+        (NET, {"id2label": None}, "has 2 labels (id2label), and classifier.bias is of 3"),
+        (NET, {"num_labels": 5}, "num_labels is 5, and id2label has 3 labels"),
+    ],
+    ids=str,
+)
+def test_a_checkpoints_files_that_do_not_fit_each_other_are_told(
+    file: str, change: dict[str, Any], told: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = Path(copytree(whole, tmp_path / "n"))
+    document = json.loads((folder / file).read_bytes())
+    (folder / file).write_text(json.dumps({**document, **change}))
+    [mistake] = mistakes_of({"kind": "image-classification", "checkpoint": str(folder)})
+    assert told in mistake
+
+
+def test_an_index_of_weights_is_compared_with_the_files(whole: Path, tmp_path: Path) -> None:
+    folder = Path(copytree(whole, tmp_path / "n"))
+    given = {"kind": "image-classification", "checkpoint": str(folder)}
+    assert mistakes_of(given) == []
+    parts = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (folder / "model.safetensors").rename(folder / parts[0])
+    [mistake] = mistakes_of(given)
+    assert "has no file of weights (model.safetensors)" in mistake
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", parts, strict=True))}))
+    [mistake] = mistakes_of(given)
+    assert f"has no {parts[1]}, and model.safetensors.index.json names it" in mistake
+    index.write_text("[]")
+    [mistake] = mistakes_of(given)
+    assert "index.json names no files of weights (`weight_map`)" in mistake
+    index.write_text(json.dumps({"weight_map": {"a": parts[0]}}))
+    assert mistakes_of(given) == []
+    config = json.loads((path := folder / NET).read_bytes())
+    path.write_text(json.dumps({**config, "id2label": {"0": "a", "1": "b"}}))
+    [mistake] = mistakes_of(given)
+    assert "has 2 labels (id2label), and classifier.bias is of 3" in mistake
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    [mistake] = mistakes_of(given)
+    assert "begins with a byte order mark; save it as UTF-8 without one" in mistake
+
+
 def test_values_that_are_never_finite_fail_the_task_and_no_shard(tmp_path: Path) -> None:
-    folder = vit(tmp_path / "n")
-    told = json.loads((path := folder / "preprocessor_config.json").read_bytes())
-    path.write_text(json.dumps({**told, "image_std": [0, 0, 0]}))
+    path = vit(tmp_path / "n") / "model.safetensors"
+    nothing = {name: tensor * torch.nan for name, tensor in load_file(path).items()}
+    save_file(nothing, path, {"format": "pt"})
     workload = inspected(hub("image-classification", "n"), ["own-label"], tmp_path, tmp_path)
     with pytest.raises(ConfigError, match="own gives a value that is not finite, on any sample"):
         run(workload)

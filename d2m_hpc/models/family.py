@@ -12,6 +12,7 @@ import json
 import os
 import re
 import textwrap
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -152,10 +153,14 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no JSON, or more brackets within each other than can be parsed.
+        ValueError: it holds no JSON, or more brackets within each other than can be parsed; or it
+            begins with a byte order mark, which the libraries refuse that read it too.
     """
+    content = path.read_bytes()
+    if content.startswith(BOM_UTF8):
+        raise ValueError("it begins with a byte order mark; save it as UTF-8 without one")
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(content)
     except RecursionError as error:
         raise ValueError(str(error)) from None
 

@@ -5,9 +5,8 @@ Nothing here imports torch or transformers: what a login node must know is read 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,21 +22,19 @@ from d2m_hpc.models.family import (
     here,
     read_json,
 )
-from d2m_hpc.models.inputs import ImageInput, OwnInput, colour, require_sides
+from d2m_hpc.models.hub_fits import misfits
+from d2m_hpc.models.hub_images import described, require_usable
+from d2m_hpc.models.inputs import ImageInput, OwnInput
 from d2m_hpc.models.lock import Lock
 from d2m_hpc.models.published import HubRepo
 
 WEIGHTS = (".safetensors", ".bin")
 """How files of weights end."""
-RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-"""PIL's interpolations by number, as configs of processors have them."""
 NEEDED = {
     "image": ("image processor", "preprocessor_config.json", "processor_config.json"),
     "text": ("tokenizer", "tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model"),
 }
 """What prepares an input, and the files that it may be in."""
-SIDES = {"height", "width", "shortest_edge"}
-"""What a processor's config calls the sides of its pictures."""
 NETS = {
     "image-classification": ("ForImageClassification",),
     "text-classification": ("ForSequenceClassification",),
@@ -61,14 +58,6 @@ PLACES = {"blip": 512, "git": 1024}
 """Tokens of a text that a net takes where its config does not say, by its type."""
 OTHERS = ("label", "scores")
 """What a classifier gives beside a column for each label."""
-PLAIN = re.compile(
-    "(ViT|CLIP|Blip|Bit|Siglip|DeiT|Beit)(ImageProcessor|FeatureExtractor)(Fast|Pil)?"
-)
-"""Processors that resize, cut the middle out and normalise, and do nothing else."""
-
-
-UNCUT = ("ViT", "Blip", "Siglip")
-"""Of these, the ones that cut out nothing unless their config says so."""
 
 
 class HubFamily(Family):
@@ -109,12 +98,19 @@ class HubFamily(Family):
         if repo := self.repo():
             return [repo]
         home = self.home(use)
-        names = [p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file()]
-        found = [home / name for name in HubRepo("a/b").selected(names)]
+        found = [home / name for name in HubRepo("a/b").selected(self._names(use))]
         if not any(path.suffix in WEIGHTS for path in found):
             what = f"{home} has no file of weights (model.safetensors)"
             raise ParameterError("checkpoint", what)
         return [*found]
+
+    def _names(self, use: Use) -> list[str]:
+        """The files of the checkpoint, those of a repository's commit included that are missing."""
+        home, repo = self.home(use), self.repo()
+        with suppress(WeightsError):  # which is told by whoever looks at files
+            if repo and (locked := Lock.read(use.folder).repositories.get(repo.name)):
+                return [*locked.files]
+        return [p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file()]
 
     def licence(self) -> str:
         return LICENCES.get(self.checkpoint, "")
@@ -134,11 +130,15 @@ class HubFamily(Family):
         wanted = {n: NEEDED[n] for n in ("image", "text") if n in {*raws, *self.further}}
         if "timm" in str(self.document(use).get("model_type")):
             wanted.pop("image", None)  # timm's own config tells how pictures are prepared
+        images = self._processor(use)[1] if "image" in wanted else {}
+        labels = len(self.labels(use)) if self.kind.endswith("-classification") else 0
         mistakes = [
             ("checkpoint", f"{home} has no {what} ({patterns[0]}); save it there too")
             for what, *patterns in wanted.values()
             if not any(path.is_file() for pattern in patterns for path in home.glob(pattern))
         ]
+        fit = misfits(home, self._names(use), self.document(use), self.kind, labels, images)
+        mistakes += [("checkpoint", what) for what in fit]
         if mistakes:
             raise ParameterError(*mistakes)
 
@@ -211,6 +211,16 @@ class HubFamily(Family):
 
     def image(self, use: Use) -> ImageInput | OwnInput:
         """The picture, as the checkpoint's processor prepares it."""
+        path, told = self._processor(use)
+        try:
+            require_usable(told)
+        except ValueError as error:
+            raise ParameterError("checkpoint", f"{path}: {error}") from None
+        source = str(self.home(use))
+        return described(told) or OwnInput("image", "d2m_hpc.models.hub_nets:images", source=source)
+
+    def _processor(self, use: Use) -> tuple[Path, dict[str, Any]]:
+        """The file that says how pictures are prepared, and what it says."""
         file = "preprocessor_config.json"
         told = self.document(use, file, required=False)
         if not told:  # transformers 5 keeps it within the config of all that prepares inputs
@@ -219,23 +229,7 @@ class HubFamily(Family):
             told = told.get("image_processor") or {}
             if not isinstance(told, dict):
                 raise ValueError("`image_processor` of its processor_config.json is no mapping")
-        source = str(self.home(use))
-        for sides in (told.get("size"), told.get("crop_size")):
-            given = sides if isinstance(sides, dict) else {"height": sides}
-            require_sides(*(given[n] for n in SIDES & given.keys() if given[n] is not None))
-        path = self.home(use) / file
-        for name in ("image_mean", "image_std"):
-            if told.get("do_normalize") and told.get(name, 0) is None:
-                what = f"{path}: `{name}` is null, and `do_normalize` wants both of mean and std"
-                raise ParameterError("checkpoint", what)
-            if told.get("do_normalize", True) and not isinstance(
-                told.get(name), int | float | None
-            ):
-                colour(name, told[name])
-        if told.get("do_resize") and _has_many_sizes(told):
-            what = f"{path} gives pictures no fixed size; valid is a `size` of height and width"
-            raise ParameterError("checkpoint", f"{what}, or a `crop_size` with `do_center_crop`")
-        return described(told) or OwnInput("image", "d2m_hpc.models.hub_nets:images", source=source)
+        return self.home(use) / file, told
 
     def text(self, use: Use, **options: Any) -> OwnInput:
         """The tokens of the caption, by the checkpoint's tokenizer."""
@@ -294,50 +288,3 @@ def column_name(label: str) -> str:
         ('tabby-tabby-cat', 'label_0')
     """
     return re.sub(r"\W+", "-", label.lower()).strip("-")
-
-
-def _has_many_sizes(told: Mapping[str, Any]) -> bool:
-    """Whether pictures stay as they are longer on one side: of processors that do nothing else."""
-    kind, size = told.get("image_processor_type"), told.get("size")
-    plain = PLAIN.fullmatch(str(kind or told.get("feature_extractor_type")))
-    uncut = told.get("do_center_crop", bool(plain and plain[1] not in UNCUT)) is False
-    return bool(plain and uncut and isinstance(size, dict) and {*size} == {"shortest_edge"})
-
-
-def described(told: Mapping[str, Any]) -> ImageInput | None:
-    """What a processor's config says, where an `ImageInput` can say the same.
-
-    Example:
-        >>> described({"image_processor_type": "DonutImageProcessor", "size": [384, 384]}) is None
-        True
-    """
-    kind = told.get("image_processor_type") or told.get("feature_extractor_type")
-    if not PLAIN.fullmatch(str(kind)):
-        return None
-    try:
-        return _described(told)
-    except (LookupError, TypeError, ValueError):
-        return None
-
-
-def _described(told: Mapping[str, Any]) -> ImageInput | None:
-    """
-    Raises:
-        LookupError, TypeError, ValueError: the config leaves out what only its class knows.
-    """
-    size, normal = told["size"], told["do_normalize"]
-    resized = told["do_resize"] and told["do_rescale"] and not told.get("do_pad")
-    if not resized or not math.isclose(told["rescale_factor"], 1 / 255, rel_tol=1e-6):
-        return None
-    options: dict[str, Any] = {
-        "interpolation": RESAMPLING[told["resample"]],
-        "mean": told["image_mean"] if normal else (0, 0, 0),
-        "std": told["image_std"] if normal else (1, 1, 1),
-    }
-    if not told.get("do_center_crop"):
-        square = {*size} == {"height", "width"}
-        return ImageInput((size["height"], size["width"]), "squash", **options) if square else None
-    sides = (told["crop_size"]["height"], told["crop_size"]["width"])
-    if {*size} != {"shortest_edge"} or max(sides) > size["shortest_edge"]:
-        return None
-    return ImageInput(sides, "shortest", short=size["shortest_edge"], crop="floor", **options)

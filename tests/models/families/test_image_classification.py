@@ -117,7 +117,10 @@ def test_a_folder_without_a_checkpoint_is_told_at_once(tmp_path: Path) -> None:
     [
         ({"image_mean": None}, "preprocessor_config.json: `image_mean` is null"),
         ({"image_std": None}, "preprocessor_config.json: `image_std` is null"),
-        ({"size": {"shortest_edge": 48}}, "preprocessor_config.json gives pictures no fixed size"),
+        (
+            {"size": {"shortest_edge": 48}},
+            "`size` is {'shortest_edge': 48}: pictures have no fixed size",
+        ),
     ],
 )
 def test_a_processor_that_fits_no_picture_is_told_at_once(
