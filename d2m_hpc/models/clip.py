@@ -6,7 +6,6 @@ import json
 import logging
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -21,6 +20,7 @@ from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.buckets import run_by_length
 from d2m_hpc.models.checkpoint import Weights, state_of
 from d2m_hpc.models.half import in_half, is_openai
+from d2m_hpc.models.headers import is_torchscript
 from d2m_hpc.models.transfer import conv_layout, to_device
 
 log = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def load(weights: Weights, name: str) -> Any:
 
 def _state_dict(weights: Weights, name: str) -> dict[str, Tensor]:
     # The published files are TorchScript archives, which only torch.jit reads.
-    if is_torchscript(weights, name):
+    if is_torchscript(weights.path(name)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
@@ -237,11 +237,3 @@ def _state_dict(weights: Weights, name: str) -> dict[str, Tensor]:
             weights.path(name),
         )
     return state_of(content)
-
-
-def is_torchscript(weights: Weights, name: str) -> bool:
-    try:
-        with zipfile.ZipFile(weights.path(name)) as archive:
-            return any(n.split("/")[-1] == "constants.pkl" for n in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False

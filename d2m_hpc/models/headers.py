@@ -82,6 +82,15 @@ def shapes(path: Path) -> dict[str, Axes]:
         return {}
 
 
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive that `torch.jit.save` wrote."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(n.split("/")[-1] == "constants.pkl" for n in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def natural(name: str) -> list[str | int]:
     """Sorts `layers.2` before `layers.10`."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

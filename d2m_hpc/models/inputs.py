@@ -79,12 +79,16 @@ class ImageInput:
         size = self.size if isinstance(self.size, list | tuple) else (self.size, self.size)
         object.__setattr__(self, "size", tuple(size))
         require_sides(*self.size, self.short or 1)  # type: ignore[misc]
-        if self.resize == "shortest" and 0 < self.short < max(size):
+        if 0 < self.short < max(size):
             what = f"a `short` side of {self.short} pixels, of which {max(size)} are cut out"
             raise ValueError(f"{what}; valid is {max(size)} or more")
         for name, choice in (("resize", Resize), ("interpolation", Interpolation)):
             if (value := getattr(self, name)) not in get_args(choice):
                 raise ValueError(f"{name} {value!r}; valid: {', '.join(get_args(choice))}")
+        for name, ways in (("short", ("shortest",)), ("fill", ("longest", "pad"))):
+            if getattr(self, name) and self.resize not in ways:
+                what = f"`{name}` means nothing beside `resize: {self.resize}`"
+                raise ValueError(f"{what}; leave it out, or choose {' or '.join(ways)}")
         for name in ("mean", "std"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, colour(name, value))

@@ -14,6 +14,8 @@ TYPES = {1: "float", 2: "uint8", 10: "float16"}
 """ONNX's numbers of the types that pixels may have."""
 GIVEN = {**TYPES, 3: "int8", 5: "int16", 6: "int32", 7: "int64", 11: "double"}
 """The same of what torch takes from a net."""
+FLOATS = (1, 10, 11)
+"""The numbers of types with fractions."""
 _GRAPH, _INITIALIZER, _INPUT, _OUTPUT = 7, 5, 11, 12
 _NAME_OF_INITIALIZER, _EXTERNAL = 8, 13
 

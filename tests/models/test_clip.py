@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import clip
 from d2m_hpc.models.checkpoint import Weights
+from d2m_hpc.models.headers import is_torchscript
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
 from d2m_hpc.models.tokens import clip_tokens
 
@@ -100,8 +101,8 @@ def test_a_torchscript_archive_and_a_plain_state_dict_give_the_same_net(
     state = Weights(checkpoints).load(NAME)
     assert {"input_resolution", "context_length", "vocab_size"} <= set(state)
     _torchscript(state, tmp_path / NAME)
-    assert clip.is_torchscript(Weights(tmp_path), NAME)
-    assert not clip.is_torchscript(Weights(checkpoints), NAME)
+    assert is_torchscript(tmp_path / NAME)
+    assert not is_torchscript(checkpoints / NAME)
     archived = clip.load(Weights(tmp_path), NAME).state_dict()
     plain = clip.load(Weights(checkpoints), NAME).state_dict()
     assert archived.keys() == plain.keys()

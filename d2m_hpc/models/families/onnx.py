@@ -24,7 +24,7 @@ from d2m_hpc.models.family import (
 )
 from d2m_hpc.models.headers import fault
 from d2m_hpc.models.inputs import LARGEST_SIDE, ImageInput, Interpolation
-from d2m_hpc.models.onnx_header import GIVEN, TYPES, Header, read
+from d2m_hpc.models.onnx_header import FLOATS, GIVEN, TYPES, Header, read
 from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.models.types import COLUMN_TYPES, parts
 
@@ -103,12 +103,9 @@ class OnnxImages(Family):
     """name of the net's input, which need not be given"""
 
     def inputs(self, use: Use) -> list[Any]:
-        mean, std = self.mean, self.std
-        if mean or std:
-            mean, std = mean or (0, 0, 0), std or (1, 1, 1)
         given = (self.size, self.resize, self.interpolation, self.short, self.fill)
         try:
-            return [ImageInput(*given, mean=mean, std=std)]
+            return [ImageInput(*given, mean=self.mean, std=self.std)]
         except ValueError as error:
             raise ParameterError("", str(error)) from None
 
@@ -119,6 +116,9 @@ class OnnxImages(Family):
             if (each or given.type) not in NUMBERS:
                 what = f"{name}: unknown type {given.type!r}; valid: {', '.join(NUMBERS)}"
                 raise ParameterError("gives", f"{what}, and list<...> of these")
+            if given.shape and given.index is not None:
+                what = f"{name}: found `index` and `shape`"
+                raise ParameterError("gives", f"{what}; give `index` for a column alone")
             if prod(given.shape) > LARGEST_ROW:
                 what = f"{name}: found a `shape` of {prod(given.shape):,} values"
                 raise ParameterError("gives", f"{what}; valid is {LARGEST_ROW:,} in all")
@@ -182,6 +182,9 @@ class OnnxImages(Family):
                 yield "gives", f"{name}: it has no output {given.output!r}; valid: {names}"
             elif found.type not in (0, *GIVEN):
                 yield "gives", f"{name}: the output holds no numbers of {', '.join(GIVEN.values())}"
+            elif "int" in given.type and (found.type in FLOATS or given.activation != "none"):
+                what = f"{name}: found the type {given.type!r}, and the net gives fractions"
+                yield "gives", f"{what}; valid is float32"
             elif found.shape == ():
                 yield "gives", f"{name}: the output is one number, and not one a picture"
             elif found.shape and all(found.shape[1:]):

@@ -28,6 +28,7 @@ from d2m_hpc.models.family import (
     here,
     read_json,
 )
+from d2m_hpc.models.headers import shapes
 from d2m_hpc.models.inputs import CLIP_MEAN, CLIP_STD, ImageInput, OwnInput
 from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.texts import nearest
@@ -236,6 +237,27 @@ class OpenClip(Family):
         if home and told and use.wanted & {"text", "score"} and not any(home.glob("*token*")):
             what = f"{home} has no tokenizer (tokenizer.json) of {told}; save it there too"
             raise ParameterError("model", what)
+        path = self._weights(use)
+        if isinstance(path, Path) and path.is_file() and path.suffix != ".npz":
+            self._check_weights(path, self._config(use))
+
+    def _check_weights(self, path: Path, config: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            ParameterError: the file at hand is of no CLIP, or of one that has other features.
+        """
+        where, width = "pretrained" if self.pretrained else "model", config["embed_dim"]
+        try:
+            found = {n.removeprefix("module."): shape for n, shape in shapes(path).items()}
+        except ValueError as error:
+            raise ParameterError(where, f"{path}: {error}") from None
+        if found and "logit_scale" not in found:
+            what = f"{path} holds no CLIP, which has a `logit_scale`, but {', '.join([*found][:4])}"
+            raise ParameterError(where, what)
+        for name in ("visual.proj", "text_projection"):
+            if len(shape := found.get(name, ())) == 2 and shape[1] != width:
+                what = f"{path} has features of {shape[1]} values, and by its config of {width}"
+                raise ParameterError(where, f"{what}; give the model that it is of")
 
     def licence(self) -> str:
         return LICENCES.get(self.pretrained, "")

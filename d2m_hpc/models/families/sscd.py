@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from d2m_hpc.models.family import (
     file_at_hand,
     located,
 )
+from d2m_hpc.models.headers import fault, is_torchscript
 from d2m_hpc.models.inputs import ImageInput
 from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.storage.texts import nearest
@@ -60,6 +61,12 @@ class Sscd(Family):
 
     def checkpoints(self, use: Use) -> list[Checkpoint | Path]:
         return [self._file()]
+
+    def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
+        path = located(self._file(), use.folder)
+        if path.is_file() and not is_torchscript(path):
+            what = f"{path} is no TorchScript archive, as `torch.jit.save` writes it"
+            raise ParameterError("checkpoint", fault(path) or what)
 
     def licence(self) -> str:
         return "CC-BY-NC-4.0" if self.checkpoint in _TRAINED else ""

@@ -27,6 +27,7 @@ from d2m_hpc.models.family import (
     published,
     read_json,
 )
+from d2m_hpc.models.headers import shapes
 from d2m_hpc.models.inputs import LARGEST_SIDE, ImageInput, Interpolation, OwnInput, require_sides
 from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.texts import nearest
@@ -157,6 +158,27 @@ class Timm(Family):
         if name and name not in architectures():
             what = f"{self.model} is of an unknown architecture {name!r}"
             raise ParameterError("model", f"{what}{nearest(name, architectures())}")
+        self._check_classes(use)
+
+    def _check_classes(self, use: Use) -> None:
+        """
+        Raises:
+            ParameterError: the file at hand has another number of classes than is said of it.
+        """
+        path, last = self._weights(use), self._published(use)[1].get("classifier")
+        where = "checkpoint" if self.checkpoint else "model"
+        if not isinstance(path, Path) or path.suffix == ".npz" or not isinstance(last, str):
+            return
+        try:
+            found = shapes(path)
+        except ValueError as error:
+            raise ParameterError(where, f"{path}: {error}") from None
+        wanted, name = self._told(use)["num_classes"], f"{last}.weight"
+        shape = found.get(name) or found.get(f"module.{name}")
+        if wanted and shape and shape[0] != wanted:
+            what = f"{path} has {shape[0]} classes, and {wanted} are asked for"
+            own = "give" if self.checkpoint else "write into its config.json"
+            raise ParameterError(where, f"{what}; {own} `num_classes: {shape[0]}`")
 
     def licence(self) -> str:
         known = self.model in {preset["model"] for preset in self.presets.values()}
@@ -288,10 +310,12 @@ def described(told: Mapping[str, Any]) -> ImageInput | None:
         told: as `timm.data.resolve_data_config` gives it.
     """
     (_, height, width), part = told["input_size"], told["crop_pct"]
+    if (how := told["interpolation"]) not in get_args(Interpolation):
+        raise ValueError(f"interpolation {how!r}; valid: {', '.join(get_args(Interpolation))}")
     if not part > 0:
         raise ValueError(f"crop_pct {part}; valid is a share above 0")
-    mode, how = told["crop_mode"], told["interpolation"]
-    if how not in get_args(Interpolation) or part > 1 or not (height == width or part == 1):
+    mode = told["crop_mode"]
+    if part > 1 or not (height == width or part == 1):
         return None
     if (mode == "squash" and part != 1) or mode == "border":
         return None
