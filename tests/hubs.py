@@ -32,6 +32,7 @@ class Hub:
     Attributes:
         revisions: files of each revision by repository.
         ways: how requests are answered, first come first; all later ones go well.
+        renamed: repositories' new names by those that lead there.
         gated: repositories whose files need the token; everybody may see what they have.
         asked: method and path of each request, with its range.
         leaked: what the file server was told of who asks.
@@ -42,6 +43,7 @@ class Hub:
     revisions: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     ways: list[str] = field(default_factory=list)
     gated: set[str] = field(default_factory=set)
+    renamed: dict[str, str] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     leaked: list[str] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
@@ -76,6 +78,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         wanted = f" {self.headers['Range']}" if self.headers["Range"] else ""
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append(f"{self.command} {path}{wanted}")
+        for old, new in self.hub.renamed.items():
+            if f"/{old}/" in self.path:
+                self._send(307, b"", Location=self.path.replace(f"/{old}/", f"/{new}/", 1))
+                return
         way = self.hub.ways.pop(0) if self.hub.ways else "right"
         if way == "hangs":
             self.hub.over.wait(30)

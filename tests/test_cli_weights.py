@@ -137,6 +137,9 @@ def test_a_repository_is_listed_fetched_and_checked(
     place, net = folder / "hub/Org--net@main", folder / "hub/Org--net@main/model.safetensors"
     _weights("list", config)
     assert re.search(rf"{place}.*missing.*{hub.url}/Org/net at main", capsys.readouterr().out)
+    with pytest.raises(WeightsError, match="is missing; it is published at"):
+        _weights("check", config)
+    assert capsys.readouterr().out.count(str(place)) == 1
     hub.ways = ["right", "right", "404"]
     with pytest.raises(WeightsError, match="/Org/net: the server answers 404"):
         _weights("fetch", config)

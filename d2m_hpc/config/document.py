@@ -265,5 +265,8 @@ def _plain(node: yaml.Node, kind: str) -> Any:
 def _whole(text: str) -> int:
     number = int(text, 0) if len(text) < 40 else LARGEST + 1
     if abs(number) > LARGEST:
-        raise ValueError(f"found {text[:40]}; valid are whole numbers up to {LARGEST:,}")
+        raise ValueError(
+            f"found {text[:40]}; valid are whole numbers up to {LARGEST:,}, "
+            "and digits in quotes, where they are a text"
+        )
     return number

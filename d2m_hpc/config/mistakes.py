@@ -122,7 +122,7 @@ def _model_mistakes(config: Config, registry: Registry, wrong: Collection[str]) 
     from d2m_hpc.models.registry import in_order
 
     listed = config.model_names
-    mistakes = _duplicates("models", listed)
+    mistakes = _duplicates("models", [name for name in listed if name not in wrong])
     known = registry.specs(n for n in listed if n not in wrong)
     unknown = [name for name in listed if name not in known and name not in wrong]
     mistakes += [
@@ -203,7 +203,7 @@ def _post_mistakes(
     unknown_models = {*listed} - registry.models.keys()
     unsure = [model for model in {*wrong, *unknown_models} if model not in told]
     meant = {m for name in unsure for m in get_close_matches(name, registry.models, n=1)}
-    untold = tuple(f"{model}-" for model in unsure)
+    untold = tuple(f"{model}-" if model else "" for model in unsure)
     unknown = [name for name in names if name not in known and not name.startswith(untold)]
     mistakes += [
         Mistake(

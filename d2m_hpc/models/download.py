@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse, InvalidURL
 from itertools import chain
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 TRIES = 4
 """Without getting further than before; a transfer that does goes on for as long as it takes."""
@@ -117,6 +118,17 @@ def download(
         pause(tries, asked)
 
 
+class _Redirects(HTTPRedirectHandler):
+    """Say who asks again where a server redirects to itself, as a hub does to a new name."""
+
+    def redirect_request(self, req: Request, *given: Any) -> Request | None:
+        found = super().redirect_request(req, *given)
+        if found and (found.type, found.host) == (req.type, req.host):
+            told = req.unredirected_hdrs.get("Authorization")
+            found.unredirected_hdrs |= {"Authorization": told} if told else {}
+        return found
+
+
 def pause(tries: int, retry_after: str | None = None) -> None:
     """Wait before another try: as long as the server says, within limits, or longer each time."""
     seconds = PAUSE_SECONDS * 2 ** (tries - 1) * random.uniform(0.5, 1.5)
@@ -150,15 +162,17 @@ def _open(url: str, headers: Mapping[str, str], part: PartialFile) -> HTTPRespon
         for name, value in headers.items():
             redirected = name in ("Range", "If-Range")
             (request.add_header if redirected else request.add_unredirected_header)(name, value)
-        response: HTTPResponse = urlopen(request, timeout=TIMEOUT_SECONDS)
+        response: HTTPResponse = build_opener(_Redirects).open(request, timeout=TIMEOUT_SECONDS)
         return response
     except HTTPError as error:
         error.close()
+        last = error.url.partition("?")[0]  # behind which a server may put a secret
         if error.code == 416 and "Range" in headers:  # it is shorter than the part
             part.remove()
             return _open(url, {n: v for n, v in headers.items() if "Range" not in n}, part)
         kind = Broken if error.code in PASSING else DownloadError
         why = f"the server answers {error.code} {error.reason}"
+        why += f" for {last}, to which it redirects" if last != url else ""
         raise kind(why, error.code, error.headers.get("Retry-After")) from None
     except URLError as error:
         # Where nobody listens or the name is unknown, waiting helps little: often there is no way.

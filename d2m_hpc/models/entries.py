@@ -9,7 +9,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_origin
 
 from pydantic import ValidationError
 
@@ -132,8 +133,15 @@ def family_of(entry: Mapping[str, Any]) -> Family:
     try:
         return family(**parameters)
     except ValidationError as error:
-        told = error.errors(include_url=False, include_context=False)
-        found = (_mistake(family, parameters, e) for e in told)
+        told: dict[Any, Any] = {}
+        for one in error.errors(include_url=False, include_context=False):
+            field = family.model_fields.get(str((one["loc"] or ("",))[0]))
+            is_choice = field and get_origin(field.annotation) in (Union, UnionType)
+            # Each choice of a parameter that takes values of several kinds says what it wants.
+            place = one["loc"][:1] if is_choice else (*one["loc"], one["msg"])
+            if place not in told or told[place]["type"].endswith("_type"):
+                told[place] = one
+        found = (_mistake(family, parameters, e) for e in told.values())
         raise ParameterError(*dict.fromkeys(found)) from None
 
 
@@ -179,6 +187,8 @@ def _mistake(family: type[Family], parameters: Mapping[str, Any], error: Any) ->
     if parameter not in parameters:
         return "", f"found no `{parameter}`, which is required: {meant}"
     what = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type" and isinstance(error["input"], int | float):
+        what = "valid is a text; write it in quotes"
     return parameter, f"found {_shown(parameters[parameter])}; {what[0].lower()}{what[1:]}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -240,6 +241,9 @@ def _headers(repo: HubRepo) -> dict[str, str]:
     """
     from huggingface_hub import constants, get_token
 
+    if not re.match(r"https?://[^/\s]", endpoint()):
+        valid = "valid is the URL of a hub, such as https://huggingface.co"
+        raise WeightsError(f"{repo.repo_id}: HF_ENDPOINT is {endpoint()!r}; {valid}")
     if constants.HF_HUB_OFFLINE:
         advice = f"unset {' and '.join(OFFLINE)}, or fetch on another machine"
         raise WeightsError(f"{repo.url}: the hub is switched off here; {advice}")
@@ -252,8 +256,8 @@ def _headers(repo: HubRepo) -> dict[str, str]:
 
 
 ADVICE = {
-    401: "the repository is gated, private or misspelt: check its name, accept its licence on that "
-    "page, then `hf auth login` or set HF_TOKEN",
+    401: "the repository is gated, private, renamed or misspelt: check its name, accept its "
+    "licence on that page, then `hf auth login` or set HF_TOKEN",
     403: "the account of your token has no access: accept the licence on that page, or use the "
     "token of another account in HF_TOKEN",
     404: "check the name of the repository; `--update` asks for its newest commit",

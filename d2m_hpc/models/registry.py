@@ -274,8 +274,10 @@ class Registry:
         taken = {d for spec in listed if spec.family is None for d in spec.dependencies}
         whole = (name for c in chosen if c.name in taken for name in c.outputs)
         asked = {*asked, *read, *whole}
-        models = dict(self.models)
         names = [*map(name_of, entries)]
+        models = {
+            n: spec for n, spec in self.models.items() if n not in {p.model for p in problems}
+        }
         broken = {*names} - {*models, *(c.name for c in chosen)}
         for c in chosen:
             try:

@@ -298,7 +298,7 @@ def checked(found: Sequence[Found], allow_unpublished: bool) -> None:
         told = f"{len(item.files)} files, {decimal(item.size)}, {at}"
         console.print(f"{item.state:8} {item.place} ({told})", style=style)
         for file in item.files:
-            if file.state != "ok":
+            if file.state != "ok" and file.path != item.place:  # a folder that is not there
                 _state(file, allow_unpublished)
     if not found:
         console.print("no checkpoint is needed")

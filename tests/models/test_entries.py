@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -64,6 +65,30 @@ def test_a_mistake_is_told_with_its_line(line: str, told: str, where: str, tmp_p
     [mistake] = [m for m in caught.value.mistakes if told in m]
     assert f"c.yml:5:{5 + line.index(where)}" in mistake
     assert [m for m in caught.value.mistakes if not m.startswith("models")] == []
+
+
+DIGITS = "kind: head, on: image-histogram, checkpoint: /a, sha256"
+
+
+@pytest.mark.parametrize(
+    ("items", "told"),
+    [
+        ("- x: {kind: onnx, checkpoint: /n, gives: {s: {}}, size: 0}", "found 0; valid is 1 to"),
+        ("- x: {kind: onnx, checkpoint: /n, gives: {s: {}}, size: true}", "found True; valid is"),
+        ("- x: {kind: onnx, checkpoint: /n, gives: {s: {}}, size: [1, 2, 3]}", "at most 2 items"),
+        ("- sscd-disc-mixup: {kind: sscd, size: 300}", "is a built-in model's name; choose"),
+        ("- text-stats\n  - text-stats: {kind: text-stats}", "is a built-in model's name; choo"),
+        ("- '': {kind: text-stats}", "the name '': valid: letters"),
+        ("- x: {kind: head, on: a-b, checkpoint: /a, sha256: 12}", "found 12; valid is a text; w"),
+        (f"- x: {{{DIGITS}: {'1' * 64}}}", "and digits in quotes, where they are a text"),
+    ],
+)
+def test_one_mistake_is_one_message(items: str, told: str, tmp_path: Path) -> None:
+    config = tmp_path / "c.yml"
+    config.write_text(f"{HEAD}  {items}\npostprocess_columns: {['x-score'] * ('x:' in items)}\n")
+    with pytest.raises(ConfigError, match=re.escape(told)) as caught:
+        load(config)
+    assert len(caught.value.mistakes) == 1
 
 
 def test_a_name_in_set_is_told_with_its_option(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -301,6 +302,32 @@ def test_a_gated_repository_says_how_to_get_it_and_a_token_opens_it(
     written = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
     assert (TOKEN.encode() in written, "hf_of" in str(caught.value)) == (False, False)
     assert hub.leaked == []  # the server of large files is another one
+
+
+def test_a_gated_repository_that_was_renamed_is_named_and_a_token_opens_it(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub leads to the new name itself, where it must be told again who asks."""
+    hub.put("Org/new", config__json=b"{}", model__safetensors=NET)
+    hub.gated, hub.renamed = {"Org/new"}, {"Org/net": "Org/new"}
+    told = (
+        r"Org/net: the server answers 401 .* for http\S+/Org/new/resolve/\S+, to which it redir.*"
+    )
+    with pytest.raises(WeightsError, match=f"{told}gated, private, renamed or misspelt"):
+        fetch(REPO, folder, WISH)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert fetch(REPO, folder, WISH).state == "present"
+    assert hub.leaked == []
+
+
+@pytest.mark.parametrize("given", ["nonsense", "file:///tmp", "https://"])
+def test_an_address_that_is_no_hubs_is_told(
+    given: str, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", given)
+    told = f"Org/net: HF_ENDPOINT is '{given.rstrip('/')}'; valid is the URL of a hub"
+    with pytest.raises(WeightsError, match=re.escape(told)):
+        fetch(REPO, folder, WISH)
 
 
 def test_a_token_that_cannot_be_read_is_told(
