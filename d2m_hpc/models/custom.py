@@ -9,11 +9,12 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from PIL import Image
@@ -237,11 +238,44 @@ def spec_of(name: str, model: Any) -> ModelSpec:
     if not all(isinstance(file, str | PathLike) for file in files):
         what = "valid is a list of paths and of HubRepo"
         mistakes.append(f"checkpoints: found {model.checkpoints!r}; {what}")
+    elif not odd:
+        inputs = [*given["raw_inputs"], *given["dependencies"]]
+        mistakes += _misfits(model, inputs, takes_weights(model, published))
     if mistakes:
         raise ConfigError(origin(model), mistakes)
     paths = tuple(os.fspath(file) for file in files)
     to_device = bool(getattr(model, "to_device", True))
     return ModelSpec(name, **given, to_device=to_device, files=paths, checkpoints=published)
+
+
+def takes_weights(made: Any, published: Collection[Any]) -> bool:
+    """Whether a custom class is given the weights folder: its `__init__` has an argument of that
+    name, without a default or beside `checkpoints` that are published."""
+    with suppress(TypeError, ValueError):  # of a class that is written in C
+        found = inspect.signature(made).parameters.get("weights")
+        return found is not None and (bool(published) or found.default is found.empty)
+    return False
+
+
+def _misfits(made: Any, inputs: Sequence[str], has_weights: bool) -> Iterator[str]:
+    """How a custom class cannot be made, or its objects not be called."""
+    beside = {"weights": None} if has_weights else {}
+    yield from _misfit("__init__", made, ["device"], beside)
+    if isinstance(inspect.getattr_static(made, "forward", None), FunctionType):
+        yield from _misfit("forward", partial(made.forward, None), inputs, {})
+
+
+def _misfit(
+    name: str, called: Any, given: Sequence[str], named: Mapping[str, Any]
+) -> Iterator[str]:
+    with suppress(TypeError, ValueError):  # of a class that is written in C
+        signature = inspect.signature(called)
+        try:
+            signature.bind(*given, **named)
+        except TypeError as error:
+            what = f"{name}{signature} is given {', '.join([*given, *named]) or 'nothing'}: {error}"
+            whole = "; it takes each raw input, then each dependency"
+            yield what + (whole if name == "forward" else "")
 
 
 _IMAGES: TypeAdapter[ImageInput] = TypeAdapter(ImageInput)
@@ -316,20 +350,16 @@ def build(spec: ModelSpec, made: Any, device: int | str, weights: Weights) -> nn
     """A model of a custom class.
 
     Args:
-        weights: for the `__init__` of a class that declares published checkpoints.
+        weights: for an `__init__` that takes them.
 
     Raises:
         TypeError: it cannot be called with the inputs that the class names.
     """
-    wanted = spec.checkpoints and "weights" in inspect.signature(made).parameters
+    wanted = takes_weights(made, spec.checkpoints)
     model: nn.Module = made(device, weights=weights) if wanted else made(device)
     if not callable(model):
         raise TypeError("its objects cannot be called; derive the class from torch.nn.Module")
     given = [raw for raw, _ in spec.inputs] + list(spec.dependencies)
-    forward = inspect.signature(getattr(model, "forward", model))
-    try:
-        forward.bind(*given)
-    except TypeError as error:
-        what = f"forward{forward} is given {', '.join(given) or 'nothing'}"
-        raise TypeError(f"{what}: {error}; it takes each raw input, then each dependency") from None
+    for what in _misfit("forward", getattr(model, "forward", model), given, {}):
+        raise TypeError(what)
     return model

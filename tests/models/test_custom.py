@@ -20,6 +20,7 @@ from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.family import ModelSpec, Post
 from d2m_hpc.models.inputs import NAMED
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
+from d2m_hpc.models.published import HubRepo
 from d2m_hpc.models.registry import builtin
 from d2m_hpc.run import frozen
 from d2m_hpc.worker.batch import collate
@@ -70,6 +71,8 @@ from dataset2metadata.postprocessors import identity
 class Base:
     raw_inputs = ['image', 'text']
     dependencies = ['image-stats']
+    def __init__(self, device):
+        pass
 
 class Caption(Base):
     preprocessors: tuple = ('small', 'identity')
@@ -298,7 +301,8 @@ def test_tables_that_are_left_out_are_empty(tmp_path: Path) -> None:
 
 def test_the_static_fields_have_the_seeds_defaults() -> None:
     class Bare:
-        pass
+        def __init__(self, device: str) -> None:
+            pass
 
     spec = custom.spec_of("bare", Bare)
     assert (spec.inputs, spec.dependencies, spec.to_device, spec.family) == ((), (), True, None)
@@ -366,15 +370,37 @@ def test_a_model_that_is_no_module_is_called_all_the_same(tmp_path: Path) -> Non
         ("(self, texts)", "(self, texts, y)", r"forward\(texts, y\) is given text: missing .* 'y'"),
         ("(self, texts)", "(self)", r"forward\(\) is given text: too many"),
         ("dependencies = ()", "dependencies = ('other',)", "is given text, other: too many"),
-        ("(self, device)", "(self)", "takes 1 positional argument but 2 were given"),
+        ("(self, device)", "(self)", r"__init__\(\) is given device: too many"),
+        ("(self, device)", "(self, device, size)", "is given device: missing .* argument: 'size'"),
     ],
 )
 def test_a_model_that_cannot_be_called_with_its_inputs_is_not_built(
     old: str, new: str, reason: str, tmp_path: Path
 ) -> None:
+    """A submit tells what the signatures do, and a task the rest."""
     tables = _look(tmp_path, old, new)
-    with pytest.raises(TypeError, match=reason):
+    with pytest.raises((ConfigError, TypeError), match=reason):
         _built(tables)
+
+
+@pytest.mark.parametrize(
+    ("argument", "published", "given"),
+    [
+        ("weights", (), "w"),
+        ("weights='own'", (), "own"),
+        ("weights='own'", (HubRepo("a/b"),), "w"),
+    ],
+)
+def test_the_weights_folder_is_given_to_whoever_takes_it(
+    argument: str, published: tuple[HubRepo, ...], given: str, tmp_path: Path
+) -> None:
+    """A default of the class's own stays, as classes written for the seed may have one."""
+    keep = "super().__init__(); self.given = str(getattr(weights, 'folder', weights))"
+    text = LOOK.replace("(self, device)", f"(self, device, {argument})")
+    file = _write(tmp_path, text.replace("super().__init__()", keep))
+    tables = custom.lookups(custom.load(file))
+    tables["model_lookup"]["look"].checkpoints = published
+    assert _built(tables).given == given
 
 
 def test_the_line_of_the_custom_file_is_told_that_an_error_came_through(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_a_custom_model_under_a_built_in_name_needs_no_checkpoint(tmp_path: Path
     (tmp_path / "own.py").write_text(
         "class Own:\n"
         "    raw_inputs, preprocessors = ['image'], ['clip-aug']\n"
+        "    def __init__(self, device): ...\n"
         "model_lookup = {'oai-clip-vit-b32': Own}\n"
     )
     config = write_config(

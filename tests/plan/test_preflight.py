@@ -63,6 +63,7 @@ class Look:
     raw_inputs = [n for n in ("images",)]
     preprocessors = ["identity"]
     dependencies = [n for n in ("other",)]
+    def __init__(self, device): ...
 
 model_lookup = {"look": Look}
 """

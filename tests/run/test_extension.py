@@ -28,6 +28,7 @@ class Own:
     raw_inputs = ["text"]
     preprocessors = ["identity"]
     dependencies = ["oai-clip-vit-b32"]
+    def __init__(self, device): ...
 
 model_lookup = {"own": Own, "other": Own}
 postprocess_parquet_lookup = {
