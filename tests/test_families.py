@@ -272,9 +272,12 @@ def test_a_family_of_another_package_is_one_like_ours(
     kept = next((tmp_path / "out/.d2m/fingerprints").iterdir())
     assert json.loads(kept.read_text())["packages"] == ["d2m-colour 1.5"]
     listed = d2m("models", env=plugin).stdout
-    assert "mean-colour" in listed
+    assert re.search(r"mean-colour .* The mean colour of the image.*\(d2m-colour 1.5\)", listed)
     told = d2m("models", "mean-colour", env=plugin).stdout
     assert "side of the square to which images are resized" in told
+    assert "column   mean-colour-red: float32" in told
+    assert "feature  mean-colour-rgb: float, of 3 values" in told
+    assert told.count("The mean colour of the image") == 1
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def models(
     if name in known:
         catalogue.model(known[name], builtin())
     if family is not None and (family.model_fields or name not in known):
-        catalogue.family(family)
+        catalogue.family(name, family)
     elif name not in known:
         _, problems = builtin().with_models([name], (), weights.default_dir())
         unknown = f"unknown model or family {name!r}{nearest(name, {*kinds(), *known})}"

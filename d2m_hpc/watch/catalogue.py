@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from d2m_hpc.models import weights
-from d2m_hpc.models.entries import kinds, known_families, presets
-from d2m_hpc.models.family import Family, ModelSpec
+from d2m_hpc.models.entries import kinds, known_families, packages, plugged_in, presets
+from d2m_hpc.models.family import Family, ModelSpec, ParameterError
 from d2m_hpc.models.inputs import NAMED
 from d2m_hpc.models.registry import Registry, builtin
 from d2m_hpc.watch import terminal
@@ -16,8 +16,7 @@ def everything() -> None:
     """All families, and the models that a config may list by a plain name."""
     table = Table("kind", "computes", title="families", title_justify="left", show_edge=False)
     for kind in kinds():
-        family = known_families().get(kind)
-        table.add_row(kind, _summary(family) if family else "of another package")
+        table.add_row(kind, _computes(kind))
     terminal.console.print(table)
     table = Table("name", "kind", title="\nmodels", title_justify="left", show_edge=False)
     for name, made in presets().items():
@@ -25,18 +24,30 @@ def everything() -> None:
     terminal.console.print(table)
 
 
+def _computes(kind: str) -> str:
+    """What a family computes, and the package that brings one of another package."""
+    [whose] = packages([{kind: {"kind": kind}}]) or [""]
+    try:
+        family = known_families().get(kind) or plugged_in(kind)
+    except ParameterError as error:
+        return str(error)
+    return f"{_summary(family)}{whose and f' ({whose})'}" if family else whose
+
+
 def _summary(family: type[Family]) -> str:
     """What a family computes: the first sentence of its description."""
     return " ".join((family.__doc__ or "").split("\n\n")[0].split())
 
 
-def family(made: type[Family]) -> None:
-    """A family's parameters; what a model of it takes and gives, where it has none."""
-    folder, entry = weights.default_dir(), {made.kind: {"kind": made.kind}}
-    known = builtin() if made.model_fields else builtin().with_models([entry], (), folder)[0]
-    if made.kind in known.models and not made.model_fields:
-        return model(known.models[made.kind], known)
-    terminal.console.print(f"{made.kind}: {_summary(made)}")
+def family(kind: str, made: type[Family]) -> None:
+    """A family's parameters; and what a model of it takes and gives, where none is required."""
+    known, _ = builtin().with_models([{kind: {"kind": kind}}], (), weights.default_dir())
+    if kind in known.models and not (made.presets and made.model_fields):
+        model(known.models[kind], known)
+    else:
+        terminal.console.print(f"{kind}: {_summary(made)}")
+    if not made.model_fields:
+        return
     table = Table("parameter", "default", "meaning", show_edge=False)
     meant = made.described()
     for name, field in made.model_fields.items():
