@@ -440,6 +440,21 @@ class Run:
         return log_of(self._folder, shard)
 
     @_explained()
+    def task_logs(self, task: str) -> list[Path]:
+        """The logs of an array task: its batch script's, and those of its tasks.
+
+        Example:
+            d2m.open("config.yml").task_logs("4711_3")
+
+        Raises:
+            ConfigError: the run has no such task, or the task wrote no log.
+        """
+        from d2m_hpc.launch import ended
+
+        _require(str, "a text", task=task)
+        return ended.logs(self._folder, task)
+
+    @_explained()
     def report(
         self,
         output: str | os.PathLike[str] = "report.html",

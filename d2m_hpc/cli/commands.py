@@ -80,7 +80,9 @@ app.command(help="Cancel a run's pending and running array tasks.")(inspect.canc
 app.command(help="Take shards out of a run's plan: a wrong pattern's, or tars to do without.")(
     inspect.forget
 )
-app.command(help="The log of the task that worked on a shard last.")(inspect.logs)
+app.command(help="The log of the task that worked on a shard last, or of an array task.")(
+    inspect.logs
+)
 app.command(help=VERIFY_HELP)(inspect.verify)
 app.command(help="What a run did and made, as one HTML file.")(inspect.report)
 app.command(help="The uids of the best samples, as a subset for DataComp's tools.")(outputs.select)

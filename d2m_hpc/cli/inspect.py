@@ -48,10 +48,22 @@ def forget(
         print(f"the outputs of {len(kept)} of them stay where they are: {', '.join(kept[:3])}")
 
 
-def logs(target: Target, shard: Annotated[str, typer.Argument(metavar="SHARD")]) -> None:
-    with open(api.open(target).log(shard), encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            echo(line.removesuffix("\n"))
+def logs(
+    target: Target,
+    shard: Annotated[str, typer.Argument(metavar="[SHARD]")] = "",
+    task: Annotated[
+        str, typer.Option("--task", metavar="JOB_INDEX", help="an array task, in place of a shard")
+    ] = "",
+) -> None:
+    if bool(shard) == bool(task):
+        raise typer.BadParameter("name a shard, or an array task by --task")
+    run = api.open(target)
+    for path in run.task_logs(task) if task else [run.log(shard)]:
+        if task:
+            echo(f"--- {path}")
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                echo(line.removesuffix("\n"))
 
 
 def verify(

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.gc_paused import gc_paused
-from d2m_hpc.launch import sbatch, slurm, waiting
-from d2m_hpc.launch.commands import wait_for_next_look
+from d2m_hpc.launch import ended, sbatch, slurm, waiting
+from d2m_hpc.launch.commands import ask, wait_for_next_look
 from d2m_hpc.launch.flow import Backend
 from d2m_hpc.plan import balance
 from d2m_hpc.plan.decide import Decision, decide
@@ -19,6 +19,8 @@ from d2m_hpc.run import nodes
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.records import Job
+from d2m_hpc.run.tasks import attempts
+from d2m_hpc.run.user import user_name
 
 SHARDS_PER_TASK = 16
 PATIENCE = 900.0
@@ -64,7 +66,7 @@ class SlurmArrays(_Arrays):
     def look(self, workload: Workload) -> Decision:
         """Decide by Slurm's word; raise `SlurmError` without it, as live tasks look like dead
         ones."""
-        return look(workload, slurm.queue(PATIENCE_OF_A_SUBMIT))
+        return look(workload, slurm.queue(workload.run, PATIENCE_OF_A_SUBMIT))
 
     def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
         """Submit the arrays; raise `SlurmError` where sbatch refuses, with earlier arrays on
@@ -113,6 +115,9 @@ def look(workload: Workload, queue: slurm.Queue | None = None) -> Decision:
         return decide(workload)
     decision = decide(workload, in_flight(run, queue))
     decision.notices += map(str, waiting.why(queue, slurm.all_arrays(run)))
+    if len(decision.done) < len(decision.shards):
+        ends = ended.of(run, queue, attempts(run), decision.done.__contains__)
+        decision.notices += map(str, ends)
     return decision
 
 
@@ -125,7 +130,7 @@ def live_stems(run: RunDir) -> set[str]:
 def _queue_of(run: RunDir) -> slurm.Queue | None:
     """The queue of a run; None where no array tasks were submitted, or Slurm is not here."""
     submitted = slurm.is_here() and any(s.arrays.exists() for s in run.submissions())
-    return slurm.queue() if submitted else None
+    return slurm.queue(run) if submitted else None
 
 
 def in_flight(run: RunDir, live: slurm.Queue) -> set[str]:
@@ -169,7 +174,7 @@ def propose(decision: Decision, submission: str) -> slurm.Proposal:
 
 def live_jobs(run: RunDir) -> list[str]:
     """`job_index` of every pending or running array task of a run."""
-    queue = slurm.queue()
+    queue = slurm.queue(run)
     live = (e for array in slurm.all_arrays(run) for e in queue.live(array))
     return [f"{e.job_id}_{e.index}" for e in live]
 
@@ -178,17 +183,35 @@ def cancel(run: RunDir) -> int:
     """Cancel a run's array tasks, array by array; return their number.
 
     Raises:
-        SlurmError: scancel failed, and tasks are still there.
+        SlurmError: scancel failed, as at another user's tasks, and tasks are still there.
     """
     # First the round that waits for the tasks to end, and then submits again.
-    slurm.cancel(sorted(slurm.live_rounds(run)))
+    rounds = sorted(slurm.live_rounds(run))
     live = live_jobs(run)
+    jobs = list(dict.fromkeys(job.partition("_")[0] for job in live))
     try:
-        slurm.cancel(list(dict.fromkeys(job.partition("_")[0] for job in live)))
-    except SlurmError:
-        if live_jobs(run):  # else they ended meanwhile
-            raise
+        slurm.cancel(rounds)
+        slurm.cancel(jobs)
+    except SlurmError as error:
+        if left := live_jobs(run):  # else they ended meanwhile
+            raise SlurmError(f"{error}; {_whose(left)}") from None
     return len(live)
+
+
+def _whose(live: list[str]) -> str:
+    """The users of array tasks that cannot be cancelled, and what these users can do."""
+    jobs = ",".join(list(dict.fromkeys(job.partition("_")[0] for job in live))[: slurm.AT_ONCE])
+    try:
+        users = sorted({*ask("squeue", "--noheader", f"--jobs={jobs}", "--format=%u").split()})
+    except SlurmError:
+        users = []
+    others = [user for user in users if user != user_name()]
+    if not others:
+        return f"{len(live)} array tasks are still there"
+    return (
+        f"{len(live)} array tasks of {', '.join(others)} are still there: their user or an "
+        f"operator of Slurm may `scancel {jobs}`, and you may not"
+    )
 
 
 def wait(run: RunDir) -> None:
@@ -202,7 +225,7 @@ def wait(run: RunDir) -> None:
     began = heard = moved = time.monotonic()
     while True:
         try:
-            queue, arrays = slurm.queue(), [*slurm.all_arrays(run), slurm.rounds_of(run)]
+            queue, arrays = slurm.queue(run), [*slurm.all_arrays(run), slurm.rounds_of(run)]
             if not any(queue.live(array) for array in arrays):
                 return
             heard = time.monotonic()

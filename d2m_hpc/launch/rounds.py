@@ -166,7 +166,7 @@ def _follow_in_the_end(run: RunDir, config: Config, chain: Chain, later: int) ->
 
 def _follow(run: RunDir, config: Config, later: int = 0) -> str:
     """Submit the next round, behind all live array tasks."""
-    queue = slurm.queue(PATIENCE)
+    queue = slurm.queue(run, PATIENCE)
     live = sorted({e.job_id for a in slurm.all_arrays(run) for e in queue.live(a)}, key=int)
     when = {"dependency": f"afterany:{':'.join(live)}"} if live else {"begin": f"now+{later}"}
     # An array of one element, as the queue lists the run's other jobs.

@@ -143,10 +143,15 @@ class Element:
     reason: str = ""
     node: str = ""
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether squeue lists the element by itself: it lives, or its epilog runs."""
+        return self.state == COMPLETING or self.state not in OVER
+
 
 @dataclass(frozen=True)
 class Queue:
-    """The user's array elements that Slurm knows of."""
+    """A run's array elements that Slurm knows of; those that ended long ago are forgotten."""
 
     all: list[Element]
 
@@ -177,23 +182,32 @@ _FORMAT = "%F|%K|%T|%r|%N|%j"
 """squeue's fields; the name comes last, as it alone may hold a `|`."""
 _ENDS = "%F|%K|%T|%e"
 
-COMPLETING, REQUEUED = "COMPLETING", "REQUEUED"
+PENDING, COMPLETING, REQUEUED = "PENDING", "COMPLETING", "REQUEUED"
 
 AT_ONCE = 500
 """Jobs on one command line, whose length the system bounds."""
+NAMES = 3000
+"""Job names in one word of a command line."""
 
 
-def queue(patience: float = 0.0) -> Queue:
-    """Ask squeue for the user's array elements; raise `SlurmError` where that fails.
+def queue(run: RunDir, patience: float = 0.0) -> Queue:
+    """Ask squeue for a run's array elements, whoever submitted them; raise `SlurmError` where
+    that fails.
 
     Args:
         patience: seconds for which a controller that is away is asked again.
     """
-    words = ("squeue", "--me", "--noheader", "--array")
-    found = parse_queue(asked_again(patience, *words, f"--format={_FORMAT}"))
-    if not any(element.state == COMPLETING for element in found.all):
-        return found
-    return with_requeued(found, ask(*words, f"--format={_ENDS}"), datetime.now())
+    names = [array.name for array in (rounds_of(run), *all_arrays(run))]
+    found: list[Element] = []
+    for start in range(0, len(names), NAMES):
+        named = f"--name={','.join(names[start : start + NAMES])}"
+        # Also those that ended in the last minutes (MinJobAge), and how.
+        words = ("squeue", named, "--states=all", "--noheader", "--array")
+        part = parse_queue(asked_again(patience, *words, f"--format={_FORMAT}"))
+        if any(element.state == COMPLETING for element in part.all):
+            part = with_requeued(part, ask(*words, f"--format={_ENDS}"), datetime.now())
+        found += part.all
+    return Queue(found)
 
 
 def parse_queue(shown: str) -> Queue:
@@ -273,6 +287,18 @@ def all_arrays(run: RunDir) -> list[Array]:
     return [array for submission in run.submissions() for array in read_arrays(submission)]
 
 
+def at_work(run: RunDir, queue: Queue) -> dict[str, set[int]]:
+    """The chunks of running elements, by the name of each submission that Slurm knows of."""
+    known: dict[str, set[int]] = {}
+    for submission in run.submissions():
+        for array in read_arrays(submission):
+            if array.job_id or queue.of(array):
+                running = (e.index for e in queue.live(array) if e.state not in (PENDING, REQUEUED))
+                chunks = known.setdefault(submission.name, set())
+                chunks.update(i for index in running for i in array.chunks_of(index))
+    return known
+
+
 def rounds_of(run: RunDir) -> Array:
     """The rounds of a run that goes on by itself, as `Queue` finds them."""
     return Array(f"d2m-{token(run.root)}-next", 0, 0)
@@ -280,7 +306,7 @@ def rounds_of(run: RunDir) -> Array:
 
 def live_rounds(run: RunDir, patience: float = 0.0) -> set[str]:
     """The job ids of a run's rounds that are pending or running; asks squeue as `queue` does."""
-    return {element.job_id for element in queue(patience).live(rounds_of(run))}
+    return {element.job_id for element in queue(run, patience).live(rounds_of(run))}
 
 
 def write_arrays(submission: Submission, arrays: Sequence[Array]) -> None:

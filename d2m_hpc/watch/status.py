@@ -14,17 +14,18 @@ from typing import Any
 from d2m_hpc.config import Config, glance
 from d2m_hpc.errors import ConfigError, SlurmError, TruncatedShard
 from d2m_hpc.gc_paused import gc_paused
-from d2m_hpc.launch import slurm
+from d2m_hpc.launch import ended, slurm
+from d2m_hpc.launch.ended import Ended
 from d2m_hpc.launch.waiting import Waiting, why
 from d2m_hpc.plan import changed
 from d2m_hpc.plan.changed import Changed
 from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.plan.workload import run_dir
 from d2m_hpc.run import nodes, rounds
+from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.run.rounds import Chain
 from d2m_hpc.run.shards import read_some
 from d2m_hpc.run.tasks import Progress, attempts, log_file
 from d2m_hpc.storage.texts import ERROR, safe
@@ -60,6 +61,7 @@ class Summary:
         removed: shards that are done on record, without their parquet; counted likewise.
         given_up: failed shards that the next submit leaves out.
         waiting: reasons why array elements do not run.
+        ended: causes for which array elements ended before their shards were done.
         unasked: why Slurm could not be asked.
         odd: paths of folders, pipes and devices in the place of parquets.
         changed: shards whose tars have changed, of the tars that were checked.
@@ -91,6 +93,7 @@ class Summary:
     removed: int = 0
     given_up: int = 0
     waiting: list[Waiting] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
     unasked: str = ""
     odd: list[str] = field(default_factory=list)
     changed: Changed | None = None
@@ -166,12 +169,13 @@ def summarise(
     manifest = manifest or Manifest.load(run)
     found = found or standings(run, config, manifest)
     stems, done, failed = found.stems, list(found.done.values()), found.failed
-    running = _running(run, config.lease_seconds, found)
-    tasks = attempts(run)
+    tasks, (queue, unasked) = attempts(run), _asked(run)
+    at_work = slurm.at_work(run, queue) if queue else {}
+    _mark_lost(tasks, at_work)
+    running = _running(run, config.lease_seconds, found, tasks, at_work)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
-    rows = sum(r.rows for r in done)
     active = [t for t in tasks if t.is_active]
-    rejections, chain = _by_reason(done), rounds.read(run)
+    rejections = _by_reason(done)
     return Summary(
         run_dir=str(run.root),
         output=config.output_metadata_dir,
@@ -180,12 +184,14 @@ def summarise(
         failed=len(failed.keys() - running),
         pending=pending,
         running=len(running),
-        rows=rows,
+        rows=sum(r.rows for r in done),
         rejected=sum(rejections.values()),
         recomputed=sum(r.recomputed for r in done),
         **_pace(active, done, pending + len(running)),
         **_ran_on(tasks),
-        **{"rounds": str(chain or ""), **_queued(run, chain)},
+        **_queued(run, queue),
+        unasked=unasked,
+        ended=ended.of(run, queue, tasks, found.done.__contains__),
         stragglers=_stragglers(active),
         broken_nodes=nodes.broken(run, manifest),
         failures=_grouped(run, failed),
@@ -198,8 +204,27 @@ def summarise(
     )
 
 
-def _running(run: RunDir, lease_seconds: float, found: Standings) -> set[str]:
-    """Shards that are not done, with a recent heartbeat of their lease.
+def _mark_lost(tasks: list[Progress], at_work: dict[str, set[int]]) -> None:
+    """Take a task for lost that was at work when it last said so, and is not by Slurm's word."""
+    for task in tasks:
+        if task.state == "running" and not _may_work(task.task, at_work):
+            task.state = "lost"
+
+
+def _may_work(task: str, at_work: dict[str, set[int]]) -> bool:
+    """Whether a task is at work by Slurm's word, or none that Slurm knows of."""
+    submission, index, _ = task.split("-")
+    return submission not in at_work or int(index) in at_work[submission]
+
+
+def _running(
+    run: RunDir,
+    lease_seconds: float,
+    found: Standings,
+    tasks: list[Progress],
+    at_work: dict[str, set[int]],
+) -> set[str]:
+    """Shards that are not done, with a recent heartbeat of their lease by a task at work.
 
     This is for display alone: a reader whose clock is off by minutes is shown too many or too few,
     and tasks do not look at it.
@@ -207,7 +232,12 @@ def _running(run: RunDir, lease_seconds: float, found: Standings) -> set[str]:
     oldest = time.time() - lease_seconds
     paths = run.leases.glob("*.lock") if run.leases.is_dir() else ()
     held = {p.stem for p in paths if _mtime(p) > oldest} - found.done.keys()
-    return held.intersection(found.stems) if held else held
+    held = held.intersection(found.stems) if held else held
+    if not any(t.state == "lost" and t.updated > oldest for t in tasks):
+        return held
+    last = Attempts(run.attempts).last
+    by = {stem: attempt.task for stem in held if (attempt := last(stem)) and attempt.task}
+    return {stem for stem in held if stem not in by or _may_work(by[stem], at_work)}
 
 
 def _mtime(path: Path) -> float:
@@ -217,21 +247,28 @@ def _mtime(path: Path) -> float:
         return 0.0
 
 
-def _queued(run: RunDir, chain: Chain | None) -> dict[str, Any]:
-    """Array elements by state, and why some wait; empty without Slurm."""
-    arrays = slurm.all_arrays(run)
-    if not arrays or not slurm.is_here():
-        return {}
+def _asked(run: RunDir) -> tuple[slurm.Queue | None, str]:
+    """Slurm's word on a run; None without array tasks or Slurm, or with the reason why not."""
+    if not slurm.all_arrays(run) or not slurm.is_here():
+        return None, ""
     try:
-        queue = slurm.queue()
+        return slurm.queue(run), ""
     except SlurmError as error:
-        return {"unasked": str(error)}
-    tasks = dict(Counter(e.state.lower() for a in arrays for e in queue.of(a)))
+        return None, str(error)
+
+
+def _queued(run: RunDir, queue: slurm.Queue | None) -> dict[str, Any]:
+    """Array elements by state, why some wait, and how the run goes on by itself."""
+    arrays, chain = slurm.all_arrays(run), rounds.read(run)
+    if queue is None:
+        return {"rounds": str(chain or "")}
+    elements = (e for array in arrays for e in queue.of(array))
+    tasks = dict(Counter(e.state.lower() for e in elements if e.is_listed))
     goes_on = bool(chain and not chain.ended and queue.live(slurm.rounds_of(run)))
-    told = {"tasks": tasks, "waiting": why(queue, arrays), "goes_on": goes_on}
+    told = str(chain or "")
     if chain and not chain.ended and not goes_on:
-        told["rounds"] = f"{chain}; no further round waits: submit again with --until-done"
-    return told
+        told = f"{chain}; no further round waits: submit again with --until-done"
+    return {"tasks": tasks, "waiting": why(queue, arrays), "goes_on": goes_on, "rounds": told}
 
 
 def _ran_on(tasks: list[Progress]) -> dict[str, Any]:

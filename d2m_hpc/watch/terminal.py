@@ -225,6 +225,8 @@ def _remarks(found: Summary) -> None:
         notices(found.changed.notices())
     for wait in found.waiting:
         console.print(str(wait), style="red" if wait.never else "yellow")
+    for ended in found.ended:
+        console.print(str(ended), style="red")
     if found.unasked:
         console.print(f"Slurm cannot be asked: {found.unasked}", style="yellow")
 

@@ -9,6 +9,7 @@ import pytest
 
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch import commands, slurm
+from d2m_hpc.run.folder import RunDir
 
 
 def script(folder: Path, name: str, text: str) -> None:
@@ -81,7 +82,7 @@ def test_a_controller_that_is_away_is_asked_again_and_that_is_told_once(
         f'echo >> {calls}; [ $(wc -l < {calls}) -gt 3 ] || {{ echo "{AWAY}" >&2; exit 1; }}\n'
         "echo '7|0|RUNNING|None|n1|a'",
     )
-    [element] = slurm.queue(patience=60).all
+    [element] = slurm.queue(RunDir(bin_dir), patience=60).all
     assert element.job_id == "7"
     [told] = caplog.messages
     assert told == f"squeue failed: {AWAY}; asking again for up to 60 s"
@@ -94,7 +95,7 @@ def test_only_a_controller_that_is_away_is_waited_for_and_not_for_ever(
     monkeypatch.setattr(commands, "PAUSE", 0.05)
     script(bin_dir, "squeue", f'echo "{words}" >&2; exit 1')
     with pytest.raises(SlurmError, match=words[:12]):
-        slurm.queue(patience)
+        slurm.queue(RunDir(bin_dir), patience)
 
 
 def test_words_too_long_for_the_system_are_an_error_of_slurms(bin_dir: Path) -> None:
@@ -105,7 +106,7 @@ def test_words_too_long_for_the_system_are_an_error_of_slurms(bin_dir: Path) -> 
 
 def test_what_is_no_utf8_is_read_all_the_same(bin_dir: Path) -> None:
     script(bin_dir, "squeue", r"printf '7|0|RUNNING|None|n1|caf\xe9\n'")
-    [element] = slurm.queue().all
+    [element] = slurm.queue(RunDir(bin_dir)).all
     assert (element.job_id, element.name) == ("7", "caf\N{REPLACEMENT CHARACTER}")
 
 

@@ -1,0 +1,88 @@
+"""Array tasks that end before their shards are done: told with cause, log and what helps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from kit import d2m
+from slurm.cluster import Cluster, wait_until
+from slurm.runs import Held, Run, Tars
+from slurm.test_faults import parent
+
+LOST = 'test "$SLURM_ARRAY_TASK_ID" != 0 || srun() { command srun /mnt/lost/bin/python; }'
+GONE = 'test "$SLURM_ARRAY_TASK_ID" != 1 || kill -9 $$'
+
+
+def kill(held: Held) -> None:
+    """With the process that watches it, as where a node runs out of memory."""
+    watching = parent(held.pid)
+    os.kill(watching, signal.SIGKILL)
+
+
+def causes(run: Run) -> dict[str, set[int]]:
+    """The elements by cause, in the words of `d2m status --json`."""
+    told = json.loads(d2m("status", run.config, "--json").stdout)["ended"]
+    return {e["cause"]: {int(t.partition("_")[2]) for t in e["tasks"]} for e in told}
+
+
+def test_each_end_is_told_with_its_cause_and_its_log(cluster: Cluster, tars: Tars) -> None:
+    run = Run(
+        cluster,
+        tars,
+        6,
+        shards_per_task=1,
+        steal=False,
+        slurm={"cpus_per_task": 1, "requeue": False, "setup": [LOST, GONE]},
+    )
+    run.hold()
+    run.submit()
+    [job] = run.job_ids()
+    held = {h.index: h for h in run.wait_held(4)}
+    kill(held[2])
+    held[3].signal(signal.SIGUSR2)  # what Slurm sends before the walltime ends
+    cluster.run("scancel", f"{job}_4")
+    cluster.wait_state(held[3].element, "FAILED")
+    cluster.wait_state(held[4].element, "CANCELLED")
+    cluster.set_node(held[5].node, "down")
+    cluster.wait_state(held[5].element, "NODE_FAIL")
+    wait_until(lambda: not run.live())
+    found = run.status()
+    assert (found["running"], found["tasks"]) == (0, {})  # though their leases look alive
+    expected = {"not begun": {0}, "killed": {1, 2}, "walltime": {3}, "cancelled": {4}, "node": {5}}
+    assert causes(run) == expected
+    said = d2m("status", run.config).stdout
+    walltime = "1 array task ended with 1 shard left (out of walltime); raise slurm.time; `d2m logs"
+    assert f"{walltime} CONFIG --task {job}_3`: no shard was finished in this walltime" in said
+    assert "/mnt/lost/bin/python: No such file or directory" in said
+    log = d2m("logs", run.config, "--task", f"{job}_3").stdout
+    assert f"slurm-{job}_3.out" in log
+    assert "no shard was finished in this walltime" in log
+    cluster.set_node(held[5].node, "resume")
+    run.let_go()
+    again = run.submit("--wait", "--set", "slurm.setup=[]").stdout
+    told = [line for line in said.splitlines() if " ended with " in line and " left (" in line]
+    assert len(told) == 5
+    assert all(f"note: {line}" in again for line in told)
+    assert causes(run) == {}
+    run.assert_complete()
+
+
+def test_memory_is_told_from_accounting(accounting: Cluster, tars: Tars) -> None:
+    run = Run(accounting, tars, 1, slurm={"mem": 100})
+    ended = run.submit("--wait", code=1)
+    assert "1 array task ended with 1 shard left (out of memory" in ended.stdout
+    # slurmdbd hears of it some seconds later.
+    wait_until(lambda: " of 0.1 GB); raise slurm.mem" in d2m("status", run.config).stdout)
+    assert causes(run) == {"memory": {0}}
+
+
+@pytest.fixture
+def accounting(cluster: Cluster) -> Iterator[Cluster]:
+    cluster.up("--accounting")
+    yield cluster
+    cluster.cancel_all()
+    cluster.up()
