@@ -128,8 +128,8 @@ def _indexed(path: Path, names: Collection[str]) -> tuple[list[str], str]:
 def _unfit_labels(
     home: Path, config: Mapping[str, Any], labels: int, files: list[str]
 ) -> Iterator[str]:
-    number = config.get("num_labels", labels)
-    if number != labels:
+    number = config.get("num_labels")
+    if number not in (None, labels):
         yield f"{home}/config.json: num_labels is {number}, and id2label has {labels} labels"
         return
     tensors: dict[str, Axes] = {}
