@@ -10,7 +10,7 @@ Example:
         index.add(part.values)
 """
 
-from d2m_hpc.api import Run, head, init, load_config, open, submit
+from d2m_hpc.api import Run, derive, head, init, load_config, open, submit
 from d2m_hpc.subsets.finished import Features, Part
 from d2m_hpc.version import __version__
 
@@ -19,6 +19,7 @@ __all__ = [
     "Part",
     "Run",
     "__version__",
+    "derive",
     "head",
     "init",
     "load_config",

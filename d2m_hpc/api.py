@@ -292,6 +292,53 @@ def begin(
     return Run(workload.run, workload.config)
 
 
+def derive(
+    config: str | os.PathLike[str] | Config,
+    *,
+    local: bool = False,
+    allow_missing: bool = False,
+    on_progress: Listener | None = None,
+) -> Run:
+    """Compute the columns of a config's `derive` that finished shards lack, of stored values.
+
+    Example:
+        run = d2m.derive("config.yml", local=True)
+        run.select("kept.npy", where="NOT duplicate")
+
+    Args:
+        local, on_progress: as `submit` takes them.
+        allow_missing: derive though shards are not finished.
+
+    Raises:
+        ConfigError: names every mistake.
+        D2MError: shards are not finished.
+        SlurmError: Slurm refused.
+    """
+    from d2m_hpc.launch.arrays import SlurmArrays
+    from d2m_hpc.launch.local import ThisProcess
+
+    listener = on_progress or (lambda progress: None)
+    backend = ThisProcess(lambda shards: nullcontext(listener)) if local else SlurmArrays()
+    return begin_derive(inspect(config), backend, allow_missing)
+
+
+@_explained()
+def begin_derive(
+    workload: Workload,
+    backend: Backend,
+    allow_missing: bool = False,
+    on_decision: Callable[[Decision], None] = lambda decision: None,
+    left_out: Collection[str] = (),
+) -> Run:
+    """Do the first steps that are left, and have a back end do the shards."""
+    from d2m_hpc.launch import derive as first
+    from d2m_hpc.launch.arrays import SlurmArrays
+
+    elsewhere = first.in_a_job if isinstance(backend, SlurmArrays) else None
+    first.derive(workload, backend, elsewhere, on_decision, left_out, allow_missing)
+    return Run(workload.run, workload.config)
+
+
 @_explained()
 def open(target: str | os.PathLike[str]) -> Run:
     """Open a run that was submitted before.

@@ -61,6 +61,7 @@ WITHOUT_TORCH = (
     "d2m_hpc.watch.*",
 )
 IMPORTED_AS = {
+    "faiss-cpu": "faiss",
     "open_clip_torch": "open_clip",
     "opencv-python": "cv2",
     "pillow": "PIL",

@@ -13,7 +13,7 @@ import typer
 from d2m_hpc.cli import begin, inspect, outputs, weights
 from d2m_hpc.cli.common import ending
 from d2m_hpc.cli.models import models
-from d2m_hpc.cli.submit import again, plan, submit
+from d2m_hpc.cli.submit import again, derive, plan, submit
 from d2m_hpc.cli.trouble import explained
 
 SUBMIT_HELP = (
@@ -72,6 +72,10 @@ app.command(
     epilog=_example("d2m doctor laion.yml"),
 )(begin.doctor)
 app.command(help=SUBMIT_HELP, epilog=SUBMIT_EXAMPLE)(submit)
+app.command(
+    help="Compute the config's `derive` columns from stored features and columns.",
+    epilog=_example("d2m derive laion.yml --partition gpu"),
+)(derive)
 app.command(hidden=True)(again)
 app.command(help="Show what a submit would do; the same as submit --dry-run.")(plan)
 app.command(help="The families of models, or what one of them takes and gives.")(models)

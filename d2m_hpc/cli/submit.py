@@ -17,6 +17,7 @@ from d2m_hpc.cli.options import WithSlurmOptions
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from d2m_hpc.launch.flow import Backend
     from d2m_hpc.plan.workload import Workload
     from d2m_hpc.worker.board import Board
     from d2m_hpc.worker.supervise import Past
@@ -71,12 +72,43 @@ def submit(
     elif dry_run:
         _dry_run(inspect(), local)
     elif local:
-        raise typer.Exit(_supervised(inspect))
+        begin = lambda *given: api.begin(inspect(), *given)  # noqa: E731
+        raise typer.Exit(_supervised(begin))
     elif no_sbatch:
         _write_only(inspect(thorough=preflight))
     else:
         wish = (max_rounds, then, notify) if until_done else None
-        raise typer.Exit(_to_slurm(lambda: inspect(thorough=preflight), wait, wish))
+        thorough = lambda *given: api.begin(inspect(thorough=preflight), *given)  # noqa: E731
+        raise typer.Exit(_to_slurm(thorough, wait, wish))
+
+
+@WithSlurmOptions
+def derive(
+    config: ConfigFile,
+    slurm: dict[str, Any],
+    set_: Overrides = None,
+    local: Annotated[bool, typer.Option("--local", help="run in this process, no Slurm")] = False,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="only the first steps, such as k-means, and here")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="though shards are not finished")
+    ] = False,
+) -> None:
+    with api.every_mistake():
+        loaded = load(config, set_, slurm)
+
+    def begin(backend: Backend, *told: Any) -> api.Run:
+        inspected = api.inspect(loaded, where=str(config))
+        return api.begin_derive(inspected, backend, allow_missing, *told)
+
+    if prepare:
+        from d2m_hpc.launch import derive as first
+
+        first.prepare(api.inspect(loaded, where=str(config)), allow_missing)
+    else:
+        raise typer.Exit(_supervised(begin) if local else _to_slurm(begin, wait, None))
 
 
 def again(folder: Path) -> None:
@@ -121,14 +153,12 @@ def _asked(workload: Workload, test_only: bool) -> None:
         print(f"{array.name}: {sbatch.asked(words, text)}")
 
 
-def _to_slurm(
-    inspect: Callable[[], Workload], wait: bool, wish: tuple[int, str, str] | None
-) -> int:
+def _to_slurm(begin: Callable[..., api.Run], wait: bool, wish: tuple[int, str, str] | None) -> int:
     from d2m_hpc.launch.arrays import SlurmArrays
     from d2m_hpc.watch import terminal
 
     slurm = SlurmArrays()  # first, as it raises an error if there is no Slurm here
-    run = api.begin(inspect(), slurm, terminal.decision)
+    run = begin(slurm, terminal.decision)
     terminal.submitted(slurm.arrays)
     if wish:
         print(f"job {run.go_on(*wish)} submits again what these leave")
@@ -148,8 +178,12 @@ def _write_only(workload: Workload) -> None:
         print(command)
 
 
-def _supervised(inspect: Callable[[], Workload]) -> int:
-    """Run in a child of this process, which reports how the child ends."""
+def _supervised(begin: Callable[..., api.Run]) -> int:
+    """Run in a child of this process, which reports how the child ends.
+
+    Args:
+        begin: given a back end, what to do with the decision, and shards to leave out.
+    """
     from d2m_hpc.stopping import interrupt_once
     from d2m_hpc.worker.supervise import supervised
 
@@ -165,7 +199,7 @@ def _supervised(inspect: Callable[[], Workload]) -> int:
             interrupt_once()
         here = ThisProcess(live.progress, board)
         try:
-            return _ended(api.begin(inspect(), here, terminal.decision, past.blamed))
+            return _ended(begin(here, terminal.decision, past.blamed))
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return 130

@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from d2m_hpc.config.derive import KINDS
 from d2m_hpc.config.document import Document
 from d2m_hpc.config.mistakes import semantic_mistakes
 from d2m_hpc.config.places import Loc, Mistake, dotted
@@ -261,7 +262,10 @@ def _described(errors: Iterable[Any], values: Any, left_out: set[Loc]) -> list[M
     """Describe pydantic's errors: one mistake for a value that fits none of several types."""
     found: dict[Loc, list[Any]] = {}
     for error in errors:
-        loc = error["loc"] if error["type"] == "missing" else _within(values, error["loc"])
+        given: Loc = error["loc"]
+        if given[0] == "derive":  # the third part is the kind
+            given = given[:2] + given[3:]
+        loc = given if error["type"] == "missing" else _within(values, given)
         if loc not in left_out:
             found.setdefault(loc, []).append(error)
     return [_describe(loc, same) for loc, same in found.items()]
@@ -280,7 +284,9 @@ def _within(values: Any, loc: Loc) -> Loc:
 def _describe(loc: Loc, errors: list[Any]) -> Mistake:
     first = errors[0]
     if first["type"] == "extra_forbidden":
-        section = Slurm if loc[0] == "slurm" else Config
+        section: type[BaseModel] = Slurm if loc[0] == "slurm" else Config
+        if loc[0] == "derive":
+            section = next(c for c in KINDS if str(first["loc"][2]) in str(c.model_fields["kind"]))
         return Mistake(loc, f"unknown key{nearest(str(loc[-1]), section.model_fields)}")
     if first["type"] == "missing":
         return Mistake(loc, "found nothing; the key is required")

@@ -10,6 +10,7 @@ from graphlib import CycleError
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from d2m_hpc.config.derive import Clusters, Duplicates
 from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import INPUTS, Config
 from d2m_hpc.models import types
@@ -43,6 +44,7 @@ def semantic_mistakes(config: Config) -> list[Mistake]:
         *_text_mistakes(config),
         *names,
         *_name_mistakes(config),
+        *_derive_mistakes(config),
     ]
 
 
@@ -261,3 +263,34 @@ def _name_mistakes(config: Config) -> list[Mistake]:
         Mistake((key,), f"{quoted(name)} has the unknown type {quoted(kind)}; {valid}", name)
         for name, kind in odd[:MANY]
     ]
+
+
+def _derive_mistakes(config: Config) -> list[Mistake]:
+    """Find derived columns with another column's name, or that read what the config lacks."""
+    from d2m_hpc.models.registry import NAME, NAME_RULE
+
+    names = {"key", *map(config.renamed, config.postprocess_columns), *config.carried}
+    names |= {*map(config.renamed, config.postprocess_features)}  # an export has both in a table
+    clusters: dict[str, str] = {}
+    found: list[Mistake] = []
+    for name, entry in config.derive.items():
+        loc = ("derive", name)
+        if not NAME.fullmatch(name):
+            found.append(Mistake(loc, f"the name {quoted(name)}: valid: {NAME_RULE}"))
+        made = entry.columns(name)
+        taken = [column for column in made if column in names]
+        found += [Mistake(loc, f"{quoted(n)} is another column's or feature's name") for n in taken]
+        names |= made.keys()
+        for key, feature in entry.reads.items():
+            if feature not in config.postprocess_features:
+                what = f"found {quoted(feature)}, which is not listed in postprocess_features"
+                near = nearest(feature, config.postprocess_features)
+                found.append(Mistake((*loc, key), what + near))
+        if isinstance(entry, Clusters):
+            clusters[name] = entry.feature
+        if isinstance(entry, Duplicates) and clusters.get(entry.within) != entry.feature:
+            valid = [n for n, feature in clusters.items() if feature == entry.feature]
+            what = f"found {quoted(entry.within)}; valid is an entry of kind clusters before, on "
+            what += f"the same feature: {', '.join(valid) or 'there is none'}"
+            found.append(Mistake((*loc, "within"), what))
+    return found

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
-from d2m_hpc.config.slurm_values import no_switch, one_line, options, walltime
+from d2m_hpc.config.derive import AnyDerivation
+from d2m_hpc.config.section import STRICT, Count, NoSwitch
+from d2m_hpc.config.slurm_values import one_line, options, walltime
 from d2m_hpc.models import types
 from d2m_hpc.models.entries import name_of, packages, with_paths
 
@@ -69,8 +71,6 @@ MemberNames = Annotated[list[str], BeforeValidator(_members, list[str] | str | N
 Patterns = Annotated[
     list[str], BeforeValidator(_tars_as_list, list[str] | str), Field(min_length=1)
 ]
-NoSwitch = BeforeValidator(no_switch)
-Count = Annotated[int, Field(ge=1, le=2**31 - 1), NoSwitch]
 Bytes = Annotated[int, Field(ge=1), NoSwitch]
 Seconds = Annotated[float, Field(gt=0, le=1e9), NoSwitch]
 Line = Annotated[str, AfterValidator(one_line)]
@@ -78,11 +78,9 @@ Amount = Annotated[Line | int | None, NoSwitch]
 
 
 class Section(BaseModel):
-    """A mapping in which an unknown key is a mistake; the text below a key describes it."""
+    """A mapping with fixed keys."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = STRICT
 
 
 INPUTS = ("input_tars", "inputs")
@@ -234,6 +232,8 @@ class Config(Section):
     """accept checkpoints that are not the published files"""
     slurm: Slurm = Slurm()
     """how array tasks are submitted"""
+    derive: dict[str, AnyDerivation] = {}
+    """columns that [`d2m derive`](derive.md) computes from stored features and columns, by name"""
 
     @property
     def input_key(self) -> str:

@@ -38,6 +38,10 @@ def with_variables(config: Config) -> tuple[Config, list[Mistake]]:
         if (texts := getattr(config, key)) is not None:
             update[key] = [t for text in texts if (t := of(key, text, text))]
     update["models"] = [_of_model(i, entry, mistakes) for i, entry in enumerate(config.models)]
+    update["derive"] = {
+        name: entry.with_paths(lambda path, name=name: of(f"derive.{name}", path) or path)  # type: ignore[misc]
+        for name, entry in config.derive.items()
+    }
     return config.model_copy(update=update), mistakes
 
 

@@ -72,7 +72,7 @@ def submit(
     with ExitStack() as held:
         with submitting(workload):
             decision = backend.look(workload)
-            decision.left_out = set(left_out)
+            decision.left_out |= set(left_out)
             repair(decision)
             on_decision(decision)
             if not decision.pending:

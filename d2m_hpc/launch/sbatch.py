@@ -132,7 +132,7 @@ def asked(words: Sequence[str], script: str) -> str:
     kept = [w for w in words[1:] if not w.startswith(("--chdir=", "--dependency="))]
     done = commands.call(words[0], "--test-only", *kept, seconds=commands.SECONDS, told=script)
     if done.returncode:
-        raise SlurmError(_refusal(done.stderr or done.stdout, done.returncode))
+        raise SlurmError(refusal(done.stderr or done.stdout, done.returncode))
     return (done.stderr or done.stdout).strip().removeprefix("sbatch: ")
 
 
@@ -151,7 +151,7 @@ def submit(command: Sequence[str], script: str = "") -> str:
     # Without a time limit: sbatch asks a slurmctld that restarts again and again.
     done = commands.call(*command, seconds=None, told=script)
     if done.returncode:
-        raise SlurmError(_refusal(done.stderr or done.stdout, done.returncode))
+        raise SlurmError(refusal(done.stderr or done.stdout, done.returncode))
     return job_id(done.stdout)
 
 
@@ -205,7 +205,8 @@ HINTS = {
 """What helps, by a pattern of sbatch's words; the first that is found."""
 
 
-def _refusal(words: str, code: int) -> str:
+def refusal(words: str, code: int) -> str:
+    """What sbatch refuses, in its own words, with a hint."""
     said = re.findall(r"sbatch: error: (.*)", words) or words.strip().splitlines()[-1:]
     said = said or [f"sbatch ended with exit code {code} and said nothing"]
     told = " ".join(said)

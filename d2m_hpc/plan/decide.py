@@ -14,10 +14,11 @@ from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.plan import changed, patterns
 from d2m_hpc.plan.forget import forgotten
 from d2m_hpc.plan.standing import Standings, present_and_bare, stand
-from d2m_hpc.plan.workload import Workload
+from d2m_hpc.plan.workload import Workload, hashed
 from d2m_hpc.run import fingerprints, nodes
 from d2m_hpc.run.attempts import Attempts
-from d2m_hpc.run.extension import only_new
+from d2m_hpc.run.extension import lacked, only_new
+from d2m_hpc.run.fingerprints import DERIVED
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import OutputDir
@@ -86,7 +87,13 @@ class Decision:
         """The extensions: how many pending shards each is for, and the config that computes it."""
         config, names = self.workload.config, self.workload.custom.registry
         pairs = Counter(j.extends for j in self.pending if j.extends)
-        return [(n, only_new(config, self.earlier[b], names)) for b, n in pairs.items()]
+        found = []
+        for before, count in pairs.items():
+            part = only_new(config, self.earlier[before], names)
+            new = lacked(self.workload.derived, self.earlier[before])
+            derive = {name: config.derive[name] for name in new}
+            found.append((count, part.model_copy(update={"derive": derive})))
+        return found
 
 
 @gc_paused()
@@ -115,7 +122,7 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
             f"{count} tars are left out: `d2m forget` took them out of the plan (--undo puts them "
             "back)"
         )
-    if left := len(shards) - len(sizes):
+    if (left := len(shards) - len(sizes)) and not workload.derived:
         decision.notices.append(
             f"{left} shards of earlier submits match no pattern now; they are kept"
         )
@@ -124,6 +131,9 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
     decision.is_planned = decision.shards == planned
     if not workload.config.reprocess:
         decision.earlier = _earlier(decision)
+    if not workload.derived and (lost := sum(DERIVED in f for f in decision.extends.values())):
+        what = f"{lost} extended shards lose their derived columns; `d2m derive` makes them again"
+        decision.notices.append(what)
     return decision
 
 
@@ -211,6 +221,11 @@ def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
     if not config.reprocess:
         decision.extends |= fingerprints.extendable(found.outdated, config)
         _refuse_foreign(workload, foreign)
+    if workload.derived:  # of pairs by the rest of the config
+        base = hashed(workload.fingerprint)
+        pairs = decision.extends.items()
+        decision.extends = {s: f for s, f in pairs if fingerprints.meets(f, base)}
+        decision.left_out = {*stems} - decision.extends.keys()
     if decision.done:
         seconds = sum(o.finished - o.started for o in found.done.values())
         seconds += sum(r.finished - r.started for r in decision.lost if r.shard in decision.done)
@@ -254,7 +269,7 @@ def _take_back(decision: Decision, found: Standings, output: OutputDir) -> list[
             found.removed[stem] = Outcome.of(record.to_dict())
             continue
         decision.lost.append(pair.restored(record))
-        if record.fingerprint == workload.fingerprint_id:
+        if fingerprints.meets(record.fingerprint, workload.fingerprint_id):
             decision.done.add(stem)
         elif not workload.config.reprocess:
             decision.extends[stem] = record.fingerprint

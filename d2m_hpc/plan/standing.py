@@ -25,8 +25,9 @@ State = Literal["done", "outdated", "failed", "given up", "pending"]
 class Standings:
     """The shards of a plan, by state.
 
-    A shard is done if it is done on record by the fingerprint asked for, its parquet is in place,
-    and its npz where the config asks for features, and no failure was recorded since.
+    A shard is done if it is done on record by the fingerprint asked for, or by one with derived
+    columns besides, its parquet is in place, and its npz where the config asks for features, and no
+    failure was recorded since.
 
     Attributes:
         stems: the stems of all shards, in the plan's order.
@@ -62,6 +63,15 @@ class Standings:
             return []
         return [stem for stem in self.stems if stem not in self.done]
 
+    def require_finished(self, allow_missing: bool) -> None:
+        """Raise a `D2MError` if shards are not finished, unless that is allowed."""
+        if (missing := self.unfinished) and not allow_missing:
+            few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise D2MError(
+                f"{len(missing)} of {len(self.stems)} shards are not finished ({few}); finish them "
+                "with `d2m submit`, or leave them out with --allow-missing"
+            )
+
     def state(self, stem: str) -> State:
         """The state of one shard; failed, if it has failed and its pair is outdated."""
         if stem in self.done:
@@ -89,7 +99,7 @@ def stand(
         odd: stems of folders, pipes and devices that are named as parquets.
         bare: of `present`, stems whose npz is missing, though the config asks for features.
     """
-    known = manifest.done.get
+    known, wider = manifest.done.get, fingerprints.wider(asked)
     found = Standings(list(stems), asked, bare=bare)
     for stem in found.stems:
         outcome = known(stem)
@@ -98,7 +108,7 @@ def stand(
                 found.removed[stem] = outcome
         elif outcome is None:
             found.unrecorded.append(stem)
-        elif outcome.fingerprint == asked:
+        elif outcome.fingerprint == asked or outcome.fingerprint.startswith(wider):
             found.done[stem] = outcome
         else:
             found.outdated[stem] = outcome
@@ -112,8 +122,11 @@ def _set_failed_apart(
 ) -> None:
     """Move shards that failed since they were done from `done` to `failed`."""
     planned = set(found.stems) if failures else ()
+    wider = fingerprints.wider(found.asked)
     for stem, failed in failures.items():
-        if stem in planned:
+        # A derived column that cannot be computed makes no pair worse.
+        failed = [f for f in failed if not f.fingerprint.startswith(wider)]
+        if failed and stem in planned:
             found.done.pop(stem, None)
             found.failed[stem] = failed
             if sum(f.fingerprint == found.asked for f in failed) >= max_attempts:
@@ -126,10 +139,12 @@ def standings(
     config: Config,
     known: Manifest | None = None,
     there: Mapping[str, set[str]] | None = None,
+    asked: str = "",
 ) -> Standings:
     """Find the state of every shard of a run, by its newest submission.
 
     Args:
+        asked: another fingerprint, by which to find them.
         known: the run's manifest, if it was read before.
         there: the stems of all outputs by suffix, if the output folder was listed before.
 
@@ -141,7 +156,7 @@ def standings(
     manifest = known or Manifest.load(run)
     odd = set[str]()
     present, bare = present_and_bare(config, odd, there)
-    asked = fingerprints.newest(run)
+    asked = asked or fingerprints.newest(run)
     return stand(read_stems(run.shards), manifest, present, asked, config.max_attempts, odd, bare)
 
 

@@ -28,7 +28,8 @@ from d2m_hpc.models.registry import Registry, builtin
 from d2m_hpc.plan import memory, patterns, preflight
 from d2m_hpc.plan.forget import forgotten
 from d2m_hpc.run import frozen
-from d2m_hpc.run.extension import with_own_names
+from d2m_hpc.run.extension import DERIVE, with_own_names
+from d2m_hpc.run.fingerprints import DERIVED
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.run.slices import Slice, Tree, planned
@@ -62,6 +63,8 @@ class Workload:
         recompute_changed: whether to compute tars again that were replaced.
         moved: whether tars of planned names and sizes elsewhere are the planned ones; None if the
             user has not said.
+        derived: a hash of what decides the columns of each entry of `derive`; empty for a submit,
+            which computes none of them.
     """
 
     config: Config
@@ -75,20 +78,28 @@ class Workload:
     times: dict[str, float] = field(default_factory=dict)
     recompute_changed: bool = False
     moved: bool | None = None
+    derived: dict[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint_id(self) -> str:
         """A short hash of the fingerprint, as records carry it."""
-        return hashlib.sha256(canonical(self.fingerprint)).hexdigest()[:16]
+        own = hashed(self.fingerprint)
+        return f"{own}{DERIVED}{hashed(self.derived)}" if self.derived else own
 
     @cached_property
     def document(self) -> dict[str, Any]:
         """The values that a run keeps of the config, to compare later configs with."""
-        return with_own_names(self.fingerprint, self.custom.registry)
+        known = with_own_names(self.fingerprint, self.custom.registry)
+        return {**known, DERIVE: self.derived} if self.derived else known
 
 
 def canonical(values: dict[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, indent=1, ensure_ascii=False).encode()
+
+
+def hashed(values: dict[str, Any]) -> str:
+    """A short hash."""
+    return hashlib.sha256(canonical(values)).hexdigest()[:16]
 
 
 def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
@@ -266,7 +277,9 @@ def absolute(config: Config) -> Config:
     }
     folder = str(weights.weights_dir(config.weights_dir).absolute())
     models = [with_paths(entry, str) for entry in config.models]
-    return config.model_copy(update={"models": models, "weights_dir": folder, **paths})
+    derive = {name: e.with_paths(os.path.abspath) for name, e in config.derive.items()}
+    update = {"models": models, "weights_dir": folder, "derive": derive, **paths}
+    return config.model_copy(update=update)
 
 
 def missing_extras(config: Config) -> list[str]:

@@ -19,6 +19,8 @@ from d2m_hpc.storage.urls import masked_all
 
 LISTS = ("models", "postprocess_columns", "postprocess_features", "additional_fields")
 """The keys of a fingerprint whose lists may grow."""
+DERIVE = "derive"
+"""The key with what decides the derived columns, by the names of their entries."""
 OWN, CODE = "custom_names", ("custom_file", "custom_modules")
 
 Fingerprint = Mapping[str, Any]
@@ -39,7 +41,7 @@ def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
     Args:
         old, new: the two fingerprints, each by `with_own_names`.
     """
-    free = {*LISTS, "checkpoints", *CODE, OWN}
+    free = {*LISTS, "checkpoints", *CODE, OWN, DERIVE}
     return [
         *(
             f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
@@ -111,6 +113,16 @@ def _used(fingerprint: Fingerprint) -> list[str]:
     made = (name for spec in specs for name in spec.preprocessors if isinstance(name, str))
     posts = (*fingerprint["postprocess_columns"], *fingerprint["postprocess_features"])
     return list(dict.fromkeys((*models, *made, *posts)))
+
+
+def lacked(derived: Mapping[str, str], old: Fingerprint) -> list[str]:
+    """The entries of `derive` whose columns old outputs lack, or have by other values.
+
+    Args:
+        derived: a hash of what decides each entry's columns, by name.
+    """
+    known = old.get(DERIVE, {})
+    return [name for name, digest in derived.items() if known.get(name) != digest]
 
 
 def refits(reasons: Iterable[str], config: Config) -> bool:

@@ -15,6 +15,19 @@ from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.storage.lease import Lease, held
 
+DERIVED = "+"
+"""Between the short hash of a config and that of its derived columns, where a pair has these."""
+
+
+def wider(asked: str) -> str:
+    """How fingerprints begin that have all that is asked for, and derived columns besides."""
+    return asked + DERIVED if DERIVED not in asked else "/"
+
+
+def meets(made: str, asked: str) -> bool:
+    """Whether a pair by a fingerprint has all that another one asks for."""
+    return made == asked or made.startswith(wider(asked))
+
 
 @contextmanager
 def working(submission: Submission) -> Iterator[None]:

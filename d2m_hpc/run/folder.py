@@ -67,6 +67,8 @@ class RunDir:
         """The folder of wandb, with `logging: true`; wandb chose the name."""
         self.rounds = root / "rounds.json"
         """JSON: how the run goes on by itself, and what each round found."""
+        self.derived = root / "derived"
+        """What the first steps of `d2m derive` found: npz of centroids and the like."""
         self.submit_lock = root / "submit.lock"
         """A lease that a submit holds while it decides and commits."""
 

@@ -112,8 +112,11 @@ class Pair:
         with self.output.open(self.name(NPZ)) as file, np.load(file) as arrays:
             return {self.metadata().num_rows, *(len(arrays[name]) for name in arrays.files)}
 
-    def contents(self) -> Contents:
-        """Read all of a pair that is to be extended.
+    def contents(self, names: Collection[str] | None = None) -> Contents:
+        """Read a pair that is to be extended.
+
+        Args:
+            names: of the features to read; by default all.
 
         Raises:
             ShardError: a file cannot be read, or the npz is not the parquet's.
@@ -121,10 +124,12 @@ class Pair:
         try:
             table = self.table()
             record = Record.from_dict(json.loads(table.schema.metadata[METADATA]))
+            if names is not None and not names:
+                return Contents(record, table, {})
             with self.output.open(self.name(NPZ)) as file:
                 if (found := _sha256(file)) != record.npz_sha256:
                     raise ShardError(f"the npz has the sha256 {found}, not {record.npz_sha256}")
-                return Contents(record, table, dict(_arrays(file)))
+                return Contents(record, table, dict(_arrays(file, names)))
         except Exception as error:  # a damaged byte may make a library raise any error
             raise ShardError(
                 f"{self.output.path(self.stem)}: this finished pair cannot be extended: "

@@ -156,7 +156,7 @@ def export(
     found = standings(run, config)
     missing = found.unfinished
     _require_tars(run, config)
-    exports.require_finished(found, allow_missing)
+    found.require_finished(allow_missing)
     asked_for.make_folder(folder)
     asked_for.require_writable(folder / "sizes.json")
     renamed = None

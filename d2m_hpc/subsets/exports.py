@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError
-from d2m_hpc.plan.standing import Standings, standings
+from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
@@ -204,16 +204,6 @@ class Exported:
     unfinished: int = 0
 
 
-def require_finished(found: Standings, allow_missing: bool) -> None:
-    """Raise a `D2MError` if shards are not finished, unless that is allowed."""
-    if (missing := found.unfinished) and not allow_missing:
-        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise D2MError(
-            f"{len(missing)} of {len(found.stems)} shards are not finished ({few}); finish them "
-            "with `d2m submit`, or leave them out with --allow-missing"
-        )
-
-
 def source(
     run: RunDir, config: Config, features: Sequence[str] | None = None, allow_missing: bool = False
 ) -> ExportSource:
@@ -227,7 +217,7 @@ def source(
         D2MError: no shard has rows, or shards are not finished.
     """
     found = standings(run, config)
-    require_finished(found, allow_missing)
+    found.require_finished(allow_missing)
     names = {n: config.renamed(n) for n in config.postprocess_features}
     for name in features or ():
         require_known("feature", name, {*names, *names.values()})
@@ -287,7 +277,7 @@ def link(run: RunDir, config: Config, folder: Path, allow_missing: bool = False)
         what = f"{output.url} is on a store, which has no links; export `hf` copies the columns"
         raise ConfigError("export", [what])
     found = standings(run, config)
-    require_finished(found, allow_missing)
+    found.require_finished(allow_missing)
     asked_for.make_folder(folder)
     root, there = os.path.realpath(output.root), {path.name: path for path in folder.iterdir()}
     for path in there.values():

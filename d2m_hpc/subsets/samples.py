@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan.standing import Standings, standings
+from d2m_hpc.run.fingerprints import meets
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.subsets.widest import FLOATS, Layout, Widest, is_lossy, listed, literal, quoted, text
@@ -141,7 +142,7 @@ def opened(
         raise D2MError(f"{run.root}: no finished shard has rows; `d2m status` says how far it is")
     output = OutputDir(config.output_metadata_dir)
     newest = sorted(done, key=lambda s: (bool(done[s].rows), done[s].finished), reverse=True)
-    if lost := sorted(s for s, o in found.removed.items() if o.fingerprint == found.asked):
+    if lost := sorted(s for s, o in found.removed.items() if meets(o.fingerprint, found.asked)):
         few = ", ".join(lost[:3])
         what = f"outputs of {len(lost)} finished shards are missing ({few})"
         raise D2MError(f"{output.url}: {what}; see `d2m verify`")

@@ -140,8 +140,11 @@ def _gained(lacked: Config) -> str:
         "columns": lacked.postprocess_columns,
         "features": lacked.postprocess_features,
         "fields": lacked.additional_fields,
+        "derived columns": lacked.derive,
     }
     said = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
+    if lacked.derive:
+        return f"{'; '.join(said)} (of stored values)"
     models = f"models run: {', '.join(lacked.model_names) or 'none'}"
     return f"{'; '.join(said) or 'no column, feature or field'} ({models})"
 

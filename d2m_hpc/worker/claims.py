@@ -17,6 +17,7 @@ from d2m_hpc.errors import D2MError
 from d2m_hpc.run.attempts import Attempt, Attempts
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.extension import refits
+from d2m_hpc.run.fingerprints import meets
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
@@ -250,7 +251,7 @@ class Claims:
 
     def _why_not(self, job: Job, record: Record | None) -> str:
         """The reason not to compute a shard here; empty to compute it."""
-        if record is not None and record.fingerprint == self._fingerprint:
+        if record is not None and meets(record.fingerprint, self._fingerprint):
             self._put_back(record)
             self._attempts.done(job.stem)  # its task was killed before removing the attempt
             return f"already done by task {record.task}"

@@ -10,8 +10,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Collection
-from contextlib import nullcontext, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from d2m_hpc.config import Config, load
 from d2m_hpc.errors import ConfigError, NodeError, ShardError
 from d2m_hpc.models.weights import OFFLINE
 from d2m_hpc.run import frozen
-from d2m_hpc.run.extension import only_new
+from d2m_hpc.run.derived import kept_for
+from d2m_hpc.run.extension import DERIVE, lacked, only_new
+from d2m_hpc.run.fingerprints import DERIVED
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import require_own
@@ -39,6 +41,7 @@ from d2m_hpc.worker.compute import trial
 from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.opened import noted, require_same
 from d2m_hpc.worker.compute.resolve import Toolbox
+from d2m_hpc.worker.derive import Deriver
 from d2m_hpc.worker.faults import cuda_failure, ends_task, guarded, logging_to
 from d2m_hpc.worker.peek import json_of, require_fields, schema_of
 from d2m_hpc.worker.progress import Listener, Reporter, Watchdog
@@ -56,6 +59,7 @@ from d2m_hpc.worker.write.writer import Committer
 
 log = logging.getLogger(__name__)
 
+_Results = AbstractContextManager[Iterator[Result]]
 ELSEWHERE = 16
 """Other shards in which a task looks for types at the most."""
 
@@ -188,28 +192,20 @@ class Task:
         require_own(self.output, run, take=False)
         clean, marks = committer.clean, self.fingerprint
         claims = Claims(run, name, config, marks, report, clean, deadline, self.board, alone)
-        with noted(config.custom_file is not None) as opened:
-            toolbox = self._toolbox(claims.extends)
-            graph, recipe = Graph(self.part, toolbox, device), Recipe.of(self.part, toolbox.inputs)
-        require_same(run, self.custom.version, opened - self.checkpoints)
-        self.schema = schema_of(run, config, self.part, self.output, toolbox, self.custom.version)
+        made = (self._deriving if DERIVED in marks else self._computing)(claims, device)
         recorder = Recorder(run.record(name.submission, name.index, name.attempt))
         log_file = run.log_of(name.submission, name.index)
-        gpu = device if device.type == "cuda" else None
         report(state="running", shards=len(claims.chunk))
         self.board.set_scene(self._scene())
         try:
             with (
-                graph,
                 Awake(),
                 Watchdog(report, config.stall_seconds, log_file, claims.desert),
                 Settler(committer, recorder, claims, report) as settler,
-                Loader(claims, recipe, self.scratch, gpu, self._look) as loader,
+                made as results,
                 claims,
             ):
-                results = (self._compute(reading, graph, claims) for reading in loader)
-                look_elsewhere = cache(partial(self._look_elsewhere, graph, recipe))
-                for result in last_if_undecided(results, claims.chunk, look_elsewhere):
+                for result in results:
                     settler.put(result)
         except BaseException:
             report(state="stopped")
@@ -218,6 +214,57 @@ class Task:
             claims.let_all_go()  # an interrupt may come between a claim and the work on it
             self.board.set_scene(None)
         report(state="out of time" if claims.is_late else "finished")
+
+    def _computing(self, claims: Claims, device: torch.device) -> _Results:
+        """Build the models, and compute the shards from their samples."""
+        run, config = self.run, self.config
+        with noted(config.custom_file is not None) as opened:
+            toolbox = self._toolbox(claims.extends)
+            graph, recipe = Graph(self.part, toolbox, device), Recipe.of(self.part, toolbox.inputs)
+        require_same(run, self.custom.version, opened - self.checkpoints)
+        self.schema = schema_of(run, config, self.part, self.output, toolbox, self.custom.version)
+        return self._computed(claims, graph, recipe)
+
+    @contextmanager
+    def _computed(self, claims: Claims, graph: Graph, recipe: Recipe) -> Iterator[Iterator[Result]]:
+        gpu = graph.device if graph.device.type == "cuda" else None
+        with graph, Loader(claims, recipe, self.scratch, gpu, self._look) as loader:
+            results = (self._compute(reading, graph, claims) for reading in loader)
+            look_elsewhere = cache(partial(self._look_elsewhere, graph, recipe))
+            yield last_if_undecided(results, claims.chunk, look_elsewhere)
+
+    def _deriving(self, claims: Claims, device: torch.device) -> _Results:
+        """Compute the derived columns of the shards from their finished pairs."""
+        wanted = self._entries(self.fingerprint)
+        lacks = lacked(wanted, {DERIVE: self._entries(claims.extends)})
+        kept = {name: kept_for(self.run, digest) for name, digest in wanted.items()}
+        derive = Deriver(self.config, kept.__getitem__, device)
+        return nullcontext(self._derive(work, claims, derive, lacks) for work in claims)
+
+    def _entries(self, fingerprint: str) -> dict[str, str]:
+        known = json.loads(self.run.fingerprint(fingerprint).read_bytes())
+        return dict(known.get(DERIVE, {}))
+
+    def _derive(self, work: Work, claims: Claims, derive: Deriver, lacks: Sequence[str]) -> Result:
+        record = self._record(work)
+        result = Result(work, record, Table(self.part, self.schema))
+        self.report(shard=work.shard.stem)
+        try:
+            work.begin()
+            before = Pair(self.output, work.shard.stem).contents(derive.reads(lacks))
+            with work.clock("compute"):
+                result.rows = derive(work.shard.stem, before, lacks)
+            was = before.record
+            record.rows, record.rejections, record.notices = was.rows, was.rejections, was.notices
+            record.tar_size, record.tar_mtime_ns = was.tar_size, was.tar_mtime_ns
+            record.recomputed = was.recomputed
+            self.report(rows=record.rows)
+        except BaseException as error:
+            if ends_task(error):
+                claims.let_go(work)
+                raise
+            result.error = error
+        return result
 
     def _scene(self) -> Scene:
         return Scene(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -79,7 +80,31 @@ class Extended:
         return pa.table({name: values.combine_chunks() for name, values in columns.items()})
 
 
-Rows = Table | Extended
+@dataclass(frozen=True)
+class Derived:
+    """A finished pair with derived columns: a parquet in place of the pair's, whose npz stays.
+
+    Attributes:
+        before: the pair's record.
+    """
+
+    before: Record
+    made: pa.Table
+
+    @property
+    def undecided(self) -> list[str]:
+        """No type is."""
+        return []
+
+    @property
+    def rows(self) -> int:
+        return len(self.made)
+
+    def table(self) -> pa.Table:
+        return self.made
+
+
+Rows = Table | Extended | Derived
 """Outputs that can be written as a pair."""
 
 

@@ -23,7 +23,7 @@ from d2m_hpc.run.staging import STAGING, Staging, remove
 from d2m_hpc.storage.files import durable, fsync_dir
 from d2m_hpc.storage.refused import DISK, of_system
 from d2m_hpc.storage.texts import escaped
-from d2m_hpc.worker.write.extend import Rows
+from d2m_hpc.worker.write.extend import Derived, Rows
 
 ROUNDS = 3
 VERSIONED = ("d2m_hpc", "torch", "torchvision", "open_clip_torch", "timm", "transformers")
@@ -40,16 +40,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
+def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path | None, Path]:
     """Write both files to a folder, durably, read them back, and record their hashes.
+
+    Returns:
+        The npz, if there is a new one, and the parquet.
 
     Raises:
         ShardError: the files read back have other rows than were written.
     """
     npz, parquet = folder / f"{record.shard}.npz", folder / f"{record.shard}.parquet"
-    with durable(npz) as file:
-        np.savez(file, **made.features())  # type: ignore[arg-type]
-    record.npz_sha256 = sha256_of(npz)
+    if isinstance(made, Derived):
+        record.npz_sha256 = made.before.npz_sha256
+    else:
+        with durable(npz) as file:
+            np.savez(file, **made.features())  # type: ignore[arg-type]
+        record.npz_sha256 = sha256_of(npz)
     rows = made.table()
     note = json.dumps({**escaped(record.to_dict()), "versions": versions()})
     noted = rows.replace_schema_metadata({METADATA: note})
@@ -59,15 +65,17 @@ def write_pair(made: Rows, record: Record, folder: Path) -> tuple[Path, Path]:
         if noted.num_rows:  # Hugging Face's `datasets` fails on a row group without rows
             writer.write_table(noted)
     record.parquet_sha256 = sha256_of(parquet)
-    _check(folder, record)
-    return npz, parquet
+    has_npz = not isinstance(made, Derived)
+    _check(folder, record, has_npz)
+    return (npz if has_npz else None), parquet
 
 
-def _check(folder: Path, record: Record) -> None:
-    """Read both files back: a full or lying disk is found before anybody sees the files."""
+def _check(folder: Path, record: Record, has_npz: bool) -> None:
+    """Read the files back: a full or lying disk is found before anybody sees the files."""
     read: object
+    pair = Pair(OutputDir(str(folder)), record.shard)
     try:
-        read = sorted(Pair(OutputDir(str(folder)), record.shard).lengths())
+        read = sorted(pair.lengths() if has_npz else {len(pair.table())})
     except zipfile.BadZipFile as error:
         read = error
     if read != [record.rows]:
@@ -132,18 +140,19 @@ class Committer:
                 raise DiskError(f"{where}: {of_system(error)}") from error
             raise ShardError(f"{where}: {error}") from error
 
-    def _rename(self, npz: Path, parquet: Path) -> None:
+    def _rename(self, npz: Path | None, parquet: Path) -> None:
         """Commit by renames into and out of the attempt's folder, which fail once that is gone."""
         folder, earlier = Path(self.output.root), parquet.with_name("earlier")
-        with suppress(FileNotFoundError):
-            os.rename(folder / parquet.name, earlier)
+        if npz is not None:
+            with suppress(FileNotFoundError):
+                os.rename(folder / parquet.name, earlier)
+                fsync_dir(folder)
+            os.replace(npz, folder / npz.name)
             fsync_dir(folder)
-        os.replace(npz, folder / npz.name)
-        fsync_dir(folder)
         os.replace(parquet, folder / parquet.name)
         fsync_dir(folder)
 
-    def _upload(self, npz: Path, parquet: Path, held: Callable[[], bool]) -> None:
+    def _upload(self, npz: Path | None, parquet: Path, held: Callable[[], bool]) -> None:
         """Commit to a store, which has no rename.
 
         The lease is checked before each step; where the store knows conditions, a put replaces no
@@ -153,7 +162,7 @@ class Committer:
         for _ in range(ROUNDS):
             steps = [
                 partial(self._remove, removed),
-                *(partial(self.output.put, f) for f in (npz, parquet)),
+                *(partial(self.output.put, file) for file in (npz, parquet) if file),
             ]
             with suppress(FileExistsError):
                 for step in steps:
@@ -163,7 +172,7 @@ class Committer:
                 return
             # The file in the way is an older pair's, or this one's, whose answer was lost. The npz
             # goes first: a parquet that is there then is of a task that took the shard over.
-            removed = [npz.name, parquet.name]
+            removed = [file.name for file in (npz, parquet) if file]
         raise OSError("another program writes it too")
 
     def _remove(self, names: Iterable[str]) -> None:

@@ -1,0 +1,59 @@
+"""Derived columns: the files that their first steps have kept, and SQL over a shard's columns."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+
+from d2m_hpc.errors import D2MError, ShardError
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.storage.texts import nearest
+
+
+def kept_file(run: RunDir, pattern: str) -> Path | None:
+    """The file of one result; each is named `KEY-RESULT.npz`, by two hashes."""
+    return next(run.derived.glob(f"{pattern}.npz"), None)
+
+
+def kept_for(run: RunDir, digest: str) -> Path | None:
+    """The file of an entry's first step, by the entry's hash in a fingerprint.
+
+    Raises:
+        D2MError: the file is gone.
+    """
+    result = digest.partition("-")[2]
+    path = kept_file(run, f"*-{result}") if result else None
+    if result and path is None:
+        raise D2MError(f"{run.derived}: a file *-{result}.npz is gone; run `d2m derive` again")
+    return path
+
+
+KINDS = {"int64": "BIGINT", "float32": "FLOAT", "string": "VARCHAR", "bool": "BOOLEAN"}
+
+
+def evaluated(expression: str, kind: str, table: pa.Table) -> pa.Array:
+    """The value of an SQL expression for each row of a table; the expression can read no file.
+
+    Raises:
+        ShardError: the expression is wrong, or gives no value for each row.
+    """
+    import duckdb
+
+    with duckdb.connect() as db:
+        rows = db.from_arrow(table)
+        db.execute("SET threads = 1; SET memory_limit = '2GB'; SET temp_directory = ''")
+        db.execute("SET enable_external_access = false; SET lock_configuration = true")
+        try:
+            value = f"CAST(({expression}\n) AS {KINDS[kind]}) AS value"
+            found = rows.project(value).to_arrow_table()
+        except duckdb.Error as error:
+            why = str(error).splitlines()[0]
+            if unknown := re.search(r'Referenced column "(.*?)" not found', why):
+                why = f"unknown column {unknown[1]!r}{nearest(unknown[1], table.column_names)}"
+            raise ShardError(f"found {expression!r}: {why}") from None
+    if found.column_names != ["value"] or len(found) != len(table):
+        what = f"{len(found)} rows of {len(found.column_names)} columns for {len(table)} rows"
+        raise ShardError(f"found {expression!r}, which gives {what}; valid is a value for each row")
+    return found["value"].combine_chunks()
