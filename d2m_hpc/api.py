@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from d2m_hpc.plan.suggest import Sight
     from d2m_hpc.plan.workload import Workload
     from d2m_hpc.run.folder import RunDir
+    from d2m_hpc.run.tasks import Progress
     from d2m_hpc.subsets.datacomp import Export
     from d2m_hpc.subsets.exports import Exported
     from d2m_hpc.subsets.finished import Features
@@ -376,11 +377,26 @@ class Run:
         return f"d2m_hpc.open({str(self.path)!r})"
 
     @_explained()
-    def status(self) -> Summary:
-        """Count the run's shards and rows: `done`, `failed`, `rows`, `failures` and more."""
+    def status(self, offline: bool = False) -> Summary:
+        """Count the run's shards and rows: `done`, `failed`, `rows`, `failures` and more.
+
+        Args:
+            offline: read the run folder and the outputs alone; ask neither Slurm nor for the tars.
+        """
         from d2m_hpc.watch.status import look
 
-        return look(self._folder, self.config)
+        return look(self._folder, self.config, offline)
+
+    @_explained()
+    def tasks(self) -> list[Progress]:
+        """The tasks at work, as they told their progress last: node, shard, rows and speed.
+
+        Example:
+            sum(task.speed for task in d2m.open("config.yml").tasks())
+        """
+        from d2m_hpc.run.tasks import attempts
+
+        return [task for task in attempts(self._folder) if task.is_active]
 
     @_explained()
     def verify(self, sample: int | None = None, seed: int = 0) -> Report:

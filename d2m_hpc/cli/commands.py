@@ -80,6 +80,7 @@ app.command(hidden=True)(again)
 app.command(help="Show what a submit would do; the same as submit --dry-run.")(plan)
 app.command(help="The families of models, or what one of them takes and gives.")(models)
 app.command(help="How far a run is.")(inspect.status)
+app.command(help="The tasks at work on a run, again every few seconds.")(inspect.top)
 app.command(help="Cancel a run's pending and running array tasks.")(inspect.cancel)
 app.command(help="Take shards out of a run's plan: a wrong pattern's, or tars to do without.")(
     inspect.forget

@@ -15,16 +15,26 @@ def status(
     target: Target,
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="again every few seconds")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="by the run folder alone; do not ask Slurm")
+    ] = False,
 ) -> None:
     from d2m_hpc.watch import terminal
 
     run = api.open(target)
     if as_json:
-        print_json(run.status().to_dict())
+        print_json(run.status(offline).to_dict())
     elif watch:
-        terminal.watch(run.status)
+        terminal.watch(lambda: run.status(offline))
     else:
-        terminal.summary(run.status())
+        terminal.summary(run.status(offline))
+
+
+def top(target: Target) -> None:
+    from d2m_hpc.watch import terminal
+
+    run = api.open(target)
+    terminal.watch(run.status, lambda found: terminal.top(found, run.tasks()))
 
 
 def cancel(target: Target) -> None:

@@ -42,6 +42,7 @@ def semantic_mistakes(config: Config) -> list[Mistake]:
         *_device_mistakes(config),
         *_input_mistakes(config),
         *_text_mistakes(config),
+        *_size_mistakes(config),
         *names,
         *_name_mistakes(config),
         *_derive_mistakes(config),
@@ -108,6 +109,12 @@ def _input_mistakes(config: Config) -> list[Mistake]:
         return [Mistake(("inputs",), "found input_tars, too; valid is one of both")]
     what = "found nothing; the key is required, or `inputs` in its place"
     return [] if given else [Mistake(("input_tars",), what)]
+
+
+def _size_mistakes(config: Config) -> list[Mistake]:
+    if not (config.task_minutes and (config.shards_per_task or config.tars_per_wds)):
+        return []
+    return [Mistake(("task_minutes",), "found a number of shards, too; valid is one of both")]
 
 
 def _text_mistakes(config: Config) -> list[Mistake]:

@@ -105,6 +105,10 @@ class Slurm(Section):
     """cores of a task"""
     mem: Amount = None
     """memory of an array element, as sbatch takes it: `64G`, or a number of MiB"""
+    max_time: Annotated[str | int | None, BeforeValidator(walltime)] = None
+    """walltime up to which `time` is doubled for shards whose task came to its end"""
+    max_mem: Amount = None
+    """memory up to which `mem` is doubled for shards whose task was killed for it"""
     gres: Line | None = None
     """devices of an array element, such as `gpu:1`"""
     constraint: Line | None = None
@@ -203,6 +207,9 @@ class Config(Section):
     """type of the arrays in the npz"""
     shards_per_task: Count | None = None
     """tars that an array task is given; by default 16"""
+    task_minutes: Count | None = None
+    """minutes of work that an array task is given, in place of `shards_per_task`, by what finished
+    shards took; never less than ten times a task's start"""
     max_rejected_fraction: float = Field(0.1, ge=0, le=1)
     """share of a tar's samples that may be rejected before the tar counts as failed"""
     allow_truncated_shards: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 WALLTIME = re.compile(
@@ -37,6 +38,26 @@ def walltime(value: object) -> object:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ValueError(f"valid is {FORMS}{_meant(value)}")
+
+
+def minutes(value: str | int | None) -> float:
+    """The minutes of a valid walltime; infinite for none, 0 and `unlimited`.
+
+    Example:
+        >>> minutes("1-12"), minutes("4:00:00"), minutes("30:30"), minutes(90)
+        (2160.0, 240.0, 30.5, 90.0)
+    """
+    days, dash, rest = str(value or "unlimited").rpartition("-")
+    if not rest[0].isdigit():
+        return math.inf
+    numbers = [*map(int, rest.split(":"))]
+    if dash:  # hours:minutes:seconds
+        numbers += [0] * (3 - len(numbers))
+    elif len(numbers) == 1:
+        numbers = [0, *numbers, 0]
+    hours, least, seconds = [0] * (3 - len(numbers)) + numbers
+    found = int(days or 0) * 1440 + hours * 60 + least + seconds / 60
+    return found or math.inf
 
 
 def _meant(value: object) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.gc_paused import gc_paused
-from d2m_hpc.launch import ended, sbatch, slurm, waiting
+from d2m_hpc.launch import ended, live, sbatch, sizes, slurm, waiting
 from d2m_hpc.launch.commands import ask, wait_for_next_look
 from d2m_hpc.launch.flow import Backend
 from d2m_hpc.plan import balance
@@ -22,7 +22,6 @@ from d2m_hpc.run.records import Job
 from d2m_hpc.run.tasks import attempts
 from d2m_hpc.run.user import user_name
 
-SHARDS_PER_TASK = 16
 PATIENCE = 900.0
 """Seconds without an answer before `wait` gives up; a controller may restart meanwhile."""
 PATIENCE_OF_A_SUBMIT = 120.0
@@ -44,8 +43,7 @@ class _Arrays(Backend):
     def chunks(self, decision: Decision, submission: Submission) -> Iterable[list[Job]]:
         self._proposal = proposal = propose(decision, submission.name)
         self.arrays = proposal.arrays
-        groups, most = proposal.groups, proposal.most
-        return (chunk for group in groups for chunk in balance.balanced(group, most))
+        return _chunks(proposal, decision.workload.config.slurm.tasks_per_node)
 
     def finish(self) -> None:
         """Do nothing: array tasks run by themselves."""
@@ -53,6 +51,15 @@ class _Arrays(Backend):
     def _command(self, workload: Workload, submission: Submission, array: slurm.Array) -> list[str]:
         config = workload.config.slurm
         return sbatch.prepared(workload.run, submission, config, array, self._proposal)
+
+
+def _chunks(proposal: slurm.Proposal, tasks_per_node: int) -> Iterator[list[Job]]:
+    """The chunk of each task; ranks without one, before the next part's first element, have an
+    empty one."""
+    for part in proposal.parts:
+        for group in part.groups:
+            yield from balance.balanced(group, proposal.most)
+        yield from ([] for _ in range(-part.tasks % tasks_per_node))
 
 
 class SlurmArrays(_Arrays):
@@ -65,8 +72,14 @@ class SlurmArrays(_Arrays):
 
     def look(self, workload: Workload) -> Decision:
         """Decide by Slurm's word; raise `SlurmError` without it, as live tasks look like dead
-        ones."""
-        return look(workload, slurm.queue(workload.run, PATIENCE_OF_A_SUBMIT))
+        ones.
+
+        Live tasks follow the config's `max_parallel`, and the nodes that are to be left out now.
+        """
+        queue = slurm.queue(workload.run, PATIENCE_OF_A_SUBMIT)
+        decision = look(workload, queue)
+        decision.notices += live.follow(workload, queue, _excluded(decision))
+        return decision
 
     def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
         """Submit the arrays; raise `SlurmError` where sbatch refuses, with earlier arrays on
@@ -116,8 +129,10 @@ def look(workload: Workload, queue: slurm.Queue | None = None) -> Decision:
     decision = decide(workload, in_flight(run, queue))
     decision.notices += map(str, waiting.why(queue, slurm.all_arrays(run)))
     if len(decision.done) < len(decision.shards):
-        ends = ended.of(run, queue, attempts(run), decision.done.__contains__)
-        decision.notices += map(str, ends)
+        ends = ended.find(run, queue, attempts(run), decision.done.__contains__)
+        decision.notices += map(str, ended.told(ends))
+        decision.raised = sizes.raised(run, workload.config.slurm, ends, decision.starved)
+        decision.notices += sizes.told(decision.raised)
     return decision
 
 
@@ -133,12 +148,12 @@ def _queue_of(run: RunDir) -> slurm.Queue | None:
     return slurm.queue(run) if submitted else None
 
 
-def in_flight(run: RunDir, live: slurm.Queue) -> set[str]:
+def in_flight(run: RunDir, queue: slurm.Queue) -> set[str]:
     """The stems of shards in the chunks of live array tasks."""
     stems: set[str] = set()
     for submission in run.submissions():
         for array in slurm.read_arrays(submission):
-            if elements := live.elements(array):
+            if elements := queue.elements(array):
                 stems |= _stems(submission, (i for e in elements for i in array.chunks_of(e)))
     return stems
 
@@ -154,29 +169,32 @@ def _stems(submission: Submission, numbers: Iterable[int]) -> set[str]:
 def propose(decision: Decision, submission: str) -> slurm.Proposal:
     """The arrays that a submit would make; asks Slurm only for sizes and nodes."""
     workload, config = decision.workload, decision.workload.config
-    per_task = config.shards_per_task or config.tars_per_wds or SHARDS_PER_TASK
-    groups = balance.groups(decision.pending)
-    most = min(per_task, max(map(len, groups)))
-    tasks = sum(balance.count(group, most) for group in groups)
-    token = slurm.token(workload.run.root)
+    options = sbatch.options(config.slurm, _excluded(decision))
+    parts = sizes.parts(decision, sizes.shards_per_task(decision), options)
+    most = min(sizes.shards_per_task(decision), max(len(g) for p in parts for g in p.groups))
     arrays = slurm.split(
-        tasks,
+        [(part.tasks, part.need) for part in parts],
         slurm.max_array_size(),
         config.slurm.tasks_per_node,
         config.slurm.max_parallel,
-        f"d2m-{token}-{submission}",
+        f"d2m-{slurm.token(workload.run.root)}-{submission}",
     )
-    excluded = nodes.to_exclude(
-        workload.run, decision.last_finished, config.max_node_failures, slurm.node_names()
-    )
-    return slurm.Proposal(groups, most, tasks, arrays, sbatch.options(config.slurm, excluded))
+    return slurm.Proposal(parts, most, arrays, options, config.max_node_failures)
+
+
+def _excluded(decision: Decision) -> list[str]:
+    """The nodes that fail tasks, of those that the cluster has."""
+    run, most = decision.workload.run, decision.workload.config.max_node_failures
+    if not any(run.node_failures.glob("*.json")):
+        return []
+    return nodes.to_exclude(run, decision.last_finished, most, slurm.node_names())
 
 
 def live_jobs(run: RunDir) -> list[str]:
     """`job_index` of every pending or running array task of a run."""
     queue = slurm.queue(run)
-    live = (e for array in slurm.all_arrays(run) for e in queue.live(array))
-    return [f"{e.job_id}_{e.index}" for e in live]
+    found = (e for array in slurm.all_arrays(run) for e in queue.live(array))
+    return [f"{e.job_id}_{e.index}" for e in found]
 
 
 def cancel(run: RunDir) -> int:
@@ -187,29 +205,29 @@ def cancel(run: RunDir) -> int:
     """
     # First the round that waits for the tasks to end, and then submits again.
     rounds = sorted(slurm.live_rounds(run))
-    live = live_jobs(run)
-    jobs = list(dict.fromkeys(job.partition("_")[0] for job in live))
+    elements = live_jobs(run)
+    jobs = list(dict.fromkeys(job.partition("_")[0] for job in elements))
     try:
         slurm.cancel(rounds)
         slurm.cancel(jobs)
     except SlurmError as error:
         if left := live_jobs(run):  # else they ended meanwhile
             raise SlurmError(f"{error}; {_whose(left)}") from None
-    return len(live)
+    return len(elements)
 
 
-def _whose(live: list[str]) -> str:
+def _whose(left: list[str]) -> str:
     """The users of array tasks that cannot be cancelled, and what these users can do."""
-    jobs = ",".join(list(dict.fromkeys(job.partition("_")[0] for job in live))[: slurm.AT_ONCE])
+    jobs = ",".join(list(dict.fromkeys(job.partition("_")[0] for job in left))[: slurm.AT_ONCE])
     try:
         users = sorted({*ask("squeue", "--noheader", f"--jobs={jobs}", "--format=%u").split()})
     except SlurmError:
         users = []
     others = [user for user in users if user != user_name()]
     if not others:
-        return f"{len(live)} array tasks are still there"
+        return f"{len(left)} array tasks are still there"
     return (
-        f"{len(live)} array tasks of {', '.join(others)} are still there: their user or an "
+        f"{len(left)} array tasks of {', '.join(others)} are still there: their user or an "
         f"operator of Slurm may `scancel {jobs}`, and you may not"
     )
 

@@ -33,17 +33,17 @@ DEFINITE = r"TIMEOUT|DEADLINE|NODE_FAIL|BOOT_FAIL|PREEMPTED|CANCELLED"
 """States that tell the cause, whatever the logs say."""
 NOTHING_LEFT = "no shard is left for this task"
 
-MEMORY, WALLTIME, UNKNOWN = "memory", "walltime", "unknown"
+MEMORY, WALLTIME, KILLED, UNKNOWN = "memory", "walltime", "killed", "unknown"
 MEANINGS = {
     MEMORY: (
         r"OUT_OF_MEMORY|OutOfMemory|oom.?kill|memory limit|SIGKILL, out of memory",
         "out of memory",
-        "raise slurm.mem",
+        "raise slurm.mem, or set slurm.max_mem",
     ),
     WALLTIME: (
         r"TIMEOUT|DEADLINE|DUE TO TIME LIMIT|no shard was finished in this walltime",
         "out of walltime",
-        "raise slurm.time",
+        "raise slurm.time, or set slurm.max_time",
     ),
     "node": (
         r"NODE_FAIL|BOOT_FAIL|DUE TO NODE FAILURE|Node failure",
@@ -57,7 +57,7 @@ MEANINGS = {
         "mend what their log names",
     ),
     "cancelled": (r"CANCELLED", "cancelled", ""),
-    "killed": (
+    KILLED: (
         r": Killed|signal 9|exit code 137|JobLaunchFailure",
         "killed by SIGKILL, as by an administrator or where memory runs out",
         "raise slurm.mem if they grow",
@@ -151,7 +151,7 @@ def _group(cause: str, ends: list[End]) -> Ended:
     if cause == MEMORY and most.took and most.of:
         what += f", {most.took / 1e9:.1f} GB of {most.of / 1e9:.1f} GB"
     nodes = sorted({e.node for e in ends if e.node})
-    if nodes and cause in ("node", "not begun", "killed"):
+    if nodes and cause in ("node", "not begun", KILLED):
         what += f", on {', '.join(nodes[:3])}{', ...' if nodes[3:] else ''}"
     said = next((e.said for e in ends if e.said), "")
     shards = len(frozenset[str]().union(*(e.stems for e in ends)))

@@ -62,15 +62,19 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 TEMPLATE = Path(__file__).with_name("array.sbatch")
 
 
-def filled(setup: Sequence[str], failures: Path, task: str) -> str:
+def filled(setup: Sequence[str], failures: Path, task: str, most: int = 3) -> str:
     """`array.sbatch` with a run's own lines: notes for broken nodes, each setup line, the task.
 
     A node is broken where a setup line fails, or srun ends before the task has begun.
+
+    Args:
+        most: failures in a row on a node after which the array's pending elements leave it out.
     """
     lines = (f"d2m_setup {i} {shlex.quote(line)}" for i, line in enumerate(setup, 1))
     values = {"nodes": shlex.quote(str(failures)), "setup": "\n".join(lines), "task": task}
+    values["most"] = str(most)
     # In one pass: what is filled in may hold such a mark, too.
-    return re.sub("@(nodes|setup|task)@", lambda mark: values[mark[1]], TEMPLATE.read_text())
+    return re.sub("@(nodes|setup|task|most)@", lambda mark: values[mark[1]], TEMPLATE.read_text())
 
 
 def command(
@@ -91,15 +95,23 @@ def command(
 
 
 def script(
-    run: RunDir, submission: Submission, config: Slurm, array: Array, options: dict[str, Any]
+    run: RunDir,
+    submission: Submission,
+    config: Slurm,
+    array: Array,
+    options: dict[str, Any],
+    most: int = 3,
 ) -> str:
     """The script for sbatch; all options stand on sbatch's command line.
 
     A folder in an #SBATCH line would be read for quotes and %, and SBATCH_* variables win over such
     lines. The one line left is a default that `slurm.extra` may change.
+
+    Args:
+        most: as `filled` takes it.
     """
     task = command(run, submission, config, array, options)
-    return filled(config.setup, run.node_failures, task)
+    return filled(config.setup, run.node_failures, task, most)
 
 
 def made(
@@ -107,7 +119,8 @@ def made(
 ) -> tuple[list[str], str]:
     """The sbatch command that starts an array, but for the script's path; and the script."""
     options = flags(_array_options(array, proposal))
-    text = script(run, submission, config, array, proposal.options)
+    failures = proposal.node_failures
+    text = script(run, submission, config, array, proposal.options, failures)
     return ["sbatch", f"--chdir={run.logs}", *options], text
 
 
@@ -175,6 +188,7 @@ def _array_options(array: Array, proposal: Proposal) -> dict[str, Any]:
         "array": f"0-{array.elements - 1}{limit}",
         "output": "slurm-%A_%a.out",
     }
+    own |= {name: value for name, value in (("mem", array.mem), ("time", array.time)) if value}
     if array.after is not None:
         own["dependency"] = f"afterany:{proposal.arrays[array.after].job_id}"
     return {**proposal.options, **own}

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch.commands import ask, asked_again
@@ -42,6 +42,7 @@ class Array:
         first: the chunk of the first element's first task.
         parallel: elements that may run at once; 0 for no limit.
         after: the place in the submission of an array that must end first, or None.
+        mem, time: what the array's elements ask for; empty where the config says nothing.
     """
 
     name: str
@@ -51,10 +52,33 @@ class Array:
     parallel: int = 0
     after: int | None = None
     job_id: str = ""
+    mem: str = ""
+    time: str = ""
 
     def chunks_of(self, element: int) -> range:
         start = self.first + element * self.tasks_per_node
         return range(start, start + self.tasks_per_node)
+
+
+class Need(NamedTuple):
+    """The memory and walltime of an array element, as sbatch takes them; empty for none."""
+
+    mem: str = ""
+    time: str = ""
+
+
+@dataclass
+class Sized:
+    """Jobs whose tasks need the same of Slurm.
+
+    Attributes:
+        groups: jobs that one task can do together.
+        tasks: the number of tasks, one for each chunk.
+    """
+
+    need: Need
+    groups: list[list[Job]]
+    tasks: int
 
 
 @dataclass
@@ -62,16 +86,19 @@ class Proposal:
     """The arrays and options that a submit would hand to Slurm.
 
     Attributes:
-        groups: jobs that one task can do together.
         most: the most shards of a task.
-        tasks: the number of tasks, one for each chunk.
+        node_failures: failures in a row on a node after which pending elements leave it out.
     """
 
-    groups: list[list[Job]]
+    parts: list[Sized]
     most: int
-    tasks: int
     arrays: list[Array]
     options: dict[str, Any]
+    node_failures: int = 3
+
+    @property
+    def tasks(self) -> int:
+        return sum(part.tasks for part in self.parts)
 
 
 def token(root: Path) -> str:
@@ -80,27 +107,47 @@ def token(root: Path) -> str:
 
 
 def split(
-    chunks: int, max_array_size: int, tasks_per_node: int, max_parallel: int | None, name: str
+    parts: Sequence[tuple[int, Need]],
+    max_array_size: int,
+    tasks_per_node: int,
+    max_parallel: int | None,
+    name: str,
 ) -> list[Array]:
     """Arrays whose indices stay below MaxArraySize, with `max_parallel` tasks at once in all.
 
     Each array gets a share of `max_parallel`; where there are more arrays, some wait for others.
+
+    Args:
+        parts: numbers of chunks, with what their tasks need; each begins with an element of its
+            own.
     """
-    elements = -(-chunks // tasks_per_node)
-    starts = range(0, elements, max_array_size)
+    pieces: list[tuple[int, int, Need]] = []
+    begin = 0
+    for chunks, need in parts:
+        elements = -(-chunks // tasks_per_node)
+        starts = range(0, elements, max_array_size)
+        pieces += [(begin + s, min(max_array_size, elements - s), need) for s in starts]
+        begin += elements
     most = max(1, max_parallel // tasks_per_node) if max_parallel else 0
-    abreast = min(most, len(starts)) if most else len(starts)
+    abreast = min(most, len(pieces)) if most else len(pieces)
     return [
         Array(
             name=f"{name}-{i}",
             first=start * tasks_per_node,
-            elements=min(max_array_size, elements - start),
+            elements=elements,
             tasks_per_node=tasks_per_node,
-            parallel=most // abreast + (i % abreast < most % abreast) if most else 0,
+            parallel=share(most, abreast, i),
             after=i - abreast if i >= abreast else None,
+            mem=need.mem,
+            time=need.time,
         )
-        for i, start in enumerate(starts)
+        for i, (start, elements, need) in enumerate(pieces)
     ]
+
+
+def share(most: int, abreast: int, place: int) -> int:
+    """The elements of one array that may run at once, of `most` in arrays that run abreast."""
+    return most // abreast + (place % abreast < most % abreast) if most else 0
 
 
 def is_here() -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import DIED, Job, Record, Shard
 from d2m_hpc.run.shards import read_shards
 
+START = 4.0
+"""Seconds of a task's start without its nets."""
+
 
 class Tried(NamedTuple):
     """The earlier attempts at a shard: the last fields of a `Job`."""
@@ -37,6 +41,15 @@ class Tried(NamedTuple):
 
 
 UNTRIED = Tried()
+
+
+class Pace(NamedTuple):
+    """What finished shards took: mean seconds and bytes of one, and the seconds of a task's
+    start."""
+
+    seconds: float
+    bytes: float
+    start: float
 
 
 @dataclass
@@ -55,6 +68,9 @@ class Decision:
         in_flight: stems in the hands of pending or running array tasks.
         left_out: stems that this submit does not try.
         shard_seconds: mean time of the finished shards; None if there are none.
+        pace: what finished shards took; None if none are done, or `task_minutes` is not set.
+        starved: the tasks of failed shards whose process was killed as memory ran out, by stem.
+        raised: more memory or walltime than usual that a shard's task needs, by stem.
         last_finished: when each node last finished a shard, in seconds since the epoch.
     """
 
@@ -70,6 +86,9 @@ class Decision:
     in_flight: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
     shard_seconds: float | None = None
+    pace: Pace | None = None
+    starved: dict[str, str] = field(default_factory=dict)
+    raised: dict[str, Any] = field(default_factory=dict)
     last_finished: dict[str, float] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
@@ -230,9 +249,34 @@ def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
         seconds = sum(o.finished - o.started for o in found.done.values())
         seconds += sum(r.finished - r.started for r in decision.lost if r.shard in decision.done)
         decision.shard_seconds = seconds / len(decision.done)
+    if config.task_minutes:
+        decision.pace = pace(found.done, decision.shards)
+    decision.starved = {s: f[-1].task for s, f in found.failed.items() if f[-1].is_starved}
     decision.last_finished = nodes.last_finished(manifest)
     decision.tried = tried(manifest, found, workload.run, ours)
     _see_changed(decision, found, output, known, busy)
+
+
+def pace(done: Mapping[str, Outcome], shards: Sequence[Shard]) -> Pace | None:
+    """Measure what finished shards took, from a task's first to its last: they overlap.
+
+    A task's start is what its first shard took beyond its others: nets are loaded meanwhile.
+    """
+    tasks: dict[str, list[Outcome]] = {}
+    for outcome in done.values():
+        tasks.setdefault(outcome.task, []).append(outcome)
+    spans, firsts, count = 0.0, list[float](), 0
+    for outcomes in tasks.values():
+        first, last = min(o.started for o in outcomes), max(o.finished for o in outcomes)
+        ends = sorted(o.finished for o in outcomes)
+        later = (last - ends[0]) / (len(ends) - 1) if ends[1:] else ends[0] - first
+        firsts.append(max(ends[0] - first - later, 0.0))
+        spans, count = spans + later * len(ends), count + len(ends)
+    sizes = [s.size for s in shards if s.stem in done and s.size]
+    if not count or spans <= 0:
+        return None
+    mean = sum(sizes) / len(sizes) if sizes else 1.0
+    return Pace(spans / count, mean, START + statistics.median(firsts))
 
 
 def _take_back_newer(

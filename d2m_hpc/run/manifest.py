@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.merge import listed
-from d2m_hpc.run.records import EARLIEST, Order, order, read_values
+from d2m_hpc.run.records import DIED, EARLIEST, Order, order, read_values
 
 FAR = 1e13
 """More than any count or time that a record may have; a damaged one may have any."""
@@ -42,6 +42,11 @@ class Outcome(NamedTuple):
     @property
     def seconds(self) -> float:
         return max(self.finished - self.started, 1e-3)
+
+    @property
+    def is_starved(self) -> bool:
+        """Whether the process was killed, as where memory runs out."""
+        return self.kind == DIED and "killed by SIGKILL" in self.error
 
     @property
     def order(self) -> Order:

@@ -30,6 +30,8 @@ from d2m_hpc.run.shards import read_some
 from d2m_hpc.run.tasks import Progress, attempts, log_file
 from d2m_hpc.storage.texts import ERROR, safe
 from d2m_hpc.storage.urls import is_local
+from d2m_hpc.watch import spent
+from d2m_hpc.watch.spent import Spent
 
 NOTICES = 20
 """Kinds of notices that are shown; each tar may have another."""
@@ -54,6 +56,7 @@ class Summary:
         done: shards that have all that the last submit asked for.
         recomputed: rows that were computed again in float32.
         eta_seconds: None where no task runs, or no speed is known.
+        spent: hours of tasks, by what became of them.
         hardware: tasks by a GPU's model, or `CPU`.
         tasks: array elements by Slurm's state; empty where Slurm does not answer.
         outdated: shards that have all that an earlier submit asked for; also counted as pending,
@@ -83,6 +86,7 @@ class Summary:
     samples_per_second: float
     eta_seconds: float | None
     gpu_hours: float = 0.0
+    spent: Spent = field(default_factory=Spent)
     hardware: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, int] = field(default_factory=dict)
     stragglers: list[str] = field(default_factory=list)
@@ -145,37 +149,45 @@ def find_run(path: Path) -> tuple[RunDir, Config]:
 
 
 @gc_paused()
-def look(run: RunDir, config: Config) -> Summary:
-    """Summarise a run and check some tars for changes, which asks their file server."""
+def look(run: RunDir, config: Config, offline: bool = False) -> Summary:
+    """Summarise a run and check some tars for changes, which asks their file server.
+
+    Args:
+        offline: ask neither the tars' file server nor Slurm.
+    """
     # Before other large lists are in memory.
-    some = read_some(run.shards, changed.LOOKED_AT) if run.shards.exists() else []
+    asks = run.shards.exists() and not offline
+    some = read_some(run.shards, changed.LOOKED_AT) if asks else []
     manifest = Manifest.load(run)
     found = standings(run, config, manifest)
-    summary = summarise(run, config, manifest, found)
-    summary.changed = changed.among(some, config, found)
+    summary = summarise(run, config, manifest, found, offline)
+    summary.changed = changed.among(some, config, found) if asks else None
     return summary
 
 
 @gc_paused()
 def summarise(
-    run: RunDir, config: Config, manifest: Manifest | None = None, found: Standings | None = None
+    run: RunDir,
+    config: Config,
+    manifest: Manifest | None = None,
+    found: Standings | None = None,
+    offline: bool = False,
 ) -> Summary:
     """Read records, leases and progress files, and list the outputs.
 
     Args:
         manifest: the run's records, if read already.
         found: where the shards stand, if known already.
+        offline: do not ask Slurm.
     """
     manifest = manifest or Manifest.load(run)
     found = found or standings(run, config, manifest)
     stems, done, failed = found.stems, list(found.done.values()), found.failed
-    tasks, (queue, unasked) = attempts(run), _asked(run)
+    tasks, (queue, unasked) = attempts(run), _asked(run, offline)
     at_work = slurm.at_work(run, queue) if queue else {}
     _mark_lost(tasks, at_work)
     running = _running(run, config.lease_seconds, found, tasks, at_work)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
-    active = [t for t in tasks if t.is_active]
-    rejections = _by_reason(done)
     return Summary(
         run_dir=str(run.root),
         output=config.output_metadata_dir,
@@ -184,24 +196,33 @@ def summarise(
         failed=len(failed.keys() - running),
         pending=pending,
         running=len(running),
-        rows=sum(r.rows for r in done),
-        rejected=sum(rejections.values()),
-        recomputed=sum(r.recomputed for r in done),
-        **_pace(active, done, pending + len(running)),
+        **_made(done),
+        **_pace([t for t in tasks if t.is_active], done, pending + len(running)),
         **_ran_on(tasks),
+        spent=spent.account(tasks, done, (o for outcomes in failed.values() for o in outcomes)),
         **_queued(run, queue),
         unasked=unasked,
         ended=ended.of(run, queue, tasks, found.done.__contains__),
-        stragglers=_stragglers(active),
+        stragglers=_stragglers([t for t in tasks if t.is_active]),
         broken_nodes=nodes.broken(run, manifest),
         failures=_grouped(run, failed),
-        rejections=rejections,
         outdated=len(found.outdated),
         removed=len(found.removed),
         odd=[OutputDir(config.output_metadata_dir).path(f"{s}.parquet") for s in found.odd],
         given_up=len(found.given_up),
-        notices=noticed(done),
     )
+
+
+def _made(done: list[Outcome]) -> dict[str, Any]:
+    """What the done shards' records count."""
+    rejections = _by_reason(done)
+    return {
+        "rows": sum(r.rows for r in done),
+        "rejected": sum(rejections.values()),
+        "rejections": rejections,
+        "recomputed": sum(r.recomputed for r in done),
+        "notices": noticed(done),
+    }
 
 
 def _mark_lost(tasks: list[Progress], at_work: dict[str, set[int]]) -> None:
@@ -247,9 +268,9 @@ def _mtime(path: Path) -> float:
         return 0.0
 
 
-def _asked(run: RunDir) -> tuple[slurm.Queue | None, str]:
+def _asked(run: RunDir, offline: bool) -> tuple[slurm.Queue | None, str]:
     """Slurm's word on a run; None without array tasks or Slurm, or with the reason why not."""
-    if not slurm.all_arrays(run) or not slurm.is_here():
+    if offline or not slurm.all_arrays(run) or not slurm.is_here():
         return None, ""
     try:
         return slurm.queue(run), ""

@@ -30,12 +30,15 @@ if TYPE_CHECKING:
     from d2m_hpc.launch.slurm import Array, Proposal
     from d2m_hpc.models.weights import Checked, Found
     from d2m_hpc.plan.decide import Decision
+    from d2m_hpc.run.tasks import Progress as TaskProgress
     from d2m_hpc.watch.status import Summary
     from d2m_hpc.watch.verify import Report
 
 WIDE = 10_000
 LONGEST = 20_000
 """Characters of a text that are printed."""
+LINES = 12
+"""Lines of a screen that `top` leaves for what is not a task."""
 SHOWN, NUMBERS = 300, 4
 """Characters of a sample's value, and numbers of a feature, that are shown."""
 
@@ -186,9 +189,19 @@ def figures(found: Summary) -> dict[str, str]:
         "rejected samples": f"{found.rejected:,}{share}",
         "samples a second": f"{found.samples_per_second:,.1f}",
         "time left": "none" if found.complete else left,
-        **({"GPU hours": f"{found.gpu_hours:,.1f}"} if found.gpu_hours else {}),
+        **_costs(found),
         **{name: f"{number:,}" for name, number in seldom.items() if number},
     }
+
+
+def _costs(found: Summary) -> dict[str, str]:
+    """Hours of GPUs, or of tasks without one, by what became of them; nothing below a minute."""
+    if found.spent.hours < 1 / 60:
+        return {}
+    if not found.gpu_hours:
+        return {"task hours": str(found.spent)}
+    rate = f"{found.rows / found.gpu_hours:,.0f}"
+    return {"GPU hours": str(found.spent), "samples a GPU hour": rate}
 
 
 def ran_on(found: Summary) -> str:
@@ -241,7 +254,25 @@ def _counted(found: Summary) -> None:
         console.print(f"noted of {number:,} shards: {notice}", style="dim")
 
 
-def watch(look: Callable[[], Summary]) -> None:
+def top(found: Summary, tasks: Sequence[TaskProgress]) -> None:
+    """Print the tasks at work in as many lines as there are, slow ones first, and the totals."""
+    nodes = len({task.host for task in tasks})
+    told = figures(found)
+    shards = f"{told['done']} of {told['shards']} shards, {told['failed']} failed"
+    working = f"{count(len(tasks), 'task')} on {count(nodes, 'node')}"
+    rate = f"{told['samples a second']} samples/s, time left {told['time left']}"
+    console.print(f"{found.state}: {shards}; {working}; {rate}")
+    table = Table("task", "node", "device", "shard", "shards", "rows", "rows/s", "for")
+    now = time.time()
+    for task in sorted(tasks, key=lambda t: t.speed)[: max(console.height - LINES, 1)]:
+        done = f"{task.done + task.failed}/{task.shards}"
+        numbers = (done, f"{task.rows:,}", f"{task.speed:,.1f}", duration(now - task.started))
+        table.add_row(task.lane, task.host, task.device, task.shard, *numbers)
+    console.print(table)
+    _remarks(found)
+
+
+def watch(look: Callable[[], Summary], show: Callable[[Summary], None] = summary) -> None:
     """Print the summary again and again, until the run is over, or nobody works on it."""
     from d2m_hpc.launch.commands import wait_for_next_look
 
@@ -249,7 +280,7 @@ def watch(look: Callable[[], Summary]) -> None:
     while True:
         found = look()
         console.clear()
-        summary(found)
+        show(found)
         if found.state in ("complete", "failed"):
             return
         idle = 0 if found.is_alive else idle + 1

@@ -128,3 +128,14 @@ def test_logs_of_an_array_task(run: RunDir) -> None:
         assert ended_.returncode == 2
         assert f"no array task '{wrong}' of this run has a log" in ended_.stderr
     assert command("logs", run.root).returncode == 2
+
+
+def test_offline_nobody_is_asked(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run.root.parents[1]
+    commands_of(folder / "bin", monkeypatch, squeue=f"echo >> {folder}/asked")
+    for options in (["--json"], []):
+        said = command("status", run.root, "--offline", *options)
+        assert said.returncode == 0
+    assert not (folder / "asked").exists()
+    command("status", run.root)
+    assert (folder / "asked").exists()

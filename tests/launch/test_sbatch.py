@@ -70,7 +70,7 @@ def submit(
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     config = Slurm(**slurm)
     first = Array("d2m-x-0", 0, 5, job_id="41")
-    proposal = Proposal([], 1, 9, [first, array], sbatch.options(config))
+    proposal = Proposal([], 1, [first, array], sbatch.options(config))
     command = sbatch.prepared(run, run.submission("007"), config, array, proposal)
     array.job_id = sbatch.submit(command)
     return json.loads(told.read_text())

@@ -23,7 +23,7 @@ from d2m_hpc.run.folder import RunDir
 def split(
     chunks: int, limit: int, tasks_per_node: int = 1, max_parallel: int | None = None
 ) -> list[Array]:
-    return slurm.split(chunks, limit, tasks_per_node, max_parallel, "d2m-x")
+    return slurm.split([(chunks, slurm.Need())], limit, tasks_per_node, max_parallel, "d2m-x")
 
 
 def test_five_thousand_chunks_are_five_arrays_with_every_index_below_1001() -> None:

@@ -55,8 +55,9 @@ def test_each_end_is_told_with_its_cause_and_its_log(cluster: Cluster, tars: Tar
     expected = {"not begun": {0}, "killed": {1, 2}, "walltime": {3}, "cancelled": {4}, "node": {5}}
     assert causes(run) == expected
     said = d2m("status", run.config).stdout
-    walltime = "1 array task ended with 1 shard left (out of walltime); raise slurm.time; `d2m logs"
-    assert f"{walltime} CONFIG --task {job}_3`: no shard was finished in this walltime" in said
+    walltime = "1 array task ended with 1 shard left (out of walltime); raise slurm.time, or set"
+    walltime += " slurm.max_time; `d2m logs CONFIG"
+    assert f"{walltime} --task {job}_3`: no shard was finished in this walltime" in said
     assert "/mnt/lost/bin/python: No such file or directory" in said
     log = d2m("logs", run.config, "--task", f"{job}_3").stdout
     assert f"slurm-{job}_3.out" in log
@@ -72,12 +73,20 @@ def test_each_end_is_told_with_its_cause_and_its_log(cluster: Cluster, tars: Tar
 
 
 def test_memory_is_told_from_accounting(accounting: Cluster, tars: Tars) -> None:
-    run = Run(accounting, tars, 1, slurm={"mem": 100})
+    run = Run(accounting, tars, 1, slurm={"mem": 400})
     ended = run.submit("--wait", code=1)
     assert "1 array task ended with 1 shard left (out of memory" in ended.stdout
     # slurmdbd hears of it some seconds later.
-    wait_until(lambda: " of 0.1 GB); raise slurm.mem" in d2m("status", run.config).stdout)
+    wait_until(lambda: " of 0.4 GB); raise slurm.mem" in d2m("status", run.config).stdout)
     assert causes(run) == {"memory": {0}}
+    more = ("--wait", "--max-mem", "1600M")
+    while (ended := run.submit(*more, code=None)).returncode:
+        assert "out of memory" in ended.stdout
+    memory = [array["mem"] for [array] in run.submissions()]
+    assert len(memory) > 1
+    assert memory == ["400", *(f"{400 << i}M" for i in range(1, len(memory)))]
+    assert f"ran out of memory or walltime: 1 get --mem={memory[-1]}" in ended.stdout
+    run.assert_complete()
 
 
 @pytest.fixture

@@ -296,3 +296,22 @@ def test_a_watch_ends_with_the_run_or_where_nobody_works_on_it(
     show.watch(lambda: next(looks))
     assert len(list(looks)) == left
     assert ("nobody works on it" in terminal.text) == bool(left)
+
+
+def test_the_slowest_tasks_at_work_stand_on_top(
+    terminal: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    tasks = [
+        Progress(f"000-{i}-0", f"n{i % 3}", "cpu", rows=100 * i, shard=f"{i:05d}", shards=4, done=1)
+        for i in range(90)
+    ]
+    for task in tasks:
+        task.started, task.updated = now - 60, now
+    show.top(_summary(done=90, shards=360, running=90, eta_seconds=120.0), tasks)
+    first, *lines = terminal.text.splitlines()
+    assert first.startswith("running: 90 of 360 shards, 0 failed; 90 tasks on 3 nodes")
+    assert "time left 2 min 00 s" in " ".join(terminal.text.split())
+    rows = [line for line in lines if "000-" in line]
+    assert [row.split()[1] for row in rows[:2]] == ["000-0", "000-1"]
+    assert len(rows) < 90  # as many as the screen has lines

@@ -1,0 +1,62 @@
+"""Let a run's live arrays follow its config: tasks at once, nodes to leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from d2m_hpc.errors import SlurmError
+from d2m_hpc.launch import slurm
+from d2m_hpc.launch.commands import ask
+from d2m_hpc.plan.workload import Workload
+
+
+def follow(workload: Workload, queue: slurm.Queue, broken: Sequence[str]) -> list[str]:
+    """Change live arrays whose limit or nodes are no longer those of the config.
+
+    Args:
+        broken: the nodes to leave out besides the config's own.
+
+    Returns:
+        What was changed, and what Slurm refused.
+    """
+    config, told = workload.config.slurm, []
+    for submission in workload.run.submissions():
+        arrays = slurm.read_arrays(submission)
+        if not any(queue.live(array) for array in arrays):
+            continue
+        try:
+            if changed := _throttle(arrays, queue, config.max_parallel):
+                slurm.write_arrays(submission, arrays)
+                at_once = f"at most {config.max_parallel}" if config.max_parallel else "all"
+                told.append(f"{at_once} tasks may run at once now, in {changed} live arrays")
+            if any(workload.run.node_failures.glob("*.json")):
+                _leave_out(arrays, queue, ",".join(filter(None, [config.exclude or "", *broken])))
+        except SlurmError as error:
+            told.append(f"live array tasks stay as they are: {error}")
+    return told
+
+
+def _throttle(arrays: list[slurm.Array], queue: slurm.Queue, most: int | None) -> int:
+    """Give each array its share of `max_parallel`, and at least one; returns how many changed."""
+    elements = max(1, most // arrays[0].tasks_per_node) if most else 0
+    abreast, changed = sum(array.after is None for array in arrays), 0
+    for place, array in enumerate(arrays):
+        share = max(1, slurm.share(elements, abreast, place)) if elements else 0
+        if share != array.parallel and (live := queue.live(array)):
+            ask("scontrol", "update", f"jobid={live[0].job_id}", f"arraytaskthrottle={share}")
+            array.parallel = share
+            changed += 1
+    return changed
+
+
+def _leave_out(arrays: list[slurm.Array], queue: slurm.Queue, wanted: str) -> None:
+    """Replace the nodes that elements which failed have left out for their pending siblings.
+
+    Nodes are forgotten that were mended, or are gone.
+    """
+    for array in arrays:
+        if any(e.state == slurm.PENDING for e in queue.live(array)):
+            [job, *_] = (e.job_id for e in queue.live(array))
+            words = ("--noheader", f"--jobs={job}", "--states=PENDING", "--format=%x")
+            if {*ask("squeue", *words).split()} - {wanted or "(null)"}:
+                ask("scontrol", "update", f"jobid={job}", f"excnodelist={wanted}")

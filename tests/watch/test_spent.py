@@ -1,0 +1,51 @@
+"""What became of the time of a run's tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from d2m_hpc.run.manifest import Outcome
+from d2m_hpc.run.records import Record
+from d2m_hpc.run.tasks import Progress
+from d2m_hpc.watch.spent import Spent, account
+
+HOUR = 3600.0
+
+
+def outcome(task: str, started: float, finished: float) -> Outcome:
+    hours = {"started": started * HOUR, "finished": finished * HOUR}
+    return Outcome.of(Record("x", "done", task=task, **hours).to_dict())
+
+
+def task(name: str, until: float, state: str, **more: Any) -> Progress:
+    return Progress(name, shard="x", started=0.0, updated=until * HOUR, state=state, **more)
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ("finished", Spent(useful=5, idle=3)),
+        ("stopped", Spent(useful=5, lost=2, idle=1)),
+        ("out of time", Spent(useful=5, lost=2, idle=1)),
+        ("lost", Spent(useful=5, lost=2, idle=1)),
+    ],
+)
+def test_each_hour_is_useful_lost_or_idle(state: str, expected: Spent) -> None:
+    """The task begins its second shard while its first one is written."""
+    done = [outcome("000-0-0", 1, 4), outcome("000-0-0", 3, 6)]
+    assert account([task("000-0-0", 8, state)], done, []) == expected
+
+
+def test_failed_shards_are_lost_and_an_attempt_without_one_is_idle() -> None:
+    tasks = [task("000-0-0", 5, "finished"), Progress("000-1-0", started=0, updated=HOUR * 2)]
+    tasks[1].state = "stopped"
+    found = account(tasks, [outcome("000-0-0", 0, 2)], [outcome("000-0-0", 2, 5)])
+    assert found == Spent(useful=2, lost=3, idle=2)
+    assert str(found) == "7.0 (useful 29%, lost 43%, idle 29%)"
+
+
+def test_tasks_without_a_gpu_do_not_count_beside_those_with_one() -> None:
+    tasks = [task("000-0-0", 5, "finished"), task("000-1-0", 2, "finished", device="cuda:0")]
+    assert account(tasks, [outcome("000-1-0", 0, 1)], []) == Spent(useful=1, idle=1)
