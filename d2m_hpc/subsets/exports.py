@@ -13,6 +13,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ from d2m_hpc.subsets.finished import readable, require_known, schema_of, unreada
 
 PART_ROWS = 100_000
 """Rows after which a part ends; its last shard is whole."""
+THREADS = 4
+"""Parts that are written at once: one is read or encoded while another one waits for the disk."""
 LOG, LOCK = ".d2m-export.jsonl", ".d2m-export.lock"
 
 
@@ -252,11 +255,18 @@ def export(
         whole_id = _digest(part.digest for part in parts)
         there = layout.there(log.parts, whole_id in log.parts)
         log.keep(there, [*layout.last(), *(path for part in parts for path in layout.files(part))])
-        for part in parts:
-            if part.digest not in there:
-                layout.write(part)
-                log.add(part.digest, layout.files(part))
-            on_rows(part.start + part.rows, made.rows)
+        with ThreadPoolExecutor(THREADS) as pool:
+            waiting = {
+                p.digest: pool.submit(layout.write, p) for p in parts if p.digest not in there
+            }
+            try:
+                for part in parts:
+                    if part.digest in waiting:
+                        waiting[part.digest].result()
+                        log.add(part.digest, layout.files(part))
+                    on_rows(part.start + part.rows, made.rows)
+            finally:
+                pool.shutdown(cancel_futures=True)
         layout.finish()
         log.add(whole_id, layout.last())
     left = len(parts) - len(there)

@@ -136,6 +136,14 @@ class HuggingFace(ExportLayout):
 
     kind = "hf"
 
+    def __init__(self, source: ExportSource, folder: Path) -> None:
+        super().__init__(source, folder)
+        names = {*source.schema.names}
+        if both := [vectors.name for vectors in source.vectors if vectors.name in names]:
+            what = f"--feature: {', '.join(map(repr, both))} is a column's name, too; name the "
+            what += "other features, or submit with another name for the column"
+            raise ConfigError("export", [what])
+
     def files(self, part: ExportPart) -> list[Path]:
         number = part.name
         return [self.root / "data" / f"train-{number}-of-{len(self.parts):05d}.parquet"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -129,3 +130,29 @@ def test_a_pair_of_two_attempts_is_not_taken_for_one(output: OutputDir) -> None:
     assert (len(others), last[:34]) == (1, "has another sha256 than its record")
     [told] = pair.problems(".npz", record, owner=lambda sha256: "t.npz")
     assert told == "is t.npz, under another name; rename it back"
+
+
+def test_arrays_of_all_forms_are_read_with_their_crc(tmp_path: Path) -> None:
+    arrays = {
+        "flat": np.arange(3, dtype=np.float32),
+        "deep": np.arange(24, dtype=np.float16).reshape(2, 3, 4),
+        "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
+        "structured": np.ones(2, np.dtype("u8,u8")),
+        "none": np.zeros((0, 5), np.float16),
+        "one": np.array(2.5),
+    }
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "s.npz", **arrays)
+        found = Pair(OutputDir(str(tmp_path)), "s").features()
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+            assert (found[name] == array).all()
+    np.savez(tmp_path / "s.npz", deep=arrays["deep"])
+    data = bytearray((tmp_path / "s.npz").read_bytes())
+    data[data.index(arrays["deep"].tobytes()) + 7] ^= 1
+    (tmp_path / "s.npz").write_bytes(data)
+    with pytest.raises(zipfile.BadZipFile, match=r"Bad CRC-32 for file 'deep.npy'"):
+        Pair(OutputDir(str(tmp_path)), "s").features(["deep"])
+    with pytest.raises(KeyError, match="wide is not a file in the archive"):
+        Pair(OutputDir(str(tmp_path)), "s").features(["wide"])

@@ -370,3 +370,27 @@ def test_the_commands(run: d2m.Run, tmp_path: Path) -> None:
         ended = CliRunner().invoke(app, words)
         assert (ended.exit_code, ended.stderr) == (0, "")
         assert "19 rows of " in ended.stdout
+
+
+@pytest.mark.skipif(duckdb.__version__ < "2", reason="of DuckDB 2")
+def test_duckdb_reads_a_folder_of_links(run: d2m.Run, tmp_path: Path) -> None:
+    run.export("links", tmp_path / "links")
+    found = duckdb.sql(f"SELECT uid FROM read_parquet('{tmp_path / 'links'}')").fetchall()
+    assert sorted(uid for (uid,) in found) == sorted(KEYS)
+
+
+def test_a_feature_with_a_columns_name_is_refused(tmp_path: Path) -> None:
+    features = pa.array([1.0, 2.0], pa.float32())
+    rows = table([uid(0), uid(1)], [0.0, 1.0], **{"image-histogram": features})
+    where = make_run(
+        tmp_path,
+        {"00000": rows},
+        models=["image-stats"],
+        postprocess_features=["image-histogram"],
+        postprocess_columns=[],
+    )
+    np.savez(tmp_path / "out" / "00000.npz", **{"image-histogram": np.zeros((2, 3), np.float16)})
+    with pytest.raises(ConfigError, match="'image-histogram' is a column's name, too; name the"):
+        d2m.Run(*where).export("hf", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    d2m.Run(*where).export("npy", tmp_path / "npy")  # whose columns lie apart
