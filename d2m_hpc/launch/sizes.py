@@ -41,8 +41,10 @@ def parts(decision: Decision, most: int, options: Mapping[str, Any]) -> list[Siz
     more = decision.raised
     needs = sorted(set(more.values())) if more else []
     jobs: dict[Need, list[Job]] = {Need(): [], **{need: [] for need in needs}}
+    numbers = {need: number for number, need in enumerate(jobs)}
     for job in decision.pending:
-        jobs[more.get(job.stem, Need())].append(job)
+        need = more.get(job.stem, Need())
+        jobs[need].append(job._replace(need=numbers[need]) if any(need) else job)
     found = []
     for need, same in jobs.items():
         if same:

@@ -41,7 +41,8 @@ def write_chunks(
 
 def _short(job: Job) -> tuple[object, ...]:
     if job[2:] != _UNTRIED[2:]:
-        return *job.shard, *job[1:]
+        told = (*job.shard, *job[1:])
+        return told if job.need else told[:-1]
     return (*job.shard, job.extends) if job.extends else job.shard
 
 

@@ -55,6 +55,7 @@ class Job(NamedTuple):
         failures: how many attempts have failed, by the config at hand.
         alone: whether an attempt never ended, so the task holds no other shard meanwhile.
         again: whether to replace a pair made by that attempt or an earlier one.
+        need: 0 for the usual memory and walltime; tasks take jobs of their own number only.
     """
 
     shard: Shard
@@ -63,6 +64,7 @@ class Job(NamedTuple):
     failures: int = 0
     alone: bool = False
     again: bool = False
+    need: int = 0
 
     @property
     def stem(self) -> str:

@@ -83,6 +83,7 @@ class Claims:
             raise D2MError(f"submission {name.submission} of {run.root} has no chunk {name.index}")
         [self.chunk] = chunks.read([name.index])
         self.extends = self.chunk[0].extends if self.chunk else ""
+        self._need = self.chunk[0].need if self.chunk else 0
         self._chunks, self._index = chunks, name.index
         self._run, self._config, self._fingerprint = run, config, fingerprint
         self._output = OutputDir(config.output_metadata_dir)
@@ -160,11 +161,13 @@ class Claims:
                 yield work
 
     def _others(self) -> Iterator[Job]:
-        """Yield other chunks' jobs with the same `extends`, from the end; one chunk is in
-        memory."""
+        """Yield other chunks' jobs with the same `extends` and `need`, from the end; one chunk is
+        in memory."""
         numbers = (i for i in reversed(range(len(self._chunks))) if i != self._index)
         for chunk in self._chunks.read(numbers):
-            yield from (job for job in reversed(chunk) if job.extends == self.extends)
+            for job in reversed(chunk):
+                if (job.extends, job.need) == (self.extends, self._need):
+                    yield job
 
     def _lease(self, job: Job) -> Lease:
         return Lease(self._run.lease(job.stem), self._config.lease_seconds)

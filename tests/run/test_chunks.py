@@ -59,6 +59,7 @@ def test_a_line_of_the_file_is_a_tasks_list_of_jobs(submission: Submission) -> N
         [Job(Shard("b", "/b.tar"))],
         [Job(Shard("c", "/c.tar", 1), "0a")],
         [Job(Shard("d", "/d.tar"), attempt=2, alone=True)],
+        [Job(Shard("e", "/e.tar"), need=1)],
     ]
     write_chunks(submission, made)
     assert submission.chunks.read_text().splitlines() == [
@@ -66,4 +67,5 @@ def test_a_line_of_the_file_is_a_tasks_list_of_jobs(submission: Submission) -> N
         '[["b", "/b.tar", null]]',
         '[["c", "/c.tar", 1, "0a"]]',
         '[["d", "/d.tar", null, "", 2, 0, true, false]]',
+        '[["e", "/e.tar", null, "", 0, 0, false, false, 1]]',
     ]

@@ -315,6 +315,15 @@ def test_nobody_steals_a_shard_at_which_a_process_died(run: RunDir) -> None:
     assert list(run.leases.iterdir()) == []
 
 
+def test_nobody_takes_a_shard_that_needs_another_task(run: RunDir) -> None:
+    """One with more memory or walltime, in which its last task was killed."""
+    chunks = [[Job(Shard("a", "/a.tar"))], [Job(Shard("c", "/c.tar"))]]
+    chunks += [[Job(Shard(stem, f"/{stem}.tar"), need=1)] for stem in "gh"]
+    write_chunks(run.submission("000"), chunks)
+    assert stems(claims(run)) == ["c", "a"]
+    assert stems(claims(run, index=2)) == ["g", "h"]
+
+
 def test_a_death_that_is_on_record_keeps_thieves_away_and_is_counted_once(run: RunDir) -> None:
     """Two that were in hand together were recorded by who watched; both are tried alone."""
     for stem in "cg":
