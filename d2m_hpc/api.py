@@ -562,7 +562,7 @@ class Run:
             run.select("some.parquet", sample=1000, seed=1, columns=["uid", "url"])
 
         Args:
-            output: a .npy or .parquet file; None to count only what thresholds of `by` keep.
+            output: a .npy, .parquet or .jsonl file; None to count what thresholds of `by` keep.
             where: an SQL expression over the columns.
             top: the share (up to 1) or the number of the best samples among those of `where`.
             by: the column whose highest values are the best.
@@ -595,6 +595,7 @@ class Run:
         *,
         image: str = "",
         text: str = "",
+        lists: str | os.PathLike[str] | None = None,
         allow_missing: bool = False,
         on_rows: Callable[[int, int], None] = lambda done, of: None,
     ) -> Exported:
@@ -605,10 +606,11 @@ class Run:
             datasets.load_dataset("dataset", split="train", streaming=True)
 
         Args:
-            layout: `npy`, `clip-retrieval`, `hf` or `links`.
+            layout: `npy`, `clip-retrieval`, `hf`, `links` or `subset-tars`.
             folder: a new folder, or that of the same export before.
             features: names of features for `npy` and `hf`; by default all.
             image: the feature for `img_emb`, if there are several; likewise `text`.
+            lists: the kept keys for `subset-tars`, which `select` writes to a name in `.jsonl`.
             allow_missing: leave out shards that are not finished.
             on_rows: called with the number of rows written, and of all rows.
 
@@ -623,9 +625,9 @@ class Run:
         path = _path("folder", folder)
         if layout == "links":
             return exports.link(self._folder, self.config, path, allow_missing)
-        found = layouts.of(
-            layout, self._folder, self.config, path, features, image, text, allow_missing
-        )
+        kept = _path("lists", lists) if lists else None
+        options = (features, image, text, kept, allow_missing)
+        found = layouts.of(layout, self._folder, self.config, path, *options)
         return exports.export(self._folder, found, on_rows)
 
     @_explained()

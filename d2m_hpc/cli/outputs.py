@@ -67,6 +67,15 @@ def clip_retrieval(
     _export("clip-retrieval", target, output, **options)
 
 
+@app.command(help="Tars of the kept samples, from the run's shards, with all of their members.")
+def subset_tars(
+    target: Target,
+    output: Folder,
+    lists: Annotated[Path, typer.Option(metavar="KEPT.jsonl", help="of `d2m select -o`")],
+) -> None:
+    _export("subset-tars", target, output, lists=lists)
+
+
 @app.command(help="A parquet of uid, url and caption, for img2dataset to download again.")
 def img2dataset(
     target: Target,
@@ -103,7 +112,7 @@ def _show_exported(found: Exported) -> None:
 def select(
     target: Target,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help=".npy or .parquet")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help=".npy, .parquet or .jsonl")
     ] = None,
     where: Annotated[str, typer.Option(help="an SQL expression over the columns")] = "true",
     top: Annotated[

@@ -114,7 +114,7 @@ class ExportSource:
             rows += more
             if rows >= PART_ROWS or last == len(self.pairs):
                 own = [str(len(found)), *self.hashes[first:last]]
-                digest = _digest([*about, *own])
+                digest = digest_of([*about, *own])
                 found.append(
                     ExportPart(len(found), start, rows, tuple(self.pairs[first:last]), digest)
                 )
@@ -252,7 +252,7 @@ def export(
     """
     made, parts = layout.source, layout.parts
     with claimed(layout.root, f"{layout.kind} of {run.root.absolute()}") as log:
-        whole_id = _digest(part.digest for part in parts)
+        whole_id = digest_of(part.digest for part in parts)
         there = layout.there(log.parts, whole_id in log.parts)
         log.keep(there, [*layout.last(), *(path for part in parts for path in layout.files(part))])
         with ThreadPoolExecutor(THREADS) as pool:
@@ -311,7 +311,8 @@ def _local(folder: Path) -> Path:
     return folder.absolute()
 
 
-def _digest(texts: Iterable[str]) -> str:
+def digest_of(texts: Iterable[str]) -> str:
+    """A hash of texts, in their order."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 

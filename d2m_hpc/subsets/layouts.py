@@ -22,6 +22,7 @@ from d2m_hpc.storage import files
 from d2m_hpc.storage.urls import masked_all
 from d2m_hpc.subsets import exports
 from d2m_hpc.subsets.exports import ExportLayout, ExportPart, ExportSource, Vectors, whole
+from d2m_hpc.subsets.tars import SubsetTars
 from d2m_hpc.version import __version__
 
 IMAGE, TEXT = ("-image", "_img"), ("-text", "_txt")
@@ -204,6 +205,7 @@ def of(
     features: Sequence[str] | None = None,
     image: str = "",
     text: str = "",
+    lists: Path | None = None,
     allow_missing: bool = False,
 ) -> ExportLayout:
     """Find the outputs to export, in the layout of this name.
@@ -223,10 +225,12 @@ def of(
             raise ConfigError("export", [f"{what}texts, by --image or --text"])
         made = exports.source(run, config, [name for name in found if name], allow_missing)
         return ClipRetrieval(made, folder, *map(config.renamed, found))
+    if kind == SubsetTars.kind:
+        return SubsetTars(run, config, folder, lists)
     for layout in (Arrays, HuggingFace):
         if kind == layout.kind:
             return layout(exports.source(run, config, features, allow_missing), folder)
-    kinds = ["npy", "clip-retrieval", "hf", "links"]
+    kinds = ["npy", "clip-retrieval", "hf", "links", "subset-tars"]
     raise ConfigError("export", [f"layout: found {kind!r}; valid: {', '.join(kinds)}"])
 
 

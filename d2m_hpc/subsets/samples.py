@@ -59,13 +59,17 @@ class Pool:
     rounded: dict[str, int] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
 
+    def path_groups(self) -> list[Sequence[str]]:
+        """The paths that are read at once."""
+        return _grouped(self.paths)
+
     def groups(self, on_shards: Callable[[int, int], None] | None = None) -> Iterator[None]:
         """Point the view `pool` at one group of shards after another.
 
         Args:
             on_shards: called with the number of shards read so far, and of all.
         """
-        for number, paths in enumerate(_grouped(self.paths)):
+        for number, paths in enumerate(self.path_groups()):
             self._show(self.layouts[number])
             self._count_rounded(self.layouts[number])
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.texts import nearest
 from d2m_hpc.subsets import exports
 from d2m_hpc.subsets.samples import UID, Pool, is_of_file, opened
-from d2m_hpc.subsets.widest import NUMBERS, quoted
+from d2m_hpc.subsets.widest import NUMBERS, listed, quoted
 
 WHERE = "select"
 SUBSET = np.dtype("u8,u8")
@@ -117,7 +118,8 @@ def select(
     on_shards: Callable[[int, int], None] | None = None,
     columns: Sequence[str] = ("uid",),
 ) -> Selection:
-    """Write the chosen uids, sorted, each once, to an npy of dtype `u8,u8`, or to a parquet.
+    """Write the chosen uids, sorted, each once, to an npy of dtype `u8,u8`, or to a parquet, or the
+    keys of their rows, a line a shard.
 
     The file is replaced whole, and only where a uid was chosen. Ties of `by` go to the lower uid;
     of several rows with one uid, the best score counts.
@@ -142,9 +144,12 @@ def select(
         if path is None:
             return replace(_choose(pool, query), chosen=0, survival=_survival(pool))
         selection = _choose(pool, query)
-        if selection.chosen and path.suffix == ".parquet":
+        if selection.chosen and path.suffix in (".parquet", ".jsonl"):
             with exports.whole(path) as file:
-                _write_rows(pool, columns, file)
+                if path.suffix == ".parquet":
+                    _write_rows(pool, columns, file)
+                else:
+                    _write_lists(pool, file)
         elif selection.chosen:
             asked_for.write(path, _npy(pool, selection.chosen))
     return selection
@@ -153,8 +158,8 @@ def select(
 def _mistakes(query: Query, path: Path | None) -> list[str]:
     if path is None and not query.by:
         return ["--output: found none; valid is a file, or --by COLUMN to see what is kept"]
-    if path is not None and path.suffix not in (".npy", ".parquet"):
-        return [f"--output: found {str(path)!r}; valid is a name in .npy or .parquet"]
+    if path is not None and path.suffix not in (".npy", ".parquet", ".jsonl"):
+        return [f"--output: found {str(path)!r}; valid is a name in .npy, .parquet or .jsonl"]
     if query.by and path is not None and not query.top:
         return ["--top and --by: found --by without --top; valid are both, or no --output"]
     return []
@@ -309,6 +314,26 @@ def _write_rows(pool: Pool, columns: Sequence[str], file: IO[bytes]) -> None:
             writer.write_batch(batch)
     if writer:
         writer.close()
+
+
+def _write_lists(pool: Pool, file: IO[bytes]) -> None:
+    """Write the keys of the chosen samples: a line of JSON for each shard that has any."""
+    pool.db.execute("CREATE TABLE left_over AS FROM chosen")
+    for paths in pool.path_groups():
+        named = "filename = true, file_row_number = true"
+        rows = f"SELECT key, filename, file_row_number AS place, {UID} FROM "
+        rows += f"read_parquet({listed(paths)}, {named})"
+        pool.db.execute(
+            f"CREATE OR REPLACE TABLE found AS FROM ({rows}) SEMI JOIN left_over USING (high, low) "
+            "QUALIFY row_number() OVER (PARTITION BY high, low ORDER BY filename, place) = 1"
+        )
+        pool.db.execute(
+            "DELETE FROM left_over WHERE (high, low) IN (SELECT (high, low) FROM found)"
+        )
+        keys = "SELECT filename, list(key ORDER BY place) FROM found GROUP BY ALL ORDER BY filename"
+        for name, some in pool.db.execute(keys).fetchall():
+            stem = name.rpartition("/")[2].removesuffix(".parquet")
+            file.write(json.dumps({"shard": stem, "keys": some}).encode() + b"\n")
 
 
 def _row(pool: Pool, query: str) -> tuple[Any, ...]:

@@ -1,0 +1,116 @@
+"""Tars of kept samples, each from a shard of a run, with the members as they are in the shard."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.plan.standing import standings
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.records import Shard
+from d2m_hpc.run.shards import read_shards
+from d2m_hpc.storage.urls import masked
+from d2m_hpc.subsets.exports import ExportLayout, ExportPart, ExportSource, digest_of, whole
+
+if TYPE_CHECKING:
+    from d2m_hpc.worker.read.reader import Reader, Sample
+
+
+class SubsetTars(ExportLayout):
+    """`{stem}.tar` of each shard with kept samples; the shards are read again.
+
+    Args:
+        file: of the kept keys, as `d2m select -o FILE.jsonl` writes it.
+    """
+
+    kind = "subset-tars"
+
+    def __init__(self, run: RunDir, config: Config, folder: Path, file: Path | None) -> None:
+        output, found = OutputDir(config.output_metadata_dir), standings(run, config)
+        lists = _read_lists(file)
+        self._shards = {s.stem: s for s in read_shards(run.shards) if s.stem in lists}
+        if lost := [stem for stem in lists if stem not in self._shards]:
+            what = f"--lists: found the shard {lost[0]!r}, which is none of {run.root}"
+            raise ConfigError("export", [what])
+        self._lists = {stem: lists[stem] for stem in self._shards}
+        pairs = [(Pair(output, stem), len(keys)) for stem, keys in self._lists.items()]
+        left = len(found.stems) - len(found.done)
+        super().__init__(ExportSource(config, pairs, [], pa.schema([]), [], left), folder)
+        self.parts = [*self._own_parts(pairs)]
+
+    def _own_parts(self, pairs: Sequence[tuple[Pair, int]]) -> Iterator[ExportPart]:
+        start = 0
+        for number, (pair, rows) in enumerate(pairs):
+            shard = self._shards[pair.stem]
+            about = [shard.stem, shard.url, str(shard.size), *self._lists[shard.stem]]
+            digest = digest_of([self.kind, *about])
+            yield ExportPart(number, start, rows, ((pair, rows),), digest)
+            start += rows
+
+    def files(self, part: ExportPart) -> list[Path]:
+        return [self.root / f"{pair.stem}.tar" for pair, _ in part.pairs]
+
+    def write(self, part: ExportPart) -> None:
+        from d2m_hpc.worker.read.readers import opener
+        from d2m_hpc.worker.read.scratch import scratch
+        from d2m_hpc.worker.read.stage import stage
+
+        [path] = self.files(part)
+        config, shard = self.source.config, self._shards[path.stem]
+        with (
+            scratch(config.scratch_bytes) as disk,
+            stage(shard, disk) as staged,
+            closing(opener(config)(shard.url, staged.path, staged.damage)) as reader,
+            whole(path) as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            self._copy(shard, reader, tar)
+
+    def _copy(self, shard: Shard, reader: Reader, tar: tarfile.TarFile) -> None:
+        left = {*self._lists[shard.stem]}
+        wanted = frozenset(left)
+        for sample in reader.index():
+            if sample.key in wanted:
+                left.discard(sample.key)
+                _add(sample, reader, tar)
+        if left:
+            what = f"{len(left)} kept samples are not there, such as {min(left)!r}"
+            advice = (
+                "it has changed since its outputs were made; see d2m-submit --recompute-changed"
+            )
+            raise D2MError(f"{masked(shard.url)}: {what} {advice}")
+
+    def finish(self) -> None:
+        """All files are of parts."""
+
+
+def _add(sample: Sample, reader: Reader, tar: tarfile.TarFile) -> None:
+    for extension, (place, size) in sample.members.items():
+        data = reader.read(place, size)
+        info = tarfile.TarInfo(f"{sample.key}.{extension}")
+        info.size, info.mode = len(data), 0o644
+        tar.addfile(info, io.BytesIO(data))
+
+
+def _read_lists(path: Path | None) -> dict[str, list[str]]:
+    """Read the kept keys, by the shard's stem; raise `ConfigError` where that cannot be."""
+    try:
+        if path is None:
+            raise ValueError("no file is named")
+        with path.open(encoding="utf-8") as file:
+            found = {line["shard"]: [*map(str, line["keys"])] for line in map(json.loads, file)}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        what = f"--lists: {path} cannot be read: {error}; valid is what `d2m select -o` writes"
+        raise ConfigError("export", [f"{what} to a name in .jsonl"]) from None
+    return found
