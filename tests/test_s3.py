@@ -18,6 +18,7 @@ import s3
 from kit import STATS, write_config, write_shards
 from typer.testing import CliRunner
 
+import d2m_hpc as d2m
 from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import D2MError
 from d2m_hpc.plan.patterns import expand
@@ -278,6 +279,25 @@ def test_a_run_on_a_store_from_its_start_to_its_mending(bucket: s3.Server, here:
     assert set(pairs(bucket)["00002.parquet"]) == {"key", "text-words", "uid", "caption"}
     assert Ended("verify", config).code == 0
     assert list(Path(".d2m").iterdir()) == [Path(".d2m/bucket-out")]
+
+
+def test_derived_columns_replace_the_parquet_alone(bucket: s3.Server, here: Path) -> None:
+    upload(bucket, here, 2)
+    feature = {"feature": "image-histogram"}
+    derive = {
+        "cluster": {"kind": "clusters", **feature, "count": 2},
+        "duplicate": {"kind": "duplicates", **feature, "within": "cluster"},
+        "twice": {"kind": "sql", "expression": '"image-brightness" * 2'},
+    }
+    run = d2m.submit(config_of(here, derive=derive), local=True)
+    before, npz = run.table(), bucket.get("out/00000.npz")
+    run = d2m.derive(config_of(here, derive=derive), local=True)
+    assert (run.status().complete, run.verify().faults) == (True, [])
+    table = run.table()
+    assert table.select(before.column_names).equals(before)
+    expected = [2 * value for value in before["image-brightness"].to_pylist()]
+    assert table["twice"].to_pylist() == pytest.approx(expected)
+    assert bucket.get("out/00000.npz") == npz
 
 
 def test_a_shard_takes_seven_requests(bucket: s3.Server, here: Path) -> None:
