@@ -606,9 +606,9 @@ class Run:
             datasets.load_dataset("dataset", split="train", streaming=True)
 
         Args:
-            layout: `npy`, `clip-retrieval`, `hf`, `links` or `subset-tars`.
+            layout: `npy`, `clip-retrieval`, `hf`, `lance`, `links` or `subset-tars`.
             folder: a new folder, or that of the same export before.
-            features: names of features for `npy` and `hf`; by default all.
+            features: names of features for `npy`, `hf` and `lance`; by default all.
             image: the feature for `img_emb`, if there are several; likewise `text`.
             lists: the kept keys for `subset-tars`, which `select` writes to a name in `.jsonl`.
             allow_missing: leave out shards that are not finished.

@@ -65,6 +65,7 @@ IMPORTED_AS = {
     "open_clip_torch": "open_clip",
     "opencv-python": "cv2",
     "pillow": "PIL",
+    "pylance": "lance",
     "pyyaml": "yaml",
 }
 LONGEST_FUNCTION = 45

@@ -55,6 +55,16 @@ def hf(
     _export("hf", target, output, features=features, allow_missing=allow_missing)
 
 
+@app.command(help="A Lance data set of columns and features.")
+def lance(
+    target: Target,
+    output: Folder,
+    features: FeatureNames = None,
+    allow_missing: AllowMissing = False,
+) -> None:
+    _export("lance", target, output, features=features, allow_missing=allow_missing)
+
+
 @app.command(help="img_emb/, text_emb/ and metadata/, for clip-retrieval and autofaiss.")
 def clip_retrieval(
     target: Target,

@@ -153,9 +153,14 @@ class ExportSource:
 
 
 class ExportLayout(ABC):
-    """Writes the parts of an export into the files of one tool."""
+    """Writes the parts of an export into the files of one tool.
+
+    Attributes:
+        threads: parts that are written at once.
+    """
 
     kind: str
+    threads = THREADS
 
     def __init__(self, source: ExportSource, folder: Path) -> None:
         self.source, self.root = source, _local(folder)
@@ -255,7 +260,7 @@ def export(
         whole_id = digest_of(part.digest for part in parts)
         there = layout.there(log.parts, whole_id in log.parts)
         log.keep(there, [*layout.last(), *(path for part in parts for path in layout.files(part))])
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(layout.threads) as pool:
             waiting = {
                 p.digest: pool.submit(layout.write, p) for p in parts if p.digest not in there
             }

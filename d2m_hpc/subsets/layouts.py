@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,11 +161,15 @@ class HuggingFace(ExportLayout):
         return pa.schema([*self.source.schema, *kinds])
 
     def write(self, part: ExportPart) -> None:
-        schema = self._schema
-        with _parquet(self.files(part)[0], schema) as writer:
-            for table, found in self.source.read(part):
-                lists = [_as_lists(found[v.name], v) for v in self.source.vectors]
-                writer.write_table(pa.table([*table.columns, *lists], schema))
+        with _parquet(self.files(part)[0], self._schema) as writer:
+            for table in self._tables(part):
+                writer.write_table(table)
+
+    def _tables(self, part: ExportPart) -> Iterator[pa.Table]:
+        """The columns and features of each shard."""
+        for table, found in self.source.read(part):
+            lists = [_as_lists(found[v.name], v) for v in self.source.vectors]
+            yield pa.table([*table.columns, *lists], self._schema)
 
     def finish(self) -> None:
         with whole(self.root / "README.md") as file:
@@ -188,6 +195,56 @@ class HuggingFace(ExportLayout):
             f"computed by d2m_hpc {__version__} with these models:\n\n```yaml\n{models}```\n\n"
             f"| column | type |\n|---|---|\n{columns}\n"
         )
+
+
+class Lance(HuggingFace):
+    """`data.lance`, a data set of all columns and features; a version of it for each part."""
+
+    kind = "lance"
+    threads = 1  # as each part is appended
+
+    def __init__(self, source: ExportSource, folder: Path) -> None:
+        if find_spec("lance") is None:
+            what = "lance needs pylance, which is not installed; `pip install 'd2m_hpc[lance]'`"
+            raise ConfigError("export", [what])
+        super().__init__(source, folder)
+
+    @property
+    def _place(self) -> Path:
+        return self.root / "data.lance"
+
+    def files(self, part: ExportPart) -> list[Path]:
+        return []
+
+    def last(self) -> list[Path]:
+        return []
+
+    def there(self, known: Collection[str], complete: bool) -> set[str]:
+        """The first parts, if the data set has these alone; otherwise none, and it is removed."""
+        import lance
+
+        there = [*takewhile(lambda part: part.digest in known, self.parts)]
+        rows = sum(part.rows for part in there)
+        if self._place.exists():
+            try:
+                found = lance.dataset(self._place).count_rows()
+            except (OSError, ValueError):  # a kill before its first version
+                found = -1
+            if found == rows:
+                return {part.digest for part in there}
+            shutil.rmtree(self._place)
+        return set()
+
+    def write(self, part: ExportPart) -> None:
+        import lance
+
+        batches = (batch for table in self._tables(part) for batch in table.to_batches())
+        reader = pa.RecordBatchReader.from_batches(self._schema, batches)
+        mode = "append" if self._place.exists() else "create"
+        lance.write_dataset(reader, self._place, mode=mode)
+
+    def finish(self) -> None:
+        """All rows are of parts."""
 
 
 def _size(rows: int) -> str:
@@ -227,10 +284,10 @@ def of(
         return ClipRetrieval(made, folder, *map(config.renamed, found))
     if kind == SubsetTars.kind:
         return SubsetTars(run, config, folder, lists)
-    for layout in (Arrays, HuggingFace):
+    for layout in (Arrays, HuggingFace, Lance):
         if kind == layout.kind:
             return layout(exports.source(run, config, features, allow_missing), folder)
-    kinds = ["npy", "clip-retrieval", "hf", "links", "subset-tars"]
+    kinds = ["npy", "clip-retrieval", "hf", "lance", "links", "subset-tars"]
     raise ConfigError("export", [f"layout: found {kind!r}; valid: {', '.join(kinds)}"])
 
 

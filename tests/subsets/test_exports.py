@@ -27,7 +27,7 @@ import d2m_hpc as d2m
 from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.subsets import exports
+from d2m_hpc.subsets import exports, layouts
 
 ROWS = [4, 0, 3, 6, 1, 5]
 """Of each shard; the second has no samples."""
@@ -269,7 +269,7 @@ KILLED = """
 import os, sys
 import d2m_hpc
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.subsets import exports
+from d2m_hpc.subsets import exports, layouts
 exports.PART_ROWS = 7
 kill = lambda done, of: done == 14 and os.kill(os.getpid(), 9)
 d2m_hpc.open(sys.argv[1]).export(sys.argv[2], sys.argv[3], on_rows=kill)
@@ -394,3 +394,28 @@ def test_a_feature_with_a_columns_name_is_refused(tmp_path: Path) -> None:
         d2m.Run(*where).export("hf", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     d2m.Run(*where).export("npy", tmp_path / "npy")  # whose columns lie apart
+
+
+def test_lance_reads_all_rows_and_an_export_goes_on(tmp_path: Path) -> None:
+    lance = pytest.importorskip("lance")
+    run, out = finished(tmp_path, len(ROWS)), tmp_path / "lance"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exports, "PART_ROWS", 7)
+        write = layouts.Lance.write
+
+        def broken(layout: layouts.Lance, part: exports.ExportPart) -> None:
+            write(layout, part)
+            if part.number == 1:  # with its rows there, and nothing on the log
+                raise D2MError("killed")
+
+        patch.setattr(layouts.Lance, "write", broken)
+        with pytest.raises(D2MError, match="killed"):
+            run.export("lance", out)
+        patch.setattr(layouts.Lance, "write", write)
+        assert run.export("lance", out).written == 3
+        assert run.export("lance", out).written == 0
+    table = lance.dataset(out / "data.lance").to_table()
+    assert table["uid"].to_pylist() == KEYS
+    for name in NAMES:
+        found = np.array(table[name].to_pylist(), np.float16)
+        assert (found == whole(name)).all()
