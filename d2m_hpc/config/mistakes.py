@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from d2m_hpc.config.derive import Clusters, Duplicates
 from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import INPUTS, Config
+from d2m_hpc.config.texts import DEFAULT, by_name
 from d2m_hpc.models import types
 from d2m_hpc.models.family import ModelSpec, Post
 from d2m_hpc.models.inputs import RAW_INPUTS, ImageInput
@@ -118,7 +119,7 @@ def _size_mistakes(config: Config) -> list[Mistake]:
 
 
 def _text_mistakes(config: Config) -> list[Mistake]:
-    if not (config.text_key and config.text_from):
+    if not (config.text_key and DEFAULT in by_name(config.text_from)):
         return []
     return [Mistake(("text_from",), "found text_key, too; valid is one of both")]
 
@@ -139,13 +140,14 @@ def _model_mistakes(config: Config, registry: Registry, wrong: Collection[str]) 
         for n in unknown[:MANY]
     ]
     mistakes += _more("models", unknown)
+    raws = list(dict.fromkeys((*RAW_INPUTS, *config.texts)))
     for name, spec in known.items():
         mistakes += [
             _listed(f"{name!r} needs the output of {d!r}, which is not listed; add it", name)
             for d in spec.dependencies
             if d not in listed
         ]
-        mistakes += (_listed(what, name) for what in _raw_mistakes(spec, registry))
+        mistakes += (_listed(what, name) for what in _raw_mistakes(spec, registry, raws))
     try:
         in_order(known)
     except CycleError as error:
@@ -172,16 +174,18 @@ def _more(key: str, wrong: Sequence[str]) -> list[Mistake]:
     return [Mistake((key,), f"found {left:,} more unknown names")] if left > 0 else []
 
 
-def _raw_mistakes(spec: ModelSpec, registry: Registry) -> list[str]:
+def _raw_mistakes(
+    spec: ModelSpec, registry: Registry, raws: Collection[str] = RAW_INPUTS
+) -> list[str]:
     if len(spec.raw_inputs) != len(spec.preprocessors):
         return [
             f"{spec.name!r} has {len(spec.raw_inputs)} raw_inputs and "
             f"{len(spec.preprocessors)} preprocessors; valid is one preprocessor for each raw input"
         ]
     unknown = [
-        f"{spec.name!r} asks for the unknown raw input {name!r}{nearest(name, RAW_INPUTS)}"
+        f"{spec.name!r} asks for the unknown raw input {name!r}{nearest(name, raws)}"
         for name in spec.raw_inputs
-        if name not in RAW_INPUTS
+        if name not in raws
     ]
     unknown += [
         f"{spec.name!r} wants the raw input {raw!r} prepared as an {form}; valid is 'image' for it"

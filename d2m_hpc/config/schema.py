@@ -12,6 +12,15 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from d2m_hpc.config.derive import AnyDerivation
 from d2m_hpc.config.section import STRICT, Count, NoSwitch
 from d2m_hpc.config.slurm_values import one_line, options, walltime
+from d2m_hpc.config.texts import (
+    DEFAULT,
+    FAR,
+    TextSource,
+    by_name,
+    raw_input,
+    source_of,
+    texts_by_name,
+)
 from d2m_hpc.models import types
 from d2m_hpc.models.entries import name_of, packages, with_paths
 
@@ -67,6 +76,8 @@ Fields = Annotated[
         _fields_as_list, list[str | dict[str, str | None]] | dict[str, str | None] | None
     ),
 ]
+FarText = Annotated[str, Field(pattern=rf"^({FAR})$")]
+Texts = Annotated[dict[str, str], AfterValidator(texts_by_name)]
 MemberNames = Annotated[list[str], BeforeValidator(_members, list[str] | str | None)]
 Patterns = Annotated[
     list[str], BeforeValidator(_tars_as_list, list[str] | str), Field(min_length=1)
@@ -158,8 +169,11 @@ class Config(Section):
     `jpg` or `[seg.png, jpg]`; by default jpg, png, jpeg, webp and so on"""
     text_key: MemberNames = []
     """member with a sample's text, or alternatives in order; by default `txt`"""
-    text_from: Annotated[str | None, Field(pattern=r"^json:.")] = None
-    """take the text from a field of the samples' JSON in place of a member: `json:caption`"""
+    text_from: FarText | Texts | None = None
+    """take the text from a field of the samples' JSON in place of a member: `json:caption`; or from
+    a column of parquets beside the shards: `parquet:again/{stem}.parquet:caption`, with a row for
+    each `key`, or `parquet:all.parquet:caption:uid`, for each value of that field. A mapping of
+    names to such texts, or to members, [scores further texts](inputs.md#several-texts)"""
     nworkers: Count | None = None
     """decode threads of a task; by default as many as it has cores"""
     batch_size: Count = 512
@@ -253,9 +267,15 @@ class Config(Section):
         return self.inputs or self.input_tars or []
 
     @property
+    def texts(self) -> dict[str, TextSource]:
+        """Where the texts are, by raw input: `text`, and `text:NAME` for each further one."""
+        given = {raw_input(n): source_of(entry) for n, entry in by_name(self.text_from).items()}
+        return {"text": TextSource(tuple(self.text_key) or ("txt",)), **given}
+
+    @property
     def text_field(self) -> str:
-        """The JSON's field that holds the text; empty where a member does."""
-        return (self.text_from or "").partition(":")[2]
+        """The JSON's field that holds the text; empty where a member or another file does."""
+        return self.texts["text"].field
 
     @property
     def custom_file(self) -> Path | None:
@@ -275,7 +295,8 @@ class Config(Section):
         from d2m_hpc.models import weights
 
         asked = [*(self.postprocess_columns or ()), *(self.postprocess_features or ())]
-        return base.with_models(self.models, asked, weights.weights_dir(self.weights_dir))
+        texts = [name for name in by_name(self.text_from) if name != DEFAULT]
+        return base.with_models(self.models, asked, weights.weights_dir(self.weights_dir), texts)
 
     @property
     def carried(self) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from d2m_hpc.config.places import Mistake
 from d2m_hpc.config.schema import INPUTS, Config
+from d2m_hpc.config.texts import with_paths
 from d2m_hpc.models.entries import TOLD, Listed, name_of, with_places
 from d2m_hpc.storage.urls import is_local, is_pipe, scheme
 
@@ -37,6 +38,7 @@ def with_variables(config: Config) -> tuple[Config, list[Mistake]]:
     for key in INPUTS:
         if (texts := getattr(config, key)) is not None:
             update[key] = [t for text in texts if (t := of(key, text, text))]
+    update["text_from"] = with_paths(config.text_from, lambda path: of("text_from", path) or path)
     update["models"] = [_of_model(i, entry, mistakes) for i, entry in enumerate(config.models)]
     update["derive"] = {
         name: entry.with_paths(lambda path, name=name: of(f"derive.{name}", path) or path)  # type: ignore[misc]

@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -143,7 +143,11 @@ class OpenAIClip(Clip):
         Returns:
             float32 [B, D] of the images and of the texts, each row of length 1.
         """
-        return self.encode_image(images), self.encode_text(tokens)
+        return self.of_images(images)(tokens)
+
+    def of_images(self, images: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        seen = self.encode_image(images)
+        return lambda tokens: (seen, self.encode_text(tokens))
 
 
 class ClipB32(OpenAIClip):
@@ -192,6 +196,10 @@ class OpenClipNet(Clip):
         """
         encode = {"image": self.encode_image, "text": self.encode_text}
         return {k: encode[k](given) for k, given in zip(self.encoders, inputs, strict=True)}
+
+    def of_images(self, *images: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
+        seen = dict(zip(("image",), map(self.encode_image, images), strict=False))
+        return lambda tokens: {**seen, "text": self.encode_text(tokens)}
 
 
 def create(weights: Weights, name: str, config: Mapping[str, Any]) -> Any:

@@ -41,6 +41,7 @@ class Post:
         model: empty where the code of a custom file may read any.
         type: of a column, in the words of `models.types`; empty where it is not declared.
         shape: of a feature's row, likewise.
+        text: the name of the text that the output is of; empty for the sample's own.
     """
 
     model: str = ""
@@ -48,6 +49,7 @@ class Post:
     options: Mapping[str, Any] = field(default_factory=dict)
     type: str = ""
     shape: tuple[int, ...] = ()
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Output:
         shape: of a feature's row; empty where it is not known before the model is built.
         function, options: of `models.postprocessors`, to read it from the model's result; by
             default the part of the result under this name.
+        of_text: where a model takes a text, this output is another for each text.
+        text: the name of the further text that the output is of; a family leaves it out.
     """
 
     name: str
@@ -66,10 +70,17 @@ class Output:
     shape: tuple[int, ...] = ()
     function: str = "select"
     options: Mapping[str, Any] = field(default_factory=dict)
+    of_text: bool = True
+    text: str = ""
 
     def post(self, model: str) -> Post:
-        read = {"index": self.name} if self.function == "select" else {}
-        return Post(model, self.function, {**read, **self.options}, self.type, self.shape)
+        read, options = {"index": self.name} if self.function == "select" else {}, self.options
+        return Post(model, self.function, {**read, **options}, self.type, self.shape, self.text)
+
+
+def result_of(model: str, text: str) -> str:
+    """The name of a model's result on one of the texts."""
+    return f"{model}:{text}" if text else model
 
 
 def at_hand(given: str) -> Path | None:
@@ -332,6 +343,9 @@ class Family(BaseModel):
         By default `built_by`, called with the device, the weights and the parameters. A module that
         imports torch is imported here, not at the top of the family's own.
 
+        A model of an image and a text may have a method `of_images`: given a batch of the images,
+        it returns a function from texts to the result. So each image is encoded once for all texts.
+
         Raises:
             WeightsError: a checkpoint cannot be used.
         """
@@ -355,6 +369,8 @@ class ModelSpec:
         files: paths of the files and folders that it needs besides.
         reads: full names of the outputs that are given in place of the dependencies' results.
         family, use: of a model that is none of a custom file.
+        texts: the names of the texts that a family's model is called with, one by one; that of the
+            sample's own text is empty. `raw_inputs` has all of them.
     """
 
     name: str
@@ -368,6 +384,7 @@ class ModelSpec:
     reads: tuple[str, ...] = ()
     family: Family | None = None
     use: Use | None = None
+    texts: tuple[str, ...] = ("",)
 
     @property
     def inputs(self) -> tuple[Input, ...]:

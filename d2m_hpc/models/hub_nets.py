@@ -320,6 +320,9 @@ class Matcher(nn.Module):
         Returns:
             `score`, float32 [B].
         """
+        return self.of_images(images)(texts)
+
+    def of_images(self, images: Tensor) -> Callable[[list[list[int]]], dict[str, Tensor]]:
         seen = self.net.vision_model(pixel_values=images).last_hidden_state
 
         def run(ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
@@ -332,4 +335,4 @@ class Matcher(nn.Module):
             return logits.float().softmax(dim=1)[:, 1]
 
         padding = padding_of(self.net.config.text_config)
-        return {"score": run_tokens(texts, padding, run, self.device)}
+        return lambda texts: {"score": run_tokens(texts, padding, run, self.device)}

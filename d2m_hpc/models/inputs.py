@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 RAW_INPUTS = ("image", "text", "json")
+"""A further text of a sample, which `text_from` names, is the raw input `text:NAME`."""
 PICTURES = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 """Extensions of a sample's pictures, in the order in which one is looked for."""
 LARGEST_SIDE = 4096
@@ -155,6 +156,21 @@ Form = str | ImageInput | OwnInput
 """How a raw input is prepared: by value, or by the name of a preprocessor."""
 Input = tuple[str, Form]
 """A raw input and how it is prepared."""
+
+
+def kind_of(raw: str) -> str:
+    """One of `RAW_INPUTS`; a further text is a text.
+
+    Example:
+        >>> kind_of("text:recaption")
+        'text'
+    """
+    return raw.partition(":")[0]
+
+
+def named_text(name: str) -> str:
+    """The raw input of a text by its name in a config; that of the sample's own has none."""
+    return f"text:{name}" if name else "text"
 
 
 def told(form: Form) -> str:

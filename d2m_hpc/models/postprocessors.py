@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from d2m_hpc.models.family import Post
+from d2m_hpc.models.family import Post, result_of
 
 Cache = Mapping[str, Any]
 
@@ -53,4 +53,5 @@ def transpose_list(cache: Cache, model: str) -> list[list[Any]]:
 
 def build(post: Post) -> Callable[[Cache], Any]:
     """The function of a built-in column or feature."""
-    return partial(globals()[post.function], model=post.model, **post.options)
+    model = result_of(post.model, post.text)
+    return partial(globals()[post.function], model=model, **post.options)

@@ -24,7 +24,7 @@ from d2m_hpc.models.entries import (
     require_packages,
 )
 from d2m_hpc.models.family import Family, ModelSpec, Output, ParameterError, Post, Use
-from d2m_hpc.models.inputs import NAMED, Form, ImageInput, Input, OwnInput
+from d2m_hpc.models.inputs import NAMED, Form, ImageInput, Input, OwnInput, named_text
 from d2m_hpc.models.types import is_column_type
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
 
@@ -112,27 +112,38 @@ class Chosen(NamedTuple):
         folder: Path,
         loc: tuple[str | int, ...] = (),
         asked: Collection[str] = (),
+        texts: Collection[str] = (),
     ) -> Chosen:
         """
         Args:
             asked: full names of outputs that a config asks for, also of other models.
+            texts: names of further texts, each of which has outputs of its own.
 
         Raises:
             ParameterError: a parameter has a value that cannot be used.
         """
         prefix = family.prefixes.get(name, name)
-        own = (n.removeprefix(f"{prefix}-") for n in asked if n.startswith(f"{prefix}-"))
+        own = [n.removeprefix(f"{prefix}-") for n in asked if n.startswith(f"{prefix}-")]
+        of_texts = tuple(f"{text}-" for text in texts)
+        bare = (n.partition("-")[2] if n.startswith(of_texts) else n for n in own)
+        use = Use(name, folder, frozenset(bare) if texts else frozenset(own))
         outputs: dict[str, Output] = {}
-        for output in _asked(family, "outputs", Use(name, folder, frozenset(own))):
+        given = _asked(family, "outputs", use)
+        for output in given:
             if not isinstance(output, Output):
                 raise _given(family, "outputs", output, "an Output")
             if output.type and not is_column_type(output.type):
                 raise _given(family, "outputs", output.type, "a type such as float32 or string")
             _require_name("output", output.name)
-            full = f"{prefix}-{output.name}"
-            if full in outputs:
-                raise ParameterError("", f"the output {output.name!r}: which it gives twice")
-            outputs[full] = output
+        if texts:
+            inputs = _inputs(family, replace(use, wanted=frozenset(o.name for o in given)))
+            texts = texts if any(raw == "text" for raw, _ in inputs) else ()
+        for output in given:
+            for text in ("", *texts) if output.of_text else ("",):
+                full = "-".join(filter(None, (prefix, text, output.name)))
+                if full in outputs:
+                    raise ParameterError("", f"the output {output.name!r}: which it gives twice")
+                outputs[full] = replace(output, text=text)
         return cls(name, family, outputs, loc)
 
     def posts(self, columns: bool) -> dict[str, Post]:
@@ -159,17 +170,17 @@ class Chosen(NamedTuple):
             ParameterError: it reads an output that no model gives.
         """
         named, reads = self.outputs.items(), tuple(self.family.reads())
-        for name in reads:
-            if not posts.get(name, Post()).model:
-                if name.startswith(tuple(f"{model}-" for model in broken)):
-                    raise ParameterError()
-                near = [n for n, post in posts.items() if post.model in listed]
-                what = f"no model gives the feature {name!r}{nearest(name, near or posts)}"
-                given = self.family.model_dump().items()
-                raise ParameterError(next((p for p, value in given if value == name), ""), what)
-        wanted = [o.name for n, o in named if n in asked] or [o.name for _, o in named]
-        use = Use(self.name, folder, frozenset(wanted))
-        inputs = _inputs(self.family, use)
+        for name in (n for n in reads if not posts.get(n, Post()).model):
+            if name.startswith(tuple(f"{model}-" for model in broken)):
+                raise ParameterError()
+            near = [n for n, post in posts.items() if post.model in listed]
+            what = f"no model gives the feature {name!r}{nearest(name, near or posts)}"
+            given = self.family.model_dump().items()
+            raise ParameterError(next((p for p, value in given if value == name), ""), what)
+        wanted = [o for n, o in named if n in asked] or [o for _, o in named if not o.text]
+        use = Use(self.name, folder, frozenset(o.name for o in wanted))
+        texts = tuple(dict.fromkeys(o.text for o in wanted if o.of_text)) or ("",)
+        inputs = _of_texts(_inputs(self.family, use), texts)
         needed = _asked(self.family, "checkpoints", use)
         return ModelSpec(
             self.name,
@@ -183,6 +194,7 @@ class Chosen(NamedTuple):
             reads=reads,
             family=self.family,
             use=use,
+            texts=texts,
         )
 
 
@@ -193,6 +205,12 @@ def _inputs(family: Family, use: Use) -> list[Input]:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Form)):
             raise _given(family, "inputs", pair, "an ImageInput, an OwnInput or a pair of names")
     return pairs
+
+
+def _of_texts(inputs: Iterable[Input], texts: Sequence[str]) -> list[Input]:
+    """The inputs, that of the text once for each of the texts."""
+    raws: dict[str, list[str]] = {"text": [*map(named_text, texts)]}
+    return [(named, form) for raw, form in inputs for named in raws.get(raw, [raw])]
 
 
 def _given(family: Family, method: str, found: Any, valid: str) -> ParameterError:
@@ -251,7 +269,11 @@ class Registry:
         return {name: self.models[name] for name in names if name in self.models}
 
     def with_models(
-        self, entries: Sequence[Listed], asked: Collection[str], folder: Path
+        self,
+        entries: Sequence[Listed],
+        asked: Collection[str],
+        folder: Path,
+        texts: Collection[str] = (),
     ) -> tuple[Registry, list[Problem]]:
         """Add the models of a config.
 
@@ -259,11 +281,12 @@ class Registry:
             entries: the config's `models`.
             asked: its columns and features; a model gives those and no others, where it can.
             folder: the weights folder.
+            texts: names of the config's further texts.
 
         Returns:
             the registry, without those models with which something is wrong; and what is.
         """
-        chosen, problems = self._chosen(entries, asked, folder)
+        chosen, problems = self._chosen(entries, asked, folder, texts)
         # Presets anew: what is in the weights folder may tell more of their outputs by now.
         columns, features = (
             {**old, **{n: p for n, p in _posts(chosen, kind).items() if n not in self.own}}
@@ -272,7 +295,7 @@ class Registry:
         read = (name for c in chosen for name in c.family.reads())
         listed = self.specs(map(name_of, entries)).values()
         taken = {d for spec in listed if spec.family is None for d in spec.dependencies}
-        whole = (name for c in chosen if c.name in taken for name in c.outputs)
+        whole = (n for c in chosen if c.name in taken for n, o in c.outputs.items() if not o.text)
         asked = {*asked, *read, *whole}
         names = [*map(name_of, entries)]
         models = {
@@ -304,7 +327,11 @@ class Registry:
         return problems
 
     def _chosen(
-        self, entries: Sequence[Listed], asked: Collection[str], folder: Path
+        self,
+        entries: Sequence[Listed],
+        asked: Collection[str],
+        folder: Path,
+        texts: Collection[str],
     ) -> tuple[list[Chosen], list[Problem]]:
         chosen: list[Chosen] = []
         problems: list[Problem] = []
@@ -322,7 +349,7 @@ class Registry:
                 else:
                     continue
                 require_packages(family)
-                one = Chosen.of(name, family, folder, loc, asked)
+                one = Chosen.of(name, family, folder, loc, asked, texts)
                 for output in sorted(one.outputs):
                     # A name that is listed twice is told by whoever checks the list.
                     if (other := given_by.setdefault(output, name)) != name:

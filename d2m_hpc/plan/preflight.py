@@ -112,9 +112,10 @@ def _require_columns(url: str, config: Config, known: Registry) -> None:
 
 def kinds(config: Config, known: Registry) -> set[str]:
     """The kinds of members that a config's models take, besides fields."""
+    from d2m_hpc.worker.read.names import needed
+
     models = filter(None, map(known.models.get, config.model_names))
-    found = {raw for model in models for raw in model.raw_inputs}
-    return found - {"text"} if config.text_field else found
+    return needed(config, {raw for model in models for raw in model.raw_inputs}) - {"json"}
 
 
 def described(file: Path) -> tuple[Custom, list[str]]:

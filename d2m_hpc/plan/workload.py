@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from d2m_hpc.config import Config
+from d2m_hpc.config import Config, texts
 from d2m_hpc.config.load import located
 from d2m_hpc.config.mistakes import checkpoint_mistakes, registry_mistakes
 from d2m_hpc.config.places import Mistake
@@ -176,6 +176,17 @@ def _input_mistakes(config: Config, expansion: patterns.Expansion) -> Iterator[s
     yield from expansion.mistakes
     yield from _own_inputs(config, expansion)
     yield from _captions(config, expansion)
+    yield from _texts(config)
+
+
+def _texts(config: Config) -> Iterator[Mistake]:
+    """Find parquets of texts that are not there: of several, their folder."""
+    for source in config.texts.values():
+        path, stem, _ = source.table.partition(texts.STEM)
+        there = os.path.dirname(path) if stem else path
+        if path and is_local(path) and not os.path.exists(there):
+            what = f"found {source.table!r}, and {there} is not there; check the path"
+            yield Mistake(("text_from",), what)
 
 
 def _captions(config: Config, expansion: patterns.Expansion) -> Iterator[Mistake]:
@@ -270,12 +281,15 @@ def absolute(config: Config) -> Config:
     """Make the paths of a config absolute, for tasks on other machines."""
     output = config.output_metadata_dir.removeprefix("file://")
     config = config.model_copy(update={"output_metadata_dir": output})
-    paths = {
+    paths: dict[str, Any] = {
         key: str(Path(os.path.expanduser(value)).absolute())
         for key in ("output_metadata_dir", "custom_pypath", "weights_dir", "run_dir", "captions")
         if (value := getattr(config, key)) and is_local(value)
     }
     folder = str(weights.weights_dir(config.weights_dir).absolute())
+    paths["text_from"] = texts.with_paths(
+        config.text_from, lambda path: os.path.abspath(path) if is_local(path) else path
+    )
     models = [with_paths(entry, str) for entry in config.models]
     derive = {name: e.with_paths(os.path.abspath) for name, e in config.derive.items()}
     update = {"models": models, "weights_dir": folder, "derive": derive, **paths}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from d2m_hpc.config.schema import Config
+from d2m_hpc.config.texts import DEFAULT, by_name
 from d2m_hpc.models.entries import Listed, name_of, parameters_of
 from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.registry import Registry, builtin
@@ -21,7 +22,7 @@ LISTS = ("models", "postprocess_columns", "postprocess_features", "additional_fi
 """The keys of a fingerprint whose lists may grow."""
 DERIVE = "derive"
 """The key with what decides the derived columns, by the names of their entries."""
-OWN, CODE = "custom_names", ("custom_file", "custom_modules")
+OWN, CODE, TEXTS = "custom_names", ("custom_file", "custom_modules"), "text_from"
 
 Fingerprint = Mapping[str, Any]
 
@@ -41,7 +42,7 @@ def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
     Args:
         old, new: the two fingerprints, each by `with_own_names`.
     """
-    free = {*LISTS, "checkpoints", *CODE, OWN, DERIVE}
+    free = {*LISTS, "checkpoints", *CODE, OWN, TEXTS, DERIVE}
     return [
         *(
             f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
@@ -54,10 +55,21 @@ def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
             for name in _names(key, old[key])
             if name not in _names(key, new[key])
         ),
+        *_other_texts(old.get(TEXTS), new.get(TEXTS)),
         *_other_parameters(old["models"], new["models"]),
         *_other_checkpoints(old["checkpoints"], new["checkpoints"]),
         *_other_code(old, new),
     ]
+
+
+def _other_texts(old: Any, new: Any) -> Iterator[str]:
+    """List the texts that the old outputs may have, and that are elsewhere now."""
+    was, now = by_name(old), by_name(new)
+    if was.get(DEFAULT) != now.get(DEFAULT):
+        yield f"{TEXTS}: was {was.get(DEFAULT)!r}, is {now.get(DEFAULT)!r}"
+    for name in was.keys() & now.keys() - {DEFAULT}:
+        if was[name] != now[name]:
+            yield f"{TEXTS}: {name!r} was {was[name]!r}, is {now[name]!r}"
 
 
 def _names(key: str, entries: Iterable[Any]) -> list[str]:

@@ -38,7 +38,7 @@ class OaiClip(Family):
         shape = (_WIDTH[self.net],)
         return [
             Output("score", "float32", function="batched_dot_product"),
-            Output("image", shape=shape, options={"index": 0}),
+            Output("image", shape=shape, options={"index": 0}, of_text=False),
             Output("text", shape=shape, options={"index": 1}),
         ]
 

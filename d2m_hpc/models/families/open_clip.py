@@ -216,7 +216,7 @@ class OpenClip(Family):
         dot = {"i": "image", "j": "text"}
         return [
             Output("score", "float32", function="batched_dot_product_index", options=dot),
-            Output("image", shape=shape),
+            Output("image", shape=shape, of_text=False),
             Output("text", shape=shape),
         ]
 

@@ -18,8 +18,8 @@ from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.clip import Clip
 from d2m_hpc.models.compiled import PAYS_AFTER, compile_for, is_convolutional
 from d2m_hpc.models.entries import name_of
-from d2m_hpc.models.family import ModelSpec
-from d2m_hpc.models.inputs import Input, as_prepared
+from d2m_hpc.models.family import ModelSpec, result_of
+from d2m_hpc.models.inputs import Input, as_prepared, kind_of, named_text
 from d2m_hpc.models.registry import in_order
 from d2m_hpc.models.transfer import CudaCopies, each
 from d2m_hpc.models.weights import weights_dir
@@ -69,6 +69,7 @@ class Graph:
             name: self._build(toolbox.specs[name], as_given) for name in in_order(toolbox.specs)
         }
         self._awaited = {d for spec in toolbox.specs.values() for d in spec.dependencies}
+        self._of = {result_of(n, t): n for n, spec in toolbox.specs.items() for t in spec.texts}
         # Autocast forgets its cast weights when its outermost context ends. This one casts nothing,
         # and only keeps the weights.
         self._kept = torch.autocast(device.type, enabled=False)
@@ -109,7 +110,11 @@ class Graph:
         for name in in_order(specs):
             spec = specs[name]
             known = spec.family or (own and hasattr(self.toolbox.classes[name], "outputs"))
-            if known and {*spec.raw_inputs} <= {*raws} and {*spec.dependencies} <= kept:
+            if (
+                known
+                and {*map(kind_of, spec.raw_inputs)} <= {*raws}
+                and {*spec.dependencies} <= kept
+            ):
                 kept.add(name)
         post, made = self.toolbox.registry.post, self.toolbox.tables.values()
         skipped = {name for table in made for name in table} if own else set()
@@ -213,14 +218,33 @@ class Graph:
         cache: dict[str, Any] = {}
         flagged: dict[str, tuple[Tensor, ...]] = {}
         for name in self.models:
-            arguments = self._arguments(name, finished, cache)
-            output = self._run(name, arguments, None if name in precise else self.dtype)
-            flagged[name] = flags(output)
-            cache[name] = self._at_once(name, output) if name in self._awaited else output
+            for result, output in self._results(name, finished, cache, precise):
+                flagged[result] = flags(output)
+                cache[result] = self._at_once(name, output) if name in self._awaited else output
         return cache, flagged
 
+    def _results(
+        self, name: str, inputs: Finished, cache: dict[str, Any], precise: Collection[str]
+    ) -> Iterator[tuple[str, Any]]:
+        """Run a model on each of its texts; one with `of_images` encodes its images once."""
+        spec, model = self.toolbox.specs[name], self.models[name]
+        results = [result_of(name, text) for text in spec.texts]
+        dtype = None if {*results} & {*precise} else self.dtype
+        if len(results) == 1:
+            arguments = self._arguments(name, inputs, cache, spec.inputs)
+            yield results[0], self._run(name, arguments, dtype)
+            return
+        shared = [i for i in spec.inputs if kind_of(i[0]) != "text"]
+        call: Any = None
+        if hasattr(model, "of_images"):
+            seen = self._arguments(name, inputs, cache, shared)
+            call, shared = self._run(name, seen, dtype, model.of_images), []
+        for text, result in zip(spec.texts, results, strict=True):
+            own = [i for i in spec.inputs if i[0] == named_text(text) or i in shared]
+            yield result, self._run(name, self._arguments(name, inputs, cache, own), dtype, call)
+
     def _place(self, spec: ModelSpec, wanted: Input) -> torch.device:
-        stays = not spec.to_device or wanted[0] in spec.on_host
+        stays = not spec.to_device or kind_of(wanted[0]) in spec.on_host
         return torch.device("cpu") if stays else self.device
 
     def _finished(self, inputs: Mapping[Input, Any], sent: list[Any]) -> Finished:
@@ -235,9 +259,11 @@ class Graph:
             for i, place in wanted
         }
 
-    def _arguments(self, name: str, inputs: Finished, cache: dict[str, Any]) -> list[Any]:
+    def _arguments(
+        self, name: str, inputs: Finished, cache: dict[str, Any], wanted: Sequence[Input]
+    ) -> list[Any]:
         spec = self.toolbox.specs[name]
-        own = [inputs[i, self._place(spec, i)] for i in spec.inputs]
+        own = [inputs[i, self._place(spec, i)] for i in wanted]
         if not spec.reads:
             return own + [cache[d] for d in spec.dependencies]
         read = (self.toolbox.reads[n](cache) for n in spec.reads)
@@ -252,18 +278,21 @@ class Graph:
         self._copies.mark()()
         return self._read(name, fetched)
 
-    def _on_host(self, name: str, output: Any) -> Any:
+    def _on_host(self, result: str, output: Any) -> Any:
+        name = self._of[result]
         return output if name in self._awaited else self._read(name, output)
 
     def _read(self, name: str, output: Any) -> Any:
         model = self.models[name]
         return self._copies.kept(model.on_host(output) if hasattr(model, "on_host") else output)
 
-    def _run(self, name: str, arguments: list[Any], dtype: torch.dtype | None) -> Any:
-        """Run one model on some rows."""
+    def _run(
+        self, name: str, arguments: list[Any], dtype: torch.dtype | None, call: Any = None
+    ) -> Any:
+        """Run one model on some rows, or `call`, a part of the model."""
         try:
             with self._precision(name), self._autocast(dtype):
-                output = self.models[name](*arguments)
+                output = (call or self.models[name])(*arguments)
                 if output is None:
                     what = "TypeError: its forward returned None; is a `return` missing?"
                     raise OutputError(f"{name!r} raised {what}")

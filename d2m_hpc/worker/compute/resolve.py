@@ -74,9 +74,12 @@ class Toolbox:
             known,
             specs,
             preprocessors={form: _preprocessor(form, made) for form in forms},
-            columns={n: _post(columns.get(n), post) for n, post in asked.items()},
-            features={n: _post(features.get(n), post) for n, post in vectors.items()},
-            reads={n: _read(features.get(n) or columns.get(n), known.post(n)) for n in read},
+            columns={n: _post(columns.get(n), _there(p, specs)) for n, p in asked.items()},
+            features={n: _post(features.get(n), _there(p, specs)) for n, p in vectors.items()},
+            reads={
+                n: _read(features.get(n) or columns.get(n), _there(known.post(n), specs))
+                for n in read
+            },
             types={name: post.type for name, post in asked.items() if post.type},
             shapes={name: post.shape for name, post in vectors.items() if post.shape},
         )
@@ -108,6 +111,12 @@ def _preprocessor(form: Form, made: Mapping[str, Any]) -> Preprocessor:
     if form in made:
         return as_preprocessor(made[form])  # type: ignore[index]
     return PREPROCESSORS[_OURS[form]] if form in _OURS else of_form(form)
+
+
+def _there(post: Post, specs: Mapping[str, ModelSpec]) -> Post:
+    """Read what is the same for all texts, such as an image's feature, from the first text's."""
+    texts = specs[post.model].texts if post.model in specs else (post.text,)
+    return post if post.text in texts else replace(post, text=texts[0])
 
 
 def _post(own: Postprocessor | None, post: Post) -> Postprocessor:

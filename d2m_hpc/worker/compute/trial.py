@@ -10,7 +10,7 @@ from PIL import Image
 from d2m_hpc.config import Config
 from d2m_hpc.errors import OutputError, ShardError
 from d2m_hpc.models.custom import described
-from d2m_hpc.models.inputs import told
+from d2m_hpc.models.inputs import kind_of, told
 from d2m_hpc.models.preprocessors import Options, Picture
 from d2m_hpc.storage.texts import safe
 from d2m_hpc.worker.batch import Batch, Outputs, collate
@@ -48,7 +48,7 @@ def _fault(graph: Graph, config: Config, check: Callable[[Outputs], None], own: 
     inputs = {}
     for (raw, form), made in small.toolbox.inputs.items():
         try:
-            inputs[raw, form] = collate([made.prepare(SAMPLE[raw], options)])
+            inputs[raw, form] = collate([made.prepare(SAMPLE[kind_of(raw)], options)])
         except Exception as error:
             return "" if own else safe(f"{told(form)} raised {described(error)}")
     outputs = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from d2m_hpc.config import Config
-from d2m_hpc.models.inputs import PICTURES
+from d2m_hpc.models.inputs import PICTURES, RAW_INPUTS
 from d2m_hpc.storage.texts import BRIEF, safe
 
 IMAGES = ("image", *PICTURES)
@@ -23,12 +24,14 @@ class Columns(NamedTuple):
 
     Attributes:
         status: img2dataset's, which tells the rows of failed downloads.
+        others: the columns of further texts, by raw input.
     """
 
     key: str = ""
     image: str = ""
     text: str = ""
     status: str = ""
+    others: Mapping[str, str] = MappingProxyType({})
 
 
 def choose(schema: pa.Schema, config: Config, needed: Collection[str]) -> Columns:
@@ -42,13 +45,18 @@ def choose(schema: pa.Schema, config: Config, needed: Collection[str]) -> Column
     """
     if len({*schema.names}) < len(schema.names):
         raise ValueError("two of its columns have one name")
-    texts = [name for name in schema.names if _is_text(schema.field(name).type)]
+    texts = [name for name in schema.names if is_text(schema.field(name).type)]
     is_img2dataset = {"key", "url", "status", "error_message"} <= {*texts}
     return Columns(
         key=next((name for name in KEYS if name in schema.names), ""),
         image=_image(schema, config) if "image" in needed else "",
         text=_text(schema, config, texts) if "text" in needed else "",
         status="status" if is_img2dataset else "",
+        others={
+            raw: _column_of_texts(schema, config.texts[raw].members, "text_from", texts)
+            for raw in sorted({*needed})
+            if raw not in RAW_INPUTS
+        },
     )
 
 
@@ -64,7 +72,7 @@ def is_wrapped(kind: pa.DataType) -> bool:
     return inner >= 0 and is_bytes(kind.field(inner).type)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     types = pa.types
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
@@ -82,31 +90,36 @@ def _image(schema: pa.Schema, config: Config) -> str:
         known = [name for name in plain if name.lower() in IMAGES]
         found = found or (known if len(known) == 1 else plain)
     if len(found) > 1:
-        raise ValueError(f"several columns hold bytes ({_shown(found)}); image_key says which")
+        raise ValueError(f"several columns hold bytes ({shown(found)}); image_key says which")
     if found:
         return str(found[0])
-    texts = [n for n in schema.names if _is_text(schema.field(n).type)]
+    texts = [n for n in schema.names if is_text(schema.field(n).type)]
     if urls := [n for n in texts if "url" in n.lower() or n.lower() in IMAGES]:
         raise ValueError(
             f"it holds URLs or paths of images (column {safe(urls[0], BRIEF)!r}) and no images; "
             "download them first, for example by img2dataset"
         )
-    raise ValueError(f"no column holds images; it has {_shown(schema.names)}")
+    raise ValueError(f"no column holds images; it has {shown(schema.names)}")
 
 
 def _text(schema: pa.Schema, config: Config, texts: Sequence[str]) -> str:
-    if config.text_key:
-        name = _named(schema, config.text_key, "text_key")
-        if name not in texts:
-            raise ValueError(f"{_typed(schema, name)} and no texts (text_key)")
-        return name
+    given, key = config.texts["text"].members, "text_key" if config.text_key else "text_from"
+    if config.text_key or (config.text_from and given != ("txt",)):
+        return _column_of_texts(schema, given, key, texts)
     found = next((name for name in TEXTS if name in texts), "")
     if not found:
         names = ", ".join(TEXTS)
         raise ValueError(
-            f"no column of texts is called {names}; text_key names one, of {_shown(texts)}"
+            f"no column of texts is called {names}; text_key names one, of {shown(texts)}"
         )
     return found
+
+
+def _column_of_texts(schema: pa.Schema, keys: Sequence[str], key: str, texts: Sequence[str]) -> str:
+    name = _named(schema, keys, key)
+    if name not in texts:
+        raise ValueError(f"{_typed(schema, name)} and no texts ({key})")
+    return name
 
 
 def _named(schema: pa.Schema, keys: Sequence[str], key: str) -> str:
@@ -115,13 +128,13 @@ def _named(schema: pa.Schema, keys: Sequence[str], key: str) -> str:
         for name in schema.names:
             if name.lower() == wanted:
                 return str(name)
-    raise ValueError(f"no column {_shown(keys)} ({key}); it has {_shown(schema.names)}")
+    raise ValueError(f"no column {shown(keys)} ({key}); it has {shown(schema.names)}")
 
 
 def _typed(schema: pa.Schema, name: str) -> str:
     return f"the column {safe(name, BRIEF)!r} holds {safe(str(schema.field(name).type), BRIEF)}"
 
 
-def _shown(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
     few = ", ".join(safe(name, 30) for name in names[:SHOWN])
     return few + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

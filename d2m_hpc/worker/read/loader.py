@@ -25,6 +25,7 @@ from d2m_hpc.models.inputs import told
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.batch import Batch, collate
 from d2m_hpc.worker.read import refusal
+from d2m_hpc.worker.read.beside import of_shard
 from d2m_hpc.worker.read.members import Notes
 from d2m_hpc.worker.read.prefetch import Coming, Stager, received
 from d2m_hpc.worker.read.prepare import IN_FLIGHT, Ready, Recipe, prepare
@@ -213,6 +214,7 @@ class Loader:
                 reading.work.read()
                 opened = self._recipe.open(url, staged.path, staged.damage)
                 archive = stack.enter_context(closing(opened))
+                archive.beside = of_shard(self._recipe.texts, reading.work.shard.stem)
                 found.tar = staged.origin if staged.copied else archive.version
                 if archive.is_doubtful:
                     whole = archive.index()

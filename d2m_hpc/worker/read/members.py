@@ -121,6 +121,7 @@ class Ledger:
         self.strays: list[Rejection] = []
         self.notes, self.causes = Notes(), Notes()
         self._needed = needed
+        self._uses = Counter(name for names in needed.values() for name in names)
         self._reserved = ""
         self._hidden: tuple[str, set[str]] = ("", set())
         self._links: dict[str, list[tuple[str, str]]] = {}
@@ -193,9 +194,10 @@ class Ledger:
         own: dict[str, list[str]] = {}
         for kind, names in self._needed.items():
             plain = [e for e in names if e in members]
-            dotted = [e for e in members if "." in e and e not in names and kind_of(e) == kind]
+            dotted = [e for e in members if "." in e and e not in self._uses and kind_of(e) == kind]
             for extension in plain[1:]:
-                self.notes.add(UNUSED, f"{key}.{extension}")
+                if self._uses[extension] == 1:  # another text may be there
+                    self.notes.add(UNUSED, f"{key}.{extension}")
             if dotted and not plain:  # the first one stands for the sample
                 self.causes.add(DOTTED, f"{key}.{dotted[0]}")
                 merged = max(merged, dotted[1:], key=len)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from d2m_hpc.config import Config
 from d2m_hpc.models.inputs import PICTURES
@@ -13,6 +13,19 @@ EXTENSIONS: Members = {"image": PICTURES, "text": ("txt",), "json": ("json",)}
 
 
 def members_of(config: Config) -> Members:
-    """The members that a config takes images, texts and JSON from."""
+    """The members that a config takes images, texts and JSON from; further texts by raw input."""
     asked = {"image": tuple(config.image_key), "text": tuple(config.text_key)}
+    asked |= {raw: source.members for raw, source in config.texts.items() if source.members}
     return {**EXTENSIONS, **{kind: names for kind, names in asked.items() if names}}
+
+
+def needed(config: Config, raws: Iterable[str]) -> set[str]:
+    """The kinds of members that some raw inputs are made of."""
+    texts, kinds = config.texts, set[str]()
+    for raw in raws:
+        source = texts.get(raw)
+        if source is None or source.members:
+            kinds.add(raw)
+        elif source.field or source.by != "key":
+            kinds.add("json")
+    return kinds

@@ -105,6 +105,7 @@ class ParquetSamples(Samples):
     ) -> None:
         super().__init__(needed)
         self._url, self._file, self._columns = url, file, columns
+        self._plain = (columns.key, columns.image, columns.text, columns.status)
         self._names = {kind: names[0] for kind, names in members.items()}
         self._has_json = "json" in needed
         self._row = 0
@@ -112,7 +113,8 @@ class ParquetSamples(Samples):
     def __iter__(self) -> Iterator[Sample]:
         schema = self._file.schema_arrow
         kept = [n for n in schema.names if self._has_json and not is_bytes(schema.field(n).type)]
-        wanted = [*dict.fromkeys([*filter(None, self._columns), *kept])]
+        texts = self._columns.others.values()
+        wanted = [*dict.fromkeys([*filter(None, self._plain), *texts, *kept])]
         if not wanted:  # rows are counted by any column
             wanted = schema.names[:1]
         with _told(self._url):
@@ -136,8 +138,9 @@ class ParquetSamples(Samples):
 
     def _samples(self, batch: pa.RecordBatch, kept: Sequence[str]) -> Iterator[Sample]:
         key, image, text, status = (
-            _plain(batch.column(name)) if name else None for name in self._columns
+            _plain(batch.column(name)) if name else None for name in self._plain
         )
+        others = {raw: _plain(batch.column(n)) for raw, n in self._columns.others.items()}
         pictures = _bytes_of(image)
         cells = [(n, _without_bytes(_plain(batch.column(n)))) for n in kept]
         share = batch.nbytes if self._has_json and batch.nbytes > WHOLE else 0
@@ -149,6 +152,8 @@ class ParquetSamples(Samples):
             sample = Sample(name)
             self._put(sample, "image", pictures, number)
             self._put(sample, "text", text, number)
+            for raw, values in others.items():
+                self._put(sample, raw, values, number)
             if self._has_json:
                 size = sum(a.slice(number, 1).nbytes for _, a in cells) if share else 0
                 sample.members[self._names["json"]] = (_Row(number, cells), size)

@@ -15,8 +15,9 @@ from typing import Any
 from PIL import Image
 
 from d2m_hpc.config import Config
+from d2m_hpc.config.texts import TextSource
 from d2m_hpc.models import custom, formats
-from d2m_hpc.models.inputs import Input, told
+from d2m_hpc.models.inputs import Input, kind_of, told
 from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.texts import safe
@@ -105,8 +106,7 @@ class Recipe:
         strict: fail at the first rejection (`warn_and_continue: false`).
         asked: the additional fields, as the config names them.
         members: the names of members by kind.
-        text_field: the field of the JSON that models take the text from; empty where they take a
-            member's, or none.
+        texts: where the texts that models take are, by raw input, unless they are members.
         open: opens a shard.
         caption: the field that DataComp's `text` comes from, where a sample has it.
         datacomp_keys: make `text` and `uid` as DataComp's tools need them, or reject the sample.
@@ -124,12 +124,13 @@ class Recipe:
     budget: Budget = field(default_factory=lambda: Budget(IN_FLIGHT), compare=False)
     asked: Sequence[str] = ()
     members: Members = field(default_factory=lambda: EXTENSIONS)
-    text_field: str = ""
+    texts: Mapping[str, TextSource] = field(default_factory=dict)
     caption: str = "caption"
     open: Opener = open_tar
 
     @classmethod
     def of(cls, config: Config, inputs: Mapping[Input, Preprocessor]) -> Recipe:
+        taken = {raw for raw, _ in inputs}
         return cls(
             inputs=inputs,
             fields=config.carried,
@@ -141,7 +142,7 @@ class Recipe:
             datacomp_keys=config.use_datacomp_keys,
             asked=[name for name, _ in config.asked_fields],
             members=members_of(config),
-            text_field=config.text_field if any(raw == "text" for raw, _ in inputs) else "",
+            texts={r: s for r, s in config.texts.items() if r in taken and not s.members},
             caption=config.text_field or "caption",
             open=opener(config),
         )
@@ -149,10 +150,8 @@ class Recipe:
     @cached_property
     def needed(self) -> Members:
         """The kinds of members that a sample must have, and the members' names."""
-        kinds = dict.fromkeys(raw for raw, _ in self.inputs)
-        if self.text_field:
-            kinds.pop("text")
-        if self.text_field or self.fields:
+        kinds = dict.fromkeys(raw for raw, _ in self.inputs if raw not in self.texts)
+        if self.fields or any(s.field or s.by != "key" for s in self.texts.values()):
             kinds["json"] = None
         return {kind: self.members[kind] for kind in kinds}
 
@@ -196,8 +195,8 @@ def prepare(
             raw = {name: _raw(name, sample, archive, recipe, held) for name in recipe.needed}
             if seen is not None and "json" in raw:
                 seen.add(sample.key, raw["json"], recipe.asked)
-            if recipe.text_field:
-                raw["text"] = decode.text_in(raw["json"], recipe.text_field)
+            for name, source in recipe.texts.items():
+                raw[name] = _text(name, source, sample, archive, raw)
             inputs = {
                 wanted: _preprocess(wanted, made, raw[wanted[0]], recipe.options)
                 for wanted, made in recipe.inputs.items()
@@ -213,6 +212,19 @@ def prepare(
         return Ready(sample.key, inputs, list(fields.values()))
     except Rejected as reason:
         return Rejection(sample.key, str(reason))
+
+
+def _text(
+    name: str, source: TextSource, sample: Sample, archive: Reader, raw: Mapping[str, Any]
+) -> str:
+    """A text that is in no member."""
+    values = raw.get("json", {})
+    try:
+        if source.field:
+            return decode.text_in(values, source.field)
+        return archive.beside[name].text(sample.key, values)
+    except Rejected as reason:
+        raise Rejected(f"{name}: {reason}" if name != "text" else str(reason)) from None
 
 
 _UID = re.compile("[0-9a-f]{1,32}")
@@ -269,7 +281,7 @@ def _raw(name: str, sample: Sample, archive: Reader, recipe: Recipe, held: Held)
     data = _member(name, sample, archive, names, max_pixels, held.need)
     if name == "image":
         return decode.image(data, max_pixels, held.need)
-    return decode.text(data) if name == "text" else decode.json_object(data)
+    return decode.json_object(data) if name == "json" else decode.text(data)
 
 
 def _member(
@@ -286,7 +298,7 @@ def _member(
         wanted = " or ".join(names[:4])
         raise Rejected(f"no {name} ({wanted}); it has {_described(sample)}")
     offset, size = sample.members[extension]
-    if size > (most := LARGEST.get(name) or formats.granted(max_pixels)):
+    if size > (most := LARGEST.get(kind_of(name)) or formats.granted(max_pixels)):
         raise Rejected(f"the {name} file has {size:,} bytes, over {most:,}")
     if size >= LARGE:
         need(IN_FLIGHT)

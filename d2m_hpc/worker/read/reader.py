@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from d2m_hpc.run.records import Rejection
+from d2m_hpc.worker.read.beside import Beside
 from d2m_hpc.worker.read.members import Ledger
 from d2m_hpc.worker.read.names import EXTENSIONS, Members
 
@@ -81,10 +83,12 @@ class Reader(ABC):
     Attributes:
         version: by which a later look notices that the shard has changed.
         damage: the fault of the stream that a copy came from; empty for a whole one.
+        beside: texts of the samples in other files, by raw input; whoever opens a shard sets it.
     """
 
     version = Version()
     damage = ""
+    beside: Mapping[str, Beside] = MappingProxyType({})
 
     @property
     def is_doubtful(self) -> bool:
