@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from d2m_hpc.run.folder import RunDir
     from d2m_hpc.run.tasks import Progress
     from d2m_hpc.subsets.datacomp import Export
+    from d2m_hpc.subsets.diff import Difference
     from d2m_hpc.subsets.exports import Exported
     from d2m_hpc.subsets.finished import Features
     from d2m_hpc.subsets.select import Selection
+    from d2m_hpc.watch.serve import ReportServer
     from d2m_hpc.watch.status import Summary
     from d2m_hpc.watch.verify import Report
     from d2m_hpc.worker.progress import Listener
@@ -538,6 +540,70 @@ class Run:
 
             write(self._folder, self.config, _path("output", output), score, samples)
         return Path(output)
+
+    @_explained()
+    def serve(
+        self, port: int = 0, host: str = "127.0.0.1", score: str | None = None, samples: int = 8
+    ) -> ReportServer:
+        """Make a server of the report, which is made anew while the run works.
+
+        Example:
+            with run.serve() as server:
+                print(server.url)
+                server.serve_forever()
+
+        Args:
+            port: 0 for any that is free.
+            score, samples: those of `report`.
+
+        Raises:
+            ConfigError: the page cannot be made, or the address is taken.
+        """
+        from d2m_hpc.launch.guest import pictures
+        from d2m_hpc.watch.serve import ReportServer
+
+        _require(int, "a number of a port", port=port)
+
+        def page() -> tuple[bytes, bool]:
+            from d2m_hpc.watch.page import rendered
+            from d2m_hpc.watch.status import find_run
+
+            with pictures():
+                return rendered(*find_run(self.path), score, samples)
+
+        page()  # whatever is wrong is told here, and not in a browser
+        return ReportServer(page, port, host)
+
+    @_explained()
+    def diff(
+        self,
+        other: Run,
+        by: str = "key",
+        tolerance: float = 0.0,
+        features: bool = False,
+        on_shards: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Difference:
+        """Compare the outputs with those of another run: rows, columns, and shifts of values.
+
+        Example:
+            assert run.diff(d2m.open("other.yml"), tolerance=1e-3).is_equal
+
+        Args:
+            by: the column that tells the rows of shards of one name: `key`, or for example `uid`.
+            tolerance: numbers that differ by no more are equal.
+            features: compare the features, too.
+            on_shards: called with the number of shards read, and of all shards.
+
+        Raises:
+            ConfigError: a run has no column `by`.
+            D2MError: a file cannot be read.
+        """
+        from d2m_hpc.subsets.diff import compare
+
+        _require(str, "a column's name", by=by)
+        _require(int | float, "a number", tolerance=tolerance)
+        ours, theirs = (self._folder, self.config), (other._folder, other.config)
+        return compare(ours, theirs, by, tolerance, features, on_shards)
 
     @_explained()
     def select(

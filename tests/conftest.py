@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from d2m_hpc.storage import stores
 if TYPE_CHECKING:
     import s3
 
+# A page takes some tenths of a second, and hundreds of tests run a config.
+os.environ.setdefault("D2M_REPORT", "false")
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 

@@ -90,6 +90,10 @@ app.command(help="The log of the task that worked on a shard last, or of an arra
 )
 app.command(help=VERIFY_HELP)(inspect.verify)
 app.command(help="What a run did and made, as one HTML file.")(inspect.report)
+app.command(
+    help="Compare the outputs of two runs; exit 0: they are equal; 1: they differ.",
+    epilog=_example("d2m diff old.yml new.yml --tolerance 0.001"),
+)(inspect.diff)
 app.command(help="The uids of the best samples, as a subset for DataComp's tools.")(outputs.select)
 app.add_typer(outputs.app, name="export")
 app.add_typer(weights.app, name="weights")

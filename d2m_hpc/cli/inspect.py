@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -108,5 +112,40 @@ def report(
     samples: Annotated[
         int, typer.Option(min=0, max=60, metavar="N", help="at each end of the score")
     ] = 8,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="show it to a browser, anew while the run works")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of --serve; 0: a free one")] = 0,
+    host: Annotated[str, typer.Option(help="address of --serve")] = "127.0.0.1",
 ) -> None:
-    echo(f"wrote {api.open(target).report(output, score, samples)}")
+    run = api.open(target)
+    if not serve:
+        echo(f"wrote {run.report(output, score, samples)}")
+        return
+    with run.serve(port, host, score, samples) as server, suppress(KeyboardInterrupt):
+        taken, node = server.server_address[1], socket.gethostname()
+        echo(f"{server.url} (Ctrl-C ends it)")
+        echo(f"from elsewhere: ssh -L {taken}:127.0.0.1:{taken} {node}, and open the same address")
+        sys.stdout.flush()
+        server.serve_forever()
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="CONFIG|RUN_DIR")],
+    second: Annotated[Path, typer.Argument(metavar="CONFIG|RUN_DIR")],
+    by: Annotated[str, typer.Option(metavar="COLUMN", help="tells rows, such as uid")] = "key",
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="numbers that differ by no more are equal")
+    ] = 0.0,
+    features: Annotated[bool, typer.Option("--features", help="compare these, too")] = False,
+    as_json: AsJson = False,
+) -> None:
+    found = api.open(first).diff(api.open(second), by, tolerance, features)
+    if as_json:
+        print_json({**asdict(found), "is_equal": found.is_equal})
+    else:
+        from d2m_hpc.subsets.diff import lines
+
+        for line in lines(found, (str(first), str(second))):
+            echo(line)
+    raise typer.Exit(0 if found.is_equal else 1)

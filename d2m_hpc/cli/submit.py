@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2m_hpc import api
-from d2m_hpc.cli.common import ConfigFile, Overrides, load
+from d2m_hpc.cli.common import ConfigFile, Overrides, echo, load
 from d2m_hpc.cli.options import WithSlurmOptions
+from d2m_hpc.errors import D2MError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,13 @@ Then = Annotated[
 ]
 Notify = Annotated[
     str, typer.Option(metavar="LINE", help="shell line to run, once --until-done has ended")
+]
+RecomputeChanged = Annotated[
+    bool, typer.Option("--recompute-changed", help="compute tars again that were replaced")
+]
+WithReport = Annotated[
+    bool,
+    typer.Option(envvar="D2M_REPORT", help="write a page on the run once --local or --wait ends"),
 ]
 
 
@@ -54,13 +62,12 @@ def submit(
         bool, typer.Option("--test-only", help="ask Slurm whether it would start the tasks, when")
     ] = False,
     preflight: Annotated[bool, typer.Option(help="look for what would fail on every node")] = True,
-    recompute_changed: Annotated[
-        bool, typer.Option("--recompute-changed", help="compute tars again that were replaced")
-    ] = False,
+    recompute_changed: RecomputeChanged = False,
     moved: Annotated[
         bool | None,
         typer.Option("--moved/--not-moved", help="tars elsewhere are those that were planned"),
     ] = None,
+    report: WithReport = True,
 ) -> None:
     with api.every_mistake():
         loaded = load(config, set_, slurm)
@@ -73,13 +80,13 @@ def submit(
         _dry_run(inspect(), local)
     elif local:
         begin = lambda *given: api.begin(inspect(), *given)  # noqa: E731
-        raise typer.Exit(_supervised(begin))
+        raise typer.Exit(_supervised(begin, report))
     elif no_sbatch:
         _write_only(inspect(thorough=preflight))
     else:
         wish = (max_rounds, then, notify) if until_done else None
         thorough = lambda *given: api.begin(inspect(thorough=preflight), *given)  # noqa: E731
-        raise typer.Exit(_to_slurm(thorough, wait, wish))
+        raise typer.Exit(_to_slurm(thorough, wait, wish, report))
 
 
 @WithSlurmOptions
@@ -108,7 +115,7 @@ def derive(
 
         first.prepare(api.inspect(loaded, where=str(config)), allow_missing)
     else:
-        raise typer.Exit(_supervised(begin) if local else _to_slurm(begin, wait, None))
+        raise typer.Exit(_supervised(begin, False) if local else _to_slurm(begin, wait))
 
 
 def again(folder: Path) -> None:
@@ -153,7 +160,12 @@ def _asked(workload: Workload, test_only: bool) -> None:
         print(f"{array.name}: {sbatch.asked(words, text)}")
 
 
-def _to_slurm(begin: Callable[..., api.Run], wait: bool, wish: tuple[int, str, str] | None) -> int:
+def _to_slurm(
+    begin: Callable[..., api.Run],
+    wait: bool,
+    wish: tuple[int, str, str] | None = None,
+    report: bool = False,
+) -> int:
     from d2m_hpc.launch.arrays import SlurmArrays
     from d2m_hpc.watch import terminal
 
@@ -165,7 +177,7 @@ def _to_slurm(begin: Callable[..., api.Run], wait: bool, wish: tuple[int, str, s
     if not wait:
         return 0
     run.wait()
-    return _ended(run)
+    return _ended(run, report)
 
 
 def _write_only(workload: Workload) -> None:
@@ -178,7 +190,7 @@ def _write_only(workload: Workload) -> None:
         print(command)
 
 
-def _supervised(begin: Callable[..., api.Run]) -> int:
+def _supervised(begin: Callable[..., api.Run], report: bool) -> int:
     """Run in a child of this process, which reports how the child ends.
 
     Args:
@@ -199,7 +211,7 @@ def _supervised(begin: Callable[..., api.Run]) -> int:
             interrupt_once()
         here = ThisProcess(live.progress, board)
         try:
-            return _ended(begin(here, terminal.decision, past.blamed))
+            return _ended(begin(here, terminal.decision, past.blamed), report)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return 130
@@ -207,10 +219,15 @@ def _supervised(begin: Callable[..., api.Run]) -> int:
     return supervised(work, unfit)
 
 
-def _ended(run: api.Run) -> int:
-    """Show how a run ended; returns 1 if the run is not complete."""
+def _ended(run: api.Run, report: bool) -> int:
+    """Show how a run ended, and write its page; returns 1 if the run is not complete."""
     from d2m_hpc.watch import terminal
 
     summary = run.status()
     terminal.summary(summary)
+    if report:
+        try:
+            echo(f"report: {run.report(run.path / 'report.html')}")
+        except D2MError as error:  # the run itself is as it is
+            echo(f"no report is written: {error}")
     return 0 if summary.complete else 1

@@ -44,9 +44,14 @@ def write(run: RunDir, config: Config, path: Path, score: str | None, each: int)
         ConfigError: `score` names no column to sort by, or the file cannot be written.
     """
     asked_for.require_writable(path)
-    template = environment().get_template("page.html.j2")
-    page = _BETWEEN_TAGS.sub("><", template.render(_contents(run, config, score, each)))
-    asked_for.write(path, [page.encode("utf-8")])
+    asked_for.write(path, [rendered(run, config, score, each)[0]])
+
+
+def rendered(run: RunDir, config: Config, score: str | None, each: int) -> tuple[bytes, bool]:
+    """The page, and whether the run is complete; the arguments are those of `write`."""
+    contents = _contents(run, config, score, each)
+    page = environment().get_template("page.html.j2").render(contents)
+    return _BETWEEN_TAGS.sub("><", page).encode("utf-8"), contents["summary"].complete
 
 
 def _contents(run: RunDir, config: Config, score: str | None, each: int) -> dict[str, Any]:
