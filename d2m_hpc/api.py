@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from d2m_hpc.subsets.diff import Difference
     from d2m_hpc.subsets.exports import Exported
     from d2m_hpc.subsets.finished import Features
-    from d2m_hpc.subsets.select import Selection
+    from d2m_hpc.subsets.select import Query, Selection
     from d2m_hpc.watch.serve import ReportServer
     from d2m_hpc.watch.status import Summary
     from d2m_hpc.watch.verify import Report
@@ -620,6 +620,7 @@ class Run:
         seed: int = 0,
         join: str | os.PathLike[str] | None = None,
         columns: Sequence[str] = ("uid",),
+        look: str | os.PathLike[str] | None = None,
     ) -> Selection:
         """Write the uids of the best samples: a subset for DataComp's tools, or a parquet.
 
@@ -638,19 +639,39 @@ class Run:
             weight: a column; a sample of twice the weight is twice as likely to be drawn first.
             join: a parquet of more columns by `uid`; or a .npy, for the column `in_subset`.
             columns: of a parquet.
+            look: an HTML file, for pictures of what is cut beside those of what is kept.
 
         Raises:
             ConfigError: names every mistake in the query.
         """
-        from d2m_hpc.subsets.select import Query, select
+        from d2m_hpc.subsets.select import Query
 
         _require(str, "a text", where=where, by=by, within=within, weight=weight)
         _require(int | float, "a number", top=top, sample=sample)
-        _require(int, "a whole number", seed=seed)
-        _require_names("columns", columns)
-        beside, path = (_path("path", p) if p else None for p in (join, output))
+        beside, path, page = (_path("path", p) if p else None for p in (join, output, look))
         query = Query(where, by, top, within, sample, weight, seed, beside)
-        return select(self._folder, self.config, query, path, on_shards, columns)
+        return self._select(query, path, page, on_shards, columns)
+
+    def _select(
+        self,
+        query: Query,
+        path: Path | None,
+        page: Path | None,
+        on_shards: Callable[[int, int], None] | None,
+        columns: Sequence[str],
+    ) -> Selection:
+        from d2m_hpc.launch.guest import pictures
+        from d2m_hpc.subsets.select import select
+
+        _require(int, "a whole number", seed=query.seed)
+        _require_names("columns", columns)
+        if page is None:
+            return select(self._folder, self.config, query, path, on_shards, columns)
+        with pictures():
+            from d2m_hpc.watch.page.look import Look
+
+            look = Look(self._folder, self.config, page)
+            return select(self._folder, self.config, query, path, on_shards, columns, look)
 
     @_explained()
     def export(

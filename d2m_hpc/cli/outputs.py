@@ -142,17 +142,23 @@ def select(
     columns: Annotated[
         list[str] | None, typer.Option("--column", metavar="NAME", help="of a .parquet")
     ] = None,
+    look: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="pictures of what is cut beside what is kept"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     more: dict[str, Any] = {"within": within, "sample": sample, "weight": weight, "join": join}
     with _bar("shards") as on_shards:
         run = api.open(target)
-        more |= {"seed": seed, "columns": columns or ["uid"]}
+        more |= {"seed": seed, "columns": columns or ["uid"], "look": look}
         found = run.select(output, where, top, by, on_shards, **more)
     if as_json:
         print_json(asdict(found))
     else:
         _show_selection(found, output)
+        if look:
+            echo(f"wrote {look}")
     raise typer.Exit(0 if found.chosen or found.survival else 1)
 
 
@@ -197,7 +203,8 @@ def _show_selection(found: Selection, output: Path | None) -> None:
         return
     share = found.chosen / found.rows
     if found.chosen:
-        echo(f"{found.chosen:,} chosen, {share:.1%} of the rows: {output}")
+        where = f": {output}" if output else ""
+        echo(f"{found.chosen:,} chosen, {share:.1%} of the rows{where}")
     else:
         echo("nothing is chosen; nothing is written")
 

@@ -117,6 +117,7 @@ def select(
     path: Path | None,
     on_shards: Callable[[int, int], None] | None = None,
     columns: Sequence[str] = ("uid",),
+    look: Callable[[Pool, Query, Selection], None] | None = None,
 ) -> Selection:
     """Write the chosen uids, sorted, each once, to an npy of dtype `u8,u8`, or to a parquet, or the
     keys of their rows, a line a shard.
@@ -128,12 +129,13 @@ def select(
         path: the file; None to find what thresholds of `by` keep, and to write nothing.
         on_shards: called with the number of shards read so far, and of all.
         columns: of a parquet.
+        look: called with the pool, which has the table `chosen`, the query, and what was chosen.
 
     Raises:
         ConfigError: the condition or column cannot be evaluated, or the file cannot be written.
         D2MError: no shard is finished, or a parquet cannot be read.
     """
-    if mistakes := query.mistakes + _mistakes(query, path):
+    if mistakes := query.mistakes + _mistakes(query, path, look is not None):
         raise ConfigError(WHERE, mistakes)
     if path:
         asked_for.require_writable(path)
@@ -141,22 +143,31 @@ def select(
         _check(pool, query, columns)
         with _explained(pool, query):
             _keep(pool, query, on_shards)
-        if path is None:
-            return replace(_choose(pool, query), chosen=0, survival=_survival(pool))
         selection = _choose(pool, query)
-        if selection.chosen and path.suffix in (".parquet", ".jsonl"):
-            with exports.whole(path) as file:
-                if path.suffix == ".parquet":
-                    _write_rows(pool, columns, file)
-                else:
-                    _write_lists(pool, file)
-        elif selection.chosen:
-            asked_for.write(path, _npy(pool, selection.chosen))
+        if look:
+            look(pool, query, selection)
+        if path is None:
+            if not query.by:
+                return selection
+            return replace(selection, chosen=0, survival=_survival(pool))
+        if selection.chosen:
+            _write(pool, path, selection.chosen, columns)
     return selection
 
 
-def _mistakes(query: Query, path: Path | None) -> list[str]:
-    if path is None and not query.by:
+def _write(pool: Pool, path: Path, chosen: int, columns: Sequence[str]) -> None:
+    if path.suffix == ".npy":
+        asked_for.write(path, _npy(pool, chosen))
+        return
+    with exports.whole(path) as file:
+        if path.suffix == ".parquet":
+            _write_rows(pool, columns, file)
+        else:
+            _write_lists(pool, file)
+
+
+def _mistakes(query: Query, path: Path | None, is_looked_at: bool) -> list[str]:
+    if path is None and not query.by and not is_looked_at:
         return ["--output: found none; valid is a file, or --by COLUMN to see what is kept"]
     if path is not None and path.suffix not in (".npy", ".parquet", ".jsonl"):
         return [f"--output: found {str(path)!r}; valid is a name in .npy, .parquet or .jsonl"]

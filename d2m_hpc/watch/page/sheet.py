@@ -95,7 +95,7 @@ def make(
         each: the number of samples at each end.
         config: says which members are pictures and captions; larger pictures are not decoded.
     """
-    near, notes = _within_reach(shards)
+    near, notes = within_reach(shards)
     sheet = Sheet(score, shards=len(near), notes=notes)
     rows = _rows(output, near, score, notes)
     sheet.ends = _pick(rows, each)
@@ -104,11 +104,11 @@ def make(
     for sample in (s for samples in sheet.ends.values() for s in samples):
         wanted.setdefault(sample.stem, []).append(sample)
     for stem, samples in wanted.items():
-        _fill(by_shard[stem], samples, config)
+        fill(by_shard[stem], samples, config)
     return sheet
 
 
-def _within_reach(shards: Sequence[Shard]) -> tuple[list[Shard], list[str]]:
+def within_reach(shards: Sequence[Shard]) -> tuple[list[Shard], list[str]]:
     """The shards that are cheap to read, or a note that none is."""
     local = [s for s in shards if is_local(s.url) or is_folder(s.url)][:SHARDS]
     remote = [s for s in shards if s not in local and (s.size or 0) <= REMOTE_BYTES]
@@ -150,7 +150,7 @@ def _pick(rows: Sequence[Picked], each: int) -> dict[str, list[Picked]]:
     return {end: list(span) for end, span in zip(ENDS, spans, strict=True)}
 
 
-def _fill(shard: Shard, samples: Sequence[Picked], config: Config) -> None:
+def fill(shard: Shard, samples: Sequence[Picked], config: Config) -> None:
     """Read captions and pictures from a tar; `fault` gives the reason for a missing picture."""
     from d2m_hpc.worker.read.scratch import scratch
     from d2m_hpc.worker.read.stage import stage

@@ -1,0 +1,118 @@
+"""`d2m select --look`: pictures of what a selection cuts beside those of what it keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError
+from d2m_hpc.plan.standing import standings
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.records import Shard
+from d2m_hpc.run.shards import read_shards
+from d2m_hpc.storage import asked_for
+from d2m_hpc.subsets.finished import readable
+from d2m_hpc.subsets.samples import UID, Pool
+from d2m_hpc.watch.page import environment
+from d2m_hpc.watch.page.sheet import Picked, fill, within_reach
+
+if TYPE_CHECKING:
+    from d2m_hpc.subsets.select import Query, Selection
+
+EACH = 12
+"""Samples that are kept, and as many that are cut."""
+
+
+class Look:
+    """Draws the sheet of a selection, which `select` calls once it has chosen.
+
+    Args:
+        path: of the HTML file, which is replaced whole.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+
+    def __init__(self, run: RunDir, config: Config, path: Path) -> None:
+        asked_for.require_writable(path)
+        self._run, self._config, self._path = run, config, path
+        self._output = OutputDir(config.output_metadata_dir)
+
+    def __call__(self, pool: Pool, query: Query, selection: Selection) -> None:
+        if query.by and query.by in pool.beside:
+            raise ConfigError("select", [f"--look: {query.by!r} is no column of the run"])
+        shards, notes = self._shards(query.seed)
+        rows = self._rows(shards, query)
+        kept = _chosen(pool, [uid for uid, _ in rows])
+        sides = {
+            "kept": [row for i, (_, row) in enumerate(rows) if i in kept],
+            "cut": [row for i, (_, row) in enumerate(rows) if i not in kept],
+        }
+        for name, side in sides.items():
+            if query.by:
+                side.sort(key=lambda row: row.value if name == "kept" else -row.value)
+            else:
+                Random(query.seed).shuffle(side)
+            del side[EACH:]
+        for shard in shards:
+            if some := [row for side in sides.values() for row in side if row.stem == shard.stem]:
+                fill(shard, some, self._config)
+        ((least,),) = pool.db.execute("SELECT min(score) FROM chosen").fetchall()
+        self._write(
+            query=query,
+            selection=selection,
+            sides=sides,
+            notes=notes,
+            shards=len(shards),
+            least=least if query.by else None,
+        )
+
+    def _shards(self, seed: int) -> tuple[list[Shard], list[str]]:
+        """Some finished shards, drawn at random, that are cheap to read."""
+        done = standings(self._run, self._config).done
+        shards = [s for s in read_shards(self._run.shards) if s.stem in done and done[s.stem].rows]
+        Random(seed).shuffle(shards)
+        return within_reach(shards)
+
+    def _rows(self, shards: Sequence[Shard], query: Query) -> list[tuple[str, Picked]]:
+        """The uids and scores of all rows that have what they are sorted by."""
+        found = []
+        names = dict.fromkeys(("key", "uid", query.by or "key"))
+        for stem in (shard.stem for shard in shards):
+            with readable(self._output.path(stem)):
+                table = Pair(self._output, stem).table(names)
+            if names.keys() <= {*table.column_names}:  # an older shard may lack the score
+                for key, uid, value in zip(
+                    *(c.to_pylist() for c in _three(table, query.by)), strict=True
+                ):
+                    if not query.by or (value is not None and math.isfinite(value)):
+                        score = float(value) if query.by else math.nan
+                        found.append((uid, Picked(stem, key, score)))
+        return found
+
+    def _write(self, **contents: Any) -> None:
+        template = environment().get_template("look.html.j2")
+        asked_for.write(self._path, [template.render(contents).encode("utf-8")])
+
+
+def _three(table: pa.Table, by: str) -> list[pa.ChunkedArray]:
+    return [table["key"], table["uid"], table[by or "key"]]
+
+
+def _chosen(pool: Pool, uids: Sequence[str]) -> set[int]:
+    """The places of those uids that are in the subset."""
+    looked = pa.table(
+        {"place": pa.array(range(len(uids)), pa.int64()), "uid": pa.array(uids, pa.string())}
+    )
+    pool.db.register("looked", looked)
+    halves = f"(SELECT place, {UID} FROM looked)"
+    found = pool.db.execute(f"SELECT place FROM {halves} SEMI JOIN chosen USING (high, low)")
+    return {place for (place,) in found.fetchall()}
