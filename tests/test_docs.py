@@ -9,16 +9,23 @@ from pathlib import Path
 
 import pages
 import pytest
+import tiny_blip2
 import yaml
 
 from d2m_hpc.config import Config
+from d2m_hpc.models.published import HubRepo
 
 MORE = {
     "README": "weights_mirror",
     "weights": "weights_mirror",
+    "filter-for-clip": "weights_mirror",
+    "faces": "weights_mirror",
+    "recaption": "captioner",
     "object-stores": "s3_bucket",
 }
 """Pages whose commands need more of the world: fixtures that give a dict of variables."""
+TASKS = ("score-a-folder", "filter-for-clip", "recaption", "deduplicate", "faces")
+"""Pages on a task each, which a reader does in a few commands."""
 SLURM = ("sbatch", "squeue", "scontrol", "scancel")
 
 
@@ -35,6 +42,21 @@ def environment(
     found = {"PATH": pages.search_path(tmp_path, SLURM), "D2M_WEIGHTS": str(weights)}
     name = request.node.callspec.params["page"].stem
     return found | request.getfixturevalue(MORE[name]) if name in MORE else found
+
+
+@pytest.fixture
+def captioner(tmp_path: Path, checkpoints: Path) -> dict[str, str]:
+    """A weights folder with a small BLIP-2, too."""
+    weights = shutil.copytree(checkpoints, tmp_path / "more-weights", copy_function=os.symlink)
+    tiny_blip2.save(weights / HubRepo("Salesforce/blip2-opt-2.7b").name)
+    return {"D2M_WEIGHTS": str(weights)}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_takes_five_commands_at_most(name: str) -> None:
+    page = pages.ROOT / "docs" / f"{name}.md"
+    run = [b.text.replace("\\\n", "") for b in pages.blocks(page) if b.info == "bash"]
+    assert 0 < len("".join(run).splitlines()) <= 5
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=page_names())
