@@ -261,8 +261,7 @@ def _repeated(names: Iterable[str]) -> set[str]:
 
 def _name_mistakes(config: Config) -> list[Mistake]:
     """Find repeated names of columns, which make an unreadable parquet, and unknown types."""
-    names = ["key", *map(config.renamed, config.postprocess_columns), *config.carried]
-    twice = sorted(_repeated(names) - _repeated(config.postprocess_columns))
+    twice = sorted(_repeated(config.columns) - _repeated(config.postprocess_columns))
     what = "another column's name; valid is a name of its own"
     key = "additional_fields"
     found = [Mistake((key,), f"found {quoted(n)}, {what}", n) for n in twice[:MANY]]
@@ -280,8 +279,8 @@ def _derive_mistakes(config: Config) -> list[Mistake]:
     """Find derived columns with another column's name, or that read what the config lacks."""
     from d2m_hpc.models.registry import NAME, NAME_RULE
 
-    names = {"key", *map(config.renamed, config.postprocess_columns), *config.carried}
-    names |= {*map(config.renamed, config.postprocess_features)}  # an export has both in a table
+    # An export has columns and features in a table.
+    names = {*config.columns, *map(config.renamed, config.postprocess_features)}
     clusters: dict[str, str] = {}
     found: list[Mistake] = []
     for name, entry in config.derive.items():

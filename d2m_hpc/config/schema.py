@@ -327,6 +327,11 @@ class Config(Section):
 
         return DATACOMP_KEYS.get(name, name) if self.use_datacomp_keys else name
 
+    @property
+    def columns(self) -> list[str]:
+        """A parquet's columns in order, but for derived ones."""
+        return ["key", *map(self.renamed, self.postprocess_columns), *self.carried]
+
     def fingerprint(
         self, hashes: Mapping[str, str], code: Mapping[str, str] = {}
     ) -> dict[str, Any]:

@@ -93,8 +93,7 @@ def _require_sql(config: Config, done: Mapping[str, Outcome]) -> None:
         return
     stem = next((s for s, outcome in done.items() if outcome.rows), next(iter(done)))
     known = Pair(OutputDir(config.output_metadata_dir), stem).metadata().schema.to_arrow_schema()
-    own = ["key", *map(config.renamed, config.postprocess_columns), *config.carried]
-    table = pa.table({column: pa.nulls(2, known.field(column).type) for column in own})
+    table = pa.table({name: pa.nulls(2, known.field(name).type) for name in config.columns})
     for name, entry in config.derive.items():
         if isinstance(entry, SqlExpression):
             try:

@@ -98,8 +98,7 @@ class Deriver:
             ShardError: a value cannot be computed.
         """
         config, table = self._config, before.table
-        own = ["key", *map(config.renamed, config.postprocess_columns), *config.carried]
-        made = table.select(own).replace_schema_metadata(None)
+        made = table.select(config.columns).replace_schema_metadata(None)
         for name, entry in config.derive.items():
             types = entry.columns(name)
             if name in lacked:

@@ -75,8 +75,7 @@ class Extended:
         kept = self._before.table.take(pa.array(self._old_rows, pa.int64()))
         new = {config.renamed(name): made[part.renamed(name)] for name in part.postprocess_columns}
         new |= {name: made[name] for name, _ in part.asked_fields if name != "key"}
-        names = ["key", *map(config.renamed, config.postprocess_columns), *config.carried]
-        columns = {name: new[name] if name in new else kept[name] for name in names}
+        columns = {name: new[name] if name in new else kept[name] for name in config.columns}
         return pa.table({name: values.combine_chunks() for name, values in columns.items()})
 
 
