@@ -346,6 +346,15 @@ def at_work(run: RunDir, queue: Queue) -> dict[str, set[int]]:
     return known
 
 
+def counts(run: RunDir, queue: Queue | None) -> tuple[int, int]:
+    """The run's tasks that run and that wait; none where Slurm was not asked."""
+    found = [0, 0]
+    for array in all_arrays(run) if queue else ():
+        for element in queue.live(array) if queue else ():
+            found[element.state in (PENDING, REQUEUED)] += array.tasks_per_node
+    return found[0], found[1]
+
+
 def rounds_of(run: RunDir) -> Array:
     """The rounds of a run that goes on by itself, as `Queue` finds them."""
     return Array(f"d2m-{token(run.root)}-next", 0, 0)

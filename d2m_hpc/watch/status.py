@@ -30,7 +30,7 @@ from d2m_hpc.run.shards import read_some
 from d2m_hpc.run.tasks import Progress, attempts, log_file
 from d2m_hpc.storage.texts import ERROR, safe
 from d2m_hpc.storage.urls import is_local
-from d2m_hpc.watch import spent
+from d2m_hpc.watch import eta, spent
 from d2m_hpc.watch.spent import Spent
 
 NOTICES = 20
@@ -55,7 +55,7 @@ class Summary:
     Attributes:
         done: shards that have all that the last submit asked for.
         recomputed: rows that were computed again in float32.
-        eta_seconds: None where no task runs, or no speed is known.
+        eta_seconds: None where no task runs, or none has finished a shard yet.
         spent: hours of tasks, by what became of them.
         hardware: tasks by a GPU's model, or `CPU`.
         tasks: array elements by Slurm's state; empty where Slurm does not answer.
@@ -197,12 +197,12 @@ def summarise(
         pending=pending,
         running=len(running),
         **_made(done),
-        **_pace([t for t in tasks if t.is_active], done, pending + len(running)),
+        **_pace(tasks, done, pending + len(running), config.steal, slurm.counts(run, queue)),
         **_ran_on(tasks),
         spent=spent.account(tasks, done, (o for outcomes in failed.values() for o in outcomes)),
         **_queued(run, queue),
         unasked=unasked,
-        ended=ended.of(run, queue, tasks, found.done.__contains__),
+        ended=[] if found.is_complete else ended.of(run, queue, tasks, found.done.__contains__),
         stragglers=_stragglers([t for t in tasks if t.is_active]),
         broken_nodes=nodes.broken(run, manifest),
         failures=_grouped(run, failed),
@@ -307,13 +307,28 @@ def _stragglers(active: list[Progress]) -> list[str]:
     return sorted(task for task, share in shares.items() if share < median / 2)
 
 
-def _pace(active: list[Progress], done: list[Outcome], left: int) -> dict[str, Any]:
-    """Samples a second, now or over the whole run, and the seconds for the remaining shards."""
+def _pace(
+    tasks: list[Progress],
+    done: list[Outcome],
+    left: int,
+    steal: bool,
+    live: tuple[int, int],
+) -> dict[str, Any]:
+    """Samples a second, now or over the whole run, and the seconds for the remaining shards.
+
+    Args:
+        live: the tasks that Slurm has running and pending.
+    """
+    active = [t for t in tasks if t.is_active]
     speed = sum(task.speed for task in active)
-    mean = sum(r.rows for r in done) / len(done) if done else 0
+    at_work = {t.task.partition("-")[0] for t in active}
+    recent = [t for t in tasks if t.task.partition("-")[0] in at_work] or tasks
+    seconds = eta.seconds_left(
+        time.time(), recent, done, left, steal=steal, running=live[0], pending=live[1]
+    )
     return {
         "samples_per_second": round(speed or _past_speed(done), 2),
-        "eta_seconds": round(left * mean / speed, 1) if speed and mean else None,
+        "eta_seconds": None if seconds is None else round(seconds, 1),
     }
 
 

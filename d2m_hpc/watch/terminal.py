@@ -176,7 +176,8 @@ def figures(found: Summary) -> dict[str, str]:
     """A run's figures by name, without rare ones that are 0."""
     tried = found.rows + found.rejected
     share = f" ({found.rejected / tried:.2%})" if found.rejected else ""
-    left = duration(found.eta_seconds) if found.state == "running" else "nothing runs"
+    is_known = found.eta_seconds is not None or found.state == "running"
+    left = duration(found.eta_seconds) if is_known else "nothing runs"
     counts = ("shards", "done", "failed", "pending", "running", "rows")
     seldom = {
         "finished by an earlier config": found.outdated,

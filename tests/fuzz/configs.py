@@ -213,7 +213,13 @@ VALID = {
     "  extra": ("{}", "{exclusive: false}", "{nice: -5}", "{comment: 'a b'}", "{exclusive: null}"),
 }
 """Other values that a key takes; most of them are accepted with most of the others."""
-SLURM = ("{}", "{time: 60}", "{<<: *nodes, time: 1-12}", "{mem: 16000, requeue: false}")
+SLURM = (
+    "{}",
+    "{time: 60}",
+    "{<<: *nodes, time: 1-12}",
+    "{mem: 16000, requeue: false}",
+    "{max_mem: 4G}",
+)
 MORE = {
     "nworkers": ("1", "null", "64"),
     "reprocess": ("true", "no"),
@@ -225,6 +231,7 @@ MORE = {
     "resize": ("exact", "'fast'"),
     "feature_dtype": ("float32", "float16"),
     "shards_per_task": ("1", "1000000"),
+    "task_minutes": ("1", "600", "null"),
     "allow_truncated_shards": ("true",),
     "allow_missing_fields": ("on",),
     "max_image_pixels": ("1000000000", "1", "100_000_000"),

@@ -32,6 +32,7 @@ import torch
 HERE = Path(__file__).parent
 ELEMENT = os.environ.get("SLURM_ARRAY_TASK_ID", "")
 JOB = os.environ.get("SLURM_ARRAY_JOB_ID", "")
+NODE = os.environ.get("SLURMD_NODENAME", "")
 RANK = os.environ.get("SLURM_LOCALID", "0")
 ATTEMPT = os.environ.get("SLURM_RESTART_COUNT", "0")
 
@@ -48,11 +49,17 @@ class Gated(torch.nn.Module):
     def __init__(self, device):
         super().__init__()
         self.batches = 0
+        self.rest("load")
+
+    def rest(self, name):
+        """As long as a file says."""
+        if (HERE / name).exists():
+            time.sleep(float((HERE / name).read_text()))
 
     def forward(self, texts):
         self.batches += 1
-        if (HERE / "pace").exists():
-            time.sleep(float((HERE / "pace").read_text()))
+        self.rest("pace")
+        self.rest(f"pace-{NODE}")
         self.poison(texts)
         if self.batches % 2 == 0 and self.closed():
             self.say()

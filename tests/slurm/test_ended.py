@@ -45,7 +45,9 @@ def test_each_end_is_told_with_its_cause_and_its_log(cluster: Cluster, tars: Tar
     kill(held[2])
     held[3].signal(signal.SIGUSR2)  # what Slurm sends before the walltime ends
     cluster.run("scancel", f"{job}_4")
-    cluster.wait_state(held[3].element, "FAILED")
+    for killed in (held[2], held[3]):
+        states = ("FAILED", "PENDING", "COMPLETED")
+        assert cluster.wait_state(killed.element, *states) == "FAILED"
     cluster.wait_state(held[4].element, "CANCELLED")
     cluster.set_node(held[5].node, "down")
     cluster.wait_state(held[5].element, "NODE_FAIL")
@@ -69,6 +71,7 @@ def test_each_end_is_told_with_its_cause_and_its_log(cluster: Cluster, tars: Tar
     assert len(told) == 5
     assert all(f"note: {line}" in again for line in told)
     assert causes(run) == {}
+    assert len(run.submissions()) == 2
     run.assert_complete()
 
 

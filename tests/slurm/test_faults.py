@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -42,20 +41,6 @@ def test_a_killed_process_is_followed_by_another(cluster: Cluster, tars: Tars) -
     run.assert_complete()
     assert len(run.submissions()) == 1
     assert "SIGKILL" in run.logs()
-
-
-def test_a_killed_task(cluster: Cluster, tars: Tars) -> None:
-    """With the process that watches it, as where a node runs out of memory."""
-    run = Run(cluster, tars, 2)
-    run.hold()
-    run.submit()
-    [victim] = run.wait_held()
-    os.kill(parent(victim.pid), signal.SIGKILL)
-    with suppress(ProcessLookupError):
-        victim.signal(signal.SIGKILL)
-    assert cluster.wait_state(victim.element, "FAILED", "COMPLETED") == "FAILED"
-    run.finish()
-    assert len(run.submissions()) == 2
 
 
 def test_a_cancelled_array(cluster: Cluster, tars: Tars) -> None:

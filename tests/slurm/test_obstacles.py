@@ -183,7 +183,8 @@ def test_a_cancelled_task_is_over_while_its_epilog_runs(slow_epilog: Cluster, ta
     run.assert_complete()
 
 
-def test_max_parallel_of_a_live_run_changes(cluster: Cluster, tars: Tars) -> None:
+def test_a_live_run_follows_its_config(cluster: Cluster, tars: Tars) -> None:
+    """In the tasks that may run at once, and the nodes to leave out."""
     slurm = {"cpus_per_task": 1, "max_parallel": 1}
     run = Run(cluster, tars, 3, shards_per_task=1, steal=False, slurm=slurm)
     run.hold()
@@ -194,9 +195,14 @@ def test_max_parallel_of_a_live_run_changes(cluster: Cluster, tars: Tars) -> Non
     assert "note: at most 2 tasks may run at once now, in 1 live arrays" in said
     run.wait_held(2)
     assert run.status()["tasks"] == {"running": 2, "pending": 1}
-    assert "may run at once" not in run.submit("--max-parallel", 2).stdout
-    assert (
-        "note: all tasks may run at once now" in run.submit("--set", "slurm.max_parallel=").stdout
-    )
+    # A node that failed long ago, and that an element has left out, is mended or gone since.
+    [job] = run.job_ids()
+    cluster.run("scontrol", "update", f"jobid={job}_2", "excnodelist=n2")
+    (run.run_dir / "nodes" / "1-0.json").write_text('{"node": "n2", "why": "x", "time": 1}')
+    assert "may run at once" not in run.submit("--max-parallel", 2, "--exclude", "n1").stdout
+    assert cluster.field(f"{job}_2", "ExcNodeList") == "n1"
+    told = run.submit("--set", "slurm.max_parallel=").stdout
+    assert "note: all tasks may run at once now" in told
+    assert cluster.field(f"{job}_2", "ExcNodeList") == "(null)"
     run.wait_held(3)
     run.finish()
