@@ -111,6 +111,13 @@ def test_importing_the_commands_loads_no_large_library() -> None:
     assert loaded & HEAVY == set()
 
 
+def test_a_command_makes_no_options_of_others() -> None:
+    ended = _run(sys.executable, "-X", "importtime", BIN / "d2m", "status", "--help")
+    assert "Usage: d2m status" in ended.stdout
+    assert "d2m_hpc.cli.submit" in ended.stderr
+    assert "d2m_hpc.config" not in ended.stderr
+
+
 SEEN = """
 import json, sys
 from d2m_hpc import cli

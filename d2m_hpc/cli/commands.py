@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -9,6 +10,8 @@ import sys
 from typing import Annotated
 
 import typer
+from typer.main import get_command_name
+from typer.models import CommandInfo
 
 from d2m_hpc.cli import begin, inspect, outputs, weights
 from d2m_hpc.cli.common import ending
@@ -118,13 +121,28 @@ def run(command: typer.Typer) -> None:
     _escape_unencodable()
     with ending():
         try:
-            command()
+            _without_others(command, sys.argv[1:2])()
         except Exception as error:
             if os.environ.get("D2M_TRACEBACK"):
                 raise
             words, code = explained(error)
             print(f"error: {words}", file=sys.stderr)
             sys.exit(code)
+
+
+def _without_others(program: typer.Typer, named: list[str]) -> typer.Typer:
+    """Leave out the commands that are not called, if one is.
+
+    typer makes the options of all commands at each start, and those of submit need the config.
+    """
+    called = copy.copy(program)
+    called.registered_commands = [c for c in program.registered_commands if [_name(c)] == named]
+    called.registered_groups = [g for g in program.registered_groups if [g.name] == named]
+    return called if called.registered_commands or called.registered_groups else program
+
+
+def _name(info: CommandInfo) -> str:
+    return get_command_name(info.name or str(getattr(info.callback, "__name__", "")))
 
 
 def _open_closed_streams() -> None:

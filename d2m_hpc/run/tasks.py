@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -103,7 +103,9 @@ def attempts(run: RunDir) -> list[Progress]:
     for values in _all_values(run):
         if not _is_progress(values):
             continue
-        told = Progress(**{name: values[name] for name in _NAMES & values.keys()})
+        if not values.keys() <= _NAMES:  # of another version
+            values = {name: values[name] for name in _NAMES & values.keys()}
+        told = Progress(**values)
         if told.task not in last or told.updated > last[told.task].updated:
             last[told.task] = told
     return list(last.values())
@@ -119,19 +121,21 @@ def _all_values(run: RunDir) -> Iterator[Any]:
 
 
 def _is_progress(told: Any) -> bool:
-    """Whether values are those of a task's whole progress file."""
-    texts = ("task", "host", "shard", "state")
-    if not isinstance(told, dict) or not all(isinstance(told.get(n), str) for n in texts):
+    """Whether values are those of a task's whole progress file.
+
+    Without a loop in Python, as a run has thousands.
+    """
+    if not isinstance(told, dict):
         return False
-    if not all(isinstance(told.get(name, ""), str) for name in ("device", "gpu")):
+    get: Callable[..., Any] = told.get
+    task, began, told_at = get("task"), get("started"), get("updated")
+    texts = (task, get("host"), get("shard"), get("state"), get("device", ""), get("gpu", ""))
+    counts = (get("rows"), get("done"), get("failed"), get("shards"))
+    if {*map(type, texts)} != {str} or {*map(type, counts)} != {int} or min(counts) < 0:
         return False
-    counts = (told.get(name) for name in ("rows", "done", "failed", "shards"))
-    if not all(isinstance(n, int) and n >= 0 for n in counts):
+    if not isinstance(began, int | float) or not isinstance(told_at, int | float):
         return False
-    times = (told.get(name) for name in ("started", "updated"))
-    if not all(isinstance(t, int | float) and 0 <= t < FAR for t in times):
-        return False
-    return bool(TASK.fullmatch(told["task"]))
+    return 0 <= began < FAR and 0 <= told_at < FAR and bool(TASK.fullmatch(task))
 
 
 def log_file(run: RunDir, task: str) -> Path | None:
