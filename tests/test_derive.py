@@ -20,6 +20,7 @@ from launch.scripted import commands_of
 
 import d2m_hpc as d2m
 from d2m_hpc.errors import ConfigError, D2MError, SlurmError
+from d2m_hpc.launch import derive as launch
 from d2m_hpc.worker.task import run_task
 
 FEATURE = "image-histogram"
@@ -357,6 +358,11 @@ def test_a_job_does_the_first_steps(folder: Path, monkeypatch: pytest.MonkeyPatc
     # Array tasks are what a submit's are.
     run_task(folder / "out" / ".d2m", "001", 0)
     assert d2m.open(file).status().complete
+    # A job that ends well where its files are not seen, as on a node of another disk.
+    monkeypatch.setattr(launch, "SEEN_SECONDS", 0.5)
+    unseen = config(folder, ["cluster"], cluster={"seed": 2}, slurm={"setup": ["exit 0"]})
+    with pytest.raises(SlurmError, match=r"is .*derived on a filesystem that all nodes share"):
+        d2m.derive(unseen)
     broken = config(folder, ["cluster"], cluster={"seed": 2}, slurm={"setup": ["exit 3"]})
     with pytest.raises(SlurmError, match=r"the job of the first steps failed; .*derive-7.out says"):
         d2m.derive(broken)

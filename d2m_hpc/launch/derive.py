@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cache
@@ -17,7 +18,7 @@ from d2m_hpc.errors import ConfigError, D2MError, SlurmError
 from d2m_hpc.launch import commands, flow, sbatch
 from d2m_hpc.launch.guest import guest
 from d2m_hpc.plan.decide import Decision
-from d2m_hpc.plan.derive import FirstStep, NotPrepared, derived
+from d2m_hpc.plan.derive import FirstStep, NotPrepared, derived, lacking
 from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run.outputs import OutputDir
@@ -25,6 +26,9 @@ from d2m_hpc.run.owner import require_own
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.storage.files import atomic_write
 from d2m_hpc.storage.urls import has_secret
+
+SEEN_SECONDS = 90.0
+"""Seconds after which every node sees a new file; NFS keeps a folder's list for up to 60."""
 
 if TYPE_CHECKING:
     from d2m_hpc.launch.flow import Backend
@@ -52,7 +56,8 @@ def derive(
         first_step(workload, found)
     config = workload.config.model_copy(update={"reprocess": False})
     with guest():
-        digests = derived(workload, found.done, _here(workload, found))
+        # A login node does none, even where the files of the job are not to be seen yet.
+        digests = derived(workload, found.done, lacking if first_step else _here(workload, found))
     # Without tars: what is new among them is for a submit.
     asked = replace(workload, config=config, sizes={}, derived=digests)
     return flow.submit(asked, backend, on_decision, left_out)
@@ -124,6 +129,12 @@ def in_a_job(workload: Workload, found: Standings) -> None:
     if done.returncode:
         log = run.logs / f"derive-{sbatch.job_id(done.stdout)}.out"
         raise SlurmError(f"the job of the first steps failed; {log} says why")
+    began = time.monotonic()
+    while not _is_prepared(workload, found):
+        if time.monotonic() - began > SEEN_SECONDS:
+            what = "the job of the first steps has ended, and its files are not to be seen here"
+            raise SlurmError(f"{what}: is {run.derived} on a filesystem that all nodes share?")
+        time.sleep(1)
 
 
 def _write(path: Path, config: Config) -> None:
