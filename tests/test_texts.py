@@ -348,6 +348,7 @@ class TestBeside:
         ({"alt": "parquet:/none/{stem}.parquet:a"}, "/none is not there; check the path"),
         ({"alt": "parquet:$NONE_SUCH/x.parquet:a"}, "$NONE_SUCH is not set"),
         ({"other": "txt"}, "unknown name 'text-alt-words'"),
+        ({"default": "parquet:x.parquet:a"}, "use_datacomp_keys can make no column `text`"),
     ],
 )
 def test_mistakes_are_told(given: Any, told: str, tmp_path: Path) -> None:
@@ -358,7 +359,8 @@ def test_mistakes_are_told(given: Any, told: str, tmp_path: Path) -> None:
         "input_tars": str(tmp_path / "*.tar"),
         "output_metadata_dir": str(tmp_path / "out"),
     }
-    ended = submit(write_config(tmp_path / "c.yml", {**values, "text_from": given}), "--dry-run")
+    values |= {"use_datacomp_keys": "default" in given, "text_from": given}
+    ended = submit(write_config(tmp_path / "c.yml", values), "--dry-run")
     assert ended.returncode == 2
     assert told in " ".join(ended.stderr.split())
     assert "Traceback" not in ended.stderr

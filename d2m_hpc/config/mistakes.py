@@ -119,9 +119,12 @@ def _size_mistakes(config: Config) -> list[Mistake]:
 
 
 def _text_mistakes(config: Config) -> list[Mistake]:
-    if not (config.text_key and DEFAULT in by_name(config.text_from)):
-        return []
-    return [Mistake(("text_from",), "found text_key, too; valid is one of both")]
+    if config.text_key and DEFAULT in by_name(config.text_from):
+        return [Mistake(("text_from",), "found text_key, too; valid is one of both")]
+    if config.use_datacomp_keys and config.texts["text"].table:
+        what = "found a parquet, of which use_datacomp_keys can make no column `text`; valid is "
+        return [Mistake(("text_from",), f"{what}json:FIELD, or a name for this text")]
+    return []
 
 
 def _model_mistakes(config: Config, registry: Registry, wrong: Collection[str]) -> list[Mistake]:
