@@ -170,8 +170,9 @@ def propose(decision: Decision, submission: str) -> slurm.Proposal:
     """The arrays that a submit would make; asks Slurm only for sizes and nodes."""
     workload, config = decision.workload, decision.workload.config
     options = sbatch.options(config.slurm, _excluded(decision))
-    parts = sizes.parts(decision, sizes.shards_per_task(decision), options)
-    most = min(sizes.shards_per_task(decision), max(len(g) for p in parts for g in p.groups))
+    most = sizes.shards_per_task(decision)
+    parts = sizes.parts(decision, most, options)
+    most = min(most, max(len(group) for part in parts for group in part.groups))
     arrays = slurm.split(
         [(part.tasks, part.need) for part in parts],
         slurm.max_array_size(),

@@ -120,9 +120,8 @@ class Ended:
     def __str__(self) -> str:
         tasks, shards = _count(len(self.tasks), "array task"), _count(self.shards, "shard")
         help_ = f"; {self.help}" if self.help else ""
-        said = f": {self.said}" if self.said else ""
-        log = f"`d2m logs CONFIG --task {self.tasks[0]}`{said}"
-        return f"{tasks} ended with {shards} left ({self.what}){help_}; {log}"
+        log = f"; `d2m logs CONFIG --task {self.tasks[0]}`: {self.said}" if self.said else ""
+        return f"{tasks} ended with {shards} left ({self.what}){help_}{log}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -153,9 +152,9 @@ def _group(cause: str, ends: list[End]) -> Ended:
     nodes = sorted({e.node for e in ends if e.node})
     if nodes and cause in ("node", "not begun", KILLED):
         what += f", on {', '.join(nodes[:3])}{', ...' if nodes[3:] else ''}"
-    said = next((e.said for e in ends if e.said), "")
+    ends = sorted(ends, key=lambda e: not e.said)
     shards = len(frozenset[str]().union(*(e.stems for e in ends)))
-    return Ended(cause, [e.task for e in ends], shards, what, help_, said)
+    return Ended(cause, [e.task for e in ends], shards, what, help_, ends[0].said)
 
 
 def find(

@@ -39,12 +39,13 @@ def parts(decision: Decision, most: int, options: Mapping[str, Any]) -> list[Siz
     """The pending jobs by what their tasks need, those that need no more than usual first."""
     usual = Need(*(str(options.get(name) or "") for name in Need._fields))
     more = decision.raised
-    needs = sorted(set(more.values())) if more else []
-    jobs: dict[Need, list[Job]] = {Need(): [], **{need: [] for need in needs}}
+    jobs: dict[Need, list[Job]] = {Need(): [], **{need: [] for need in sorted({*more.values()})}}
     numbers = {need: number for number, need in enumerate(jobs)}
-    for job in decision.pending:
+    for job in decision.pending if more else ():
         need = more.get(job.stem, Need())
-        jobs[need].append(job._replace(need=numbers[need]) if any(need) else job)
+        jobs[need].append(job._replace(need=numbers[need]))
+    if not more:
+        jobs[Need()] = decision.pending
     found = []
     for need, same in jobs.items():
         if same:

@@ -117,7 +117,7 @@ def test_a_walltime_that_ends_in_mid_run(cluster: Cluster, tars: Tars) -> None:
 
 
 def test_a_walltime_too_short_for_a_shard_ends_the_task(cluster: Cluster, tars: Tars) -> None:
-    run = Run(cluster, tars, 2)
+    run = Run(cluster, tars, 2, slurm={"time": 30, "max_time": 45})
     run.hold()
     run.submit()
     [victim] = run.wait_held()
@@ -125,7 +125,10 @@ def test_a_walltime_too_short_for_a_shard_ends_the_task(cluster: Cluster, tars: 
     assert cluster.wait_state(victim.element, "FAILED", "PENDING", "COMPLETED") == "FAILED"
     assert "no shard was finished in this walltime; raise slurm.time" in run.logs()
     run.finish()
-    assert len(run.submissions()) == 2
+    assert [array["time"] for [array] in run.submissions()] == [
+        "30",
+        "45",
+    ]  # doubled up to the bound
 
 
 def test_a_task_begins_no_shard_that_its_walltime_has_no_room_for(

@@ -35,6 +35,8 @@ def other(*words: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def shared(tars: Tars) -> Iterator[Path]:
     """A folder of the group, which others may reach, with the tars."""
+    if subprocess.run([*OTHER, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this container gives no other user a capability")
     folder = Path(tempfile.mkdtemp(prefix="d2m-shared-", dir="/tmp"))
     shutil.copytree(tars.folder, folder / "tars")
     shutil.chown(folder, group=GROUP)
