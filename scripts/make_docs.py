@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 from d2m_hpc.config import Config, Slurm
 from d2m_hpc.config.reference import json_schema
 from d2m_hpc.config.schema import SOURCES, Section
+from d2m_hpc.described import described
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 TOP = """\
@@ -95,11 +96,11 @@ def _fingerprinted() -> frozenset[str]:
 
 def _table(section: type[Section], schema: dict[str, Any], marked: frozenset[str]) -> str:
     rows = ["| key | valid | default | |", "|---|---|---|---|"]
+    texts = described(section)
     for name, field in section.model_fields.items():
-        description = " ".join((field.description or "").split())
         default = "required" if field.is_required() else _default(field.default)
         key = f"`{name}`" + (" *" if name in marked else "")
-        rows.append(f"| {key} | {valid(schema[name])} | {default} | {description} |")
+        rows.append(f"| {key} | {valid(schema[name])} | {default} | {texts[name]} |")
     return "\n".join(rows) + "\n"
 
 

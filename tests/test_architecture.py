@@ -26,6 +26,7 @@ LEVELS = {
     "d2m_hpc": 10,  # the door for Python
     "d2m_hpc.version": 0,
     "d2m_hpc.errors": 0,
+    "d2m_hpc.described": 0,
     "d2m_hpc.gc_paused": 1,
     "d2m_hpc.stopping": 0,
     "d2m_hpc.storage": 1,

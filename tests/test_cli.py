@@ -16,6 +16,7 @@ from kit import CHECKPOINTS, DATACOMP, SHARDS, STATS, d2m, submit, write_config,
 
 import d2m_hpc
 from d2m_hpc.config import Slurm
+from d2m_hpc.described import described
 
 BIN = Path(sys.executable).parent
 HEAVY = {"torch", "torchvision", "numpy", "pyarrow", "pydantic", "PIL", "fsspec", "pandas"}
@@ -74,10 +75,10 @@ def test_every_slurm_key_is_an_option_described_as_in_the_config() -> None:
     command = [BIN / "d2m-submit", "--help"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     told = {line.split()[1]: line for line in ended.stdout.splitlines() if " --" in line}
-    for name, field in Slurm.model_fields.items():
-        described = " ".join((field.description or "").split())
-        assert described, name
-        assert described in told[f"--{name.replace('_', '-')}"]
+    texts = described(Slurm)
+    assert texts.keys() == Slurm.model_fields.keys()
+    for name, text in texts.items():
+        assert text in told[f"--{name.replace('_', '-')}"]
 
 
 def test_d2m_alone_shows_its_help() -> None:

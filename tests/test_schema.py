@@ -16,6 +16,7 @@ from pages import ROOT
 
 from d2m_hpc.config import Config, Slurm
 from d2m_hpc.config.reference import json_schema
+from d2m_hpc.described import described
 
 GOOD = {**STATS, "input_tars": ["a.tar"], "output_metadata_dir": "out"}
 
@@ -87,7 +88,8 @@ def test_editors_are_offered_the_models_names() -> None:
 
 @pytest.mark.parametrize("section", [Config, Slurm])
 def test_every_key_is_described(section: type[Config | Slurm]) -> None:
-    assert [n for n, field in section.model_fields.items() if not field.description] == []
+    texts = described(section)
+    assert [name for name in section.model_fields if not texts.get(name)] == []
 
 
 def test_the_page_is_in_step(tmp_path: Path) -> None:

@@ -26,12 +26,17 @@ class WithSlurmOptions:
     @property
     def __signature__(self) -> inspect.Signature:
         from d2m_hpc.config import Slurm
+        from d2m_hpc.described import described
 
+        texts = described(Slurm)
         own = inspect.signature(self._command, eval_str=True).parameters
         kept = [parameter for name, parameter in own.items() if name != "slurm"]
         given = [
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(field)
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=_option(field, texts[name]),
             )
             for name, field in Slurm.model_fields.items()
         ]
@@ -47,9 +52,9 @@ class WithSlurmOptions:
         self._command(**given, slurm=slurm)
 
 
-def _option(field: Any) -> Any:
+def _option(field: Any, description: str) -> Any:
     """The type of a key's option: a flag, a repeatable option, or a text that the config checks."""
-    default, description = field.get_default(call_default_factory=True), field.description
+    default = field.get_default(call_default_factory=True)
     option = typer.Option(
         help=description,
         rich_help_panel=PANEL,

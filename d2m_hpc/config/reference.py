@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import BaseModel
+
+from d2m_hpc.config.derive import KINDS
 from d2m_hpc.config.load import APART
-from d2m_hpc.config.schema import Config
+from d2m_hpc.config.schema import Config, Slurm
+from d2m_hpc.described import described
 from d2m_hpc.models.entries import known_families
 from d2m_hpc.models.family import Family
 from d2m_hpc.models.registry import builtin
@@ -27,7 +31,16 @@ def json_schema() -> dict[str, Any]:
             array["items"] = {"anyOf": named + ([_families()] if key == "models" else [])}
     for section in (schema, *schema["$defs"].values()):
         section["patternProperties"] = {f"^{APART}": {}}
+    _describe(schema, Config)
+    parts: tuple[type[BaseModel], ...] = (Slurm, *KINDS)
+    for part in parts:
+        _describe(schema["$defs"][part.__name__], part)
     return {"$schema": DIALECT, **schema, "title": "d2m_hpc config"}
+
+
+def _describe(schema: dict[str, Any], part: type[BaseModel]) -> None:
+    for name, text in described(part).items():
+        schema["properties"][name]["description"] = text
 
 
 def _families() -> dict[str, Any]:
@@ -48,8 +61,7 @@ def _families() -> dict[str, Any]:
 
 def _parameters(family: type[Family]) -> dict[str, Any]:
     schema = family.model_json_schema()
-    for name, text in family.described().items():
-        schema["properties"][name]["description"] = text
+    _describe(schema, family)
     schema["properties"] = {"kind": {"const": family.kind}, **schema.get("properties", {})}
     return schema
 

@@ -14,6 +14,7 @@ from typing import Any, Union, get_origin
 
 from pydantic import ValidationError
 
+from d2m_hpc.described import described
 from d2m_hpc.models import families
 from d2m_hpc.models.family import PACKAGE, Family, ParameterError, at_hand
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
@@ -183,7 +184,7 @@ def _mistake(family: type[Family], parameters: Mapping[str, Any], error: Any) ->
     parameter = str(error["loc"][0]) if error["loc"] else ""
     if parameter not in family.model_fields:
         return parameter, f"unknown parameter{nearest(parameter, family.model_fields)}"
-    meant = family.described().get(parameter, "")
+    meant = described(family).get(parameter, "")
     if parameter not in parameters:
         return "", f"found no `{parameter}`, which is required: {meant}"
     what = error["msg"].removeprefix("Value error, ")

@@ -6,18 +6,14 @@ runs. docs/models-adding.md shows how a family is added.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import os
 import re
-import textwrap
 from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -286,21 +282,6 @@ class Family(BaseModel):
     built_by: ClassVar[str] = ""
     to_device: ClassVar[bool] = True
     on_host: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def described(cls) -> dict[str, str]:
-        """What the text below each parameter says; read when asked, as that takes milliseconds."""
-        found: dict[str, str] = {}
-        for base in reversed(cls.__mro__):
-            if base is Family or not issubclass(base, Family):
-                continue
-            [made] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-            assert isinstance(made, ast.ClassDef)
-            for line, text in pairwise(made.body):
-                if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr):
-                    words = ast.literal_eval(text.value)
-                    found[ast.unparse(line.target)] = " ".join(words.split())
-        return {name: text for name, text in found.items() if name in cls.model_fields}
 
     def inputs(self, use: Use) -> Sequence[ImageInput | OwnInput | Input]:
         """What `forward` is given, in this order; `("text", "identity")` is the text itself."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from d2m_hpc.config import load
 from d2m_hpc.config.reference import json_schema
+from d2m_hpc.described import described
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import entries
 from d2m_hpc.models.entries import family_of, known_families, one_line
@@ -120,8 +121,8 @@ def test_a_package_that_is_not_installed_is_named(
 @pytest.mark.parametrize("kind", entries.known_families().values())
 def test_a_family_is_described(kind: type[Family]) -> None:
     assert (kind.__doc__ or "").strip()
-    assert kind.described().keys() == kind.model_fields.keys()
-    assert all(kind.described().values())
+    assert described(kind).keys() == kind.model_fields.keys()
+    assert all(described(kind).values())
     assert kind.kind == kind.kind.lower()
     for name, given in kind.presets.items():
         assert kind(**given)
