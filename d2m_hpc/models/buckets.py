@@ -17,17 +17,18 @@ MOST_COMPUTED = 1.2
 texts leave a GPU idle: padding by a fifth costs less than the buckets that would save it."""
 
 
-def by_length(lengths: Tensor) -> list[Tensor]:
+def by_length(lengths: Tensor, most: float = MOST_COMPUTED) -> list[Tensor]:
     """Row indices of the fewest buckets that compute little in vain, short texts first.
 
     Args:
         lengths: integers [B] on the CPU, tokens of each text.
+        most: tokens computed for each real one, at most; 1 pads no text.
     """
-    bucket = np.searchsorted(_longest(lengths.numpy()), lengths.numpy())
+    bucket = np.searchsorted(_longest(lengths.numpy(), most), lengths.numpy())
     return [torch.from_numpy(np.flatnonzero(bucket == b)) for b in range(bucket.max() + 1)]
 
 
-def _longest(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def _longest(lengths: NDArray[np.int64], most: float) -> NDArray[np.int64]:
     """The longest text of each bucket, ascending, by dynamic programming over the lengths."""
     distinct, rows = np.unique(lengths, return_counts=True)
     shorter = np.concatenate([[0], rows.cumsum()])
@@ -35,7 +36,7 @@ def _longest(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     cost = (shorter[1:] - shorter[:-1, None]) * distinct.astype(float)
     cost[np.tri(len(distinct), k=-1, dtype=bool)] = np.inf
     best, firsts = cost[0], [np.zeros(len(distinct), dtype=int)]
-    while best[-1] > MOST_COMPUTED * lengths.sum():
+    while best[-1] > most * lengths.sum():
         one_more = np.concatenate([[np.inf], best[:-1]])[:, None] + cost
         best, firsts = one_more.min(axis=0), [*firsts, one_more.argmin(axis=0)]
     lasts = [len(distinct) - 1]
@@ -45,7 +46,10 @@ def _longest(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def run_by_length(
-    lengths: Tensor, run: Callable[[Tensor, int], Tensor], device: torch.device
+    lengths: Tensor,
+    run: Callable[[Tensor, int], Tensor],
+    device: torch.device,
+    most: float = MOST_COMPUTED,
 ) -> Tensor:
     """Run bucket after bucket and put the results back in order, without waiting for any.
 
@@ -53,11 +57,12 @@ def run_by_length(
         lengths: integers [B] on the CPU.
         run: given row indices [b] (CPU) and their longest length, returns results [b, ...].
         device: of the results.
+        most: as `by_length` takes it.
 
     Returns:
         results [B, ...], in the order of `lengths`.
     """
-    buckets = by_length(lengths)
+    buckets = by_length(lengths, most)
     results = torch.cat([run(rows, int(lengths[rows].max())) for rows in buckets])
     return results[to_device(torch.argsort(torch.cat(buckets)), device)]
 
@@ -67,6 +72,7 @@ def run_tokens(
     padding: int,
     run: Callable[[Tensor, Tensor, Tensor], Tensor],
     device: torch.device,
+    most: float = MOST_COMPUTED,
 ) -> Tensor:
     """Run texts, each bucket padded to its longest, and put the results back in order.
 
@@ -75,13 +81,20 @@ def run_tokens(
         padding: the token to pad with.
         run: given tokens [b, L], their lengths [b] and row indices [b], returns results [b, ...].
         device: of what `run` is given, and of the results.
+        most: as `by_length` takes it.
     """
     lengths = torch.tensor([len(ids) for ids in tokens])
-    padded = torch.full((len(tokens), int(lengths.max())), padding)
-    padded[torch.arange(padded.shape[1]) < lengths[:, None]] = torch.tensor([*chain(*tokens)])
+    padded = padded_to_longest(tokens, lengths, padding)
 
     def bucket(rows: Tensor, length: int) -> Tensor:
         given = (padded[rows, :length], lengths[rows], rows)
         return run(*(to_device(tensor, device) for tensor in given))
 
-    return run_by_length(lengths, bucket, device)
+    return run_by_length(lengths, bucket, device, most)
+
+
+def padded_to_longest(tokens: Sequence[Sequence[int]], lengths: Tensor, padding: int) -> Tensor:
+    """int64 [B, L]: the tokens of each text, and the padding behind them."""
+    padded = torch.full((len(tokens), int(lengths.max())), padding)
+    padded[torch.arange(padded.shape[1]) < lengths[:, None]] = torch.tensor([*chain(*tokens)])
+    return padded

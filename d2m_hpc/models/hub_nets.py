@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,14 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models.buckets import run_tokens
+from d2m_hpc.models.buckets import MOST_COMPUTED, padded_to_longest, run_tokens
 from d2m_hpc.models.checkpoint import told
+from d2m_hpc.models.transfer import to_device
 
 ENDLESS = 1 << 20
 """A tokenizer's limit from which on it is none: some have 10^30."""
 
 LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """How transformers loads: it asks no hub, and nobody whether to run a repository's code."""
+
+Tokenised = list[list[int]] | tuple[list[list[int]], list[list[int]]]
+"""The tokens of texts; with the type of each token, where the tokenizer makes types."""
 
 
 @contextmanager
@@ -114,8 +119,8 @@ def images(source: str) -> Callable[[Image.Image], Tensor]:
 
 def tokens(
     source: str, most: int | None = None, prefix: str = "", lower: bool = False
-) -> Callable[[str], list[int]]:
-    """The tokens of a text, for `inputs.OwnInput`.
+) -> Callable[[str], Any]:
+    """The tokens of a text, for `inputs.OwnInput`, with their types where the tokenizer makes them.
 
     Args:
         source: the folder of the tokenizer's files.
@@ -127,11 +132,13 @@ def tokens(
     most = min(most or ENDLESS, longest(Path(source), made.model_max_length))
     instead = [made.pad_token_id or made.eos_token_id or 0]
 
-    def prepare(text: str) -> list[int]:
+    def prepare(text: str) -> Any:
         text = prefix + (text.lower() if lower else text)
         with one:  # tokenizers keep truncation as state, which threads would share
-            found: list[int] = made(text, truncation=True, max_length=most)["input_ids"]
-        return found or instead  # an empty text, without tokens around
+            found = made(text, truncation=True, max_length=most)
+        ids = found["input_ids"] or instead  # an empty text, without tokens around
+        types = found.get("token_type_ids")
+        return ids if types is None else (ids, types or [0])
 
     return prepare
 
@@ -160,9 +167,46 @@ def padding_of(config: Any) -> int:
     return int(config.pad_token_id)
 
 
-def mask_of(ids: Tensor, lengths: Tensor) -> Tensor:
-    """int64 [b, L]: 1 at the tokens of each text, 0 behind them."""
-    return (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+class TextNet:
+    """Runs a net on texts, each of which gets the values that it would get alone.
+
+    Args:
+        net: what reads texts.
+        config: the net's.
+    """
+
+    def __init__(self, net: Any, config: Any, device: torch.device) -> None:
+        self.net, self.device, self.padding = net, device, padding_of(config)
+        self.takes = inspect.signature(net.forward).parameters
+        # Padding would be read by a net without a mask, and by one that takes the last place, or
+        # the mean of all, for its summary.
+        whole = getattr(config, "summary_type", "first") in ("last", "mean")
+        self.most = 1 if whole or "attention_mask" not in self.takes else MOST_COMPUTED
+
+    def __call__(self, texts: Tokenised, take: Callable[..., Tensor], **seen: Tensor) -> Tensor:
+        """
+        Args:
+            take: given the net's output, a mask int64 [b, L] (1 at tokens, 0 behind them) and the
+                texts' lengths [b], returns results [b, ...].
+            seen: what else the net is given, a row for each text.
+        """
+        ids, types = texts if isinstance(texts, tuple) else (texts, None)
+        kinds = None
+        if types and "token_type_ids" in self.takes and any(map(any, types)):
+            lengths = torch.tensor([*map(len, types)])
+            kinds = to_device(padded_to_longest(types, lengths, 0), self.device)
+
+        def run(ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+            mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+            given = {"input_ids": ids, "attention_mask": mask}
+            if types:
+                zeros = torch.zeros_like(ids)
+                given["token_type_ids"] = zeros if kinds is None else kinds[rows, : ids.shape[1]]
+            given = {name: value for name, value in given.items() if name in self.takes}
+            more = {name: value[rows] for name, value in seen.items()}
+            return take(self.net(**given, **more), mask, lengths)
+
+        return run_tokens(ids, self.padding, run, self.device, self.most)
 
 
 class Classifier(nn.Module):
@@ -178,9 +222,9 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.net = net_of(folder, auto, device)
-        self.device, self.labels = device, labels
+        self.labels, self.read = labels, TextNet(self.net, self.net.config, device)
 
-    def forward(self, given: Tensor | list[list[int]]) -> dict[str, Tensor]:
+    def forward(self, given: Tensor | Tokenised) -> dict[str, Tensor]:
         """
         Args:
             given: pictures float32 [B, 3, H, W], or B texts' tokens.
@@ -191,18 +235,13 @@ class Classifier(nn.Module):
         if isinstance(given, Tensor):
             logits = self.net(pixel_values=given).logits
         else:
-            padding = padding_of(self.net.config)
-            logits = run_tokens(given, padding, self._of_texts, self.device)
+            logits = self.read(given, lambda output, mask, lengths: output.logits)
         return {"scores": self._scores(logits.float())}
 
     def on_host(self, output: dict[str, Tensor]) -> dict[str, Any]:
         scores, names = output["scores"], [*self.labels.values()]
         best = [names[i] for i in scores.argmax(dim=1).tolist()]
         return {**dict(zip(self.labels, scores.unbind(1), strict=True)), **output, "label": best}
-
-    def _of_texts(self, ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-        logits: Tensor = self.net(input_ids=ids, attention_mask=mask_of(ids, lengths)).logits
-        return logits
 
     def _scores(self, logits: Tensor) -> Tensor:
         """As a pipeline of transformers makes them of the net's numbers."""
@@ -224,10 +263,10 @@ class Embedder(nn.Module):
     def __init__(self, device: torch.device, folder: Path, pooling: str, normalise: bool) -> None:
         super().__init__()
         self.net = net_of(folder, "AutoModel", device, unused="pooler.")
-        self.device, self.pooling, self.normalise = device, pooling, normalise
-        self.padding = padding_of(self.net.config)
+        self.pooling, self.normalise = pooling, normalise
+        self.read = TextNet(self.net, self.net.config, device)
 
-    def forward(self, texts: list[list[int]]) -> dict[str, Tensor]:
+    def forward(self, texts: Tokenised) -> dict[str, Tensor]:
         """
         Args:
             texts: tokens of B texts.
@@ -235,12 +274,11 @@ class Embedder(nn.Module):
         Returns:
             `feature`, float32 [B, D].
         """
-        feature = run_tokens(texts, self.padding, self._of_texts, self.device)
+        feature = self.read(texts, self._pooled)
         return {"feature": F.normalize(feature, dim=1) if self.normalise else feature}
 
-    def _of_texts(self, ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-        mask = mask_of(ids, lengths)
-        hidden: Tensor = self.net(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+    def _pooled(self, output: Any, mask: Tensor, lengths: Tensor) -> Tensor:
+        hidden: Tensor = output.last_hidden_state.float()
         if self.pooling == "cls":
             return hidden[:, 0]
         return (hidden * mask[:, :, None]).sum(dim=1) / lengths[:, None]
@@ -309,9 +347,9 @@ class Matcher(nn.Module):
     def __init__(self, device: torch.device, folder: Path) -> None:
         super().__init__()
         self.net = net_of(folder, "BlipForImageTextRetrieval", device)
-        self.device = device
+        self.read = TextNet(self.net.text_encoder, self.net.config.text_config, device)
 
-    def forward(self, images: Tensor, texts: list[list[int]]) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, texts: Tokenised) -> dict[str, Tensor]:
         """
         Args:
             images: float32 [B, 3, H, W], normalised.
@@ -322,17 +360,11 @@ class Matcher(nn.Module):
         """
         return self.of_images(images)(texts)
 
-    def of_images(self, images: Tensor) -> Callable[[list[list[int]]], dict[str, Tensor]]:
+    def of_images(self, images: Tensor) -> Callable[[Tokenised], dict[str, Tensor]]:
         seen = self.net.vision_model(pixel_values=images).last_hidden_state
 
-        def run(ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-            read = self.net.text_encoder(
-                input_ids=ids,
-                attention_mask=mask_of(ids, lengths),
-                encoder_hidden_states=seen[rows],
-            )
-            logits: Tensor = self.net.itm_head(read.last_hidden_state[:, 0])
+        def take(output: Any, mask: Tensor, lengths: Tensor) -> Tensor:
+            logits: Tensor = self.net.itm_head(output.last_hidden_state[:, 0])
             return logits.float().softmax(dim=1)[:, 1]
 
-        padding = padding_of(self.net.config.text_config)
-        return lambda texts: {"score": run_tokens(texts, padding, run, self.device)}
+        return lambda texts: {"score": self.read(texts, take, encoder_hidden_states=seen)}

@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 from bench import run
 from kit import captions
-from tiny_nets import bert
-from transformers import AutoTokenizer, BertForSequenceClassification, pipeline
+from tiny_nets import bert, lively, wordpieces
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    FNetForSequenceClassification,
+    GPT2ForSequenceClassification,
+    XLMForSequenceClassification,
+    XLNetForSequenceClassification,
+    pipeline,
+)
 
 NAMES = {0: "spam", 1: "fine", 2: "ad"}
 
@@ -36,3 +44,38 @@ def test_scores_are_a_pipelines(config: dict[str, Any], tmp_path: Path) -> None:
         assert scores.std() > 1e-3
         np.testing.assert_allclose(found[f"own-{name}"], scores, atol=1e-5)
     assert found["own-label"] == [max(row, key=row.__getitem__) for row in expected]
+
+
+XLM: dict[str, Any] = {"emb_dim": 32, "n_layers": 2, "n_heads": 2}
+XLNET: dict[str, Any] = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48}
+GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+FNET: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "side"),
+    [
+        (XLNetForSequenceClassification, XLNET, "left"),
+        (XLMForSequenceClassification, {**XLM, "summary_type": "last"}, "right"),
+        (XLMForSequenceClassification, {**XLM, "summary_type": "mean"}, "right"),
+        (FNetForSequenceClassification, FNET, "right"),  # has no mask
+        (GPT2ForSequenceClassification, GPT2, "right"),  # adds an embedding of token types
+        (GPT2ForSequenceClassification, GPT2, "left"),
+    ],
+)
+def test_scores_are_those_of_each_text_alone_whatever_the_net_reads(
+    kind: Any, config: dict[str, Any], side: str, tmp_path: Path
+) -> None:
+    tokenizer, texts = wordpieces(tmp_path), captions()
+    tokenizer.padding_side = side
+    tokenizer.save_pretrained(tmp_path)
+    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    lively(kind(kind.config_class(**config, **vocabulary))).save_pretrained(tmp_path)
+    entry = {"kind": "text-classification", "checkpoint": str(tmp_path)}
+    keys = {"models": [{"own": entry}], "postprocess_features": ["own-scores"]}
+    found = run(keys, (), texts).features["own-scores"]
+    made = pipeline("text-classification", str(tmp_path), top_k=None)
+    rows = [{s["label"]: s["score"] for s in row} for row in made(texts, truncation=True)]
+    expected = np.array([[row["LABEL_0"], row["LABEL_1"]] for row in rows])
+    assert expected.std(axis=0).max() > 1e-3
+    np.testing.assert_allclose(found, expected, atol=1e-5)
