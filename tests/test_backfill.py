@@ -240,6 +240,17 @@ ODD_FIELDS: list[dict[str, Any]] = [
 ]
 
 
+def test_models_in_another_order_are_the_same_run(tmp_path: Path) -> None:
+    """Also once a model is added between them: nothing is to do for the same models again."""
+    write_shards(tmp_path / "tars", 1)
+    stats, more = ["text-stats", "image-stats"], ["text-stats", "language-lid176", "image-stats"]
+    for models, todo in ((stats, 1), (stats[::-1], 0), (more, 1), (more[::-1], 0)):
+        asked = workload(tmp_path, "out", MORE, models=models)
+        assert len(decide(asked).pending) == todo
+        run(asked)
+        assert summarise(asked.run, asked.config).done == 1
+
+
 def odd_fields(images: list[bytes]) -> dict[str, bytes]:
     """The members of three samples with lists, objects, mixtures and nulls in their JSON."""
     members: dict[str, bytes] = {}

@@ -29,7 +29,7 @@ from d2m_hpc.plan import memory, patterns, preflight
 from d2m_hpc.plan.forget import forgotten
 from d2m_hpc.run import frozen
 from d2m_hpc.run.extension import DERIVE, with_own_names
-from d2m_hpc.run.fingerprints import DERIVED
+from d2m_hpc.run.fingerprints import DERIVED, in_known_order
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.run.slices import Slice, Tree, planned
@@ -135,7 +135,7 @@ def inspect(config: Config, where: str, thorough: bool = False) -> Workload:
         raise ConfigError(f"{where}{mode}", located(where, problems))
     sizes = [kept.size for kept in checkpoints.values()]
     hashes = {name: kept.sha256 for name, kept in checkpoints.items()}
-    fingerprint = config.fingerprint(hashes, custom.hashes)
+    fingerprint = in_known_order(run, config.fingerprint(hashes, custom.hashes))
     return Workload(
         config,
         where,

@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import ConfigError
+from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.models.entries import name_of
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.extension import Fingerprint, obstacles, refits
 from d2m_hpc.run.folder import RunDir, Submission
@@ -60,6 +61,17 @@ def newest(run: RunDir) -> str:
         with suppress(FileNotFoundError), undamaged(path, advice):
             return str(json.loads(path.read_bytes())["fingerprint"])
     return ""
+
+
+def in_known_order(run: RunDir, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint, its models in the order of the run's newest one if that has the same: the
+    order changes no value, so finished pairs meet a config that lists its models otherwise."""
+    models = {name_of(entry): entry for entry in fingerprint["models"]}
+    with suppress(D2MError, OSError, ValueError, LookupError):  # told by those who need the files
+        known = json.loads(run.fingerprint(newest(run)).read_bytes())["models"]
+        if len(known) == len(models):
+            return {**fingerprint, "models": [models[name_of(entry)] for entry in known]}
+    return fingerprint
 
 
 def extendable(outdated: Mapping[str, Outcome], config: Config) -> dict[str, str]:
