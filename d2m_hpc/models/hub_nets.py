@@ -133,7 +133,7 @@ def tokens(
     instead = [made.pad_token_id or made.eos_token_id or 0]
 
     def prepare(text: str) -> Any:
-        text = prefix + (text.lower() if lower else text)
+        text = (prefix + text).lower() if lower else prefix + text
         with one:  # tokenizers keep truncation as state, which threads would share
             found = made(text, truncation=True, max_length=most)
         ids = found["input_ids"] or instead  # an empty text, without tokens around

@@ -19,7 +19,8 @@ POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 class TextEmbedding(HubFamily):
     """A feature of the caption: the mean of its tokens, or its first one.
 
-    Of a checkpoint of sentence-transformers, its own pooling, length and lower case are taken.
+    Of a checkpoint of sentence-transformers, its own pooling, length, prompt and lower case are
+    taken.
     """
 
     kind: ClassVar = "text-embedding"
@@ -30,8 +31,9 @@ class TextEmbedding(HubFamily):
     """what is taken of the tokens; by default as the checkpoint says, or the mean"""
     normalise: bool | None = None
     """bring each feature to length 1; by default as the checkpoint says, or true"""
-    prefix: str = ""
-    """what every caption begins with, such as `query: `"""
+    prefix: str | None = None
+    """what every caption begins with, such as `query: `; by default the checkpoint's default
+    prompt, or nothing"""
     max_tokens: Tokens | None = None
     """tokens of a caption that are read; by default as many as the checkpoint takes"""
 
@@ -41,7 +43,7 @@ class TextEmbedding(HubFamily):
         if most is not None and (type(most) is not int or most < 3):
             what = f"{self.home(use)}/sentence_bert_config.json: max_seq_length is {most!r}"
             raise ParameterError("checkpoint", f"{what}; valid is 3 or more")
-        options = {"prefix": self.prefix, "lower": bool(told.get("do_lower_case"))}
+        options = {"prefix": self._prefix(use), "lower": bool(told.get("do_lower_case"))}
         return [self.text(use, most=self.max_tokens or most, **options)]
 
     def outputs(self, use: Use) -> list[Output]:
@@ -60,6 +62,22 @@ class TextEmbedding(HubFamily):
         if normalise is None:
             normalise = not modules or "Normalize" in modules
         return Embedder(device, self.home(use), self._pooling(use), normalise)
+
+    def _prefix(self, use: Use) -> str:
+        """
+        Raises:
+            ParameterError: the checkpoint's default prompt is none of its prompts.
+        """
+        file = "config_sentence_transformers.json"
+        told = self.document(use, file, required=False)
+        if self.prefix is not None or (name := told.get("default_prompt_name")) is None:
+            return self.prefix or ""
+        prompts = told.get("prompts")
+        prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
+        if not isinstance(prompt, str):
+            what = f"{self.home(use)}/{file}: default_prompt_name is {name!r}, and `prompts` has no"
+            raise ParameterError("checkpoint", f"{what} such text; give `prefix`, which may be ''")
+        return prompt
 
     def _modules(self, use: Use) -> Mapping[str, str]:
         """The checkpoint's modules of sentence-transformers, with the folders of their configs.
@@ -87,8 +105,8 @@ class TextEmbedding(HubFamily):
         if folder is None:
             return self.pooling or "mean"
         told = self.document(use, f"{folder}/config.json")
-        if self.prefix and not told.get("include_prompt", True):
-            raise ParameterError("prefix", f"{folder}/config.json leaves it out; valid is none")
+        if self._prefix(use) and not told.get("include_prompt", True):
+            raise ParameterError("prefix", f"{folder}/config.json leaves it out; valid is ''")
         if self.pooling or not told:
             return self.pooling or "mean"
         modes = [key for key, value in told.items() if key.startswith("pooling_mode_") and value]

@@ -37,6 +37,27 @@ def test_a_published_checkpoint_gives_what_sentence_transformers_gives() -> None
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_a_default_prompt_is_taken_where_no_prefix_is_given(tmp_path: Path) -> None:
+    folder, texts = tmp_path / "net", captions()[:8]
+    shutil.copytree(MINILM, folder, copy_function=_linked)
+    told = {"prompts": {"passage": "Passage: ", "none": ""}, "default_prompt_name": "passage"}
+    prompts = folder / "config_sentence_transformers.json"
+    prompts.unlink()
+    prompts.write_text(json.dumps(told))
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    bare = theirs.encode(texts, prompt="")
+    assert np.abs(theirs.encode(texts) - bare).max() > 1e-2
+    np.testing.assert_allclose(features(folder, texts), theirs.encode(texts), atol=1e-5)
+    np.testing.assert_allclose(features(folder, texts, prefix=""), bare, atol=1e-5)
+    use, model = Use("own", tmp_path, frozenset()), TextEmbedding(checkpoint=str(folder))
+    for other in ("query", ["passage"]):
+        prompts.write_text(json.dumps({**told, "default_prompt_name": other}))
+        with pytest.raises(ParameterError, match=r"default_prompt_name is .*; give `prefix`"):
+            model.inputs(use)
+    prompts.write_text(json.dumps({"prompts": {}, "default_prompt_name": None}))
+    assert dict(model.inputs(use)[0].options)["prefix"] == ""
+
+
 def test_the_first_token_is_taken_where_the_checkpoint_says_so(tmp_path: Path) -> None:
     folder, texts = bert(tmp_path / "net", BertModel), captions()[:8]
     shutil.copytree(MINILM / "1_Pooling", folder / "1_Pooling")
