@@ -24,6 +24,13 @@ TABLES = {
     "image-to-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
 }
 """Which of transformers' tables has the nets that a family computes with, by its kind."""
+READERS = tuple(
+    f"MODEL_FOR_{name}_MAPPING_NAMES"
+    for name in ("TEXT_ENCODING", "MASKED_LM", "CAUSAL_LM", "SEQUENCE_CLASSIFICATION")
+)
+"""Tables of the nets that give a last layer for texts alone: not CLIP, which wants a picture."""
+ENCODERS = ("longt5", "switch_transformers")
+"""Further ones, of whose nets the encoders are taken."""
 PLACES = {
     "blip": 384,
     **dict.fromkeys(("blip-2", "clip", "deit", "git", "ijepa", "metaclip_2"), 224),
@@ -46,14 +53,19 @@ def _auto(module: str) -> str:
     return path.read_text("utf-8") if path.is_file() else ""
 
 
-@cache
 def types(kind: str) -> frozenset[str]:
     """The model types for which transformers has nets of a family's kind; none if unknown."""
-    table = re.search(rf"^{TABLES.get(kind, '-')} = .*?^\)", _auto("modeling_auto"), re.M | re.S)
+    return frozenset(_table(TABLES.get(kind, "-")))
+
+
+@cache
+def _table(name: str) -> dict[str, Any]:
+    """One of transformers' tables: the names of nets by model types; empty if unknown."""
+    table = re.search(rf"^{name} = .*?^\)", _auto("modeling_auto"), re.M | re.S)
     with suppress(Exception):  # of a table that another version writes otherwise
         [made] = ast.parse(table[0] if table else "").body
-        return frozenset(dict(ast.literal_eval(made.value.args[0])))  # type: ignore[attr-defined]
-    return frozenset()
+        return dict(ast.literal_eval(made.value.args[0]))  # type: ignore[attr-defined]
+    return {}
 
 
 def misfits(
@@ -95,6 +107,12 @@ def _unknown(
     if model and known and model not in known:
         what = f"{home}/config.json: transformers has no net for {kind} of the model_type {model!r}"
         yield f"{what}{nearest(model, known)}"
+    elif known and kind == "text-embedding" and model not in ENCODERS:
+        readers = [table for name in READERS if (table := _table(name))]
+        if readers and not any(model in table for table in readers):
+            built = config.get("architectures") or [_table(TABLES[kind])[model]]
+            valid = "valid is a net that reads texts alone, as BertModel, T5EncoderModel"
+            yield f"{home}/config.json is of a {built[0]}; {valid} and CLIPTextModel do"
     made, text = re.sub("(Fast|Pil)$", "", class_of(images)), _auto("auto_mappings")
     made = made.replace("FeatureExtractor", "ImageProcessor")
     if made and text and f'"{made}' not in text + _auto("image_processing_auto"):

@@ -262,7 +262,7 @@ class Embedder(nn.Module):
 
     def __init__(self, device: torch.device, folder: Path, pooling: str, normalise: bool) -> None:
         super().__init__()
-        self.net = net_of(folder, "AutoModel", device, unused="pooler.")
+        self.net = net_of(folder, _reader_of(folder), device, unused="pooler.")
         self.pooling, self.normalise = pooling, normalise
         self.read = TextNet(self.net, self.net.config, device)
 
@@ -328,6 +328,17 @@ class Captioner(nn.Module):
             "text": [text.strip() for text in texts],
             "finite": torch.where(bad, torch.nan, 0.0),
         }
+
+
+def _reader_of(folder: Path) -> str:
+    """The class of a net that reads texts: of T5 and its like, the encoder."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    with loading(folder):
+        kind = json.loads((folder / "config.json").read_bytes())["model_type"]
+    encoder = str(MODEL_MAPPING_NAMES.get(kind, "")).removesuffix("Model") + "EncoderModel"
+    return encoder if hasattr(transformers, encoder) else "AutoModel"
 
 
 class _Seen:

@@ -12,8 +12,16 @@ import torch
 from bench import run
 from kit import captions
 from sentence_transformers import SentenceTransformer
-from tiny_nets import bert
-from transformers import AutoTokenizer, BertModel
+from tiny_nets import SMALL, bert, lively, wordpieces
+from transformers import (
+    AutoTokenizer,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 from d2m_hpc.models.families.text_embedding import TextEmbedding
 from d2m_hpc.models.family import ParameterError, Use
@@ -81,6 +89,25 @@ def test_other_checkpoints_give_the_mean_of_their_tokens(tmp_path: Path) -> None
     mask = given["attention_mask"][:, :, None]
     mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
     np.testing.assert_allclose(features(folder, texts, normalise=False), mean, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [T5EncoderModel, T5ForConditionalGeneration])
+def test_of_t5_the_encoder_is_taken(kind: Any, tmp_path: Path) -> None:
+    tokenizer, texts = wordpieces(tmp_path), captions()[:8]
+    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 16, "num_layers": 2, "num_heads": 2}
+    lively(kind(T5Config(**sizes, vocab_size=len(tokenizer)))).save_pretrained(tmp_path)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu").encode(texts)
+    assert np.abs(theirs.std(axis=0)).max() > 1e-3
+    np.testing.assert_allclose(features(tmp_path, texts, normalise=False), theirs, atol=1e-5)
+
+
+def test_a_net_that_wants_a_picture_is_refused(tmp_path: Path) -> None:
+    size = {**SMALL, "vocab_size": len(wordpieces(tmp_path))}
+    made = CLIPConfig(text_config=size, vision_config={**SMALL, "image_size": 48, "patch_size": 16})
+    CLIPModel(made).save_pretrained(tmp_path)
+    use, model = Use("own", tmp_path, frozenset()), TextEmbedding(checkpoint=str(tmp_path))
+    with pytest.raises(ParameterError, match="is of a CLIPModel; valid is a net that reads texts"):
+        model.check(use, [])
 
 
 def test_other_modules_and_poolings_are_told(tmp_path: Path) -> None:
