@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from hubs import Hub, serving, serving_folder
 from huggingface_hub import constants
 from kit import CHECKPOINTS, DATACOMP, d2m, write_config
+from models.families.test_open_clip import CLIP
+from models.families.test_open_clip import export as export_clip
+from timm.models import save_for_hf
+from tiny_nets import vit
 
 from d2m_hpc.cli.commands import app
-from d2m_hpc.errors import WeightsError
+from d2m_hpc.config import load
+from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.models import weights
 from d2m_hpc.models.families.stats import StatsOfText
 from d2m_hpc.models.published import HubRepo
+from d2m_hpc.plan.workload import inspect
 
 NO_OUTPUT: dict[str, Any] = {
     "postprocess_columns": [],
@@ -205,3 +212,66 @@ def test_the_checkpoints_of_a_custom_file_are_listed_and_checked(
     capsys.readouterr()
     _weights("check", config)
     assert capsys.readouterr().out == f"ok       {tmp_path}/mine.pth\n"
+
+
+# --- files that cannot be used ---
+
+DAMAGES = {
+    "cut": lambda data: data[:-2],
+    "empty": lambda data: b"",
+    "longer": lambda data: data + b"x",
+    "other": lambda data: b"[]",
+}
+NETS = {
+    "vit": {"kind": "image-classification", "checkpoint": "Org/vit"},
+    "clip": {"kind": "open_clip", "model": "hf-hub:Org/clip"},
+    "timm": {"kind": "timm", "model": "hf-hub:Org/timm"},
+}
+
+
+@pytest.fixture
+def nets(hub: Hub, tmp_path: Path) -> Path:
+    """A config of checkpoints that are fetched from a hub."""
+    export_clip(tmp_path / "nets/clip", CLIP)
+    vit(tmp_path / "nets/vit", id2label={0: "a", 1: "b"})
+    made = timm.create_model("test_resnet", num_classes=2)
+    save_for_hf(made, str(tmp_path / "nets/timm"), safe_serialization="both")
+    for folder in (tmp_path / "nets").iterdir():
+        found = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+        hub.put_files(f"Org/{folder.name}", found)
+    models = [{name: given} for name, given in NETS.items()]
+    columns = ["vit-a", "clip-score", "timm-label"]
+    config = _config(tmp_path, **{**NO_OUTPUT, "postprocess_columns": columns}, models=models)
+    _weights("fetch", config)
+    return config
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_configs_are_told_and_mended(
+    damage: str, nets: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = [
+        folder / "hub/Org--vit@main/config.json",
+        folder / "hub/Org--vit@main/preprocessor_config.json",
+        folder / "hub/Org--clip@main/open_clip_config.json",
+        folder / "hub/Org--timm@main/config.json",
+    ]
+    before = _files(folder)
+    for path in damaged:
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    text = nets.read_text().replace("allow_unpublished_weights: true", "")
+    nets.write_text(text)
+    _weights("list", nets)
+    assert capsys.readouterr().out.count("changed") == 3
+    with pytest.raises(WeightsError) as caught:
+        _weights("check", nets)
+    assert [p for p in damaged if f"{p} has sha256" not in str(caught.value)] == []
+    assert capsys.readouterr().out.count("changed  ") == 3
+    with pytest.raises(ConfigError) as refused:
+        inspect(load(nets), str(nets))
+    told = str(refused.value)
+    assert [p for p in damaged if f"{p} has sha256" not in told] == []
+    assert f"run `d2m weights fetch {nets}`" in told
+    _weights("fetch", nets)
+    _weights("check", nets)
+    assert _files(folder) == before

@@ -27,11 +27,13 @@ def models(
     except ParameterError as error:
         raise ConfigError("d2m models", [what for _, what in error.mistakes]) from None
     known = builtin().models
+    made, problems = builtin().with_models([name], (), weights.default_dir())
+    if problems := problems or made.unfit([name]):
+        raise ConfigError("d2m models", [p.what for p in problems])
     if name in known:
         catalogue.model(known[name], builtin())
     if family is not None and (family.model_fields or name not in known):
         catalogue.family(name, family)
     elif name not in known:
-        _, problems = builtin().with_models([name], (), weights.default_dir())
         unknown = f"unknown model or family {name!r}{nearest(name, {*kinds(), *known})}"
-        raise ConfigError("d2m models", [p.what for p in problems] or [unknown])
+        raise ConfigError("d2m models", [unknown])

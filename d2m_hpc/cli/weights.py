@@ -13,6 +13,7 @@ from d2m_hpc.errors import ConfigError, WeightsError
 if TYPE_CHECKING:
     from d2m_hpc.config import Config
     from d2m_hpc.models.family import ModelSpec
+    from d2m_hpc.models.registry import Registry
 
 app = typer.Typer(no_args_is_help=True, help="The published checkpoints of the models.")
 
@@ -84,14 +85,31 @@ def weights_fetch(
         raise WeightsError("\n".join(failed))
     if not done:
         terminal.checked([], any_hash)
+    _require_fit(config, loaded)
+
+
+def _require_fit(path: Path, config: Config) -> None:
+    """
+    Raises:
+        ConfigError: what was fetched is none of what the config says of it.
+    """
+    from d2m_hpc.config.load import located
+    from d2m_hpc.config.mistakes import checkpoint_mistakes
+
+    if mistakes := checkpoint_mistakes(config, _registry(path, config)):
+        raise ConfigError(str(path), located(str(path), mistakes))
 
 
 def _specs(path: Path, config: Config) -> dict[str, ModelSpec]:
     """The models that a config asks for; those of a custom file go before built-in ones."""
+    return _registry(path, config).specs(config.model_names)
+
+
+def _registry(path: Path, config: Config) -> Registry:
     from d2m_hpc.plan.workload import absolute, customs, run_dir
 
     config = absolute(config)
     custom, mistakes = customs(config, run_dir(config))
     if mistakes:
         raise ConfigError(str(path), mistakes)
-    return custom.registry.specs(config.model_names)
+    return custom.registry

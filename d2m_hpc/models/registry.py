@@ -6,13 +6,13 @@ Nothing here imports torch: the login node checks a config with the same tables 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from d2m_hpc.models import weights
 from d2m_hpc.models.entries import (
@@ -39,6 +39,11 @@ DATACOMP_KEYS: Mapping[str, str] = {
     "oai-clip-vit-l14-text": "l14_txt",
 }
 """The names that DataComp's tools read, with `use_datacomp_keys`."""
+EMPTY = Path("/dev/null")
+"""In place of a weights folder into which nothing is fetched."""
+Made = TypeVar("Made")
+Mistakes = list[tuple[str, str]]
+"""Parameters, and what is wrong with each."""
 NAME = re.compile(r"\w[\w.+-]{0,99}")
 """Names of models and outputs, of which columns, features and arrays in an npz have theirs."""
 NAME_RULE = "letters, digits, `_`, and behind the first also `.`, `+`, `-`; 100 at most"
@@ -224,14 +229,28 @@ def _posts(chosen: Iterable[Chosen], columns: bool) -> dict[str, Post]:
     return {name: post for c in chosen for name, post in c.posts(columns).items()}
 
 
+def _by_files(make: Callable[[Path], Made], folder: Path) -> tuple[Made, ParameterError | None]:
+    """Call a function with the weights folder, or with an empty one where a mistake is in its
+    files: so `d2m weights` can mend damaged ones.
+
+    Returns:
+        what the function made, and the mistake.
+    """
+    try:
+        return make(folder), None
+    except ParameterError as error:
+        return make(EMPTY), error
+
+
 def _usable(named: Mapping[str, Family], folder: Path) -> Iterator[Chosen]:
-    """Without those that an installed library is too old for, or whose files in the weights folder
-    are damaged; a config that lists one is told."""
+    """Without those that an installed library is too old for; a config that lists one is told."""
     for name, family in named.items():
-        use = Use(name, folder, frozenset())
-        with suppress(Exception):  # whatever the files lead to
-            family.inputs(use), family.checkpoints(use)
-            yield Chosen.of(name, family, folder)
+        for place in (folder, EMPTY):
+            use = Use(name, place, frozenset())
+            with suppress(Exception):  # whatever the files lead to
+                family.inputs(use), family.checkpoints(use)
+                yield Chosen.of(name, family, place)
+                break
 
 
 @cache
@@ -245,7 +264,8 @@ def builtin() -> Registry:
     folder = weights.default_dir()
     chosen = [*_usable(presets(), folder)]
     columns, features = _posts(chosen, columns=True), _posts(chosen, columns=False)
-    models = {c.name: c.spec(folder, (), features) for c in chosen}
+    made = ((c.name, partial(c.spec, asked=(), posts=features)) for c in chosen)
+    models = {name: _by_files(make, folder)[0] for name, make in made}
     return Registry(models, columns, features)
 
 
@@ -259,6 +279,8 @@ class Registry:
     preprocessors: frozenset[str] = frozenset(NAMED)
     own: frozenset[str] = frozenset()
     """The names that a custom file gives, of all kinds; they go before built-in ones."""
+    damaged: Mapping[str, Mistakes] = field(default_factory=dict)
+    """What is wrong with the files of models that are taken as if they were not fetched yet."""
 
     def post(self, name: str) -> Post:
         """How a column or feature is made; one that reads no model where there is none."""
@@ -286,7 +308,7 @@ class Registry:
         Returns:
             the registry, without those models with which something is wrong; and what is.
         """
-        chosen, problems = self._chosen(entries, asked, folder, texts)
+        chosen, problems, damaged = self._chosen(entries, asked, folder, texts)
         # Presets anew: what is in the weights folder may tell more of their outputs by now.
         columns, features = (
             {**old, **{n: p for n, p in _posts(chosen, kind).items() if n not in self.own}}
@@ -304,10 +326,13 @@ class Registry:
         broken = {*names} - {*models, *(c.name for c in chosen)}
         for c in chosen:
             try:
-                models[c.name] = c.spec(folder, asked, features, names, broken)
+                make = partial(c.spec, asked=asked, posts=features, listed=names, broken=broken)
+                models[c.name], wrong = _by_files(make, folder)
+                damaged |= {c.name: wrong.mistakes} if wrong else {}
             except ParameterError as error:
                 problems += _problems(c.name, c.loc, error)
-        return replace(self, models=models, columns=columns, features=features), problems
+        made = Registry(models, columns, features, self.preprocessors, self.own, damaged)
+        return made, problems
 
     def unfit(self, entries: Iterable[Listed]) -> list[Problem]:
         """What does not fit in the checkpoints of a config's models, which it has been given.
@@ -318,7 +343,9 @@ class Registry:
         problems: list[Problem] = []
         for i, entry in enumerate(entries):
             spec = self.models.get(name := name_of(entry))
-            if spec and spec.family and spec.use:
+            if mistakes := self.damaged.get(name):
+                problems += _problems(name, _loc(i, entry), ParameterError(*mistakes))
+            elif spec and spec.family and spec.use:
                 try:
                     shapes = [self.post(n).shape for n in spec.reads]
                     _asked(spec.family, "check", spec.use, shapes)
@@ -332,7 +359,8 @@ class Registry:
         asked: Collection[str],
         folder: Path,
         texts: Collection[str],
-    ) -> tuple[list[Chosen], list[Problem]]:
+    ) -> tuple[list[Chosen], list[Problem], dict[str, Mistakes]]:
+        damaged: dict[str, Mistakes] = {}
         chosen: list[Chosen] = []
         problems: list[Problem] = []
         given_by: dict[str, str] = {}
@@ -349,7 +377,9 @@ class Registry:
                 else:
                     continue
                 require_packages(family)
-                one = Chosen.of(name, family, folder, loc, asked, texts)
+                make = partial(Chosen.of, name, family, loc=loc, asked=asked, texts=texts)
+                one, wrong = _by_files(make, folder)
+                damaged |= {name: wrong.mistakes} if wrong else {}
                 for output in sorted(one.outputs):
                     # A name that is listed twice is told by whoever checks the list.
                     if (other := given_by.setdefault(output, name)) != name:
@@ -358,7 +388,7 @@ class Registry:
                 chosen.append(one)
             except ParameterError as error:
                 problems += _problems(name, loc, error)
-        return chosen, problems
+        return chosen, problems, damaged
 
     def _require_new(self, name: str) -> None:
         whose = "the custom file's" if name in self.own else "a built-in model's"

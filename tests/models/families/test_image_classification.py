@@ -81,12 +81,13 @@ def test_pictures_are_described_by_value_where_that_is_possible(tmp_path: Path) 
 
 
 def _mistakes(config: dict[str, Any], tmp_path: Path) -> list[str]:
-    from d2m_hpc.config.mistakes import registry_mistakes
+    from d2m_hpc.config.mistakes import checkpoint_mistakes, registry_mistakes
     from d2m_hpc.models.registry import Registry
 
     given = {"input_tars": ["none.tar"], "output_metadata_dir": "out", "device": "cpu"}
     made = Config.model_validate({**given, **config, "weights_dir": str(tmp_path)})
-    return [*map(str, registry_mistakes(made, Registry()))]
+    found = registry_mistakes(made, Registry())
+    return [*map(str, found or checkpoint_mistakes(made, made.registry(Registry())[0]))]
 
 
 def test_labels_are_taken_as_they_come_until_a_repository_is_fetched(tmp_path: Path) -> None:
