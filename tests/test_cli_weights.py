@@ -20,7 +20,7 @@ from tiny_nets import vit
 
 from d2m_hpc.cli.commands import app
 from d2m_hpc.config import load
-from d2m_hpc.errors import ConfigError, WeightsError
+from d2m_hpc.errors import ConfigError, D2MError, WeightsError
 from d2m_hpc.models import weights
 from d2m_hpc.models.families.stats import StatsOfText
 from d2m_hpc.models.published import HubRepo
@@ -275,3 +275,30 @@ def test_damaged_configs_are_told_and_mended(
     _weights("fetch", nets)
     _weights("check", nets)
     assert _files(folder) == before
+
+
+def test_a_repository_that_is_no_model_of_the_kind_is_told_with_the_kind_that_fits(
+    nets: Path, tmp_path: Path
+) -> None:
+    for given, told in {
+        ("open_clip", "hf-hub:Org/vit"): "no open_clip_config.json.*`kind: image-classification`",
+        ("open_clip", "hf-hub:Org/timm"): "no open_clip_config.json.*`kind: timm`",
+        ("timm", "hf-hub:Org/vit"): "holds no model of timm.*`kind: image-classification`",
+        (
+            "timm",
+            "hf-hub:Org/clip",
+        ): "has no config.json.*so it is no model of timm; `kind: open_clip`",
+        ("image-classification", "Org/timm"): "`kind: timm`",
+    }.items():
+        kind, name = given
+        entry = {"kind": kind, "checkpoint" if kind.startswith("image") else "model": name}
+        config = _config(tmp_path, **NO_OUTPUT, models=[{"net": entry}])
+        with pytest.raises(D2MError, match=f"(?s){told}|has none of config.json"):
+            _weights("fetch", config)
+        with pytest.raises(ConfigError, match=f"(?s){told}"):
+            inspect(load(config), str(config))
+
+
+def test_one_format_of_a_net_is_fetched(nets: Path, folder: Path) -> None:
+    found = {p.name for p in (folder / "hub/Org--timm@main").iterdir()}
+    assert found == {"config.json", "model.safetensors"}

@@ -132,8 +132,10 @@ class HubFamily(Family):
             wanted.pop("image", None)  # timm's own config tells how pictures are prepared
         images = self._processor(use)[1] if "image" in wanted else {}
         labels = len(self.labels(use)) if self.kind.endswith("-classification") else 0
+        advice = kind_for(home) if "pretrained_cfg" in self.document(use) else ""
+        advice = advice or "save it there too"
         mistakes = [
-            ("checkpoint", f"{home} has no {what} ({patterns[0]}); save it there too")
+            ("checkpoint", f"{home} has no {what} ({patterns[0]}); {advice}")
             for what, *patterns in wanted.values()
             if not any(path.is_file() for pattern in patterns for path in home.glob(pattern))
         ]
@@ -147,19 +149,8 @@ class HubFamily(Family):
         Raises:
             ParameterError: the commit of the hub that was fetched is of no model of transformers.
         """
-        repo, locked = self.repo(), None
-        with suppress(WeightsError):  # which is told by whoever looks at files
-            locked = Lock.read(use.folder).repositories.get(repo.name) if repo else None
-        if repo is None or locked is None:
-            return
-        names = repo.selected(locked.files)
-        lacking = [] if "config.json" in names else ["config.json"]
-        if not any(name.endswith(WEIGHTS) for name in names):
-            lacking.append("file of weights (model.safetensors)")
-        if lacking:
-            what = f"{repo.url} has no {' and no '.join(lacking)} at {locked.commit[:12]}"
-            advice = "choose another repository or `revision`"
-            raise ParameterError("checkpoint", f"{what}; {advice}")
+        if repo := self.repo():
+            require_files("checkpoint", repo, use.folder, "config.json", "transformers")
 
     def document(
         self, use: Use, name: str = "config.json", required: bool = True, kind: type = dict
@@ -274,6 +265,44 @@ class HubFamily(Family):
             Output("label", "string", options={"to_cpu": False}),
             Output("scores", shape=(len(labels),) if labels else ()),
         ]
+
+
+def require_files(parameter: str, repo: HubRepo, folder: Path, config: str, whose: str) -> None:
+    """
+    Args:
+        config: the name of the file that describes a model.
+        whose: the library that wrote the model.
+
+    Raises:
+        ParameterError: the commit of the hub that was fetched is of no such model.
+    """
+    locked = None
+    with suppress(WeightsError):  # which is told by whoever looks at files
+        locked = Lock.read(folder).repositories.get(repo.name)
+    if locked is None:
+        return
+    names = repo.selected(locked.files)
+    lacking = [] if config in names else [config]
+    if not any(name.endswith(WEIGHTS) for name in names):
+        lacking.append("file of weights (model.safetensors)")
+    if lacking:
+        what = f"{repo.url} has no {' and no '.join(lacking)} at {locked.commit[:12]}"
+        advice = kind_for(folder / repo.name) or "choose another repository or `revision`"
+        raise ParameterError(parameter, f"{what}, so it is no model of {whose}; {advice}")
+
+
+def kind_for(home: Path) -> str:
+    """What to say of the kind that takes a checkpoint, by its config; empty if none is known."""
+    if (home / "open_clip_config.json").is_file():
+        return "`kind: open_clip` takes it"
+    try:
+        told = read_json(home / "config.json")
+        if {"architecture", "pretrained_cfg"} & told.keys():
+            return "`kind: timm` takes it"
+        fit = [k for k, nets in NETS.items() if _any_of(nets, told.get("architectures") or ())]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return ""
+    return f"`kind: {fit[0]}` takes it" if fit else ""
 
 
 def _any_of(parts: Sequence[str], names: Sequence[Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
@@ -29,6 +29,8 @@ TWINS = (
 )
 """How files end that hold once more what a `.safetensors` beside them holds."""
 _REPO = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)?[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+_VARIANT = re.compile(r"^(model|pytorch_model)\.[^.-]+(?=\.(?:safetensors|bin)$)")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class HubRepo:
         revision: a branch, a tag or a commit.
         files: patterns of the paths that are needed, in which `*` matches `/` too; empty for what
             transformers reads. Where a folder has `.safetensors`, its copies in other formats are
-            left out, unless a pattern is just the file's name.
+            left out, unless a pattern is just the name of the copy, and none that of the other.
 
     Raises:
         ValueError: the hub can have no such repository or revision.
@@ -103,12 +105,13 @@ class HubRepo:
         """
         exact = frozenset(self.files)
         found = [n for n in sorted(names) if n in exact or self._is_asked_for(n)]
+        if not self.files:
+            found = [name for name in found if not _is_spare(name, found)]
         safe = {PurePosixPath(n).parent for n in found if n.endswith(".safetensors")}
-        return [
-            name
-            for name in found
-            if name in exact or not (name.endswith(TWINS) and PurePosixPath(name).parent in safe)
-        ]
+        named = {PurePosixPath(n).parent for n in exact if n.endswith(".safetensors")}
+        copies = [n for n in found if n.endswith(TWINS) and PurePosixPath(n).parent in safe]
+        left = {n for n in copies if n not in exact or PurePosixPath(n).parent in named}
+        return [name for name in found if name not in left]
 
     def _is_asked_for(self, name: str) -> bool:
         if self.files:
@@ -118,6 +121,18 @@ class HubRepo:
             return False
         training = last.startswith("training_args") or last == "trainer_state.json"
         return not training and any(fnmatchcase(last, pattern) for pattern in ALL)
+
+
+def _is_spare(name: str, names: Collection[str]) -> bool:
+    """Whether a file has weights that nobody reads: a variant (`model.fp16.safetensors`) beside the
+    whole, or a folder's that is no module of sentence-transformers."""
+    *folders, last = name.split("/")
+    if not last.endswith((".safetensors", ".bin")):
+        return False
+    if folders and "modules.json" not in names:
+        return True
+    plain = _VARIANT.sub(r"\1", last)
+    return plain != last and "/".join((*folders, plain)) in names
 
 
 def endpoint() -> str:

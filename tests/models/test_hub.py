@@ -98,6 +98,8 @@ def test_only_the_files_that_are_needed_are_asked_for(hub: Hub, folder: Path) ->
     [
         (("*.bin", "*.safetensors"), ["a/x.safetensors", "b/x.bin"]),
         (("*.bin", "*.safetensors", "a/x.bin"), ["a/x.bin", "a/x.safetensors", "b/x.bin"]),
+        (("a/x.bin", "a/x.safetensors"), ["a/x.safetensors"]),
+        (("a/x.bin", "a/y.safetensors"), ["a/x.bin"]),
         (("a/*.json",), ["a/x.json"]),
     ],
 )
@@ -111,6 +113,23 @@ def test_patterns_choose_and_exact_names_are_always_kept(
 def test_without_safetensors_the_other_format_is_taken() -> None:
     names = ["config.json", "pytorch_model.bin", "tf_model.h5", "training_args.bin"]
     assert HubRepo("a/b").selected(names) == ["config.json", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.fp16.safetensors", "model.safetensors"], ["model.safetensors"]),
+        (["config.json", "model.fp16.safetensors"], ["config.json", "model.fp16.safetensors"]),
+        (["model.safetensors", "sub/model.safetensors"], ["model.safetensors"]),
+        (["pytorch_model.bin", "sub/model.safetensors"], ["pytorch_model.bin"]),
+        (
+            ["2_Dense/model.safetensors", "model.safetensors", "modules.json"],
+            ["2_Dense/model.safetensors", "model.safetensors", "modules.json"],
+        ),
+    ],
+)
+def test_weights_that_nothing_reads_are_left_out(names: list[str], expected: list[str]) -> None:
+    assert HubRepo("a/b").selected(names) == expected
 
 
 def test_patterns_that_match_nothing_are_told_with_what_there_is(hub: Hub, folder: Path) -> None:

@@ -29,6 +29,7 @@ from d2m_hpc.models.family import (
     read_json,
 )
 from d2m_hpc.models.headers import shapes
+from d2m_hpc.models.hub_family import require_files
 from d2m_hpc.models.inputs import CLIP_MEAN, CLIP_STD, ImageInput, OwnInput
 from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.texts import nearest
@@ -232,6 +233,8 @@ class OpenClip(Family):
         return merged(found)
 
     def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
+        if repo := self._repo():
+            require_files("model", repo, use.folder, CONFIG, "open_clip")
         home = at_hand(self.model)
         told = home and self._config(use).get("text_cfg", {}).get("hf_tokenizer_name")
         if home and told and use.wanted & {"text", "score"} and not any(home.glob("*token*")):
@@ -305,8 +308,10 @@ class OpenClip(Family):
         home, name = self._home(use), self.model.replace("/", "-")
         if home is None:
             if name not in architectures():
-                what = f"unknown model {name!r}{nearest(name, architectures())}{here(self.model)}"
-                raise ParameterError("model", what)
+                near = nearest(name, architectures())
+                other = f"; a repository of the hub is '{HUB}{self.model}'"
+                other = here(self.model) or (other if "/" in self.model else "")
+                raise ParameterError("model", f"unknown model {self.model!r}{near}{other}")
             path = _library() / "model_configs" / f"{name}.json"
             return {"model_cfg": read_json(path)}
         if self._repo() and not (home / CONFIG).exists():

@@ -28,6 +28,7 @@ from d2m_hpc.models.family import (
     read_json,
 )
 from d2m_hpc.models.headers import shapes
+from d2m_hpc.models.hub_family import kind_for, require_files
 from d2m_hpc.models.inputs import LARGEST_SIDE, ImageInput, Interpolation, OwnInput, require_sides
 from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.texts import nearest
@@ -99,7 +100,9 @@ def chosen(architecture: str, tag: str) -> tuple[str, Mapping[str, Any]]:
     """
     if architecture not in architectures():
         valid = nearest(architecture, architectures())
-        what = f"unknown model {architecture!r}{valid}{here(architecture)}"
+        other = f"; a repository of the hub is '{HUB}{architecture}{tag and '.'}{tag}'"
+        other = here(architecture) or (other if "/" in architecture else "")
+        what = f"unknown model {architecture!r}{valid}{other}"
         raise ParameterError("model", what)
     own = {
         name: told
@@ -154,6 +157,8 @@ class Timm(Family):
         return [self._weights(use)]
 
     def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
+        if repo := self._repo():
+            require_files("model", repo, use.folder, FILES[0], "timm")
         name = self._published(use)[0].partition(".")[0]
         if name and name not in architectures():
             what = f"{self.model} is of an unknown architecture {name!r}"
@@ -224,7 +229,9 @@ class Timm(Family):
             what = f"{path} cannot be used: {error.strerror or error}"
             raise ParameterError("model", what) from None
         except ValueError as error:
-            raise ParameterError("model", f"{path} holds no model of timm: {error}") from None
+            advice = f"; {fit}" if (fit := kind_for(home)) else ""
+            what = f"{path} holds no model of timm: {error}{advice}"
+            raise ParameterError("model", what) from None
 
     def _told(self, use: Use) -> dict[str, Any]:
         """What a model's config says, and timm's defaults for what it leaves out."""
