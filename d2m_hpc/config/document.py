@@ -212,9 +212,16 @@ class Document:
                 return ""
         if item is not None and node is not None:
             items = node.value if isinstance(node, yaml.SequenceNode) else [node]
-            same = (n for n in items if isinstance(n.value, str) and read(n.value) == str(item))
+            named = [_name_of(n) for n in items]
+            same = (n for n in named if isinstance(n.value, str) and read(n.value) == str(item))
             found = Place.of(node) if (node := next(same, None)) else None
         return self._lines.frame(found) if found else ""
+
+
+def _name_of(item: yaml.Node) -> yaml.Node:
+    """The name of a list's entry: of a mapping of one key, such as a model, that key."""
+    one = isinstance(item, yaml.MappingNode) and len(item.value) == 1
+    return item.value[0][0] if one else item
 
 
 def _child(node: yaml.Node | None, part: str | int) -> tuple[Place | None, yaml.Node | None]:

@@ -230,8 +230,8 @@ def _post_mistakes(
     mistakes += _more(key, unknown)
     for name in dict.fromkeys(names):
         if name in known and known[name].model and known[name].model not in listed:
-            if known[name].model in meant:
-                continue  # its name is misspelt there
+            if known[name].model in meant or name.startswith(untold):
+                continue  # its name is misspelt there, or what it gives is not known
             what = (
                 f"{name!r} is made of {known[name].model!r}, which is not in models; "
                 f"add it there or drop {name!r}"

@@ -24,6 +24,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Record, Shard
 from d2m_hpc.run.slices import Slice, version_of
+from d2m_hpc.storage.texts import few
 from d2m_hpc.storage.urls import is_folder, is_local
 
 LOOKED_AT = 1000
@@ -55,13 +56,12 @@ class Changed:
 
     def notices(self) -> Iterator[str]:
         if self.stems:
-            few = ", ".join(self.stems[:3])
             some = "" if self.all else f" of {self.looked_at:,} that were looked at, at random"
             one = len(self.stems) == 1
             count = "1 tar" if one else f"{len(self.stems):,} tars"
             others = "is not the one that was" if one else "are not those that were"
             yield (
-                f"{count}{some} {others} computed, by size or time ({few}); "
+                f"{count}{some} {others} computed, by size or time ({few(self.stems)}); "
                 f"`d2m-submit --recompute-changed` computes {'it' if one else 'them'} again"
             )
 

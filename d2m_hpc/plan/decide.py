@@ -26,6 +26,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import DIED, Job, Record, Shard
 from d2m_hpc.run.shards import read_shards
+from d2m_hpc.storage.texts import few
 
 START = 4.0
 """Seconds of a task's start without its nets."""
@@ -334,7 +335,7 @@ def _refuse_foreign(workload: Workload, stems: list[str]) -> None:
     if stems:
         mistake = (
             f"output_metadata_dir: {workload.config.output_metadata_dir} holds {len(stems)} "
-            f"parquets that this program did not write ({', '.join(stems[:3])}); move them, or "
+            f"parquets that this program did not write ({few(stems)}); move them, or "
             "set `reprocess: true` to replace them"
         )
         raise ConfigError(workload.where, [mistake])

@@ -20,7 +20,7 @@ from d2m_hpc.run.shards import read_shards, write_shards
 from d2m_hpc.run.user import user_name
 from d2m_hpc.storage.files import is_private, own_only, owned
 from d2m_hpc.storage.lease import held
-from d2m_hpc.storage.texts import BRIEF, safe
+from d2m_hpc.storage.texts import BRIEF, few, safe
 from d2m_hpc.storage.urls import GLOB, is_local
 
 
@@ -59,9 +59,8 @@ def forget(run: RunDir, names: Sequence[str], busy: Collection[str]) -> list[Sha
         gone = {s.stem for s in chosen}
         taken = {path.stem for path in held(map(run.lease, gone))}
         if working := sorted(gone & ({*busy} | taken)):
-            few = ", ".join(working[:3])
             raise D2MError(
-                f"{len(working)} of these shards are in the hands of tasks ({few}); "
+                f"{len(working)} of these shards are in the hands of tasks ({few(working)}); "
                 "`d2m cancel` ends them, or wait until they have ended"
             )
         _write_down(run, chosen, True)

@@ -17,6 +17,7 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import NPZ, PARQUET, SUFFIXES, OutputDir
 from d2m_hpc.run.shards import read_stems
+from d2m_hpc.storage.texts import few
 
 State = Literal["done", "outdated", "failed", "given up", "pending"]
 
@@ -66,10 +67,9 @@ class Standings:
     def require_finished(self, allow_missing: bool) -> None:
         """Raise a `D2MError` if shards are not finished, unless that is allowed."""
         if (missing := self.unfinished) and not allow_missing:
-            few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise D2MError(
-                f"{len(missing)} of {len(self.stems)} shards are not finished ({few}); finish them "
-                "with `d2m submit`, or leave them out with --allow-missing"
+                f"{len(missing)} of {len(self.stems)} shards are not finished ({few(missing)}); "
+                "finish them with `d2m submit`, or leave them out with --allow-missing"
             )
 
     def state(self, stem: str) -> State:

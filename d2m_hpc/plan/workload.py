@@ -33,7 +33,7 @@ from d2m_hpc.run.fingerprints import DERIVED, in_known_order
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.run.slices import Slice, Tree, planned
-from d2m_hpc.storage.texts import BRIEF, safe
+from d2m_hpc.storage.texts import BRIEF, few, safe
 from d2m_hpc.storage.urls import is_folder, is_local
 
 
@@ -378,6 +378,6 @@ def _notices(
     if expansion.duplicates:
         notices.append(f"{expansion.duplicates} tars are named more than once; each is done once")
     if expansion.missing:
-        few = ", ".join(expansion.missing[:3])
-        notices.append(f"{len(expansion.missing)} tars are not there and will fail: {few}")
+        some = few(expansion.missing)
+        notices.append(f"{len(expansion.missing)} tars are not there and will fail: {some}")
     return notices + memory.notices(config, known, sizes)

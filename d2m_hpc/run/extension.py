@@ -5,7 +5,7 @@ The earlier config is known by its fingerprint, as `Config.fingerprint` makes it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from d2m_hpc.config.schema import Config
@@ -43,7 +43,9 @@ def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
         old, new: the two fingerprints, each by `with_own_names`.
     """
     free = {*LISTS, "checkpoints", *CODE, OWN, TEXTS, DERIVE}
+    renamed = _renamed(old["models"], new["models"])
     return [
+        *renamed.values(),
         *(
             f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
             for key in sorted((old.keys() | new.keys()) - free)
@@ -54,12 +56,25 @@ def obstacles(old: Fingerprint, new: Fingerprint) -> list[str]:
             for key in LISTS
             for name in _names(key, old[key])
             if name not in _names(key, new[key])
+            and not any(name == m or name.startswith(f"{m}-") for m in renamed)
         ),
         *_other_texts(old.get(TEXTS), new.get(TEXTS)),
         *_other_parameters(old["models"], new["models"]),
         *_other_checkpoints(old["checkpoints"], new["checkpoints"]),
         *_other_code(old, new),
     ]
+
+
+def _renamed(old: Sequence[Listed], new: Sequence[Listed]) -> dict[str, str]:
+    """What is wrong with models that are listed by another name now, by the earlier name."""
+    was, now = ({name_of(e): parameters_of(e) for e in entries} for entries in (old, new))
+    return {
+        name: f"models: {name!r} is named {other!r} now, and counts as another model; name it "
+        f"{name!r} in all lists, as its finished outputs are"
+        for name, given in was.items()
+        for other in now
+        if given and name not in now and other not in was and now[other] == given
+    }
 
 
 def _other_texts(old: Any, new: Any) -> Iterator[str]:

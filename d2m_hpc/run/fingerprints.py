@@ -15,6 +15,7 @@ from d2m_hpc.run.extension import Fingerprint, obstacles, refits
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.storage.lease import Lease, held
+from d2m_hpc.storage.texts import few
 
 DERIVED = "+"
 """Between the short hash of a config and that of its derived columns, where a pair has these."""
@@ -106,10 +107,11 @@ def require_growth(
             mistakes = obstacles(earlier, now)
         if not mistakes:
             return dict(earlier)
-    few = f"{len(stems)} shards ({', '.join(stems[:3])})" if stems else "what live tasks make"
+    made_so = f"{len(stems)} shards ({few(stems)})" if stems else "what live tasks make"
     advice = (
-        f"{few} of the run in {run.root} were made with other values, and take additional models, "
-        "columns, features and fields only; restore the rest, take another output_metadata_dir, "
-        "or set `reprocess: true` to compute these shards again"
+        f"{made_so} of the run in {run.root} were made with other values, and take additional "
+        "models, columns, features and fields only; restore the rest, take another "
+        "output_metadata_dir, or set `reprocess: true` to compute these shards again"
     )
-    raise ConfigError(where, [*mistakes, advice])
+    one = len(mistakes) == 1
+    raise ConfigError(where, [f"{mistakes[0]}; {advice}"] if one else [*mistakes, advice])

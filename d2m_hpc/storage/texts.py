@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from d2m_hpc.storage.urls import masked
@@ -45,6 +45,17 @@ def fit(text: str, limit: int = LIMIT, lines: bool = False) -> str:
     if not _ODD.search(text):
         return text
     return _cut(_ODD.sub(_kept if lines else _escaped, text), limit)
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names of many, and how many more there are.
+
+    Example:
+        >>> few(["a", "b", "c", "d"])
+        'a, b, c and 1 more'
+    """
+    told = ", ".join(names[:most])
+    return told + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def nearest(name: str, valid: Iterable[str], others: Iterable[str] = ()) -> str:

@@ -16,6 +16,7 @@ from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.run.fingerprints import meets
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.storage.texts import few
 from d2m_hpc.subsets.widest import FLOATS, Layout, Widest, is_lossy, listed, literal, quoted, text
 
 if TYPE_CHECKING:
@@ -147,8 +148,7 @@ def opened(
     output = OutputDir(config.output_metadata_dir)
     newest = sorted(done, key=lambda s: (bool(done[s].rows), done[s].finished), reverse=True)
     if lost := sorted(s for s, o in found.removed.items() if meets(o.fingerprint, found.asked)):
-        few = ", ".join(lost[:3])
-        what = f"outputs of {len(lost)} finished shards are missing ({few})"
+        what = f"outputs of {len(lost)} finished shards are missing ({few(lost)})"
         raise D2MError(f"{output.url}: {what}; see `d2m verify`")
     paths = [output.address(f"{stem}.parquet") for stem in newest]
     with (

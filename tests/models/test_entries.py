@@ -103,7 +103,7 @@ def test_a_name_in_set_is_told_with_its_option(tmp_path: Path) -> None:
 def test_one_name_is_one_models(tmp_path: Path) -> None:
     two = "  - x: {kind: text-stats}\n  - x: {kind: image-stats}\n"
     (tmp_path / "c.yml").write_text(HEAD + two)
-    with pytest.raises(ConfigError, match="found 'x' more than once"):
+    with pytest.raises(ConfigError, match=r"found 'x' more than once.+\n.+--> .*c\.yml:\d+:5"):
         load(tmp_path / "c.yml")
 
 

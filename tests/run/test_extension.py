@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from kit import DATACOMP, write_config
 
 from d2m_hpc import config as configs
 from d2m_hpc.config import Config
+from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import custom
 from d2m_hpc.models.registry import Registry
 from d2m_hpc.run.extension import obstacles, only_new, with_own_names
+from d2m_hpc.run.fingerprints import require_growth
+from d2m_hpc.run.folder import RunDir
 
 B32: dict[str, Any] = {
     "models": ["oai-clip-vit-b32"],
@@ -66,6 +70,30 @@ def test_every_list_may_grow(folder: Path) -> None:
     assert obstacles(old, new) == []
     assert "models: 'dedup-isc-ft-v107' is no longer listed" in obstacles(new, old)
     assert len(obstacles(new, old)) == 5 + 5 + 4 + 5
+
+
+def test_a_model_of_another_name_is_one_mistake(folder: Path) -> None:
+    stats = {"kind": "text-boxes", "limit_side_len": 320}
+    old, new = (
+        fingerprint(
+            config(folder, {"models": [{name: stats}], "postprocess_columns": [f"{name}-count"]})
+        )
+        for name in ("sw", "swin")
+    )
+    [told] = obstacles(old, new)
+    assert told.startswith("models: 'sw' is named 'swin' now, and counts as another model; ")
+    assert "models: 'sw' is no longer listed" in obstacles(old, {**new, "models": ["text-stats"]})
+
+
+def test_one_difference_is_one_mistake_that_tells_of_all_shards(folder: Path) -> None:
+    run, stems = RunDir(folder / "run"), ["00000", "00001", "00002", "00003"]
+    old, new = (fingerprint(config(folder, v)) for v in (B32, {**B32, "resize": "exact"}))
+    run.fingerprints.mkdir(parents=True)
+    run.fingerprint("old").write_text(json.dumps(old))
+    with pytest.raises(ConfigError) as refused:
+        require_growth(run, "old", stems, new, "c.yml")
+    [told] = refused.value.mistakes
+    assert told.startswith("resize: was 'fast', is 'exact'; 4 shards (00000, 00001, 00002 and 1 mo")
 
 
 def test_the_order_of_columns_may_change(folder: Path) -> None:

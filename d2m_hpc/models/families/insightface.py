@@ -132,6 +132,17 @@ def finder(**options: Any) -> Callable[[Image], tuple[Any, ...]]:
     return _loaded[key]
 
 
+def _settle() -> None:
+    """Let OpenCV take one thread, as all cores decode, each thread with one picture; and hide what
+    scikit-image says of insightface's calls, which no user can mend."""
+    import warnings
+
+    import cv2
+
+    cv2.setNumThreads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="insightface")
+
+
 def load(
     providers: list[Any], pack: str, det_size: int, det_thresh: float, wanted: str
 ) -> Callable[[Image], tuple[Any, ...]]:
@@ -140,13 +151,12 @@ def load(
     Raises:
         ValueError: it has no net for one that is.
     """
-    import cv2
     import numpy as np
     from insightface.app import FaceAnalysis
 
     from d2m_hpc.models.onnx_session import options
 
-    cv2.setNumThreads(1)  # all cores decode, each thread with one picture
+    _settle()
     names = wanted.split()
     nets = {_NETS[name] for name in names if name in _NETS}
     with _unpacked(Path(pack)) as folder:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from d2m_hpc.config import Config
 from d2m_hpc.models.inputs import PICTURES, RAW_INPUTS
-from d2m_hpc.storage.texts import BRIEF, safe
+from d2m_hpc.storage.texts import BRIEF, few, safe
 
 IMAGES = ("image", *PICTURES)
 TEXTS = ("txt", "text", "caption")
@@ -136,5 +136,4 @@ def _typed(schema: pa.Schema, name: str) -> str:
 
 
 def shown(names: Sequence[str]) -> str:
-    few = ", ".join(safe(name, 30) for name in names[:SHOWN])
-    return few + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return few([safe(name, 30) for name in names], SHOWN)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from bench import run
 from insightface.app import FaceAnalysis
-from kit import photographs
+from kit import photographs, write_config
 from PIL import Image
 from torch import Tensor, nn
 
+from d2m_hpc.config import load
 from d2m_hpc.errors import ConfigError, WeightsError
 from d2m_hpc.models.families import insightface
 from d2m_hpc.models.families.insightface import InsightFace, _unpacked, files_of
@@ -103,6 +104,22 @@ def test_faces_are_those_of_face_analysis(pack: Path) -> None:
         largest = expected[int(np.argmax(areas))].normed_embedding if expected else np.zeros(512)
         np.testing.assert_allclose(ours.features["own-embedding"][i], largest, atol=1e-5)
     assert number > 10
+
+
+def test_a_missing_pack_is_one_mistake(tmp_path: Path) -> None:
+    """Though a built-in model gives a column `face-boxes`, too."""
+    model, columns = {"face": {"kind": "insightface", "pack": "./none"}}, ["face-boxes"]
+    keys = {"models": [model], "postprocess_columns": columns, "input_tars": "x.tar"}
+    with pytest.raises(ConfigError, match=r"1 mistake\n.*pack: .*none is no folder of"):
+        load(write_config(tmp_path / "c.yml", {**keys, "output_metadata_dir": str(tmp_path)}))
+
+
+def test_the_library_warns_nobody(pack: Path) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        find = insightface.load(["CPUExecutionProvider"], str(pack), SIDE, 0.5, "embedding")
+        assert any(find(picture)[0].any() for picture in photographs(3))
+    assert [w for w in told if w.category is FutureWarning] == []
 
 
 @pytest.mark.parametrize("inside", ["", "small/"])
