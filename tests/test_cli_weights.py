@@ -302,3 +302,31 @@ def test_a_repository_that_is_no_model_of_the_kind_is_told_with_the_kind_that_fi
 def test_one_format_of_a_net_is_fetched(nets: Path, folder: Path) -> None:
     found = {p.name for p in (folder / "hub/Org--timm@main").iterdir()}
     assert found == {"config.json", "model.safetensors"}
+
+
+def test_a_repository_never_asked_for_is_told_once(
+    hub: Hub, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nets = [{"a": {"kind": "text-embedding", "checkpoint": "Org/net"}}]
+    nets += [{"b": {"kind": "timm", "model": "hf-hub:Org/net"}}]
+    config = _config(tmp_path, **{**NO_OUTPUT, "allow_unpublished_weights": False}, models=nets)
+    with pytest.raises(ConfigError) as caught:
+        inspect(load(config), str(config))
+    assert str(caught.value).count("is missing; it is published") == 1
+    with pytest.raises(WeightsError):
+        _weights("check", config)
+    assert f"missing  {folder}/hub/Org--net@main (main)" in capsys.readouterr().out
+    _weights("list")
+    listed = capsys.readouterr().out
+    assert "declared by" not in listed
+    assert "an installed package" in listed
+
+
+def test_names_of_another_form_say_the_right_one(tmp_path: Path) -> None:
+    for entry, told in (
+        ({"kind": "open_clip", "model": "acme/net"}, "unknown model 'acme/net'.*'hf-hub:acme/net'"),
+        ({"kind": "timm", "model": "acme/x.y"}, "unknown model 'acme/x'.*'hf-hub:acme/x.y'"),
+        ({"kind": "siglip2-b16-224"}, "is the plain name of a model.*`- siglip2-b16-224`"),
+    ):
+        with pytest.raises(ConfigError, match=f"(?s){told}"):
+            load(_config(tmp_path, **NO_OUTPUT, models=[{"net": entry}]))

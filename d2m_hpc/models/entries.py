@@ -130,7 +130,10 @@ def family_of(entry: Mapping[str, Any]) -> Family:
         raise ParameterError("", f"found no `kind`; valid: {', '.join(kinds())}")
     family = known_families().get(kind) or plugged_in(kind)
     if family is None:
-        raise ParameterError("kind", f"unknown kind {_shown(kind)}{nearest(kind, kinds())}")
+        what = f"unknown kind {_shown(kind)}{nearest(kind, kinds())}"
+        if kind in presets():
+            what = f"{kind!r} is the plain name of a model; list that alone, `- {kind}`"
+        raise ParameterError("kind", what)
     try:
         return family(**parameters)
     except ValidationError as error:

@@ -25,7 +25,7 @@ from d2m_hpc.models.download import (
     PartialFile,
     download,
 )
-from d2m_hpc.models.lock import Lock, alone
+from d2m_hpc.models.lock import UNLOCKED, Lock, alone
 from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.files import atomic_write, fsync_dir, make_folder
 
@@ -147,7 +147,8 @@ def check(
 ) -> list[Checked]:
     """Look at every file that these models need, those of hub repositories one by one."""
     lock = Lock.read(folder) if lock is None else lock
-    return [c for need in needed(specs) for c in survey(need, folder, lock, digest).files]
+    found = (c for need in needed(specs) for c in survey(need, folder, lock, digest).files)
+    return list(dict.fromkeys(found))  # models may share a repository
 
 
 def survey(
@@ -261,6 +262,7 @@ def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) ->
         WeightsError: naming every file that is missing or wrong, its URL and the command to run.
     """
     problems = []
+    unlocked = [c for c in checked if c.checkpoint.sha256 == UNLOCKED and c.sha256]
     for item in checked:
         if item.state == "missing":
             url = item.checkpoint.url
@@ -270,8 +272,12 @@ def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) ->
             problems.append(f"{item.path} is missing; {where}")
         elif not item.is_usable(allow_unpublished):
             whose = "published is" if item.checkpoint.url else "the config says"
+            if item in unlocked[1:]:  # for one cause
+                continue
+            others = len(unlocked) - 1 if item in unlocked else 0
+            more = f", nor {others} more files" if others else ""
             problems.append(
-                f"{item.path} has sha256 {item.sha256}, {whose} {item.checkpoint.sha256} "
+                f"{item.path} has sha256 {item.sha256}, {whose} {item.checkpoint.sha256}{more} "
                 "(allow_unpublished_weights: true accepts your own)"
             )
     if problems:

@@ -307,6 +307,10 @@ def report(found: Report) -> None:
         console.print(f"{left}; `d2m status` says why, and `d2m-submit` goes on", style="yellow")
 
 
+OWN = "declared by a custom file, or the config"
+"""Of checkpoints that are not published."""
+
+
 def checkpoints(known: Sequence[Found]) -> None:
     """Print checkpoints' paths, sizes and sources."""
     table = Table("file or folder", "size", "published at", "sha256 or commit", show_edge=False)
@@ -314,7 +318,8 @@ def checkpoints(known: Sequence[Found]) -> None:
         need, state = item.need, item.state
         size = "missing" if state == "missing" else decimal(item.size)
         if isinstance(need, Checkpoint):
-            whose = need.url or "declared by a custom file, or the config"
+            whose = "an installed package" if "site-packages" in item.place.parts else OWN
+            whose = need.url or whose
             table.add_row(str(item.place), size, whose, need.sha256[:12] or "not published")
         else:
             size = size if state == "missing" else f"{size}, {state}"
@@ -332,7 +337,7 @@ def checked(found: Sequence[Found], allow_unpublished: bool) -> None:
             continue
         style = "green" if item.state == "present" else "yellow"
         at = f"{item.need.revision} is {item.commit[:12]}" if item.commit else item.need.revision
-        told = f"{len(item.files)} files, {decimal(item.size)}, {at}"
+        told = f"{len(item.files)} files, {decimal(item.size)}, {at}" if item.size else at
         console.print(f"{item.state:8} {item.place} ({told})", style=style)
         for file in item.files:
             if file.state != "ok" and file.path != item.place:  # a folder that is not there

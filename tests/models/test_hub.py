@@ -417,8 +417,10 @@ def test_missing_and_changed_files_are_told_one_by_one(hub: Hub, folder: Path) -
 def test_a_folder_without_a_lock_file_is_accepted_on_request_only(hub: Hub, folder: Path) -> None:
     fetch(REPO, folder, WISH)
     (folder / "weights.lock.json").unlink()
-    with pytest.raises(WeightsError, match=r"weights.lock.json beside it does not name it"):
+    with pytest.raises(WeightsError, match=r"weights.lock.json beside it does not name it") as told:
         _require(folder)
+    assert str(told.value).count("does not name it, nor 2 more files") == 1
+    assert len(str(told.value).splitlines()) == 3
     assert (_state(folder), len(_require(folder, True))) == ("not locked", 3)
 
 
