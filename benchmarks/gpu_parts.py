@@ -237,7 +237,8 @@ def _models(bench: Bench, graph: Graph, batch: Batch, mode: str) -> Iterator[tup
     sent: list[Any] = []
     finished = graph._finished(batch.inputs, sent)
     for name in graph.models:
-        arguments = graph._arguments(name, finished, cache)
+        wanted = graph.toolbox.specs[name].inputs
+        arguments = graph._arguments(name, finished, cache, wanted)
         work = partial(graph._run, name, arguments, graph.dtype)
         started = time.perf_counter()
         cache[name] = work()

@@ -68,10 +68,12 @@ def in_known_order(run: RunDir, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """The fingerprint, its models in the order of the run's newest one if that has the same: the
     order changes no value, so finished pairs meet a config that lists its models otherwise."""
     models = {name_of(entry): entry for entry in fingerprint["models"]}
-    with suppress(D2MError, OSError, ValueError, LookupError):  # told by those who need the files
-        known = json.loads(run.fingerprint(newest(run)).read_bytes())["models"]
-        if len(known) == len(models):
-            return {**fingerprint, "models": [models[name_of(entry)] for entry in known]}
+    with suppress(D2MError, OSError):  # told by those who need the files
+        path = run.fingerprint(newest(run))
+        with undamaged(path, ""):
+            known = [name_of(entry) for entry in json.loads(path.read_bytes())["models"]]
+            if models.keys() == {*known}:
+                return {**fingerprint, "models": [models[name] for name in known]}
     return fingerprint
 
 
