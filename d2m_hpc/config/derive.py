@@ -40,8 +40,7 @@ class Derivation(BaseModel):
 
     def with_paths(self, change: Callable[[str], str]) -> Derivation:
         """The same with its paths changed."""
-        path = getattr(self, "reference", None)
-        return self.model_copy(update={"reference": change(path)}) if path else self
+        return self
 
 
 class SqlExpression(Derivation):
@@ -120,31 +119,33 @@ class Duplicates(Derivation):
         return {name: "bool", f"{name}-similarity": "float32"}
 
 
-class Nearest(Derivation):
-    """The row of a reference that is nearest by cosine, and the cosine."""
+class Referring(Derivation):
+    """A derivation that compares a feature with the vectors of a file of the user's."""
 
-    kind: Literal["nearest"]
     feature: str
     """a feature of the config"""
     reference: str
     """an `.npy` of a vector a row, or a `.parquet`"""
     column: str | None = None
     """with the vectors, of a parquet"""
+
+    def with_paths(self, change: Callable[[str], str]) -> Referring:
+        return self.model_copy(update={"reference": change(self.reference)})
+
+
+class Nearest(Referring):
+    """The row of a reference that is nearest by cosine, and the cosine."""
+
+    kind: Literal["nearest"]
 
     def columns(self, name: str) -> dict[str, str]:
         return {name: "int64", f"{name}-similarity": "float32"}
 
 
-class NormSim(Derivation):
+class NormSim(Referring):
     """NormSim of Wang et al. (2024): the norm of a sample's cosines with the vectors of a task."""
 
     kind: Literal["normsim"]
-    feature: str
-    """a feature of the config"""
-    reference: str
-    """an `.npy` of a vector a row, or a `.parquet`"""
-    column: str | None = None
-    """with the vectors, of a parquet"""
     norm: Literal[2, "inf"] = "inf"
     """`inf` is the largest cosine"""
 

@@ -22,6 +22,7 @@ from d2m_hpc.config.derive import (
     Duplicates,
     HeadScores,
     NegClipLoss,
+    Referring,
     SqlExpression,
 )
 from d2m_hpc.errors import ConfigError, ShardError
@@ -132,8 +133,8 @@ def _key(
         shards = [f"{stem} {o.rows} {o.npz_sha256}" for stem, o in done.items()]
         whole = hashlib.sha256("\n".join(shards).encode()).hexdigest()
         return hashed({**about, "within": kept[entry.within].name, "shards": whole})
-    if path := getattr(entry, "reference", None):
-        about["reference"] = _sha256(name, "reference", Path(path))
+    if isinstance(entry, Referring):
+        about["reference"] = _sha256(name, "reference", Path(entry.reference))
         return hashed({**about, "kind": "reference"})
     return None
 

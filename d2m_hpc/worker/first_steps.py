@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from d2m_hpc.config import Config
-from d2m_hpc.config.derive import Clusters, Derivation, Duplicates, NegClipLoss
+from d2m_hpc.config.derive import Clusters, Derivation, Duplicates, NegClipLoss, Referring
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.worker.derive import CELLS, nearest
@@ -58,6 +58,7 @@ class FirstSteps:
             return self._similarities(entry, kept[entry.within])
         if isinstance(entry, NegClipLoss):
             return self._batches(entry)
+        assert isinstance(entry, Referring)  # the other kinds have no first step
         return self._reference(name, entry)
 
     def _features(self, pair: Pair, names: Sequence[str]) -> list[NDArray[Any]]:
@@ -134,7 +135,7 @@ class FirstSteps:
             found |= {f"{kind}{batch}": values[some] for kind, values in own.items()}
         return found
 
-    def _reference(self, name: str, entry: Any) -> _Arrays:
+    def _reference(self, name: str, entry: Referring) -> _Arrays:
         path = Path(entry.reference)
         try:
             vectors = _vectors(path, entry.column)
