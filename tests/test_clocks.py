@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 from kit import custom_config, custom_file, d2m, submit, write_shards
 
 from d2m_hpc.run.attempts import Attempts
@@ -69,8 +70,12 @@ def records(folder: Path) -> Counter[tuple[str, str]]:
     return Counter((r.shard, r.state) for r in found)
 
 
-def test_clocks_that_differ_and_jump_double_nothing_and_leave_nothing(tmp_path: Path) -> None:
+def test_clocks_that_differ_and_jump_double_nothing_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the config gains a column under other clocks, and a lease is held in a jump."""
+    # No Slurm: one that is here, and may be down, would be asked for the tasks of each submit.
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     jump = f"os.utime(os.environ['WRONG_CLOCK'], (1e6 + 3600, 1e6 + 3600)); time.sleep({2 * LEASE})"
     more = {"lease_seconds": LEASE, "shards_per_task": 2}
     config = slow_config(tmp_path, jump, 4, **more)

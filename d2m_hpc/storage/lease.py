@@ -48,10 +48,15 @@ class Lease:
         )
 
     def claim(self) -> bool:
-        """Take the shard; False when a live task holds it."""
+        """Take the shard; False when a live task holds it.
+
+        Raises:
+            OSError: the folder is gone, or the disk refuses.
+        """
         self._forget_what_was_not_watched()
         try:
             with named(self._path):
+                self._path.parent.stat()  # filelock would make the folder of a removed run anew
                 self._lock.acquire()
         except LeaseSettingsMismatch:
             self._watch_as_its_holder_says()

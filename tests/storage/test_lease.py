@@ -70,6 +70,13 @@ def test_release_leaves_no_file(path: Path) -> None:
     lease.release()
 
 
+def test_a_folder_that_is_gone_is_told_and_not_made_anew(path: Path) -> None:
+    gone = path.parent / "gone" / path.name
+    with pytest.raises(FileNotFoundError, match="gone"):
+        Lease(gone).claim()
+    assert not gone.parent.exists()
+
+
 def test_shards_are_claimed_apart(path: Path) -> None:
     leases = [Lease(path.with_name(f"{i}.lock")) for i in range(3)]
     assert all(lease.claim() for lease in leases)
