@@ -31,6 +31,8 @@ NEAR = 0.9
 """The share of its memory from which a killed task counts as killed for it."""
 DEFINITE = r"TIMEOUT|DEADLINE|NODE_FAIL|BOOT_FAIL|PREEMPTED|CANCELLED"
 """States that tell the cause, whatever the logs say."""
+WARNING = re.compile(r"warning: |\S+ \S+ WARNING ")
+"""The beginning of a line that tells no end."""
 NOTHING_LEFT = "no shard is left for this task"
 
 MEMORY, WALLTIME, KILLED, UNKNOWN = "memory", "walltime", "killed", "unknown"
@@ -62,6 +64,7 @@ MEANINGS = {
         "killed by SIGKILL, as by an administrator or where memory runs out",
         "raise slurm.mem if they grow",
     ),
+    "stopped": (r"exit code (138|143)\b", "told to stop by a signal of somebody's", ""),
     "crashed": (r"RaisedSignal|signal \d+|Aborted|Segmentation", "killed by a signal", ""),
     "failed": (r"FAILED|[Ee]xit code|error:", "by an error", "mend what their log names"),
     UNKNOWN: (r"", "Slurm does not remember how", ""),
@@ -299,11 +302,12 @@ def _judged(end: End, lines: list[str]) -> End:
 
 
 def _tail(path: Path) -> Iterator[str]:
-    """The last lines of a log; none where it is missing."""
+    """The last lines of a log without warnings; none where it is missing."""
     with suppress(OSError), open(path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
         lines = file.read().decode(errors="replace").splitlines()
-        yield from [line.strip() for line in lines if line.strip()][-LINES:]
+        said = (line.strip() for line in lines)
+        yield from [line for line in said if line and not WARNING.match(line)][-LINES:]
 
 
 def logs(run: RunDir, task: str) -> list[Path]:

@@ -100,7 +100,8 @@ class Waiting:
     never: bool
 
     def __str__(self) -> str:
-        return f"{self.tasks} array tasks do not run ({self.reason}): {self.what}; {self.help}"
+        tasks = "1 array task does" if self.tasks == 1 else f"{self.tasks} array tasks do"
+        return f"{tasks} not run ({self.reason}): {self.what}; {self.help}"
 
 
 def why(queue: Queue, arrays: Iterable[Array]) -> list[Waiting]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2m_hpc.run.manifest import Outcome
+from d2m_hpc.run.records import DIED
 from d2m_hpc.run.tasks import Progress
 
 Spans = npt.NDArray[np.float64]
@@ -60,8 +61,12 @@ def account(tasks: Sequence[Progress], done: Iterable[Outcome], failed: Iterable
 
 
 def _spans(places: Mapping[str, int], outcomes: Iterable[Outcome]) -> Spans:
-    """Rows of tasks' places, starts and ends of shards."""
-    known = [(places[o.task], o.started, o.finished) for o in outcomes if o.task in places]
+    """Rows of tasks' places, starts and ends of shards.
+
+    The record of a dead process tells no start, and its end is when the death was found.
+    """
+    kept = (o for o in outcomes if o.task in places and o.kind != DIED)
+    known = [(places[o.task], o.started, o.finished) for o in kept]
     return np.array(known, np.float64).reshape(-1, 3).T
 
 

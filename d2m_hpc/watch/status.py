@@ -59,6 +59,7 @@ class Summary:
         spent: hours of tasks, by what became of them.
         hardware: tasks by a GPU's model, or `CPU`.
         tasks: array elements by Slurm's state; empty where Slurm does not answer.
+        lost: tasks that said they work, and do not by Slurm's word.
         outdated: shards that have all that an earlier submit asked for; also counted as pending,
             running or failed.
         removed: shards that are done on record, without their parquet; counted likewise.
@@ -89,6 +90,7 @@ class Summary:
     spent: Spent = field(default_factory=Spent)
     hardware: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, int] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
     stragglers: list[str] = field(default_factory=list)
     broken_nodes: dict[str, str] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
@@ -200,7 +202,7 @@ def summarise(
         **_pace(tasks, done, pending + len(running), config.steal, slurm.counts(run, queue)),
         **_ran_on(tasks),
         spent=spent.account(tasks, done, (o for outcomes in failed.values() for o in outcomes)),
-        **_queued(run, queue),
+        **_queued(run, queue, tasks),
         unasked=unasked,
         ended=[] if found.is_complete else ended.of(run, queue, tasks, found.done.__contains__),
         stragglers=_stragglers([t for t in tasks if t.is_active]),
@@ -278,18 +280,20 @@ def _asked(run: RunDir, offline: bool) -> tuple[slurm.Queue | None, str]:
         return None, str(error)
 
 
-def _queued(run: RunDir, queue: slurm.Queue | None) -> dict[str, Any]:
-    """Array elements by state, why some wait, and how the run goes on by itself."""
+def _queued(run: RunDir, queue: slurm.Queue | None, tasks: Iterable[Progress]) -> dict[str, Any]:
+    """Array elements by state, why some wait, lost tasks, and how the run goes on by itself."""
     arrays, chain = slurm.all_arrays(run), rounds.read(run)
     if queue is None:
         return {"rounds": str(chain or "")}
     elements = (e for array in arrays for e in queue.of(array))
-    tasks = dict(Counter(e.state.lower() for e in elements if e.is_listed))
+    states = dict(Counter(e.state.lower() for e in elements if e.is_listed))
+    lost = [t.task for t in tasks if t.state == "lost"]
     goes_on = bool(chain and not chain.ended and queue.live(slurm.rounds_of(run)))
     told = str(chain or "")
     if chain and not chain.ended and not goes_on:
         told = f"{chain}; no further round waits: submit again with --until-done"
-    return {"tasks": tasks, "waiting": why(queue, arrays), "goes_on": goes_on, "rounds": told}
+    found = {"tasks": states, "lost": lost, "waiting": why(queue, arrays)}
+    return {**found, "goes_on": goes_on, "rounds": told}
 
 
 def _ran_on(tasks: list[Progress]) -> dict[str, Any]:

@@ -215,7 +215,8 @@ def summary(found: Summary) -> None:
     if found.tasks:
         rows["array tasks"] = ", ".join(f"{n:,} {state}" for state, n in found.tasks.items())
     if found.rounds:
-        rows["by itself"] = found.rounds
+        follows = "; the next one submits what is left" if found.goes_on else ""
+        rows["by itself"] = f"{found.rounds}{follows}"
     if found.hardware:
         rows["ran on"] = ran_on(found)
     _pairs(rows, found.state)
@@ -257,6 +258,7 @@ def _counted(found: Summary) -> None:
 
 def top(found: Summary, tasks: Sequence[TaskProgress]) -> None:
     """Print the tasks at work in as many lines as there are, slow ones first, and the totals."""
+    tasks = [task for task in tasks if task.task not in found.lost]
     nodes = len({task.host for task in tasks})
     told = figures(found)
     shards = f"{told['done']} of {told['shards']} shards, {told['failed']} failed"

@@ -192,7 +192,7 @@ def _deadline(job: JobEnvironment) -> float | None:
         return float(given)
     shown, why = _scontrol("show", "job", "--oneliner", job.job_id)
     if why:
-        log.warning("when the walltime ends is not known: scontrol: %s", why)
+        print(f"warning: the end of the walltime is not known: scontrol: {why}", flush=True)
     found = re.search(r"EndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", shown)
     return time.mktime(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S")) if found else None
 

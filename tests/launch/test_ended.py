@@ -87,6 +87,9 @@ def test_sacct_tells_what_squeue_has_forgotten(
         ("FAILED|NonZeroExitCode", "x: Exited with exit code 2", "error: no such disk", "failed"),
         ("FAILED|NonZeroExitCode", "", "CUDA out of memory", "failed"),
         ("", "", "error: the process was killed by SIGKILL, out of memory: it took 4", "memory"),
+        ("FAILED|NonZeroExitCode", "srun: error: n1: Exited with exit code 143", "", "stopped"),
+        ("", "", "warning: scontrol requeue: slurm_load_jobs error: no such job", "unknown"),
+        ("", "", "2026-11-26 20:21:09,401 WARNING asking again: error: timed out", "unknown"),
         ("", "", "", "unknown"),
     ],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -25,6 +27,7 @@ from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.records import Record, Recorder
+from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.watch.status import summarise
 
@@ -230,6 +233,16 @@ def test_status_tells_why_tasks_wait_and_what_slurm_did_not_say(
     found = summarise(workload.run, workload.config)
     assert (found.tasks, found.waiting) == ({}, [])
     assert found.unasked == "squeue failed: away"
+
+
+def test_status_names_tasks_that_are_gone_by_slurms_word(workload: Workload, squeue: Path) -> None:
+    """Though they told their progress a moment ago."""
+    squeue.write_text(rows(workload, "RUNNING|None", 0))
+    workload.run.progress.mkdir(exist_ok=True)
+    for index in range(2):
+        told = json.dumps(asdict(Progress(f"000-{index}-0")))
+        (workload.run.progress / f"000-{index}-0.json").write_text(told)
+    assert summarise(workload.run, workload.config).lost == ["000-1-0"]
 
 
 def test_wait_ends_when_nothing_can_start(

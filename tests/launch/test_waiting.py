@@ -57,6 +57,8 @@ def test_each_reason_is_told_with_what_helps(
     [found] = waiting.why(queue(f"31_0 PENDING {reason}", f"31_3 PENDING {reason}"), [ARRAY])
     assert (found.tasks, found.never) == (2, never)
     assert says in str(found)
+    [one] = waiting.why(queue(f"31_0 PENDING {reason}"), [ARRAY])
+    assert str(one).startswith("1 array task does not run (")
     assert helps in str(found)
     assert reason.partition(",")[0].replace(" ", "_") in str(found)
 

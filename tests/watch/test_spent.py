@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from d2m_hpc.run.manifest import Outcome
-from d2m_hpc.run.records import Record
+from d2m_hpc.run.records import DIED, Record
 from d2m_hpc.run.tasks import Progress
 from d2m_hpc.watch.spent import Spent, account
 
@@ -44,6 +44,13 @@ def test_failed_shards_are_lost_and_an_attempt_without_one_is_idle() -> None:
     found = account(tasks, [outcome("000-0-0", 0, 2)], [outcome("000-0-0", 2, 5)])
     assert found == Spent(useful=2, lost=3, idle=2)
     assert str(found) == "7.0 (useful 29%, lost 43%, idle 29%)"
+
+
+def test_a_dead_process_is_charged_from_the_end_of_its_last_shard() -> None:
+    """The record of its death has no start, and whoever found it wrote it, maybe much later."""
+    died = Outcome.of(Record("y", "failed", task="000-0-0", finished=9e5, kind=DIED).to_dict())
+    tasks = [Progress("000-0-0", shard="y", started=HOUR, updated=4 * HOUR, state="lost")]
+    assert account(tasks, [outcome("000-0-0", 1, 2)], [died]) == Spent(useful=1, lost=2)
 
 
 def test_tasks_without_a_gpu_do_not_count_beside_those_with_one() -> None:

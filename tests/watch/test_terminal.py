@@ -298,6 +298,14 @@ def test_a_watch_ends_with_the_run_or_where_nobody_works_on_it(
     assert ("nobody works on it" in terminal.text) == bool(left)
 
 
+def test_a_run_that_goes_on_by_itself_says_that_nobody_is_needed(file: Screen) -> None:
+    show.summary(_summary(rounds="2 of at most 9 rounds", goes_on=True))
+    show.summary(_summary(rounds="3 of at most 9 rounds"))
+    told = [line for line in file.text.splitlines() if "by itself" in line]
+    assert "2 of at most 9 rounds; the next one submits what is left" in told[0]
+    assert "submits" not in told[1]
+
+
 def test_the_slowest_tasks_at_work_stand_on_top(
     terminal: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,7 +316,9 @@ def test_the_slowest_tasks_at_work_stand_on_top(
     ]
     for task in tasks:
         task.started, task.updated = now - 60, now
-    show.top(_summary(done=90, shards=360, running=90, eta_seconds=120.0), tasks)
+    told = {"done": 90, "shards": 360, "running": 90, "eta_seconds": 120.0}
+    gone = Progress("000-90-0", "n0", "cpu", started=now - 60, updated=now)
+    show.top(_summary(**told, lost=["000-90-0"]), [*tasks, gone])
     first, *lines = terminal.text.splitlines()
     assert first.startswith("running: 90 of 360 shards, 0 failed; 90 tasks on 3 nodes")
     assert "time left 2 min 00 s" in " ".join(terminal.text.split())
