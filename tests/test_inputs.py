@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from kit import STATS, jpeg, submit, write_config, write_tar
+from kit import DATACOMP, SHARDS, STATS, jpeg, submit, write_config, write_tar
 from kit import d2m as d2m_command
 
 import d2m_hpc as d2m
@@ -175,6 +176,111 @@ def test_rows_features_and_rejections_are_those_of_the_tar(kind: str, tmp_path: 
     assert other.rejections == record.rejections
     lost = ["rows whose download failed are no samples: 000000999"]
     assert other.notices == (lost if kind == "img2dataset" else [])
+
+
+def test_the_six_models_give_the_same_bits_for_every_form(
+    tmp_path: Path, checkpoints: Path
+) -> None:
+    """A tar that img2dataset wrote, and its samples in each other form, in one run."""
+    tar = _members(SHARDS / "00000.tar")
+    samples = [
+        {**json.loads(data), "jpg": tar[f"{name[:-5]}.jpg"]}
+        for name, data in tar.items()
+        if name.endswith(".json")
+    ][:12]
+    assert all(tar[f"{s['key']}.txt"] == s["caption"].encode() for s in samples)
+    (tmp_path / "tar").mkdir()
+    write_tar(tmp_path / "tar" / "00000.tar", {n: d for n, d in tar.items() if n < "0000012"})
+    for kind, write in WRITERS.items():
+        if kind != "tar":
+            (tmp_path / kind).mkdir()
+            write(tmp_path / kind, samples)
+    (tmp_path / "captions.jsonl").write_text(
+        (tmp_path / "folder" / "captions.jsonl").read_text().replace("00000/", "folder/00000/")
+    )
+    patterns = {"tar": "/*.tar", "img2dataset": "/*.parquet", "datasets": "/*.parquet"}
+    config = write_config(
+        tmp_path / "c.yml",
+        DATACOMP,
+        inputs=[f"{tmp_path}/{kind}{patterns.get(kind, '')}" for kind in WRITERS],
+        captions=str(tmp_path / "captions.jsonl"),
+        output_metadata_dir=str(tmp_path / "out"),
+        weights_dir=str(checkpoints),
+        allow_unpublished_weights=True,
+    )
+    run = d2m.submit(config, local=True)
+    assert run.status().complete
+    assert run.verify().faults == []
+    found = {p.stem: made(tmp_path, p.stem) for p in (tmp_path / "out").glob("*.parquet")}
+    assert len(found) == len(WRITERS), [*found]
+    (table, arrays, _), *others = found.values()
+    assert (table.num_rows, len(arrays)) == (12, 5)
+    assert table["sha256"].null_count == 0
+    for same, features, _ in others:
+        assert same.equals(table)
+        assert {n: a.tobytes() for n, a in features.items()} == {
+            n: a.tobytes() for n, a in arrays.items()
+        }
+
+
+DOWNLOAD = """
+import multiprocessing as mp
+import sys
+
+fork = mp.get_context("fork")  # each process that it spawns would import for seconds
+mp.get_context, mp.context.SpawnProcess = lambda method="": fork, mp.context.ForkProcess
+import img2dataset
+
+for name in sys.argv[2:]:
+    img2dataset.download(
+        f"{sys.argv[1]}/urls.parquet",
+        output_folder=f"{sys.argv[1]}/{name}",
+        output_format=name,
+        input_format="parquet",
+        caption_col="caption",
+        save_additional_columns=["uid"],
+        number_sample_per_shard=6,
+        thread_count=2,
+    )
+"""
+
+
+def test_what_img2dataset_downloads_in_three_formats_gives_the_same_rows(tmp_path: Path) -> None:
+    """The real program, from a server on loopback; two of its downloads fail."""
+    if importlib.util.find_spec("img2dataset") is None:
+        pytest.skip("scripts/test installs img2dataset")
+    pictures(tmp_path / "web", *(f"{i}.jpg" for i in range(9)))
+    (tmp_path / "web" / "9.jpg").write_text("no picture")
+    formats = {"webdataset": "/*.tar", "files": "", "parquet": "/*.parquet"}
+    with hubs.serving_folder(tmp_path / "web") as address:
+        urls = [
+            {"url": f"{address}/{i}.jpg", "caption": f"Nº {i}", "uid": f"{i:032x}"}
+            for i in range(11)
+        ]
+        pq.write_table(pa.Table.from_pylist(urls), tmp_path / "urls.parquet")
+        command = [sys.executable, "-c", DOWNLOAD, str(tmp_path), *formats]
+        subprocess.run(command, check=True, timeout=300)
+    fields = ["uid", "url", "caption", "original_width", "sha256", "exif"]
+    inputs = [f"{tmp_path}/{name}{pattern}" for name, pattern in formats.items()]
+    run = d2m.submit(config_of(tmp_path, "", inputs=inputs, additional_fields=fields), local=True)
+    assert run.status().complete
+    assert run.verify().faults == []
+    for shard, numbers, lost in (
+        ("00000", range(6), []),
+        ("00001", range(6, 9), ["rows whose download failed are no samples: 000013, 000014"]),
+    ):
+        found = [made(tmp_path, f"{name}_{shard}") for name in formats]
+        assert [(r.rejections, r.notices) for _, _, r in found] == [([], []), ([], []), ([], lost)]
+        # The rows of tars and parquets are in the order in which their downloads ended.
+        orders = [np.argsort(table["uid"].to_numpy()) for table, _, _ in found]
+        first, *others = (t.take(o) for (t, _, _), o in zip(found, orders, strict=True))
+        assert first["uid"].to_pylist() == [f"{i:032x}" for i in numbers]
+        assert first["sha256"].null_count == 0
+        assert all(other.equals(first) for other in others)
+        histograms = [
+            a["image-histogram"][o].tobytes() for (_, a, _), o in zip(found, orders, strict=True)
+        ]
+        assert len({*histograms}) == 1
 
 
 def test_a_run_over_parquets_resumes_extends_and_tells_what_was_replaced(tmp_path: Path) -> None:
