@@ -771,15 +771,18 @@ class Run:
         return finished.table(self._folder, self.config, columns)
 
     @_explained()
-    def features(self, name: str) -> Features:
+    def features(self, name: str, mapped: bool = False) -> Features:
         """Read the vectors of a feature in all finished shards, a shard at a time or as one array.
 
         Example:
             for part in run.features("oai-clip-vit-l14-image"):
                 index.add_with_ids(part.values, part.keys)
+            mapped = {part.stem: part.values for part in run.features("image-histogram", True)}
 
         Args:
             name: the feature's name in the config's `postprocess_features`, or in the npz.
+            mapped: map the files in place of reading them; only the rows that are used are read,
+                and no checksum is compared.
 
         Raises:
             ConfigError: there is no such feature.
@@ -787,4 +790,4 @@ class Run:
         from d2m_hpc.subsets import finished
 
         _require(str, "a name", name=name)
-        return finished.features(self._folder, self.config, name)
+        return finished.features(self._folder, self.config, name, mapped)

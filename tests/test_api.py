@@ -127,6 +127,16 @@ def test_an_array_that_does_not_fit_into_memory_is_mapped(run: d2m.Run, tmp_path
     assert np.array_equal(np.load(tmp_path / "all.npy"), features.array()[1])
 
 
+def test_features_are_mapped_where_the_files_are(run: d2m.Run) -> None:
+    read, mapped = run.features("image-histogram"), run.features("image-histogram", mapped=True)
+    for part, there in zip(read, mapped, strict=True):
+        assert isinstance(there.values, np.memmap)
+        assert not there.values.flags.writeable
+        assert there.keys == part.keys
+        assert np.array_equal(there.values, part.values)
+    assert np.array_equal(mapped.array()[1], read.array()[1])
+
+
 def test_names_are_those_of_the_config_or_of_the_files(tmp_path: Path) -> None:
     """With DataComp's keys they differ; and of a run without rows there is nothing."""
     write_shards(tmp_path / "tars", 1)

@@ -100,14 +100,19 @@ class Pair:
         with self.output.open(self.name(PARQUET)) as file:
             return _table(file, columns)
 
-    def features(self, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
+    def features(
+        self, names: Iterable[str] | None = None, mapped: bool = False
+    ) -> dict[str, NDArray[Any]]:
         """Read the arrays of the npz, or those with the given names; [rows, ...] each.
+
+        Args:
+            mapped: map stored arrays of a file on a disk, unchecked by their CRCs; read the others.
 
         Raises:
             OSError, ValueError, zipfile.BadZipFile, or an error of the store's own.
         """
         with self.output.open(self.name(NPZ)) as file:
-            return dict(_arrays(file, names))
+            return dict(_arrays(file, names, mapped and self.output.is_local))
 
     def lengths(self) -> set[int]:
         """The number of rows of the parquet and of each array; checks the arrays' CRCs."""
@@ -183,17 +188,21 @@ def _table(file: BufferedIOBase, columns: Iterable[str] | None = None) -> pa.Tab
 
 
 def _arrays(
-    file: BufferedIOBase, names: Iterable[str] | None = None
+    file: BufferedIOBase, names: Iterable[str] | None = None, mapped: bool = False
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Read the arrays of an npz, or those with the given names; checks their CRCs."""
+    """Read the arrays of an npz, or those with the given names; checks their CRCs unless mapped."""
     with zipfile.ZipFile(file) as archive, np.load(file) as arrays:
         for name in names or arrays.files:
-            found = _stored(file, archive, f"{name}.npy") if name in arrays.files else None
+            is_there = name in arrays.files
+            found = _stored(file, archive, f"{name}.npy", mapped) if is_there else None
             yield name, arrays[name] if found is None else found
 
 
-def _stored(file: BufferedIOBase, archive: zipfile.ZipFile, name: str) -> NDArray[Any] | None:
-    """Read an array that is not compressed at once: numpy takes twice as long, piece by piece.
+def _stored(
+    file: BufferedIOBase, archive: zipfile.ZipFile, name: str, mapped: bool
+) -> NDArray[Any] | None:
+    """Map an array that is not compressed, or read it at once: numpy takes twice as long, piece by
+    piece.
 
     Returns:
         None for any other array.
@@ -213,6 +222,8 @@ def _stored(file: BufferedIOBase, archive: zipfile.ZipFile, name: str) -> NDArra
     size = math.prod(shape) * dtype.itemsize
     if is_fortran or dtype.hasobject or not size or end - start + size != info.file_size:
         return None
+    if mapped:
+        return np.memmap(file, dtype, "r", end, shape)
     array = np.empty(shape, dtype)
     view = array.reshape(-1).view(np.uint8).data
     file.seek(start)

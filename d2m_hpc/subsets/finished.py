@@ -47,10 +47,13 @@ class Features:
 
     Attributes:
         name: the feature's name in the npz.
+
+    Args:
+        mapped: map the arrays in place of reading them.
     """
 
-    def __init__(self, name: str, pairs: Sequence[Pair]) -> None:
-        self.name, self._pairs = name, pairs
+    def __init__(self, name: str, pairs: Sequence[Pair], mapped: bool = False) -> None:
+        self.name, self._pairs, self._mapped = name, pairs, mapped
 
     def __iter__(self) -> Iterator[Part]:
         """Read one shard after the other.
@@ -61,7 +64,7 @@ class Features:
         for pair in self._pairs:
             with readable(pair.output.path(pair.stem)):
                 keys: list[str] = pair.table(["key"])["key"].to_pylist()
-                values = pair.features([self.name])[self.name]
+                values = pair.features([self.name], self._mapped)[self.name]
                 if values.shape[:1] != (len(keys),):
                     raise ValueError("its files are of different rows")
             yield Part(pair.stem, keys, values)
@@ -152,11 +155,11 @@ def table(run: RunDir, config: Config, columns: Sequence[str] | None = None) -> 
         return found.to_table(columns)
 
 
-def features(run: RunDir, config: Config, name: str) -> Features:
+def features(run: RunDir, config: Config, name: str, mapped: bool = False) -> Features:
     """Find a feature of all finished shards, by its name in the config or in the npz."""
     names = {n: config.renamed(n) for n in config.postprocess_features}
     require_known("feature", name, {*names, *names.values()})
-    return Features(names.get(name, name), _pairs(run, config))
+    return Features(names.get(name, name), _pairs(run, config), mapped)
 
 
 def _pairs(run: RunDir, config: Config) -> list[Pair]:

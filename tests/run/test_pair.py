@@ -8,6 +8,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -141,10 +142,13 @@ def test_arrays_of_all_forms_are_read_with_their_crc(tmp_path: Path) -> None:
         "none": np.zeros((0, 5), np.float16),
         "one": np.array(2.5),
     }
-    for save in (np.savez, np.savez_compressed):
+    for save, mapped in product((np.savez, np.savez_compressed), (False, True)):
         save(tmp_path / "s.npz", **arrays)
-        found = Pair(OutputDir(str(tmp_path)), "s").features()
+        found = Pair(OutputDir(str(tmp_path)), "s").features(mapped=mapped)
         assert found.keys() == arrays.keys()
+        maps = {name for name, array in found.items() if isinstance(array, np.memmap)}
+        is_stored = save is np.savez
+        assert maps == ({"flat", "deep", "structured", "one"} if mapped and is_stored else set())
         for name, array in arrays.items():
             assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
             assert (found[name] == array).all()
@@ -154,5 +158,18 @@ def test_arrays_of_all_forms_are_read_with_their_crc(tmp_path: Path) -> None:
     (tmp_path / "s.npz").write_bytes(data)
     with pytest.raises(zipfile.BadZipFile, match=r"Bad CRC-32 for file 'deep.npy'"):
         Pair(OutputDir(str(tmp_path)), "s").features(["deep"])
+    assert Pair(OutputDir(str(tmp_path)), "s").features(["deep"], mapped=True)  # nothing is read
     with pytest.raises(KeyError, match="wide is not a file in the archive"):
         Pair(OutputDir(str(tmp_path)), "s").features(["wide"])
+
+
+def test_a_map_reads_no_bytes_beyond_its_file(tmp_path: Path) -> None:
+    """The archive's directory and the array's header may promise more than the file has."""
+    np.savez(tmp_path / "s.npz", f=np.zeros((4, 2), np.float16))
+    whole = (tmp_path / "s.npz").read_bytes()
+    pair = Pair(OutputDir(str(tmp_path)), "s")
+    longer, other = whole.replace(b"(4, 2)", b"(9, 9)"), whole.replace(b"PK\3\4", b"PK77")
+    for data in (whole[:-30], longer, other):
+        (tmp_path / "s.npz").write_bytes(data)
+        with pytest.raises((zipfile.BadZipFile, ValueError)):
+            pair.features(["f"], mapped=True)
