@@ -33,6 +33,8 @@ DEFINITE = r"TIMEOUT|DEADLINE|NODE_FAIL|BOOT_FAIL|PREEMPTED|CANCELLED"
 """States that tell the cause, whatever the logs say."""
 WARNING = re.compile(r"warning: |\S+ \S+ WARNING ")
 """The beginning of a line that tells no end."""
+MISTAKES = re.compile(r"\d mistakes?$")
+"""The end of a line whose mistakes stand on the next ones."""
 NOTHING_LEFT = "no shard is left for this task"
 
 MEMORY, WALLTIME, KILLED, UNKNOWN = "memory", "walltime", "killed", "unknown"
@@ -286,8 +288,9 @@ def _read(run: RunDir, end: End) -> End:
     own = [line for lines in tasks for line in lines]
     # srun's own words about a task say less than the task's.
     lines = (own, [line for line in batch if "Exited with exit code" not in line], batch)
-    errors = [line for some in lines for line in reversed(some) if "error: " in line]
-    said = errors[0].removeprefix("error: ") if errors else ""
+    errors = (s[i : i + 2] for s in lines for i in reversed(range(len(s))) if "error: " in s[i])
+    first, *rest = next(errors, [""])
+    said = "; ".join([first, *rest] if MISTAKES.search(first) else [first]).removeprefix("error: ")
     if own and own[-1] == NOTHING_LEFT:
         said = NOTHING_LEFT
     return _judged(replace(end, said=safe(said, BRIEF)), [*own, *batch])

@@ -108,6 +108,14 @@ def test_each_cause_is_found_by_slurms_word_or_a_log(
     assert causes(run) == {cause: ["0"]}
 
 
+def test_the_words_of_a_mistake_are_those_below_its_count(run: RunDir) -> None:
+    said = "error: config: 1 mistake\n  output_metadata_dir: no space left\n"
+    said += "srun: error: n2: task 0: Exited with exit code 2\n"
+    (run.logs / "slurm-71_0.out").write_text(said)
+    told = d2m.open(run.root).status().ended
+    assert "config: 1 mistake; output_metadata_dir: no space left" in [e.said for e in told]
+
+
 def test_what_found_nothing_to_do_and_what_never_began_are_no_ends(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
