@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -423,11 +423,15 @@ KINDS = """
 """.split()  # noqa: SIM905 - a list of names reads better
 
 
-def order(seed: int) -> Iterator[str]:
+USERS = {"two_submits", "new_column"}
+"""The kinds in which a user submits."""
+
+
+def order(seed: int, kinds: Collection[str]) -> Iterator[str]:
     """Kinds for ever, all in turn before one comes again."""
     shuffled = random.Random(seed)
     while True:
-        yield from shuffled.sample(KINDS, len(KINDS))
+        yield from shuffled.sample(sorted(kinds), len(kinds))
 
 
 def _unlike(want: Any, found: Any) -> str:

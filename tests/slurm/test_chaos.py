@@ -4,7 +4,8 @@ By default each kind is done once. By hand, for an hour or more:
 
     D2M_CHAOS_FAULTS=1000 D2M_CHAOS_SEED=7 pytest -s tests/slurm/test_chaos.py
 
-With `D2M_CHAOS_BY_ITSELF=1` no user submits again: the run goes on by `--until-done`.
+With `D2M_CHAOS_BY_ITSELF=1` the run goes on by `--until-done`, and no user submits what is left;
+with `alone` in place of 1 the kinds of faults that users do are left out, too.
 
 Its last line counts faults by kind, and shards lost, doubled or with wrong outputs.
 """
@@ -15,13 +16,13 @@ import os
 import random
 from pathlib import Path
 
-from slurm.chaos import KINDS, Account, Chaos, Truth, order
+from slurm.chaos import KINDS, USERS, Account, Chaos, Truth, order
 from slurm.cluster import Cluster
 from slurm.runs import Tars
 
 FAULTS = int(os.environ.get("D2M_CHAOS_FAULTS", len(KINDS)))
 SEED = int(os.environ.get("D2M_CHAOS_SEED", "20261122"))
-BY_ITSELF = bool(os.environ.get("D2M_CHAOS_BY_ITSELF"))
+BY_ITSELF = os.environ.get("D2M_CHAOS_BY_ITSELF", "")
 SHARDS = 40
 ROUND = 48
 """Faults of a round at most: the last shard's task would be hit again and again as it starts."""
@@ -31,10 +32,12 @@ def test_faults_of_every_kind_lose_nothing_and_double_nothing(
     cluster: Cluster, tars: Tars, tmp_path: Path
 ) -> None:
     """In rounds, each of a run of its own, until so many faults were done."""
-    truth, total, seeds, kinds = Truth(tars, tmp_path), Account(), random.Random(SEED), order(SEED)
+    truth, total, seeds = Truth(tars, tmp_path), Account(), random.Random(SEED)
+    kinds = order(SEED, set(KINDS) - USERS if BY_ITSELF == "alone" else KINDS)
     while (done := total.faults.total()) < FAULTS:
         seed = seeds.randrange(2**32)
-        chaos = Chaos(cluster, tars, SHARDS, tmp_path / f"after-{done}-{seed}", seed, BY_ITSELF)
+        folder = tmp_path / f"after-{done}-{seed}"
+        chaos = Chaos(cluster, tars, SHARDS, folder, seed, bool(BY_ITSELF))
         try:
             chaos.go(kinds, min(ROUND, FAULTS - done))
             chaos.heal()
