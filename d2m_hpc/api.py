@@ -133,14 +133,14 @@ def init(
     path: str | os.PathLike[str] = "d2m.yml",
     output: str | os.PathLike[str] | None = None,
 ) -> Sight:
-    """Look into the first tars of a folder, and write a first config for them.
+    """Look into the first samples of a folder, and write a first config for them.
 
     Example:
         d2m.init("tars", "d2m.yml")
         d2m.submit("d2m.yml", local=True)
 
     Args:
-        inputs: a folder of tars or parquets, a pattern or a URL, or several.
+        inputs: a folder of tars, pictures or parquets, a pattern or a URL, or several.
         path: the new config file.
         output: the folder of the outputs; by default beside the config.
 
@@ -619,7 +619,7 @@ class Run:
         weight: str = "",
         seed: int = 0,
         join: str | os.PathLike[str] | None = None,
-        columns: Sequence[str] = ("uid",),
+        columns: Sequence[str] = (),
         look: str | os.PathLike[str] | None = None,
     ) -> Selection:
         """Write the uids of the best samples: a subset for DataComp's tools, or a parquet.
@@ -637,8 +637,8 @@ class Run:
             within: a column; `top` and `sample` are of the samples of each of its values.
             sample: the share or the number of samples to draw from these, by `seed`.
             weight: a column; a sample of twice the weight is twice as likely to be drawn first.
-            join: a parquet of more columns by `uid`; or a .npy, for the column `in_subset`.
-            columns: of a parquet.
+            join: a parquet of more columns by `uid` (or `shard` and `key`), or a .npy subset.
+            columns: of a parquet; by default the uid, or shard and key.
             look: an HTML file, for pictures of what is cut beside those of what is kept.
 
         Raises:
@@ -759,7 +759,8 @@ class Run:
             run.table(["key", "image-brightness"]).to_pandas()
 
         Args:
-            columns: names of columns; by default all.
+            columns: names of columns, and `shard` for the stem of each row's shard; by default all
+                but that one.
 
         Raises:
             ConfigError: there is no such column.

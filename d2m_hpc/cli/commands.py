@@ -63,7 +63,7 @@ def _example(words: str) -> str:
 
 
 app.command(
-    help="Look into the first tars of a folder, and write a first config.",
+    help="Look into the first samples of a folder, and write a first config.",
     epilog=_example("d2m init s3://bucket/tars -o laion.yml"),
 )(begin.init)
 app.command(

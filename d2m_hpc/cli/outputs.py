@@ -151,7 +151,7 @@ def select(
     more: dict[str, Any] = {"within": within, "sample": sample, "weight": weight, "join": join}
     with _bar("shards") as on_shards:
         run = api.open(target)
-        more |= {"seed": seed, "columns": columns or ["uid"], "look": look}
+        more |= {"seed": seed, "columns": columns or [], "look": look}
         found = run.select(output, where, top, by, on_shards, **more)
     if as_json:
         print_json(asdict(found))

@@ -122,7 +122,9 @@ def expand(
             found.wrong(f"cannot list {pattern!r}: {type(error).__name__}: {error}", pattern)
             continue
         if not matched:
-            found.wrong(f"found no tar for {pattern!r}; check the path", pattern)
+            is_there = key == "input_tars" and os.path.isdir(pattern)
+            more = "; `inputs` in place of `input_tars` takes pictures" if is_there else ""
+            found.wrong(f"found no tar for {pattern!r}; check the path{more}", pattern)
         elif what := odd.told():
             found.wrong(what, pattern)
     return found

@@ -1,13 +1,14 @@
-"""Write a first config for tars: the models that fit them, and the fields of their samples."""
+"""Write a first config for some shards: the models that fit them, their samples' fields."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 import yaml
 
+from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import weights
 from d2m_hpc.models.family import ModelSpec
@@ -22,9 +24,10 @@ from d2m_hpc.models.inputs import PICTURES
 from d2m_hpc.models.registry import builtin
 from d2m_hpc.plan import patterns
 from d2m_hpc.run import values
+from d2m_hpc.run.slices import Tree, planned
 from d2m_hpc.storage import stores
 from d2m_hpc.storage.texts import safe
-from d2m_hpc.storage.urls import is_local, is_pipe
+from d2m_hpc.storage.urls import is_folder, is_local, is_pipe
 
 TARS, SAMPLES = 3, 100
 """How many tars are looked into, and samples of each."""
@@ -40,6 +43,10 @@ CAPTIONS = ("caption", "text", "alt_text", "alt", "title")
 OF_TOOLS = ("key", "status", "error_message")
 """Fields that say nothing of a sample: its name, and how its download went."""
 PARQUETS = ".parquet"
+CAPTIONED = [
+    f"{n}.{kind}" for n in ("metadata", "captions") for kind in ("jsonl", "csv", "parquet")
+]
+"""Names of a captions file in a folder of pictures; `datasets` writes the first ones."""
 IMAGE = "image"
 """What stands for the pictures of a parquet among members."""
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<kind>[^/]+)")
@@ -57,6 +64,7 @@ class Sight:
         first: the fields in the first tar; a run takes no others without being told.
         key: the config's key for the patterns.
         patterns: the patterns of these shards; those of a folder of parquets name them.
+        captions: the captions file of a folder of pictures; mostly empty.
     """
 
     tars: int
@@ -66,6 +74,7 @@ class Sight:
     members: Counter[str] = field(default_factory=Counter)
     fields: dict[str, list[object]] = field(default_factory=dict)
     first: frozenset[str] = frozenset()
+    captions: str = ""
 
     @property
     def image(self) -> bool:
@@ -104,24 +113,32 @@ class Sight:
 
 
 def look(inputs: Sequence[str]) -> Sight:
-    """Look into the first samples of the tars that patterns name.
+    """Look into the first samples of the shards that patterns name.
+
+    A folder stands for the tars in it; without any, for the pictures in it and below; without
+    these, for its parquets.
 
     Raises:
-        ConfigError: a pattern names no tar, or no sample can be read.
+        ConfigError: a pattern names no shard, or no sample can be read.
     """
-    key, found = "input_tars", patterns.expand(inputs)
-    if tars := found.mistakes:
-        inputs = [n if n.endswith(PARQUETS) else f"{n.rstrip('/')}/*{PARQUETS}" for n in inputs]
-        key, found = "inputs", patterns.expand(inputs, True, "inputs")
+    parquets = [n if n.endswith(PARQUETS) else f"{n.rstrip('/')}/*{PARQUETS}" for n in inputs]
+    tars = found = patterns.expand(inputs)
+    sight = Sight(len(found.sizes), "input_tars", [*inputs])
+    if tars.mistakes:
+        found = patterns.expand(inputs, True, "inputs", _pictures)
+        sight = Sight(len(found.sizes), "inputs", [*inputs], captions=_captions(inputs))
     if found.mistakes:
-        raise ConfigError("init", [*map(str, tars)])
-    sight = Sight(len(found.sizes), key, [*inputs])
+        found = patterns.expand(parquets, True, "inputs")
+        sight = Sight(len(found.sizes), "inputs", parquets)
+    if found.mistakes:
+        folders = [*filter(os.path.isdir, inputs)]
+        none = [f"found no tar, picture or parquet in {f!r}; check the path" for f in folders]
+        raise ConfigError("init", none or [*map(str, tars.mistakes)])
     what = f"no sample in {next(iter(found.sizes))}"
     for url in islice((u for u in found.sizes if u not in found.missing), TARS):
         try:
-            with _opened(url) as file:
-                for members in islice(_samples(file), SAMPLES):
-                    sight.add(members)
+            for members in islice(_shard(url, sight), SAMPLES):
+                sight.add(members)
             sight.first = sight.first or frozenset(sight.fields)
         except Exception as error:  # each store, and each damaged tar, raises errors of its own
             what = f"{url}, which cannot be read: {error}"
@@ -129,6 +146,39 @@ def look(inputs: Sequence[str]) -> Sight:
         what = ", ".join(sight.members) or what
         raise ConfigError("init", [f"found {what}; valid are samples with images or texts"])
     return sight
+
+
+def _pictures(folder: str) -> Tree:
+    """The pictures of a folder as a config with no more keys than its inputs plans them."""
+    from d2m_hpc.worker.read.names import EXTENSIONS  # no torch, but of the worker
+
+    known = {name for names in EXTENSIONS.values() for name in names}
+    most: int = Config.model_fields["samples_per_shard"].default
+    return planned(folder, PICTURES, known, most, ())
+
+
+def _captions(folders: Sequence[str]) -> str:
+    """The captions file of a folder of pictures, if there is one."""
+    there = (os.path.join(folder, name) for folder in folders[:1] for name in CAPTIONED)
+    return next(filter(os.path.isfile, there), "")
+
+
+def _shard(url: str, sight: Sight) -> Iterator[dict[str, bytes]]:
+    """The members of each sample of a shard: those of JSON with their bytes."""
+    if not is_folder(url):
+        with _opened(url) as file:
+            yield from _samples(file)
+        return
+    from d2m_hpc.worker.read.folder import PictureFolder  # no torch, but of the worker
+
+    keys = {"inputs": sight.patterns, "captions": sight.captions or None}
+    keys |= {"models": ["image-stats"], "output_metadata_dir": "unused"}
+    with closing(PictureFolder(url, Config.model_validate(keys))) as reader:
+        for sample in reader.index():
+            members = dict.fromkeys(sample.members, b"")
+            if (json_file := sample.members.get("json")) and json_file[1] < START:
+                members["json"] = reader.read(*json_file)
+            yield members
 
 
 def _opened(url: str) -> BinaryIO:
@@ -226,6 +276,7 @@ def config(output: str, sight: Sight, folder: Path) -> str:
         *_listed("postprocess_columns", [n for n, p in columns if p.model in ready]),
         *_listed("postprocess_features", [n for n, p in features if p.model in ready]),
         *([f"# with those models: {', '.join(more)}"] if more else []),
+        *(_listed("captions", sight.captions) if sight.captions else []),
         *(_listed("image_key", sight.image_key) if sight.image_key else []),
         *(_listed("text_from", f"json:{sight.caption}") if sight.caption else []),
         *_fields(sight),

@@ -148,11 +148,21 @@ def schema_of(pairs: Sequence[Pair]) -> pa.Schema:
 
 def table(run: RunDir, config: Config, columns: Sequence[str] | None = None) -> pa.Table:
     """Read columns of all finished shards, by default all columns."""
+    import pyarrow.compute as pc
+
     found = dataset(run, config)
-    for name in columns or ():
-        require_known("column", name, found.schema.names)
+    names = [*(found.schema.names if columns is None else columns)]
+    made = "shard" in names and "shard" not in found.schema.names
+    for name in names:
+        require_known("column", name, [*found.schema.names, "shard"])
+    asked = ["__filename" if made and name == "shard" else name for name in names]
     with readable(config.output_metadata_dir):
-        return found.to_table(columns)
+        read = found.to_table(asked)
+    if made:
+        at = names.index("shard")
+        stems = pc.replace_substring_regex(read.column(at), r"^.*/|\.parquet$", "")
+        read = read.set_column(at, "shard", stems)
+    return read
 
 
 def features(run: RunDir, config: Config, name: str, mapped: bool = False) -> Features:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +27,21 @@ GROUP = 256
 """Shards that are read at once; all footers of a large run would fill the memory."""
 MEMORY, THREADS = "2GB", 4
 """Limits, as a login node is shared; duckdb spills the rest to a temporary folder."""
-DIGITS = "CASE WHEN regexp_full_match(uid, '[0-9a-fA-F]{1,32}') THEN lpad(uid, 32, '0') END"
 MARK = '"in_subset"'
 """The column, true or false, of a subset that the user brings."""
-UID = f"('0x' || ({DIGITS})[:16])::UBIGINT AS high, ('0x' || ({DIGITS})[17:])::UBIGINT AS low"
+FILE = "d2m_file"
+"""The column with the path of a row's parquet, by `read_parquet`'s option `filename`."""
+SHARD = f"parse_filename({FILE}, true, 'forward_slash') AS shard"
+
+
+def _halves(digits: str) -> str:
+    return f"('0x' || ({digits})[:16])::UBIGINT AS high, ('0x' || ({digits})[17:])::UBIGINT AS low"
+
+
+UID = _halves("CASE WHEN regexp_full_match(uid, '[0-9a-fA-F]{1,32}') THEN lpad(uid, 32, '0') END")
 """A uid's two halves; null where the text is no uid."""
+BY_NAME = _halves("md5(shard || '/' || key)")
+"""What stands for a uid in a run without uids; no name of a shard has a slash."""
 
 
 @dataclass
@@ -41,7 +51,9 @@ class Pool:
     Attributes:
         db: an own database, in which no SQL can read other files than the shards.
         paths: the parquets, the newest with rows first.
-        columns: each column's widest type in any shard, in duckdb's words.
+        columns: each column's widest type in any shard, in duckdb's words; and `shard`, the stem,
+            unless the run has a column of that name.
+        has_shard: whether the run has a column of that name.
         layouts: for each group of shards.
         rows: in all finished shards together.
         unfinished: the number of shards without samples here.
@@ -59,6 +71,17 @@ class Pool:
     notices: list[str] = field(default_factory=list)
     rounded: dict[str, int] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
+    has_shard: bool = False
+
+    @property
+    def by_name(self) -> bool:
+        """Whether samples are told apart by shard and key, as the run has no uids."""
+        return "uid" not in self.columns and not self.has_shard
+
+    @property
+    def identity(self) -> str:
+        """In SQL, `high` and `low`, by which a sample is told from others."""
+        return BY_NAME if self.by_name else UID
 
     def path_groups(self) -> list[Sequence[str]]:
         """The paths that are read at once."""
@@ -84,7 +107,7 @@ class Pool:
         if self.beside:
             more = ", ".join(f"beside.{quoted(name)}" for name in self.beside)
             more = more.replace(f"beside.{MARK}", f"coalesce(beside.{MARK}, false) AS {MARK}")
-            halves = f"(SELECT *, {UID} FROM ({parts})) AS own"
+            halves = f"(SELECT *, {self.identity} FROM ({parts})) AS own"
             parts = f"SELECT own.* EXCLUDE (high, low), {more} FROM {halves} LEFT JOIN beside "
             parts += "ON own.high = beside.high AND own.low = beside.low"
         self.db.execute(f"CREATE OR REPLACE VIEW pool AS {parts}")
@@ -94,9 +117,14 @@ class Pool:
         columns = [
             f"{_value(name, kind) if name in layout.kinds else f'NULL::{kind}'} AS {quoted(name)}"
             for name, kind in self.columns.items()
-            if name not in self.beside
+            if name not in self.beside and (name != "shard" or self.has_shard)
         ]
-        return f"SELECT {', '.join(columns)} FROM read_parquet({listed(layout.paths)})"
+        return f"SELECT {', '.join([*columns, *self.shard_column])} FROM {files(layout.paths)}"
+
+    @property
+    def shard_column(self) -> list[str]:
+        """The column `shard` of what `files` reads, unless it is there."""
+        return [] if self.has_shard else [SHARD]
 
     def _count_rounded(self, layouts: Sequence[Layout]) -> None:
         for kinds, paths in layouts:
@@ -114,6 +142,11 @@ class Pool:
             for name, count in self.rounded.items()
             if count
         ]
+
+
+def files(paths: Sequence[str], more: str = "") -> str:
+    """Parquets in SQL, with the column `FILE`."""
+    return f"read_parquet({listed(paths)}, filename = '{FILE}'{more})"
 
 
 def _grouped(paths: Sequence[str]) -> list[Sequence[str]]:
@@ -163,49 +196,57 @@ def opened(
             columns, notices = widest.columns(), widest.notices()
         rows = sum(outcome.rows for outcome in done.values())
         pool = Pool(db, paths, columns, layouts, rows, len(found.stems) - len(done), notices)
+        pool.has_shard = "shard" in columns
+        columns.setdefault("shard", "VARCHAR")
         if beside:
-            pool.beside = tuple(more := _beside(db, beside, columns))
+            pool.beside = tuple(more := _beside(pool, beside))
             pool.columns |= more
         pool._show(layouts[0])
         yield pool
 
 
-def _beside(db: DuckDBPyConnection, path: Path, known: Collection[str]) -> dict[str, str]:
+def _beside(pool: Pool, path: Path) -> dict[str, str]:
     """Make the table `beside` of a user's parquet, or of a subset, which becomes `in_subset`.
 
-    Returns its columns' types but that of `uid`.
+    Returns its columns' types but those that tell samples apart.
 
     Raises:
-        ConfigError: it cannot be read, has no usable uids, or a column that the run has, too.
+        ConfigError: it cannot be read, names no samples, or has a column that the run has, too.
     """
     import duckdb
 
     def wrong(what: str) -> ConfigError:
         return ConfigError("select", [f"--join: {path} {what}"])
 
+    db, names = pool.db, ("shard", "key") if pool.by_name else ("uid",)
     try:
         if path.suffix == ".npy":
-            db.register("theirs", _halves(path))
+            if pool.by_name:
+                raise wrong("names uids, and the run has none; join a parquet of `shard` and `key`")
+            db.register("theirs", _subset(path))
             db.execute(f"CREATE TABLE beside AS SELECT DISTINCT *, true AS {MARK} FROM theirs")
             return {"in_subset": "BOOLEAN"}
         described = db.execute(f"DESCRIBE FROM read_parquet({listed([str(path)])})").fetchall()
         columns = {row[0]: row[1] for row in described}
-        if columns.pop("uid", "") != "VARCHAR":
-            raise wrong("has no column `uid` of texts")
-        if both := [name for name in columns if name in known]:
+        if [columns.pop(name, "") for name in names] != ["VARCHAR"] * len(names):
+            wanted = " and ".join(f"`{name}`" for name in names)
+            raise wrong(f"has no column{'s' if pool.by_name else ''} {wanted} of texts")
+        if both := [name for name in columns if name in pool.columns]:
             raise wrong(f"has columns that the run has, too: {', '.join(both)}; rename them there")
-        rows = f"SELECT * EXCLUDE (uid), {UID} FROM read_parquet({listed([str(path)])})"
+        rows = f"SELECT * EXCLUDE ({', '.join(names)}), {pool.identity} FROM "
+        rows += f"read_parquet({listed([str(path)])})"
         db.execute(f"CREATE TABLE beside AS FROM ({rows}) WHERE high IS NOT NULL")
     except (duckdb.Error, OSError, ValueError) as error:
         raise wrong(f"cannot be read: {str(error).splitlines()[0]}") from error
     repeated = "SELECT count(*) - count(DISTINCT (high, low)) FROM beside"
     ((again,),) = db.execute(repeated).fetchall()
     if again:
-        raise wrong(f"has {again:,} rows with the uid of another row; keep one of each")
+        what = "shard and key" if pool.by_name else "uid"
+        raise wrong(f"has {again:,} rows with the {what} of another row; keep one of each")
     return columns
 
 
-def _halves(path: Path) -> pa.Table:
+def _subset(path: Path) -> pa.Table:
     """The uids of a subset for DataComp's tools."""
     import numpy as np
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Select the uids of a run's best samples, in the file format that DataComp's tools take."""
+"""Select a run's best samples: by uid as DataComp's tools take them, by key, or as rows."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.texts import nearest
 from d2m_hpc.subsets import exports
-from d2m_hpc.subsets.samples import UID, Pool, is_of_file, opened
-from d2m_hpc.subsets.widest import NUMBERS, listed, quoted
+from d2m_hpc.subsets.samples import FILE, Pool, files, is_of_file, opened
+from d2m_hpc.subsets.widest import NUMBERS, quoted
 
 WHERE = "select"
 SUBSET = np.dtype("u8,u8")
@@ -42,8 +42,9 @@ class Query:
         sample: a share or a number of these, drawn at random; 0 for all.
         weight: the column that makes some samples likelier to be drawn, or empty.
         seed: of the draw; the same seed draws the same uids.
-        join: a parquet with a column `uid`, whose other columns a query may use; or a subset as
-            DataComp's tools write one, for the column `in_subset`.
+        join: a parquet with a column `uid`, or, for a run without uids, `shard` and `key`, whose
+            other columns a query may use; or a subset as DataComp's tools write one, for the column
+            `in_subset`.
     """
 
     where: str = "true"
@@ -116,19 +117,20 @@ def select(
     query: Query,
     path: Path | None,
     on_shards: Callable[[int, int], None] | None = None,
-    columns: Sequence[str] = ("uid",),
+    columns: Sequence[str] = (),
     look: Callable[[Pool, Query, Selection], None] | None = None,
 ) -> Selection:
     """Write the chosen uids, sorted, each once, to an npy of dtype `u8,u8`, or to a parquet, or the
     keys of their rows, a line a shard.
 
     The file is replaced whole, and only where a uid was chosen. Ties of `by` go to the lower uid;
-    of several rows with one uid, the best score counts.
+    of several rows with one uid, the best score counts. In a run without uids, shard and key tell
+    samples apart.
 
     Args:
         path: the file; None to find what thresholds of `by` keep, and to write nothing.
         on_shards: called with the number of shards read so far, and of all.
-        columns: of a parquet.
+        columns: of a parquet; by default the uid, or shard and key.
         look: called with the pool, which has the table `chosen`, the query, and what was chosen.
 
     Raises:
@@ -140,7 +142,8 @@ def select(
     if path:
         asked_for.require_writable(path)
     with opened(run, config, beside=query.join) as pool:
-        _check(pool, query, columns)
+        columns = columns or (("shard", "key") if pool.by_name else ("uid",))
+        _check(pool, query, path, columns)
         with _explained(pool, query):
             _keep(pool, query, on_shards)
         selection = _choose(pool, query)
@@ -176,9 +179,12 @@ def _mistakes(query: Query, path: Path | None, is_looked_at: bool) -> list[str]:
     return []
 
 
-def _check(pool: Pool, query: Query, columns: Sequence[str]) -> None:
+def _check(pool: Pool, query: Query, path: Path | None, columns: Sequence[str]) -> None:
     """Raise a `ConfigError` for a wrong query, before anything is read."""
-    if pool.columns.get("uid") != "VARCHAR":
+    if pool.by_name and path and path.suffix == ".npy":
+        what = "an .npy is of uids, and the run has no column `uid`; valid are .parquet and .jsonl"
+        raise ConfigError(WHERE, [f"--output: {what}"])
+    if not pool.by_name and pool.columns.get("uid") != "VARCHAR":
         raise ConfigError(WHERE, ["there is no column of uids; name `uid` in additional_fields"])
     numeric = [name for name, kind in pool.columns.items() if kind in NUMBERS]
     wrong = [
@@ -216,7 +222,7 @@ def _explained(pool: Pool, query: Query) -> Iterator[None]:
 
 def _keep(pool: Pool, query: Query, on_shards: Callable[[int, int], None] | None) -> None:
     """Make the table `kept` of rows that pass, and of rows that are undecided."""
-    db, score = pool.db, quoted(query.by) if query.by else "0"
+    db, score, told = pool.db, quoted(query.by) if query.by else "0", pool.identity
     stratum = f"{quoted(query.within)}::VARCHAR" if query.within else "''"
     weight = quoted(query.weight) if query.weight else "1"
     db.execute(
@@ -224,7 +230,7 @@ def _keep(pool: Pool, query: Query, on_shards: Callable[[int, int], None] | None
         "weight DOUBLE, passes BOOLEAN)"
     )
     for _ in pool.groups(on_shards):
-        rows = f"SELECT {UID}, {score}, {stratum}, {weight}, {query.condition} AS passes FROM pool"
+        rows = f"SELECT {told}, {score}, {stratum}, {weight}, {query.condition} AS passes FROM pool"
         db.execute(f"INSERT INTO kept FROM ({rows}) WHERE passes IS DISTINCT FROM false")
 
 
@@ -312,7 +318,7 @@ def _write_rows(pool: Pool, columns: Sequence[str], file: IO[bytes]) -> None:
     pool.db.execute("CREATE TABLE left_over AS FROM chosen")
     writer = None
     for _ in pool.groups():
-        rows = f"SELECT {UID}, {named} FROM pool"
+        rows = f"SELECT {pool.identity}, {named} FROM pool"
         pool.db.execute(
             f"CREATE OR REPLACE TABLE found AS FROM ({rows}) SEMI JOIN left_over USING (high, low) "
             "QUALIFY row_number() OVER (PARTITION BY high, low) = 1"
@@ -331,17 +337,17 @@ def _write_lists(pool: Pool, file: IO[bytes]) -> None:
     """Write the keys of the chosen samples: a line of JSON for each shard that has any."""
     pool.db.execute("CREATE TABLE left_over AS FROM chosen")
     for paths in pool.path_groups():
-        named = "filename = true, file_row_number = true"
-        rows = f"SELECT key, filename, file_row_number AS place, {UID} FROM "
-        rows += f"read_parquet({listed(paths)}, {named})"
+        columns = ", ".join(["*", *pool.shard_column])
+        rows = f"SELECT key, {FILE}, file_row_number AS place, {pool.identity} FROM "
+        rows += f"(SELECT {columns} FROM {files(paths, ', file_row_number = true')})"
         pool.db.execute(
             f"CREATE OR REPLACE TABLE found AS FROM ({rows}) SEMI JOIN left_over USING (high, low) "
-            "QUALIFY row_number() OVER (PARTITION BY high, low ORDER BY filename, place) = 1"
+            f"QUALIFY row_number() OVER (PARTITION BY high, low ORDER BY {FILE}, place) = 1"
         )
         pool.db.execute(
             "DELETE FROM left_over WHERE (high, low) IN (SELECT (high, low) FROM found)"
         )
-        keys = "SELECT filename, list(key ORDER BY place) FROM found GROUP BY ALL ORDER BY filename"
+        keys = f"SELECT {FILE}, list(key ORDER BY place) FROM found GROUP BY ALL ORDER BY {FILE}"
         for name, some in pool.db.execute(keys).fetchall():
             stem = name.rpartition("/")[2].removesuffix(".parquet")
             file.write(json.dumps({"shard": stem, "keys": some}).encode() + b"\n")

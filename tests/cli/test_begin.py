@@ -138,6 +138,33 @@ def test_a_folder_of_parquets_becomes_inputs(tmp_path: Path) -> None:
     assert config["additional_fields"] == ["caption", "score"]
 
 
+def test_a_folder_of_pictures_becomes_inputs(tmp_path: Path) -> None:
+    """With files beside them, or a captions file as `datasets` writes it; also of img2dataset."""
+    for place in ("a", "b/c"):
+        (tmp_path / "in" / place).mkdir(parents=True)
+        (tmp_path / "in" / place / "1.jpg").write_bytes(jpeg())
+    (tmp_path / "in" / "b/c/1.txt").write_text("a cat")
+    (tmp_path / "in" / "b/c/1.json").write_text('{"uid": "0a", "url": "x"}')
+    pq.write_table(pa.table({"uid": ["0a"], "url": ["x"]}), tmp_path / "in" / "00000.parquet")
+    config = _init(tmp_path, tmp_path / "in")
+    assert config["inputs"] == [f"{tmp_path}/in"]
+    assert config["models"] == ["opennsfw", "language-lid176", "image-stats", "text-stats"]
+    assert {"input_tars", "captions"}.isdisjoint(config)
+    assert (
+        "# 2 shards. Of their first 2 samples: jpg in 100%, json in 50%, txt in 50%."
+        in (tmp_path / "c.yml").read_text()
+    )
+    captions = tmp_path / "in" / "metadata.jsonl"
+    lines = [{"file_name": f"{place}/1.jpg", "text": "a dog", "n": 1} for place in ("a", "b/c")]
+    captions.write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "again").mkdir()
+    config = _init(tmp_path / "again", tmp_path / "in")
+    assert config["captions"] == str(captions)
+    assert "n" in config["additional_fields"]
+    rows = d2m.head(tmp_path / "again" / "c.yml").to_dict()["rows"]
+    assert [(row["key"], row["text-words"], row["n"]) for row in rows] == [("1", 2, 1)] * 2
+
+
 def test_names_in_the_tars_are_no_lines_of_the_config(tmp_path: Path) -> None:
     odd = {"jpg": jpeg(), "x\nreprocess: true\n#": b"x"}
     fields: dict[str, Any] = {"a: int64": 1, "b\nreprocess: true": 2, "\ud800": 3, "on": "no"}
@@ -149,7 +176,7 @@ def test_names_in_the_tars_are_no_lines_of_the_config(tmp_path: Path) -> None:
 
 def test_what_init_refuses(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="found no tar for"):
+    with pytest.raises(ConfigError, match="found no tar, picture or parquet in"):
         d2m.init(tmp_path / "empty", tmp_path / "c.yml")
     audio = _tar(tmp_path / "a.tar", 2, {"wav": b"x"})
     with pytest.raises(ConfigError, match="found wav; valid are samples with images or texts"):

@@ -227,7 +227,8 @@ def test_a_pattern_that_matches_nothing_is_a_mistake_that_names_it(
     (tmp_path / "folder").mkdir()
     touch(tmp_path, "a.tar")
     found = expand([pattern, "a.tar"])
-    assert found.mistakes == [f"input_tars: found no tar for {pattern!r}; check the path"]
+    more = "; `inputs` in place of `input_tars` takes pictures" * (pattern == "folder")
+    assert found.mistakes == [f"input_tars: found no tar for {pattern!r}; check the path{more}"]
     with pytest.raises(ConfigError, match=r"my.yml: 1 mistake") as raised:
         inspect(asking(pattern, "a.tar"), "my.yml")
     assert repr(pattern) in str(raised.value)

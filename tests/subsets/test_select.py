@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from pools import CLIP, finish, make_run, subset, table, uid
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.subsets import samples as pools
+from d2m_hpc.subsets.finished import table as table_of
 from d2m_hpc.subsets.select import Query, Selection, quota, select
 
 SCORES = [0.1, 0.3, 0.25, 0.4, 0.3]
@@ -298,10 +300,59 @@ def test_what_cannot_be_evaluated_is_said_in_a_line(
     assert not (tmp_path / "subset.npy").exists()
 
 
-def test_a_run_without_uids_has_no_subset(tmp_path: Path) -> None:
-    rows = table([uid(0)], [0.5]).drop_columns(["uid"])
+def _named(scores: dict[str, list[float]], **more: Any) -> dict[str, pa.Table]:
+    """Shards without uids, whose keys are the same in all of them."""
+    return {
+        stem: pa.table({"key": [str(i) for i in range(len(some))], CLIP: some, **more})
+        for stem, some in scores.items()
+    }
+
+
+def test_samples_without_uids_are_told_by_shard_and_key(tmp_path: Path) -> None:
+    """As those of folders of pictures; a user's file of them is joined likewise."""
+    shards = _named({"cats.1": [0.1, 0.9, 0.5], "dogs [2]": [0.8, 0.2]})
+    run, config = make_run(tmp_path, shards)
+    with pytest.raises(ConfigError, match=r"an .npy is of uids, .* valid are .parquet and .jsonl"):
+        select(run, config, Query(), tmp_path / "kept.npy")
+    best = Query(by=CLIP, top=3)
+    found = select(run, config, best, tmp_path / "kept.jsonl")
+    assert (found.chosen, found.without_uid, found.repeated) == (3, 0, 0)
+    lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert sorted(map(str, lines)) == [
+        str({"shard": "cats.1", "keys": ["1", "2"]}),
+        str({"shard": "dogs [2]", "keys": ["0"]}),
+    ]
+    select(run, config, best, tmp_path / "kept.parquet")
+    kept = pq.read_table(tmp_path / "kept.parquet")
+    assert sorted(zip(*kept.to_pydict().values(), strict=True)) == [
+        *(("cats.1", "1"), ("cats.1", "2"), ("dogs [2]", "0"))
+    ]
+    pq.write_table(kept.append_column("mine", [[True] * 3]), tmp_path / "mine.parquet")
+    rest = Query("mine IS NULL AND shard = 'cats.1'", join=tmp_path / "mine.parquet")
+    select(run, config, rest, tmp_path / "rest.parquet", columns=["key"])
+    assert pq.read_table(tmp_path / "rest.parquet").to_pydict() == {"key": ["0"]}
+    read = table_of(run, config, ["shard", "key"]).to_pydict()
+    assert read == {"shard": ["cats.1"] * 3 + ["dogs [2]"] * 2, "key": ["0", "1", "2", "0", "1"]}
+
+
+def test_what_is_joined_to_samples_without_uids_names_shard_and_key(tmp_path: Path) -> None:
+    run, config = make_run(tmp_path, _named({"a": [0.1]}))
+    pq.write_table(pa.table({"uid": ["0"], "mine": [1]}), tmp_path / "mine.parquet")
+    np.save(tmp_path / "mine.npy", subset([uid(1)]))
+    for name, says in (
+        ("mine.parquet", "no columns `shard` and `key`"),
+        ("mine.npy", "the run has none"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            select(run, config, Query(join=tmp_path / name), tmp_path / "kept.jsonl")
+
+
+@pytest.mark.parametrize("names", [{"uid": pa.array([1])}, {"shard": ["mine"]}])
+def test_a_run_whose_samples_nothing_tells_apart_has_no_subset(
+    tmp_path: Path, names: dict[str, Any]
+) -> None:
     with pytest.raises(ConfigError, match="name `uid` in additional_fields"):
-        _select(tmp_path, {"a": rows}, Query())
+        _select(tmp_path, _named({"a": [0.5]}, **names), Query(), additional_fields=[*names])
 
 
 def test_a_run_without_finished_shards_has_no_subset(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage import asked_for
 from d2m_hpc.subsets.finished import readable
-from d2m_hpc.subsets.samples import UID, Pool
+from d2m_hpc.subsets.samples import Pool
 from d2m_hpc.watch.page import environment
 from d2m_hpc.watch.page.sheet import Picked, fill, within_reach
 
@@ -50,8 +50,8 @@ class Look:
         if query.by and query.by in pool.beside:
             raise ConfigError("select", [f"--look: {query.by!r} is no column of the run"])
         shards, notes = self._shards(query.seed)
-        rows = self._rows(shards, query)
-        kept = _chosen(pool, [uid for uid, _ in rows])
+        rows = self._rows(pool, shards, query)
+        kept = _chosen(pool, rows)
         sides = {
             "kept": [row for i, (_, row) in enumerate(rows) if i in kept],
             "cut": [row for i, (_, row) in enumerate(rows) if i not in kept],
@@ -82,20 +82,20 @@ class Look:
         Random(seed).shuffle(shards)
         return within_reach(shards)
 
-    def _rows(self, shards: Sequence[Shard], query: Query) -> list[tuple[str, Picked]]:
-        """The uids and scores of all rows that have what they are sorted by."""
+    def _rows(self, pool: Pool, shards: Sequence[Shard], query: Query) -> list[tuple[str, Picked]]:
+        """The uids, if there are any, and scores of all rows that have what they are sorted by."""
         found = []
-        names = dict.fromkeys(("key", "uid", query.by or "key"))
+        uid = "key" if pool.by_name else "uid"
+        names = dict.fromkeys(("key", uid, query.by or "key"))
         for stem in (shard.stem for shard in shards):
             with readable(self._output.path(stem)):
                 table = Pair(self._output, stem).table(names)
             if names.keys() <= {*table.column_names}:  # an older shard may lack the score
-                for key, uid, value in zip(
-                    *(c.to_pylist() for c in _three(table, query.by)), strict=True
-                ):
+                three = (table[name].to_pylist() for name in ("key", uid, query.by or "key"))
+                for key, told, value in zip(*three, strict=True):
                     if not query.by or (value is not None and math.isfinite(value)):
                         score = float(value) if query.by else math.nan
-                        found.append((uid, Picked(stem, key, score)))
+                        found.append((told, Picked(stem, key, score)))
         return found
 
     def _write(self, **contents: Any) -> None:
@@ -103,16 +103,14 @@ class Look:
         asked_for.write(self._path, [template.render(contents).encode("utf-8")])
 
 
-def _three(table: pa.Table, by: str) -> list[pa.ChunkedArray]:
-    return [table["key"], table["uid"], table[by or "key"]]
-
-
-def _chosen(pool: Pool, uids: Sequence[str]) -> set[int]:
-    """The places of those uids that are in the subset."""
-    looked = pa.table(
-        {"place": pa.array(range(len(uids)), pa.int64()), "uid": pa.array(uids, pa.string())}
+def _chosen(pool: Pool, rows: Sequence[tuple[str, Picked]]) -> set[int]:
+    """The places of those rows that are in the subset."""
+    texts = {"uid": [u for u, _ in rows], "key": [r.key for _, r in rows]}
+    texts["shard"] = [row.stem for _, row in rows]
+    columns = {name: pa.array(values, pa.string()) for name, values in texts.items()}
+    pool.db.register(
+        "looked", pa.table({"place": pa.array(range(len(rows)), pa.int64())} | columns)
     )
-    pool.db.register("looked", looked)
-    halves = f"(SELECT place, {UID} FROM looked)"
+    halves = f"(SELECT place, {pool.identity} FROM looked)"
     found = pool.db.execute(f"SELECT place FROM {halves} SEMI JOIN chosen USING (high, low)")
     return {place for (place,) in found.fetchall()}
