@@ -210,6 +210,24 @@ def test_only_changed_entries_are_computed_again(folder: Path) -> None:
     assert derived(config(folder, ["cluster"])).column_names == whole.column_names[:-2]
 
 
+def test_a_dry_run_tells_what_is_left_and_changes_nothing(folder: Path) -> None:
+    names = ["cluster", "duplicate"]
+    d2m.submit(config(folder), local=True)
+
+    def planned(**more: Any) -> tuple[int, list[str]]:
+        before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
+        decision = launch.dry_run(d2m.api.inspect(config(folder, names, **more)))
+        after = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
+        assert after == before
+        return len(decision.pending), [n for n in decision.notices if "first steps" in n]
+
+    assert planned() == (4, ["first steps are done before: cluster, duplicate"])
+    derived(config(folder, names))
+    assert planned() == (0, [])
+    assert planned(duplicate={"threshold": 0.99}) == (4, [])
+    assert planned(cluster={"seed": 2}) == (4, ["first steps are done before: cluster, duplicate"])
+
+
 def test_later_shards_get_the_same_clusters(folder: Path) -> None:
     (folder / "tars" / "00002.tar").rename(folder / "late.tar")
     d2m.submit(config(folder, ["cluster"]), local=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from d2m_hpc.launch.flow import Backend
+    from d2m_hpc.plan.decide import Decision
     from d2m_hpc.plan.workload import Workload
     from d2m_hpc.worker.board import Board
     from d2m_hpc.worker.supervise import Past
@@ -77,7 +78,7 @@ def submit(
     if print_sbatch or test_only:
         _asked(inspect(), test_only)
     elif dry_run:
-        _dry_run(inspect(), local)
+        _show_plan(api.dry_run(inspect()), local)
     elif local:
         begin = lambda *given: api.begin(inspect(), *given)  # noqa: E731
         raise typer.Exit(_supervised(begin, report))
@@ -95,10 +96,15 @@ def derive(
     slurm: dict[str, Any],
     set_: Overrides = None,
     local: Annotated[bool, typer.Option("--local", help="run in this process, no Slurm")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
     prepare: Annotated[
         bool, typer.Option("--prepare", help="only the first steps, such as k-means, and here")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
+    until_done: UntilDone = False,
+    max_rounds: Annotated[int, typer.Option(min=1, metavar="N", help="of --until-done")] = 20,
+    then: Then = "",
+    notify: Notify = "",
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="though shards are not finished")
     ] = False,
@@ -110,12 +116,19 @@ def derive(
         inspected = api.inspect(loaded, where=str(config))
         return api.begin_derive(inspected, backend, allow_missing, *told)
 
-    if prepare:
+    if prepare or dry_run:
         from d2m_hpc.launch import derive as first
 
-        first.prepare(api.inspect(loaded, where=str(config)), allow_missing)
+        inspected = api.inspect(loaded, where=str(config))
+        if dry_run:
+            _show_plan(first.dry_run(inspected, allow_missing), local)
+        else:
+            first.prepare(inspected, allow_missing)
+    elif local:
+        raise typer.Exit(_supervised(begin, False))
     else:
-        raise typer.Exit(_supervised(begin, False) if local else _to_slurm(begin, wait))
+        wish = (max_rounds, then, notify) if until_done else None
+        raise typer.Exit(_to_slurm(begin, wait, wish))
 
 
 def again(folder: Path) -> None:
@@ -129,14 +142,13 @@ def again(folder: Path) -> None:
 def plan(config: ConfigFile, set_: Overrides = None) -> None:
     with api.every_mistake():
         loaded = load(config, set_)
-    _dry_run(api.inspect(loaded, where=str(config)), local=False)
+    _show_plan(api.dry_run(api.inspect(loaded, where=str(config))), local=False)
 
 
-def _dry_run(workload: Workload, local: bool) -> None:
+def _show_plan(decision: Decision, local: bool) -> None:
     from d2m_hpc.launch import arrays
     from d2m_hpc.watch import terminal
 
-    decision = api.dry_run(workload)
     terminal.decision(decision)
     if decision.pending and not local:
         terminal.proposal(arrays.propose(decision, "next"))

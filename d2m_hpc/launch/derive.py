@@ -15,10 +15,10 @@ import yaml
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError, SlurmError
-from d2m_hpc.launch import commands, flow, sbatch
+from d2m_hpc.launch import arrays, commands, flow, sbatch
 from d2m_hpc.launch.guest import guest
 from d2m_hpc.plan.decide import Decision
-from d2m_hpc.plan.derive import FirstStep, NotPrepared, derived, lacking
+from d2m_hpc.plan.derive import UNKNOWN, FirstStep, NotPrepared, derived, lacking
 from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run.outputs import OutputDir
@@ -54,13 +54,26 @@ def derive(
     found = _finished(workload, allow_missing)
     if first_step and not _is_prepared(workload, found):
         first_step(workload, found)
-    config = workload.config.model_copy(update={"reprocess": False})
     with guest():
         # A login node does none, even where the files of the job are not to be seen yet.
         digests = derived(workload, found.done, lacking if first_step else _here(workload, found))
-    # Without tars: what is new among them is for a submit.
-    asked = replace(workload, config=config, sizes={}, derived=digests)
-    return flow.submit(asked, backend, on_decision, left_out)
+    return flow.submit(_asked(workload, digests), backend, on_decision, left_out)
+
+
+def dry_run(workload: Workload, allow_missing: bool = False) -> Decision:
+    """Decide what a derive would do; change nothing."""
+    found = _finished(workload, allow_missing)
+    digests = derived(workload, found.done, None)
+    decision = arrays.look(_asked(workload, digests))
+    if left := [name for name, digest in digests.items() if digest.endswith(UNKNOWN)]:
+        decision.notices.append(f"first steps are done before: {', '.join(left)}")
+    return decision
+
+
+def _asked(workload: Workload, digests: dict[str, str]) -> Workload:
+    """The workload without tars: what is new among them is for a submit."""
+    config = workload.config.model_copy(update={"reprocess": False})
+    return replace(workload, config=config, sizes={}, derived=digests)
 
 
 def prepare(workload: Workload, allow_missing: bool = False) -> None:

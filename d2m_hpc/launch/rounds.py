@@ -17,11 +17,13 @@ from typing import Any
 from d2m_hpc.config import Config
 from d2m_hpc.config.load import load
 from d2m_hpc.errors import ConfigError, D2MError, SlurmError, WeightsError
-from d2m_hpc.launch import flow, sbatch, slurm
+from d2m_hpc.launch import derive, flow, sbatch, slurm
 from d2m_hpc.launch.arrays import SlurmArrays
 from d2m_hpc.plan import workload
 from d2m_hpc.plan.decide import Decision
 from d2m_hpc.plan.standing import standings
+from d2m_hpc.run import fingerprints
+from d2m_hpc.run.fingerprints import DERIVED
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.rounds import IDLE, Chain, Round, Rounds, read, write
@@ -135,7 +137,10 @@ def _submit_rest(run: RunDir, config: Config, known: int, chain: Chain, this: Ro
     """
     try:
         asked = workload.inspect(config, str(run.config), thorough=False)
-        decision = flow.submit(asked, _Arrays(known))
+        if DERIVED in fingerprints.newest(run):
+            decision = derive.derive(asked, _Arrays(known), allow_missing=True)
+        else:
+            decision = flow.submit(asked, _Arrays(known))
     except _Newer as error:
         print(error, file=sys.stderr)
     except (ConfigError, WeightsError) as error:  # which somebody must mend

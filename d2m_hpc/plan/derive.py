@@ -40,6 +40,8 @@ from d2m_hpc.storage.files import atomic_write, make_folder
 _Arrays = Mapping[str, NDArray[Any]]
 FirstStep = Callable[[str, Derivation, Mapping[str, Path]], _Arrays]
 """Does the first step of an entry, given its name, and the files that earlier ones kept by name."""
+UNKNOWN = "?"
+"""In place of the hash of a first step's result."""
 
 
 def lacking(name: str, entry: Derivation, kept: Mapping[str, Path]) -> _Arrays:
@@ -52,13 +54,14 @@ class NotPrepared(Exception):
 
 
 def derived(
-    workload: Workload, done: Mapping[str, Outcome], first_step: FirstStep = lacking
+    workload: Workload, done: Mapping[str, Outcome], first_step: FirstStep | None = lacking
 ) -> dict[str, str]:
     """Hash what decides the columns of each entry of `derive`, by name.
 
     Args:
         done: the run's finished shards.
-        first_step: does those that are not done yet.
+        first_step: does those that are not done yet; with None, an entry whose first step is not
+            done has a hash that no shard has, with `UNKNOWN` at its end.
 
     Raises:
         NotPrepared: a first step is to be done, and `first_step` does none.
@@ -78,7 +81,8 @@ def derived(
             digests[name] = hashed(about)
             continue
         if (path := kept_file(run, f"{key}-*")) is None:
-            path = _keep(run, key, first_step(name, entry, kept))
+            arrays = first_step(name, entry, kept) if first_step else None
+            path = _keep(run, key, arrays) if arrays else Path(f"{key}-{UNKNOWN}")
         kept[name] = path
         digests[name] = f"{hashed(about)}-{path.stem.partition('-')[2]}"
     return digests
