@@ -60,6 +60,11 @@ def test_the_tars_have_the_kept_samples_with_all_their_members(
         read = [*group_by_keys(tar_file_expander([{"url": str(tar), "stream": file}]))]
     assert [sample["__key__"] for sample in read] == ["000000001", "000000003"]
 
+    # Of lists that are divided among tasks, some may be empty.
+    (tmp_path / "none.jsonl").touch()
+    nothing = run.export("subset-tars", tmp_path / "none", lists=tmp_path / "none.jsonl")
+    assert (nothing.rows, nothing.parts) == (0, 0)
+
     # The same again writes nothing; other lists write what they change, and remove the rest.
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
     assert run.export("subset-tars", tmp_path / "kept", lists=kept).written == 0
