@@ -167,16 +167,16 @@ def find(
 ) -> list[End]:
     """Find the elements of the newest submission that ended and left shards.
 
-    All that an earlier submission left is in the newest one, or in the hands of live tasks.
+    All that an earlier submission left is in the newest one, or in the hands of live tasks. One
+    without arrays, of a submit for which no shard was left, does not count.
 
     Args:
         tasks: the attempts of the run's tasks.
     """
-    submissions = run.submissions()
-    arrays = read_arrays(submissions[-1]) if submissions else []
-    if not arrays:
+    submission = next((s for s in reversed(run.submissions()) if s.arrays.exists()), None)
+    if submission is None:
         return []
-    submission, newest = submissions[-1], dict[int, Progress]()
+    arrays, newest = read_arrays(submission), dict[int, Progress]()
     for task in tasks:
         name, index, _ = task.task.split("-")
         if name == submission.name and task.started >= newest.get(int(index), task).started:

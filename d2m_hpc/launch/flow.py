@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -136,10 +137,7 @@ def commit(decision: Decision, chunks: Iterable[list[Job]]) -> Submission:
 def write(submission: Submission, decision: Decision, chunks: Iterable[list[Job]]) -> None:
     workload, run = decision.workload, decision.workload.run
     values = workload.config.model_dump(mode="json")
-    # With marks of start and end, which show a file that a full disk or a crash has cut.
-    text = yaml.safe_dump(
-        values, sort_keys=False, allow_unicode=True, explicit_start=True, explicit_end=True
-    ).encode()
+    text = _text(values)
     intent = {
         "fingerprint": workload.fingerprint_id,
         "created": time.time(),
@@ -160,16 +158,24 @@ def write(submission: Submission, decision: Decision, chunks: Iterable[list[Job]
     atomic_write(submission.intent, json.dumps(intent).encode())
 
 
+def _text(values: dict[str, Any]) -> bytes:
+    """A config's file, with marks of start and end that show where a full disk has cut it."""
+    return yaml.safe_dump(
+        values, sort_keys=False, allow_unicode=True, explicit_start=True, explicit_end=True
+    ).encode()
+
+
 def repair(decision: Decision) -> None:
     """Restore lost records; drop leases and attempts that killed tasks left at done shards.
 
-    Records the config and the plan, too, where an earlier config makes every shard done.
+    Records the config and the plan, too, where no shard is pending: an earlier config makes every
+    shard done, or has live tasks for them, whose end a round or another submit follows up.
     """
-    run, left = decision.workload.run, decision.pending or decision.in_flight
-    as_before = decision.is_planned and (
-        fingerprints.newest(run) == decision.workload.fingerprint_id
-    )
-    if not left and not as_before:
+    workload, run = decision.workload, decision.workload.run
+    as_before = decision.is_planned and fingerprints.newest(run) == workload.fingerprint_id
+    if as_before and decision.in_flight and run.config.exists():
+        as_before = run.config.read_bytes() == _text(workload.config.model_dump(mode="json"))
+    if not decision.pending and not as_before:
         commit(decision, [])
     recorder = Recorder(run.records / "rebuilt.jsonl")
     for record in decision.lost:

@@ -39,9 +39,10 @@ class Site:
     def takes(self, line: str) -> None:
         commands_of(self.bin, self.patch, sbatch=line)
 
-    def lists(self, *jobs: tuple[str, str]) -> None:
+    def lists(self, *jobs: tuple[str, str], elements: int = 1) -> None:
         """Running elements, by job id and name."""
-        lines = "".join(f"{job}|0|RUNNING|None|n1|{name}\\n" for job, name in jobs)
+        rows = (f"{job}|{i}|RUNNING|None|n1|{name}" for job, name in jobs for i in range(elements))
+        lines = "".join(f"{row}\\n" for row in rows)
         commands_of(self.bin, self.patch, squeue=f"printf '{lines}'")
 
     def asked(self) -> list[str]:
@@ -201,6 +202,32 @@ def test_a_round_does_not_bring_an_older_config_back(site: Site) -> None:
     site.again()
     assert "text-characters" in load(site.run.config, frozen=True).postprocess_columns
     assert len(site.run.submissions()) == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("- text-words", "- text-words\n- text-characters"),
+        ("shards_per_task: 1", "shards_per_task: 2"),
+    ],
+)
+def test_a_round_follows_the_last_config_though_no_shard_was_left_for_its_submit(
+    site: Site, before: str, after: str
+) -> None:
+    """All of them were with live tasks of an earlier config."""
+    d2m.submit(site.config, preflight=False)
+    [array] = slurm.all_arrays(site.run)
+    site.lists(("71", array.name), elements=6)
+    d2m.submit(site.config, preflight=False)
+    assert len(site.run.submissions()) == 1
+    assert before in site.config.read_text()
+    site.config.write_text(site.config.read_text().replace(before, after))
+    site.begin()
+    assert site.again().state == "running"
+    assert after in site.run.config.read_text()
+    [*_, last] = site.run.submissions()
+    assert len(slurm.read_arrays(last)) == 1
+    assert after in last.config.read_text()
 
 
 def test_a_cancel_and_another_submit_end_the_rounds_before(site: Site) -> None:
