@@ -168,8 +168,8 @@ class Chaos:
 
     def _release(self) -> None:
         """Let go of what Slurm holds: a requeued task whose node was taken as it began, too."""
-        for element in (line.split()[0] for line in self.live()):
-            self._slurm("scontrol", "release", element)
+        if found := self.live():
+            self._slurm("scontrol", "release", ",".join(line.split()[0] for line in found))
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -365,8 +365,10 @@ class Chaos:
         self._undo = []
         if not is_up():
             self.cluster.up()
-        self.cluster.resume_nodes()
         self.run.pace(0)
+        # A slurmctld that died may have forgotten a suspension, which the node goes by.
+        for element in (line.split()[0] for line in self.live() if line.endswith(" RUNNING")):
+            self._slurm("scontrol", "suspend", element)
         if self.by_itself:
             wait_until(self._has_ended, 3 * PATIENCE)
             return
@@ -377,12 +379,15 @@ class Chaos:
         self.account.unfinished.append(self.last[-2000:])
 
     def _let_run(self) -> None:
+        """As administrators do; a slurmctld that forgot a task may drain its node only now."""
+        self._resume_nodes()
         self._release()
-        for element in (line.split()[0] for line in self.live()):
+        for element in (line.split()[0] for line in self.live() if line.endswith(" SUSPENDED")):
             self._slurm("scontrol", "resume", element)
 
     def _has_ended(self) -> bool:
         self._let_run()
+        time.sleep(1)
         chain = read(RunDir(self.run.run_dir))
         if chain is not None and chain.state == "stopped":
             self.account.unfinished.append(str(chain))
