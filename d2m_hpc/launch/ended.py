@@ -18,11 +18,13 @@ from d2m_hpc.launch.slurm import AT_ONCE, COMPLETING, Array, Queue, read_arrays
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.tasks import Progress
-from d2m_hpc.storage.texts import BRIEF, safe
+from d2m_hpc.storage.texts import safe
 
 TAIL = 4096
 """Bytes of a log's end that are read."""
 LINES = 8
+SAID = 300
+"""Characters of a log's last words: a path and what is wrong with it."""
 LOGS = 200
 """Tasks whose logs are read; those of more are told by Slurm's word alone."""
 SACCT_SECONDS = 60
@@ -66,13 +68,21 @@ MEANINGS = {
         "killed by SIGKILL, as by an administrator or where memory runs out",
         "raise slurm.mem if they grow",
     ),
-    "stopped": (r"exit code (138|143)\b", "told to stop by a signal of somebody's", ""),
+    "stopped": (
+        r"exit code (138|143)\b|User defined signal",
+        "told to stop by a signal of somebody's",
+        "",
+    ),
     "crashed": (r"RaisedSignal|signal \d+|Aborted|Segmentation", "killed by a signal", ""),
     "failed": (r"FAILED|[Ee]xit code|error:", "by an error", "mend what their log names"),
     UNKNOWN: (r"", "Slurm does not remember how", ""),
 }
 """By a cause's name: words of Slurm or of a log, what they mean, and what helps; the first that
 fits."""
+
+
+TAKEN = {"node", "preempted", "cancelled", "stopped"}
+"""Causes that lie in no task: another one may come through."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +303,7 @@ def _read(run: RunDir, end: End) -> End:
     said = "; ".join([first, *rest] if MISTAKES.search(first) else [first]).removeprefix("error: ")
     if own and own[-1] == NOTHING_LEFT:
         said = NOTHING_LEFT
-    return _judged(replace(end, said=safe(said, BRIEF)), [*own, *batch])
+    return _judged(replace(end, said=safe(said, SAID)), [*own, *batch])
 
 
 def _judged(end: End, lines: list[str]) -> End:

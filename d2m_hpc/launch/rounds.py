@@ -12,12 +12,13 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from d2m_hpc.config import Config
 from d2m_hpc.config.load import load
 from d2m_hpc.errors import ConfigError, D2MError, SlurmError, WeightsError
-from d2m_hpc.launch import derive, flow, sbatch, slurm
+from d2m_hpc.launch import derive, ended, flow, sbatch, slurm
 from d2m_hpc.launch.arrays import SlurmArrays
 from d2m_hpc.plan import workload
 from d2m_hpc.plan.decide import Decision
@@ -27,6 +28,7 @@ from d2m_hpc.run.fingerprints import DERIVED
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.rounds import IDLE, Chain, Round, Rounds, read, write
+from d2m_hpc.run.tasks import attempts
 from d2m_hpc.storage.texts import ERROR, safe
 
 PATIENCE = 600.0
@@ -103,6 +105,9 @@ def _look(run: RunDir, config: Config, chain: Chain) -> Round:
     found = standings(run, config, manifest)
     tries = sum(map(len, manifest.failures.values()))
     this = Round(time.time(), len(found.done), len(found.stems), tries)
+    with suppress(SlurmError):  # the submit that follows tells it
+        ends = ended.find(run, slurm.queue(run, PATIENCE), attempts(run), found.done.__contains__)
+        this.taken = any(end.cause in ended.TAKEN for end in ends)
     chain.rounds.append(this)
     if found.is_complete:
         chain.end("complete", "the run is complete")

@@ -43,6 +43,7 @@ class Round:
         at: in epoch seconds.
         tries: failed attempts on record.
         trouble: why the round submitted nothing, though shards were left.
+        taken: whether tasks of the round before were cancelled or lost by no fault of their own.
     """
 
     at: float
@@ -50,6 +51,7 @@ class Round:
     shards: int
     tries: int
     trouble: str = ""
+    taken: bool = False
 
 
 @dataclass
@@ -73,10 +75,12 @@ class Chain:
         self.state, self.ended = state, why
 
     def is_idle(self) -> bool:
-        """Whether the last rounds have submitted tasks that neither finished nor tried a shard."""
+        """Whether the last rounds have submitted tasks that neither finished nor tried a shard,
+        and that nobody took away."""
         last = self.rounds[-IDLE - 1 :]
         same = len({(r.done, r.tries) for r in last}) == 1
-        return len(last) > IDLE and same and not any(r.trouble for r in last)
+        excused = any(r.trouble for r in last) or any(r.taken for r in last[1:])
+        return len(last) > IDLE and same and not excused
 
     def troubles(self) -> int:
         """The number of the last rounds, one after another, that could submit nothing."""

@@ -88,6 +88,7 @@ def test_sacct_tells_what_squeue_has_forgotten(
         ("FAILED|NonZeroExitCode", "", "CUDA out of memory", "failed"),
         ("", "", "error: the process was killed by SIGKILL, out of memory: it took 4", "memory"),
         ("FAILED|NonZeroExitCode", "srun: error: n1: Exited with exit code 143", "", "stopped"),
+        ("FAILED|NonZeroExitCode", "srun: error: n1: task 0: User defined signal 2", "", "stopped"),
         ("", "", "warning: scontrol requeue: slurm_load_jobs error: no such job", "unknown"),
         ("", "", "2026-11-26 20:21:09,401 WARNING asking again: error: timed out", "unknown"),
         ("", "", "", "unknown"),
@@ -109,11 +110,12 @@ def test_each_cause_is_found_by_slurms_word_or_a_log(
 
 
 def test_the_words_of_a_mistake_are_those_below_its_count(run: RunDir) -> None:
-    said = "error: config: 1 mistake\n  output_metadata_dir: no space left\n"
+    what = f"output_metadata_dir: /{'x' * 150} cannot be written: no space left"
+    said = f"error: config: 1 mistake\n  {what}\n"
     said += "srun: error: n2: task 0: Exited with exit code 2\n"
     (run.logs / "slurm-71_0.out").write_text(said)
     told = d2m.open(run.root).status().ended
-    assert "config: 1 mistake; output_metadata_dir: no space left" in [e.said for e in told]
+    assert f"config: 1 mistake; {what}" in [e.said for e in told]
 
 
 def test_what_found_nothing_to_do_and_what_never_began_are_no_ends(

@@ -104,6 +104,21 @@ def test_rounds_that_come_to_nothing_stop(site: Site) -> None:
     assert (site.folder / "told").read_text() == "stopped\n"
 
 
+@pytest.mark.parametrize(
+    ("state", "ended"), [("CANCELLED", "running"), ("PREEMPTED", "running"), ("FAILED", "stopped")]
+)
+def test_rounds_whose_tasks_were_taken_away_do_not_stop_it(
+    site: Site, state: str, ended: str
+) -> None:
+    site.begin()
+    for _ in range(5):
+        [*_, array] = slurm.all_arrays(site.run)
+        row = f"{array.job_id}|2|{state}|None||{array.name}"
+        commands_of(site.bin, site.patch, squeue=f"printf '{row}\\n'")
+        chain = rounds.again(site.run)
+    assert chain.state == ended
+
+
 def test_no_more_rounds_than_allowed(site: Site) -> None:
     site.begin(most=1)
     assert site.again().state == "running"
