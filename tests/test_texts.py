@@ -17,6 +17,7 @@ from test_families import EXACT, run
 from tiny_nets import bert, blip
 from transformers import BertForSequenceClassification, BertModel, BlipForImageTextRetrieval
 
+import d2m_hpc as d2m
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models.clip import Clip
@@ -327,6 +328,26 @@ class TestBeside:
         assert told in error
         assert "t.0.parquet" in error
         assert "\n" not in error
+
+    def test_a_shards_own_parquet_that_is_replaced_is_noticed(self, tmp_path: Path) -> None:
+        tar(tmp_path)
+        file = tmp_path / "t.0.parquet"
+        pq.write_table(pa.table({"key": ["0", "1"], "again": ["a", "a"]}), file)
+        source = f"parquet:{tmp_path}/t.{{stem}}.parquet:again"
+        assert self.made(tmp_path, source)[0] == {"0": 1, "1": 1}
+        run = d2m.open(tmp_path / "out" / ".d2m")
+        assert run.verify().changed.stems == []
+        pq.write_table(pa.table({"key": ["0", "1"], "again": ["a b", "a b"]}), file)
+        # Neither a submit nor added columns hide it, and both leave the finished values alone.
+        more = {"postprocess_columns": ["text-again-words", "text-again-characters"]}
+        assert self.made(tmp_path, source, **more)[0] == {"0": 1, "1": 1}
+        run = d2m.open(tmp_path / "out" / ".d2m")
+        assert run.verify().changed.stems == run.verify().changed.texts == ["0"]
+        [notice] = run.status().changed.notices()
+        assert notice.startswith("shards whose parquets of texts are not those that were read: 0;")
+        run = d2m.submit(run.config, local=True, recompute_changed=True)
+        assert run.table()["text-again-words"].to_pylist() == [2, 2]
+        assert run.verify().changed.stems == []
 
     def test_a_store_has_such_files_too(self, tmp_path: Path) -> None:
         import fsspec

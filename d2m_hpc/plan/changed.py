@@ -45,7 +45,8 @@ class Changed:
     """The result of `find`.
 
     Attributes:
-        stems: shards whose tar was replaced.
+        stems: shards whose tar was replaced, or whose parquets of texts were.
+        texts: the latter.
         looked_at: the number of finished shards whose tars were checked.
         all: whether all tars were checked.
     """
@@ -53,15 +54,21 @@ class Changed:
     stems: list[str] = field(default_factory=list)
     looked_at: int = 0
     all: bool = True
+    texts: list[str] = field(default_factory=list)
 
     def notices(self) -> Iterator[str]:
-        if self.stems:
+        if self.texts:
+            yield (
+                f"shards whose parquets of texts are not those that were read: {few(self.texts)}; "
+                "`d2m-submit --recompute-changed` computes them again"
+            )
+        if stems := [stem for stem in self.stems if stem not in self.texts]:
             some = "" if self.all else f" of {self.looked_at:,} that were looked at, at random"
-            one = len(self.stems) == 1
-            count = "1 tar" if one else f"{len(self.stems):,} tars"
+            one = len(stems) == 1
+            count = "1 tar" if one else f"{len(stems):,} tars"
             others = "is not the one that was" if one else "are not those that were"
             yield (
-                f"{count}{some} {others} computed, by size or time ({few(self.stems)}); "
+                f"{count}{some} {others} computed, by size or time ({few(stems)}); "
                 f"`d2m-submit --recompute-changed` computes {'it' if one else 'them'} again"
             )
 
@@ -96,7 +103,8 @@ def find(
         listed = [s for s in shards if s.url in times and made(found, s.stem)]
         stems += [s.stem for s in listed if _is_other_in_store(s, found, output, sizes, times)]
         looked_at += len(listed)
-    return Changed(stems, looked_at, len(drawn) == len(shards))
+    texts = [s.stem for s in drawn if _has_other_texts(made(found, s.stem))]
+    return Changed([*dict.fromkeys(stems + texts)], looked_at, len(drawn) == len(shards), texts)
 
 
 def among(some: Sequence[Shard], config: Config, found: Standings) -> Changed:
@@ -129,6 +137,16 @@ def _stat(shard: Shard) -> os.stat_result | None:
             [0] * 6 + [size] + [time // 10**9] * 3 + [time / 1e9] * 3 + [time] * 3
         )
     return None
+
+
+def _has_other_texts(outcome: Outcome | None) -> bool:
+    """Whether a parquet of texts that a shard was computed with was replaced."""
+    for path, version in ((outcome and outcome.texts) or {}).items():
+        with suppress(OSError, ValueError):
+            now = os.stat(path)
+            if [now.st_size, now.st_mtime_ns] != version:
+                return True
+    return False
 
 
 def _is_suspect(shard: Shard, now: os.stat_result, found: Standings) -> bool:

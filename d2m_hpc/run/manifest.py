@@ -38,6 +38,7 @@ class Outcome(NamedTuple):
     error: str
     attempt: int
     notices: tuple[str, ...] = ()
+    texts: Mapping[str, list[int]] | None = None
 
     @property
     def seconds(self) -> float:
@@ -85,6 +86,7 @@ class Outcome(NamedTuple):
                 intern(get("error", "")),
                 int(get("attempt", 0)),
                 tuple(map(intern, notices)) if notices else (),
+                dict(texts) if (texts := get("texts")) else None,
             )
         )
 

@@ -102,6 +102,7 @@ class Record:
         task: `submission-index-attempt` of the array task.
         error, kind, traceback: the reason of a failure.
         tar_size, tar_mtime_ns: the size and time of the local tar that was read.
+        texts: the size and time of each local parquet of texts that only this shard has, by path.
         rebuilt: whether the record was lost and made again from the parquet's metadata.
     """
 
@@ -126,6 +127,7 @@ class Record:
     rebuilt: bool = False
     attempt: int = 0
     notices: list[str] = field(default_factory=list)
+    texts: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def order(self) -> Order:

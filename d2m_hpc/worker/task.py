@@ -257,6 +257,7 @@ class Task:
             was = before.record
             record.rows, record.rejections, record.notices = was.rows, was.rejections, was.notices
             record.tar_size, record.tar_mtime_ns = was.tar_size, was.tar_mtime_ns
+            record.texts = was.texts
             record.recomputed = was.recomputed
             self.report(rows=record.rows)
         except BaseException as error:
@@ -313,7 +314,7 @@ class Task:
                     record.recomputed += outputs.recomputed
                     self.report(rows=len(outputs.keys))
             found = reading.found
-            record.tar_size, record.tar_mtime_ns = found.tar
+            (record.tar_size, record.tar_mtime_ns), record.texts = found.tar, found.texts
             record.notices += found.seen.missed(self.part, self.schema)
             record.rejections = [*found.rejections, *record.rejections, *table.settle()]
             record.rows = table.rows

@@ -107,7 +107,7 @@ def test_the_old_pair_stays_until_another_replaces_it(config: Path) -> None:
 def test_programs_and_verify_are_told_too(config: Path) -> None:
     write_tar(config.parent / "tars" / "00001.tar", sample("new", 5))
     found = json.loads(told(config, "status", "--json"))["changed"]
-    assert found == {"stems": ["00001"], "looked_at": 3, "all": True}
+    assert found == {"stems": ["00001"], "looked_at": 3, "all": True, "texts": []}
     assert "1 tar is not the one that was computed" in told(config, "verify")
     assert json.loads(told(config, "verify", "--json"))["changed"]["stems"] == ["00001"]
 

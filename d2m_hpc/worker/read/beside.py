@@ -30,15 +30,22 @@ _TWICE = -1
 class Beside:
     """A column of texts, in memory.
 
+    Attributes:
+        version: the size and time of a local file that no other shard has, by path.
+
     Raises:
         ShardError: there is no such file or column, or it is too large to be kept.
     """
 
     def __init__(self, path: str, source: TextSource) -> None:
         self.name, self.by = os.path.basename(path), source.by
+        self.version: dict[str, list[int]] = {}
         try:
             with _opened(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
                 _require_fit(parquet, source)
+                if STEM in source.table and is_local(path):
+                    there = os.fstat(file.fileno())
+                    self.version[path] = [there.st_size, there.st_mtime_ns]
                 table = parquet.read([source.by, source.column], use_threads=False)
             self._texts = table[source.column].combine_chunks()
             keys = table[source.by].cast(pa.string()).to_pylist()
@@ -85,6 +92,11 @@ def of_shard(sources: Mapping[str, TextSource], stem: str) -> dict[str, Beside]:
         for raw, path in paths.items()
         if path
     }
+
+
+def versions(beside: Mapping[str, Beside]) -> dict[str, list[int]]:
+    """The size and time of each local file that no other shard has, by path."""
+    return {path: version for one in beside.values() for path, version in one.version.items()}
 
 
 @lru_cache(KEPT)

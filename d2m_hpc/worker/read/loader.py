@@ -25,7 +25,7 @@ from d2m_hpc.models.inputs import told
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.batch import Batch, collate
 from d2m_hpc.worker.read import refusal
-from d2m_hpc.worker.read.beside import of_shard
+from d2m_hpc.worker.read.beside import of_shard, versions
 from d2m_hpc.worker.read.members import Notes
 from d2m_hpc.worker.read.prefetch import Coming, Stager, received
 from d2m_hpc.worker.read.prepare import IN_FLIGHT, Ready, Recipe, prepare
@@ -58,6 +58,7 @@ class Findings:
         causes: reasons why samples lack members, with advice.
         seen: the fields of the samples.
         tar: the file that was read.
+        texts: as `Record` has them.
     """
 
     rejections: list[Rejection] = field(default_factory=list)
@@ -66,6 +67,7 @@ class Findings:
     causes: Notes = field(default_factory=Notes)
     seen: Seen = field(default_factory=Seen)
     tar: Version = field(default_factory=Version)
+    texts: dict[str, list[int]] = field(default_factory=dict)
 
 
 class Reading:
@@ -216,6 +218,7 @@ class Loader:
                 archive = stack.enter_context(closing(opened))
                 archive.beside = of_shard(self._recipe.texts, reading.work.shard.stem)
                 found.tar = staged.origin if staged.copied else archive.version
+                found.texts = versions(archive.beside)
                 if archive.is_doubtful:
                     whole = archive.index()
                     deque(whole, maxlen=0)

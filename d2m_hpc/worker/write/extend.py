@@ -146,9 +146,10 @@ def _require_same_samples(
 def carry_over(before: Record, now: Record) -> None:
     """Copy the old pair's facts to the extended pair's record; add a notice if the tar changed.
 
-    The size and time stay those of the kept columns' tar, so that later looks see the change too.
+    Sizes and times stay those of the kept columns' files, so that later looks see the change too.
     """
     now.recomputed += before.recomputed
+    now.texts |= before.texts
     known, found = (before.tar_size, before.tar_mtime_ns), (now.tar_size, now.tar_mtime_ns)
     if not before.tar_size or known == found:
         return
