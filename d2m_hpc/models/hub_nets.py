@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -23,6 +24,9 @@ from d2m_hpc.models.transfer import to_device
 
 ENDLESS = 1 << 20
 """A tokenizer's limit from which on it is none: some have 10^30."""
+
+SHORTEST = {"canine": 4, "funnel": 4}
+"""Tokens that a net which takes them together by steps needs, by its type."""
 
 LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """How transformers loads: it asks no hub, and nobody whether to run a repository's code."""
@@ -160,11 +164,12 @@ def longest(folder: Path, told: int) -> int:
 def padding_of(config: Any) -> int:
     """The token that fills up texts, as a net's config has it; where it has none, any would do.
 
-    It is entered there: some nets find each text's last token by it.
+    Some nets find each text's last token by the config's. Where it has none, a number of no token
+    is entered: for such a net, the last token is that in the last place.
     """
-    found = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
-    config.pad_token_id = next((t for t in found if isinstance(t, int)), 0)
-    return int(config.pad_token_id)
+    if not isinstance(getattr(config, "pad_token_id", None), int):
+        config.pad_token_id = -1
+    return max(0, int(config.pad_token_id))
 
 
 class TextNet:
@@ -173,30 +178,64 @@ class TextNet:
     Args:
         net: what reads texts.
         config: the net's.
+        take: given the net's output, a mask int64 [b, L] (1 at tokens, 0 behind them) and the
+            texts' lengths [b], returns results [b, ...].
+        source: the folder of a checkpoint, to try whether its net reads the padding.
     """
 
-    def __init__(self, net: Any, config: Any, device: torch.device) -> None:
-        self.net, self.device, self.padding = net, device, padding_of(config)
+    def __init__(
+        self,
+        net: Any,
+        config: Any,
+        device: torch.device,
+        take: Callable[..., Tensor],
+        source: Path | None = None,
+    ) -> None:
+        self.net, self.device, self.take = net, device, take
+        self.padding, self.least = padding_of(config), SHORTEST.get(config.model_type, 1)
         self.takes = inspect.signature(net.forward).parameters
-        # Padding would be read by a net without a mask, and by one that takes the last place, or
-        # the mean of all, for its summary.
-        whole = getattr(config, "summary_type", "first") in ("last", "mean")
-        self.most = 1 if whole or "attention_mask" not in self.takes else MOST_COMPUTED
+        self.sparse = [
+            m for m in net.modules() if getattr(m, "attention_type", "") == "block_sparse"
+        ]
+        self.most = MOST_COMPUTED
+        if self.sparse or (source and self._reads_padding(source)):
+            self.most = 1
 
-    def __call__(self, texts: Tokenised, take: Callable[..., Tensor], **seen: Tensor) -> Tensor:
+    def _reads_padding(self, source: Path) -> bool:
+        """Whether a text has other values beside a longer one, or cannot be computed there.
+
+        Nets read the padding that have no mask, that take the last place or the mean of all for
+        their summary, or that mix neighbours as a convolution does, whatever the mask says.
+        """
+        made = tokens(str(source))
+        both = [
+            made("a cat"),
+            made("a cat on a mat in the sun, a dog, and a bird that sings all day"),
+        ]
+        texts: Any = (
+            tuple(map(list, zip(*both, strict=True))) if isinstance(both[0], tuple) else both
+        )
+        one: Any = tuple(t[:1] for t in texts) if isinstance(texts, tuple) else texts[:1]
+        self.most = math.inf
+        with suppress(Exception), torch.no_grad():  # which is told when a caption is computed
+            alone, beside = self(one), self(texts)[:1]
+            return not torch.allclose(beside, alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
+        return True
+
+    def __call__(self, texts: Tokenised, **seen: Tensor) -> Tensor:
         """
         Args:
-            take: given the net's output, a mask int64 [b, L] (1 at tokens, 0 behind them) and the
-                texts' lengths [b], returns results [b, ...].
             seen: what else the net is given, a row for each text.
         """
         ids, types = texts if isinstance(texts, tuple) else (texts, None)
         kinds = None
         if types and "token_type_ids" in self.takes and any(map(any, types)):
             lengths = torch.tensor([*map(len, types)])
-            kinds = to_device(padded_to_longest(types, lengths, 0), self.device)
+            made = F.pad(padded_to_longest(types, lengths, 0), (0, self.least - 1))
+            kinds = to_device(made, self.device)
 
         def run(ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+            ids = F.pad(ids, (0, max(0, self.least - ids.shape[1])), value=self.padding)
             mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
             given = {"input_ids": ids, "attention_mask": mask}
             if types:
@@ -204,7 +243,10 @@ class TextNet:
                 given["token_type_ids"] = zeros if kinds is None else kinds[rows, : ids.shape[1]]
             given = {name: value for name, value in given.items() if name in self.takes}
             more = {name: value[rows] for name, value in seen.items()}
-            return take(self.net(**given, **more), mask, lengths)
+            for net in self.sparse:  # after a short text, the net would be another for good
+                net.set_attention_type("block_sparse")
+            with quiet() if self.sparse else nullcontext():
+                return self.take(self.net(**given, **more), mask, lengths)
 
         return run_tokens(ids, self.padding, run, self.device, self.most)
 
@@ -222,7 +264,9 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.net = net_of(folder, auto, device)
-        self.labels, self.read = labels, TextNet(self.net, self.net.config, device)
+        self.labels, self.texts = labels, None
+        if auto == "AutoModelForSequenceClassification":
+            self.texts = TextNet(self.net, self.net.config, device, _logits, folder)
 
     def forward(self, given: Tensor | Tokenised) -> dict[str, Tensor]:
         """
@@ -232,11 +276,9 @@ class Classifier(nn.Module):
         Returns:
             `scores`, float32 [B, labels].
         """
-        if isinstance(given, Tensor):
-            logits = self.net(pixel_values=given).logits
-        else:
-            logits = self.read(given, lambda output, mask, lengths: output.logits)
-        return {"scores": self._scores(logits.float())}
+        if isinstance(given, Tensor) or self.texts is None:
+            return {"scores": self._scores(self.net(pixel_values=given).logits.float())}
+        return {"scores": self._scores(self.texts(given).float())}
 
     def on_host(self, output: dict[str, Tensor]) -> dict[str, Any]:
         scores, names = output["scores"], [*self.labels.values()]
@@ -252,6 +294,11 @@ class Classifier(nn.Module):
         return logits.sigmoid() if several else logits.softmax(dim=1)
 
 
+def _logits(output: Any, mask: Tensor, lengths: Tensor) -> Tensor:
+    logits: Tensor = output.logits
+    return logits
+
+
 class Embedder(nn.Module):
     """A feature of each text.
 
@@ -264,7 +311,7 @@ class Embedder(nn.Module):
         super().__init__()
         self.net = net_of(folder, _reader_of(folder), device, unused="pooler.")
         self.pooling, self.normalise = pooling, normalise
-        self.read = TextNet(self.net, self.net.config, device)
+        self.read = TextNet(self.net, self.net.config, device, self._pooled, folder)
 
     def forward(self, texts: Tokenised) -> dict[str, Tensor]:
         """
@@ -274,7 +321,7 @@ class Embedder(nn.Module):
         Returns:
             `feature`, float32 [B, D].
         """
-        feature = self.read(texts, self._pooled)
+        feature = self.read(texts)
         return {"feature": F.normalize(feature, dim=1) if self.normalise else feature}
 
     def _pooled(self, output: Any, mask: Tensor, lengths: Tensor) -> Tensor:
@@ -358,7 +405,7 @@ class Matcher(nn.Module):
     def __init__(self, device: torch.device, folder: Path) -> None:
         super().__init__()
         self.net = net_of(folder, "BlipForImageTextRetrieval", device)
-        self.read = TextNet(self.net.text_encoder, self.net.config.text_config, device)
+        self.read = TextNet(self.net.text_encoder, self.net.config.text_config, device, self._taken)
 
     def forward(self, images: Tensor, texts: Tokenised) -> dict[str, Tensor]:
         """
@@ -373,9 +420,8 @@ class Matcher(nn.Module):
 
     def of_images(self, images: Tensor) -> Callable[[Tokenised], dict[str, Tensor]]:
         seen = self.net.vision_model(pixel_values=images).last_hidden_state
+        return lambda texts: {"score": self.read(texts, encoder_hidden_states=seen)}
 
-        def take(output: Any, mask: Tensor, lengths: Tensor) -> Tensor:
-            logits: Tensor = self.net.itm_head(output.last_hidden_state[:, 0])
-            return logits.float().softmax(dim=1)[:, 1]
-
-        return lambda texts: {"score": self.read(texts, take, encoder_hidden_states=seen)}
+    def _taken(self, output: Any, mask: Tensor, lengths: Tensor) -> Tensor:
+        logits: Tensor = self.net.itm_head(output.last_hidden_state[:, 0])
+        return logits.float().softmax(dim=1)[:, 1]

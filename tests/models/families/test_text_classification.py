@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 from bench import run
 from kit import captions
-from tiny_nets import bert, lively, wordpieces
+from tiny_nets import SMALL, bert, lively, wordpieces
 from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
+    BigBirdForSequenceClassification,
+    CanineConfig,
+    CanineForSequenceClassification,
+    CanineTokenizer,
+    ConvBertForSequenceClassification,
     FNetForSequenceClassification,
     GPT2ForSequenceClassification,
     XLMForSequenceClassification,
@@ -49,6 +54,8 @@ def test_scores_are_a_pipelines(config: dict[str, Any], tmp_path: Path) -> None:
 XLM: dict[str, Any] = {"emb_dim": 32, "n_layers": 2, "n_heads": 2}
 XLNET: dict[str, Any] = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48}
 GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+CONVBERT: dict[str, Any] = {**SMALL, "embedding_size": 32, "head_ratio": 1}
+BIGBIRD: dict[str, Any] = {**SMALL, "block_size": 4, "num_random_blocks": 1}
 FNET: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 
 
@@ -61,6 +68,9 @@ FNET: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate
         (FNetForSequenceClassification, FNET, "right"),  # has no mask
         (GPT2ForSequenceClassification, GPT2, "right"),  # adds an embedding of token types
         (GPT2ForSequenceClassification, GPT2, "left"),
+        (GPT2ForSequenceClassification, {**GPT2, "pad_token_id": None, "eos_token_id": 3}, "right"),
+        (ConvBertForSequenceClassification, CONVBERT, "right"),  # mixes neighbours
+        (BigBirdForSequenceClassification, BIGBIRD, "right"),  # is another after a short text
     ],
 )
 def test_scores_are_those_of_each_text_alone_whatever_the_net_reads(
@@ -70,7 +80,8 @@ def test_scores_are_those_of_each_text_alone_whatever_the_net_reads(
     tokenizer.padding_side = side
     tokenizer.save_pretrained(tmp_path)
     vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    lively(kind(kind.config_class(**config, **vocabulary))).save_pretrained(tmp_path)
+    texts.sort(key=lambda text: -len(tokenizer(text)["input_ids"]))
+    lively(kind(kind.config_class(**{**vocabulary, **config}))).save_pretrained(tmp_path)
     entry = {"kind": "text-classification", "checkpoint": str(tmp_path)}
     keys = {"models": [{"own": entry}], "postprocess_features": ["own-scores"]}
     found = run(keys, (), texts).features["own-scores"]
@@ -79,3 +90,18 @@ def test_scores_are_those_of_each_text_alone_whatever_the_net_reads(
     expected = np.array([[row["LABEL_0"], row["LABEL_1"]] for row in rows])
     assert expected.std(axis=0).max() > 1e-3
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_text_shorter_than_the_steps_of_a_net_has_scores_too(tmp_path: Path) -> None:
+    options = {"local_transformer_stride": 32, "num_hash_buckets": 512}
+    config = CanineConfig(**SMALL, **options, max_position_embeddings=256)
+    lively(CanineForSequenceClassification(config)).save_pretrained(tmp_path)
+    CanineTokenizer(model_max_length=256).save_pretrained(tmp_path)
+    entry = {"kind": "text-classification", "checkpoint": str(tmp_path)}
+    keys = {"models": [{"own": entry}], "postprocess_features": ["own-scores"]}
+    texts = ["", "a", "grass", "a photo of a cat"]
+    found = run(keys, (), texts).features["own-scores"]
+    made = pipeline("text-classification", str(tmp_path), top_k=None)
+    rows = [{s["label"]: s["score"] for s in row} for row in made(texts[2:])]
+    np.testing.assert_allclose(found[2:], [[r["LABEL_0"], r["LABEL_1"]] for r in rows], atol=1e-5)
+    assert np.isfinite(found).all()
