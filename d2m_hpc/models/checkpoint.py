@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.headers import fault
@@ -75,18 +76,42 @@ class Weights:
 
     @contextmanager
     def used(self, name: str) -> Iterator[None]:
-        """Build a net of a checkpoint's content.
+        """Build a net of a checkpoint's content, which has all of the net's values.
 
         Raises:
             WeightsError: the content is not what the net needs.
         """
         try:
-            yield
+            with _Unset():
+                yield
         except (WeightsError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a net trips over in a file of another kind
             path = self.path(name)
             raise WeightsError(f"{path} cannot be used: {told(error, path)}") from error
+
+
+class _Unset(TorchFunctionMode):
+    """Leave out the random values that nets begin with: they take longer than loading."""
+
+    _SETS = frozenset(
+        getattr(owner, f"{name}_")
+        for owner, names in (
+            (Tensor, "normal uniform"),
+            (nn.init, "normal uniform trunc_normal kaiming_uniform kaiming_normal xavier_uniform"),
+        )
+        for name in names.split()
+    )
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in self._SETS:
+            return args[0] if args else kwargs["tensor"]
+        if function is torch.randn and "generator" not in kwargs:
+            function = torch.empty
+        return function(*args, **kwargs)
 
 
 def told(error: BaseException, path: Path) -> str:

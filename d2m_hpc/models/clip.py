@@ -126,15 +126,20 @@ def _encode_cut(clip: Any, tokens: Tensor, ends: Tensor) -> Tensor:
 
 
 class OpenAIClip(Clip):
-    """Image and text features of one batch, L2-normalised."""
+    """Image and text features of one batch, L2-normalised.
+
+    Attributes:
+        encodes_text: somebody reads the texts' features; without them, images alone are encoded.
+    """
 
     checkpoint: str
     trained_in_half = True
+    encodes_text = True
 
     def __init__(self, device: torch.device, weights: Weights) -> None:
         super().__init__(load(weights, self.checkpoint), device)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         """
         Args:
             images: float32 [B, 3, 224, 224], normalised.
@@ -145,9 +150,9 @@ class OpenAIClip(Clip):
         """
         return self.of_images(images)(tokens)
 
-    def of_images(self, images: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def of_images(self, images: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         seen = self.encode_image(images)
-        return lambda tokens: (seen, self.encode_text(tokens))
+        return lambda tokens: (seen, self.encode_text(tokens)) if self.encodes_text else (seen,)
 
 
 class ClipB32(OpenAIClip):

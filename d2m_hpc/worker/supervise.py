@@ -158,6 +158,8 @@ def leave_by(error: BaseException) -> None:
 def _as_child(board: Board, main: Main, past: Past) -> int:
     global _board
     _board = board
+    # Torch's threads spin while they wait for one another, and the decode threads need the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
     return main(board, past)
 
 

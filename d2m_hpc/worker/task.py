@@ -39,6 +39,7 @@ from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.compute import trial
 from d2m_hpc.worker.compute.graph import Graph
+from d2m_hpc.worker.compute.heap import keep_freed
 from d2m_hpc.worker.compute.opened import noted, require_same
 from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.derive import Deriver
@@ -118,6 +119,8 @@ def run_task(
     _set_variables(run, any(scheme(pattern) == "hf" for pattern in config.patterns))
     with logging_to(run.log_of(submission, index), crashes=board is not None):
         device = choose_device(config.device, local)
+        if board is not None and device.type == "cpu":  # in a process of the task's own
+            keep_freed()
         progress = Progress(str(name), node_name(), _device_name(device), _gpu_model(device))
         report = Reporter(
             progress, run.progress_of(str(name)), listener, (board := board or Board()).beat

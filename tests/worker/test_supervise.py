@@ -264,3 +264,20 @@ def test_a_death_for_memory_is_told_with_what_it_took(
 def test_what_the_system_says_of_memory_is_a_figure_or_nothing() -> None:
     assert memory_limit() >= 0
     assert oom_kills() >= 0
+
+
+@pytest.mark.parametrize("asked", ["", "ACTIVE"])
+def test_threads_of_torch_wait_without_spinning_unless_a_user_wants_that(asked: str) -> None:
+    code = """
+import os
+from d2m_hpc.worker.supervise import leave, supervised
+code = supervised(lambda *_: print(os.environ["OMP_WAIT_POLICY"]) or 0, lambda why: 4)
+leave(code)
+print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": asked} if asked else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [asked or "PASSIVE", asked or "None"]

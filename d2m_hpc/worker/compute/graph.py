@@ -15,7 +15,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError, OutputError, ShardError
 from d2m_hpc.models import custom, precision
 from d2m_hpc.models.checkpoint import Weights
-from d2m_hpc.models.clip import Clip
+from d2m_hpc.models.clip import Clip, OpenAIClip
 from d2m_hpc.models.compiled import PAYS_AFTER, compile_for, is_convolutional
 from d2m_hpc.models.entries import name_of
 from d2m_hpc.models.family import ModelSpec, result_of
@@ -85,6 +85,9 @@ class Graph:
                 model = spec.family.build(spec.use, self.device)
                 if self.dtype == torch.float16 and isinstance(model, Clip):
                     model.to_half()
+                if isinstance(model, OpenAIClip):
+                    wanted = spec.use.wanted & {"text", "score"}
+                    model.encodes_text = bool(wanted) or self.toolbox.has_own_posts
             else:
                 model = custom.build(spec, made, as_given, self._weights)
             precision.cast_once(model)

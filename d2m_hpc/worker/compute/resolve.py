@@ -94,6 +94,13 @@ class Toolbox:
         return self.tables["model_lookup"]
 
     @property
+    def has_own_posts(self) -> bool:
+        """Whether a column or feature is made by the custom file, which may read any output."""
+        _, _, columns, features = (self.tables[name].keys() for name in LOOKUPS)
+        asked = self.columns.keys() | self.features.keys() | self.reads.keys()
+        return bool((columns | features) & asked)
+
+    @property
     def inputs(self) -> dict[Input, Preprocessor]:
         """Each distinct input of all models, as it is prepared."""
         wanted = dict.fromkeys(i for spec in self.specs.values() for i in spec.inputs)

@@ -18,6 +18,7 @@ from d2m_hpc.errors import ConfigError, ShardError
 from d2m_hpc.models import inputs, precision
 from d2m_hpc.models.inputs import Input
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Preprocessor
+from d2m_hpc.models.tokens import clip_tokens
 from d2m_hpc.worker.batch import Batch, Outputs
 from d2m_hpc.worker.compute.graph import Graph, amp_dtype
 from d2m_hpc.worker.compute.resolve import Toolbox
@@ -784,3 +785,45 @@ def test_frozen_weights_of_custom_models_are_cast_once(bench: Make) -> None:
                 made.run([1.0, 2.0])
             counts.append(casts.count)
     assert counts == [2, 0, 0]
+
+
+OWN_POST = """
+class Reader(Model):
+    raw_inputs = []
+    preprocessors = []
+    dependencies = ['oai-clip-vit-b32']
+    def forward(self, clip):
+        return clip[1][:, 0]
+model_lookup = {'reader': Reader}
+postprocess_parquet_lookup = {
+    'first': lambda cache: cache['oai-clip-vit-b32'][1][:, 0],
+    'read': partial(identity, model='reader'),
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("columns", "models", "runs"),
+    [
+        ([], [], 0),
+        (["first"], [], 1),
+        (["read"], ["reader"], 1),
+        (["oai-clip-vit-b32-score"], [], 1),
+    ],
+)
+def test_texts_are_encoded_where_somebody_reads_them(
+    bench: Make, checkpoints: Path, columns: list[str], models: list[str], runs: int
+) -> None:
+    name, weights = "oai-clip-vit-b32", {"weights_dir": str(checkpoints)}
+    features = {"postprocess_features": [f"{name}-image"]}
+    made = bench(OWN_POST, [name, *models], columns, **weights, **features)
+    net, seen = made.graph.models[name].clip, list[int]()
+    net.transformer.register_forward_hook(lambda *_: seen.append(1))
+    pixels = torch.randint(0, 255, (2, 3, 224, 224), dtype=torch.uint8)
+    values = {"image": pixels, "text": torch.stack([clip_tokens("a"), clip_tokens("b c")])}
+    outputs = made.graph(Batch(["k0", "k1"], {i: values[i[0]] for i in made.toolbox.inputs}, {}))
+    assert len(seen) == runs
+    found = outputs.features[f"{name}-image"]
+    finished = PREPROCESSORS["clip-aug"].finish(pixels)
+    with torch.no_grad():
+        assert np.array_equal(found, made.graph.models[name].encode_image(finished).numpy())

@@ -40,3 +40,25 @@ def test_gaps_are_given_back_where_a_process_has_grown(
     freed, tidied = map(int, done.stdout.split())
     assert freed < 30  # the C library keeps it
     assert (tidied > 250) == bool(given_back)
+
+
+KEPT = f"""
+from d2m_hpc.worker.compute.heap import Heap, _resident, keep_freed
+keep_freed()
+heap = Heap(growth=64 << 20, pause=0.0)
+heap.tidy()
+before = _resident()
+large = [bytearray(b"x" * {BLOCK}) for _ in range({BLOCKS})] + [bytearray(b"x" * (31 << 20))]
+del large
+kept = _resident() - before
+heap.tidy()
+print(kept >> 20, (_resident() - before) >> 20)
+"""
+
+
+def test_freed_memory_is_kept_for_the_next_block_and_bounded() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept, left = map(int, done.stdout.split())
+    assert kept > 300
+    assert left < 32
