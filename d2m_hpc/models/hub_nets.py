@@ -303,14 +303,24 @@ class Embedder(nn.Module):
     """A feature of each text.
 
     Args:
-        pooling: `mean` of the last layer's tokens, or `cls`, the first of them.
-        normalise: bring features to length 1.
+        pooling: what of the last layer's tokens is taken, as sentence-transformers names it.
+        before: bring features to length 1 before they are cut.
+        cut: the first values that are kept; None for all.
+        normalise: bring features to length 1 at last.
     """
 
-    def __init__(self, device: torch.device, folder: Path, pooling: str, normalise: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        folder: Path,
+        pooling: str,
+        before: bool,
+        cut: int | None = None,
+        normalise: bool = False,
+    ) -> None:
         super().__init__()
         self.net = net_of(folder, _reader_of(folder), device, unused="pooler.")
-        self.pooling, self.normalise = pooling, normalise
+        self.pooling, self.before, self.cut, self.normalise = pooling, before, cut, normalise
         self.read = TextNet(self.net, self.net.config, device, self._pooled, folder)
 
     def forward(self, texts: Tokenised) -> dict[str, Tensor]:
@@ -322,13 +332,22 @@ class Embedder(nn.Module):
             `feature`, float32 [B, D].
         """
         feature = self.read(texts)
+        feature = (F.normalize(feature, dim=1) if self.before else feature)[:, : self.cut]
         return {"feature": F.normalize(feature, dim=1) if self.normalise else feature}
 
     def _pooled(self, output: Any, mask: Tensor, lengths: Tensor) -> Tensor:
         hidden: Tensor = output.last_hidden_state.float()
         if self.pooling == "cls":
             return hidden[:, 0]
-        return (hidden * mask[:, :, None]).sum(dim=1) / lengths[:, None]
+        if self.pooling == "lasttoken":
+            return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        if self.pooling == "max":
+            return hidden.masked_fill(mask[:, :, None] == 0, -torch.inf).amax(dim=1)
+        weights = mask.cumsum(dim=1) * mask if self.pooling == "weightedmean" else mask
+        total = weights.sum(dim=1, keepdim=True).float()
+        if self.pooling == "mean_sqrt_len_tokens":
+            total = total.sqrt()
+        return (hidden * weights[:, :, None]).sum(dim=1) / total
 
 
 class Captioner(nn.Module):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from d2m_hpc.models.family import Output, ParameterError, Tokens, Use
 from d2m_hpc.models.hub_family import HubFamily
@@ -13,22 +14,24 @@ if TYPE_CHECKING:
 
 KNOWN = ("Transformer", "Pooling", "Normalize")
 """The modules of sentence-transformers that are computed here; a checkpoint may have others."""
-POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+Pooling = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
+PROMPTS = "config_sentence_transformers.json"
 
 
 class TextEmbedding(HubFamily):
-    """A feature of the caption: the mean of its tokens, or its first one.
+    """A feature of the caption: the mean of its tokens, its first one or another pooling.
 
-    Of a checkpoint of sentence-transformers, its own pooling, length, prompt and lower case are
-    taken.
+    Of a checkpoint of sentence-transformers, its own pooling, length, prompt, lower case and
+    number of values are taken.
     """
 
     kind: ClassVar = "text-embedding"
     presets: ClassVar = {"minilm-l6": {"checkpoint": "sentence-transformers/all-MiniLM-L6-v2"}}
     on_host: ClassVar = ("text",)
 
-    pooling: Literal["mean", "cls"] | None = None
-    """what is taken of the tokens; by default as the checkpoint says, or the mean"""
+    pooling: Pooling | None = None
+    """what is taken of the tokens, as sentence-transformers names it: `mean`, `cls`, `lasttoken`,
+    `max`, `mean_sqrt_len_tokens` or `weightedmean`; by default as the checkpoint says, or `mean`"""
     normalise: bool | None = None
     """bring each feature to length 1; by default as the checkpoint says, or true"""
     prefix: str | None = None
@@ -53,29 +56,43 @@ class TextEmbedding(HubFamily):
         if width is not None and (type(width) is not int or width < 1):
             what = f"{self.home(use)}: hidden_size in its config.json is no number of values"
             raise ParameterError("checkpoint", what)
-        return [Output("feature", shape=(width,) if width else ())]
+        cut = self._cut(use)
+        return [Output("feature", shape=(min(width, cut or width),) if width else ())]
 
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.hub_nets import Embedder
 
         modules, normalise = self._modules(use), self.normalise
-        if normalise is None:
-            normalise = not modules or "Normalize" in modules
-        return Embedder(device, self.home(use), self._pooling(use), normalise)
+        before = not modules or "Normalize" in modules if normalise is None else False
+        cut = self._cut(use)
+        return Embedder(device, self.home(use), self._pooling(use), before, cut, bool(normalise))
+
+    def _cut(self, use: Use) -> int | None:
+        """How many values of a feature the checkpoint keeps; None for all.
+
+        Raises:
+            ParameterError: it tells no number.
+        """
+        cut = self.document(use, PROMPTS, required=False).get("truncate_dim")
+        if cut is not None and (type(cut) is not int or cut < 1):
+            what = f"{self.home(use)}/{PROMPTS}: truncate_dim is {cut!r}"
+            raise ParameterError("checkpoint", f"{what}; valid is 1 or more")
+        return cut
 
     def _prefix(self, use: Use) -> str:
         """
         Raises:
             ParameterError: the checkpoint's default prompt is none of its prompts.
         """
-        file = "config_sentence_transformers.json"
-        told = self.document(use, file, required=False)
+        told = self.document(use, PROMPTS, required=False)
         if self.prefix is not None or (name := told.get("default_prompt_name")) is None:
             return self.prefix or ""
         prompts = told.get("prompts")
         prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
         if not isinstance(prompt, str):
-            what = f"{self.home(use)}/{file}: default_prompt_name is {name!r}, and `prompts` has no"
+            what = (
+                f"{self.home(use)}/{PROMPTS}: default_prompt_name is {name!r}, and `prompts` has no"
+            )
             raise ParameterError("checkpoint", f"{what} such text; give `prefix`, which may be ''")
         return prompt
 
@@ -110,8 +127,11 @@ class TextEmbedding(HubFamily):
         if self.pooling or not told:
             return self.pooling or "mean"
         modes = [key for key, value in told.items() if key.startswith("pooling_mode_") and value]
-        mode = POOLING.get(modes[0]) if len(modes) == 1 else told.get("pooling_mode")
-        if mode not in POOLING.values():
-            what = f"{folder}/config.json pools by {', '.join(modes) or mode}"
-            raise ParameterError("pooling", f"{what}; give one of {', '.join(POOLING.values())}")
-        return str(mode)
+        named = [re.sub("^pooling_mode_|_tokens?$", "", key) for key in modes]
+        named = named or [re.sub("_tokens?$", "", str(told.get("pooling_mode")))]
+        known: dict[str, str] = {name.removesuffix("_tokens"): name for name in get_args(Pooling)}
+        if len(named) > 1 or named[0] not in known:
+            what = f"{folder}/config.json pools by {', '.join(modes) or told.get('pooling_mode')}"
+            valid = f"for another feature than its own, give one of {', '.join(known.values())}"
+            raise ParameterError("pooling", f"{what}, which is not computed here; {valid}")
+        return known[named[0]]

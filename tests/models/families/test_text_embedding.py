@@ -66,18 +66,36 @@ def test_a_default_prompt_is_taken_where_no_prefix_is_given(tmp_path: Path) -> N
     assert dict(model.inputs(use)[0].options)["prefix"] == ""
 
 
-def test_the_first_token_is_taken_where_the_checkpoint_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pooling", "cut"),
+    [
+        ("cls_token", None),
+        ("max_tokens", None),
+        ("mean_sqrt_len_tokens", None),
+        ("weightedmean_tokens", None),
+        ("lasttoken", 8),
+    ],
+)
+def test_poolings_and_numbers_of_values_are_those_that_a_checkpoint_says(
+    pooling: str, cut: int | None, tmp_path: Path
+) -> None:
     folder, texts = bert(tmp_path / "net", BertModel), captions()[:8]
     shutil.copytree(MINILM / "1_Pooling", folder / "1_Pooling")
     modules = json.loads((MINILM / "modules.json").read_bytes())
-    (folder / "modules.json").write_text(json.dumps(modules[:2]))
-    pooling = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (folder / "modules.json").write_text(json.dumps(modules if cut else modules[:2]))
+    (folder / "2_Normalize").mkdir()
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"truncate_dim": cut}))
     told = json.loads((MINILM / "1_Pooling" / "config.json").read_bytes())
-    told |= {"word_embedding_dimension": 32, **pooling}
+    modes = {"pooling_mode_mean_tokens": False, f"pooling_mode_{pooling}": True}
+    told |= {"word_embedding_dimension": 32, **modes}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(told))
-    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    library = SentenceTransformer(str(folder), device="cpu", truncate_dim=cut)
+    theirs = library.encode(texts)
+    assert theirs.shape == (8, cut or 32)
     assert np.abs(theirs.std(axis=0)).max() > 1e-3
     np.testing.assert_allclose(features(folder, texts), theirs, atol=1e-5)
+    theirs = library.encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(features(folder, texts, normalise=True), theirs, atol=1e-5)
 
 
 def test_other_checkpoints_give_the_mean_of_their_tokens(tmp_path: Path) -> None:
@@ -116,9 +134,14 @@ def test_other_modules_and_poolings_are_told(tmp_path: Path) -> None:
     assert [output.shape for output in model.outputs(use)] == [(384,)]
     told = tmp_path / "net" / "1_Pooling" / "config.json"
     told.unlink()
-    told.write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    with pytest.raises(ParameterError, match="pooling_mode_max_tokens; give one of mean, cls"):
+    told.write_text(json.dumps({"pooling_mode_max_tokens": True, "pooling_mode_lasttoken": True}))
+    with pytest.raises(ParameterError, match=r"lasttoken, which is not computed here; for another"):
         model.outputs(use)
+    cut = tmp_path / "net" / "config_sentence_transformers.json"
+    cut.unlink()
+    cut.write_text(json.dumps({"truncate_dim": "8"}))
+    with pytest.raises(ParameterError, match="truncate_dim is '8'; valid is 1 or more"):
+        model._cut(use)
     modules = tmp_path / "net" / "modules.json"
     modules.unlink()
     dense = {"type": "sentence_transformers.models.Dense", "path": "2_Dense"}
