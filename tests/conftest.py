@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+import warm
 from hubs import serving_folder
 from kit import GOLDEN, SHARDS
 from pages import TARS
@@ -17,6 +19,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from d2m_hpc import stopping
 from d2m_hpc.models.weights import OFFLINE
+from d2m_hpc.plan import preflight
 from d2m_hpc.storage import stores
 
 if TYPE_CHECKING:
@@ -35,12 +38,19 @@ SLOW = (
     *("worker/test_disk", "worker/test_supervise", "worker/test_task", "worker/test_tracking"),
 )
 """Files and folders whose tests take seconds each."""
+LONGEST = (
+    *("slurm/", "test_resume", "test_docs", "test_golden", "fuzz/", "test_fence", "benchmarks/"),
+    *("test_seed", "test_clocks", "worker/test_supervise", "test_backfill", "test_s3", "test_api"),
+)
+"""Files and folders that take a minute or more, the longest first: several workers begin with them,
+lest one of them works on alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a Slurm, what needs an S3 server, and what is slow: `scripts/check`."""
-    for item in items:
-        path = item.path.relative_to(Path(__file__).parent).as_posix()
+    paths = {item: item.path.relative_to(Path(__file__).parent).as_posix() for item in items}
+    items.sort(key=lambda item: _rank(paths[item]))
+    for item, path in paths.items():
         if path.startswith("slurm/"):
             item.add_marker("slurm")
         if {"s3_server", "bucket", "s3_bucket"} & set(getattr(item, "fixturenames", ())):
@@ -48,6 +58,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         whole = "/" not in path and path[len("test_") : -len(".py")] not in QUICK
         if whole or path.startswith(SLOW):
             item.add_marker("slow")
+
+
+def _rank(path: str) -> int:
+    """The place of a file among those that take long."""
+    return next((i for i, name in enumerate(LONGEST) if path.startswith(name)), len(LONGEST))
 
 
 class _ByFile(LoadFileScheduling):
@@ -60,7 +75,8 @@ class _ByFile(LoadFileScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
-    """With several workers (`-n 2`)."""
+    """With several workers (`-n 2`), which take files in the order of `LONGEST`."""
+    config.option.loadscopereorder = False
     return _ByFile(config, log)
 
 
@@ -68,6 +84,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
 def callers_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is a caller's again, though a test runs commands in it, which make it theirs."""
     monkeypatch.setattr(stopping, "_own", False)
+
+
+@pytest.fixture(autouse=True)
+def custom_files_are_run_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A submit in this process has a custom file run by a process that has imported torch."""
+    monkeypatch.setattr(preflight, "subprocess", SimpleNamespace(run=warm.describe))
 
 
 @pytest.fixture

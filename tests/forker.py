@@ -24,6 +24,7 @@ Prints how each run ended, `killed` or its exit code.
 
 from __future__ import annotations
 
+import gc
 import glob
 import itertools
 import os
@@ -39,11 +40,10 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import pandas  # noqa: F401  (pyarrow imports it where it is installed)
+import warm
 import yaml
 
 from d2m_hpc import cli
-from d2m_hpc.launch import flow  # noqa: F401
 from d2m_hpc.plan import preflight
 from d2m_hpc.worker import task
 
@@ -190,7 +190,9 @@ def kill_at_every_request(config: str, out: str) -> None:
 
 if __name__ == "__main__":
     kind, config, out, *rest = sys.argv[1:]
+    warm.import_all()
     describe_once(config)
+    gc.freeze()  # a collection in a fork would copy the pages of all objects
     if kind == "random":
         kill_at_random(config, out, int(rest[0]), int(rest[1]), float(rest[2]))
     elif kind == "task-steps":
@@ -201,3 +203,4 @@ if __name__ == "__main__":
         kill_at_every_request(config, out)
     else:
         kill_at_every_step(config, out)
+    gc.unfreeze()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import warm
 import yaml
 from PIL import Image
 
@@ -193,12 +194,8 @@ def calls(work: Callable[..., object], *arguments: object) -> int:
 
 
 def d2m(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run `d2m` as a user would, in a process of its own."""
-    script = Path(sys.executable).with_name("d2m")
-    # A machine that a GPU was lent on may have the source alone.
-    program = [str(script)] if script.exists() else [sys.executable, "-m", "d2m_hpc"]
-    command = [*program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    """Run `d2m` as a user would, in a process of its own, which `warm` starts."""
+    return warm.run(["d2m", *map(str, arguments)], **options)
 
 
 def submit(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
