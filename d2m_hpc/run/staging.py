@@ -64,6 +64,8 @@ class Staging:
             OSError: a folder could not be renamed away.
         """
         found = False
+        if attempt is None or attempt > 1:
+            self._ask_anew()
         for name in self._names():
             number = _attempt(name)
             is_earlier = attempt is None or number is None or number < attempt
@@ -73,6 +75,15 @@ class Staging:
                 found = True
                 remove(self.root / name)
         return found
+
+    def _ask_anew(self) -> None:
+        """Make a client of NFS forget its listing of `root`, which may be a minute old."""
+        own = self.root / f"{DOOMED}{secrets.token_hex(8)}"
+        with suppress(FileNotFoundError):
+            with suppress(FileExistsError):
+                self.root.mkdir(FOLDER_MODE)
+            own.mkdir(FOLDER_MODE)
+            own.rmdir()
 
     def stems(self) -> set[str]:
         """The stems of all shards with staging folders."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import sys
 import tempfile
 import time
@@ -20,12 +21,24 @@ from d2m_hpc.storage.texts import BRIEF, safe
 OWNERLESS_SECONDS = 2.0
 """Age at which a lease file without a holder's name is removed: live holders write within
 milliseconds."""
+DEAD = ".dead-"
+"""Part of the names of dead holders' files that were renamed away."""
 
 _DURATION = re.compile(r"^duration=(\d+(?:\.\d+)?(?:e[+-]\d+)?)$", re.M)
 """The lease's length, as filelock writes it."""
 
 LEASE_SECONDS = 120.0
 """Seconds without a heartbeat after which a claim is lost."""
+
+
+class _Lock(SoftFileLease):
+    """filelock's lease, which tells the file whose holder it finds dead."""
+
+    dead: os.stat_result | None = None
+
+    def _take_over(self, marker: os.stat_result, breaker_pid: int | None) -> None:
+        self.dead = marker
+        super()._take_over(marker, breaker_pid)
 
 
 class Lease:
@@ -37,13 +50,13 @@ class Lease:
 
     def __init__(self, path: Path, seconds: float = LEASE_SECONDS) -> None:
         self._path, self._seconds = path, seconds
-        self._ownerless: tuple[int, int, float] | None = None
         self._frozen = frozen_seconds()
         self._lock = self._of(seconds)
 
-    def _of(self, seconds: float) -> SoftFileLease:
+    def _of(self, seconds: float) -> _Lock:
         self._seconds = seconds
-        return SoftFileLease(
+        self._seen: tuple[bytes, int, float] = b"", 0, 0.0
+        return _Lock(
             self._path, lease_duration=seconds, timeout=0, thread_local=False, mode=FILE_MODE
         )
 
@@ -54,17 +67,18 @@ class Lease:
             OSError: the folder is gone, or the disk refuses.
         """
         self._forget_what_was_not_watched()
-        try:
-            with named(self._path):
-                self._path.parent.stat()  # filelock would make the folder of a removed run anew
-                self._lock.acquire()
-        except LeaseSettingsMismatch:
-            self._watch_as_its_holder_says()
-            return False
-        except Timeout:
-            self._drop_ownerless()
-            return False
-        return True
+        while True:
+            try:
+                with named(self._path):
+                    self._path.parent.stat()  # filelock would make the folder of a removed run anew
+                    self._lock.acquire()
+                return True
+            except LeaseSettingsMismatch:
+                self._watch_as_its_holder_says()
+                return False
+            except Timeout:
+                if not self._removes_dead():
+                    return False
 
     def _watch_as_its_holder_says(self) -> None:
         """Watch by the length in the file: the holder was started with another `lease_seconds`."""
@@ -80,21 +94,43 @@ class Lease:
             if self._lock.token is None:
                 self._lock = self._of(self._seconds)
 
-    def _drop_ownerless(self) -> None:
-        """Remove the file of a holder that was killed before writing its name.
+    def _removes_dead(self) -> bool:
+        """Remove the file of a dead holder that filelock leaves; returns whether one is gone.
 
-        filelock keeps an empty file for ever, for the sake of its versions before 3.22.
+        filelock takes over by an exchange of two names, which NFS, Lustre and others do not know.
+        And an empty file, of a holder that was killed before it wrote its name, stays for ever, for
+        the sake of filelock's versions before 3.22.
         """
+        dead, self._lock.dead = self._lock.dead, None
         try:
-            stat = self._path.stat()
+            # Opening a file makes a client of NFS forget the size and time that it has cached.
+            with open(self._path, "rb") as file:
+                content, stat = file.read(), os.fstat(file.fileno())
         except OSError:
-            return
-        now = time.monotonic()
-        known = self._ownerless
-        if stat.st_size or known is None or known[:2] != (stat.st_ino, stat.st_mtime_ns):
-            self._ownerless = (stat.st_ino, stat.st_mtime_ns, now)
-        elif now - known[2] > OWNERLESS_SECONDS:
-            self._path.unlink(missing_ok=True)
+            return False
+        now, beat = time.monotonic(), stat.st_mtime_ns
+        if self._seen[:2] != (content, beat):
+            self._seen = content, beat, now
+        silent = now - self._seen[2] > (self._seconds if content else OWNERLESS_SECONDS)
+        is_found = dead is not None and (dead.st_ino, dead.st_mtime_ns) == (stat.st_ino, beat)
+        return (silent or is_found) and self._set_aside(content)
+
+    def _set_aside(self, content: bytes) -> bool:
+        """Remove a dead holder's file; put back the file of a holder that has taken it over since.
+
+        A rename succeeds for one of many that try it.
+        """
+        aside = self._path.with_name(f"{self._path.name}{DEAD}{secrets.token_hex(8)}")
+        with suppress(OSError):
+            self._path.rename(aside)
+            try:
+                is_dead = aside.read_bytes() == content
+                if not is_dead:
+                    os.link(aside, self._path)
+                return is_dead
+            finally:
+                aside.unlink()
+        return False
 
     @property
     def lost(self) -> bool:

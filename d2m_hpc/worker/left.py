@@ -13,7 +13,7 @@ from pathlib import Path
 from d2m_hpc.config import Config
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.outputs import NPZ, PARQUET, OutputDir
 from d2m_hpc.run.records import Job
 
 
@@ -34,8 +34,16 @@ class Left:
             return True  # the last element of an array may have fewer chunks than ranks
         # One look at a file tells most tasks that their own first shard is left; thousands that
         # start together must not each list the whole output folder.
-        own = self._are_settled([index], lambda job: self._output.has(f"{job.stem}.parquet"))
+        own = self._are_settled([index], self._is_there)
         return own and (not self._config.steal or self.nothing())
+
+    def _is_there(self, job: Job) -> bool:
+        """Whether a shard's pair is there.
+
+        A client of NFS remembers for up to a minute that a name was missing. A parquet that appears
+        meanwhile would be overlooked when the shard is claimed, so the npz is asked for first.
+        """
+        return all(self._output.has(f"{job.stem}{suffix}") for suffix in (NPZ, PARQUET))
 
     def nothing(self) -> bool:
         """Whether no task of the submission has any shard left."""

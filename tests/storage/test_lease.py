@@ -259,3 +259,13 @@ def test_a_process_knows_how_long_it_was_stopped() -> None:
         process.send_signal(signal.SIGCONT)
         said = process.communicate("go on\n")[0]
     assert float(said) > 5
+
+
+def test_a_lease_that_another_took_over_meanwhile_is_put_back(path: Path) -> None:
+    """Between a look at a dead holder's file and its removal."""
+    first = Lease(path)
+    assert first.claim()
+    assert not Lease(path)._set_aside(b"what a dead holder had left")
+    assert not first.lost
+    first.release()
+    assert list(path.parent.iterdir()) == []

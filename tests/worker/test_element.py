@@ -175,7 +175,8 @@ def test_an_element_leaves_shards_to_others_where_it_may_not_steal(four: RunDir)
 
 def test_a_failed_shard_is_not_left_and_one_to_compute_again_is(four: RunDir) -> None:
     config = load(four.submission("000").config, frozen=True)
-    (four.root.parents[1] / "out" / "00000.parquet").touch()
+    for suffix in ("npz", "parquet"):
+        (four.root.parents[1] / "out" / f"00000.{suffix}").touch()
     make_folder(four.submission("000").failed(""))
     four.submission("000").failed("00001").touch()
     left = Left(four, "000", config.model_copy(update={"steal": False}))

@@ -1,0 +1,157 @@
+"""Two nodes that see one folder through caches of their own, as clients of an NFS export do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kit import STATS, custom_config, custom_file, submit, write_config, write_shards
+from storage.test_lease import lost_holder
+from test_resume import contents, leftovers, times_computed
+
+SERVER, CLIENTS = (Path(__file__).with_name(name) for name in ("nfs_like.py", "clients.py"))
+LEASED, FAULTS = 3.0, 8
+short = pytest.mark.parametrize("nodes", [1.0], indirect=True)
+long = pytest.mark.parametrize("nodes", [60.0], indirect=True)
+
+TAKE = """
+import sys, time
+from pathlib import Path
+from d2m_hpc.storage.lease import Lease
+
+lease, began = Lease(Path(sys.argv[1]), 1.0), time.monotonic()
+while not lease.claim():
+    time.sleep(0.1)
+print(time.monotonic() - began > 1, lease.lost)
+lease.release()
+"""
+FENCE = """
+import sys
+from pathlib import Path
+from d2m_hpc.run.staging import Staging
+
+staging = Staging(Path(sys.argv[1]))
+print(staging.stems(), flush=True)
+sys.stdin.readline()
+print(staging.stems(), staging.fence("a", 2))
+"""
+LOOK = """
+import sys
+from pathlib import Path
+from d2m_hpc.config.load import load
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.pair import Pair
+from d2m_hpc.worker.left import Left
+
+out = Path(sys.argv[1])
+run = RunDir(out / ".d2m")
+left = Left(run, "000", load(run.submission("000").config, frozen=True))
+print(left.nothing_for(0), flush=True)
+sys.stdin.readline()
+print(Pair(OutputDir(str(out)), "00000").record() is not None)
+"""
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[list[int]]:
+    """Processes in the namespaces of two nodes, which both see `behind` as `seen`; with the seconds
+    of their caches."""
+    seconds = request.param
+    for name in ("behind", "seen"):
+        (tmp_path / name).mkdir()
+    started = []
+    try:
+        for host in ("node-a", "node-b"):
+            words = [sys.executable, SERVER, tmp_path / "behind", tmp_path / "seen", seconds, host]
+            node = subprocess.Popen(
+                [*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            started.append(node)
+            assert node.stdout
+            assert node.stderr
+            if node.stdout.readline() != "ready\n":
+                why = node.stderr.read().strip().rpartition("\n")[2]
+                pytest.skip(f"no filesystem can be mounted here: {why}")
+        yield [node.pid for node in started]
+    finally:
+        for node in started:
+            node.kill()
+            node.communicate()
+
+
+def on(node: int, code: str, path: Path) -> subprocess.Popen[str]:
+    """Python on a node; a line to its input lets it go on."""
+    words = ["nsenter", f"--target={node}", "--mount", "--uts", sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*words, str(path)], text=True, **pipes)
+
+
+@long
+def test_a_lease_of_a_dead_node_is_taken_over_where_names_cannot_be_exchanged(
+    nodes: list[int], tmp_path: Path
+) -> None:
+    lost_holder(tmp_path / "behind" / "00000.lock", 1.0)
+    with on(nodes[0], TAKE, tmp_path / "seen" / "00000.lock") as taker:
+        assert taker.communicate(timeout=60) == ("True False\n", "")
+    assert list((tmp_path / "behind").iterdir()) == []
+
+
+@long
+def test_the_fence_finds_a_folder_that_the_cached_listing_lacks(
+    nodes: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "behind" / "s").mkdir()
+    with on(nodes[0], FENCE, tmp_path / "seen" / "s") as fencing:
+        assert fencing.stdout
+        assert fencing.stdout.readline() == "set()\n"
+        (tmp_path / "behind" / "s" / "a.1-0").mkdir()
+        assert fencing.communicate("\n", timeout=60) == ("set() True\n", "")
+    assert list((tmp_path / "behind" / "s").iterdir()) == []
+
+
+@long
+def test_a_task_that_looked_before_sees_what_another_finished(
+    nodes: list[int], tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "tars", 1)
+    tars, out = str(tmp_path / "tars" / "*.tar"), tmp_path / "behind" / "out"
+    config = write_config(
+        tmp_path / "c.yml", STATS, input_tars=tars, output_metadata_dir=str(tmp_path / "seen/out")
+    )
+    assert submit(config).returncode == 0
+    (tmp_path / "seen" / "out").rename(out)
+    (out / "00000.parquet").rename(tmp_path / "00000.parquet")
+    (out / "00000.npz").rename(tmp_path / "00000.npz")
+    with on(nodes[0], LOOK, tmp_path / "seen" / "out") as looking:
+        assert looking.stdout
+        assert looking.stdout.readline() == "False\n"
+        (tmp_path / "00000.npz").rename(out / "00000.npz")
+        (tmp_path / "00000.parquet").rename(out / "00000.parquet")
+        assert looking.communicate("\n", timeout=60) == ("True\n", "")
+
+
+@short
+def test_kills_and_frozen_tasks_behind_caches_change_nothing(
+    nodes: list[int], tmp_path: Path
+) -> None:
+    """Each task is requeued on the other node, whose caches are older than what it left."""
+    write_shards(tmp_path / "tars", 16, samples=20)
+    out, undisturbed = tmp_path / "seen" / "out", tmp_path / "undisturbed"
+    code = custom_file("slow", before="import time; time.sleep(0.1)")
+    more = {"output_metadata_dir": str(out), "lease_seconds": LEASED, "shards_per_task": 4}
+    config = custom_config(tmp_path, code, "slow", **more)
+    assert submit(config, "--set", f"output_metadata_dir={undisturbed}").returncode == 0
+    words = [sys.executable, CLIENTS, config, 20261126, FAULTS, *nodes]
+    ended = subprocess.run([*map(str, words)], stdout=subprocess.PIPE, text=True, check=True)
+    assert ended.stdout.count("is killed") + ended.stdout.count("is frozen") == FAULTS
+    assert ended.stdout.count("submit: 0") == 2
+    assert "verify: 0" in ended.stdout
+    (tmp_path / "seen").rmdir()
+    (tmp_path / "behind").rename(tmp_path / "seen")
+    assert contents(out) == contents(undisturbed)
+    assert leftovers(out) == set()
+    assert set(times_computed(out).values()) == {1}
