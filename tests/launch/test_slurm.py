@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from launch.scripted import commands_of
 
 from d2m_hpc.config import Slurm
 from d2m_hpc.errors import SlurmError
@@ -112,8 +113,9 @@ def run_script(
     script = sbatch.filled(setup, folder / "nodes", task)
     (folder / "nodes").mkdir(exist_ok=True)
     environment = {
-        "PATH": "/usr/bin:/bin",
+        "PATH": f"{folder}/bin:/usr/bin:/bin",
         "SLURMD_NODENAME": "n7",
+        "SLURM_JOB_NAME": "d2m-0a1b2c3d-001-2",
         "SLURM_JOB_ID": "12",
         "SLURM_SUBMIT_DIR": str(folder),
     }
@@ -183,6 +185,35 @@ def test_a_node_on_which_the_task_is_aborted_is_written_down(awkward_path: Path)
     assert ran.returncode == 4, ran.stderr
     said = json.loads((awkward_path / "nodes" / "12-0.json").read_text())
     assert said["why"] == "the task was aborted (SIGABRT), as where a GPU fails"
+
+
+QUEUE = """
+d2m-0a1b2c3d-001-2 70 RUNNING (null) {works} 2026-11-26T00:00:00
+d2m-0a1b2c3d-001-2 70 PENDING (null)  N/A
+d2m-0a1b2c3d-001-3 71 PENDING n1,n2  N/A
+d2m-0a1b2c3d-000-0 72 PENDING n1,n7  N/A
+d2m-0a1b2c3d-next 73 PENDING (null)  N/A
+d2m-ffffffff-001-0 74 PENDING (null)  N/A
+"""
+
+
+@pytest.mark.parametrize("works", ["n5", "n7"])
+def test_a_node_that_fails_is_left_out_for_all_pending_elements_of_the_run(
+    works: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all arrays, but for what another run or a round waits for; if another node works."""
+    queue, asked = tmp_path / "queue", tmp_path / "asked"
+    queue.write_text(QUEUE.format(works=works))
+    update = f"echo $2 $3 >> {asked}"
+    commands_of(tmp_path / "bin", monkeypatch, squeue=f"cat {queue}", scontrol=update)
+    (tmp_path / "nodes").mkdir()
+    for number in range(3):
+        failure = {"node": "n7", "why": "", "time": 4102444800 + number}
+        (tmp_path / "nodes" / f"{number}.json").write_text(json.dumps(failure))
+    assert run_script(tmp_path, ["false"]).returncode == 4
+    told = asked.read_text().splitlines() if asked.exists() else []
+    expected = ["jobid=70 ExcNodeList=n7", "jobid=71 ExcNodeList=n1,n2,n7"]
+    assert told == (expected if works == "n5" else [])
 
 
 @pytest.mark.parametrize(

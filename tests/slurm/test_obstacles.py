@@ -103,7 +103,7 @@ def test_a_node_on_which_no_task_begins_is_left_out(cluster: Cluster, tars: Tars
     assert found["failed"] == 0
     assert found["done"] < 8
     assert {e["cause"] for e in found["ended"]} == {"not begun"}
-    assert "node n2 is left out for the array's pending elements" in run.logs()
+    assert "node n2 is left out for the pending elements of array" in run.logs()
     run.submit("--wait")
     assert cluster.field(run.job_ids()[-1], "ExcNodeList") == "n2"
     run.assert_complete()
