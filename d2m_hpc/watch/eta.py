@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.tasks import ACTIVE_SECONDS, Progress
@@ -126,9 +127,9 @@ def _at_once(tasks: Sequence[Progress], now: float, speeds: Speeds) -> int:
 def _ends(tasks: Iterable[Progress], done: Iterable[Outcome]) -> dict[str, list[float]]:
     """When the shards of each task were finished, in order."""
     ends: dict[str, list[float]] = {task.task: [] for task in tasks}
-    for outcome in done:
-        if outcome.task in ends:
-            ends[outcome.task].append(outcome.finished)
+    for task, finished in map(attrgetter("task", "finished"), done):
+        if task in ends:
+            ends[task].append(finished)
     return {task: sorted(times) for task, times in ends.items() if times}
 
 
@@ -157,15 +158,17 @@ def _speeds(tasks: Sequence[Progress], ends: Mapping[str, list[float]]) -> Speed
 
 def _gap(tasks: Sequence[Progress]) -> float:
     """The median time in which another task takes an ended one's place on its host."""
-    ended, gaps = defaultdict[str, list[float]](list), list[float]()
-    for task in tasks:
+    later, free = (defaultdict[str, list[float]](list) for _ in range(2))
+    for task in sorted(tasks, key=lambda t: -t.updated):
         if task.state != "running":
-            ended[task.host].append(task.updated)
+            later[task.host].append(task.updated)
+    gaps = list[float]()
     for task in sorted(tasks, key=lambda t: t.started):
-        before = [end for end in ended[task.host] if end <= task.started]
-        if before:
-            gaps.append(task.started - max(before))
-            ended[task.host].remove(max(before))
+        ends, places = later[task.host], free[task.host]
+        while ends and ends[-1] <= task.started:
+            places.append(ends.pop())
+        if places:
+            gaps.append(task.started - places.pop())  # the place that was free last
     return statistics.median(gaps) if gaps else GAP
 
 

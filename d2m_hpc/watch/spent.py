@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from itertools import repeat
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -65,9 +67,11 @@ def _spans(places: Mapping[str, int], outcomes: Iterable[Outcome]) -> Spans:
 
     The record of a dead process tells no start, and its end is when the death was found.
     """
-    kept = (o for o in outcomes if o.task in places and o.kind != DIED)
-    known = [(places[o.task], o.started, o.finished) for o in kept]
-    return np.array(known, np.float64).reshape(-1, 3).T
+    told = [o for o in outcomes if o.kind != DIED]
+    rows = [map(places.get, map(attrgetter("task"), told), repeat(-1))]
+    rows += [map(attrgetter(name), told) for name in ("started", "finished")]
+    spans = np.array([np.fromiter(row, np.float64, len(told)) for row in rows])
+    return spans[:, spans[0] >= 0]
 
 
 def _union(spans: Spans, count: int) -> tuple[Spans, Spans]:

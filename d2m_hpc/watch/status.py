@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -219,10 +221,10 @@ def _made(done: list[Outcome]) -> dict[str, Any]:
     """What the done shards' records count."""
     rejections = _by_reason(done)
     return {
-        "rows": sum(r.rows for r in done),
+        "rows": sum(map(attrgetter("rows"), done)),
         "rejected": sum(rejections.values()),
         "rejections": rejections,
-        "recomputed": sum(r.recomputed for r in done),
+        "recomputed": sum(map(attrgetter("recomputed"), done)),
         "notices": noticed(done),
     }
 
@@ -340,8 +342,9 @@ def _past_speed(done: list[Outcome]) -> float:
     """Samples a second of all tasks, from the first start to the last end."""
     if not done:
         return 0.0
-    seconds = max(r.finished for r in done) - min(r.started for r in done)
-    return sum(r.rows for r in done) / seconds if seconds > 0 else 0.0
+    ends, starts = map(attrgetter("finished"), done), map(attrgetter("started"), done)
+    seconds = max(ends) - min(starts)
+    return sum(map(attrgetter("rows"), done)) / seconds if seconds > 0 else 0.0
 
 
 def _grouped(run: RunDir, failed: dict[str, list[Outcome]]) -> list[Failure]:
@@ -359,9 +362,8 @@ def _grouped(run: RunDir, failed: dict[str, list[Outcome]]) -> list[Failure]:
 def _by_reason(done: Iterable[Outcome]) -> dict[str, int]:
     """Rejections by reason, the most frequent first."""
     counts: Counter[str] = Counter()
-    for outcome in done:
-        for reason, count in outcome.rejected:
-            counts[reason] += count
+    for reason, count in chain.from_iterable(map(attrgetter("rejected"), done)):
+        counts[reason] += count
     return dict(counts.most_common())
 
 
@@ -381,7 +383,7 @@ def noticed(done: Iterable[Outcome]) -> dict[str, int]:
     """
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    texts = Counter(text for outcome in done for text in outcome.notices)
+    texts = Counter(chain.from_iterable(map(attrgetter("notices"), done)))
     for notice, count in texts.items():
         text = safe(notice)
         counts[examples.setdefault(alike(text), text)] += count
