@@ -127,7 +127,7 @@ def look(workload: Workload, queue: slurm.Queue | None = None) -> Decision:
     if queue is None:
         return decide(workload)
     decision = decide(workload, in_flight(run, queue))
-    decision.notices += map(str, waiting.why(queue, slurm.all_arrays(run)))
+    decision.notices += map(str, waiting.why(queue, queue.arrays))
     if len(decision.done) < len(decision.shards):
         ends = ended.find(run, queue, attempts(run), decision.done.__contains__)
         decision.notices += map(str, ended.told(ends))
@@ -144,17 +144,17 @@ def live_stems(run: RunDir) -> set[str]:
 
 def _queue_of(run: RunDir) -> slurm.Queue | None:
     """The queue of a run; None where no array tasks were submitted, or Slurm is not here."""
-    submitted = slurm.is_here() and any(s.arrays.exists() for s in run.submissions())
-    return slurm.queue(run) if submitted else None
+    return slurm.queue(run) if slurm.is_here() and slurm.has_arrays(run) else None
 
 
 def in_flight(run: RunDir, queue: slurm.Queue) -> set[str]:
     """The stems of shards in the chunks of live array tasks."""
     stems: set[str] = set()
-    for submission in run.submissions():
-        for array in slurm.read_arrays(submission):
+    for name, arrays in queue.submitted.items():
+        for array in arrays:
             if elements := queue.elements(array):
-                stems |= _stems(submission, (i for e in elements for i in array.chunks_of(e)))
+                chunks = (i for e in elements for i in array.chunks_of(e))
+                stems |= _stems(run.submission(name), chunks)
     return stems
 
 
@@ -194,7 +194,7 @@ def _excluded(decision: Decision) -> list[str]:
 def live_jobs(run: RunDir) -> list[str]:
     """`job_index` of every pending or running array task of a run."""
     queue = slurm.queue(run)
-    found = (e for array in slurm.all_arrays(run) for e in queue.live(array))
+    found = (e for array in queue.arrays for e in queue.live(array))
     return [f"{e.job_id}_{e.index}" for e in found]
 
 
@@ -239,12 +239,13 @@ def wait(run: RunDir) -> None:
     Raises:
         SlurmError: no remaining task can start, or squeue has failed for minutes.
     """
-    if not slurm.all_arrays(run):  # of `--local` submits alone: Slurm need not be there
+    if not slurm.has_arrays(run):  # of `--local` submits alone: Slurm need not be there
         return
     began = heard = moved = time.monotonic()
     while True:
         try:
-            queue, arrays = slurm.queue(run), [*slurm.all_arrays(run), slurm.rounds_of(run)]
+            queue = slurm.queue(run)
+            arrays = [*queue.arrays, slurm.rounds_of(run)]
             if not any(queue.live(array) for array in arrays):
                 return
             heard = time.monotonic()

@@ -186,7 +186,7 @@ def find(
     submission = next((s for s in reversed(run.submissions()) if s.arrays.exists()), None)
     if submission is None:
         return []
-    arrays, newest = read_arrays(submission), dict[int, Progress]()
+    arrays, newest = queue.submitted[submission.name], dict[int, Progress]()
     for task in tasks:
         name, index, _ = task.task.split("-")
         if name == submission.name and task.started >= newest.get(int(index), task).started:

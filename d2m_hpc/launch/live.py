@@ -20,13 +20,12 @@ def follow(workload: Workload, queue: slurm.Queue, broken: Sequence[str]) -> lis
         What was changed, and what Slurm refused.
     """
     config, told = workload.config.slurm, []
-    for submission in workload.run.submissions():
-        arrays = slurm.read_arrays(submission)
+    for name, arrays in queue.submitted.items():
         if not any(queue.live(array) for array in arrays):
             continue
         try:
             if changed := _throttle(arrays, queue, config.max_parallel):
-                slurm.write_arrays(submission, arrays)
+                slurm.write_arrays(workload.run.submission(name), arrays)
                 at_once = f"at most {config.max_parallel}" if config.max_parallel else "all"
                 told.append(f"{at_once} tasks may run at once now, in {changed} live arrays")
             if any(workload.run.node_failures.glob("*.json")):

@@ -177,7 +177,7 @@ def _follow_in_the_end(run: RunDir, config: Config, chain: Chain, later: int) ->
 def _follow(run: RunDir, config: Config, later: int = 0) -> str:
     """Submit the next round, behind all live array tasks."""
     queue = slurm.queue(run, PATIENCE)
-    live = sorted({e.job_id for a in slurm.all_arrays(run) for e in queue.live(a)}, key=int)
+    live = sorted({e.job_id for a in queue.arrays for e in queue.live(a)}, key=int)
     when = {"dependency": f"afterany:{':'.join(live)}"} if live else {"begin": f"now+{later}"}
     # An array of one element, as the queue lists the run's other jobs.
     own = {"job-name": slurm.rounds_of(run).name, "array": "0-0", "output": "next-%A.out", **when}

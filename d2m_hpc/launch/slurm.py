@@ -7,8 +7,8 @@ import json
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -198,9 +198,18 @@ class Element:
 
 @dataclass(frozen=True)
 class Queue:
-    """A run's array elements that Slurm knows of; those that ended long ago are forgotten."""
+    """A run's array elements that Slurm knows of; those that ended long ago are forgotten.
+
+    Attributes:
+        submitted: the run's arrays, by the name of their submission, oldest first.
+    """
 
     all: list[Element]
+    submitted: Mapping[str, list[Array]] = field(default_factory=dict)
+
+    @cached_property
+    def arrays(self) -> list[Array]:
+        return [array for arrays in self.submitted.values() for array in arrays]
 
     def of(self, array: Array) -> list[Element]:
         """The elements of an array, by job id, or by name where the id was never recorded."""
@@ -237,14 +246,18 @@ NAMES = 3000
 """Job names in one word of a command line."""
 
 
-def queue(run: RunDir, patience: float = 0.0) -> Queue:
+def queue(
+    run: RunDir, patience: float = 0.0, known: Mapping[str, list[Array]] | None = None
+) -> Queue:
     """Ask squeue for a run's array elements, whoever submitted them; raise `SlurmError` where
     that fails.
 
     Args:
         patience: seconds for which a controller that is away is asked again.
+        known: the run's arrays, if read already.
     """
-    names = [array.name for array in (rounds_of(run), *all_arrays(run))]
+    submitted = known or arrays_of(run)
+    names = [rounds_of(run).name, *(a.name for arrays in submitted.values() for a in arrays)]
     found: list[Element] = []
     for start in range(0, len(names), NAMES):
         named = f"--name={','.join(names[start : start + NAMES])}"
@@ -254,7 +267,7 @@ def queue(run: RunDir, patience: float = 0.0) -> Queue:
         if any(element.state == COMPLETING for element in part.all):
             part = with_requeued(part, ask(*words, f"--format={_ENDS}"), datetime.now())
         found += part.all
-    return Queue(found)
+    return Queue(found, submitted)
 
 
 def parse_queue(shown: str) -> Queue:
@@ -329,30 +342,35 @@ def read_arrays(submission: Submission) -> list[Array]:
         return [Array(**values) for values in json.loads(submission.arrays.read_bytes())]
 
 
-def all_arrays(run: RunDir) -> list[Array]:
-    """The arrays of every submission, oldest first."""
-    return [array for submission in run.submissions() for array in read_arrays(submission)]
+def arrays_of(run: RunDir) -> dict[str, list[Array]]:
+    """A run's arrays by the name of their submission, oldest first."""
+    return {submission.name: read_arrays(submission) for submission in run.submissions()}
 
 
-def at_work(run: RunDir, queue: Queue) -> dict[str, set[int]]:
+def at_work(queue: Queue) -> dict[str, set[int]]:
     """The chunks of running elements, by the name of each submission that Slurm knows of."""
     known: dict[str, set[int]] = {}
-    for submission in run.submissions():
-        for array in read_arrays(submission):
+    for name, arrays in queue.submitted.items():
+        for array in arrays:
             if array.job_id or queue.of(array):
                 running = (e.index for e in queue.live(array) if e.state not in (PENDING, REQUEUED))
-                chunks = known.setdefault(submission.name, set())
+                chunks = known.setdefault(name, set())
                 chunks.update(i for index in running for i in array.chunks_of(index))
     return known
 
 
-def counts(run: RunDir, queue: Queue | None) -> tuple[int, int]:
+def counts(queue: Queue | None) -> tuple[int, int]:
     """The run's tasks that run and that wait; none where Slurm was not asked."""
     found = [0, 0]
-    for array in all_arrays(run) if queue else ():
+    for array in queue.arrays if queue else ():
         for element in queue.live(array) if queue else ():
             found[element.state in (PENDING, REQUEUED)] += array.tasks_per_node
     return found[0], found[1]
+
+
+def has_arrays(run: RunDir) -> bool:
+    """Whether array tasks of the run were ever submitted."""
+    return any(submission.arrays.exists() for submission in run.submissions())
 
 
 def rounds_of(run: RunDir) -> Array:

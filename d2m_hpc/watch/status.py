@@ -188,7 +188,7 @@ def summarise(
     found = found or standings(run, config, manifest)
     stems, done, failed = found.stems, list(found.done.values()), found.failed
     tasks, (queue, unasked) = attempts(run), _asked(run, offline)
-    at_work = slurm.at_work(run, queue) if queue else {}
+    at_work = slurm.at_work(queue) if queue else {}
     _mark_lost(tasks, at_work)
     running = _running(run, config.lease_seconds, found, tasks, at_work)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
@@ -201,7 +201,7 @@ def summarise(
         pending=pending,
         running=len(running),
         **_made(done),
-        **_pace(tasks, done, pending + len(running), config.steal, slurm.counts(run, queue)),
+        **_pace(tasks, done, pending + len(running), config.steal, slurm.counts(queue)),
         **_ran_on(tasks),
         spent=spent.account(tasks, done, (o for outcomes in failed.values() for o in outcomes)),
         **_queued(run, queue, tasks),
@@ -274,27 +274,28 @@ def _mtime(path: Path) -> float:
 
 def _asked(run: RunDir, offline: bool) -> tuple[slurm.Queue | None, str]:
     """Slurm's word on a run; None without array tasks or Slurm, or with the reason why not."""
-    if offline or not slurm.all_arrays(run) or not slurm.is_here():
+    known = {} if offline else slurm.arrays_of(run)
+    if not any(known.values()) or not slurm.is_here():
         return None, ""
     try:
-        return slurm.queue(run), ""
+        return slurm.queue(run, known=known), ""
     except SlurmError as error:
         return None, str(error)
 
 
 def _queued(run: RunDir, queue: slurm.Queue | None, tasks: Iterable[Progress]) -> dict[str, Any]:
     """Array elements by state, why some wait, lost tasks, and how the run goes on by itself."""
-    arrays, chain = slurm.all_arrays(run), rounds.read(run)
+    chain = rounds.read(run)
     if queue is None:
         return {"rounds": str(chain or "")}
-    elements = (e for array in arrays for e in queue.of(array))
+    elements = (e for array in queue.arrays for e in queue.of(array))
     states = dict(Counter(e.state.lower() for e in elements if e.is_listed))
     lost = [t.task for t in tasks if t.state == "lost"]
     goes_on = bool(chain and not chain.ended and queue.live(slurm.rounds_of(run)))
     told = str(chain or "")
     if chain and not chain.ended and not goes_on:
         told = f"{chain}; no further round waits: submit again with --until-done"
-    found = {"tasks": states, "lost": lost, "waiting": why(queue, arrays)}
+    found = {"tasks": states, "lost": lost, "waiting": why(queue, queue.arrays)}
     return {**found, "goes_on": goes_on, "rounds": told}
 
 

@@ -49,7 +49,7 @@ def causes(run: RunDir) -> dict[str, list[str]]:
 
 
 def lists(run: RunDir, monkeypatch: pytest.MonkeyPatch, *rows: str) -> None:
-    [array] = slurm.all_arrays(run)
+    [array] = slurm.arrays_of(run)["000"]
     text = "".join(f"71|{row}|{array.name}\\n" for row in rows)
     commands_of(run.root.parents[1] / "bin", monkeypatch, squeue=f"printf '{text}'")
 

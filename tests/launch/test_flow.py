@@ -61,7 +61,8 @@ def prepare(workload: Workload) -> list[decide.Decision]:
 def live(workload: Workload, *elements: int) -> Queue:
     """Slurm's word that these elements of submission 000 are pending."""
     name = f"d2m-{slurm.token(workload.run.root)}-000-0"
-    return Queue([Element("1", i, "PENDING", name) for i in elements])
+    found = [Element("1", i, "PENDING", name) for i in elements]
+    return Queue(found, slurm.arrays_of(workload.run))
 
 
 def test_shards_of_live_tasks_are_in_flight(workload: Workload) -> None:

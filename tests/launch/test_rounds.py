@@ -65,7 +65,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
 
 def test_a_round_waits_for_the_arrays_and_submits_what_they_left(site: Site) -> None:
     run = d2m.submit(site.config, preflight=False)
-    [array] = slurm.all_arrays(site.run)
+    [array] = slurm.arrays_of(site.run)["000"]
     site.lists(("71", array.name))
     run.go_on()
     own = site.asked()[-1]
@@ -112,7 +112,7 @@ def test_rounds_whose_tasks_were_taken_away_do_not_stop_it(
 ) -> None:
     site.begin()
     for _ in range(5):
-        [*_, array] = slurm.all_arrays(site.run)
+        [*_, array] = [a for arrays in slurm.arrays_of(site.run).values() for a in arrays]
         row = f"{array.job_id}|2|{state}|None||{array.name}"
         commands_of(site.bin, site.patch, squeue=f"printf '{row}\\n'")
         chain = rounds.again(site.run)
@@ -231,7 +231,7 @@ def test_a_round_follows_the_last_config_though_no_shard_was_left_for_its_submit
 ) -> None:
     """All of them were with live tasks of an earlier config."""
     d2m.submit(site.config, preflight=False)
-    [array] = slurm.all_arrays(site.run)
+    [array] = slurm.arrays_of(site.run)["000"]
     site.lists(("71", array.name), elements=6)
     d2m.submit(site.config, preflight=False)
     assert len(site.run.submissions()) == 1

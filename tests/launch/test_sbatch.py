@@ -204,7 +204,7 @@ def test_a_refusal_after_some_arrays_says_how_many_slurm_took(
     with pytest.raises(SlurmError, match=r"JobLimit .*; Slurm took 1 of 3 arrays, which go on"):
         d2m.submit(config)
     [run] = (tmp_path / "out").glob(".d2m")
-    assert [a.job_id for a in slurm.all_arrays(RunDir(run))] == ["71", "", ""]
+    assert [a.job_id for a in slurm.arrays_of(RunDir(run))["000"]] == ["71", "", ""]
 
 
 def test_the_script_is_shown_and_nothing_is_written(tmp_path: Path) -> None:
