@@ -78,6 +78,20 @@ def test_a_round_waits_for_the_arrays_and_submits_what_they_left(site: Site) -> 
     assert f"again {site.run.root}" in (site.folder / "script").read_text()
 
 
+def test_a_round_of_a_derive_derives_what_is_left(site: Site) -> None:
+    derive = {"wordy": {"kind": "sql", "type": "bool", "expression": '"text-words" > 1'}}
+    config = six_tasks(site.folder, derive=derive)
+    d2m.submit(config, local=True)
+    d2m.derive(config).go_on()
+    assert "-next --array=0-0" in site.asked()[-1]
+    chain = site.again()
+    assert (chain.state, chain.rounds[0].done) == ("running", 0)
+    first, *later = (json.loads(s.intent.read_bytes()) for s in site.run.submissions())
+    assert [i["fingerprint"].partition("+")[0] for i in later] == [first["fingerprint"]] * 2
+    d2m.derive(config, local=True)
+    assert site.again().state == "complete"
+
+
 def test_a_complete_run_ends_it_starts_the_next_job_and_tells(site: Site) -> None:
     site.begin(then="echo trained > here", notify='echo "$D2M_STATE: $D2M_WHY" > ../told')
     site.patch.chdir(site.bin)
