@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from d2m_hpc.models.inputs import ImageInput, colour, require_sides
+from d2m_hpc.models.inputs import CLIP_MEAN, CLIP_STD, ImageInput, colour, require_sides
 
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """PIL's interpolations by number, as configs of processors have them."""
@@ -21,6 +21,10 @@ PLAIN = re.compile(
 """Processors that resize, cut the middle out and normalise, and do nothing else."""
 UNCUT = ("ViT", "Blip", "Siglip")
 """Of these, the ones that cut out nothing unless their config says so."""
+OPENAI = ("CLIP", "Blip", "Bit")
+"""Of these, the ones with CLIP's mean and std where their config has none; the others' are 0.5."""
+SHORT = ("CLIP", "Bit")
+"""Of these, the ones whose size, where it is one number, is that of the shorter side."""
 
 
 def class_of(told: Mapping[str, Any]) -> str:
@@ -76,8 +80,8 @@ def _require_size(told: Mapping[str, Any]) -> None:
 
 def _is_cut(told: Mapping[str, Any]) -> bool:
     """Whether the middle of pictures is cut out, by a processor of which `PLAIN` knows."""
-    found = PLAIN.fullmatch(class_of(told))
-    return bool(told.get("do_center_crop", bool(found and found[1] not in UNCUT)))
+    found, given = PLAIN.fullmatch(class_of(told)), told.get("do_center_crop")
+    return bool(found and found[1] not in UNCUT) if given is None else bool(given)
 
 
 def sides(told: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -117,6 +121,7 @@ def _described(told: Mapping[str, Any]) -> ImageInput | None:
     Raises:
         LookupError, TypeError, ValueError: the config leaves out what only its class knows.
     """
+    told = _completed(told)
     size, normal = told["size"], told["do_normalize"]
     resized = told["do_resize"] and told["do_rescale"] and not told.get("do_pad")
     if not resized or not math.isclose(told["rescale_factor"], 1 / 255, rel_tol=1e-6):
@@ -126,10 +131,31 @@ def _described(told: Mapping[str, Any]) -> ImageInput | None:
         "mean": told["image_mean"] if normal else (0, 0, 0),
         "std": told["image_std"] if normal else (1, 1, 1),
     }
-    if not told.get("do_center_crop"):
+    if not _is_cut(told):
         square = {*size} == {"height", "width"}
         return ImageInput((size["height"], size["width"]), "squash", **options) if square else None
     sides = (told["crop_size"]["height"], told["crop_size"]["width"])
     if {*size} != {"shortest_edge"} or max(sides) > size["shortest_edge"]:
         return None
     return ImageInput(sides, "shortest", short=size["shortest_edge"], crop="floor", **options)
+
+
+def _completed(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A processor's config with what its class has in place of what is left out, and with sizes
+    of one number, as old configs have them, written out."""
+    found = PLAIN.fullmatch(class_of(told))
+    name = found[1] if found else ""
+    square = bool(told.get("default_to_square", name not in SHORT))
+    made = {
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
+        "rescale_factor": 1 / 255,
+        "resample": 2 if name == "ViT" else 3,
+        "image_mean": CLIP_MEAN if name in OPENAI else (0.5, 0.5, 0.5),
+        "image_std": CLIP_STD if name in OPENAI else (0.5, 0.5, 0.5),
+        **{key: value for key, value in told.items() if value is not None},
+    }
+    for key in ("size", "crop_size"):
+        if isinstance(side := made.get(key), int):
+            whole = square or key == "crop_size"
+            made[key] = {"height": side, "width": side} if whole else {"shortest_edge": side}
+    return made

@@ -80,6 +80,34 @@ def test_pictures_are_described_by_value_where_that_is_possible(tmp_path: Path) 
     assert [isinstance(form, ImageInput) for form in forms] == [True, True, False]
 
 
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"feature_extractor_type": "ViTFeatureExtractor", "size": 48},
+        {"feature_extractor_type": "CLIPFeatureExtractor", "size": 53, "crop_size": 48},
+        {"image_processor_type": "BitImageProcessorFast", "size": 53, "crop_size": 48},
+        {"image_processor_type": "SiglipImageProcessor", "size": {"height": 48, "width": 48}},
+        {"image_processor_type": "BlipImageProcessor", "size": 48, "do_convert_rgb": None},
+        {"image_processor_type": "ViTImageProcessorFast", "size": 48, "do_center_crop": None},
+        {"feature_extractor_type": "ViTFeatureExtractor", "image_mean": MEAN, "image_std": STD,
+         "resample": 3, "size": 48},
+    ],
+)  # fmt: skip
+def test_configs_that_leave_out_what_their_class_has_are_described_too(
+    told: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = vit(tmp_path / "net", id2label=NAMES)
+    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    [form] = ImageClassification(checkpoint=str(folder)).inputs(Use("own", tmp_path, frozenset()))
+    assert isinstance(form, ImageInput)
+    found = run(keys(folder, "own-normal"), photographs(8))
+    scores = [row["normal"] for row in theirs(folder, image_processor=image_processor(folder))]
+    np.testing.assert_allclose(found.columns["own-normal"], scores, atol=1e-5)
+
+
 def _mistakes(config: dict[str, Any], tmp_path: Path) -> list[str]:
     from d2m_hpc.config.mistakes import checkpoint_mistakes, registry_mistakes
     from d2m_hpc.models.registry import Registry
