@@ -70,7 +70,7 @@ MEANINGS = {
     ),
     "stopped": (
         r"exit code (138|143)\b|User defined signal",
-        "told to stop by a signal of somebody's",
+        "told to stop by a signal",
         "",
     ),
     "crashed": (r"RaisedSignal|signal \d+|Aborted|Segmentation", "killed by a signal", ""),

@@ -263,6 +263,8 @@ def top(found: Summary, tasks: Sequence[TaskProgress]) -> None:
     told = figures(found)
     shards = f"{told['done']} of {told['shards']} shards, {told['failed']} failed"
     working = f"{count(len(tasks), 'task')} on {count(nodes, 'node')}"
+    if (starting := found.tasks.get("running", 0) - len(tasks)) > 0:
+        working += f", {starting} starting"
     rate = f"{told['samples a second']} samples/s, time left {told['time left']}"
     console.print(f"{found.state}: {shards}; {working}; {rate}")
     table = Table("task", "node", "device", "shard", "shards", "rows", "rows/s", "for")

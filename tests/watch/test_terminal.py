@@ -318,9 +318,9 @@ def test_the_slowest_tasks_at_work_stand_on_top(
         task.started, task.updated = now - 60, now
     told = {"done": 90, "shards": 360, "running": 90, "eta_seconds": 120.0}
     gone = Progress("000-90-0", "n0", "cpu", started=now - 60, updated=now)
-    show.top(_summary(**told, lost=["000-90-0"]), [*tasks, gone])
+    show.top(_summary(**told, lost=["000-90-0"], tasks={"running": 92}), [*tasks, gone])
     first, *lines = terminal.text.splitlines()
-    assert first.startswith("running: 90 of 360 shards, 0 failed; 90 tasks on 3 nodes")
+    assert first.startswith("running: 90 of 360 shards, 0 failed; 90 tasks on 3 nodes, 2 starting")
     assert "time left 2 min 00 s" in " ".join(terminal.text.split())
     rows = [line for line in lines if "000-" in line]
     assert [row.split()[1] for row in rows[:2]] == ["000-0", "000-1"]
