@@ -44,6 +44,7 @@ def semantic_mistakes(config: Config) -> list[Mistake]:
         *_input_mistakes(config),
         *_text_mistakes(config),
         *_size_mistakes(config),
+        *_kind_mistakes(config),
         *names,
         *_name_mistakes(config),
         *_derive_mistakes(config),
@@ -110,6 +111,14 @@ def _input_mistakes(config: Config) -> list[Mistake]:
         return [Mistake(("inputs",), "found input_tars, too; valid is one of both")]
     what = "found nothing; the key is required, or `inputs` in its place"
     return [] if given else [Mistake(("input_tars",), what)]
+
+
+def _kind_mistakes(config: Config) -> list[Mistake]:
+    gres, constraint = len(config.slurm.gres), len(config.slurm.constraint)
+    if min(gres, constraint) < 2 or gres == constraint:
+        return []
+    what = f"found {constraint} entries, and slurm.gres has {gres}; valid is one for each of them"
+    return [Mistake(("slurm", "constraint"), what)]
 
 
 def _size_mistakes(config: Config) -> list[Mistake]:

@@ -48,6 +48,11 @@ def _members(value: object) -> object:
     return names
 
 
+def _kinds_as_list(value: object) -> object:
+    """Turn one kind of node into a list."""
+    return _as_list(_tars_as_list(value))
+
+
 def _fields_as_list(value: Any) -> Any:
     """Turn `{score: float64}` into the text `score: float64`, in a list or in place of one."""
     if isinstance(value, Mapping):
@@ -86,6 +91,7 @@ Bytes = Annotated[int, Field(ge=1), NoSwitch]
 Seconds = Annotated[float, Field(gt=0, le=1e9), NoSwitch]
 Line = Annotated[str, AfterValidator(one_line)]
 Amount = Annotated[Line | int | None, NoSwitch]
+Kinds = Annotated[list[Line], BeforeValidator(_kinds_as_list, list[Line] | Line | None)]
 
 
 class Section(BaseModel):
@@ -120,10 +126,11 @@ class Slurm(Section):
     """walltime up to which `time` is doubled for shards whose task came to its end"""
     max_mem: Amount = None
     """memory up to which `mem` is doubled for shards whose task was killed for it"""
-    gres: Line | None = None
-    """devices of an array element, such as `gpu:1`"""
-    constraint: Line | None = None
-    """node features"""
+    gres: Kinds = []
+    """devices of an array element, such as `gpu:1`; a list names kinds of nodes, which get an array
+    each"""
+    constraint: Kinds = []
+    """node features, or a list, one entry for each kind of nodes"""
     exclude: Line | None = None
     """nodes to leave out, besides those that `max_node_failures` finds broken"""
     max_parallel: Count | None = None

@@ -83,4 +83,9 @@ def options(value: object) -> object:
             one_line(given)
         if name == "time":
             walltime(given)
+        if name in ("clusters", "cluster"):
+            raise ValueError(
+                f"{name!r} holds for sbatch alone, and the tasks would not be found again; valid "
+                "is `export SLURM_CLUSTERS=NAME`, which all commands of Slurm's follow"
+            )
     return value

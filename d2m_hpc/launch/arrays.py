@@ -179,6 +179,7 @@ def propose(decision: Decision, submission: str) -> slurm.Proposal:
         config.slurm.tasks_per_node,
         config.slurm.max_parallel,
         f"d2m-{slurm.token(workload.run.root)}-{submission}",
+        sbatch.kinds(config.slurm),
     )
     return slurm.Proposal(parts, most, arrays, options, config.max_node_failures)
 

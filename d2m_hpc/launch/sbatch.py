@@ -6,13 +6,14 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from d2m_hpc.config import Slurm
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch import commands
-from d2m_hpc.launch.slurm import Array, Proposal
+from d2m_hpc.launch.slurm import Array, Kind, Need, Proposal
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.storage.files import atomic_write
 from d2m_hpc.storage.urls import has_secret
@@ -31,8 +32,8 @@ def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
         "time": config.time,
         "cpus-per-task": config.cpus_per_task,
         "mem": config.mem,
-        "gres": config.gres,
-        "constraint": config.constraint,
+        "gres": config.gres[0] if len(config.gres) == 1 else None,
+        "constraint": config.constraint[0] if len(config.constraint) == 1 else None,
         "exclude": exclude,
         "ntasks-per-node": config.tasks_per_node,
         "requeue": True if config.requeue else None,
@@ -42,6 +43,12 @@ def options(config: Slurm, excluded: Sequence[str] = ()) -> dict[str, Any]:
         **config.extra,
     }
     return given(chosen)
+
+
+def kinds(config: Slurm) -> list[Kind]:
+    """The kinds of nodes that each get arrays of their own; one of any nodes without lists."""
+    columns = [values if len(values) > 1 else [] for values in (config.gres, config.constraint)]
+    return [Kind(*row) for row in zip_longest(*columns, fillvalue="")] or [Kind()]
 
 
 def given(chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +195,8 @@ def _array_options(array: Array, proposal: Proposal) -> dict[str, Any]:
         "array": f"0-{array.elements - 1}{limit}",
         "output": "slurm-%A_%a.out",
     }
-    own |= {name: value for name, value in (("mem", array.mem), ("time", array.time)) if value}
+    names = (*Need._fields, *Kind._fields)
+    own |= {name: value for name in names if (value := getattr(array, name))}
     if array.after is not None:
         own["dependency"] = f"afterany:{proposal.arrays[array.after].job_id}"
     return {**proposal.options, **own}

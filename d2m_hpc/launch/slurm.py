@@ -43,6 +43,7 @@ class Array:
         parallel: elements that may run at once; 0 for no limit.
         after: the place in the submission of an array that must end first, or None.
         mem, time: what the array's elements ask for; empty where the config says nothing.
+        gres, constraint: the kind of nodes, where the config names several.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Array:
     job_id: str = ""
     mem: str = ""
     time: str = ""
+    gres: str = ""
+    constraint: str = ""
 
     def chunks_of(self, element: int) -> range:
         start = self.first + element * self.tasks_per_node
@@ -65,6 +68,13 @@ class Need(NamedTuple):
 
     mem: str = ""
     time: str = ""
+
+
+class Kind(NamedTuple):
+    """A kind of nodes, as sbatch takes it; empty for any."""
+
+    gres: str = ""
+    constraint: str = ""
 
 
 @dataclass
@@ -112,21 +122,25 @@ def split(
     tasks_per_node: int,
     max_parallel: int | None,
     name: str,
+    kinds: Sequence[Kind] = (Kind(),),
 ) -> list[Array]:
     """Arrays whose indices stay below MaxArraySize, with `max_parallel` tasks at once in all.
 
-    Each array gets a share of `max_parallel`; where there are more arrays, some wait for others.
+    The elements are shared out among the kinds of nodes. Each array gets a share of
+    `max_parallel`; where there are more arrays, some wait for others.
 
     Args:
         parts: numbers of chunks, with what their tasks need; each begins with an element of its
             own.
     """
-    pieces: list[tuple[int, int, Need]] = []
+    pieces: list[tuple[int, int, Need, Kind]] = []
     begin = 0
     for chunks, need in parts:
         elements = -(-chunks // tasks_per_node)
-        starts = range(0, elements, max_array_size)
-        pieces += [(begin + s, min(max_array_size, elements - s), need) for s in starts]
+        for i, kind in enumerate(kinds):
+            start, end = (-(-elements * n // len(kinds)) for n in (i, i + 1))
+            starts = range(begin + start, begin + end, max_array_size)
+            pieces += [(s, min(max_array_size, begin + end - s), need, kind) for s in starts]
         begin += elements
     most = max(1, max_parallel // tasks_per_node) if max_parallel else 0
     abreast = min(most, len(pieces)) if most else len(pieces)
@@ -138,10 +152,10 @@ def split(
             tasks_per_node=tasks_per_node,
             parallel=share(most, abreast, i),
             after=i - abreast if i >= abreast else None,
-            mem=need.mem,
-            time=need.time,
+            **need._asdict(),
+            **kind._asdict(),
         )
-        for i, (start, elements, need) in enumerate(pieces)
+        for i, (start, elements, need, kind) in enumerate(pieces)
     ]
 
 

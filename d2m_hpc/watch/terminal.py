@@ -161,6 +161,7 @@ def proposal(proposed: Proposal) -> None:
         line = f"array {array.name}: elements 0-{array.elements - 1}"
         line += f", {array.parallel} at once" if array.parallel else ""
         line += f", after array {array.after}" if array.after is not None else ""
+        line += "".join(f", {kind}" for kind in (array.gres, array.constraint) if kind)
         console.print(line)
     console.print("sbatch", *flags(proposed.options))
 

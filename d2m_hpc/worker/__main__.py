@@ -23,7 +23,7 @@ from submitit import JobEnvironment
 
 from d2m_hpc.config.load import load
 from d2m_hpc.errors import D2MError, DiskError, NodeError
-from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.stopping import Stopped, interrupt_once, own_process, stop_on_signals
 from d2m_hpc.storage.files import FILE_MODE, atomic_write
 from d2m_hpc.storage.refused import of_system
@@ -141,14 +141,14 @@ def _work(
         _requeue(job, record)
         return 0
     if config.steal and Left(run, submission, config).nothing():
-        _cancel_pending()
+        _cancel_pending(run.submission(submission))
     return 1 if progress.failed else 0
 
 
-def _cancel_pending() -> None:
+def _cancel_pending(submission: Submission) -> None:
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    if array and (why := cancel_pending(array)):
-        print(f"pending elements of the array stay: {why}", flush=True)
+    if array and (why := cancel_pending(submission, array)):
+        print(f"pending elements of the submission stay: {why}", flush=True)
 
 
 _first_stderr = 2

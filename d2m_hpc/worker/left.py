@@ -5,6 +5,7 @@ With stealing, the tasks that began early leave nothing to those that Slurm star
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from d2m_hpc.config import Config
 from d2m_hpc.run.chunks import Chunks
-from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.outputs import NPZ, PARQUET, OutputDir
 from d2m_hpc.run.records import Job
 
@@ -67,12 +68,16 @@ def _names(folder: Path) -> set[str]:
     return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
-def cancel_pending(array: str) -> str:
-    """Cancel an array's pending elements; returns why not, if Slurm did not.
+def cancel_pending(submission: Submission, own: str) -> str:
+    """Cancel the pending elements of a submission's arrays; returns why not, if Slurm did not.
 
     Each would take an allocation for seconds to find nothing.
+
+    Args:
+        own: the job id of the task's own array, which somebody may have started by hand.
     """
-    words = ["scancel", "--state=PENDING", array]
+    arrays = {array["job_id"] for array in json.loads(submission.arrays.read_bytes())} - {""}
+    words = ["scancel", "--state=PENDING", *sorted({own, *arrays})]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -255,6 +255,13 @@ def test_thousands_of_mistakes_are_cut(tmp_path: Path) -> None:
         ("slurm: {extra: {licenses: [a, b]}}", "the value of 'licenses' is a list"),
         ('slurm: {extra: {comment: "a\\nb"}}', "valid is one line"),
         ("slurm: {extra: {time: 4h}}", "did you mean '4:00:00'?"),
+        ("slurm: {extra: {clusters: a}}", "valid is `export SLURM_CLUSTERS=NAME`"),
+        ("slurm: {rounds: {clusters: a}}", "valid is `export SLURM_CLUSTERS=NAME`"),
+        ('slurm: {gres: ["gpu:1", "gpu\\n2"]}', "valid is one line"),
+        (
+            "slurm: {gres: [a, b], constraint: [c, d, e]}",
+            "slurm.constraint: found 3 entries, and slurm.gres has 2; valid is one for each",
+        ),
     ],
 )
 def test_values_that_types_refuse(tmp_path: Path, line: str, told: str) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kit import d2m as d2m_command
 from kit import submit as submit_command
 from launch.scripted import commands_of, six_tasks
 
@@ -217,6 +219,17 @@ def test_the_script_is_shown_and_nothing_is_written(tmp_path: Path) -> None:
     assert last.startswith("d2m_task srun ")
     assert " env " in last
     assert not (tmp_path / "out").exists()
+
+
+def test_each_kind_of_nodes_gets_an_array(tmp_path: Path) -> None:
+    kinds = ["--gres=gpu:a100:1", "--gres=gpu:h100:1", "--constraint=ib"]
+    shown = d2m_command("submit", six_tasks(tmp_path), "--no-sbatch", "--no-preflight", *kinds)
+    assert shown.returncode == 0, shown.stderr
+    commands = [line for line in shown.stdout.splitlines() if line.startswith("sbatch ")]
+    assert [re.findall(r"--(?:gres|array|constraint)=(\S+)", line) for line in commands] == [
+        ["ib", "0-2", "gpu:a100:1"],
+        ["ib", "0-2", "gpu:h100:1"],
+    ]
 
 
 def test_slurm_is_asked_when_the_arrays_would_start(

@@ -63,6 +63,33 @@ def test_no_more_than_max_parallel_tasks_can_run(
     assert len(followers) == len(set(followers))
 
 
+@given(st.integers(1, 100), st.integers(1, 20), st.integers(1, 4), st.integers(1, 3))
+def test_each_kind_of_nodes_has_its_share_of_the_elements(
+    chunks: int, limit: int, tasks_per_node: int, count: int
+) -> None:
+    kinds = [slurm.Kind(f"gpu:{i}:1") for i in range(count)]
+    arrays = slurm.split([(chunks, slurm.Need("1G"))], limit, tasks_per_node, None, "d2m-x", kinds)
+    numbers = [n for a in arrays for e in range(a.elements) for n in a.chunks_of(e)]
+    elements = -(-chunks // tasks_per_node)
+    assert numbers == [*range(elements * tasks_per_node)]
+    shares = [sum(a.elements for a in arrays if a.gres == kind.gres) for kind in kinds]
+    assert shares == sorted(shares, reverse=True)
+    assert max(shares) - min(shares) <= 1
+    assert {a.mem for a in arrays} == {"1G"}
+
+
+def test_lists_of_devices_and_features_are_kinds_of_nodes() -> None:
+    one = Slurm.model_validate({"gres": "gpu:1", "constraint": "a100|h100"})
+    assert sbatch.kinds(one) == [slurm.Kind()]
+    assert sbatch.options(one)["constraint"] == "a100|h100"
+    two = Slurm.model_validate({"gres": ["gpu:a100:1", "gpu:h100:1"], "constraint": "ib"})
+    assert sbatch.kinds(two) == [slurm.Kind("gpu:a100:1"), slurm.Kind("gpu:h100:1")]
+    assert sbatch.options(two)["constraint"] == "ib"
+    assert "gres" not in sbatch.options(two)
+    both = Slurm.model_validate({"gres": ["gpu:2", "gpu:1"], "constraint": ["v100", "h100"]})
+    assert sbatch.kinds(both) == [slurm.Kind("gpu:2", "v100"), slurm.Kind("gpu:1", "h100")]
+
+
 def test_without_max_parallel_all_arrays_run_freely() -> None:
     assert [(a.parallel, a.after) for a in split(9, 4)] == [(0, None)] * 3
 

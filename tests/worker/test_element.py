@@ -13,7 +13,7 @@ from launch.scripted import commands_of
 
 from d2m_hpc.config import Slurm
 from d2m_hpc.config.load import load
-from d2m_hpc.launch import sbatch
+from d2m_hpc.launch import sbatch, slurm
 from d2m_hpc.launch.slurm import Array
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage.files import make_folder
@@ -153,8 +153,10 @@ def test_an_element_without_work_loads_no_torch_and_the_pending_ones_are_cancell
     lacking = {"PYTHONPATH": str(folder / "lacking")}
     assert element(four, 3, **lacking) == 4  # as on a node that lacks a library
     assert not (folder / "cancelled").exists()
+    arrays = slurm.read_arrays(four.submission("000"))
+    slurm.write_arrays(four.submission("000"), [*arrays, Array("another kind", 4, 1, job_id="18")])
     assert element(four, 0) == 0
-    assert (folder / "cancelled").read_text() == "--state=PENDING 17\n"
+    assert (folder / "cancelled").read_text() == "--state=PENDING 17 18\n"
     assert element(four, 3, **lacking) == 0
     assert "no shard is left for this task" in four.log_of("000", 3).read_text()
     (folder / "out" / "00002.parquet").unlink()
@@ -196,4 +198,4 @@ def test_pending_elements_that_stay_are_no_failure(
     else:
         commands_of(folder, monkeypatch, scancel=line)
     assert element(four, 0) == 0
-    assert "pending elements of the array stay" in four.log_of("000", 0).read_text()
+    assert "pending elements of the submission stay" in four.log_of("000", 0).read_text()
