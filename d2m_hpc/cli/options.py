@@ -46,9 +46,10 @@ class WithSlurmOptions:
         from d2m_hpc.config import Slurm
 
         slurm = {name: given.pop(name) for name in Slurm.model_fields}
-        if slurm["extra"] is not None:
-            pairs = (text.partition("=") for text in slurm["extra"])
-            slurm["extra"] = {k: _plain(value) if equals else True for k, equals, value in pairs}
+        for name in ("extra", "srun", "rounds"):
+            if slurm[name] is not None:
+                pairs = (text.partition("=") for text in slurm[name])
+                slurm[name] = {k: _plain(value) if equals else True for k, equals, value in pairs}
         self._command(**given, slurm=slurm)
 
 

@@ -211,13 +211,14 @@ def test_a_refusal_after_some_arrays_says_how_many_slurm_took(
 
 def test_the_script_is_shown_and_nothing_is_written(tmp_path: Path) -> None:
     config = six_tasks(tmp_path)
-    shown = submit_command(config, "--print-sbatch", "--partition=gpu", "--launcher=env")
+    own = ["--partition=gpu", "--launcher=env", "--srun=container-image=/x=1", "--srun=mpi"]
+    shown = submit_command(config, "--print-sbatch", *own)
     assert shown.returncode == 0
     first, second, *_, last = shown.stdout.splitlines()
     assert "--partition=gpu" in first
     assert second == "#!/bin/bash"
     assert last.startswith("d2m_task srun ")
-    assert " env " in last
+    assert " --container-image=/x=1 --mpi env " in last
     assert not (tmp_path / "out").exists()
 
 
