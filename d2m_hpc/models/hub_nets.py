@@ -28,6 +28,11 @@ ENDLESS = 1 << 20
 SHORTEST = {"canine": 4, "funnel": 4}
 """Tokens that a net which takes them together by steps needs, by its type."""
 
+WRITERS = ("git", "vision-encoder-decoder")
+"""Types of nets whose texts begin with the tokens of the prompt, as they are given."""
+PATCHED = {"pixel_attention_mask", "spatial_shapes", "image_grid_thw", "image_sizes"}
+"""What processors give beside pictures whose numbers of patches differ."""
+
 LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """How transformers loads: it asks no hub, and nobody whether to run a repository's code."""
 
@@ -111,6 +116,11 @@ def loaded(auto: str, source: str) -> Any:
 def images(source: str) -> Callable[[Image.Image], Tensor]:
     """Pictures as a checkpoint's own processor prepares them, for `inputs.OwnInput`."""
     made = loaded("AutoImageProcessor", source)
+    with loading(Path(source)):
+        given = {*made(np.zeros((64, 64, 3), dtype=np.uint8), input_data_format="channels_last")}
+    if "pixel_values" not in given or given & PATCHED:
+        what = f"{source}: its {type(made).__name__} gives {', '.join(sorted(given))}"
+        raise WeightsError(f"{what}, not pixel_values alone; only a custom file computes with that")
 
     def prepare(image: Image.Image) -> Tensor:
         # Of a picture 1 or 3 pixels high, transformers could not tell which axis the channels are.
@@ -368,6 +378,10 @@ class Captioner(nn.Module):
         if prompt:
             made = loaded("AutoProcessor", str(folder))
             given = made(images=Image.new("RGB", (64, 64)), text=prompt, return_tensors="pt")
+            if self.net.config.model_type in WRITERS:
+                ends = (self.tokenizer.sep_token_id, self.tokenizer.eos_token_id)
+                last = -1 if given["input_ids"][0, -1] in ends else None  # no text goes on behind
+                given = {k: given[k][:, :last] for k in ("input_ids", "attention_mask")}
             self.given = {k: v.to(device) for k, v in given.items() if k != "pixel_values"}
 
     def forward(self, images: Tensor) -> dict[str, Any]:

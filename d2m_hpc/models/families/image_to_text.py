@@ -31,6 +31,13 @@ class ImageToText(HubFamily):
         return [self.image(use)]
 
     def outputs(self, use: Use) -> list[Output]:
+        config, within = self.document(use), ("image_token_id", "image_token_index")
+        answers = str(config.get("model_type")) in ("blip-2", "instructblip")
+        if not (self.prompt or answers) and any(config.get(name) is not None for name in within):
+            what = "is missing: the net reads the picture within its prompt; give one, with the"
+            raise ParameterError(
+                "prompt", f"{what} of pictures where it wants one, as '<image>\\n'"
+            )
         length, unit = self._length(use)
         start = 1 + length
         if (places := self.places(use)) and start > places:
