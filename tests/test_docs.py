@@ -10,6 +10,7 @@ from pathlib import Path
 import pages
 import pytest
 import tiny_blip2
+import warm
 import yaml
 
 from d2m_hpc.config import Config
@@ -41,7 +42,9 @@ def environment(
     weights = shutil.copytree(checkpoints, tmp_path / "weights", copy_function=os.symlink)
     found = {"PATH": pages.search_path(tmp_path, SLURM), "D2M_WEIGHTS": str(weights)}
     name = request.node.callspec.params["page"].stem
-    return found | request.getfixturevalue(MORE[name]) if name in MORE else found
+    found |= request.getfixturevalue(MORE[name]) if name in MORE else {}
+    commands = warm.commands(tmp_path / "warm", {**os.environ, **found})
+    return {**found, "PATH": f"{commands}:{found['PATH']}"}
 
 
 @pytest.fixture

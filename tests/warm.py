@@ -44,6 +44,8 @@ IMPORTED = (
 """What most programs import; none of these starts a thread, nor looks for a terminal."""
 OUTSIDE = ("CUDA_", "LANG", "LC_", "LD_", "MKL_", "OMP_", "PYTHON", "TORCH_")
 """Beginnings of variables that may be read outside of Python's code."""
+SET_BY_TORCH = "TORCHINDUCTOR_CACHE_DIR"
+"""The import of its compiler sets this variable in the tests; programs ask for it when they run."""
 BEFORE = dict(os.environ)
 """The variables of these tests, before any of them sets one."""
 BIN = Path(sys.executable).parent
@@ -119,7 +121,7 @@ def start(
     env: Mapping[str, str] | None = None,
     umask: int = -1,
 ) -> Process | None:
-    """Start `d2m ...` or `PYTHON -P -m MODULE ...`; returns None where it must start cold."""
+    """Start `d2m`, `d2m-submit` or `PYTHON -P -m MODULE`; returns None where it must start cold."""
     variables = dict(os.environ if env is None else env)
     if not (warm := _warm()).suits(variables):
         return None
@@ -143,7 +145,7 @@ def run(
         tempfile.TemporaryFile("w+", errors=errors) as err,
     ):
         if (process := start(words, out, err, **options)) is None:
-            command = [str(BIN / "d2m"), *words[1:]] if words[0] == "d2m" else words
+            command = [str(BIN / words[0]), *words[1:]]  # an absolute path stays as it is
             return subprocess.run(
                 command, capture_output=True, errors=errors, timeout=timeout, **options
             )
@@ -156,6 +158,33 @@ def run(
         out.seek(0)
         err.seek(0)
         return subprocess.CompletedProcess(words, code, out.read(), err.read())
+
+
+COMMAND = """#!{python} -IS
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+server.connect({address!r})
+words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+request = {{"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "umask": -1}}
+socket.send_fds(server, [json.dumps(request).encode()], [1, 2])
+server.recv(16)
+sys.exit(int(server.recv(16)))
+"""
+
+
+def commands(folder: Path, variables: Mapping[str, str]) -> Path:
+    """A folder with a `d2m` and a `d2m-submit` which scripts call with these variables.
+
+    Args:
+        folder: made anew; where the commands must start cold, it stays empty.
+    """
+    folder.mkdir()
+    if (warm := _warm()).suits(variables):
+        for name in ("d2m", "d2m-submit"):
+            path = folder / name
+            path.write_text(COMMAND.format(python=sys.executable, address=warm.address))
+            path.chmod(0o755)
+    return folder
 
 
 def describe(
@@ -171,7 +200,7 @@ def _socket() -> socket.socket:
 
 def import_all() -> list[str]:
     """Import what programs import; returns the names of the variables that were asked for."""
-    from d2m_hpc.models.registry import builtin
+    from d2m_hpc.models.entries import presets
 
     asked, variables = set[str](), type(os.environ)
     get, contains = variables.get, variables.__contains__
@@ -182,8 +211,8 @@ def import_all() -> list[str]:
     ):
         for name in IMPORTED:
             import_module(name)
-        builtin()
-    return sorted(asked)
+        presets()  # imports all families, and looks for no weights
+    return sorted(asked - {SET_BY_TORCH})
 
 
 def _serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -220,6 +249,9 @@ def _prepare(request: Mapping[str, Any], streams: Sequence[int]) -> None:
     """Take the output, folder, variables and umask of the program that was asked for."""
     for number, stream in enumerate(streams, 1):
         os.dup2(stream, number)
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.__stderr__ = sys.stderr
     os.closerange(3, 1 << 10)
     os.chdir(request["cwd"])
     os.environ.clear()
@@ -237,10 +269,10 @@ def _run(program: str, *words: str) -> None:
     preflight.subprocess = SimpleNamespace(run=describe)
     # Torch is here, and has run nothing, so that it has no threads which a fork would lack.
     supervise.is_possible = lambda: threading.active_count() == 1
-    if program == "d2m":
+    if program in ("d2m", "d2m-submit"):
         sys.path[0] = str(BIN)
-        sys.argv = [str(BIN / "d2m"), *words]
-        cli.main()
+        sys.argv = [str(BIN / program), *words]
+        cli.main() if program == "d2m" else cli.main_submit()
     else:
         del sys.path[0]
         sys.argv = [*words[2:]]
