@@ -91,7 +91,7 @@ def page() -> str:
 
 def _fingerprinted() -> frozenset[str]:
     config = Config(models=["image-stats"], input_tars=["a.tar"], output_metadata_dir="out")
-    return frozenset({*config.fingerprint({}), *SOURCES, "custom_pypath"})
+    return frozenset({*config.fingerprint({}), *SOURCES, "decode", "custom_pypath"})
 
 
 def _table(section: type[Section], schema: dict[str, Any], marked: frozenset[str]) -> str:

@@ -320,6 +320,8 @@ def test_the_fingerprint_follows_what_changes_the_output(
     base = load(path).fingerprint({})
     for change in ("batch_size=3", "nworkers=1", "max_attempts=9", "compile=true"):
         assert load(path, [change]).fingerprint({}) == base
+    assert "decode" not in base  # as runs of versions without this key have it
+    assert load(path, ["decode=scaled"]).fingerprint({}) == {**base, "decode": "scaled"}
     for change in ("resize=exact", "amp=bfloat16", "feature_dtype=float32", "additional_fields="):
         assert load(path, [change]).fingerprint({}) != base
     assert load(path).fingerprint({"a.pt": "00"}) != base

@@ -224,6 +224,10 @@ class Config(Section):
     convolutional ones, on CUDA in half precision, once a task has run 100 full batches"""
     resize: Literal["fast", "exact"] = "fast"
     """`exact` is PIL, bit for bit; `fast` differs in 0.3 % of the pixels, by 2 of 255 at most"""
+    decode: Literal["whole", "scaled"] = "whole"
+    """`scaled` decodes JPEGs at a half, a quarter or an eighth where their short side keeps 1,024
+    pixels: three quarters of the CPU time for 12 megapixels. All models are given the smaller
+    picture, and features move by 2e-4 to 3e-3; other pictures are decoded whole"""
     feature_dtype: Literal["float16", "float32"] = "float16"
     """type of the arrays in the npz"""
     shards_per_task: Count | None = None
@@ -361,6 +365,7 @@ class Config(Section):
             "models": [with_paths(entry, lambda path: path.name) for entry in self.models],
             **({"packages": foreign} if (foreign := packages(self.models)) else {}),
             **{key: value for key in SOURCES if (value := getattr(self, key))},
+            **({"decode": self.decode} if self.decode != "whole" else {}),
             "checkpoints": dict(sorted(hashes.items())),
             "custom_file": code.get(main),
             **({"custom_modules": {n: code[n] for n in sorted(others)}} if others else {}),

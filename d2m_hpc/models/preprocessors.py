@@ -92,10 +92,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Options:
-    """How preprocessors work: `exact` resizing, and the most pixels an image may ever have."""
+    """How preprocessors work: `exact` resizing, the most pixels an image may ever have, and
+    decoding of large JPEGs at a fraction of their size."""
 
     exact: bool = False
     max_pixels: int = 178_956_970
+    scaled: bool = False
 
 
 class Prepare(Protocol):

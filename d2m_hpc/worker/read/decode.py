@@ -17,12 +17,21 @@ from d2m_hpc.models import formats
 from d2m_hpc.models.preprocessors import Picture, Rejected
 from d2m_hpc.storage.texts import safe
 
+LEAST = 1024
+"""Pixels of the short side that are left where a JPEG is decoded at a fraction of its size."""
 
-def image(data: bytes, max_pixels: int, need: Callable[[int], None] = lambda size: None) -> Picture:
+
+def image(
+    data: bytes,
+    max_pixels: int,
+    need: Callable[[int], None] = lambda size: None,
+    scaled: bool = False,
+) -> Picture:
     """Decode to RGB, EXIF orientation ignored.
 
     Args:
         need: called with the bytes that decoding takes, before it begins; may wait.
+        scaled: decode a large JPEG at a half, a quarter or an eighth of its size.
 
     Raises:
         Rejected: not an image, or one of more than `max_pixels` by its header, or one that takes
@@ -31,14 +40,19 @@ def image(data: bytes, max_pixels: int, need: Callable[[int], None] = lambda siz
     if not data:
         raise Rejected("the image file is empty")
     try:
-        if data[:2] == b"\xff\xd8" and (picture := _jpeg(data, max_pixels, need)) is not None:
+        if (
+            data[:2] == b"\xff\xd8"
+            and (picture := _jpeg(data, max_pixels, need, scaled)) is not None
+        ):
             return picture
         return _by_pil(data, max_pixels, need)
     except formats.TooLarge as error:
         raise Rejected(str(error)) from None
 
 
-def _jpeg(data: bytes, max_pixels: int, need: Callable[[int], None]) -> Picture | None:
+def _jpeg(
+    data: bytes, max_pixels: int, need: Callable[[int], None], scaled: bool
+) -> Picture | None:
     """Decode a JPEG; None where PIL should try: CMYK, truncated, or not quite a JPEG."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -47,7 +61,12 @@ def _jpeg(data: bytes, max_pixels: int, need: Callable[[int], None]) -> Picture 
         if colours in ("CMYK", "YCCK"):
             return None
         need(formats.cost("JPEG", width, height, max_pixels))
-        return Picture(simplejpeg.decode_jpeg(data, "RGB"))
+        part = next((n for n in (8, 4, 2) if scaled and min(width, height) >= n * LEAST), 1)
+        if part == 1:
+            return Picture(simplejpeg.decode_jpeg(data, "RGB"))
+        # Libjpeg knows 3/8, 5/8 and so on, too, which take longer.
+        least = {"min_width": -(-width // part), "min_height": -(-height // part)}
+        return Picture(simplejpeg.decode_jpeg(data, "RGB", min_factor=part, **least))
     except formats.TooLarge:
         raise
     except ValueError:

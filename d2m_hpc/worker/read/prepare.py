@@ -134,7 +134,9 @@ class Recipe:
         return cls(
             inputs=inputs,
             fields=config.carried,
-            options=Options(config.resize == "exact", config.max_image_pixels),
+            options=Options(
+                config.resize == "exact", config.max_image_pixels, config.decode == "scaled"
+            ),
             batch_size=config.batch_size,
             threads=config.nworkers or len(os.sched_getaffinity(0)),
             allow_truncated=config.allow_truncated_shards,
@@ -280,7 +282,7 @@ def _raw(name: str, sample: Sample, archive: Reader, recipe: Recipe, held: Held)
     max_pixels, names = recipe.options.max_pixels, recipe.needed[name]
     data = _member(name, sample, archive, names, max_pixels, held.need)
     if name == "image":
-        return decode.image(data, max_pixels, held.need)
+        return decode.image(data, max_pixels, held.need, recipe.options.scaled)
     return decode.json_object(data) if name == "json" else decode.text(data)
 
 

@@ -388,3 +388,25 @@ def test_a_tiff_of_jpegs_with_very_many_scans_is_rejected_too(strips: int, count
 
 def test_a_tiff_may_have_more_strips_than_a_jpeg_has_scans() -> None:
     assert decode.image(tiff(scans(3), (64, 48), 40), LIMIT).size == (64, 1920)
+
+
+@pytest.mark.parametrize(
+    ("size", "part"),
+    [((2047, 3000), 1), ((2049, 3001), 2), ((4096, 4100), 4), ((900, 9000), 1)],
+)
+def test_scaled_decoding_leaves_a_thousand_pixels_and_what_pil_shows_small(
+    size: tuple[int, int], part: int
+) -> None:
+    """Wide pictures keep their short side; other formats are decoded whole."""
+    small = Image.open(io.BytesIO(ODD["progressive.jpg"])).convert("RGB")
+    image, data = small.resize(size, Image.Resampling.BILINEAR), io.BytesIO()
+    image.save(data, "JPEG", quality=95)
+    found = decode.image(data.getvalue(), 1 << 27, scaled=True)
+    assert found.size == tuple(-(-side // part) for side in size)
+    assert decode.image(data.getvalue(), 1 << 27).size == size
+    whole = decode.image(data.getvalue(), 1 << 27).pil.resize((64, 64), Image.Resampling.BOX)
+    seen = found.pil.resize((64, 64), Image.Resampling.BOX)
+    assert np.abs(np.asarray(whole, int) - np.asarray(seen, int)).mean() < 1
+    if part == 2:
+        image.save(data := io.BytesIO(), "WEBP", quality=50, method=0)
+        assert decode.image(data.getvalue(), 1 << 27, scaled=True).size == size

@@ -147,6 +147,20 @@ def test_threads_decode_no_more_at_a_time_than_the_budget_allows(
     assert recipe.budget.take(3 * cost + 1) == 3 * cost + 1
 
 
+@pytest.mark.parametrize("how", ["whole", "scaled"])
+def test_a_config_says_whether_large_jpegs_are_decoded_whole(tmp_path: Path, how: str) -> None:
+    config = configs.Config(
+        models=["m"], input_tars=["unused"], output_metadata_dir="unused", decode=how
+    )
+    seen = dataclasses.replace(PREPROCESSORS["identity"], prepare=lambda image, _: image.size)
+    recipe, data = Recipe.of(config, {("image", "identity"): seen}), jpeg(size=(2048, 2050))
+    with closing(Archive(write_tar(tmp_path / "a.tar", {"a.jpg": data}))) as archive:
+        (sample,) = archive.index()
+        made = prepare(sample, archive, recipe)
+    assert isinstance(made, Ready)
+    assert made.inputs["image", "identity"] == ((1024, 1025) if how == "scaled" else (2048, 2050))
+
+
 MEASURE = """
 import sys
 from pathlib import Path
