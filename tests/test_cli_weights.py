@@ -278,8 +278,16 @@ def test_damaged_configs_are_told_and_mended(
 
 
 def test_a_repository_that_is_no_model_of_the_kind_is_told_with_the_kind_that_fits(
-    nets: Path, tmp_path: Path
+    hub: Hub, nets: Path, tmp_path: Path
 ) -> None:
+    files = hub.revisions["Org/vit"]["main"]
+    hub.put_files("Org/bare", {n: d for n, d in files.items() if "safetensors" not in n})
+    hub.put_files("Org/blind", {n: d for n, d in files.items() if "processor" not in n})
+    own = json.loads(files["config.json"]) | {
+        "model_type": "vitx",
+        "auto_map": {"AutoModel": "x.Y"},
+    }
+    hub.put_files("Org/own", {**files, "config.json": json.dumps(own).encode()})
     for given, told in {
         ("open_clip", "hf-hub:Org/vit"): "no open_clip_config.json.*`kind: image-classification`",
         ("open_clip", "hf-hub:Org/timm"): "no open_clip_config.json.*`kind: timm`",
@@ -289,6 +297,9 @@ def test_a_repository_that_is_no_model_of_the_kind_is_told_with_the_kind_that_fi
             "hf-hub:Org/clip",
         ): "has no config.json.*so it is no model of timm; `kind: open_clip`",
         ("image-classification", "Org/timm"): "`kind: timm`",
+        ("image-classification", "Org/bare"): "no file of weights.*; choose another repository or",
+        ("image-classification", "Org/blind"): "no image processor.*; copy the repository to a fo",
+        ("image-classification", "Org/own"): "vitx'; code of a repository .auto_map. is not run",
     }.items():
         kind, name = given
         entry = {"kind": kind, "checkpoint" if kind.startswith("image") else "model": name}

@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -187,13 +187,35 @@ def _mistake(family: type[Family], parameters: Mapping[str, Any], error: Any) ->
     parameter = str(error["loc"][0]) if error["loc"] else ""
     if parameter not in family.model_fields:
         return parameter, f"unknown parameter{nearest(parameter, family.model_fields)}"
-    meant = described(family).get(parameter, "")
+    meant = meanings(family).get(parameter, "")
     if parameter not in parameters:
         return "", f"found no `{parameter}`, which is required: {meant}"
     what = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "string_type" and isinstance(error["input"], int | float):
+    if error["type"] == "missing":
+        what = "a value is missing"
+    elif error["type"] == "string_type" and isinstance(error["input"], int | float):
         what = "valid is a text; write it in quotes"
     return parameter, f"found {_shown(parameters[parameter])}; {what[0].lower()}{what[1:]}"
+
+
+def meanings(family: type[Family]) -> dict[str, str]:
+    """What a family's parameters are, with their valid values where these are few.
+
+    Example:
+        >>> meanings(known_families()["oai-clip"])
+        {'net': 'the architecture; valid: ViT-B-32, ViT-L-14'}
+    """
+    told = described(family)
+    for name, field in family.model_fields.items():
+        if few := _choices(field.annotation):
+            told[name] = f"{told.get(name, '')}; valid: {', '.join(few)}"
+    return told
+
+
+def _choices(kind: Any) -> list[str]:
+    if get_origin(kind) is Literal:
+        return [*map(str, get_args(kind))]
+    return [choice for part in get_args(kind) for choice in _choices(part)]
 
 
 def _shown(value: Any) -> str:

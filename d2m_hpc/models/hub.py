@@ -270,4 +270,6 @@ def _refused(repo: HubRepo, status: int, reason: str) -> WeightsError:
     if status == 403 and not _headers(repo):
         status = 401  # there is no token
     advice = ADVICE.get(status, f"try again, or set HF_ENDPOINT to a mirror of {endpoint()}")
+    if status in (401, 404):
+        advice += f"; a folder at hand is named './{repo.repo_id}'"
     return WeightsError(safe(f"{repo.url}: {' '.join(reason.split())}; {advice}", 2 * WHY))

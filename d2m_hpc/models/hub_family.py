@@ -132,8 +132,9 @@ class HubFamily(Family):
             wanted.pop("image", None)  # timm's own config tells how pictures are prepared
         images = self._processor(use)[1] if "image" in wanted else {}
         labels = len(self.labels(use)) if self.kind.endswith("-classification") else 0
-        advice = kind_for(home) if "pretrained_cfg" in self.document(use) else ""
-        advice = advice or "save it there too"
+        advice = kind_for(home, self.kind) if "pretrained_cfg" in self.document(use) else ""
+        copy = "copy the repository to a folder, save it there and give the folder's path"
+        advice = advice or (copy if self.repo() else "save it there too")
         mistakes = [
             ("checkpoint", f"{home} has no {what} ({patterns[0]}); {advice}")
             for what, *patterns in wanted.values()
@@ -150,7 +151,8 @@ class HubFamily(Family):
             ParameterError: the commit of the hub that was fetched is of no model of transformers.
         """
         if repo := self.repo():
-            require_files("checkpoint", repo, use.folder, "config.json", "transformers")
+            files = ("config.json", "transformers")
+            require_files("checkpoint", repo, use.folder, *files, self.kind)
 
     def document(
         self, use: Use, name: str = "config.json", required: bool = True, kind: type = dict
@@ -267,11 +269,14 @@ class HubFamily(Family):
         ]
 
 
-def require_files(parameter: str, repo: HubRepo, folder: Path, config: str, whose: str) -> None:
+def require_files(
+    parameter: str, repo: HubRepo, folder: Path, config: str, whose: str, kind: str
+) -> None:
     """
     Args:
         config: the name of the file that describes a model.
         whose: the library that wrote the model.
+        kind: of the family that is to take it.
 
     Raises:
         ParameterError: the commit of the hub that was fetched is of no such model.
@@ -287,22 +292,19 @@ def require_files(parameter: str, repo: HubRepo, folder: Path, config: str, whos
         lacking.append("file of weights (model.safetensors)")
     if lacking:
         what = f"{repo.url} has no {' and no '.join(lacking)} at {locked.commit[:12]}"
-        advice = kind_for(folder / repo.name) or "choose another repository or `revision`"
+        advice = kind_for(folder / repo.name, kind) or "choose another repository or `revision`"
         raise ParameterError(parameter, f"{what}, so it is no model of {whose}; {advice}")
 
 
-def kind_for(home: Path) -> str:
-    """What to say of the kind that takes a checkpoint, by its config; empty if none is known."""
-    if (home / "open_clip_config.json").is_file():
-        return "`kind: open_clip` takes it"
-    try:
+def kind_for(home: Path, given: str) -> str:
+    """What to say of the kind that takes a checkpoint, by its config; empty if none is known, or
+    if that is the kind which is given."""
+    fit = ["open_clip"] if (home / "open_clip_config.json").is_file() else []
+    with suppress(OSError, ValueError, TypeError, AttributeError):
         told = read_json(home / "config.json")
-        if {"architecture", "pretrained_cfg"} & told.keys():
-            return "`kind: timm` takes it"
-        fit = [k for k, nets in NETS.items() if _any_of(nets, told.get("architectures") or ())]
-    except (OSError, ValueError, TypeError, AttributeError):
-        return ""
-    return f"`kind: {fit[0]}` takes it" if fit else ""
+        fit += ["timm"] if {"architecture", "pretrained_cfg"} & told.keys() else []
+        fit += [k for k, nets in NETS.items() if _any_of(nets, told.get("architectures") or ())]
+    return f"`kind: {fit[0]}` takes it" if fit and fit[0] != given else ""
 
 
 def _any_of(parts: Sequence[str], names: Sequence[Any]) -> bool:

@@ -106,7 +106,8 @@ def _unknown(
     model, known = str(config.get("model_type", "")), types(kind)
     if model and known and model not in known:
         what = f"{home}/config.json: transformers has no net for {kind} of the model_type {model!r}"
-        yield f"{what}{nearest(model, known)}"
+        own = "; code of a repository (auto_map) is not run; a custom file can compute with it"
+        yield f"{what}{own if config.get('auto_map') else nearest(model, known)}"
     elif known and kind == "text-embedding" and model not in ENCODERS:
         readers = [table for name in READERS if (table := _table(name))]
         if readers and not any(model in table for table in readers):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from d2m_hpc.described import described
 from d2m_hpc.models import weights
-from d2m_hpc.models.entries import kinds, known_families, packages, plugged_in, presets
+from d2m_hpc.models.entries import kinds, known_families, meanings, packages, plugged_in, presets
 from d2m_hpc.models.family import Family, ModelSpec, ParameterError
 from d2m_hpc.models.inputs import NAMED
 from d2m_hpc.models.registry import Registry, builtin
@@ -50,7 +49,7 @@ def family(kind: str, made: type[Family]) -> None:
     if not made.model_fields:
         return
     table = Table("parameter", "default", "meaning", show_edge=False)
-    meant = described(made)
+    meant = meanings(made)
     for name, field in made.model_fields.items():
         default = "required" if field.is_required() else str(field.get_default())
         table.add_row(name, default, meant.get(name, ""))

@@ -77,6 +77,8 @@ DIGITS = "kind: head, on: image-histogram, checkpoint: /a, sha256"
         ("- x: {kind: onnx, checkpoint: /n, gives: {s: {}}, size: 0}", "found 0; valid is 1 to"),
         ("- x: {kind: onnx, checkpoint: /n, gives: {s: {}}, size: true}", "found True; valid is"),
         ("- x: {kind: onnx, checkpoint: /n, gives: {s: {}}, size: [1, 2, 3]}", "at most 2 items"),
+        ("- x: {kind: oai-clip}", "is required: the architecture; valid: ViT-B-32, ViT-L-14"),
+        ("- x: {kind: open_clip, model: n, image_mean: [1, 2]}", "[1, 2]; a value is missing"),
         ("- sscd-disc-mixup: {kind: sscd, size: 300}", "is a built-in model's name; choose"),
         ("- text-stats\n  - text-stats: {kind: text-stats}", "is a built-in model's name; choo"),
         ("- '': {kind: text-stats}", "the name '': valid: letters"),

@@ -293,7 +293,10 @@ def test_a_hub_that_hangs_is_given_up(
 @pytest.mark.parametrize(
     ("repo", "message"),
     [
-        (HubRepo("Org/nett"), r"/Org/nett: the server answers 401; .*misspelt.*HF_TOKEN"),
+        (
+            HubRepo("Org/nett"),
+            r"/Org/nett: the server answers 401; .*misspelt.*HF_TOKEN; a folder at.* './Org/n",
+        ),
         (HubRepo("Org/net", "v9"), r"/Org/net has no revision 'v9': valid is a branch, a tag or"),
     ],
 )

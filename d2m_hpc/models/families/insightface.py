@@ -80,7 +80,8 @@ class InsightFace(Family):
         except ValueError as error:
             raise ParameterError("pack", f"{place}: {error}") from None
         if not found or (place.is_dir() and not any(place.glob("*.onnx"))):
-            what = f"{place} is no folder of .onnx files, nor a zip of them{here(self.pack)}"
+            what = at_hand(self.pack) or f"the weights folder's {self.pack}"
+            what = f"{what} is no folder of .onnx files, nor a zip of them{here(self.pack)}"
             raise ParameterError("pack", f"{what}; insightface's own are {', '.join(_PACKS)}")
         return [
             Output("boxes", "list<list<float32>>"),

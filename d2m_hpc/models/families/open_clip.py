@@ -234,7 +234,7 @@ class OpenClip(Family):
 
     def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
         if repo := self._repo():
-            require_files("model", repo, use.folder, CONFIG, "open_clip")
+            require_files("model", repo, use.folder, CONFIG, "open_clip", self.kind)
         home = at_hand(self.model)
         told = home and self._config(use).get("text_cfg", {}).get("hf_tokenizer_name")
         if home and told and use.wanted & {"text", "score"} and not any(home.glob("*token*")):

@@ -30,8 +30,8 @@ class TextEmbedding(HubFamily):
     on_host: ClassVar = ("text",)
 
     pooling: Pooling | None = None
-    """what is taken of the tokens, as sentence-transformers names it: `mean`, `cls`, `lasttoken`,
-    `max`, `mean_sqrt_len_tokens` or `weightedmean`; by default as the checkpoint says, or `mean`"""
+    """what is taken of the tokens, as sentence-transformers names it; by default as the checkpoint
+    says, or `mean`"""
     normalise: bool | None = None
     """bring each feature to length 1; by default as the checkpoint says, or true"""
     prefix: str | None = None

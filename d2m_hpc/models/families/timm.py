@@ -158,7 +158,7 @@ class Timm(Family):
 
     def check(self, use: Use, reads: Sequence[tuple[int, ...]]) -> None:
         if repo := self._repo():
-            require_files("model", repo, use.folder, FILES[0], "timm")
+            require_files("model", repo, use.folder, FILES[0], "timm", self.kind)
         name = self._published(use)[0].partition(".")[0]
         if name and name not in architectures():
             what = f"{self.model} is of an unknown architecture {name!r}"
@@ -229,8 +229,8 @@ class Timm(Family):
             what = f"{path} cannot be used: {error.strerror or error}"
             raise ParameterError("model", what) from None
         except ValueError as error:
-            advice = f"; {fit}" if (fit := kind_for(home)) else ""
-            what = f"{path} holds no model of timm: {error}{advice}"
+            advice = f"; {fit}" if (fit := kind_for(home, self.kind)) else ""
+            what = f"{path} holds no model of timm that can be used: {error}{advice}"
             raise ParameterError("model", what) from None
 
     def _told(self, use: Use) -> dict[str, Any]:
@@ -293,6 +293,8 @@ def _read(path: Path) -> tuple[str, Mapping[str, Any]]:
         raise ValueError(f"`pretrained_cfg` is {inner!r}; valid is a mapping")
     found = {**told, **(inner or told)}
     found |= {"num_classes": told["num_classes"]} if "num_classes" in told else {}
+    if isinstance(size := found.get("input_size"), list) and size[:1] not in ([], [3]):
+        raise ValueError(f"its net takes pictures of {size[0]} channels; valid are 3")
     for key, default in DEFAULTS.items():
         valid = (int, float) if isinstance(default, float) else (type(default), list)
         value: Any = found.get(key)

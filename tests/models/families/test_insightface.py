@@ -179,7 +179,10 @@ def test_mistakes_are_told_in_a_line(pack: Path, tmp_path: Path) -> None:
         "postprocess_columns": ["own-boxes"],
         "weights_dir": str(tmp_path),
     }
-    with pytest.raises(ConfigError, match=r"bufalo is no folder of \.onnx files, nor a zip"):
+    with pytest.raises(
+        ConfigError,
+        match=r"own.pack: the weights folder's bufalo is no folder of \.onnx files, nor a zip",
+    ):
         run(keys, [])
     (tmp_path / "none").mkdir()
     keys["models"] = [{"own": {"kind": "insightface", "pack": str(tmp_path / "none")}}]

@@ -137,6 +137,10 @@ LACKING: list[tuple[Any, str]] = [
     ([], "it has no `architecture`"),
     ({"num_classes": 3}, "it has no `architecture`"),
     ({"architecture": NET, "num_classes": "x"}, "`num_classes` is 'x'; valid is for example 1000"),
+    (
+        {"architecture": NET, "pretrained_cfg": {"input_size": [1, 48, 48], "mean": [0.5]}},
+        "its net takes pictures of 1 channels; valid are 3",
+    ),
     ({"architecture": NET, "pretrained_cfg": 3}, "`pretrained_cfg` is 3; valid is a map"),
     (
         {"architecture": NET, "pretrained_cfg": {"input_size": [3, 5]}},
