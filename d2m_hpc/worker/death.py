@@ -51,22 +51,22 @@ def told(status: int, usage: struct_rusage, oom_kills: int, stalled: float) -> s
 
 def oom_kills() -> int:
     """The system's kills for memory in this cgroup; 0 where the system does not say."""
-    return sum(_figure(folder, ("memory.events", "memory.oom_control")) for folder in _folders())
+    return sum(_figure(folder, ("memory.events", "memory.oom_control")) for folder in cgroups())
 
 
 def memory_limit() -> int:
     """The least memory limit of this process's cgroups in bytes; 0 for none."""
     limits = [
         int(text)
-        for folder in _folders()
+        for folder in cgroups()
         for name in ("memory.max", "memory.limit_in_bytes")
         if (text := _text(folder / name).strip()).isdigit()
     ]
     return min((limit for limit in limits if limit < 1 << 60), default=0)
 
 
-def _folders() -> Iterator[Path]:
-    """The folders of this process's memory cgroup and of its parents, in versions 1 and 2."""
+def cgroups() -> Iterator[Path]:
+    """The folders of this process's cgroup (in version 1, of memory) and of its parents."""
     for line in _text(Path("/proc/self/cgroup")).splitlines():
         _, kinds, path = line.split(":", 2)
         if kinds and "memory" not in kinds.split(","):

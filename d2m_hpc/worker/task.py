@@ -42,6 +42,7 @@ from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.heap import keep_freed
 from d2m_hpc.worker.compute.opened import noted, require_same
 from d2m_hpc.worker.compute.resolve import Toolbox
+from d2m_hpc.worker.cores import cores
 from d2m_hpc.worker.derive import Deriver
 from d2m_hpc.worker.faults import cuda_failure, ends_task, guarded, logging_to
 from d2m_hpc.worker.peek import json_of, require_fields, schema_of
@@ -119,6 +120,7 @@ def run_task(
     _set_variables(run, any(scheme(pattern) == "hf" for pattern in config.patterns))
     with logging_to(run.log_of(submission, index), crashes=board is not None):
         device = choose_device(config.device, local)
+        config = _threaded(config, cores(in_slurm=not local))
         if board is not None and device.type == "cpu":  # in a process of the task's own
             keep_freed()
         progress = Progress(str(name), node_name(), _device_name(device), _gpu_model(device))
@@ -134,6 +136,12 @@ def run_task(
                     raise
                 raise NodeError(f"CUDA failed on {node_name()}: {why}") from error
     return progress
+
+
+def _threaded(config: Config, cores: int) -> Config:
+    """Bound torch's threads by the cores; returns the config with its number of decode threads."""
+    torch.set_num_threads(min(torch.get_num_threads(), cores))
+    return config.model_copy(update={"nworkers": config.nworkers or cores})
 
 
 def _set_variables(run: RunDir, is_on_hub: bool) -> None:

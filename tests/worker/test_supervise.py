@@ -22,6 +22,7 @@ from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.records import DIED, Record, read_records
 from d2m_hpc.worker import death
 from d2m_hpc.worker.board import Board, Entry, Scene
+from d2m_hpc.worker.cores import OF_SLURM, cores
 from d2m_hpc.worker.death import memory_limit, oom_kills
 
 FATAL = """
@@ -281,3 +282,17 @@ print(os.environ.get("OMP_WAIT_POLICY"))
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [asked or "PASSIVE", asked or "None"]
+
+
+def test_a_task_uses_the_cores_that_slurm_and_quotas_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {*range(64)})
+    monkeypatch.setattr(death, "cgroups", lambda: [tmp_path, tmp_path / "parent"])
+    monkeypatch.delenv(OF_SLURM, raising=False)
+    assert cores(in_slurm=True) == 64
+    monkeypatch.setenv(OF_SLURM, "8")
+    assert (cores(in_slurm=True), cores(in_slurm=False)) == (8, 64)
+    for quota, expected in (("max 100000", 64), ("250000 100000", 2), ("10000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(quota)
+        assert cores(in_slurm=False) == expected
