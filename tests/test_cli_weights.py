@@ -335,8 +335,14 @@ def test_a_repository_never_asked_for_is_told_once(
 
 def test_names_of_another_form_say_the_right_one(tmp_path: Path) -> None:
     for entry, told in (
-        ({"kind": "open_clip", "model": "acme/net"}, "unknown model 'acme/net'.*'hf-hub:acme/net'"),
-        ({"kind": "timm", "model": "acme/x.y"}, "unknown model 'acme/x'.*'hf-hub:acme/x.y'"),
+        (
+            {"kind": "open_clip", "model": "acme/net"},
+            "unknown model 'acme/net'.*'hf-hub:acme/net', a folder './acme/net'",
+        ),
+        (
+            {"kind": "timm", "model": "acme/x.y"},
+            "unknown model 'acme/x'.*'hf-hub:acme/x.y', a folder './acme/x.y'",
+        ),
         ({"kind": "siglip2-b16-224"}, "is the plain name of a model.*`- siglip2-b16-224`"),
     ):
         with pytest.raises(ConfigError, match=f"(?s){told}"):

@@ -20,7 +20,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener, getproxies, proxy_bypass
 
 TRIES = 4
 """Without getting further than before; a transfer that does goes on for as long as it takes."""
@@ -177,11 +178,18 @@ def _open(url: str, headers: Mapping[str, str], part: PartialFile) -> HTTPRespon
     except URLError as error:
         # Where nobody listens or the name is unknown, waiting helps little: often there is no way.
         kind = Broken if isinstance(error.reason, TimeoutError) else DownloadError
-        raise kind(f"the server cannot be reached: {error.reason}") from None
+        raise kind(f"the server cannot be reached{by_proxy(url)}: {error.reason}") from None
     except (InvalidURL, ValueError) as error:
         raise DownloadError(f"this is no URL: {error}") from None
     except (OSError, HTTPException) as error:
         raise Broken(f"the server gives no proper answer: {error}") from None
+
+
+def by_proxy(url: str) -> str:
+    """What to say of the proxy by which a server is asked; no password is in it."""
+    asked = urlsplit(url)
+    proxy = "" if proxy_bypass(asked.hostname or "") else getproxies().get(asked.scheme, "")
+    return f" by the proxy {proxy.rpartition('@')[2]}" if proxy else ""
 
 
 def _check_continues(response: HTTPResponse, part: PartialFile, version: str) -> None:

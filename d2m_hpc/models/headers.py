@@ -116,6 +116,8 @@ def _of_arrays(path: Path) -> Iterator[tuple[str, Axes]]:
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
+                if name == "classes_.npy":  # sklearn's names of them; `classes` gives ours
+                    continue
                 with archive.open(name) as file:
                     shape, _, kind = readers[npy.read_magic(file)](file)
                 if kind.kind not in "biuf":

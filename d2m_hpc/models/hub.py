@@ -230,7 +230,8 @@ def _asked(repo: HubRepo) -> ModelInfo:
             raise _refused(repo, 0, what) from None
         except Exception as error:  # of the HTTP library, which is another in each version
             reason = f"{type(error).__name__}: {error}"
-            raise _refused(repo, 0, f"the hub cannot be reached: {reason}") from None
+            proxy = download.by_proxy(endpoint())
+            raise _refused(repo, 0, f"the hub cannot be reached{proxy}: {reason}") from None
 
 
 def _headers(repo: HubRepo) -> dict[str, str]:

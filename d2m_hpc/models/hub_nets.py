@@ -57,8 +57,11 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def loading(folder: Path) -> Iterator[None]:
+def loading(folder: Path, part: str = "") -> Iterator[None]:
     """Build something of a checkpoint's folder, or of a file.
+
+    Args:
+        part: what of it is loaded, for the message.
 
     Raises:
         WeightsError: it does not hold what is needed.
@@ -71,7 +74,7 @@ def loading(folder: Path) -> Iterator[None]:
     except (WeightsError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a library trips over in files of another kind
-        raise WeightsError(f"{folder} cannot be used: {told(error, folder)}") from error
+        raise WeightsError(f"{folder} cannot be used: {part}{told(error, folder)}") from error
 
 
 def net_of(folder: Path, auto: str, device: torch.device, unused: str = "-") -> Any:
@@ -109,7 +112,7 @@ def loaded(auto: str, source: str) -> Any:
     """A tokenizer or processor of a checkpoint's folder."""
     import transformers
 
-    with loading(Path(source)):
+    with loading(Path(source), f"its {auto.removeprefix('Auto')}: "):
         return getattr(transformers, auto).from_pretrained(source, **LOCAL)
 
 

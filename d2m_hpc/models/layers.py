@@ -91,7 +91,7 @@ def _built(layer: Layer, own: Mapping[str, Tensor], epsilon: float) -> nn.Module
 
 def _arrays(path: Path) -> dict[str, Tensor]:
     with np.load(path, allow_pickle=False) as file:
-        return {name: _tensor(file[name]) for name in file.files}
+        return {name: _tensor(file[name]) for name in file.files if name != "classes_"}
 
 
 def _tensor(values: NDArray[Any]) -> Tensor:

@@ -368,6 +368,11 @@ def test_no_network_and_the_offline_switch(
     assert fetch(REPO, folder, WISH).state == "present"
     with pytest.raises(WeightsError, match=r"cannot be reached: ConnectError.*set HF_ENDPOINT"):
         fetch(HubRepo("Org/other"), folder, WISH)
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:10")
+    with pytest.raises(WeightsError, match=r"reached by the proxy 127\.0\.0\.1:10: Conn") as told:
+        fetch(HubRepo("Org/other"), folder, WISH)
+    assert "secret" not in str(told.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch(REPO, folder, WISH).state == "present"
     with pytest.raises(WeightsError, match="switched off here; unset HF_HUB_OFFLINE"):

@@ -309,7 +309,9 @@ class OpenClip(Family):
         if home is None:
             if name not in architectures():
                 near = nearest(name, architectures())
-                other = f"; a repository of the hub is '{HUB}{self.model}'"
+                other = (
+                    f"; a repository of the hub is '{HUB}{self.model}', a folder './{self.model}'"
+                )
                 other = here(self.model) or (other if "/" in self.model else "")
                 raise ParameterError("model", f"unknown model {self.model!r}{near}{other}")
             path = _library() / "model_configs" / f"{name}.json"

@@ -100,7 +100,8 @@ def chosen(architecture: str, tag: str) -> tuple[str, Mapping[str, Any]]:
     """
     if architecture not in architectures():
         valid = nearest(architecture, architectures())
-        other = f"; a repository of the hub is '{HUB}{architecture}{tag and '.'}{tag}'"
+        given = f"{architecture}{tag and '.'}{tag}"
+        other = f"; a repository of the hub is '{HUB}{given}', a folder './{given}'"
         other = here(architecture) or (other if "/" in architecture else "")
         what = f"unknown model {architecture!r}{valid}{other}"
         raise ParameterError("model", what)

@@ -81,6 +81,7 @@ def test_sklearns_arrays_give_its_probabilities(tmp_path: Path) -> None:
         intercept_=fitted.intercept_,
         mean_=scaler.mean_,
         scale_=scaler.scale_,
+        classes_=np.array(["a", "b", "c"], dtype=object),
     )
     names = ("cat", "dog", "bird")
     head = _head(checkpoint=str(tmp_path / "probe.npz"), classes=names, final="softmax")
