@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,13 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {"float16": torch.float16, "bfloat16": torch.bfloat16, "off": None}[amp]
 
 
+def _knows_bfloat16() -> bool:
+    """Whether this CPU has instructions for it, and not for float32 alone."""
+    with suppress(OSError):
+        return bool({"avx512_bf16", "amx_bf16"} & {*Path("/proc/cpuinfo").read_text().split()})
+    return False
+
+
 class Graph:
     """All models of a config; as a context, it keeps autocast's copies of the weights.
 
@@ -55,6 +63,8 @@ class Graph:
         self.device = device
         self._weights = Weights(weights_dir(config.weights_dir))
         self.dtype = amp_dtype(config.amp, device)
+        if config.amp == "auto" and device.type == "cpu" and _knows_bfloat16():
+            log.info("this CPU computes bfloat16: `amp: bfloat16` takes half of the time or less")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # else each call that names no device opens GPU 0 too
         self._copies = CudaCopies(device)

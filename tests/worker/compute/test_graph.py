@@ -827,3 +827,15 @@ def test_texts_are_encoded_where_somebody_reads_them(
     finished = PREPROCESSORS["clip-aug"].finish(pixels)
     with torch.no_grad():
         assert np.array_equal(found, made.graph.models[name].encode_image(finished).numpy())
+
+
+@pytest.mark.parametrize(("amp", "told"), [("auto", 1), ("off", 0), ("bfloat16", 0)])
+def test_a_cpu_that_computes_bfloat16_is_told_of_once(
+    bench: Make, amp: str, told: int, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    """Values would change, so that nothing but advice follows."""
+    monkeypatch.setattr("d2m_hpc.worker.compute.graph._knows_bfloat16", lambda: True)
+    with caplog.at_level("INFO"):
+        made = bench(CHAIN, ["sum", "square", "double"], ["total"], amp=amp)
+    assert sum("amp: bfloat16" in line for line in caplog.messages) == told
+    assert made.graph.dtype == (torch.bfloat16 if amp == "bfloat16" else None)
