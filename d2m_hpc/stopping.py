@@ -9,6 +9,8 @@ STOPS = (signal.SIGTERM, signal.SIGUSR2)
 
 
 _own = False
+_asked = 0
+"""The signal that asked this process to end."""
 
 
 def own_process() -> None:
@@ -35,8 +37,16 @@ class Interrupted(KeyboardInterrupt):
 
 def stop_on_signals() -> None:
     """Raise `Stopped` in the main thread, once: under srun the same signal arrives twice."""
+    global _asked
+    _asked = 0
     for number in STOPS:
         signal.signal(number, _stop)
+
+
+def stop_if_asked() -> None:
+    """Raise `Stopped` anew where the code that a signal met kept the first one to itself."""
+    if _asked:
+        raise Stopped(_asked)
 
 
 def interrupt_once() -> None:
@@ -54,6 +64,8 @@ def is_asked(error: BaseException) -> bool:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    global _asked
+    _asked = number
     for each in STOPS:
         signal.signal(each, signal.SIG_IGN)
     raise Stopped(number)

@@ -24,7 +24,7 @@ from submitit import JobEnvironment
 from d2m_hpc.config.load import load
 from d2m_hpc.errors import D2MError, DiskError, NodeError
 from d2m_hpc.run.folder import RunDir, Submission
-from d2m_hpc.stopping import Stopped, interrupt_once, own_process, stop_on_signals
+from d2m_hpc.stopping import Stopped, interrupt_once, own_process, stop_if_asked, stop_on_signals
 from d2m_hpc.storage.files import FILE_MODE, atomic_write
 from d2m_hpc.storage.refused import of_system
 from d2m_hpc.storage.texts import ERROR, safe
@@ -126,6 +126,8 @@ def _work(
         from d2m_hpc.worker.task import run_task
     except (ImportError, OSError) as error:  # this node lacks a library, or has an old one
         raise NodeError(f"d2m_hpc cannot be loaded on {_node()}: {error}") from error
+    finally:
+        stop_if_asked()  # libraries in C make an ImportError of a stop, or nothing
     starting.unlink(missing_ok=True)
     record = run.record(submission, index, int(attempt))
     try:

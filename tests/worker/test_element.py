@@ -165,6 +165,29 @@ def test_an_element_without_work_loads_no_torch_and_the_pending_ones_are_cancell
     assert (folder / "out" / "00002.parquet").exists()
 
 
+SWALLOWS = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.getpid()
+except BaseException:
+    {then}
+"""
+
+
+@pytest.mark.parametrize(
+    "then", ["raise ImportError('no multiarray')", "raise SystemError", "pass"]
+)
+def test_a_stop_that_a_library_swallows_as_it_is_loaded_blames_no_node(
+    four: RunDir, then: str
+) -> None:
+    """As libraries in C do: they know no error but their own."""
+    folder = four.root.parents[1] / "lacking"
+    (folder / "torch.py").write_text(SWALLOWS.format(then=then))
+    assert element(four, 0, PYTHONPATH=str(folder)) == 143
+    assert list(four.node_failures.iterdir()) == []
+
+
 def test_an_element_leaves_shards_to_others_where_it_may_not_steal(four: RunDir) -> None:
     folder = four.root.parents[1]
     config = four.submission("000").config
