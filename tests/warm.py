@@ -42,7 +42,7 @@ IMPORTED = (
     *("d2m_hpc.models.stats", "d2m_hpc.worker.supervise", "d2m_hpc.worker.task"),
 )
 """What most programs import; none of these starts a thread, nor looks for a terminal."""
-OUTSIDE = ("CUDA_", "LANG", "LC_", "LD_", "MKL_", "OMP_", "PYTHON", "TORCH_")
+OUTSIDE = ("LANG", "LC_", "LD_", "MKL_", "OMP_", "PYTHON", "TORCH_")
 """Beginnings of variables that may be read outside of Python's code."""
 SET_BY_TORCH = "TORCHINDUCTOR_CACHE_DIR"
 """The import of its compiler sets this variable in the tests; programs ask for it when they run."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,11 @@ def _contents(run: RunDir, config: Config, score: str | None, each: int) -> dict
     }
 
 
+@cache
 def environment() -> Environment:
     """The environment of templates, which masks and escapes every printed value.
+
+    A process keeps one, as compiling the templates takes longer than filling them.
 
     `environment().from_string("<b>{{ x }}</b>").render(x="<i>")` is `<b>&lt;i&gt;</b>`.
     """
