@@ -215,12 +215,12 @@ def test_a_node_on_which_the_task_is_aborted_is_written_down(awkward_path: Path)
 
 
 QUEUE = """
-d2m-0a1b2c3d-001-2 70 RUNNING (null) {works} 2026-11-26T00:00:00
-d2m-0a1b2c3d-001-2 70 PENDING (null)  N/A
-d2m-0a1b2c3d-001-3 71 PENDING n1,n2  N/A
-d2m-0a1b2c3d-000-0 72 PENDING n1,n7  N/A
-d2m-0a1b2c3d-next 73 PENDING (null)  N/A
-d2m-ffffffff-001-0 74 PENDING (null)  N/A
+d2m-0a1b2c3d-001-2|70|RUNNING||{works}|2026-11-26T00:00:00
+d2m-0a1b2c3d-001-2|70|PENDING|||N/A
+d2m-0a1b2c3d-001-3|71|PENDING|n1,n2||N/A
+d2m-0a1b2c3d-000-0|72|PENDING|n1,n7||N/A
+d2m-0a1b2c3d-next|73|PENDING|||N/A
+d2m-ffffffff-001-0|74|PENDING|||N/A
 """
 
 

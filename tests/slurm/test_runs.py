@@ -137,6 +137,22 @@ def test_a_node_whose_setup_fails_is_left_out(cluster: Cluster, tars: Tars) -> N
     run.assert_complete()
 
 
+def test_a_kind_of_nodes_that_is_never_free_keeps_nothing_waiting(
+    cluster: Cluster, tars: Tars
+) -> None:
+    for node in ("n1", "n2"):
+        busy = cluster.submit("sleep 1000", "--gres=gpu:1", "--time=60", f"--nodelist={node}")
+        cluster.wait_state(busy, "RUNNING")
+    # By the walltime, Slurm lets the free kind go first.
+    slurm = {"gres": ["gpu:1", "gpu:0"], "cpus_per_task": 1, "time": 10}
+    run = Run(cluster, tars, 4, shards_per_task=1, slurm=slurm)
+    run.submit("--wait")
+    free, taken = run.job_ids()[::-1]
+    assert cluster.field(taken, "JobState") == "CANCELLED"
+    assert "COMPLETED" in cluster.field(f"{free}_0", "JobState")
+    run.assert_complete()
+
+
 def test_a_broken_node_fails_no_shard(cluster: Cluster, tars: Tars) -> None:
     run = Run(cluster, tars, 2, device=0)
     run.submit()
