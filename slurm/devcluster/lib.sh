@@ -48,10 +48,18 @@ wait_for() {
     done
 }
 
+# Of pids on standard input those to which dir is this folder: not those of a container's devcluster.
+here() {
+    local pid
+    while read -r pid; do
+        if [ "/proc/$pid/ns/mnt" -ef /proc/self/ns/mnt ]; then echo "$pid"; fi
+    done
+}
+
 # The daemons' pids, told by a variable that up puts into their environment: pid files get stale.
 daemons() {
     local pid
-    grep -slzxF "D2M_DEVCLUSTER=$dir" /proc/[0-9]*/environ | cut -d/ -f3 | while read -r pid; do
+    grep -slzxF "D2M_DEVCLUSTER=$dir" /proc/[0-9]*/environ | cut -d/ -f3 | here | while read -r pid; do
         if [ $# = 0 ] || [ "$(tr '\0' ' ' <"/proc/$pid/cmdline")" = "$* " ]; then echo "$pid"; fi
     done 2>/dev/null || true # a process may end meanwhile
 }

@@ -224,3 +224,22 @@ def test_up_refuses_what_it_cannot_do(cluster: Cluster, options: list[str]) -> N
     assert refused.returncode in (1, 2)
     assert refused.stderr
     assert cluster.node_state("n1") == "idle"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a namespace")
+def test_the_daemons_of_another_namespace_are_no_daemons_of_this_devcluster(tmp_path: Path) -> None:
+    """As of one in a container, whose folder has the same name."""
+    environment = {**os.environ, "D2M_DEVCLUSTER": str(tmp_path)}
+    sleeps = (["sleep", "600"], ["unshare", "--mount", "sleep", "600"])
+    own, other = (subprocess.Popen(words, env=environment) for words in sleeps)
+    try:
+        wait_until(
+            lambda: os.readlink(f"/proc/{other.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt")
+        )
+        script = f". {DEVCLUSTER}/lib.sh; dir={tmp_path}; daemons"
+        found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    finally:
+        for each in (own, other):
+            each.kill()
+            each.wait()
+    assert found.stdout.split() == [str(own.pid)]
