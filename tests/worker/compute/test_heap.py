@@ -17,13 +17,13 @@ held, large = [], []
 for _ in range({BLOCKS}):
     large.append(bytearray({BLOCK}))
     large[-1][::4096] = bytes({BLOCK} // 4096)
-    held.append(bytearray(b"y" * 2000))
+    held.append(bytearray(b"y" * 40_000))  # more in all than is free below
 full = _resident()
 del large
 before = _resident()
 heap.tidy()
 heap.tidy()
-assert all(block == b"y" * 2000 for block in held)
+assert all(block == b"y" * 40_000 for block in held)
 print((full - before) >> 20, (full - _resident()) >> 20)
 """
 
