@@ -136,9 +136,11 @@ def test_a_task_that_looked_before_sees_what_another_finished(
 
 @short
 def test_kills_and_frozen_tasks_behind_caches_change_nothing(
-    nodes: list[int], tmp_path: Path
+    nodes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each task is requeued on the other node, whose caches are older than what it left."""
+    # No Slurm: one that is here, and may be down, would be asked for the tasks of each submit.
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     write_shards(tmp_path / "tars", 16, samples=20)
     out, undisturbed = tmp_path / "seen" / "out", tmp_path / "undisturbed"
     code = custom_file("slow", before="import time; time.sleep(0.1)")
