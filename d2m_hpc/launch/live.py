@@ -24,12 +24,13 @@ def follow(workload: Workload, queue: slurm.Queue, broken: Sequence[str]) -> lis
         if not any(queue.live(array) for array in arrays):
             continue
         try:
+            # First the nodes, as elements start at once where more may run.
+            if any(workload.run.node_failures.glob("*.json")):
+                _leave_out(arrays, queue, ",".join(filter(None, [config.exclude or "", *broken])))
             if changed := _throttle(arrays, queue, config.max_parallel):
                 slurm.write_arrays(workload.run.submission(name), arrays)
                 at_once = f"at most {config.max_parallel}" if config.max_parallel else "all"
                 told.append(f"{at_once} tasks may run at once now, in {changed} live arrays")
-            if any(workload.run.node_failures.glob("*.json")):
-                _leave_out(arrays, queue, ",".join(filter(None, [config.exclude or "", *broken])))
         except SlurmError as error:
             told.append(f"live array tasks stay as they are: {error}")
     return told
@@ -54,8 +55,10 @@ def _leave_out(arrays: list[slurm.Array], queue: slurm.Queue, wanted: str) -> No
     Nodes are forgotten that were mended, or are gone.
     """
     for array in arrays:
-        if any(e.state == slurm.PENDING for e in queue.live(array)):
-            [job, *_] = (e.job_id for e in queue.live(array))
+        if pending := [e for e in queue.live(array) if e.state == slurm.PENDING]:
+            job = pending[0].job_id
             words = ("--noheader", f"--jobs={job}", "--states=PENDING", "--format=%x")
             if {*ask("squeue", *words).split()} - {wanted or "(null)"}:
-                ask("scontrol", "update", f"jobid={job}", f"excnodelist={wanted}")
+                # By index, as Slurm refuses it for elements that run.
+                which = ",".join(str(e.index) for e in pending)
+                ask("scontrol", "update", f"jobid={job}_[{which}]", f"excnodelist={wanted}")
