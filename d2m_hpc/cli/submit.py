@@ -136,7 +136,10 @@ def again(folder: Path) -> None:
     from d2m_hpc.launch import rounds
     from d2m_hpc.run.folder import RunDir
 
-    print(rounds.again(RunDir(folder)))
+    run = RunDir(folder)
+    chain = rounds.again(run)
+    print(chain, flush=True)
+    rounds.secure(run, chain)
 
 
 def plan(config: ConfigFile, set_: Overrides = None) -> None:

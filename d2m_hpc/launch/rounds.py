@@ -39,6 +39,8 @@ PAUSES = "60 120 240 480"
 """Seconds until a round that has not come to its end is tried again, in its job."""
 TRIES, PAUSE = 5, 60.0
 """How often a round asks for its successor, and the seconds between."""
+ON_DISK = 15.0
+"""Seconds after which slurmctld has surely written down a job that it took (5, by its source)."""
 
 
 def begin(run: RunDir, config: Config, wish: Rounds) -> str:
@@ -74,12 +76,45 @@ def again(run: RunDir) -> Chain:
     is_kept = _keep(run, chain)
     if chain.ended:
         _tell(run, config, chain)
-    elif not slurm.live_rounds(run, PATIENCE) - {os.environ.get("SLURM_ARRAY_JOB_ID", "")}:
-        troubles = chain.troubles()
-        later = min(LATE, SOON << min(troubles - 1, 10)) if troubles else 0
+    elif not _is_followed(run):
         # Rounds that cannot be counted, as on a full disk, must be few.
-        _follow_in_the_end(run, config, chain, later if is_kept else LATE)
+        _follow_in_the_end(run, config, chain, _pause(chain) if is_kept else LATE)
     return chain
+
+
+def secure(run: RunDir, chain: Chain) -> None:
+    """Stay until Slurm has the next round on its disk; submit it again where Slurm forgot it.
+
+    slurmctld takes jobs before it writes them down: one that is killed in between knows nothing of
+    them when it starts again.
+
+    Args:
+        chain: as `again` has left it.
+    """
+    if chain.ended or not _own():
+        return
+    time.sleep(ON_DISK)
+    now = read(run)
+    is_last = now is not None and not now.ended and len(now.rounds) <= len(chain.rounds)
+    if is_last and not _is_followed(run):
+        print("Slurm has forgotten the next round; submitting it again", file=sys.stderr)
+        _follow_in_the_end(run, _config(run), chain, _pause(chain))
+
+
+def _is_followed(run: RunDir) -> bool:
+    """Whether a round after this job's waits or runs; those before it may not have ended yet."""
+    return any(int(job) > _own() for job in slurm.live_rounds(run, PATIENCE))
+
+
+def _own() -> int:
+    """The id of this job; 0 where somebody does a round by hand."""
+    return int(os.environ.get("SLURM_ARRAY_JOB_ID", 0))
+
+
+def _pause(chain: Chain) -> int:
+    """Seconds until the next round, where no array task is left to wait for."""
+    troubles = chain.troubles()
+    return min(LATE, SOON << min(troubles - 1, 10)) if troubles else 0
 
 
 def _keep(run: RunDir, chain: Chain) -> bool:

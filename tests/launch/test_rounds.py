@@ -210,6 +210,40 @@ def test_a_round_leaves_a_newer_submits_rounds_alone(site: Site) -> None:
     assert "-next" in site.asked()[-1]
 
 
+def test_a_round_that_slurm_forgot_is_submitted_again(site: Site) -> None:
+    """A slurmctld that is killed forgets the jobs of its last seconds."""
+    site.patch.setattr(rounds, "ON_DISK", 0)
+    site.begin()
+    before = len(site.asked())
+    site.patch.setenv("SLURM_ARRAY_JOB_ID", "72")
+    name = slurm.rounds_of(site.run).name
+    site.lists(("72", name))
+    chain = rounds.again(site.run)
+    following = [words for words in site.asked()[before:] if "-next" in words]
+    rounds.secure(site.run, chain)
+    assert [w for w in site.asked()[before:] if "-next" in w] == following * 2
+    before = len(site.asked())
+    site.lists(("72", name), ("99", name))
+    rounds.secure(site.run, chain)
+    # The next round has come and gone meanwhile.
+    site.patch.setenv("SLURM_ARRAY_JOB_ID", "99")
+    rounds.again(site.run)
+    site.patch.setenv("SLURM_ARRAY_JOB_ID", "72")
+    done = len(site.asked())
+    site.lists(("72", name))
+    rounds.secure(site.run, chain)
+    assert len(site.asked()) == done > before
+
+
+def test_a_round_is_followed_though_the_one_before_has_not_ended(site: Site) -> None:
+    site.begin()
+    site.patch.setenv("SLURM_ARRAY_JOB_ID", "99")
+    name = slurm.rounds_of(site.run).name
+    site.lists(("72", name), ("99", name))
+    rounds.again(site.run)
+    assert "-next" in site.asked()[-1]
+
+
 def test_a_round_does_not_bring_an_older_config_back(site: Site) -> None:
     """A user adds a column while the round waits for the run's lock."""
     site.begin()

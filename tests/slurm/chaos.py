@@ -142,6 +142,8 @@ class Chaos:
     def go(self, kinds: Iterator[str], most: int) -> None:
         """Do so many faults while the run lasts, submitting again whenever it has no task left."""
         self.submit()
+        if self.by_itself:  # nothing goes on that Slurm forgets before it is written down
+            self.cluster.save(self._element())
         while self.account.faults.total() < most:
             self._wait_for_tasks()
             if self.is_done():

@@ -62,15 +62,22 @@ class Cluster:
         path = Path("/etc/slurm/slurm.conf").resolve().parents[1] / "run" / "slurmctld.pid"
         return [int(path.read_text())] if path.exists() and is_up() else []
 
-    def crash_controller(self, job: str) -> None:
-        """Kill slurmctld, once what it knows of a job is on disk; it saves some seconds late.
+    def save(self, job: str) -> None:
+        """Wait until what slurmctld knows of a job is on disk; it saves some seconds late.
 
-        One that dies before knows a task that runs as one that waits, and starts it again.
+        One that dies before has forgotten new jobs, knows a task that runs as one that waits, and
+        starts it again.
         """
         saved = Path("/etc/slurm/slurm.conf").resolve().parents[1] / "state" / "job_state"
-        [controller], before = self.controllers(), saved.stat().st_mtime_ns
+        written = lambda: saved.stat().st_mtime_ns if saved.exists() else 0  # noqa: E731
+        before = written()
         self.run("scontrol", "update", f"jobid={job}", "comment=to be saved")
-        wait_until(lambda: saved.stat().st_mtime_ns > before)
+        wait_until(lambda: written() > before)
+
+    def crash_controller(self, job: str) -> None:
+        """Kill slurmctld, once what it knows of a job is on disk."""
+        [controller] = self.controllers()
+        self.save(job)
         os.kill(controller, signal.SIGKILL)
 
     def submit(self, script: str, *options: object) -> str:
