@@ -63,6 +63,7 @@ WITHOUT_TORCH = (
 )
 IMPORTED_AS = {
     "faiss-cpu": "faiss",
+    "nvidia-ml-py": "pynvml",
     "open_clip_torch": "open_clip",
     "opencv-python": "cv2",
     "pillow": "PIL",

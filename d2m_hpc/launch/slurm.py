@@ -7,7 +7,8 @@ import json
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
@@ -195,7 +196,11 @@ def parse_max_array_size(shown: str) -> int:
 
 @dataclass(frozen=True)
 class Element:
-    """An array element in the queue."""
+    """An array element in the queue.
+
+    Attributes:
+        began: when it was started, as squeue says it; maybe a prediction where it is pending.
+    """
 
     job_id: str
     index: int
@@ -203,6 +208,7 @@ class Element:
     name: str
     reason: str = ""
     node: str = ""
+    began: str = ""
 
     @property
     def is_listed(self) -> bool:
@@ -248,11 +254,13 @@ class Queue:
         return [e.index for e in self.live(array)]
 
 
-_FORMAT = "%F|%K|%T|%r|%N|%j"
+_FORMAT = "%F|%K|%T|%r|%N %S|%j"
 """squeue's fields; the name comes last, as it alone may hold a `|`."""
 _ENDS = "%F|%K|%T|%e"
 
-PENDING, COMPLETING, REQUEUED = "PENDING", "COMPLETING", "REQUEUED"
+PENDING, RUNNING, COMPLETING, REQUEUED = "PENDING", "RUNNING", "COMPLETING", "REQUEUED"
+SILENT = 300.0
+"""Seconds in which a task is imported and begins, also from a slow disk."""
 
 AT_ONCE = 500
 """Jobs on one command line, whose length the system bounds."""
@@ -289,8 +297,8 @@ def parse_queue(shown: str) -> Queue:
     rows = (line.split("|", 5) for line in shown.splitlines() if line.count("|") >= 5)
     return Queue(
         [
-            Element(job, int(index), state, name, reason, node)
-            for job, index, state, reason, node, name in rows
+            Element(job, int(index), state, name, reason, *place.split(" ", 1))
+            for job, index, state, reason, place, name in rows
             if index.isdigit()
         ]
     )
@@ -373,12 +381,34 @@ def at_work(queue: Queue) -> dict[str, set[int]]:
     return known
 
 
-def counts(queue: Queue | None) -> tuple[int, int]:
-    """The run's tasks that run and that wait; none where Slurm was not asked."""
+def silent(queue: Queue, told: Mapping[str, float], now: float) -> dict[str, str]:
+    """The nodes of elements that run for long and whose tasks have told nothing yet.
+
+    Args:
+        told: the last sign of each task by `submission-index`, in seconds since the epoch.
+    """
+    found = {}
+    for name, arrays in queue.submitted.items():
+        for array, element in ((a, e) for a in arrays for e in queue.live(a)):
+            with suppress(ValueError):  # of a Slurm that says no time
+                began = datetime.fromisoformat(element.began).timestamp()
+                signs = [told.get(f"{name}-{i}", 0.0) for i in array.chunks_of(element.index)]
+                if element.state == RUNNING and began < now - SILENT and max(signs) < began:
+                    found[f"{element.job_id}_{element.index}"] = element.node
+    return found
+
+
+def counts(queue: Queue | None, without: Collection[str] = ()) -> tuple[int, int]:
+    """The run's tasks that run and that wait; none where Slurm was not asked.
+
+    Args:
+        without: elements that do not count, as `job_index`.
+    """
     found = [0, 0]
     for array in queue.arrays if queue else ():
         for element in queue.live(array) if queue else ():
-            found[element.state in (PENDING, REQUEUED)] += array.tasks_per_node
+            if f"{element.job_id}_{element.index}" not in without:
+                found[element.state in (PENDING, REQUEUED)] += array.tasks_per_node
     return found[0], found[1]
 
 

@@ -33,6 +33,8 @@ class Progress:
         shard: the newest shard that was begun.
         started, updated: seconds since the epoch.
         state: `running`, `finished`, `out of time`, or `stopped` by a signal or an error.
+        worked, waited: seconds on samples, and those of them in which no batch was decoded.
+        gpu_busy, gpu_looks: the sum of the GPU's busy shares, from 0 to 1, and their number.
     """
 
     task: str
@@ -48,10 +50,15 @@ class Progress:
     started: float = field(default_factory=time.time)
     updated: float = field(default_factory=time.time)
     state: str = "running"
+    worked: float = 0.0
+    waited: float = 0.0
+    gpu_busy: float = 0.0
+    gpu_looks: int = 0
 
     def after(self, earlier: Progress) -> Progress:
         """Add the figures of an earlier task of the same process."""
-        summed = ("shards", "done", "failed", "rows", "rejected")
+        summed = ["shards", "done", "failed", "rows", "rejected"]
+        summed += ["worked", "waited", "gpu_busy", "gpu_looks"]
         counts = {name: getattr(self, name) + getattr(earlier, name) for name in summed}
         return replace(self, started=earlier.started, **counts)
 
@@ -63,6 +70,17 @@ class Progress:
     def speed(self) -> float:
         """Samples a second."""
         return self.rows / self.seconds
+
+    @property
+    def wait_share(self) -> float | None:
+        """The share of its working time in which the task waited for samples; None in the first
+        minute."""
+        return self.waited / self.worked if self.worked >= 60 else None
+
+    @property
+    def busy_share(self) -> float | None:
+        """The share of time in which the GPU computed; None where the driver does not tell."""
+        return self.gpu_busy / self.gpu_looks if self.gpu_looks else None
 
     @property
     def lane(self) -> str:
@@ -130,12 +148,15 @@ def _is_progress(told: Any) -> bool:
     get: Callable[..., Any] = told.get
     task, began, told_at = get("task"), get("started"), get("updated")
     texts = (task, get("host"), get("shard"), get("state"), get("device", ""), get("gpu", ""))
-    counts = (get("rows"), get("done"), get("failed"), get("shards"))
+    counts = (get("rows"), get("done"), get("failed"), get("shards"), get("gpu_looks", 0))
     if {*map(type, texts)} != {str} or {*map(type, counts)} != {int} or min(counts) < 0:
         return False
-    if not isinstance(began, int | float) or not isinstance(told_at, int | float):
+    sums = (get("worked", 0), get("waited", 0), get("gpu_busy", 0))
+    if not {*map(type, (began, told_at, *sums))} <= {int, float}:
         return False
-    return 0 <= began < FAR and 0 <= told_at < FAR and bool(TASK.fullmatch(task))
+    if not all(0 <= number < FAR for number in (began, told_at, *sums)):  # no NaN either
+        return False
+    return bool(TASK.fullmatch(task))
 
 
 def log_file(run: RunDir, task: str) -> Path | None:

@@ -1,9 +1,9 @@
-"""Account for the time of a run's tasks: what became of it."""
+"""Account for the time of a run's tasks: what became of it, and what it was spent waiting for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from itertools import repeat
 from operator import attrgetter
 
@@ -15,6 +15,10 @@ from d2m_hpc.run.records import DIED
 from d2m_hpc.run.tasks import Progress
 
 Spans = npt.NDArray[np.float64]
+STARVED = 0.3
+"""A task that waits for samples for a larger share of its time has too few decode threads."""
+BUSY, IDLE = 0.7, 0.5
+"""A GPU that is busy for a larger share of time is the limit; for a smaller one, it is not."""
 
 
 @dataclass
@@ -42,6 +46,45 @@ class Spent:
         parts["idle"] = self.idle
         shown = (f"{name} {hours / self.hours:.0%}" for name, hours in parts.items() if hours)
         return f"{self.hours:,.1f} ({', '.join(shown)})"
+
+
+@dataclass
+class Limits:
+    """What bounds the speed of the tasks at work; where none is, of all.
+
+    Attributes:
+        wait_share: of the time on samples, in which no batch was decoded; None within a minute.
+        gpu_busy_share: of that time, in which the GPUs computed; None where no driver told.
+        starved: the tasks that wait for samples for more than `STARVED` of that time.
+        advice: what makes the run faster, in words; empty where nothing stands out.
+    """
+
+    wait_share: float | None = None
+    gpu_busy_share: float | None = None
+    starved: list[str] = field(default_factory=list)
+    advice: str = ""
+
+
+def limits(tasks: Sequence[Progress]) -> Limits:
+    """Tell whether tasks wait for samples, for their GPU, or for neither."""
+    tasks = [t for t in tasks if t.is_active] or tasks
+    worked, looks = sum(t.worked for t in tasks), sum(t.gpu_looks for t in tasks)
+    found = Limits()
+    if worked < 60:
+        return found
+    found.wait_share = share = round(sum(t.waited for t in tasks) / worked, 3)
+    busy = round(sum(t.gpu_busy for t in tasks) / looks, 3) if looks else None
+    found.gpu_busy_share = busy
+    found.starved = [t.task for t in tasks if (t.wait_share or 0.0) > STARVED]
+    if found.starved:
+        who = f"{len(found.starved):,} of {len(tasks):,} tasks wait for samples over {STARVED:.0%}"
+        helps = "more cores for each (slurm.cpus_per_task; nworkers, where it is set) help"
+        found.advice = f"{who} of their time: {helps}; `d2m report` tells copying from decoding"
+    elif busy is not None and busy > BUSY:
+        found.advice = "the GPUs are the limit: more tasks at once (slurm.max_parallel) help"
+    elif busy is not None and busy < IDLE and share < STARVED:
+        found.advice = "the GPUs wait, and not for samples: a larger batch_size may help"
+    return found
 
 
 def account(tasks: Sequence[Progress], done: Iterable[Outcome], failed: Iterable[Outcome]) -> Spent:

@@ -33,7 +33,7 @@ from d2m_hpc.run.tasks import Progress, attempts, log_file
 from d2m_hpc.storage.texts import ERROR, safe
 from d2m_hpc.storage.urls import is_local
 from d2m_hpc.watch import eta, spent
-from d2m_hpc.watch.spent import Spent
+from d2m_hpc.watch.spent import Limits, Spent
 
 NOTICES = 20
 """Kinds of notices that are shown; each tar may have another."""
@@ -59,9 +59,12 @@ class Summary:
         recomputed: rows that were computed again in float32.
         eta_seconds: None where no task runs, or none has finished a shard yet.
         spent: hours of tasks, by what became of them.
+        limits: whether the tasks wait for samples, or for their GPU.
         hardware: tasks by a GPU's model, or `CPU`.
         tasks: array elements by Slurm's state; empty where Slurm does not answer.
         lost: tasks that said they work, and do not by Slurm's word.
+        silent: the node of each array element that runs for minutes and has told nothing.
+        working: tasks at work; without one, `samples_per_second` is the mean of the whole run.
         outdated: shards that have all that an earlier submit asked for; also counted as pending,
             running or failed.
         removed: shards that are done on record, without their parquet; counted likewise.
@@ -90,9 +93,12 @@ class Summary:
     eta_seconds: float | None
     gpu_hours: float = 0.0
     spent: Spent = field(default_factory=Spent)
+    limits: Limits = field(default_factory=Limits)
     hardware: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, int] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    silent: dict[str, str] = field(default_factory=dict)
+    working: int = 0
     stragglers: list[str] = field(default_factory=list)
     broken_nodes: dict[str, str] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
@@ -188,9 +194,8 @@ def summarise(
     found = found or standings(run, config, manifest)
     stems, done, failed = found.stems, list(found.done.values()), found.failed
     tasks, (queue, unasked) = attempts(run), _asked(run, offline)
-    at_work = slurm.at_work(queue) if queue else {}
-    _mark_lost(tasks, at_work)
-    running = _running(run, config.lease_seconds, found, tasks, at_work)
+    at_work, silent = slurm.at_work(queue) if queue else {}, _silent(queue, tasks)
+    running = _running(run, config.lease_seconds, found, _mark_lost(tasks, at_work), at_work)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     return Summary(
         run_dir=str(run.root),
@@ -201,10 +206,11 @@ def summarise(
         pending=pending,
         running=len(running),
         **_made(done),
-        **_pace(tasks, done, pending + len(running), config.steal, slurm.counts(queue)),
+        **_pace(tasks, done, pending + len(running), config.steal, slurm.counts(queue, silent)),
         **_ran_on(tasks),
         spent=spent.account(tasks, done, (o for outcomes in failed.values() for o in outcomes)),
         **_queued(run, queue, tasks),
+        silent=silent,
         unasked=unasked,
         ended=[] if found.is_complete else ended.of(run, queue, tasks, found.done.__contains__),
         stragglers=_stragglers([t for t in tasks if t.is_active]),
@@ -229,11 +235,19 @@ def _made(done: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def _mark_lost(tasks: list[Progress], at_work: dict[str, set[int]]) -> None:
+def _mark_lost(tasks: list[Progress], at_work: dict[str, set[int]]) -> list[Progress]:
     """Take a task for lost that was at work when it last said so, and is not by Slurm's word."""
     for task in tasks:
         if task.state == "running" and not _may_work(task.task, at_work):
             task.state = "lost"
+    return tasks
+
+
+def _silent(queue: slurm.Queue | None, tasks: Iterable[Progress]) -> dict[str, str]:
+    told: dict[str, float] = {}
+    for task in tasks:
+        told[task.lane] = max(told.get(task.lane, 0.0), task.updated)
+    return slurm.silent(queue, told, time.time()) if queue else {}
 
 
 def _may_work(task: str, at_work: dict[str, set[int]]) -> bool:
@@ -300,11 +314,11 @@ def _queued(run: RunDir, queue: slurm.Queue | None, tasks: Iterable[Progress]) -
 
 
 def _ran_on(tasks: list[Progress]) -> dict[str, Any]:
-    """GPU hours, and tasks by hardware, the most frequent first."""
+    """GPU hours, tasks by hardware, the most frequent first, and what bounds them."""
     newest = {t.lane: t.hardware for t in tasks}
     hours = sum(t.seconds for t in tasks if t.has_gpu) / 3600
     hardware = dict(Counter(newest.values()).most_common())
-    return {"gpu_hours": round(hours, 3), "hardware": hardware}
+    return {"gpu_hours": round(hours, 3), "hardware": hardware, "limits": spent.limits(tasks)}
 
 
 def _stragglers(active: list[Progress]) -> list[str]:
@@ -334,6 +348,7 @@ def _pace(
         time.time(), recent, done, left, steal=steal, running=live[0], pending=live[1]
     )
     return {
+        "working": len(active),
         "samples_per_second": round(speed or _past_speed(done), 2),
         "eta_seconds": None if seconds is None else round(seconds, 1),
     }

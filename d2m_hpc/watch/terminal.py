@@ -39,6 +39,7 @@ LONGEST = 20_000
 """Characters of a text that are printed."""
 LINES = 12
 """Lines of a screen that `top` leaves for what is not a task."""
+IDLE = "nothing runs"
 SHOWN, NUMBERS = 300, 4
 """Characters of a sample's value, and numbers of a feature, that are shown."""
 
@@ -178,8 +179,10 @@ def figures(found: Summary) -> dict[str, str]:
     tried = found.rows + found.rejected
     share = f" ({found.rejected / tried:.2%})" if found.rejected else ""
     is_known = found.eta_seconds is not None or found.state == "running"
-    left = duration(found.eta_seconds) if is_known else "nothing runs"
+    left = duration(found.eta_seconds) if is_known else IDLE
     counts = ("shards", "done", "failed", "pending", "running", "rows")
+    limits, mean = found.limits, "" if found.working else ", mean"
+    shares = {"waiting for samples": limits.wait_share, "GPUs busy": limits.gpu_busy_share}
     seldom = {
         "finished by an earlier config": found.outdated,
         "finished, and removed since": found.removed,
@@ -189,9 +192,10 @@ def figures(found: Summary) -> dict[str, str]:
     return {
         **{name: f"{getattr(found, name):,}" for name in counts},
         "rejected samples": f"{found.rejected:,}{share}",
-        "samples a second": f"{found.samples_per_second:,.1f}",
+        f"samples a second{mean}": f"{found.samples_per_second:,.1f}",
         "time left": "none" if found.complete else left,
         **_costs(found),
+        **{name: f"{share:.0%} of the time" for name, share in shares.items() if share is not None},
         **{name: f"{number:,}" for name, number in seldom.items() if number},
     }
 
@@ -237,6 +241,8 @@ def summary(found: Summary) -> None:
 
 
 def _remarks(found: Summary) -> None:
+    if found.limits.advice:
+        console.print(found.limits.advice, style="yellow" if found.limits.starved else "dim")
     for path in found.odd:
         what = "is no regular file, but a folder, a pipe or a device; move it away"
         console.print(f"{path} {what}, and submit again", style="red")
@@ -246,6 +252,13 @@ def _remarks(found: Summary) -> None:
         console.print(str(wait), style="red" if wait.never else "yellow")
     for ended in found.ended:
         console.print(str(ended), style="red")
+    if found.silent:
+        first, node = next(iter(found.silent.items()))
+        who = f"{count(len(found.silent), 'array task')} ({first} on {node}, ...)"
+        if len(found.silent) == 1:
+            who = f"array task {first} on {node}"
+        told = "has told nothing since it was started minutes ago: a disk or an import may hang"
+        console.print(f"{who} {told}; `d2m logs CONFIG --task {first}`", style="yellow")
     if found.unasked:
         console.print(f"Slurm cannot be asked: {found.unasked}", style="yellow")
 
@@ -264,15 +277,19 @@ def top(found: Summary, tasks: Sequence[TaskProgress]) -> None:
     told = figures(found)
     shards = f"{told['done']} of {told['shards']} shards, {told['failed']} failed"
     working = f"{count(len(tasks), 'task')} on {count(nodes, 'node')}"
-    if (starting := found.tasks.get("running", 0) - len(tasks)) > 0:
+    if (starting := found.tasks.get("running", 0) - len(tasks) - len(found.silent)) > 0:
         working += f", {starting} starting"
-    rate = f"{told['samples a second']} samples/s, time left {told['time left']}"
+    left = told["time left"] if told["time left"] == IDLE else f"time left {told['time left']}"
+    rate = f"{found.samples_per_second:,.1f} samples/s, {left}" if tasks else left
     console.print(f"{found.state}: {shards}; {working}; {rate}")
-    table = Table("task", "node", "device", "shard", "shards", "rows", "rows/s", "for")
+    names = ("task", "node", "device", "shard", "shards", "rows", "rows/s", "waits", "GPU", "for")
+    table = Table(*names)
     now = time.time()
     for task in sorted(tasks, key=lambda t: t.speed)[: max(console.height - LINES, 1)]:
         done = f"{task.done + task.failed}/{task.shards}"
-        numbers = (done, f"{task.rows:,}", f"{task.speed:,.1f}", duration(now - task.started))
+        shares = ["" if s is None else f"{s:.0%}" for s in (task.wait_share, task.busy_share)]
+        numbers = (done, f"{task.rows:,}", f"{task.speed:,.1f}", *shares)
+        numbers += (duration(now - task.started),)
         table.add_row(task.lane, task.host, task.device, task.shard, *numbers)
     console.print(table)
     _remarks(found)

@@ -49,7 +49,7 @@ class Reporter:
         self._written, self._failed = 0.0, False
         self._lock = threading.Lock()
 
-    def __call__(self, state: str = "", shard: str = "", **more: int) -> None:
+    def __call__(self, state: str = "", shard: str = "", **more: float) -> None:
         """Set the state or the shard, and add to the counts."""
         with self._lock:
             progress = self.progress

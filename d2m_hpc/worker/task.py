@@ -36,6 +36,7 @@ from d2m_hpc.storage.suspension import Awake
 from d2m_hpc.storage.urls import scheme
 from d2m_hpc.worker.batch import Outputs
 from d2m_hpc.worker.board import Board, Scene
+from d2m_hpc.worker.busy import Busy
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.compute import trial
 from d2m_hpc.worker.compute.graph import Graph
@@ -171,6 +172,11 @@ def _gpu_model(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+def _gpu_name(device: torch.device) -> str:
+    """The driver's name of a GPU, whatever the number that Slurm gives it."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
 class Task:
     """One array task while it works."""
 
@@ -239,7 +245,8 @@ class Task:
     @contextmanager
     def _computed(self, claims: Claims, graph: Graph, recipe: Recipe) -> Iterator[Iterator[Result]]:
         gpu = graph.device if graph.device.type == "cuda" else None
-        with graph, Loader(claims, recipe, self.scratch, gpu, self._look) as loader:
+        looks = Busy(self.report.progress, _gpu_name(gpu)) if gpu else nullcontext()
+        with graph, looks, Loader(claims, recipe, self.scratch, gpu, self._look) as loader:
             results = (self._compute(reading, graph, claims) for reading in loader)
             look_elsewhere = cache(partial(self._look_elsewhere, graph, recipe))
             yield last_if_undecided(results, claims.chunk, look_elsewhere)
@@ -314,6 +321,7 @@ class Task:
         table, record = Table(self.part, self.schema), self._record(work)
         result = Result(work, record, table)
         self.report(shard=work.shard.stem)
+        work.clock.lap()
         try:
             pair = Pair(self.output, work.shard.stem)
             finished = pair.contents() if work.job.extends else None
@@ -323,7 +331,8 @@ class Task:
                     table.add(outputs)
                     record.rejections += outputs.rejections
                     record.recomputed += outputs.recomputed
-                    self.report(rows=len(outputs.keys))
+                    worked, waited = work.clock.lap()
+                    self.report(rows=len(outputs.keys), worked=worked, waited=waited)
             found = reading.found
             (record.tar_size, record.tar_mtime_ns), record.texts = found.tar, found.texts
             record.notices += found.seen.missed(self.part, self.schema)

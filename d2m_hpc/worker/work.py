@@ -25,7 +25,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._lock = Lock()
+        self._lock, self._lap = Lock(), (0.0, 0.0)
 
     @contextmanager
     def __call__(self, stage: str, besides: str = "") -> Iterator[None]:
@@ -40,6 +40,12 @@ class Clock:
     def add(self, stage: str, seconds: float) -> None:
         with self._lock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def lap(self) -> tuple[float, float]:
+        """The seconds since the last lap, and those of them that were waited."""
+        began, waited = self._lap
+        self._lap = time.perf_counter(), self.seconds.get("wait", 0.0)
+        return self._lap[0] - began, self._lap[1] - waited
 
     def rounded(self) -> dict[str, float]:
         """Seconds by stage to the millisecond, as there are millions of records."""

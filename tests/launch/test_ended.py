@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from launch.scripted import commands_of, six_tasks
 import d2m_hpc as d2m
 from d2m_hpc.launch import ended, slurm
 from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.tasks import Progress
 
 SACCT = """
 71_0|FAILED|9:0|0:9||200M|n1
@@ -152,3 +157,20 @@ def test_offline_nobody_is_asked(run: RunDir, monkeypatch: pytest.MonkeyPatch) -
     assert not (folder / "asked").exists()
     command("status", run.root)
     assert (folder / "asked").exists()
+
+
+def test_a_task_that_hangs_before_it_begins_is_told_and_leaves_no_time_to_be_believed(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second one has just begun: it may still tell something."""
+    hung, fresh = (datetime.fromtimestamp(time.time() - s) for s in (900, 30))
+    began = [f"{i}|RUNNING|None|n{i} {at:%Y-%m-%dT%H:%M:%S}" for i, at in enumerate((hung, fresh))]
+    lists(run, monkeypatch, *began, "2|PENDING|Resources| N/A")
+    found = d2m.open(run.root).status()
+    assert found.silent == {"71_0": "n0"}
+    shown = command("status", run.root)
+    assert "array task 71_0 on n0 has told nothing since it was started" in shown.stdout
+    assert "`d2m logs CONFIG --task 71_0`" in shown.stdout
+    told = Progress("000-0-0", shards=1, started=hung.timestamp() + 5)
+    run.progress_of("000-0-0").write_text(json.dumps(asdict(told)))
+    assert d2m.open(run.root).status().silent == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.records import DIED, Record
 from d2m_hpc.run.tasks import Progress
-from d2m_hpc.watch.spent import Spent, account
+from d2m_hpc.watch.spent import Limits, Spent, account, limits
 
 HOUR = 3600.0
 
@@ -56,3 +57,34 @@ def test_a_dead_process_is_charged_from_the_end_of_its_last_shard() -> None:
 def test_tasks_without_a_gpu_do_not_count_beside_those_with_one() -> None:
     tasks = [task("000-0-0", 5, "finished"), task("000-1-0", 2, "finished", device="cuda:0")]
     assert account(tasks, [outcome("000-1-0", 0, 1)], []) == Spent(useful=1, idle=1)
+
+
+@pytest.mark.parametrize(
+    ("waited", "busy", "advice"),
+    [
+        (50, 9.0, "1 of 2 tasks wait for samples over 30% of their time: more cores for each"),
+        (10, 9.0, "the GPUs are the limit"),
+        (10, 4.0, "the GPUs wait, and not for samples: a larger batch_size may help"),
+        (10, 6.0, ""),
+        (10, None, ""),
+    ],
+)
+def test_it_is_told_what_the_tasks_wait_for(waited: float, busy: float | None, advice: str) -> None:
+    now, looks = time.time(), 0 if busy is None else 10
+    tasks = [
+        Progress("000-0-0", worked=100, waited=waited, gpu_busy=busy or 0, gpu_looks=looks),
+        Progress("000-1-0", worked=100, waited=10, updated=now),
+        Progress("000-2-0", worked=900, waited=900, updated=now - HOUR, state="finished"),
+    ]
+    found = limits(tasks)
+    assert found.wait_share == (waited + 10) / 200
+    assert found.gpu_busy_share == (None if busy is None else busy / 10)
+    assert found.starved == (["000-0-0"] if waited == 50 else [])
+    assert found.advice.startswith(advice)
+    assert bool(found.advice) == bool(advice)
+
+
+def test_little_work_tells_nothing_and_the_tasks_of_a_run_that_ended_do() -> None:
+    assert limits([Progress("000-0-0", worked=50, waited=50)]) == Limits()
+    over = Progress("000-0-0", worked=100, waited=90, state="finished")
+    assert limits([over]).starved == ["000-0-0"]

@@ -36,3 +36,18 @@ def test_no_thread_s_seconds_are_lost() -> None:
         for _ in range(2000):
             pool.submit(clock.add, "decode", 0.001)
     assert clock.rounded() == {"decode": 2.0}
+
+
+def test_laps_tell_what_was_waited_of_their_time() -> None:
+    clock = Clock()
+    clock.lap()
+    laps = []
+    for waits in (0.03, 0.0):
+        with clock("wait"):
+            time.sleep(waits)
+        time.sleep(0.01)
+        laps.append(clock.lap())
+    (worked, waited), later = laps
+    assert waited >= 0.03
+    assert worked >= waited + 0.01
+    assert later[0] >= later[1] + 0.01
