@@ -722,15 +722,16 @@ def test_links_are_not_followed_and_what_is_no_sample_is_told(tmp_path: Path) ->
 
 def test_captions_may_be_a_csv_and_only_the_first_of_a_picture_counts(tmp_path: Path) -> None:
     pictures(tmp_path / "in", "a/1.jpg", "a/2.jpg", "b/1.jpg")
+    (tmp_path / "in" / "b" / "1.txt").write_text("of its own")
     text = (
-        'file_name,text,uid\na/1.jpg,"one, ""two""\nthree",u1\nb/1.jpg,x y,u3\nb/1.jpg,again,u4\n'
+        'file_name,text,uid\na/1.jpg,"one, ""two""\nthree",u1\n./b/1.jpg,x y,u3\nb/1.jpg,again,u4\n'
     )
     (tmp_path / "in" / "captions.csv").write_text("\ufeff" + text)
     more = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
     more |= {"additional_fields": ["uid"], "max_rejected_fraction": 0.5}
     more |= {"captions": str(tmp_path / "in" / "captions.csv")}
-    table = d2m.submit(of_pictures(tmp_path, **more), local=True).table()
-    assert table.select(["key", "text-words", "uid"]).to_pydict() == {
+    run = d2m.submit(of_pictures(tmp_path, **more), local=True)
+    assert run.table(["key", "text-words", "uid"]).to_pydict() == {
         "key": ["1", "1"],
         "text-words": [3, 2],
         "uid": ["u1", "u3"],
@@ -739,7 +740,26 @@ def test_captions_may_be_a_csv_and_only_the_first_of_a_picture_counts(tmp_path: 
     assert records["a"] is not None
     assert records["b"] is not None
     assert [tuple(r) for r in records["a"].rejections] == [("2", "no text (txt); it has jpg")]
-    assert "further captions of a picture are not read: 1.jpg" in records["b"].notices
+    assert "pictures have no row in the captions file: 2.jpg" in records["a"].notices
+    assert sorted(records["b"].notices) == [
+        "files are not read, as the captions file has a row of their picture: 1.txt",
+        "further captions of a picture are not read: 1.jpg",
+    ]
+    # The file is told apart from those of no picture, and by its size and time, as pictures are.
+    assert not expanded(run.config, RunDir(tmp_path / "none"), sized=False).notes
+    assert run.verify().changed.stems == []
+    (tmp_path / "in" / "captions.csv").write_text(text.replace("x y", "only"))
+    assert sorted(run.verify().changed.texts) == ["a", "b"]
+    run = d2m.submit(of_pictures(tmp_path, **more), local=True, recompute_changed=True)
+    assert run.table()["text-words"].to_pylist() == [3, 1]
+
+
+def test_a_caption_is_that_of_the_picture_which_is_read(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", "1.bmp", "1.JPG")
+    (folder / "a.csv").write_text("file_name,text\n1.bmp,no\n1.JPG,a longer one\n")
+    more = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
+    path = of_pictures(tmp_path, captions=str(folder / "a.csv"), **more)
+    assert d2m.submit(path, local=True).table()["text-words"].to_pylist() == [3]
 
 
 def test_captions_in_a_parquet_are_those_of_json_lines(tmp_path: Path) -> None:
@@ -785,6 +805,13 @@ BROKEN = {
     ),
     "a.csv": ("name,text\n1.jpg,a\n", "a row has no 'file_name', the picture's path"),
     "a.parquet": ("PAR1", "it cannot be read: "),
+    "comma.csv": (
+        "file_name,text\n1.jpg,one, two\n",
+        "it cannot be read: line 2 has more values than the first line has names; a value with a",
+    ),
+    "open.csv": ('file_name,text\n1.jpg,"one\n2.jpg,two\n', "it cannot be read: unexpected end"),
+    "twice.csv": ("file_name,text,text\n1.jpg,a,b\n", "it cannot be read: two of its"),
+    "list.jsonl": ('{"file_name": ["1.jpg"]}\n', "a row has no 'file_name', the picture's path"),
 }
 
 

@@ -329,11 +329,13 @@ class TestBeside:
         assert "t.0.parquet" in error
         assert "\n" not in error
 
-    def test_a_shards_own_parquet_that_is_replaced_is_noticed(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", ["t.{stem}.parquet", "t.0.parquet"])
+    def test_a_parquet_that_is_replaced_is_noticed(self, tmp_path: Path, name: str) -> None:
+        """A shard's own one, and one for all shards."""
         tar(tmp_path)
         file = tmp_path / "t.0.parquet"
         pq.write_table(pa.table({"key": ["0", "1"], "again": ["a", "a"]}), file)
-        source = f"parquet:{tmp_path}/t.{{stem}}.parquet:again"
+        source = f"parquet:{tmp_path}/{name}:again"
         assert self.made(tmp_path, source)[0] == {"0": 1, "1": 1}
         run = d2m.open(tmp_path / "out" / ".d2m")
         assert run.verify().changed.stems == []
@@ -344,7 +346,7 @@ class TestBeside:
         run = d2m.open(tmp_path / "out" / ".d2m")
         assert run.verify().changed.stems == run.verify().changed.texts == ["0"]
         [notice] = run.status().changed.notices()
-        assert notice.startswith("shards whose parquets of texts are not those that were read: 0;")
+        assert notice.startswith("shards whose files of texts or captions are not those that were")
         run = d2m.submit(run.config, local=True, recompute_changed=True)
         assert run.table()["text-again-words"].to_pylist() == [2, 2]
         assert run.verify().changed.stems == []

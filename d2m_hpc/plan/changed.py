@@ -45,7 +45,7 @@ class Changed:
     """The result of `find`.
 
     Attributes:
-        stems: shards whose tar was replaced, or whose parquets of texts were.
+        stems: shards whose tar was replaced, or whose files of texts or captions were.
         texts: the latter.
         looked_at: the number of finished shards whose tars were checked.
         all: whether all tars were checked.
@@ -59,7 +59,8 @@ class Changed:
     def notices(self) -> Iterator[str]:
         if self.texts:
             yield (
-                f"shards whose parquets of texts are not those that were read: {few(self.texts)}; "
+                f"shards whose files of texts or captions are not those that were read: "
+                f"{few(self.texts)}; "
                 "`d2m-submit --recompute-changed` computes them again"
             )
         if stems := [stem for stem in self.stems if stem not in self.texts]:
@@ -103,7 +104,8 @@ def find(
         listed = [s for s in shards if s.url in times and made(found, s.stem)]
         stems += [s.stem for s in listed if _is_other_in_store(s, found, output, sizes, times)]
         looked_at += len(listed)
-    texts = [s.stem for s in drawn if _has_other_texts(made(found, s.stem))]
+    seen: dict[str, list[int]] = {}
+    texts = [s.stem for s in drawn if _has_other_texts(made(found, s.stem), seen)]
     return Changed([*dict.fromkeys(stems + texts)], looked_at, len(drawn) == len(shards), texts)
 
 
@@ -139,12 +141,18 @@ def _stat(shard: Shard) -> os.stat_result | None:
     return None
 
 
-def _has_other_texts(outcome: Outcome | None) -> bool:
-    """Whether a parquet of texts that a shard was computed with was replaced."""
+def _has_other_texts(outcome: Outcome | None, seen: dict[str, list[int]]) -> bool:
+    """Whether a file of texts or captions that a shard was computed with was replaced.
+
+    Args:
+        seen: sizes and times of such files by path, as all shards may have one.
+    """
     for path, version in ((outcome and outcome.texts) or {}).items():
         with suppress(OSError, ValueError):
-            now = os.stat(path)
-            if [now.st_size, now.st_mtime_ns] != version:
+            if path not in seen:
+                now = os.stat(path)
+                seen[path] = [now.st_size, now.st_mtime_ns]
+            if seen[path] != version:
                 return True
     return False
 

@@ -161,7 +161,9 @@ def expanded(config: Config, run: RunDir, sized: bool) -> patterns.Expansion:
 
         members = members_of(config)
         known = {name for names in members.values() for name in names}
-        return planned(folder, members["image"], known, config.samples_per_shard, earlier())
+        found = planned(folder, members["image"], known, config.samples_per_shard, earlier())
+        found.others = [path for path in found.others if path != config.captions]
+        return found
 
     @cache
     def earlier() -> list[str]:

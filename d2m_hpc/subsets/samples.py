@@ -31,6 +31,8 @@ MARK = '"in_subset"'
 """The column, true or false, of a subset that the user brings."""
 FILE = "d2m_file"
 """The column with the path of a row's parquet, by `read_parquet`'s option `filename`."""
+PLACE = "file_row_number"
+"""The column with the number of a row in it, by the option of that name."""
 SHARD = f"parse_filename({FILE}, true, 'forward_slash') AS shard"
 
 
@@ -119,7 +121,8 @@ class Pool:
             for name, kind in self.columns.items()
             if name not in self.beside and (name != "shard" or self.has_shard)
         ]
-        return f"SELECT {', '.join([*columns, *self.shard_column])} FROM {files(layout.paths)}"
+        named = ", ".join([*columns, *self.shard_column, FILE, PLACE])
+        return f"SELECT {named} FROM {files(layout.paths, f', {PLACE} = true')}"
 
     @property
     def shard_column(self) -> list[str]:

@@ -22,7 +22,7 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.texts import nearest
 from d2m_hpc.subsets import exports
-from d2m_hpc.subsets.samples import FILE, Pool, files, is_of_file, opened
+from d2m_hpc.subsets.samples import FILE, PLACE, Pool, is_of_file, opened
 from d2m_hpc.subsets.widest import NUMBERS, quoted
 
 WHERE = "select"
@@ -154,19 +154,19 @@ def select(
                 return selection
             return replace(selection, chosen=0, survival=_survival(pool))
         if selection.chosen:
-            _write(pool, path, selection.chosen, columns)
+            _write(pool, query, path, selection.chosen, columns)
     return selection
 
 
-def _write(pool: Pool, path: Path, chosen: int, columns: Sequence[str]) -> None:
+def _write(pool: Pool, query: Query, path: Path, chosen: int, columns: Sequence[str]) -> None:
     if path.suffix == ".npy":
         asked_for.write(path, _npy(pool, chosen))
         return
     with exports.whole(path) as file:
         if path.suffix == ".parquet":
-            _write_rows(pool, columns, file)
+            _write_rows(pool, query, columns, file)
         else:
-            _write_lists(pool, file)
+            _write_lists(pool, query, file)
 
 
 def _mistakes(query: Query, path: Path | None, is_looked_at: bool) -> list[str]:
@@ -312,42 +312,43 @@ def _survival(pool: Pool) -> tuple[tuple[float, int, float], ...]:
     return tuple(table)
 
 
-def _write_rows(pool: Pool, columns: Sequence[str], file: IO[bytes]) -> None:
-    """Write the chosen samples' columns, a row for each uid, as a parquet."""
-    named = ", ".join(dict.fromkeys(map(quoted, columns)))
+def _found(pool: Pool, query: Query, columns: str) -> Iterator[None]:
+    """Make the table `found` of one group of shards after another: the row of each chosen sample
+    that it was chosen by, and these columns. Others may have its uid, and not fulfil the condition.
+    """
+    score = f"({quoted(query.by) if query.by else 0})::DOUBLE AS score"
+    told = f"SELECT {pool.identity}, {score}, {FILE} AS file, {PLACE} AS place"
     pool.db.execute("CREATE TABLE left_over AS FROM chosen")
-    writer = None
     for _ in pool.groups():
-        rows = f"SELECT {pool.identity}, {named} FROM pool"
         pool.db.execute(
-            f"CREATE OR REPLACE TABLE found AS FROM ({rows}) SEMI JOIN left_over USING (high, low) "
-            "QUALIFY row_number() OVER (PARTITION BY high, low) = 1"
+            f"CREATE OR REPLACE TABLE found AS FROM "
+            f"({told}, {{{columns}}} AS values FROM pool WHERE {query.condition}) "
+            "SEMI JOIN left_over USING (high, low, score) "
+            "QUALIFY row_number() OVER (PARTITION BY high, low ORDER BY file, place) = 1"
         )
         pool.db.execute(
             "DELETE FROM left_over WHERE (high, low) IN (SELECT (high, low) FROM found)"
         )
-        for batch in pa.RecordBatchReader.from_stream(pool.db.sql(f"SELECT {named} FROM found")):
+        yield
+
+
+def _write_rows(pool: Pool, query: Query, columns: Sequence[str], file: IO[bytes]) -> None:
+    """Write the chosen samples' columns, a row for each uid, as a parquet."""
+    named = ", ".join(f"{quoted(name)}: {quoted(name)}" for name in dict.fromkeys(columns))
+    writer = None
+    for _ in _found(pool, query, named):
+        rows = pool.db.sql("SELECT unnest(values) FROM found ORDER BY file, place")
+        for batch in pa.RecordBatchReader.from_stream(rows):
             writer = writer or pq.ParquetWriter(file, batch.schema, compression="zstd")
             writer.write_batch(batch)
     if writer:
         writer.close()
 
 
-def _write_lists(pool: Pool, file: IO[bytes]) -> None:
+def _write_lists(pool: Pool, query: Query, file: IO[bytes]) -> None:
     """Write the keys of the chosen samples: a line of JSON for each shard that has any."""
-    pool.db.execute("CREATE TABLE left_over AS FROM chosen")
-    for paths in pool.path_groups():
-        columns = ", ".join(["*", *pool.shard_column])
-        rows = f"SELECT key, {FILE}, file_row_number AS place, {pool.identity} FROM "
-        rows += f"(SELECT {columns} FROM {files(paths, ', file_row_number = true')})"
-        pool.db.execute(
-            f"CREATE OR REPLACE TABLE found AS FROM ({rows}) SEMI JOIN left_over USING (high, low) "
-            f"QUALIFY row_number() OVER (PARTITION BY high, low ORDER BY {FILE}, place) = 1"
-        )
-        pool.db.execute(
-            "DELETE FROM left_over WHERE (high, low) IN (SELECT (high, low) FROM found)"
-        )
-        keys = f"SELECT {FILE}, list(key ORDER BY place) FROM found GROUP BY ALL ORDER BY {FILE}"
+    for _ in _found(pool, query, "key: key"):
+        keys = "SELECT file, list(values.key ORDER BY place) FROM found GROUP BY ALL ORDER BY file"
         for name, some in pool.db.execute(keys).fetchall():
             stem = name.rpartition("/")[2].removesuffix(".parquet")
             file.write(json.dumps({"shard": stem, "keys": some}).encode() + b"\n")

@@ -522,6 +522,18 @@ def test_a_parquet_has_each_uid_once(tmp_path: Path) -> None:
         select(*run, Query(), out, columns=["captoin"])
 
 
+def test_of_several_rows_with_a_uid_the_one_is_written_that_was_chosen(tmp_path: Path) -> None:
+    """Neither one that the condition leaves out, nor one of a lower score; in the run's order."""
+    uids = [uid(2), uid(0), uid(0), uid(0), uid(1), uid(1)]
+    scores, captions = [0.5, 0.9, 0.2, 0.3, 0.4, 0.4], ["a", "bad", "b", "c", "d", "e"]
+    run = make_run(tmp_path, {"a": table(uids, scores, caption=captions, key=[*"012345"])})
+    query, out = Query("caption <> 'bad'", by=CLIP, top=1.0), tmp_path / "kept.parquet"
+    assert select(*run, query, out, columns=["caption"]).chosen == 3
+    assert pq.read_table(out)["caption"].to_pylist() == ["a", "c", "d"]
+    select(*run, query, tmp_path / "kept.jsonl")
+    assert json.loads((tmp_path / "kept.jsonl").read_text())["keys"] == ["0", "3", "4"]
+
+
 def test_a_subset_of_others_is_joined(tmp_path: Path) -> None:
     np.save(tmp_path / "theirs.npy", subset([uid(1), uid(77)]))
     run = make_run(tmp_path, {"a": table([uid(i) for i in range(4)], [0.5] * 4)})

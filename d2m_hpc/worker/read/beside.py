@@ -31,7 +31,7 @@ class Beside:
     """A column of texts, in memory.
 
     Attributes:
-        version: the size and time of a local file that no other shard has, by path.
+        version: the size and time of a local file, by path.
 
     Raises:
         ShardError: there is no such file or column, or it is too large to be kept.
@@ -43,7 +43,7 @@ class Beside:
         try:
             with _opened(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
                 _require_fit(parquet, source)
-                if STEM in source.table and is_local(path):
+                if is_local(path):
                     there = os.fstat(file.fileno())
                     self.version[path] = [there.st_size, there.st_mtime_ns]
                 table = parquet.read([source.by, source.column], use_threads=False)
@@ -95,7 +95,7 @@ def of_shard(sources: Mapping[str, TextSource], stem: str) -> dict[str, Beside]:
 
 
 def versions(beside: Mapping[str, Beside]) -> dict[str, list[int]]:
-    """The size and time of each local file that no other shard has, by path."""
+    """The size and time of each local file, by path."""
     return {path: version for one in beside.values() for path, version in one.version.items()}
 
 

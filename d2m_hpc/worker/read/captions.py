@@ -34,13 +34,20 @@ def rows(path: str, folder: str, names: set[str]) -> dict[str, list[dict[str, An
     found: dict[str, list[dict[str, Any]]] = {}
     try:
         for row in READERS[os.path.splitext(path)[1].lower()](path, wanted):
-            if (name := row[NAME]) in wanted:
+            if (name := _path(row[NAME])) in wanted:
                 found.setdefault(name[len(start) :], []).append(row)
     except KeyError:
         raise refusal.unreadable(path, f"a row has no {NAME!r}, the picture's path") from None
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise refusal.unreadable(path, f"it cannot be read: {error}") from None
     return found
+
+
+def _path(name: object) -> str:
+    """A picture's path as it is compared, which `find .` writes with a dot in front."""
+    if not isinstance(name, str | None):
+        raise KeyError(NAME)
+    return (name or "").removeprefix("./")
 
 
 def _of_jsonl(path: str, wanted: Container[str]) -> Iterator[dict[str, Any]]:
@@ -58,15 +65,24 @@ def _of_jsonl(path: str, wanted: Container[str]) -> Iterator[dict[str, Any]]:
 
 
 def _of_csv(path: str, wanted: Container[str]) -> Iterator[dict[str, Any]]:
+    """Read rows; a quote or a comma in its wrong place would give a picture part of its text."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file, restkey="", restval=None)
+        rows = csv.DictReader(file, restkey="", restval=None, strict=True)
+        names = [name for name in rows.fieldnames or () if name]
+        if len({*names}) < len(names):
+            raise ValueError("two of its columns have one name")
+        for row in rows:
+            if any(row.pop("", None) or ()):
+                what = f"line {rows.line_num} has more values than the first line has names"
+                raise ValueError(f"{what}; a value with a comma stands in double quotes")
+            yield row
 
 
 def _of_parquet(path: str, wanted: Container[str]) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
         for batch in file.iter_batches(1024, use_threads=False):
             for number, name in enumerate(batch.column(NAME).to_pylist()):
-                if name in wanted:  # to make values of all rows takes far longer
+                if _path(name) in wanted:  # to make values of all rows takes far longer
                     yield batch.slice(number, 1).to_pylist()[0]
 
 

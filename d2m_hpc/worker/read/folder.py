@@ -17,6 +17,8 @@ from d2m_hpc.worker.read.names import EXTENSIONS, Members, members_of
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 
 TWICE = "further captions of a picture are not read: {}"
+MISSING = "pictures have no row in the captions file: {}"
+INSTEAD = "files are not read, as the captions file has a row of their picture: {}"
 SAME = "another file of its sample has this extension in other letters"
 
 
@@ -28,6 +30,9 @@ class PictureFolder(Reader):
         self._names = members_of(config)
         self._where = self._slice.folder
         try:
+            if config.captions:
+                there = os.stat(config.captions)
+                self.texts = {config.captions: [there.st_size, there.st_mtime_ns]}
             files = self._slice.files()
             self._fd = os.open(self._where, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -54,10 +59,10 @@ class PictureFolder(Reader):
         return PictureSamples(self._files, self._rows, self._names, needed)
 
     @cached_property
-    def _rows(self) -> Mapping[str, list[dict[str, Any]]]:
-        """The captions file's rows, by picture."""
+    def _rows(self) -> Mapping[str, list[dict[str, Any]]] | None:
+        """The captions file's rows, by picture, if there is such a file."""
         if not self._config.captions:
-            return {}
+            return None
         names = {file.name for files in self._files.values() for _, file in files}
         return captions.rows(self._config.captions, self._where, names)
 
@@ -87,14 +92,14 @@ class PictureSamples(Samples):
 
     Args:
         files: the files of each key, with their extensions.
-        rows: the captions file's rows, by picture.
+        rows: the captions file's rows, by picture, if there is such a file.
         members: the names of members by kind.
     """
 
     def __init__(
         self,
         files: Mapping[str, list[tuple[str, File]]],
-        rows: Mapping[str, list[dict[str, Any]]],
+        rows: Mapping[str, list[dict[str, Any]]] | None,
         members: Members,
         needed: Members,
     ) -> None:
@@ -111,22 +116,34 @@ class PictureSamples(Samples):
                     self.ledger.stray(valid(file.name), SAME)
                 else:
                     sample.members[extension] = (file.name, file.size)
-                if rows := self._rows.get(file.name):
-                    self._caption(sample, rows, file.name)
+            if self._rows is not None:
+                self._caption(sample, files, self._rows)
             if sample.members:  # the ledger has a sample of links alone
                 sample.links = self.ledger.settle(sample.key, sample.members, again=False)
                 self.count += 1
                 yield sample
         self.ledger.finish(self.count)
 
-    def _caption(self, sample: Sample, rows: Sequence[dict[str, Any]], name: str) -> None:
-        """Take a row of the captions file as the sample's JSON and text."""
-        for _ in rows[1:]:
+    def _caption(
+        self,
+        sample: Sample,
+        files: Sequence[tuple[str, File]],
+        rows: Mapping[str, list[dict[str, Any]]],
+    ) -> None:
+        """Take the captions file's row on a sample's picture as its JSON and text."""
+        kinds = self._members["image"]
+        names = [file.name for kind in kinds for e, file in files if e == kind]
+        if not (name := next((name for name in names if name in rows), "")):
+            self.ledger.causes.add(MISSING, names[0])
+            return
+        row, *others = rows[name]
+        for _ in others:
             self.ledger.notes.add(TWICE, name)
-        row = rows[0]
-        data = json.dumps(row, default=str).encode()
-        sample.members["json"] = (data, len(data))
-        names = (*self._members["text"], *TEXTS)
-        if text := next((row[n] for n in names if isinstance(row.get(n), str)), None):
-            data = text.encode("utf-8", "surrogatepass")
-            sample.members[self._members["text"][0]] = (data, len(data))
+        found = {"json": json.dumps(row, default=str).encode()}
+        keys = (*self._members["text"], *TEXTS)
+        if text := next((row[n] for n in keys if isinstance(row.get(n), str)), None):
+            found[self._members["text"][0]] = text.encode("utf-8", "surrogatepass")
+        for extension, data in found.items():
+            if extension in sample.members:
+                self.ledger.notes.add(INSTEAD, f"{sample.key}.{extension}")
+            sample.members[extension] = (data, len(data))

@@ -218,7 +218,7 @@ class Loader:
                 archive = stack.enter_context(closing(opened))
                 archive.beside = of_shard(self._recipe.texts, reading.work.shard.stem)
                 found.tar = staged.origin if staged.copied else archive.version
-                found.texts = versions(archive.beside)
+                found.texts = {**archive.texts, **versions(archive.beside)}
                 if archive.is_doubtful:
                     whole = archive.index()
                     deque(whole, maxlen=0)

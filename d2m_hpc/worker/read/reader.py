@@ -83,10 +83,12 @@ class Reader(ABC):
     Attributes:
         version: by which a later look notices that the shard has changed.
         damage: the fault of the stream that a copy came from; empty for a whole one.
+        texts: the size and time of other local files that the texts come from, by path.
         beside: texts of the samples in other files, by raw input; whoever opens a shard sets it.
     """
 
     version = Version()
+    texts: Mapping[str, list[int]] = MappingProxyType({})
     damage = ""
     beside: Mapping[str, Beside] = MappingProxyType({})
 
