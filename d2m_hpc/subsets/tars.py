@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -22,9 +24,18 @@ from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage.urls import masked
 from d2m_hpc.subsets.exports import ExportLayout, ExportPart, ExportSource, digest_of, whole
+from d2m_hpc.worker.read.names import members_of
 
 if TYPE_CHECKING:
     from d2m_hpc.worker.read.reader import Reader, Sample
+
+
+FORMATS = re.compile(
+    rb"(?s)(?P<jpg>\xff\xd8\xff)|(?P<png>\x89PNG)|(?P<gif>GIF8)|(?P<webp>RIFF....WEBP)|(?P<bmp>BM)"
+    rb"|(?P<tif>II\*\0|MM\0\*)|(?P<avif>....ftypavi[fs])|(?P<jp2>....jP  |\xff\x4f\xff\x51)"
+    rb"|(?P<ppm>P[36]\s)"
+)
+"""How pictures begin, by the ending of their names."""
 
 
 class SubsetTars(ExportLayout):
@@ -78,27 +89,38 @@ class SubsetTars(ExportLayout):
             self._copy(shard, reader, tar)
 
     def _copy(self, shard: Shard, reader: Reader, tar: tarfile.TarFile) -> None:
-        left = {*self._lists[shard.stem]}
+        left, names = Counter(self._lists[shard.stem]), dict[str, str]()
+        image = members_of(self.source.config)["image"][0]
         wanted = frozenset(left)
         for sample in reader.index():
-            if sample.key in wanted:
-                left.discard(sample.key)
-                _add(sample, reader, tar)
-        if left:
-            what = f"{len(left)} kept samples are not there, such as {min(left)!r}"
-            advice = (
-                "it has changed since its outputs were made; see d2m-submit --recompute-changed"
+            if (key := sample.key) not in wanted:
+                continue
+            left[key] -= 1
+            # A tar's key ends at the first dot, which names of files and keys in parquets may have.
+            folder, slash, name = key.rpartition("/")
+            name = folder + slash + name.replace(".", "_")
+            if left[key] < 0 or names.setdefault(name, key) != key:
+                what = f"several samples are {name!r} in a tar, as is one with the kept key {key!r}"
+                raise D2MError(f"{masked(shard.url)}: {what}; give each a key of its own")
+            _add(sample, name, reader, tar, image)
+        if left := +left:
+            what = f"{left.total()} kept samples are not there, such as {min(left)!r}"
+            advice = "it has changed since its outputs were made"
+            raise D2MError(
+                f"{masked(shard.url)}: {what}; {advice}; see d2m-submit --recompute-changed"
             )
-            raise D2MError(f"{masked(shard.url)}: {what} {advice}")
 
     def finish(self) -> None:
         """All files are of parts."""
 
 
-def _add(sample: Sample, reader: Reader, tar: tarfile.TarFile) -> None:
+def _add(sample: Sample, name: str, reader: Reader, tar: tarfile.TarFile, image: str) -> None:
     for extension, (place, size) in sample.members.items():
         data = reader.read(place, size)
-        info = tarfile.TarInfo(f"{sample.key}.{extension}")
+        if extension == image and isinstance(place, pa.Buffer):  # a column has one name for all
+            found = FORMATS.match(data)
+            extension = (found and found.lastgroup) or extension
+        info = tarfile.TarInfo(f"{name}.{extension}")
         info.size, info.mode = len(data), 0o644
         tar.addfile(info, io.BytesIO(data))
 

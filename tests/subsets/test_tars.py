@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from kit import STATS, write_config, write_shards
+from kit import STATS, jpeg, write_config, write_shards
 from kit import d2m as command
+from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import d2m_hpc as d2m
@@ -24,6 +28,14 @@ def run(tmp_path: Path) -> d2m.Run:
         "output_metadata_dir": str(tmp_path / "out"),
     }
     return d2m.submit(write_config(tmp_path / "c.yml", STATS, **places), local=True)
+
+
+def submitted(folder: Path, inputs: str, **more: Any) -> d2m.Run:
+    """A run over other inputs than tars."""
+    names = {"models": ["image-stats"], "postprocess_columns": ["image-phash"], "device": "cpu"}
+    places = {"inputs": str(folder / inputs), "output_metadata_dir": str(folder / "out")}
+    (folder / "c.yml").write_text(json.dumps({**names, **places, **more}))
+    return d2m.submit(folder / "c.yml", local=True)
 
 
 def members(path: Path) -> dict[str, bytes]:
@@ -81,6 +93,35 @@ def test_a_tar_that_has_changed_is_named(run: d2m.Run, tmp_path: Path) -> None:
     with pytest.raises(D2MError, match=r"0000\d.tar: 1 kept samples are not there, such as '0000"):
         run.export("subset-tars", tmp_path / "kept", lists=tmp_path / "kept.jsonl")
     assert not (tmp_path / "kept" / "00000.tar").exists()
+
+
+def test_pictures_of_a_parquet_are_named_by_their_format_and_keys_have_no_dot(
+    tmp_path: Path,
+) -> None:
+    image, data = Image.new("RGB", (8, 8)), []
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"):
+        image.save(buffer := io.BytesIO(), kind)
+        data.append(buffer.getvalue())
+    keys = [f"a.b/x.{i}" for i in range(9)]
+    pq.write_table(pa.table({"image": data, "key": keys}), tmp_path / "a.parquet")
+    run = submitted(tmp_path, "a.parquet", image_key="image")
+    run.select(kept := tmp_path / "kept.jsonl")
+    run.export("subset-tars", tmp_path / "kept", lists=kept)
+    found = members(tmp_path / "kept" / "a.tar")
+    kinds = ("jpg", "png", "webp", "gif", "bmp", "tif", "avif", "jp2", "ppm")
+    pictures = {f"a.b/x_{i}.{kind}": d for i, (kind, d) in enumerate(zip(kinds, data, strict=True))}
+    assert {n: d for n, d in found.items() if not n.endswith(".json")} == pictures
+
+
+@pytest.mark.parametrize("keys", [["a", "a"], ["a.b", "a_b"]])
+def test_samples_that_a_tar_would_mix_are_told(tmp_path: Path, keys: list[str]) -> None:
+    table = pa.table({"image": [jpeg(0), jpeg(1)], "key": keys})
+    pq.write_table(table, tmp_path / "a.parquet")
+    run = submitted(tmp_path, "a.parquet")
+    run.select(tmp_path / "kept.jsonl")
+    with pytest.raises(D2MError, match=r"several samples are 'a(_b)?' in a tar"):
+        run.export("subset-tars", tmp_path / "kept", lists=tmp_path / "kept.jsonl")
+    assert not [*(tmp_path / "kept").glob("*.tar")]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,14 @@ def choose(schema: pa.Schema, config: Config, needed: Collection[str]) -> Column
     )
 
 
+def kinds_in(schema: pa.Schema, config: Config) -> set[str]:
+    """The kinds of members that a parquet has columns for."""
+    types = {field.name: field.type for field in schema}
+    has_image = any(is_bytes(kind) or is_wrapped(kind) for kind in types.values())
+    has_text = config.text_key or any(is_text(types.get(name, pa.null())) for name in TEXTS)
+    return {"json", *(("image",) if has_image else ()), *(("text",) if has_text else ())}
+
+
 def is_bytes(kind: pa.DataType) -> bool:
     types = pa.types
     is_one = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)

@@ -16,7 +16,7 @@ from d2m_hpc.models.preprocessors import Rejected
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.texts import safe, valid
 from d2m_hpc.worker.read import refusal
-from d2m_hpc.worker.read.columns import Columns, choose, is_bytes, is_wrapped
+from d2m_hpc.worker.read.columns import Columns, choose, is_bytes, is_wrapped, kinds_in
 from d2m_hpc.worker.read.names import EXTENSIONS, Members, members_of
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 
@@ -58,8 +58,11 @@ class Parquet(Reader):
             raise
 
     def index(self, needed: Members = EXTENSIONS) -> ParquetSamples:
+        schema = self._file.schema_arrow
+        if needed is EXTENSIONS:
+            needed = {kind: EXTENSIONS[kind] for kind in kinds_in(schema, self._config)}
         try:
-            columns = choose(self._file.schema_arrow, self._config, needed)
+            columns = choose(schema, self._config, needed)
         except ValueError as error:
             raise refusal.unreadable(self._url, str(error)) from None
         return ParquetSamples(self._url, self._file, columns, members_of(self._config), needed)

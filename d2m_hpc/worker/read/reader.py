@@ -99,7 +99,11 @@ class Reader(ABC):
 
     @abstractmethod
     def index(self, needed: Members = EXTENSIONS) -> Samples:
-        """The samples, from the first; an earlier iteration is over."""
+        """The samples, from the first; an earlier iteration is over.
+
+        Args:
+            needed: the members that are asked for; by default whatever is there.
+        """
 
     @abstractmethod
     def read(self, place: Any, size: int) -> bytes:
