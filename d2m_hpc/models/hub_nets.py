@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -87,7 +88,7 @@ def net_of(folder: Path, auto: str, device: torch.device, unused: str = "-") -> 
 
     Raises:
         WeightsError: the checkpoint lacks tensors that the net has, which transformers would make
-            up, or has none for such a net.
+            up, has none for such a net, or layers that transformers would leave out.
     """
     import transformers
 
@@ -102,11 +103,20 @@ def net_of(folder: Path, auto: str, device: torch.device, unused: str = "-") -> 
         if missing := sorted(n for n in found["missing_keys"] if not n.startswith(unused)):
             few = ", ".join(missing[:4])
             raise WeightsError(f"{folder} lacks tensors of a {type(net).__name__}: {few}")
+        own, whole = {*map(_numberless, net.state_dict())}, f"{net.base_model_prefix}."
+        left = ((n, _numberless(n)) for n in sorted(found["unexpected_keys"]))
+        if layers := [n for n, kind in left if {kind, kind.removeprefix(whole)} & own]:
+            what = f"{folder} has layers beyond those of its config.json: {', '.join(layers[:4])}"
+            raise WeightsError(f"{what}; mend their number there, or save the shorter net")
         for name, *sizes in sorted(found["mismatched_keys"]):
             saved, wanted = map(list, sizes)
             what = f"{name} has the shape {saved}, and by its config.json {wanted}"
             raise WeightsError(f"{folder} cannot be used: {what}")
         return net.to(device).eval()
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\b\d+\b", "#", name)
 
 
 def loaded(auto: str, source: str) -> Any:
@@ -147,7 +157,9 @@ def tokens(
         lower: take texts in lower case.
     """
     made, one = loaded("AutoTokenizer", source), Lock()
-    most = min(most or ENDLESS, longest(Path(source), made.model_max_length))
+    config = _of_texts(Path(source))
+    most = min(most or ENDLESS, longest(config, made.model_max_length))
+    known = config.get("vocab_size") or math.inf
     instead = [made.pad_token_id or made.eos_token_id or 0]
 
     def prepare(text: str) -> Any:
@@ -155,20 +167,28 @@ def tokens(
         with one:  # tokenizers keep truncation as state, which threads would share
             found = made(text, truncation=True, max_length=most)
         ids = found["input_ids"] or instead  # an empty text, without tokens around
+        if (last := max(ids)) >= known:  # CUDA would end the task
+            token = made.convert_ids_to_tokens(last)
+            raise ValueError(f"{token!r} is token {last} of the tokenizer; the net has {known}")
         types = found.get("token_type_ids")
         return ids if types is None else (ids, types or [0])
 
     return prepare
 
 
-def longest(folder: Path, told: int) -> int:
+def _of_texts(folder: Path) -> dict[str, Any]:
+    """What config.json says of the net, or of the part of the net that takes texts."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    return config.get("text_config") or config
+
+
+def longest(config: Mapping[str, Any], told: int) -> int:
     """The most tokens that a net takes.
 
     Args:
+        config: what config.json says of it.
         told: what its tokenizer says.
     """
-    config = json.loads((folder / "config.json").read_bytes())
-    config = config.get("text_config") or config
     places = config.get("max_position_embeddings") or config.get("n_positions") or ENDLESS
     if "roberta" in str(config.get("model_type")):  # counts its places from behind the padding
         places -= int(config.get("pad_token_id") or 0) + 1
@@ -211,9 +231,9 @@ class TextNet:
         self.sparse = [
             m for m in net.modules() if getattr(m, "attention_type", "") == "block_sparse"
         ]
-        self.most = MOST_COMPUTED
-        if self.sparse or (source and self._reads_padding(source)):
-            self.most = 1
+        self.most = math.inf  # while the net is tried
+        apart = self.sparse or (source and self._reads_padding(source))
+        self.most = 1 if apart else MOST_COMPUTED
 
     def _reads_padding(self, source: Path) -> bool:
         """Whether a text has other values beside a longer one, or cannot be computed there.
@@ -221,16 +241,13 @@ class TextNet:
         Nets read the padding that have no mask, that take the last place or the mean of all for
         their summary, or that mix neighbours as a convolution does, whatever the mask says.
         """
-        made = tokens(str(source))
-        both = [
-            made("a cat"),
-            made("a cat on a mat in the sun, a dog, and a bird that sings all day"),
-        ]
+        longer = "a cat on a mat in the sun, a dog, and a bird that sings all day"
+        with loading(source):
+            both = [*map(tokens(str(source)), ("a cat", longer))]
         texts: Any = (
             tuple(map(list, zip(*both, strict=True))) if isinstance(both[0], tuple) else both
         )
         one: Any = tuple(t[:1] for t in texts) if isinstance(texts, tuple) else texts[:1]
-        self.most = math.inf
         with suppress(Exception), torch.no_grad():  # which is told when a caption is computed
             alone, beside = self(one), self(texts)[:1]
             return not torch.allclose(beside, alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
@@ -249,6 +266,16 @@ class TextNet:
             kinds = to_device(made, self.device)
 
         def run(ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+            try:
+                return read(ids, lengths, rows)
+            except ValueError:  # of BART, which wants as many ends in each text as in the first
+                if len(rows) == 1 or self.most == math.inf:
+                    raise
+            parts = (t[:, None] for t in (lengths, rows))
+            ones = zip(ids[:, None], *parts, strict=True)
+            return torch.cat([read(ids[:, : int(n)], n, row) for ids, n, row in ones])
+
+        def read(ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
             ids = F.pad(ids, (0, max(0, self.least - ids.shape[1])), value=self.padding)
             mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
             given = {"input_ids": ids, "attention_mask": mask}

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bench import run
 from kit import captions
 from tiny_nets import SMALL, bert, lively, wordpieces
 from transformers import (
     AutoTokenizer,
+    BartConfig,
+    BartForSequenceClassification,
     BertForSequenceClassification,
     BigBirdForSequenceClassification,
     CanineConfig,
@@ -22,6 +26,9 @@ from transformers import (
     XLNetForSequenceClassification,
     pipeline,
 )
+
+from d2m_hpc.errors import WeightsError
+from d2m_hpc.models.hub_nets import Classifier, net_of, tokens
 
 NAMES = {0: "spam", 1: "fine", 2: "ad"}
 
@@ -105,3 +112,58 @@ def test_a_text_shorter_than_the_steps_of_a_net_has_scores_too(tmp_path: Path) -
     rows = [{s["label"]: s["score"] for s in row} for row in made(texts[2:])]
     np.testing.assert_allclose(found[2:], [[r["LABEL_0"], r["LABEL_1"]] for r in rows], atol=1e-5)
     assert np.isfinite(found).all()
+
+
+def test_texts_with_special_tokens_in_them_have_the_scores_that_they_have_alone(
+    tmp_path: Path,
+) -> None:
+    """BART's classifiers refuse texts beside each other that have not as many ends."""
+    tokenizer, ways = wordpieces(tmp_path), {"layers": 1, "attention_heads": 2, "ffn_dim": 48}
+    sizes = {f"{part}_{n}": v for part in ("encoder", "decoder") for n, v in ways.items()}
+    ends = {f"{n}_token_id": tokenizer.sep_token_id for n in ("eos", "decoder_start")}
+    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ends}
+    config = BartConfig(d_model=32, max_position_embeddings=64, **sizes, **vocabulary)
+    lively(BartForSequenceClassification(config)).save_pretrained(tmp_path)
+    entry = {"kind": "text-classification", "checkpoint": str(tmp_path)}
+    keys = {"models": [{"own": entry}], "postprocess_features": ["own-scores"]}
+    texts = ["a cat", "a dog", "a [SEP] b", "[SEP][SEP]", "a photo of grass"]
+    found = run(keys, (), texts).features["own-scores"]
+    made = pipeline("text-classification", str(tmp_path), top_k=None)
+    rows = [{s["label"]: s["score"] for s in made([text])[0]} for text in texts]
+    expected = np.array([[row[f"LABEL_{i}"] for i in range(3)] for row in rows])
+    assert expected.std(axis=0).max() > 1e-3
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_text_with_a_token_that_the_net_has_not_is_no_fault_of_others(tmp_path: Path) -> None:
+    """Tokenizers are given tokens, and nets left as they were; CUDA aborts at such a number."""
+    folder = bert(tmp_path, BertForSequenceClassification)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(folder)
+    prepare = tokens(str(folder))
+    assert prepare("a cat")
+    with pytest.raises(ValueError, match=r"'zebra' is token \d+ of the tokenizer; the net has \d+"):
+        prepare("a zebra")
+
+
+def test_few_tokens_are_computed_for_padding(tmp_path: Path) -> None:
+    folder, seen = bert(tmp_path, BertForSequenceClassification), []
+    net = Classifier(torch.device("cpu"), folder, "AutoModelForSequenceClassification", {})
+    net.net.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    net([[2, 5, 3]] * 30 + [[2, *[5] * 40, 3]])
+    assert sum(seen) <= 1.2 * (30 * 3 + 42)
+
+
+@pytest.mark.parametrize("auto", ["AutoModelForSequenceClassification", "AutoModel"])
+def test_layers_that_a_config_leaves_out_are_told(auto: str, tmp_path: Path) -> None:
+    """transformers leaves their tensors out, and the shorter net has other values."""
+    folder = bert(tmp_path, BertForSequenceClassification)
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(WeightsError, match=r"beyond those of its config.json: .*layer\.1\..*mend"):
+        net_of(folder, auto, torch.device("cpu"), unused="pooler.")
+    (folder / "config.json").write_text(json.dumps(config))
+    net_of(folder, auto, torch.device("cpu"), unused="pooler.")  # without the classifier, too
