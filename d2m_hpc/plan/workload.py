@@ -33,6 +33,7 @@ from d2m_hpc.run.fingerprints import DERIVED, in_known_order
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.run.slices import Slice, Tree, planned
+from d2m_hpc.storage.mounts import cached_seconds
 from d2m_hpc.storage.texts import BRIEF, few, safe
 from d2m_hpc.storage.urls import is_folder, is_local
 
@@ -382,4 +383,13 @@ def _notices(
     if expansion.missing:
         some = few(expansion.missing)
         notices.append(f"{len(expansion.missing)} tars are not there and will fail: {some}")
-    return notices + memory.notices(config, known, sizes)
+    return [*notices, *memory.notices(config, known, sizes), *short_leases(config)]
+
+
+def short_leases(config: Config) -> list[str]:
+    """Say so where a node may see a lease as dead whose heartbeat its NFS client does not show."""
+    folder, seconds = run_dir(config).root, config.lease_seconds
+    if (cached := cached_seconds(folder)) * 2 <= seconds:
+        return []
+    told = f"the NFS client keeps times in {folder} for up to {cached:g} s"
+    return [f"{told}: set lease_seconds: {2 * cached:g} in place of {seconds:g}"]

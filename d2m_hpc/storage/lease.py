@@ -27,6 +27,8 @@ DEAD = ".dead-"
 _DURATION = re.compile(r"^duration=(\d+(?:\.\d+)?(?:e[+-]\d+)?)$", re.M)
 """The lease's length, as filelock writes it."""
 
+LONGEST = 4096
+"""Bytes that are read of a lease file; a lease has some hundred."""
 LEASE_SECONDS = 120.0
 """Seconds without a heartbeat after which a claim is lost."""
 
@@ -105,7 +107,7 @@ class Lease:
         try:
             # Opening a file makes a client of NFS forget the size and time that it has cached.
             with open(self._path, "rb") as file:
-                content, stat = file.read(), os.fstat(file.fileno())
+                content, stat = file.read(LONGEST), os.fstat(file.fileno())
         except OSError:
             return False
         now, beat = time.monotonic(), stat.st_mtime_ns
@@ -124,7 +126,7 @@ class Lease:
         with suppress(OSError):
             self._path.rename(aside)
             try:
-                is_dead = aside.read_bytes() == content
+                is_dead = _head(aside) == content
                 if not is_dead:
                     os.link(aside, self._path)
                 return is_dead
@@ -138,7 +140,7 @@ class Lease:
         better."""
         token = self._lock.token
         try:
-            return token is None or token not in self._path.read_text(encoding="utf-8")
+            return token is None or token.encode() not in _head(self._path)
         except OSError:
             return True
 
@@ -194,6 +196,12 @@ def _overdue(path: Path) -> int | None:
 def _duration(path: Path) -> float:
     """Seconds without a heartbeat after which a claim is lost, as its holder wrote them down."""
     with suppress(FileNotFoundError):
-        if found := _DURATION.search(path.read_text("utf-8", "replace")):
+        if found := _DURATION.search(_head(path).decode("utf-8", "replace")):
             return float(found[1])
     return LEASE_SECONDS
+
+
+def _head(path: Path) -> bytes:
+    """The bytes of a lease file, as far as a lease may go."""
+    with open(path, "rb") as file:
+        return file.read(LONGEST)

@@ -120,7 +120,8 @@ def _leases(config: Config | None) -> Check:
         folder = folder.parent
     try:
         if preflight.is_exclusive(folder):
-            return Check("leases", f"work in {folder}")
+            mend = "; ".join(workload.short_leases(config)) if config else ""
+            return Check("leases", f"work in {folder}", mend)
     except OSError as error:
         what = f"{folder} cannot be written: {error.strerror}"
         return Check("leases", what, "set run_dir: to a folder of yours")

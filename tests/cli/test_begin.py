@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import d2m_hpc as d2m
 from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.plan import workload
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +222,8 @@ def test_the_doctor_says_what_mends_it(tmp_path: Path, monkeypatch: pytest.Monke
     assert lines["Slurm"] == "there is no sbatch here; --local works"
     assert lines["leases"] == f"work in {tmp_path}"
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(workload, "cached_seconds", lambda folder: 300.0)  # as an NFS mount says
+    assert "set lease_seconds: 600 in place of 120" in _d2m("doctor", path).stdout
 
     only = {"models": ["oai-clip-vit-b32"], "postprocess_columns": []}
     write_config(path, STATS, **values, **only, postprocess_features=[])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from d2m_hpc.storage.lease import Lease, held
+from d2m_hpc.storage.lease import Lease, _duration, held
 
 HOLDER = """
 import sys
@@ -269,3 +269,19 @@ def test_a_lease_that_another_took_over_meanwhile_is_put_back(path: Path) -> Non
     assert not first.lost
     first.release()
     assert list(path.parent.iterdir()) == []
+
+
+def test_a_lease_file_of_any_size_is_read_in_part(path: Path) -> None:
+    """What a broken disk or another program leaves is watched and taken over like any other."""
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # read whole, it would end this process
+    lease = Lease(path, 0.2)
+    assert not lease.claim()
+    time.sleep(0.3)
+    assert lease.claim()
+    assert not lease.lost
+    lease.release()
+    path.write_bytes(b"x" * 2000 + b"\nduration=7.0\n")
+    os.truncate(path, 1 << 40)
+    assert not Lease(path).claim()
+    assert _duration(path) == 7.0

@@ -1,0 +1,33 @@
+"""The time for which a network filesystem's client may keep what another node has changed."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+DEFAULT = 60.0
+"""Seconds of NFS' acregmax and acdirmax, which the system lists where they are others."""
+
+
+def cached_seconds(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> float:
+    """The seconds for which a client of NFS keeps the times and listings of files in a folder.
+
+    0 on other filesystems, and where the system does not tell.
+    """
+    found: tuple[str, str, str] = "", "", ""
+    try:
+        lines = mounts.read_text("utf-8", "surrogateescape").splitlines()
+        place = os.path.realpath(folder)
+    except OSError:
+        return 0.0
+    for line in lines:
+        _, point, kind, options, *_ = line.split(" ")
+        point = re.sub(r"\\([0-7]{3})", lambda escape: chr(int(escape[1], 8)), point)
+        if f"{place}/".startswith(f"{point.rstrip('/')}/") and len(point) >= len(found[0]):
+            found = point, kind, options
+    _, kind, options = found
+    if not kind.startswith("nfs") or "noac" in options.split(","):
+        return 0.0
+    known = dict(re.findall(r"\b(acregmax|acdirmax)=(\d+)", options))
+    return max(float(known.get(name, DEFAULT)) for name in ("acregmax", "acdirmax"))
