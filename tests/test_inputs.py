@@ -754,6 +754,16 @@ def test_captions_may_be_a_csv_and_only_the_first_of_a_picture_counts(tmp_path: 
     assert run.table()["text-words"].to_pylist() == [3, 1]
 
 
+def test_a_shard_that_failed_with_its_captions_has_a_record_like_others(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "in", "1.jpg", "2.jpg")
+    (folder / "a.csv").write_text("file_name,text\n1.jpg,one\n")
+    more = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
+    run = d2m.submit(of_pictures(tmp_path, captions=str(folder / "a.csv"), **more), local=True)
+    [failure] = run.status().failures
+    assert "pictures have no row in the captions file: 2.jpg" in failure.error
+    assert not run.verify().faults
+
+
 def test_a_caption_is_that_of_the_picture_which_is_read(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "in", "1.bmp", "1.JPG")
     (folder / "a.csv").write_text("file_name,text\n1.bmp,no\n1.JPG,a longer one\n")

@@ -219,6 +219,8 @@ def test_a_sample_that_lacks_one_of_the_texts_is_rejected(
     assert dict(record.rejections) == {
         "0": "text:again: no text in the JSON's field 'again': found null"
     }
+    reasons = d2m.open(tmp_path / "other" / ".d2m").status().rejections
+    assert dict(reasons) == {"text:again: no text in the JSON's field 'again'": 1}
 
 
 def test_a_custom_class_takes_a_further_text(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from d2m_hpc import api
 from d2m_hpc.cli.common import AsJson, Target, echo, print_json
+from d2m_hpc.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2m_hpc.subsets.datacomp import Export
@@ -126,13 +127,14 @@ def select(
     ] = None,
     where: Annotated[str, typer.Option(help="an SQL expression over the columns")] = "true",
     top: Annotated[
-        float, typer.Option(help="of what --where leaves, the best share, such as 0.3, or so many")
-    ] = 0.0,
+        float | None,
+        typer.Option(help="of what --where leaves, the best share, such as 0.3, or so many"),
+    ] = None,
     by: Annotated[str, typer.Option(help="the column whose highest values are the best")] = "",
     within: Annotated[
         str, typer.Option(metavar="COLUMN", help="--top and --sample of each of its values")
     ] = "",
-    sample: Annotated[float, typer.Option(help="draw a share or so many at random")] = 0.0,
+    sample: Annotated[float | None, typer.Option(help="draw a share or so many at random")] = None,
     weight: Annotated[str, typer.Option(metavar="COLUMN", help="draw these likelier")] = "",
     seed: Annotated[int, typer.Option(help="of the draw")] = 0,
     join: Annotated[
@@ -148,6 +150,9 @@ def select(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
+    if 0 in (top, sample):  # from Python, these take all
+        raise ConfigError("select", ["--top and --sample: found 0; valid is more"])
+    top, sample = top or 0.0, sample or 0.0
     more: dict[str, Any] = {"within": within, "sample": sample, "weight": weight, "join": join}
     with _bar("shards") as on_shards:
         run = api.open(target)

@@ -104,7 +104,7 @@ def find(
         listed = [s for s in shards if s.url in times and made(found, s.stem)]
         stems += [s.stem for s in listed if _is_other_in_store(s, found, output, sizes, times)]
         looked_at += len(listed)
-    seen: dict[str, list[int]] = {}
+    seen: dict[str, tuple[int, int]] = {}
     texts = [s.stem for s in drawn if _has_other_texts(made(found, s.stem), seen)]
     return Changed([*dict.fromkeys(stems + texts)], looked_at, len(drawn) == len(shards), texts)
 
@@ -141,18 +141,18 @@ def _stat(shard: Shard) -> os.stat_result | None:
     return None
 
 
-def _has_other_texts(outcome: Outcome | None, seen: dict[str, list[int]]) -> bool:
+def _has_other_texts(outcome: Outcome | None, seen: dict[str, tuple[int, int]]) -> bool:
     """Whether a file of texts or captions that a shard was computed with was replaced.
 
     Args:
         seen: sizes and times of such files by path, as all shards may have one.
     """
-    for path, version in ((outcome and outcome.texts) or {}).items():
+    for path, *version in outcome.texts if outcome else ():
         with suppress(OSError, ValueError):
             if path not in seen:
                 now = os.stat(path)
-                seen[path] = [now.st_size, now.st_mtime_ns]
-            if seen[path] != version:
+                seen[path] = now.st_size, now.st_mtime_ns
+            if seen[path] != (*version,):
                 return True
     return False
 

@@ -21,6 +21,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         rejected: how many samples were rejected, by the gist of their reason.
+        texts: the path, size and time of each file of texts or captions.
         The other attributes are those of `Record`.
     """
 
@@ -38,7 +39,7 @@ class Outcome(NamedTuple):
     error: str
     attempt: int
     notices: tuple[str, ...] = ()
-    texts: Mapping[str, list[int]] | None = None
+    texts: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -86,14 +87,17 @@ class Outcome(NamedTuple):
                 intern(get("error", "")),
                 int(get("attempt", 0)),
                 tuple(map(intern, notices)) if notices else (),
-                dict(texts) if (texts := get("texts")) else None,
+                tuple((intern(path), size, time) for path, (size, time) in texts.items())
+                if (texts := get("texts"))
+                else (),
             )
         )
 
 
 def gist(reason: str) -> str:
-    """The start of a reason, which many samples have in common."""
-    return reason.split(":", 1)[0].split(";", 1)[0]
+    """The start of a reason, which many samples have in common, with the text that it is about."""
+    start = reason.find(": ") + 2 if reason.startswith("text:") else 0
+    return reason[:start] + reason[start:].split(":", 1)[0].split(";", 1)[0]
 
 
 def _by_reason(rejections: Iterable[Sequence[str]]) -> tuple[tuple[str, int], ...]:

@@ -72,6 +72,9 @@ def test_the_tars_have_the_kept_samples_with_all_their_members(
         read = [*group_by_keys(tar_file_expander([{"url": str(tar), "stream": file}]))]
     assert [sample["__key__"] for sample in read] == ["000000001", "000000003"]
 
+    refused = command("select", tmp_path / "c.yml", "--sample", "0", "-o", kept)
+    assert "--top and --sample: found 0; valid is more" in refused.stderr
+
     # Of lists that are divided among tasks, some may be empty.
     (tmp_path / "none.jsonl").touch()
     nothing = run.export("subset-tars", tmp_path / "none", lists=tmp_path / "none.jsonl")
