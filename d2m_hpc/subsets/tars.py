@@ -24,7 +24,6 @@ from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage.urls import masked
 from d2m_hpc.subsets.exports import ExportLayout, ExportPart, ExportSource, digest_of, whole
-from d2m_hpc.worker.read.names import members_of
 
 if TYPE_CHECKING:
     from d2m_hpc.worker.read.reader import Reader, Sample
@@ -89,6 +88,8 @@ class SubsetTars(ExportLayout):
             self._copy(shard, reader, tar)
 
     def _copy(self, shard: Shard, reader: Reader, tar: tarfile.TarFile) -> None:
+        from d2m_hpc.worker.read.names import members_of
+
         left, names = Counter(self._lists[shard.stem]), dict[str, str]()
         image = members_of(self.source.config)["image"][0]
         wanted = frozenset(left)
