@@ -46,6 +46,7 @@ class Account:
         wrong: outputs that are missing, or other than those of an undisturbed run.
         unfinished: what the last submit said, where the run did not become complete.
         tracebacks: what a command printed where it should have said a line.
+        rounds: those of a run that went on by itself, with the shards that each found done.
     """
 
     faults: Counter[str] = field(default_factory=Counter)
@@ -55,11 +56,12 @@ class Account:
     wrong: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     tracebacks: list[str] = field(default_factory=list)
+    rounds: list[str] = field(default_factory=list)
 
     def add(self, other: Account) -> None:
         self.faults += other.faults
         self.shards += other.shards
-        for name in BAD:
+        for name in (*BAD, "rounds"):
             getattr(self, name).extend(getattr(other, name))
 
     def __str__(self) -> str:
@@ -67,7 +69,8 @@ class Account:
         bad = {k: getattr(self, k) for k in BAD}
         told = "; ".join(f"{len(v)} {k}" for k, v in bad.items())
         why = "".join(f"\n  {k}: {item}" for k, v in bad.items() for item in v)
-        return f"{self.faults.total()} faults ({kinds}): {self.shards} shards, {told}{why}"
+        rounds = "".join(f"\n  {told}" for told in self.rounds)
+        return f"{self.faults.total()} faults ({kinds}): {self.shards} shards, {told}{why}{rounds}"
 
 
 class Disk:
@@ -391,9 +394,13 @@ class Chaos:
         self._let_run()
         time.sleep(1)
         chain = read(RunDir(self.run.run_dir))
-        if chain is not None and chain.state == "stopped":
+        if chain is None or chain.state == "running":
+            return False
+        if chain.state == "stopped":
             self.account.unfinished.append(str(chain))
-        return chain is not None and chain.state != "running"
+        found = ", ".join(f"{r.done} of {r.shards}" for r in chain.rounds)
+        self.account.rounds.append(f"{len(chain.rounds)} rounds, which found done: {found}")
+        return True
 
     def close(self, truth: Callable[[int, int], dict[str, object]]) -> Account:
         """Compare with an undisturbed run's outputs.
