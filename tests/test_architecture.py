@@ -270,3 +270,28 @@ def test_functions_stay_short() -> None:
         if isinstance(node, ast.FunctionDef)
     }
     assert {n: size for n, size in sizes.items() if size > LONGEST_FUNCTION} == {}
+
+
+def test_a_task_without_nets_loads_no_library_of_nets_and_no_pandas() -> None:
+    """They take four times as long as torch; pandas is loaded by pyarrow's first array."""
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_NETS], capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("\n(1, 2)\n", "")
+
+
+WITHOUT_NETS = """
+import sys
+from d2m_hpc.config import Config
+from d2m_hpc.models.tokens import clip_tokens
+from d2m_hpc.stopping import own_process
+from d2m_hpc.worker.batch import Outputs
+from d2m_hpc.worker.write.table import Table
+own_process()
+clip_tokens("a cat")
+keys = {"models": ["image-stats"], "postprocess_columns": ["image-brightness"]}
+keys |= {"nworkers": 1, "batch_size": 1, "device": "cpu", "input_tars": ["a.tar"]}
+table = Table(Config(**keys, output_metadata_dir="out"))
+table.add(Outputs(["a"], {"image-brightness": [0.5]}, {}, {}))
+made = table.table()
+print(*{"open_clip", "timm", "transformers", "torchvision", "pandas"} & {*sys.modules})
+print(made.to_pandas().shape)
+"""

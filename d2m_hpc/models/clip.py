@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m_hpc.errors import WeightsError
+from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.models.buckets import run_by_length
 from d2m_hpc.models.checkpoint import Weights, state_of
 from d2m_hpc.models.half import in_half, is_openai
@@ -227,7 +228,8 @@ def create(weights: Weights, name: str, config: Mapping[str, Any]) -> Any:
 def load(weights: Weights, name: str) -> Any:
     """Build the net from a published TorchScript archive, a plain state dict or a training
     checkpoint, in float32."""
-    from open_clip.model import build_model_from_openai_state_dict
+    with gc_paused():
+        from open_clip.model import build_model_from_openai_state_dict
 
     with weights.used(name):
         state = _state_dict(weights, name)

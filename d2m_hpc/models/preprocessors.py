@@ -8,6 +8,7 @@ torch's own.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.models import extremes
+from d2m_hpc.models.blocks import Reused, like
 from d2m_hpc.models.inputs import NAMED, Form, ImageInput, OwnInput
 from d2m_hpc.models.pixels import Pixels, in_memory, size_of, tensor_of
 from d2m_hpc.storage.texts import safe
@@ -269,6 +271,19 @@ def identity(value: Any, options: Options) -> Any:
     return value.pil if isinstance(value, Picture) else value
 
 
+_on_host = Reused(sys.maxsize)
+
+
+def _floats(pixels: Tensor) -> Tensor | None:
+    """Memory for the pixels as float32, on the host that of earlier batches; None for new memory.
+
+    On the host, zeroing new pages would take longer than normalising does.
+    """
+    if pixels.device.type != "cpu":
+        return None
+    return like(pixels, lambda shape, _: _on_host(shape, torch.float32))
+
+
 def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Tensor], Tensor]:
     """uint8 [B, 3, H, W] on any device to float32, channel by channel (x / 255 - mean) / std."""
 
@@ -281,7 +296,7 @@ def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Ten
     def normalise(pixels: Tensor) -> Tensor:
         # Two passes over the memory; with one the rounding is another, which deep nets amplify to
         # 5e-5 on pictures of one colour. This one is the reference's, bit for bit, at 0.5 and 0.5.
-        unit = torch.div(pixels, 255)
+        unit = torch.div(pixels, 255, out=_floats(pixels))
         shift, factor = constants(pixels.device)
         return torch.addcmul(shift, unit, factor, out=unit)
 

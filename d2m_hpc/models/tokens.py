@@ -6,11 +6,12 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.machinery import PathFinder
+from importlib.util import find_spec, module_from_spec
 from threading import Lock
 from typing import Any
 
-import ftfy
 import regex
 import torch
 from torch import Tensor
@@ -40,11 +41,9 @@ def of_clip() -> Callable[[str], Tensor]:
 
 def of_open_clip(context: int = CONTEXT, **options: Any) -> Callable[[str], Tensor]:
     """The tokens of open_clip's own tokenizer, for `inputs.OwnInput`."""
-    from open_clip.tokenizer import SimpleTokenizer
-
     if not options:
         return ClipTokens(context, openai=False)
-    made = SimpleTokenizer(context_length=context, **options)
+    made = _tokenizers().SimpleTokenizer(context_length=context, **options)
     return lambda text: made(text)[0]
 
 
@@ -54,9 +53,7 @@ def of_transformers(source: str, context: int, **options: Any) -> Callable[[str]
     Args:
         source: the folder of the tokenizer's files.
     """
-    from open_clip.tokenizer import HFTokenizer
-
-    made, one = HFTokenizer(source, context_length=context, **options), Lock()
+    made, one = _tokenizers().HFTokenizer(source, context_length=context, **options), Lock()
 
     def tokens(text: str) -> Tensor:
         with one:  # tokenizers keep padding and truncation as state, which threads would share
@@ -64,6 +61,21 @@ def of_transformers(source: str, context: int, **options: Any) -> Callable[[str]
             return found
 
     return tokens
+
+
+@cache
+def _tokenizers() -> Any:
+    """open_clip's module of tokenizers, without its nets, whose imports take 1.5 times torch's."""
+    name = "open_clip.tokenizer"
+    package = find_spec("open_clip")
+    assert package
+    assert package.submodule_search_locations
+    found = PathFinder.find_spec(name, package.submodule_search_locations)
+    assert found
+    assert found.loader
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 class ClipTokens:
@@ -75,9 +87,7 @@ class ClipTokens:
     """
 
     def __init__(self, context: int = CONTEXT, openai: bool = True) -> None:
-        from open_clip.tokenizer import SimpleTokenizer
-
-        made = SimpleTokenizer(context_length=context)
+        made = _tokenizers().SimpleTokenizer(context_length=context)
         self._context, self._encoder, self._bytes = context, made.encoder, made.byte_encoder
         self._start, self._end = made.all_special_ids
         named = {made.decoder[token]: token for token in made.all_special_ids}
@@ -122,6 +132,8 @@ def clean(text: str) -> str:
     """As open_clip does: encoding mended, HTML unescaped, white space collapsed, lower case."""
     if _PLAIN.fullmatch(text):
         return " ".join(text.split()).lower()
+    import ftfy  # a tenth of what all else of a task without nets imports
+
     # Normalising puts a letter's marks in order, in square time where they come in none.
     mended = ftfy.fix_text(_MARKS.sub(_in_order, text))
     for _ in range(2):

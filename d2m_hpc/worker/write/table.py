@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container
+from functools import cache
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,28 @@ from d2m_hpc.models.types import leaf
 from d2m_hpc.run import values as fields
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.run.schema import Schema, Shape
+from d2m_hpc.stopping import is_own_process
 from d2m_hpc.worker.batch import Outputs, join, take
+
+
+class _NoPandas(MetaPathFinder):
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        if name == "pandas":
+            raise ImportError(name)
+
+
+@cache
+def _spare_pandas() -> None:
+    """Have pyarrow find no pandas when the first array is made, for which it would import that.
+
+    It asks once, whether it is given pandas' own types, and again when pandas is asked for. A
+    custom file's outputs that are of these types are known: pandas is loaded then. A process of
+    the user's own, which may load pandas later, is left as it is.
+    """
+    if "pandas" not in sys.modules and is_own_process():
+        sys.meta_path.insert(0, absent := _NoPandas())
+        pa.array([0])
+        sys.meta_path.remove(absent)
 
 
 class Table:
@@ -29,6 +53,7 @@ class Table:
         self._fields: dict[str, pa.Array] | None = None
 
     def add(self, outputs: Outputs) -> None:
+        _spare_pandas()
         self.parts.append(outputs)
 
     @property
