@@ -337,6 +337,7 @@ def test_a_shard_without_the_feature_fails_alone(folder: Path) -> None:
         ({"duplicate": {"within": "probe"}}, "valid is an entry of kind clusters before"),
         ({"probe": {"checkpoint": "/no/file.npz"}}, "derive.probe.checkpoint: /no/file.npz cannot"),
         ({"probe": {"classes": ["a"]}}, "derive.probe: "),
+        ({"probe": {"checkpoint": "narrow.npz"}}, "image-histogram has 48 values, and the head in"),
         ({"probe": {"on": "image-histgram"}}, "did you mean 'image-histogram'"),
         ({"weighed": {"expression": "clutser + 1"}}, "unknown column 'clutser'; did you mean"),
         ({"weighed": {"expression": "cluster, 1"}}, "derive.weighed.expression: found"),
@@ -346,6 +347,9 @@ def test_a_shard_without_the_feature_fails_alone(folder: Path) -> None:
 )
 def test_mistakes_are_told_in_a_line(finished: Path, change: dict[str, Any], told: str) -> None:
     before = records(finished)
+    np.savez(finished / "narrow.npz", coef_=np.ones((2, 7)), intercept_=np.ones(2))
+    if (checkpoint := change.get("probe", {}).get("checkpoint")) == "narrow.npz":
+        change = {"probe": {"checkpoint": str(finished / checkpoint)}}
     with pytest.raises(ConfigError) as caught:
         d2m.derive(config(finished, **change), local=True)
     assert told in str(caught.value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def derived(
         if isinstance(entry, SqlExpression):
             about["before"] = dict(digests)
         if isinstance(entry, HeadScores):
-            about["checkpoint"] = _checkpoint(name, entry, config.weights_dir)
+            size = _size(config, done, entry.family.on)
+            about["checkpoint"] = _checkpoint(name, entry, config.weights_dir, size)
         if (key := _key(name, entry, workload, done, kept)) is None:
             digests[name] = hashed(about)
             continue
@@ -96,8 +98,7 @@ def _require_sql(config: Config, done: Mapping[str, Outcome]) -> None:
     """
     if not any(isinstance(entry, SqlExpression) for entry in config.derive.values()):
         return
-    stem = next((s for s, outcome in done.items() if outcome.rows), next(iter(done)))
-    known = Pair(OutputDir(config.output_metadata_dir), stem).metadata().schema.to_arrow_schema()
+    known = _first(config, done).metadata().schema.to_arrow_schema()
     table = pa.table({name: pa.nulls(2, known.field(name).type) for name in config.columns})
     for name, entry in config.derive.items():
         if isinstance(entry, SqlExpression):
@@ -107,6 +108,20 @@ def _require_sql(config: Config, done: Mapping[str, Outcome]) -> None:
                 raise ConfigError("config", [f"derive.{name}.expression: {error}"]) from None
         for column, kind in entry.columns(name).items():
             table = table.append_column(column, pa.nulls(2, arrow_type(kind)))
+
+
+def _first(config: Config, done: Mapping[str, Outcome]) -> Pair:
+    """The first finished pair that has rows, if any has."""
+    stem = next((s for s, outcome in done.items() if outcome.rows), next(iter(done)))
+    return Pair(OutputDir(config.output_metadata_dir), stem)
+
+
+def _size(config: Config, done: Mapping[str, Outcome], feature: str) -> tuple[int, ...]:
+    """How many values a row of a stored feature has; nothing where the pair does not tell."""
+    with suppress(Exception):  # of a damaged pair, or a store: the task tells
+        [found] = _first(config, done).features([feature], mapped=True).values()
+        return (found[0].size,)
+    return ()
 
 
 def _keep(run: RunDir, key: str, arrays: _Arrays) -> Path:
@@ -143,8 +158,11 @@ def _key(
     return None
 
 
-def _checkpoint(name: str, entry: HeadScores, folder: str | None) -> str:
+def _checkpoint(name: str, entry: HeadScores, folder: str | None, size: tuple[int, ...]) -> str:
     """The sha256 of a head's file, which must be there and fit.
+
+    Args:
+        size: of the feature.
 
     Raises:
         ConfigError: it is not, or does not.
@@ -152,7 +170,7 @@ def _checkpoint(name: str, entry: HeadScores, folder: str | None) -> str:
     use = Use(name, weights_dir(folder), frozenset())
     try:
         entry.family.outputs(use)
-        entry.family.check(use, [()])
+        entry.family.check(use, [size])
         [file] = entry.family.checkpoints(use)
     except ValueError as error:
         raise ConfigError("config", [f"derive.{name}: {error}"]) from None
