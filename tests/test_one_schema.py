@@ -231,6 +231,14 @@ def test_a_misspelt_field_is_told_before_anything_is_computed(tmp_path: Path) ->
     assert list(out.glob("*.parquet")) == []
 
 
+@pytest.mark.parametrize("texts", ["json:captoin", {"more": "json:captoin"}])
+def test_a_misspelt_text_is_told_before_anything_is_computed(texts: Any, tmp_path: Path) -> None:
+    name = "text-words" if isinstance(texts, str) else "text-more-words"
+    run(tmp_path, FULL, FULL, code=2, postprocess_columns=[name], text_from=texts)
+    assert "text_from: no sample of" in said(tmp_path)
+    assert "has the field 'captoin'; did you mean 'caption'" in said(tmp_path)
+
+
 def compressed(folder: Path) -> str:
     plain = folder / "tars" / "0.tar"
     plain.with_name("0.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cached_property
 from itertools import islice
@@ -88,27 +88,46 @@ class Peek:
             return found if METADATA in (found.metadata or {}) else None
         return None
 
-    def require(self, config: Config, schema: Schema) -> None:
+    def require(self, named: Mapping[str, str], schema: Schema) -> None:
         """Look for each field in the run's first shard that has samples with JSON.
+
+        Args:
+            named: as `require_fields` takes them.
 
         Raises:
             ConfigError: no sample of that shard has one of them.
         """
         for url in self._shards:
-            if require_fields(_samples(url, self._opened), url, config, schema):
+            if require_fields(_samples(url, self._opened), url, named, schema):
                 return
 
 
+def required(config: Config, toolbox: Toolbox) -> dict[str, str]:
+    """The fields that a run's first shard must have, and the key of the config that names each."""
+    if config.allow_missing_fields:
+        return {}
+    taken = {raw for spec in toolbox.specs.values() for raw in spec.raw_inputs}
+    texts = {text.field for raw, text in config.texts.items() if text.field and raw in taken}
+    named = dict.fromkeys(texts if config.max_rejected_fraction < 1 else (), "text_from")
+    named |= {name: "additional_fields" for name, _ in config.asked_fields}
+    return {name: key for name, key in named.items() if name != "key"}
+
+
 def require_fields(
-    samples: Iterable[tuple[str, dict[str, Any]]], tar: str, config: Config, schema: Schema
+    samples: Iterable[tuple[str, dict[str, Any]]],
+    tar: str,
+    named: Mapping[str, str],
+    schema: Schema,
 ) -> bool:
     """Look for each field that no shard of a run has shown so far; whether samples have JSON.
 
+    Args:
+        named: as `required` gives them.
+
     Raises:
-        ConfigError: no sample has one of them, though the config does not allow that.
+        ConfigError: no sample has one of them.
     """
-    wanted = [name for name, _ in config.asked_fields if name != "key"]
-    wanted = [name for name in wanted if not (config.allow_missing_fields or schema.is_seen(name))]
+    wanted = [name for name in named if not schema.is_seen(name)]
     if not wanted:
         return True
     seen = Seen()
@@ -120,19 +139,24 @@ def require_fields(
         schema.mark_seen(name)
     if missing := [name for name in seen.missing(wanted) if not schema.is_seen(name)]:
         where = f"{safe(tar)}, the run's first shard with samples,"
-        advice = "`allow_missing_fields: true` takes it as nulls"
-        told = [f"additional_fields: {seen.told(n, where)}; {advice}" for n in missing]
+        advice = "`allow_missing_fields: true` goes on without"
+        told = [f"{named[name]}: {seen.told(name, where)}; {advice}" for name in missing]
         raise ConfigError(str(schema.run.config) if schema.run else "config", told)
     return seen.samples > 0
 
 
 def schema_of(
-    run: RunDir, config: Config, part: Config, output: OutputDir, toolbox: Toolbox, version: str
+    run: RunDir,
+    config: Config,
+    named: Mapping[str, str],
+    output: OutputDir,
+    toolbox: Toolbox,
+    version: str,
 ) -> Schema:
     """The types of a run's outputs, for one of its tasks.
 
     Args:
-        part: of the config, as the task computes it.
+        named: as `required` gives them.
         version: of the custom code.
 
     Raises:
@@ -148,7 +172,7 @@ def schema_of(
         ahead=peek.values,
         kept=untold if config.reprocess else peek.kept,
     )
-    peek.require(part, schema)
+    peek.require(named, schema)
     return schema
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from d2m_hpc.worker.compute.resolve import Toolbox
 from d2m_hpc.worker.cores import cores
 from d2m_hpc.worker.derive import Deriver
 from d2m_hpc.worker.faults import cuda_failure, ends_task, guarded, logging_to
-from d2m_hpc.worker.peek import json_of, require_fields, schema_of
+from d2m_hpc.worker.peek import json_of, require_fields, required, schema_of
 from d2m_hpc.worker.progress import Listener, Reporter, Watchdog
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.loader import Findings, Loader, Reading
@@ -198,6 +198,7 @@ class Task:
         self.output = OutputDir(config.output_metadata_dir)
         self.schema = Schema.of(config)
         self._is_sound = self._is_declared = False
+        self.required: Mapping[str, str] = {}  # fields, and the keys of the config that name them
         self.part = config  # the part that the task computes: for an extension, the added keys
 
     def work(
@@ -239,7 +240,9 @@ class Task:
             toolbox = self._toolbox(claims.extends)
             graph, recipe = Graph(self.part, toolbox, device), Recipe.of(self.part, toolbox.inputs)
         require_same(run, self.custom.version, opened - self.checkpoints)
-        self.schema = schema_of(run, config, self.part, self.output, toolbox, self.custom.version)
+        self.required = required(self.part, toolbox)
+        asked, version = self.required, self.custom.version
+        self.schema = schema_of(run, config, asked, self.output, toolbox, version)
         return self._computed(claims, graph, recipe)
 
     @contextmanager
@@ -313,7 +316,7 @@ class Task:
 
     def _look(self, archive: Reader, url: str) -> None:
         """Raise `ConfigError` for a field that a tar lacks, as all of the run's before it do."""
-        require_fields(json_of(archive), url, self.part, self.schema)
+        require_fields(json_of(archive), url, self.required, self.schema)
 
     def _compute(self, reading: Reading, graph: Graph, claims: Claims) -> Result:
         """Compute a shard, or find out why that fails; release its lease if the task must abort."""
