@@ -6,6 +6,7 @@ import sys
 from collections.abc import Container
 from functools import cache
 from importlib.abc import MetaPathFinder
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,13 @@ from d2m_hpc.worker.batch import Outputs, join, take
 
 
 class _NoPandas(MetaPathFinder):
+    """Find no pandas for the thread that made this; custom code in others may import it now."""
+
+    def __init__(self) -> None:
+        self._thread = get_ident()
+
     def find_spec(self, name: str, path: object, target: object = None) -> None:
-        if name == "pandas":
+        if name == "pandas" and get_ident() == self._thread:
             raise ImportError(name)
 
 
