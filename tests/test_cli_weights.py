@@ -347,3 +347,15 @@ def test_names_of_another_form_say_the_right_one(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=f"(?s){told}"):
             load(_config(tmp_path, **NO_OUTPUT, models=[{"net": entry}]))
+
+
+def test_a_misspelt_folder_that_reads_as_a_repository_is_told_as_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    entry = {"kind": "text-classification", "checkpoint": "nets/mien"}
+    config = _config(tmp_path, **NO_OUTPUT, models=[{"net": entry}])
+    told = rf"co/nets/mien; {tmp_path}/nets has no 'mien'; did you mean 'mine'"
+    with pytest.raises(ConfigError, match=told):
+        inspect(load(config), str(config))

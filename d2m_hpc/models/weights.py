@@ -28,6 +28,7 @@ from d2m_hpc.models.download import (
 from d2m_hpc.models.lock import UNLOCKED, Lock, alone
 from d2m_hpc.models.published import Checkpoint, HubRepo
 from d2m_hpc.storage.files import atomic_write, fsync_dir, make_folder
+from d2m_hpc.storage.texts import nearest
 
 if TYPE_CHECKING:
     from d2m_hpc.models.family import ModelSpec
@@ -269,7 +270,7 @@ def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) ->
             where = (
                 f"it is published at {url}" if url else "a custom file declares it, or the config"
             )
-            problems.append(f"{item.path} is missing; {where}")
+            problems.append(f"{item.path} is missing; {where}{_beside(item.checkpoint.name)}")
         elif not item.is_usable(allow_unpublished):
             whose = "published is" if item.checkpoint.url else "the config says"
             if item in unlocked[1:]:  # for one cause
@@ -285,6 +286,16 @@ def require(checked: Sequence[Checked], allow_unpublished: bool, config: str) ->
         advice = [f"run `d2m weights fetch {config}` where there is internet"] if published else []
         raise WeightsError("\n  ".join(["checkpoints:", *problems, *advice]))
     return {item.checkpoint.name: item.sha256 for item in checked}
+
+
+def _beside(name: str) -> str:
+    """What to say of a missing repository, if a folder here has its owner's name: a folder in that
+    one may be meant."""
+    owner, _, repo = name.rpartition("@")[0].removeprefix("hub/").partition("--")
+    if not repo or not Path(owner).is_dir():
+        return ""
+    known = (path.name for path in Path(owner).iterdir())
+    return f"; {Path(owner).absolute()} has no {repo!r}{nearest(repo, known)}"
 
 
 def address(checkpoint: Checkpoint, mirror: str = "") -> str:
