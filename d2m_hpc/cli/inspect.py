@@ -42,7 +42,9 @@ def top(target: Target) -> None:
 
 
 def cancel(target: Target) -> None:
-    print(f"cancelled {api.open(target).cancel()} array tasks")
+    from d2m_hpc.watch import terminal
+
+    print(f"cancelled {terminal.count(api.open(target).cancel(), 'array task')}")
 
 
 def forget(

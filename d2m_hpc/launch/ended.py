@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import time
 from collections import defaultdict
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from d2m_hpc.errors import ConfigError, SlurmError
 from d2m_hpc.launch.commands import ask
-from d2m_hpc.launch.slurm import AT_ONCE, COMPLETING, Array, Queue, read_arrays
+from d2m_hpc.launch.slurm import AT_ONCE, COMPLETING, REST, Array, Queue, read_arrays
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.tasks import Progress
@@ -58,7 +59,7 @@ MEANINGS = {
     ),
     "preempted": (r"PREEMPTED|DUE TO PREEMPTION", "preempted", "set slurm.requeue: true"),
     "not begun": (
-        r"(?i)exit code 4\b|execve\(\)|can't open file|No module named|command not found",
+        r"(?i)exit code (4|126|127)\b|execve\(\)|can't open file|No module named|command not found",
         "they did not begin",
         "mend what their log names",
     ),
@@ -94,6 +95,7 @@ class End:
         chunks: the numbers of its chunks with such shards.
         stems: these shards.
         took, of: the most memory of its tasks and their limit in bytes; 0 where not known.
+        by: the number of the user who cancelled it; empty where not known.
     """
 
     submission: Submission
@@ -105,6 +107,7 @@ class End:
     node: str = ""
     took: int = 0
     of: int = 0
+    by: str = ""
     cause: str = UNKNOWN
     said: str = ""
 
@@ -164,6 +167,9 @@ def _group(cause: str, ends: list[End]) -> Ended:
     most = max(ends, key=lambda e: e.took)
     if cause == MEMORY and most.took and most.of:
         what += f", {most.took / 1e9:.1f} GB of {most.of / 1e9:.1f} GB"
+    if cause == "cancelled" and (by := next((e.by for e in ends if e.by), "")):
+        with suppress(KeyError, ValueError):  # a user of another machine
+            what += f" by {pwd.getpwuid(int(by)).pw_name}"
     nodes = sorted({e.node for e in ends if e.node})
     if nodes and cause in ("node", "not begun", KILLED):
         what += f", on {', '.join(nodes[:3])}{', ...' if nodes[3:] else ''}"
@@ -210,7 +216,7 @@ def _gone(
         chunks = array.chunks_of(index)
         open_ = tuple(c for c in chunks if c not in newest or newest[c].state != "finished")
         if index not in skipped and open_:
-            seen = known.get(index)
+            seen = known.get(index, known.get(REST))
             state = f"{seen.state} {seen.reason}" if seen else ""
             node = seen.node if seen else ""
             yield End(submission, array, index, open_, frozenset(), state, node)
@@ -253,7 +259,8 @@ def _with_account(end: End, said: dict[str, str]) -> End:
     told = f"{end.state} {state} " + (f"signal {signal}" if signal else "")
     if took and of and (took > of or (signal == 9 and took > NEAR * of)):
         told += " memory limit"
-    return replace(end, state=told, node=said["NodeList"] or end.node, took=took, of=of)
+    by = said["State"].partition(" by ")[2]
+    return replace(end, state=told, node=said["NodeList"] or end.node, took=took, of=of, by=by)
 
 
 FIELDS = ("JobID", "State", "ExitCode", "DerivedExitCode", "MaxRSS", "ReqMem", "NodeList")
@@ -297,9 +304,10 @@ def _read(run: RunDir, end: End) -> End:
     batch, *tasks = ([*_tail(path)] for path in paths)
     own = [line for lines in tasks for line in lines]
     # srun's own words about a task say less than the task's.
-    lines = (own, [line for line in batch if "Exited with exit code" not in line], batch)
+    plain = [line for line in batch if "Exited with exit code" not in line]
+    lines = (own, plain) if plain and not own else (own, plain, batch)
     errors = (s[i : i + 2] for s in lines for i in reversed(range(len(s))) if "error: " in s[i])
-    first, *rest = next(errors, [""])
+    first, *rest = next(errors, [] if own else plain[-1:]) or [""]
     said = "; ".join([first, *rest] if MISTAKES.search(first) else [first]).removeprefix("error: ")
     if own and own[-1] == NOTHING_LEFT:
         said = NOTHING_LEFT

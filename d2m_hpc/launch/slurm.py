@@ -259,6 +259,8 @@ _FORMAT = "%F|%K|%T|%r|%N %S|%j"
 _ENDS = "%F|%K|%T|%e"
 
 PENDING, RUNNING, COMPLETING, REQUEUED = "PENDING", "RUNNING", "COMPLETING", "REQUEUED"
+REST = -1
+"""The index of all elements that were cancelled before they began, of an array that had begun."""
 SILENT = 300.0
 """Seconds in which a task is imported and begins, also from a slow disk."""
 
@@ -297,9 +299,16 @@ def parse_queue(shown: str) -> Queue:
     rows = (line.split("|", 5) for line in shown.splitlines() if line.count("|") >= 5)
     return Queue(
         [
-            Element(job, int(index), state, name, reason, *place.split(" ", 1))
+            Element(
+                job,
+                int(index) if index.isdigit() else REST,
+                state,
+                name,
+                reason,
+                *place.split(" ", 1),
+            )
             for job, index, state, reason, place, name in rows
-            if index.isdigit()
+            if index.isdigit() or state == "CANCELLED"
         ]
     )
 

@@ -157,7 +157,8 @@ def proposal(proposed: Proposal) -> None:
     """Print the tasks, arrays and sbatch options that a submit would use."""
     from d2m_hpc.launch.sbatch import flags
 
-    console.print(f"{proposed.tasks} tasks of at most {proposed.most} shards")
+    most = count(proposed.most, "shard")
+    console.print(f"{count(proposed.tasks, 'task')} of at most {most}")
     for array in proposed.arrays:
         line = f"array {array.name}: elements 0-{array.elements - 1}"
         line += f", {array.parallel} at once" if array.parallel else ""
@@ -169,7 +170,8 @@ def proposal(proposed: Proposal) -> None:
 
 def submitted(arrays: Sequence[Array]) -> None:
     for array in arrays:
-        console.print(f"array {array.job_id}: {array.elements} elements ({array.name})")
+        elements = count(array.elements, "element")
+        console.print(f"array {array.job_id}: {elements} ({array.name})")
     if arrays:
         console.print("`d2m status` shows how far it is")
 
@@ -181,7 +183,7 @@ def figures(found: Summary) -> dict[str, str]:
     is_known = found.eta_seconds is not None or found.state == "running"
     left = duration(found.eta_seconds) if is_known else IDLE
     counts = ("shards", "done", "failed", "pending", "running", "rows")
-    limits, mean = found.limits, "" if found.working else ", mean"
+    limits, mean = found.limits, "" if found.working or not found.rows else ", mean"
     shares = {"waiting for samples": limits.wait_share, "GPUs busy": limits.gpu_busy_share}
     seldom = {
         "finished by an earlier config": found.outdated,

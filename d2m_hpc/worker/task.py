@@ -83,7 +83,8 @@ def choose_device(configured: int | str, local: bool) -> torch.device:
         return torch.device("cpu")
     raise NodeError(
         f"device {configured!r} is not usable on {node_name()}: "
-        f"{torch.cuda.device_count()} CUDA devices are visible"
+        f"{torch.cuda.device_count()} CUDA devices are visible; a task without slurm.gres (gpu:1) "
+        "may have none, and `device: cpu` needs none"
     )
 
 

@@ -72,6 +72,8 @@ def test_sacct_tells_what_squeue_has_forgotten(
         "killed": ["3"],
         "cancelled": ["4"],
     }
+    [cancelled] = (e for e in d2m.open(run.root).status().ended if e.cause == "cancelled")
+    assert cancelled.what == "cancelled by root"
     [memory] = (e for e in d2m.open(run.root).status().ended if e.cause == "memory")
     assert memory.what == "out of memory, 0.4 GB of 0.2 GB"
     [asked] = (folder / "asked").read_text().splitlines()  # once a minute
@@ -174,3 +176,23 @@ def test_a_task_that_hangs_before_it_begins_is_told_and_leaves_no_time_to_be_bel
     told = Progress("000-0-0", shards=1, started=hung.timestamp() + 5)
     run.progress_of("000-0-0").write_text(json.dumps(asdict(told)))
     assert d2m.open(run.root).status().silent == {}
+
+
+def test_the_last_words_of_a_batch_script_are_told_where_nothing_is_called_an_error(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists(run, monkeypatch, "0|FAILED|NonZeroExitCode|n1")
+    words = "slurm_script: line 46: module: command not found"
+    srun = "srun: error: n1: task 0: Exited with exit code 127"
+    (run.logs / "slurm-71_0.out").write_text(f"{words}\n{srun}\n")
+    assert causes(run)["not begun"] == ["0"]
+    shown = command("status", run.root).stdout
+    assert "`d2m logs CONFIG --task 71_0`: slurm_script: line 46: module: command not f" in shown
+
+
+def test_elements_cancelled_before_they_began_are_told_as_such(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an array of which some had begun, squeue has one line for the others."""
+    lists(run, monkeypatch, "N/A|CANCELLED|JobArrayTaskLimit| N/A", "0|RUNNING|None|n1 N/A")
+    assert causes(run) == {"cancelled": ["1", "2", "3", "4", "5"]}

@@ -72,7 +72,7 @@ def test_finished_shards_tell_how_many_a_task_is_given(tmp_path: Path) -> None:
     config = six_tasks(tmp_path)
     assert submit(config, "--set", f"input_tars={tmp_path}/tars/00000.tar").returncode == 0
     planned = d2m("plan", config, "--set", "task_minutes=5", "--set", "shards_per_task=")
-    assert "1 tasks of at most 5 shards" in planned.stdout
+    assert "1 task of at most 5 shards" in planned.stdout
 
 
 ARRAY = Array("d2m-x-000-0", 0, 4, job_id="7", mem="4G", time="1:00:00")

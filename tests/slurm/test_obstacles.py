@@ -174,7 +174,7 @@ def test_a_cancelled_task_is_over_while_its_epilog_runs(slow_epilog: Cluster, ta
     run.hold()
     run.submit()
     [victim] = run.wait_held()
-    assert d2m("cancel", run.config).stdout == "cancelled 1 array tasks\n"
+    assert d2m("cancel", run.config).stdout == "cancelled 1 array task\n"
     slow_epilog.wait_state(victim.element, "COMPLETING")
     time.sleep(1)
     run.let_go()

@@ -49,7 +49,7 @@ def test_a_cancelled_run_stays_cancelled(cluster: Cluster, tars: Tars) -> None:
     run.submit("--until-done")
     run.wait_held()
     assert "by itself" in d2m("status", run.config).stdout
-    assert d2m("cancel", run.config).stdout == "cancelled 1 array tasks\n"
+    assert d2m("cancel", run.config).stdout == "cancelled 1 array task\n"
     run.wait_over()
     assert len(run.submissions()) == 1
     found = read(RunDir(run.run_dir))
