@@ -130,19 +130,21 @@ def loaded(auto: str, source: str) -> Any:
 def images(source: str) -> Callable[[Image.Image], Tensor]:
     """Pictures as a checkpoint's own processor prepares them, for `inputs.OwnInput`."""
     made = loaded("AutoImageProcessor", source)
-    with loading(Path(source)):
-        given = {*made(np.zeros((64, 64, 3), dtype=np.uint8), input_data_format="channels_last")}
-    if "pixel_values" not in given or given & PATCHED:
-        what = f"{source}: its {type(made).__name__} gives {', '.join(sorted(given))}"
-        raise WeightsError(f"{what}, not pixel_values alone; only a custom file computes with that")
 
-    def prepare(image: Image.Image) -> Tensor:
+    def prepared(image: Image.Image) -> Any:
         # Of a picture 1 or 3 pixels high, transformers could not tell which axis the channels are.
-        given = {"input_data_format": "channels_last", "return_tensors": "pt"}
-        pixels: Tensor = made(np.array(image), **given)["pixel_values"][0]
-        return pixels
+        return made(np.array(image), input_data_format="channels_last", return_tensors="pt")
 
-    return prepare
+    with loading(Path(source)):
+        given, oblong = (prepared(Image.new("RGB", (width, 64))) for width in (64, 96))
+    what = f"{source}: its {type(made).__name__} gives"
+    if "pixel_values" not in given or {*given} & PATCHED:
+        what = f"{what} {', '.join(sorted(given))}, not pixel_values alone"
+        raise WeightsError(f"{what}; only a custom file computes with that")
+    if given["pixel_values"].shape != oblong["pixel_values"].shape:
+        what = f"{what} pictures of several sizes, which make no batch"
+        raise WeightsError(f"{what}; give one `size`, or a `crop_size`")
+    return lambda image: prepared(image)["pixel_values"][0]
 
 
 def tokens(

@@ -147,7 +147,7 @@ class Chosen(NamedTuple):
             for text in ("", *texts) if output.of_text else ("",):
                 full = "-".join(filter(None, (prefix, text, output.name)))
                 if full in outputs:
-                    raise ParameterError("", f"the output {output.name!r}: which it gives twice")
+                    raise ParameterError("", f"it gives twice the output {output.name!r}")
                 outputs[full] = replace(output, text=text)
         return cls(name, family, outputs, loc)
 

@@ -13,6 +13,7 @@ from tiny_nets import OTHERWISE, image_processor, vit
 from transformers import (
     CLIPImageProcessor,
     DeiTImageProcessor,
+    TextNetImageProcessor,
     pipeline,
 )
 
@@ -20,6 +21,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models.families.image_classification import ImageClassification
 from d2m_hpc.models.family import Use
+from d2m_hpc.models.hub_nets import images
 from d2m_hpc.models.inputs import ImageInput
 
 NAMES = {0: "normal", 1: "NSFW, drawn", 2: "nsfw (drawn)"}
@@ -186,6 +188,14 @@ def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:
     (folder / "code.py").write_text("raise SystemExit('ran')")
     with pytest.raises(WeightsError, match="trust_remote_code"):
         run(keys(folder, "own-normal"), photographs(1))
+
+
+def test_a_processor_that_makes_pictures_of_several_sizes_is_told_before_any_shard(
+    tmp_path: Path,
+) -> None:
+    TextNetImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="gives pictures of several sizes, which make no batch"):
+        images(str(tmp_path))
 
 
 @pytest.mark.parametrize("labels", [{"0": "a", "1": "b", "5": "c"}, {}, ["a"], {"a": "b"}])
