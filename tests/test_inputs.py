@@ -391,6 +391,11 @@ CHOSEN: dict[str, tuple[dict[str, pa.DataType], dict[str, Any], Columns | str]] 
         {},
         "it holds URLs or paths of images (column 'URL') and no images; download them first",
     ),
+    "paths without bytes": (
+        {"image": pa.struct({"bytes": pa.null(), "path": TEXT}), "text": TEXT},
+        {},
+        "it holds URLs or paths of images (column 'image')",
+    ),
     "paths": (
         {"image": TEXT, "text": TEXT},
         {},
@@ -760,6 +765,7 @@ def test_a_shard_that_failed_with_its_captions_has_a_record_like_others(tmp_path
     more = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
     run = d2m.submit(of_pictures(tmp_path, captions=str(folder / "a.csv"), **more), local=True)
     [failure] = run.status().failures
+    assert failure.error.startswith(f"{tmp_path}/in (1 to 2): 1 of 2 samples are rejected")
     assert "pictures have no row in the captions file: 2.jpg" in failure.error
     assert not run.verify().faults
 

@@ -124,7 +124,8 @@ def expand(
         if not matched:
             is_there = key == "input_tars" and os.path.isdir(pattern)
             more = "; `inputs` in place of `input_tars` takes pictures" if is_there else ""
-            found.wrong(f"found no tar for {pattern!r}; check the path{more}", pattern)
+            kind = "tar" if key == "input_tars" else "file"
+            found.wrong(f"found no {kind} for {pattern!r}; check the path{more}", pattern)
         elif what := odd.told():
             found.wrong(what, pattern)
     return found

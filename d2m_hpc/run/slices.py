@@ -70,6 +70,14 @@ class Slice(NamedTuple):
         return any(self.first <= name[:at] <= self.last for at in dots)
 
 
+def place_of(url: str) -> str:
+    """Where a shard is, as a user reads it: a slice by its folder and its first and last name."""
+    if not is_folder(url):
+        return url
+    there = Slice.of(url)
+    return f"{there.folder} ({there.first} to {there.last})"
+
+
 def version_of(files: Collection[File]) -> tuple[int, int]:
     """The bytes of some files and the time of the newest, by which a later look notices changes."""
     return sum(max(0, f.size) for f in files), max((f.mtime_ns for f in files), default=0)

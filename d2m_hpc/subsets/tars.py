@@ -22,6 +22,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import read_shards
+from d2m_hpc.run.slices import place_of
 from d2m_hpc.storage.urls import masked
 from d2m_hpc.subsets.exports import ExportLayout, ExportPart, ExportSource, digest_of, whole
 
@@ -102,13 +103,13 @@ class SubsetTars(ExportLayout):
             name = folder + slash + name.replace(".", "_")
             if left[key] < 0 or names.setdefault(name, key) != key:
                 what = f"several samples are {name!r} in a tar, as is one with the kept key {key!r}"
-                raise D2MError(f"{masked(shard.url)}: {what}; give each a key of its own")
+                raise D2MError(f"{masked(place_of(shard.url))}: {what}; give each a key of its own")
             _add(sample, name, reader, tar, image)
         if left := +left:
             what = f"{left.total()} kept samples are not there, such as {min(left)!r}"
             advice = "it has changed since its outputs were made"
             raise D2MError(
-                f"{masked(shard.url)}: {what}; {advice}; see d2m-submit --recompute-changed"
+                f"{masked(place_of(shard.url))}: {what}; {advice}; see d2m-submit --recompute-changed"
             )
 
     def finish(self) -> None:

@@ -21,6 +21,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import METADATA, Pair
 from d2m_hpc.run.schema import Schema, untold
 from d2m_hpc.run.shards import read_stems
+from d2m_hpc.run.slices import place_of
 from d2m_hpc.storage.texts import safe
 from d2m_hpc.storage.urls import is_folder, is_local
 from d2m_hpc.worker.compute.resolve import Toolbox
@@ -138,7 +139,7 @@ def require_fields(
     for name in seen.present:
         schema.mark_seen(name)
     if missing := [name for name in seen.missing(wanted) if not schema.is_seen(name)]:
-        where = f"{safe(tar)}, the run's first shard with samples,"
+        where = f"{safe(place_of(tar))}, the run's first shard with samples,"
         advice = "`allow_missing_fields: true` goes on without"
         told = [f"{named[name]}: {seen.told(name, where)}; {advice}" for name in missing]
         raise ConfigError(str(schema.run.config) if schema.run else "config", told)

@@ -101,8 +101,11 @@ def _image(schema: pa.Schema, config: Config) -> str:
         raise ValueError(f"several columns hold bytes ({shown(found)}); image_key says which")
     if found:
         return str(found[0])
-    texts = [n for n in schema.names if is_text(schema.field(n).type)]
-    if urls := [n for n in texts if "url" in n.lower() or n.lower() in IMAGES]:
+    types = {field.name: field.type for field in schema}
+    named = [n for n in types if is_text(types[n]) and ("url" in n.lower() or n.lower() in IMAGES)]
+    structs = (n for n in types if pa.types.is_struct(types[n]))
+    paths = [n for n in structs if types[n].get_field_index("path") >= 0]
+    if urls := named + paths:
         raise ValueError(
             f"it holds URLs or paths of images (column {safe(urls[0], BRIEF)!r}) and no images; "
             "download them first, for example by img2dataset"

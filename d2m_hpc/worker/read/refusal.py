@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from d2m_hpc.errors import ShardError, TruncatedShard
 from d2m_hpc.run.records import Rejection
+from d2m_hpc.run.slices import place_of
 from d2m_hpc.storage.texts import safe
 from d2m_hpc.worker.read.tar import DAMAGED, JOINED
 
@@ -68,4 +69,4 @@ def _short(rejection: Rejection) -> tuple[str, str]:
 
 
 def _line(url: str, what: str) -> str:
-    return safe(url, max(SHORTEST_URL, LONGEST - len(what))) + what
+    return safe(place_of(url), max(SHORTEST_URL, LONGEST - len(what))) + what
