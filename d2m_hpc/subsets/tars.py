@@ -107,10 +107,8 @@ class SubsetTars(ExportLayout):
             _add(sample, name, reader, tar, image)
         if left := +left:
             what = f"{left.total()} kept samples are not there, such as {min(left)!r}"
-            advice = "it has changed since its outputs were made"
-            raise D2MError(
-                f"{masked(place_of(shard.url))}: {what}; {advice}; see d2m-submit --recompute-changed"
-            )
+            advice = "since its outputs were made; see d2m-submit --recompute-changed"
+            raise D2MError(f"{masked(place_of(shard.url))}: {what}; it has changed {advice}")
 
     def finish(self) -> None:
         """All files are of parts."""
