@@ -25,6 +25,7 @@ def progress(shards: int) -> Iterator[Listener]:
     """Show warnings, and a bar of shards, or plain lines outside a terminal."""
     package, warnings = logging.getLogger("d2m_hpc"), _Warnings(logging.WARNING)
     package.addHandler(warnings)
+    package.propagate = False  # to what a library sets up for all programs as it is imported
     try:
         if terminal.console.is_terminal:
             with _bar(shards) as listener:
@@ -33,6 +34,7 @@ def progress(shards: int) -> Iterator[Listener]:
             yield _PlainLines()
     finally:
         package.removeHandler(warnings)
+        package.propagate = True
 
 
 class _Warnings(logging.Handler):

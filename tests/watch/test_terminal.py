@@ -325,3 +325,18 @@ def test_the_slowest_tasks_at_work_stand_on_top(
     rows = [line for line in lines if "000-" in line]
     assert [row.split()[1] for row in rows[:2]] == ["000-0", "000-1"]
     assert len(rows) < 90  # as many as the screen has lines
+
+
+def test_a_library_that_sets_up_logging_makes_no_line_appear_twice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open_clip does so as it is imported, in the midst of a run."""
+    root, ours = logging.getLogger(), logging.getLogger("d2m_hpc.worker")
+    monkeypatch.setattr(root, "handlers", [])
+    with live.progress(1):
+        logging.basicConfig()
+        ours.warning("a disk is full")
+    logging.getLogger("d2m_hpc").warning("later")
+    shown = "".join(capsys.readouterr())
+    assert shown.count("a disk is full") == 1
+    assert shown.count("later") == 1
