@@ -305,11 +305,15 @@ def _queued(run: RunDir, queue: slurm.Queue | None, tasks: Iterable[Progress]) -
     elements = (e for array in queue.arrays for e in queue.of(array))
     states = dict(Counter(e.state.lower() for e in elements if e.is_listed))
     lost = [t.task for t in tasks if t.state == "lost"]
-    goes_on = bool(chain and not chain.ended and queue.live(slurm.rounds_of(run)))
+    following = slurm.rounds_of(run)
+    held = [wait for wait in why(queue, [following]) if wait.never]
+    goes_on = bool(chain and not chain.ended and queue.live(following) and not held)
     told = str(chain or "")
-    if chain and not chain.ended and not goes_on:
+    if chain and not chain.ended and held:
+        told = f"{chain}; Slurm does not start the next one"
+    elif chain and not chain.ended and not goes_on:
         told = f"{chain}; no further round waits: submit again with --until-done"
-    found = {"tasks": states, "lost": lost, "waiting": why(queue, queue.arrays)}
+    found = {"tasks": states, "lost": lost, "waiting": [*why(queue, queue.arrays), *held]}
     return {**found, "goes_on": goes_on, "rounds": told}
 
 

@@ -189,6 +189,17 @@ def test_a_chain_that_broke_off_is_told(site: Site) -> None:
     assert "no further round waits" in d2m.open(site.run.root).status().rounds
 
 
+def test_a_round_that_slurm_holds_is_told_with_what_helps(site: Site) -> None:
+    site.begin()
+    held = f"72|0|PENDING|launch failed requeued held||{slurm.rounds_of(site.run).name}"
+    commands_of(site.bin, site.patch, squeue=f"printf '{held}\\n'")
+    status = d2m.open(site.run.root).status()
+    assert status.rounds == "0 of at most 20 rounds; Slurm does not start the next one"
+    assert not status.goes_on
+    [waiting] = status.waiting
+    assert "`scontrol release 72`" in str(waiting)
+
+
 def test_a_mistake_that_somebody_must_mend_stops_it(site: Site) -> None:
     site.begin()
     (site.folder / "tars").rename(site.folder / "elsewhere")

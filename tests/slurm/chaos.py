@@ -172,8 +172,11 @@ class Chaos:
             self._sleep(0.5)
 
     def _release(self) -> None:
-        """Let go of what Slurm holds: a requeued task whose node was taken as it began, too."""
-        if found := self.live():
+        """Let go of what Slurm holds: a requeued task whose node was taken as it began, too.
+
+        Also a round: who looks after a cluster does that, not who looks after a run.
+        """
+        if found := self.live(rounds=True):
             self._slurm("scontrol", "release", ",".join(line.split()[0] for line in found))
 
     def _sleep(self, seconds: float) -> None:
@@ -193,12 +196,12 @@ class Chaos:
 
     # --- what there is to harm ---
 
-    def live(self) -> list[str]:
+    def live(self, rounds: bool = False) -> list[str]:
         """`element state` of the run's tasks; none while slurmctld is away."""
         asked = ("squeue", "-h", "-r", "-o", "%i %T %j")
         lines = self.cluster.run(*asked, check=False).stdout.splitlines()
         tasks = (x.split() for x in lines if " d2m-" in x)
-        return [" ".join(words[:2]) for words in tasks if not words[2].endswith("-next")]
+        return [" ".join(words[:2]) for words in tasks if rounds or not words[2].endswith("-next")]
 
     def _needs_a_user(self) -> bool:
         """Whether nothing submits by itself what is left; that is a fault where it should."""
