@@ -49,9 +49,25 @@ class NoOpText(torch.nn.Module):
         return torch.full((len(texts),), 0.1)
 
 
+class NoOpClip(torch.nn.Module):
+    """A feature float32 [B, 512] of length 1."""
+
+    name = "no-op-clip"
+    raw_inputs = ("image", "text")
+    preprocessors = ("clip-aug", "clip-tokens")
+    dependencies = ()
+    to_device = True
+
+    def __init__(self, device: object) -> None:
+        super().__init__()
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        return torch.full((len(images), WIDTHS[0]), WIDTHS[0] ** -0.5)
+
+
 def output(cache: Mapping[str, Any], index: int) -> Any:
     """A feature, the score (5) or the boxes (6)."""
-    return cache["no-op"][index]
+    return cache["no-op"][index] if "no-op" in cache else cache["no-op-clip"]
 
 
 def toxicity(cache: Mapping[str, Any]) -> Any:
@@ -60,7 +76,7 @@ def toxicity(cache: Mapping[str, Any]) -> Any:
 
 score = partial(output, index=5)
 
-model_lookup = {"no-op": NoOp, "no-op-text": NoOpText}
+model_lookup = {made.name: made for made in (NoOp, NoOpText, NoOpClip)}
 preprocessor_lookup: dict[str, Any] = {}
 postprocess_feature_lookup = {
     "oai-clip-vit-b32-image": partial(output, index=0),
