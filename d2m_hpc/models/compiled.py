@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2m_hpc.models.transfer import each
+
 log = logging.getLogger(__name__)
 
 PAYS_AFTER = 100
@@ -22,14 +24,26 @@ def is_convolutional(net: nn.Module) -> bool:
     return any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
 
 
+def _padded(images: Tensor, rows: int) -> Tensor:
+    """So many images, that lie in memory as these do: other strides would be compiled anew."""
+    if len(images) == rows:
+        return images
+    shape, device = (rows, *images.shape[1:]), images.device
+    made = torch.empty_strided(shape, images.stride(), dtype=images.dtype, device=device)
+    made[: len(images)] = images
+    made[len(images) :] = images[:1]
+    return made
+
+
 def compile_for(
     rows: int, net: nn.Module, backend: Any = "inductor", after: int = 0, need: bool = True
 ) -> None:
     """Compile a net in place, at a batch of so many rows.
 
-    Batches of other sizes (a shard's last one, halves after running out of memory, rows that are
-    run again) go through the net as it was: each new shape would be compiled for minutes. So does
-    what is run at another precision than the first one.
+    A batch that is more than half full, as the last one of many shards, is padded, whose rows the
+    net computes one by one. Smaller ones (halves after running out of memory, rows that are run
+    again) go through the net as it was: each new shape would be compiled for minutes. So does what
+    is run at another precision than the first one.
 
     Args:
         after: full batches that are run first as the net was.
@@ -43,14 +57,16 @@ def compile_for(
     def forward(images: Tensor) -> Any:
         nonlocal waiting, mixed
         now = torch.is_autocast_enabled(images.device.type)
-        if len(images) != rows or mixed not in (None, now):
+        given = len(images)
+        if not (given == rows or rows // 2 + 1 < given < rows) or mixed not in (None, now):
             return eager(images)
         if waiting:
-            waiting -= 1
+            waiting -= given == rows
             return eager(images)
         mixed = now
         try:
-            return compiled(images)
+            made = compiled(_padded(images, rows))
+            return made if given == rows else each(made, lambda part: part[:given])
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:

@@ -35,6 +35,25 @@ def test_only_batches_of_the_one_size_are_compiled_and_those_once() -> None:
     assert counter.frame_count == 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_batch_that_is_nearly_full_is_padded(layout: torch.memory_format) -> None:
+    """More than halves alone: those come of memory that is too small for more."""
+    net, compiled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), list[int]()
+    images, ran = torch.rand(8, 3, 8, 8).contiguous(memory_format=layout), list[int]()
+    expected = net(images)
+
+    def backend(module: Any, given: Any) -> Any:
+        compiled.append(1)
+        return lambda *values: ran.append(1) or module(*values)
+
+    compile_for(8, net, backend=backend)
+    for rows in (8, 7, 5, 6, 4):
+        found = net(images[:rows])
+        np.testing.assert_allclose(found.numpy(), expected[:rows].numpy(), atol=1e-6)
+    assert (len(compiled), len(ran)) == (1, 3)
+
+
 def _image_net(name: str, weights: Weights) -> nn.Module:
     if name == "scrfd":
         return scrfd.ScrfdNet().eval()
