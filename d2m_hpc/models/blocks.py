@@ -66,6 +66,21 @@ class Reused:
         return max(needed, self._most * math.prod(shape[1:]) * dtype.itemsize)
 
 
+class Largest(Reused):
+    """Lends blocks of one size, that of the largest tensor so far; smaller ones are given up.
+
+    Tensors of several sizes that are needed one after the other take no more than the largest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def _size(self, needed: int, shape: Sequence[int], dtype: torch.dtype) -> int:
+        if needed > self._most:
+            self._most, self._free = needed, {}
+        return self._most
+
+
 class _Lent:
     """A block that returns to its list once no tensor lies in it."""
 

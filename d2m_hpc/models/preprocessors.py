@@ -8,7 +8,6 @@ torch's own.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.models import extremes
-from d2m_hpc.models.blocks import Reused, like
+from d2m_hpc.models.blocks import Largest, like
 from d2m_hpc.models.inputs import NAMED, Form, ImageInput, OwnInput
 from d2m_hpc.models.pixels import Pixels, in_memory, size_of, tensor_of
 from d2m_hpc.storage.texts import safe
@@ -271,7 +270,7 @@ def identity(value: Any, options: Options) -> Any:
     return value.pil if isinstance(value, Picture) else value
 
 
-_on_host = Reused(sys.maxsize)
+_on_host = Largest()
 
 
 def _floats(pixels: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2m_hpc.models.blocks import SIZES, Reused
+from d2m_hpc.models.blocks import SIZES, Largest, Reused
 from d2m_hpc.worker.batch import collate
 
 ROWS = 4
@@ -102,3 +102,16 @@ def test_memory_outlives_whoever_gave_it() -> None:
     del memory
     gc.collect()
     assert (first == 1).all()
+
+
+def test_tensors_of_several_sizes_in_turn_take_the_memory_of_the_largest() -> None:
+    memory = Largest()
+    small = memory((1000,), torch.float32)
+    places = set()
+    for size in (4000, 1000, 2000, 4000):
+        tensor = memory((size,), torch.float32)
+        places.add(tensor.data_ptr())
+        del tensor
+    assert len(places) == 1
+    del small  # of a size that is lent no more
+    assert {size: len(blocks) for size, blocks in memory._free.items()} == {16000: 1}

@@ -244,7 +244,12 @@ class Chaos:
     def submit(self, *options: str) -> int:
         own = ("--until-done", "--max-rounds=1000") if self.by_itself else ()
         words = (self.run.config, "--no-preflight", *own, *options)
-        ended = d2m("submit", *words, timeout=PATIENCE)
+        try:
+            ended = d2m("submit", *words, timeout=PATIENCE)
+        except subprocess.TimeoutExpired as late:
+            asked = ("squeue", "-r", "-o", "%i %T %r %N %M %j")
+            shown = self.cluster.run(*asked, check=False).stdout + d2m("status", words[0]).stdout
+            raise AssertionError(f"{late}\n{shown}") from late
         self._said(ended)
         self.last = ended.stdout + ended.stderr
         return ended.returncode
