@@ -249,7 +249,11 @@ class Chaos:
         except subprocess.TimeoutExpired as late:
             asked = ("squeue", "-r", "-o", "%i %T %r %N %M %j")
             shown = self.cluster.run(*asked, check=False).stdout + d2m("status", words[0]).stdout
-            raise AssertionError(f"{late}\n{shown}") from late
+            self.last = f"{late}\n{shown}"
+            if "--wait" not in options:
+                raise AssertionError(self.last) from late
+            print(f"\nSlurm has tasks that do not end:\n{self.last}", flush=True)
+            return 1
         self._said(ended)
         self.last = ended.stdout + ended.stderr
         return ended.returncode
@@ -379,9 +383,7 @@ class Chaos:
         if not is_up():
             self.cluster.up()
         self.run.pace(0)
-        # A slurmctld that died may have forgotten a suspension, which the node goes by.
-        for element in (line.split()[0] for line in self.live() if line.endswith(" RUNNING")):
-            self._slurm("scontrol", "suspend", element)
+        self._suspend()
         if self.by_itself:
             wait_until(self._has_ended, 3 * PATIENCE)
             return
@@ -389,7 +391,14 @@ class Chaos:
             self._let_run()
             if self.submit("--wait") == 0:
                 return
+            self._suspend()
         self.account.unfinished.append(self.last[-2000:])
+
+    def _suspend(self) -> None:
+        """Suspend what runs, which goes on next: a slurmctld that died may have forgotten a
+        suspension, which the node goes by."""
+        for element in (line.split()[0] for line in self.live() if line.endswith(" RUNNING")):
+            self._slurm("scontrol", "suspend", element)
 
     def _let_run(self) -> None:
         """As administrators do; a slurmctld that forgot a task may drain its node only now."""
