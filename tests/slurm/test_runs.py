@@ -289,8 +289,10 @@ def test_a_fast_task_helps_a_slow_one_where_it_may(
     run.submit()
     [slow] = run.wait_held()
     cluster.wait_state(slow.element.replace("_0", "_1"), "COMPLETED")
-    # A task holds the shards that it reads ahead of the one it computes.
-    assert run.status()["done"] == (7 if steal else 5)
+    found = run.status()
+    # A task holds the shards that it reads ahead of the one it computes, two at most.
+    assert 1 <= found["running"] <= 3
+    assert found["done"] == (10 - found["running"] if steal else 5)
     assert ("taken from a slower task" in run.logs()) == steal
     run.finish()
     assert len(run.submissions()) == 1
