@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
@@ -89,9 +90,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
 
 
 @pytest.fixture(autouse=True)
-def callers_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def callers_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process is a caller's again, though a test runs commands in it, which make it theirs."""
     monkeypatch.setattr(stopping, "_own", False)
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
