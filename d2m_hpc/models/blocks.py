@@ -40,6 +40,9 @@ class Reused:
             GPU has done all that was launched with it.
     """
 
+    _next = -1
+    """Which free block is lent: the one that was given back last."""
+
     def __init__(self, rows: int, device: torch.device | None = None) -> None:
         self._rows, self._device = rows, device
         self._most = 0
@@ -52,7 +55,7 @@ class Reused:
             self._free = {}
         free = self._free.setdefault(size, [])
         try:
-            block = free.pop()  # one step, as is `append`: threads need no lock
+            block = free.pop(self._next)  # one step, as is `append`: threads need no lock
         except IndexError:
             block = np.empty(size, np.uint8) if self._device is None else locked(size, self._device)
         lent = np.asarray(_Lent(block, free))
@@ -70,7 +73,11 @@ class Largest(Reused):
     """Lends blocks of one size, that of the largest tensor so far; smaller ones are given up.
 
     Tensors of several sizes that are needed one after the other take no more than the largest.
+    Those that are needed together lie in the same blocks each time, as long as they are given back
+    in the order in which they were made: else all of every block would be used in the end.
     """
+
+    _next = 0
 
     def __init__(self) -> None:
         super().__init__(0)

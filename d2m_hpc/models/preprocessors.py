@@ -293,11 +293,20 @@ def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Ten
         return (-centre / scale).float().to(device), (1 / scale).float().to(device)
 
     def normalise(pixels: Tensor) -> Tensor:
-        # Two passes over the memory; with one the rounding is another, which deep nets amplify to
-        # 5e-5 on pictures of one colour. This one is the reference's, bit for bit, at 0.5 and 0.5.
-        unit = torch.div(pixels, 255, out=_floats(pixels))
+        # Two roundings; with one, deep nets amplify the difference to 5e-5 on pictures of one
+        # colour. This is the reference's way, bit for bit, at 0.5 and 0.5.
+        made = _floats(pixels)
         shift, factor = constants(pixels.device)
-        return torch.addcmul(shift, unit, factor, out=unit)
+        lines = pixels.permute(0, 2, 3, 1)  # channels last, as they come from the decoder
+        if made is None or not lines.is_contiguous():
+            unit = torch.div(pixels, 255, out=made)
+            return torch.addcmul(shift, unit, factor, out=unit)
+        # Picture by picture in the cache, and by whole lines of pixels rather than by three values
+        # at a time: a quarter of the time that whole batches take.
+        shift, factor = (value.view(3).repeat(pixels.shape[3]) for value in (shift, factor))
+        for given, line in zip(lines.flatten(2), made.permute(0, 2, 3, 1).flatten(2), strict=True):
+            torch.addcmul(shift, line.copy_(given).div_(255), factor, out=line)
+        return made
 
     return normalise
 

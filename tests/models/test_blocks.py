@@ -115,3 +115,15 @@ def test_tensors_of_several_sizes_in_turn_take_the_memory_of_the_largest() -> No
     assert len(places) == 1
     del small  # of a size that is lent no more
     assert {size: len(blocks) for size, blocks in memory._free.items()} == {16000: 1}
+
+
+def test_tensors_that_are_made_and_given_back_together_lie_in_the_same_blocks_each_time() -> None:
+    memory = Largest()
+    memory((4000,), torch.float32)
+    places = set()
+    for _ in range(3):
+        tensors = [memory((size,), torch.float32) for size in (1000, 4000, 2000)]
+        places.add(tuple(tensor.data_ptr() for tensor in tensors))
+        while tensors:
+            tensors.pop(0)
+    assert len(places) == 1

@@ -23,16 +23,14 @@ from d2m_hpc.models.registry import Registry
 BICUBIC = T.InterpolationMode.BICUBIC
 HALF = ([0.5] * 3, [0.5] * 3)
 IMAGES = ("clip-aug", "faces-aug", "dedup-aug")
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 CLIP = T.Compose(
     [
         T.Resize(224, interpolation=BICUBIC),
         T.CenterCrop(224),
         T.ToTensor(),
-        T.Normalize(
-            (0.48145466, 0.4578275, 0.40821073),
-            (0.26862954, 0.26130258, 0.27577711),
-        ),
+        T.Normalize(*OPENAI),
     ]
 )
 DEDUP = T.Compose([T.Resize((512, 512)), T.ToTensor(), T.Normalize(*HALF)])
@@ -224,6 +222,19 @@ def test_one_half_normalises_every_byte_bit_for_bit_as_the_reference_does() -> N
     finished: Tensor = PREPROCESSORS["dedup-aug"].finish(pixels)
     assert torch.equal(finished, (pixels.float() / 255 - 0.5) / 0.5)
     assert finished.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("shape", [(3, 3, 224, 224), (2, 3, 33, 17), (1, 3, 1, 1)])
+def test_pixels_are_normalised_bit_for_bit_alike_however_they_lie(
+    form: torch.memory_format, shape: tuple[int, ...]
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
+    finished: Tensor = PREPROCESSORS["clip-aug"].finish(pixels.contiguous(memory_format=form))
+    mean, std = torch.tensor(OPENAI, dtype=torch.float64).view(2, 3, 1, 1)
+    shift, factor = (-mean / std).float(), (1 / std).float()
+    assert torch.equal(finished, torch.addcmul(shift, pixels / 255, factor))
 
 
 @pytest.mark.parametrize("exact", [False, True])
