@@ -13,6 +13,7 @@ from pathlib import Path
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.models.registry import Registry
 from d2m_hpc.plan import patterns
 from d2m_hpc.run import frozen
@@ -123,16 +124,34 @@ def described(file: Path) -> tuple[Custom, list[str]]:
 
     The process runs the file as a task would: without internet, and without modules of this folder.
     """
-    with tempfile.TemporaryDirectory(prefix="d2m-") as folder:
-        command = [sys.executable, "-P", "-m", "d2m_hpc.worker.describe", str(file), folder]
-        environment = {"HF_HUB_OFFLINE": "1", **os.environ}
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=environment
-        )
-        told = Path(folder, "mistakes.json")
+    from d2m_hpc.worker import supervise
+
+    with tempfile.TemporaryDirectory(prefix="d2m-") as name:
+        folder = Path(name)
+        code, said = _in_fork(file, folder) if supervise.is_child() else _apart(file, folder)
+        told = folder / "mistakes.json"
         if told.exists():
             return Custom(), [f"{file}: {m}" for m in json.loads(told.read_bytes())]
-        if done.returncode:
-            why = done.stderr.strip().split("\n")[-1] or f"it ended with {done.returncode}"
+        if code or not (folder / "custom.json").exists():  # a file may end its process with 0
+            why = said.strip().split("\n")[-1] or f"it ended with {code}"
             return Custom(), [f"{file}: custom_pypath: importing it failed: {safe(why, ERROR)}"]
-        return frozen.read(Path(folder)), []
+        return frozen.read(folder), []
+
+
+def _apart(file: Path, folder: Path) -> tuple[int, str]:
+    """How a new process ended, and what it wrote to stderr."""
+    command = [sys.executable, "-P", "-m", "d2m_hpc.worker.describe", str(file), str(folder)]
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ}
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env=environment
+    )
+    return done.returncode, done.stderr
+
+
+def _in_fork(file: Path, folder: Path) -> tuple[int, str]:
+    """The same of a fork of this process, which computes later: one import of torch is for both."""
+    with gc_paused():
+        from d2m_hpc.worker import describe
+
+    errors = folder / "errors"
+    return describe.in_fork(file, folder, errors), errors.read_text(errors="replace")

@@ -108,7 +108,7 @@ def supervised(main: Main, unfit: Callable[[str], int], log: Path | None = None)
     while True:
         board.clear()
         killed, said = death.oom_kills(), log.stat().st_size if log else 0
-        pid = _fork()
+        pid = fork()
         if not pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return _as_child(board, main, past)
@@ -133,6 +133,11 @@ def supervised(main: Main, unfit: Callable[[str], int], log: Path | None = None)
         if idle >= IDLE:
             _say(f"{IDLE} processes died one after the other with no shard done; the rest is left")
             return 1
+
+
+def is_child() -> bool:
+    """Whether this process was forked to compute."""
+    return _board is not None
 
 
 def leave(code: int) -> None:
@@ -163,7 +168,7 @@ def _as_child(board: Board, main: Main, past: Past) -> int:
     return main(board, past)
 
 
-def _fork() -> int:
+def fork() -> int:
     """Fork a child that dies with this process, so that shards' holders never work unwatched."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from kit import DATACOMP, STATS, write_config, write_shards
+from kit import DATACOMP, STATS, custom_config, custom_file, d2m, write_config, write_shards
 
 from d2m_hpc.config import load
 from d2m_hpc.config.mistakes import _raw_mistakes
@@ -125,3 +125,45 @@ def test_folders_are_not_world_writable_and_colons_are_just_a_name(tmp_path: Pat
         os.umask(before)
     made = [tmp_path / "new", *(tmp_path / "new").rglob("*")]
     assert [p for p in made if p.stat().st_mode & 0o002] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("raise OSError('no disk\\nat all')", "OSError: no disk at all (own.py, line 1)"),
+        ("sys.exit('tired')", "SystemExit: tired (own.py, line 1)"),
+        ("os._exit(0)", "it ended with 0"),
+        ("os._exit(3)", "it ended with 3"),
+        ("os.kill(os.getpid(), 9)", "it ended with -9"),
+        ("print('a banner', file=sys.stderr, flush=True), os.abort()", "a banner"),
+    ],
+)
+@pytest.mark.parametrize("local", [True, False])
+def test_how_a_custom_file_ends_its_process_is_told(
+    tmp_path: Path, local: bool, line: str, why: str
+) -> None:
+    write_shards(tmp_path / "tars", 1, samples=1)
+    config = custom_config(tmp_path, f"import os, sys; {line}\n", "own")
+    ended = d2m("submit", config, "--local" if local else "--dry-run")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert f"own.py: custom_pypath: importing it failed: {why}" in " ".join(ended.stderr.split())
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_local_run_forks_for_its_custom_file_rather_than_import_torch_twice(
+    tmp_path: Path,
+) -> None:
+    write_shards(tmp_path / "tars", 1, samples=1)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "beside.py").write_text("")
+    code = "import importlib.util as util, os, sys\nfrom pathlib import Path\n"
+    code += "told = [os.getpid(), os.getppid(), *sys.argv[1:], util.find_spec('beside')]\n"
+    code += (
+        "with Path(__file__).with_suffix('.txt').open('a') as file:\n    print(*told, file=file)\n"
+    )
+    config = custom_config(tmp_path, code + custom_file("own"), "own")
+    ended = d2m("submit", config, "--local", cwd=tmp_path / "here")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    described, ran = map(str.split, (tmp_path / "own.txt").read_text().splitlines())
+    assert described[1] == ran[0] != described[0]
+    assert described[2:] == ran[2:] == ["submit", str(config), "--local", "None"]
