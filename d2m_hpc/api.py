@@ -453,14 +453,15 @@ class Run:
 
     @_explained()
     def wait(self) -> None:
-        """Wait until the last array task has ended.
+        """Wait until the last array task has ended, or until every shard is done and what Slurm
+        lists of the run has not changed for five minutes: a Slurm that died may list ghosts.
 
         Raises:
             SlurmError: no task that is left can start, or Slurm has not answered for minutes.
         """
         from d2m_hpc.launch import arrays
 
-        arrays.wait(self._folder)
+        arrays.wait(self._folder, self.config)
 
     @_explained()
     def forget(self, names: Sequence[str]) -> tuple[list[str], list[str]]:

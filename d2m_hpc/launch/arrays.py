@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
+from d2m_hpc.config import Config
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.launch import ended, live, sbatch, sizes, slurm, waiting
@@ -14,6 +16,7 @@ from d2m_hpc.launch.commands import ask, wait_for_next_look
 from d2m_hpc.launch.flow import Backend
 from d2m_hpc.plan import balance
 from d2m_hpc.plan.decide import Decision, decide
+from d2m_hpc.plan.standing import standings
 from d2m_hpc.plan.workload import Workload
 from d2m_hpc.run import nodes
 from d2m_hpc.run.chunks import Chunks
@@ -28,6 +31,13 @@ PATIENCE_OF_A_SUBMIT = 120.0
 """Seconds for which a submit waits for a controller that is away."""
 STUCK_SECONDS = 10.0
 """Seconds in which no task can start before `wait` gives up: some reasons pass by themselves."""
+
+LEFT = (
+    "every shard is done, so what Slurm has listed without a change for minutes is not waited for: "
+    "%d elements (%s, ...); `d2m cancel` ends them"
+)
+
+log = logging.getLogger(__name__)
 
 
 class _Arrays(Backend):
@@ -234,22 +244,33 @@ def _whose(left: list[str]) -> str:
     )
 
 
-def wait(run: RunDir) -> None:
+def wait(run: RunDir, config: Config) -> None:
     """Wait until no array task of the run is pending or running, and no round of `--until-done`.
+
+    A slurmctld that died may call tasks running that are gone. So the wait also ends where every
+    shard is done and Slurm's list has not changed for minutes; a warning names what it lists.
 
     Raises:
         SlurmError: no remaining task can start, or squeue has failed for minutes.
     """
     if not slurm.has_arrays(run):  # of `--local` submits alone: Slurm need not be there
         return
-    began = heard = moved = time.monotonic()
+    began = heard = moved = changed = time.monotonic()
+    before: list[slurm.Element] = []
     while True:
         try:
             queue = slurm.queue(run)
             arrays = [*queue.arrays, slurm.rounds_of(run)]
-            if not any(queue.live(array) for array in arrays):
+            if not (found := [e for array in arrays for e in queue.live(array)]):
                 return
             heard = time.monotonic()
+            if found != before:
+                before, changed = found, heard
+            elif heard - changed > slurm.SILENT:
+                if standings(run, config).is_complete:
+                    log.warning(LEFT, len(found), f"{found[0].job_id}_{found[0].index}")
+                    return
+                changed = heard
             if not (reasons := waiting.stuck(queue, arrays)):
                 moved = heard
             elif heard - moved > STUCK_SECONDS:

@@ -22,7 +22,7 @@ from d2m_hpc.launch import arrays, commands, flow, slurm
 from d2m_hpc.launch.slurm import Element, Queue
 from d2m_hpc.plan import decide, patterns
 from d2m_hpc.plan.workload import Workload, inspect
-from d2m_hpc.run import alone, merge
+from d2m_hpc.run import alone, fingerprints, merge
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
@@ -257,9 +257,43 @@ def test_wait_ends_when_nothing_can_start(
     ended.start()
     began = time.monotonic()
     with pytest.raises(SlurmError, match="nothing that is left can start: 2 array tasks") as error:
-        arrays.wait(workload.run)
+        arrays.wait(workload.run, workload.config)
     assert 1.3 <= time.monotonic() - began < 30
     assert error.value.exit_code == 3
     ended.join()
     squeue.write_text("")
-    arrays.wait(workload.run)
+    arrays.wait(workload.run, workload.config)
+
+
+def test_wait_ends_when_all_is_done_and_slurm_lists_ghosts(
+    workload: Workload,
+    squeue: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As a slurmctld that died may, for hours; but not while a shard is left."""
+    monkeypatch.setattr(commands, "SHORTEST_WAIT", 0.05)
+    monkeypatch.setattr(slurm, "SILENT", 0.3)
+    squeue.write_text(rows(workload, "RUNNING|None", 0, 3))
+    run, asked, out = workload.run, [], Path(workload.config.output_metadata_dir)
+    standings = arrays.standings
+
+    def do_the_last(*given: Any) -> Any:
+        """Between the first look at the shards and the second."""
+        asked.append(found := standings(*given))
+        done("9")
+        return found
+
+    def done(stem: str) -> None:
+        newest = fingerprints.newest(run)
+        record = Record(stem, "done", fingerprint=newest, started=1.0, finished=time.time())
+        Recorder(run.record("000", 0, 0)).append(record)
+        for suffix in (".parquet", ".npz"):
+            (out / f"{stem}{suffix}").write_bytes(b"")
+
+    for stem in map(str, range(9)):
+        done(stem)
+    monkeypatch.setattr(arrays, "standings", do_the_last)
+    arrays.wait(run, workload.config)
+    assert [found.is_complete for found in asked] == [False, True]
+    assert "2 elements (19_0, ...)" in caplog.text
