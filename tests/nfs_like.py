@@ -6,6 +6,9 @@ ask again about names that it knows, names that it knows to be missing, sizes an
 and listings. As an NFS client does, it asks at `open`, and by O_EXCL; it knows its own changes at
 once; and times have whole seconds. Files that another client removed are stale.
 
+Names that were missing are remembered here, and not by the kernel: once a client has changed a
+folder, it asks anew for what it remembers of the folder, as an NFS client does.
+
 FUSE's protocol (linux/fuse.h) is spoken here, as no library for Python tells the kernel to forget
 a file's size when the file is opened.
 """
@@ -19,6 +22,7 @@ import socket
 import stat
 import struct
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -67,7 +71,9 @@ class Client:
 
     def __init__(self, behind: str, fuse: int, seconds: float) -> None:
         self._fuse = fuse
-        self._valid = int(seconds), int(seconds % 1 * 1e9)
+        self._seconds, self._valid = seconds, (int(seconds), int(seconds % 1 * 1e9))
+        self._missing: dict[int, dict[str, float]] = {}
+        self._folders: dict[int, tuple[float, bytes]] = {}
         self._nodes = {ROOT: [os.open(behind, os.O_PATH), 1]}
         self._numbers = {self._key(os.stat(behind)): ROOT}
         self._last = ROOT
@@ -150,11 +156,15 @@ class Client:
 
     def _entry(self, parent: int, name: str) -> bytes:
         """Look a name up; a missing one is remembered as well."""
+        missing, now = self._missing.setdefault(parent, {}), time.monotonic()
+        if missing.get(name, 0.0) > now:
+            return bytes(128)
         try:
             fd = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._fd(parent))
         except FileNotFoundError:
             self._path(parent)
-            return struct.pack("<4Q2I", 0, 0, self._valid[0], 0, self._valid[1], 0) + bytes(88)
+            missing[name] = now + self._seconds
+            return bytes(128)
         found = os.fstat(fd)
         node = self._numbers.get(self._key(found))
         if node is None:
@@ -171,6 +181,7 @@ class Client:
         known[1] -= count
         if known[1] <= 0 and node != ROOT:
             del self._numbers[self._key(os.fstat(known[0]))], self._nodes[node]
+            self._changed(node)
             os.close(known[0])
 
     def _forget_many(self, _: int, body: bytes) -> None:
@@ -181,12 +192,20 @@ class Client:
         return struct.pack("<Q2I", *self._valid, 0) + _attributes(found)
 
     def _getattr(self, node: int, body: bytes) -> bytes:
+        """A folder's attributes are remembered here, too: the kernel asks after each listing."""
         flags, _, handle = struct.unpack_from("<IIQ", body)
-        return self._shown(os.stat(handle if flags & 1 else self._path(node)))
+        until, answer = self._folders.get(node, (0.0, b""))
+        if time.monotonic() < until:
+            return answer
+        found = os.stat(handle if flags & 1 else self._path(node))
+        if stat.S_ISDIR(found.st_mode):
+            self._folders[node] = time.monotonic() + self._seconds, self._shown(found)
+        return self._shown(found)
 
     def _setattr(self, node: int, body: bytes) -> bytes:
         what, _, _, size, _, atime, mtime, _, ansec, mnsec, _, mode, *_ = SETATTR.unpack_from(body)
         path = self._path(node)
+        self._changed(node)
         if what & MODE:
             os.chmod(path, stat.S_IMODE(mode))
         if what & SIZE:
@@ -199,7 +218,13 @@ class Client:
 
     def _made(self, node: int, name: bytes, make: Callable[..., None], body: bytes) -> bytes:
         make(node, _name(name), body)
+        self._changed(node)
         return self._entry(node, _name(name))
+
+    def _changed(self, *folders: int) -> None:
+        for folder in folders:
+            self._missing.pop(folder, None)
+            self._folders.pop(folder, None)
 
     def _mknod(self, node: int, name: str, body: bytes) -> None:
         os.mknod(name, struct.unpack_from("<I", body)[0], dir_fd=self._fd(node))
@@ -209,6 +234,7 @@ class Client:
 
     def _remove(self, remove: Callable[..., None], node: int, name: bytes) -> bytes:
         remove(_name(name), dir_fd=self._fd(node))
+        self._changed(node)
         return b""
 
     def _rename(self, node: int, body: bytes, at: int) -> bytes:
@@ -216,11 +242,13 @@ class Client:
         if at == 16 and struct.unpack_from("<I", body, 8)[0]:
             raise OSError(errno.EINVAL, "flags")  # NFS knows no exchange
         os.rename(old, new, src_dir_fd=self._fd(node), dst_dir_fd=self._fd(to))
+        self._changed(node, to)
         return b""
 
     def _link(self, node: int, body: bytes) -> bytes:
         [old] = struct.unpack_from("<Q", body)
         os.link(self._path(old), _name(body[8:]), dst_dir_fd=self._fd(node), follow_symlinks=True)
+        self._changed(node)
         return self._entry(node, _name(body[8:]))
 
     def _open(self, node: int, body: bytes) -> bytes:
@@ -234,6 +262,7 @@ class Client:
         flags, mode = struct.unpack_from("<II", body)
         name = _name(body[16:])
         fd = os.open(name, flags | os.O_CREAT, mode, dir_fd=self._fd(node))
+        self._changed(node)
         return self._entry(node, name) + struct.pack("<QII", fd, DIRECT_IO, 0)
 
     def _read(self, _: int, body: bytes) -> bytes:

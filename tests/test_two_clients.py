@@ -55,6 +55,23 @@ sys.stdin.readline()
 print(Pair(OutputDir(str(out)), "00000").record() is not None)
 """
 
+VERIFY = """
+import sys
+from pathlib import Path
+from d2m_hpc.plan.standing import standings
+from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.watch.status import find_run
+from d2m_hpc.watch.verify import verify
+
+found = find_run(Path(sys.argv[1]) / ".d2m")
+output = OutputDir(sys.argv[1])
+print(output.stems(), [output.has(f"00000.{end}") for end in ("npz", "parquet")], flush=True)
+sys.stdin.readline()
+print(len(standings(*found).done), flush=True)
+report = verify(*found)
+print(report.done, report.unfinished, [str(fault) for fault in report.faults])
+"""
+
 
 @pytest.fixture
 def nodes(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[list[int]]:
@@ -113,25 +130,46 @@ def test_the_fence_finds_a_folder_that_the_cached_listing_lacks(
     assert list((tmp_path / "behind" / "s").iterdir()) == []
 
 
+def one_pair(folder: Path) -> Path:
+    """A finished run's outputs, without its pair, behind the nodes' mounts."""
+    write_shards(folder / "tars", 1)
+    tars, out = str(folder / "tars" / "*.tar"), folder / "behind" / "out"
+    config = write_config(
+        folder / "c.yml", STATS, input_tars=tars, output_metadata_dir=str(folder / "seen/out")
+    )
+    assert submit(config).returncode == 0
+    (folder / "seen" / "out").rename(out)
+    for suffix in ("parquet", "npz"):
+        (out / f"00000.{suffix}").rename(folder / f"00000.{suffix}")
+    return out
+
+
 @long
 def test_a_task_that_looked_before_sees_what_another_finished(
     nodes: list[int], tmp_path: Path
 ) -> None:
-    write_shards(tmp_path / "tars", 1)
-    tars, out = str(tmp_path / "tars" / "*.tar"), tmp_path / "behind" / "out"
-    config = write_config(
-        tmp_path / "c.yml", STATS, input_tars=tars, output_metadata_dir=str(tmp_path / "seen/out")
-    )
-    assert submit(config).returncode == 0
-    (tmp_path / "seen" / "out").rename(out)
-    (out / "00000.parquet").rename(tmp_path / "00000.parquet")
-    (out / "00000.npz").rename(tmp_path / "00000.npz")
+    out = one_pair(tmp_path)
     with on(nodes[0], LOOK, tmp_path / "seen" / "out") as looking:
         assert looking.stdout
         assert looking.stdout.readline() == "False\n"
         (tmp_path / "00000.npz").rename(out / "00000.npz")
         (tmp_path / "00000.parquet").rename(out / "00000.parquet")
         assert looking.communicate("\n", timeout=60) == ("True\n", "")
+
+
+@long
+def test_verify_finds_a_pair_that_was_missing_a_moment_ago(
+    nodes: list[int], tmp_path: Path
+) -> None:
+    """Neither the listing that is cached has it, nor the names that are known to be missing."""
+    out = one_pair(tmp_path)
+    with on(nodes[0], VERIFY, tmp_path / "seen" / "out") as verifying:
+        assert verifying.stdout
+        assert verifying.stdout.readline() == "set() [False, False]\n"
+        for suffix in ("npz", "parquet"):
+            (tmp_path / f"00000.{suffix}").rename(out / f"00000.{suffix}")
+        assert verifying.communicate("\n", timeout=60) == ("1\n1 0 []\n", "")
+    assert {path.name for path in out.iterdir()} >= {".d2m", "00000.npz", "00000.parquet"}
 
 
 @short

@@ -230,7 +230,7 @@ def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
     manifest, output = Manifest.load(workload.run), OutputDir(config.output_metadata_dir)
     stems = [s.stem for s in decision.shards]
     odd = set[str]()
-    present, bare = present_and_bare(config, odd)
+    present, bare = present_and_bare(config, manifest.done, odd)
     begun = {*Attempts(workload.run.attempts).stems()} & present & manifest.done.keys()
     _take_back_newer(decision, manifest, output, begun - busy)
     found = stand(stems, manifest, present, ours, config.max_attempts, odd, bare)

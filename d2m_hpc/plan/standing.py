@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from d2m_hpc.config import Config
@@ -17,6 +18,7 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import NPZ, PARQUET, SUFFIXES, OutputDir
 from d2m_hpc.run.shards import read_stems
+from d2m_hpc.storage.mounts import keeps_names
 from d2m_hpc.storage.texts import few
 
 State = Literal["done", "outdated", "failed", "given up", "pending"]
@@ -155,21 +157,31 @@ def standings(
         raise D2MError(f"{run.shards} is missing; submit again, and the plan is made anew")
     manifest = known or Manifest.load(run)
     odd = set[str]()
-    present, bare = present_and_bare(config, odd, there)
+    present, bare = present_and_bare(config, manifest.done, odd, there)
     asked = asked or fingerprints.newest(run)
     return stand(read_stems(run.shards), manifest, present, asked, config.max_attempts, odd, bare)
 
 
 def present_and_bare(
-    config: Config, odd: set[str], there: Mapping[str, set[str]] | None = None
+    config: Config,
+    done: Mapping[str, Outcome],
+    odd: set[str],
+    there: Mapping[str, set[str]] | None = None,
 ) -> tuple[set[str], set[str]]:
     """List the stems of all parquets, and of those without an npz where features are asked for.
 
     Args:
+        done: the records of pairs that should be there. Where one is not, and the folder's listing
+            may be an old one, the folder is listed once more.
         odd: receives the stems of folders, pipes and devices that are named as parquets.
         there: as `standings` takes it.
     """
     suffixes = SUFFIXES if config.postprocess_features else (PARQUET,)
-    there = there or OutputDir(config.output_metadata_dir).pairs(suffixes, odd)
+    output = OutputDir(config.output_metadata_dir)
+    there = there or output.pairs(suffixes, odd)
+    lacks = any(not done.keys() <= there[suffix] for suffix in suffixes)
+    if lacks and output.is_local and keeps_names(Path(output.root)):
+        output.ask_anew()
+        there = output.pairs(suffixes, odd)
     present = there[PARQUET]
     return present, present - there[NPZ] if NPZ in suffixes else set()

@@ -119,6 +119,16 @@ class OutputDir:
                     odd.add(stem)
         return {f".{suffix}": stems for suffix, stems in found.items()}
 
+    def ask_anew(self) -> None:
+        """Make a client of NFS forget its listing of the folder, and which names were missing.
+
+        A change of its own has it ask the server. Does nothing where this user may not write.
+        """
+        if self.is_local:
+            for change in (os.mkdir, os.rmdir):
+                with suppress(OSError):  # another process may do the same at the moment
+                    change(self.path(PROBE))
+
     def _entries(self) -> Iterator[os.DirEntry[str] | Stored]:
         """List the folder.
 

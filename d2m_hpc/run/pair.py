@@ -32,6 +32,7 @@ METADATA = b"d2m"
 """The key of the shard's record in the parquet's file metadata."""
 TAIL = 64 << 10
 """Bytes at the end of a parquet that hold almost any parquet's metadata."""
+MISSING = "is missing"
 AGAIN = "delete {}.parquet to have the shard computed whole by the next submit"
 
 
@@ -167,7 +168,7 @@ class Pair:
                 is_npz, rows = suffix == NPZ, expected.rows
                 problems = _of_npz(file, rows) if is_npz else _of_parquet(file, rows, carried)
         except FileNotFoundError:
-            return ["is missing"]
+            return [MISSING]
         except Exception as error:  # a store, or a damaged byte, may raise any error
             problems = [f"cannot be read: {str(error) or type(error).__name__}"]
         other = f"has another sha256 than its record ({sha256[:12]}...)"

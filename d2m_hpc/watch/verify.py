@@ -17,7 +17,7 @@ from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import SUFFIXES, OutputDir
-from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.pair import MISSING, Pair
 from d2m_hpc.run.shards import read_named
 
 
@@ -77,6 +77,10 @@ def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0
 
     check = partial(check_shard, output, carried=config.carried, owner=lambda sha: names().get(sha))
     faults = [f for stem in stems for f in check(stem, done[stem])]
+    if any(fault.what == MISSING for fault in faults):  # or was, when this machine looked before
+        output.ask_anew()
+        faulty = dict.fromkeys(fault.file.rpartition(".")[0] for fault in faults)
+        faults = [f for stem in faulty for f in check(stem, done[stem])]
     for suffix, present in there.items():
         strays = sorted(present - done.keys())
         faults += [Fault(f"{s}{suffix}", "has no record; run d2m-submit again") for s in strays]
