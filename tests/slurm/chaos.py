@@ -244,26 +244,42 @@ class Chaos:
     def submit(self, *options: str) -> int:
         own = ("--until-done", "--max-rounds=1000") if self.by_itself else ()
         words = (self.run.config, "--no-preflight", *own, *options)
+        # A --wait gives up waiting for what Slurm wrongly calls running, but only after minutes.
+        patience = 2 * PATIENCE if "--wait" in options else PATIENCE
         try:
-            ended = d2m("submit", *words, timeout=PATIENCE)
+            ended = d2m("submit", *words, timeout=patience)
         except subprocess.TimeoutExpired as late:
-            asked = ("squeue", "-r", "-o", "%i %T %r %N %M %j")
-            shown = self.cluster.run(*asked, check=False).stdout + d2m("status", words[0]).stdout
-            self.last = f"{late}\n{shown}"
-            if "--wait" not in options or not self._is_waiting_for_ghosts():
+            self.last = f"{late}\n{self._seen(words[0])}"
+            if "--wait" not in options or not (ghosts := self._ghosts()):
                 raise AssertionError(self.last) from late
             print(f"\nSlurm has tasks that do not run:\n{self.last}", flush=True)
+            self._slurm("scancel", *ghosts)  # as administrators do
             return 1
         self._said(ended)
         self.last = ended.stdout + ended.stderr
         return ended.returncode
 
-    def _is_waiting_for_ghosts(self) -> bool:
-        """Whether Slurm says that tasks run, none of which does: they have no process, or one that
+    def _seen(self, config: Path) -> str:
+        """What there is to see of a command that does not come back."""
+        asked = ("squeue", "-r", "-o", "%i %T %r %N %M %j")
+        shown = self.cluster.run(*asked, check=False).stdout + d2m("status", config).stdout
+        processes = self.cluster.run("ps", "-eo", "pid,ppid,stat,wchan:24,etimes,args", "--forest")
+        shown += "".join(
+            line + "\n"
+            for line in processes.stdout.splitlines()
+            if "slurm" in line or "d2m" in line
+        )
+        for log in self.run.run_dir.rglob("*.out"):
+            shown += f"{log.name}: {log.read_text(errors='replace')[-300:]}\n"
+        return shown
+
+    def _ghosts(self) -> list[str]:
+        """The tasks that Slurm calls running, if none of them is: they have no process, or one that
         is stopped by a suspension of which Slurm knows nothing."""
         stats = [Path(f"/proc/{pid}/stat") for pid in self.workers()]
         states = {stat.read_text().rpartition(") ")[2][0] for stat in stats}
-        return any(line.endswith(" RUNNING") for line in self.live()) and states <= {"T"}
+        running = [line.split()[0] for line in self.live() if line.endswith(" RUNNING")]
+        return running if states <= {"T"} else []
 
     def two_submits(self) -> bool:
         both = [self.run.start_submit() for _ in range(2)]
