@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow.dataset as pads
 
     from d2m_hpc.config import Config
+    from d2m_hpc.launch.export import ExportTasks
     from d2m_hpc.launch.flow import Backend
     from d2m_hpc.launch.head import FirstSamples
     from d2m_hpc.plan.decide import Decision
@@ -684,6 +686,7 @@ class Run:
         image: str = "",
         text: str = "",
         lists: str | os.PathLike[str] | None = None,
+        part: Sequence[int] = (),
         allow_missing: bool = False,
         on_rows: Callable[[int, int], None] = lambda done, of: None,
     ) -> Exported:
@@ -699,6 +702,7 @@ class Run:
             features: names of features for `npy`, `hf` and `lance`; by default all.
             image: the feature for `img_emb`, if there are several; likewise `text`.
             lists: the kept keys for `subset-tars`, which `select` writes to a name in `.jsonl`.
+            part: (2, 3) for what the second of three tasks of `export_tasks` writes.
             allow_missing: leave out shards that are not finished.
             on_rows: called with the number of rows written, and of all rows.
 
@@ -716,7 +720,52 @@ class Run:
         kept = _path("lists", lists) if lists else None
         options = (features, image, text, kept, allow_missing)
         found = layouts.of(layout, self._folder, self.config, path, *options)
-        return exports.export(self._folder, found, on_rows)
+        return exports.export(self._folder, found, on_rows, exports.part_of(part))
+
+    @_explained()
+    def export_tasks(
+        self,
+        folder: str | os.PathLike[str],
+        lists: str | os.PathLike[str],
+        tasks: int,
+        slurm: Mapping[str, Any] = {},
+    ) -> ExportTasks:
+        """Write `subset-tars` by array tasks on Slurm; again, it starts those that are needed.
+
+        Example:
+            tasks = run.export_tasks("kept", "kept.jsonl", 8, {"partition": "cpu"})
+            assert not tasks.wait(), "the logs of tasks that failed"
+
+        Args:
+            folder, lists: as `export` takes them.
+            tasks: among so many the shards are divided.
+            slurm: keys of the config's `slurm:`, before the run's own.
+
+        Raises:
+            ConfigError: the lists, the folder or a key is wrong.
+            D2MError: tasks of another number or with other lists wait or run for the folder.
+            SlurmError: Slurm refused.
+        """
+        from d2m_hpc.launch import export
+        from d2m_hpc.subsets import exports
+        from d2m_hpc.subsets.tars import SubsetTars
+
+        _require(int, "a whole number", tasks=tasks)
+        if tasks < 1:
+            raise ConfigError("export", [f"--tasks: found {tasks}; valid is 1 or more"])
+        where, kept = _path("folder", folder), _path("lists", lists)
+        made = SubsetTars(self._folder, self.config, where, kept)
+        live = partial(export.live, self._folder, made.root)
+        divided = partial(exports.divided, self._folder, made, tasks, live)
+
+        def left() -> set[int]:
+            with divided() as (shares, _):
+                return shares
+
+        with divided() as (shares, at_work):
+            given, new = (self._folder, made.root), shares - at_work
+            job = export.start(*given, made.lines(), tasks, new, slurm) if new else ""
+        return export.ExportTasks(at_work, new, job, *given, left)
 
     @_explained()
     def export_datacomp(

@@ -12,6 +12,7 @@ import typer
 
 from d2m_hpc import api
 from d2m_hpc.cli.common import AsJson, Target, echo, print_json
+from d2m_hpc.cli.options import WithSlurmOptions
 from d2m_hpc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,13 +79,45 @@ def clip_retrieval(
     _export("clip-retrieval", target, output, **options)
 
 
-@app.command(help="Tars of the kept samples, from the run's shards, with all of their members.")
+@app.command(
+    help="Tars of the kept samples, from the run's shards, with all of their members.",
+    epilog="Example: d2m export subset-tars laion.yml --lists kept.jsonl -o kept --tasks 8 --wait",
+)
+@WithSlurmOptions
 def subset_tars(
     target: Target,
+    slurm: dict[str, Any],
     output: Folder,
     lists: Annotated[Path, typer.Option(metavar="KEPT.jsonl", help="of `d2m select -o`")],
+    tasks: Annotated[
+        int | None, typer.Option(metavar="N", help="write them by so many array tasks on Slurm")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
+    part: Annotated[
+        int | None, typer.Option(metavar="I", help="write what the I-th of N tasks writes")
+    ] = None,
 ) -> None:
-    _export("subset-tars", target, output, lists=lists)
+    given = {name: value for name, value in slurm.items() if value is not None}
+    if tasks is None and (extra := [*["part"] * (part is not None), *["wait"] * wait, *given]):
+        what = f"--{extra[0].replace('_', '-')} is of array tasks; add --tasks N"
+        raise ConfigError("export", [what])
+    if tasks is None or part is not None:
+        share = () if part is None else (part, tasks)
+        _export("subset-tars", target, output, lists=lists, part=share)
+        return
+    found = api.open(target).export_tasks(output, lists, tasks, given)
+    if found.live:
+        echo(f"{len(found.live):,} tasks of an earlier command wait or run")
+    if found.started:
+        echo(f"array {found.job}: {len(found.started):,} tasks started")
+    elif not found.live:
+        echo("all tars are there")
+    if wait:
+        for number, log in (failed := found.wait()).items():
+            echo(f"part {number} of {tasks} is not complete; see {log}")
+        if failed:
+            raise typer.Exit(1)
+        _export("subset-tars", target, output, lists=lists)
 
 
 @app.command(help="A parquet of uid, url and caption, for img2dataset to download again.")

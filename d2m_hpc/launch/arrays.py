@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from d2m_hpc.config import Config
@@ -34,7 +34,7 @@ STUCK_SECONDS = 10.0
 
 LEFT = (
     "every shard is done, so what Slurm has listed without a change for minutes is not waited for: "
-    "%d elements (%s, ...); `d2m cancel` ends them"
+    "%d elements (%s, ...); `d2m cancel` or scancel ends them"
 )
 
 log = logging.getLogger(__name__)
@@ -247,27 +247,36 @@ def _whose(left: list[str]) -> str:
 def wait(run: RunDir, config: Config) -> None:
     """Wait until no array task of the run is pending or running, and no round of `--until-done`.
 
-    A slurmctld that died may call tasks running that are gone. So the wait also ends where every
-    shard is done and Slurm's list has not changed for minutes; a warning names what it lists.
-
     Raises:
         SlurmError: no remaining task can start, or squeue has failed for minutes.
     """
-    if not slurm.has_arrays(run):  # of `--local` submits alone: Slurm need not be there
-        return
+    if slurm.has_arrays(run):  # else of `--local` submits alone: Slurm need not be there
+        wait_for(run, lambda: standings(run, config).is_complete)
+
+
+def wait_for(
+    run: RunDir,
+    is_complete: Callable[[], bool],
+    known: Mapping[str, list[slurm.Array]] | None = None,
+) -> None:
+    """Wait as `wait` does, or for some arrays alone.
+
+    A slurmctld that died may call tasks running that are gone. So the wait also ends where all is
+    done and Slurm's list has not changed for minutes; a warning names what it lists.
+    """
     began = heard = moved = changed = time.monotonic()
     before: list[slurm.Element] = []
     while True:
         try:
-            queue = slurm.queue(run)
-            arrays = [*queue.arrays, slurm.rounds_of(run)]
+            queue = slurm.queue(run, known=known)
+            arrays = queue.arrays if known else [*queue.arrays, slurm.rounds_of(run)]
             if not (found := [e for array in arrays for e in queue.live(array)]):
                 return
             heard = time.monotonic()
             if found != before:
                 before, changed = found, heard
             elif heard - changed > slurm.SILENT:
-                if standings(run, config).is_complete:
+                if is_complete():
                     log.warning(LEFT, len(found), f"{found[0].job_id}_{found[0].index}")
                     return
                 changed = heard

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -128,14 +127,11 @@ def in_a_job(workload: Workload, found: Standings) -> None:
     path = run.derived / "config.yml"
     _write(path, workload.config)
     python = [chosen.python or sys.executable, "-P", "-m", "d2m_hpc", "derive", str(path)]
-    flags = sbatch.flags(sbatch.given(chosen.srun))
-    line = shlex.join(["srun", "-n1", *flags, *chosen.launcher, *python, "--prepare"])
-    if found.unfinished:
-        line += " --allow-missing"
+    words = [*python, "--prepare", *["--allow-missing"] * bool(found.unfinished)]
+    script = f"#!/bin/bash\n{sbatch.single(chosen, words)}\n"
     options = {**sbatch.options(chosen), "nodes": 1, "ntasks-per-node": 1, "wait": True}
     options |= {"job-name": "d2m-derive", "output": "derive-%j.out"}
     words = ["sbatch", f"--chdir={run.logs}", *sbatch.flags(options)]
-    script = "\n".join(["#!/bin/bash", "set -e", *chosen.setup, line, ""])
     done = commands.call(*words, seconds=None, told=script)
     if done.returncode and not done.stdout.strip():
         raise SlurmError(sbatch.refusal(done.stderr, done.returncode))

@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from d2m_hpc.config import Config
+from d2m_hpc.config import Config, Slurm
 from d2m_hpc.config.load import load
 from d2m_hpc.errors import ConfigError, D2MError, SlurmError, WeightsError
 from d2m_hpc.launch import derive, ended, flow, sbatch, slurm
@@ -219,12 +219,11 @@ def _follow(run: RunDir, config: Config, later: int = 0) -> str:
     words = [sys.executable, "-P", "-m", "d2m_hpc", "again", str(run.root)]
     # A node may lack the run folder's mount for a while, or the venv's.
     line = f"for wait in {PAUSES}; do {shlex.join(words)} && exit; sleep $wait; done\nexit 1"
-    return _start(run, line, {**_options(config), **own})
+    return start(run, line, {**options(config.slurm), **own})
 
 
-def _options(config: Config) -> dict[str, Any]:
+def options(chosen: Slurm) -> dict[str, Any]:
     """sbatch's options of a job that needs no GPU."""
-    chosen = config.slurm
     return {
         "partition": chosen.partition,
         "account": chosen.account,
@@ -237,7 +236,7 @@ def _options(config: Config) -> dict[str, Any]:
     }
 
 
-def _start(run: RunDir, line: str, options: dict[str, Any]) -> str:
+def start(run: RunDir, line: str, options: dict[str, Any]) -> str:
     """Submit a job; its script is in no file, which a full disk would not take."""
     flags = sbatch.flags(sbatch.given(options))
     words = ["sbatch", f"--chdir={run.logs}", *flags]
@@ -249,7 +248,7 @@ def _tell(run: RunDir, config: Config, chain: Chain) -> None:
     if chain.wish.then and chain.state == "complete":
         line = f"cd {shlex.quote(chain.folder)}\nexport D2M_RUN={shlex.quote(str(run.root))}"
         own = {"job-name": "d2m-then", "output": "then-%j.out"}
-        _start(run, f"{line}\n{chain.wish.then}", {**_options(config), **own})
+        start(run, f"{line}\n{chain.wish.then}", {**options(config.slurm), **own})
     if chain.wish.notify:
         told = {"D2M_RUN": str(run.root), "D2M_STATE": chain.state, "D2M_WHY": chain.ended}
         environment = {**os.environ, **told}

@@ -101,6 +101,16 @@ def command(
     return shlex.join([*srun, *python, *told])
 
 
+def single(config: Slurm, words: Sequence[str], cpus: int | None = None) -> str:
+    """The script of a job of one process, which runs as an array task's would; its last line is the
+    command."""
+    srun = flags(given({"cpus-per-task": cpus, **config.srun}))
+    # A line may say nothing where it fails, and may hold a secret.
+    ended = "{ echo 'setup line %d failed' >&2; exit 4; }"
+    setup = (f"eval {shlex.quote(s)} || {ended % i}" for i, s in enumerate(config.setup, 1))
+    return "\n".join([*setup, shlex.join(["srun", "-n1", *srun, *config.launcher, *words])])
+
+
 def script(
     run: RunDir,
     submission: Submission,

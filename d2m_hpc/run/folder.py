@@ -69,6 +69,8 @@ class RunDir:
         """JSON: how the run goes on by itself, and what each round found."""
         self.derived = root / "derived"
         """What the first steps of `d2m derive` found: npz of centroids and the like."""
+        self.exports = root / "exports"
+        """JSON lines: the kept keys of each `subset-tars` that array tasks write."""
         self.submit_lock = root / "submit.lock"
         """A lease that a submit holds while it decides and commits."""
 

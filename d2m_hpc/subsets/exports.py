@@ -11,13 +11,14 @@ import json
 import math
 import os
 import re
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -37,7 +38,9 @@ PART_ROWS = 100_000
 """Rows after which a part ends; its last shard is whole."""
 THREADS = 4
 """Parts that are written at once: one is read or encoded while another one waits for the disk."""
-LOG, LOCK = ".d2m-export.jsonl", ".d2m-export.lock"
+MARK = ".d2m-export"
+"""How the names of an export's own files begin."""
+LOG, LOCK = f"{MARK}.jsonl", f"{MARK}.lock"
 
 
 @dataclass(frozen=True)
@@ -243,23 +246,51 @@ def source(
     return ExportSource(config, pairs, hashes, schema, vectors, len(found.stems) - len(found.done))
 
 
+class TaskParts(NamedTuple):
+    """What one of `of` tasks writes of an export: every `of`-th part, from the `number`-th on."""
+
+    number: int
+    of: int
+
+    def parts(self, layout: ExportLayout) -> list[ExportPart]:
+        return layout.parts[self.number - 1 :: self.of]
+
+    def __str__(self) -> str:
+        return f".{self.number}-{self.of}"
+
+
+def part_of(given: Sequence[int]) -> TaskParts | None:
+    """The parts of a task by its number and the number of tasks; None where none are given.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    number, of = given if len(given) == 2 else (0, 0)
+    if given and not 1 <= number <= of:
+        what = f"--part: found {number} of {of} tasks; valid is 1 to {of}"
+        raise ConfigError("export", [what])
+    return TaskParts(number, of) if given else None
+
+
 def export(
-    run: RunDir, layout: ExportLayout, on_rows: Callable[[int, int], None] = lambda done, of: None
+    run: RunDir,
+    layout: ExportLayout,
+    on_rows: Callable[[int, int], None] = lambda done, of: None,
+    share: TaskParts | None = None,
 ) -> Exported:
     """Write all parts that are not there yet.
 
     Args:
         on_rows: called with the number of rows that are written or were there, and of all rows.
+        share: writes these parts alone, while other tasks write theirs.
 
     Raises:
         ConfigError: the folder has other files, or cannot be written.
         D2MError: another export works in the folder, or an output cannot be read.
     """
-    made, parts = layout.source, layout.parts
-    with claimed(layout.root, f"{layout.kind} of {run.root.absolute()}") as log:
-        whole_id = digest_of(part.digest for part in parts)
-        there = layout.there(log.parts, whole_id in log.parts)
-        log.keep(there, [*layout.last(), *(path for part in parts for path in layout.files(part))])
+    made, parts = layout.source, share.parts(layout) if share else layout.parts
+    with claimed(run, layout, share) as log:
+        there = _join(log, layout, share) if share else _begin(log, layout)
         with ThreadPoolExecutor(layout.threads) as pool:
             waiting = {
                 p.digest: pool.submit(layout.write, p) for p in parts if p.digest not in there
@@ -272,10 +303,72 @@ def export(
                     on_rows(part.start + part.rows, made.rows)
             finally:
                 pool.shutdown(cancel_futures=True)
-        layout.finish()
-        log.add(whole_id, layout.last())
-    left = len(parts) - len(there)
-    return Exported(str(layout.root), made.rows, len(made.pairs), len(parts), left, made.unfinished)
+        if share is None:
+            layout.finish()
+            log.add(_whole_id(layout), layout.last())
+    rows, shards = sum(p.rows for p in parts), sum(len(p.pairs) for p in parts)
+    return Exported(str(layout.root), rows, shards, len(parts), len(waiting), made.unfinished)
+
+
+@contextmanager
+def divided(
+    run: RunDir, layout: ExportLayout, tasks: int, live: Callable[[], Collection[int]]
+) -> Iterator[tuple[set[int], set[int]]]:
+    """Take the folder while tasks are started.
+
+    Args:
+        tasks: the number of shares.
+        live: tells the shares of tasks that wait or run.
+
+    Yields:
+        The numbers of the shares that have parts left, and of those whose tasks wait or run.
+
+    Raises:
+        D2MError: tasks with other parts wait or run.
+    """
+    with claimed(run, layout) as log:
+        at_work, tasked = {*live()}, f"{_whole_id(layout)}/{tasks}"
+        if log.tasked == tasked:
+            there = layout.there(log.parts, False)
+        elif at_work:
+            what = "tasks of an earlier command, with other lists or another --tasks, wait or run"
+            raise D2MError(f"{layout.root}: {what}; wait for their end, or cancel them")
+        else:
+            there = _begin(log, layout, tasked)
+        left = {p.number % tasks + 1 for p in layout.parts if p.digest not in there}
+        yield left, at_work
+
+
+def _whole_id(layout: ExportLayout) -> str:
+    return digest_of(part.digest for part in layout.parts)
+
+
+def _begin(log: Log, layout: ExportLayout, tasked: str = "") -> set[str]:
+    """Clear the folder of what is not wanted any more; returns the parts that are there."""
+    if busy := held(log.root.glob(f"{MARK}.*-*.lock")):
+        what = f"{len(busy)} tasks of an export are writing there; wait for their end"
+        raise D2MError(f"{log.root}: {what}, or cancel them")
+    there = layout.there(log.parts, _whole_id(layout) in log.parts)
+    log.tidy([*layout.last(), *(path for part in layout.parts for path in layout.files(part))])
+    log.tasked = tasked
+    log.keep(there)
+    return there
+
+
+def _join(log: Log, layout: ExportLayout, share: TaskParts) -> set[str]:
+    """Begin a share; returns its parts that are there."""
+    tasked = f"{_whole_id(layout)}/{share.of}"
+    if log.tasked != tasked:
+        what = f"is not, or no longer, of these lists and --tasks {share.of}"
+        raise D2MError(f"{log.root} {what}; the command without --part makes it so")
+    own = share.parts(layout)
+    there = layout.there(log.parts, False) & {part.digest for part in own}
+    names = {f".{path.name}" for part in own for path in layout.files(part)}
+    for left in log.root.rglob(".*.tmp"):
+        if left.name.rsplit(".", 2)[0] in names:
+            left.unlink(missing_ok=True)
+    log.keep(there)
+    return there
 
 
 def link(run: RunDir, config: Config, folder: Path, allow_missing: bool = False) -> Exported:
@@ -325,61 +418,92 @@ def digest_of(texts: Iterable[str]) -> str:
 class Log:
     """The log of an export's folder: JSON lines, the first of what it is an export.
 
+    Each task of an export has a log of its own beside it, so that no two write into one file.
+
     Attributes:
+        tasked: the parts and the number of tasks, where tasks write the folder; else empty.
         parts: the files of each part that is written, by the part's digest; also of the whole.
     """
 
     root: Path
     about: str
+    name: str = LOG
+    tasked: str = ""
     parts: dict[str, list[str]] = field(default_factory=dict)
 
-    def keep(self, there: Collection[str], wanted: Iterable[Path]) -> None:
-        """Forget all parts but those that are there; remove files that are not wanted any more."""
+    def read(self) -> None:
+        """Read what is there: by this log, and, if it is not a task's, by those of all tasks."""
+        own = [self.root / self.name] if self.name != LOG else self._of_tasks()
+        first = next(iter(_lines(self.root / LOG)), {})
+        self.tasked = first.get("tasks", "")
+        for path in (self.root / LOG, *own):
+            # A log of other parts tells nothing of the files, as names are the same.
+            if (lines := _lines(path)) and lines[0] == first:
+                self.parts |= {line["part"]: line["files"] for line in lines[1:]}
+
+    def keep(self, there: Collection[str]) -> None:
+        """Forget all parts but these."""
+        self.parts = {digest: names for digest, names in self.parts.items() if digest in there}
+        about = {"export": self.about} | ({"tasks": self.tasked} if self.tasked else {})
+        lines = [about, *({"part": d, "files": n} for d, n in self.parts.items())]
+        encoded = (json.dumps(line).encode() + b"\n" for line in lines)
+        files.atomic_write(self.root / self.name, encoded)
+        for path in self._of_tasks() if self.name == LOG else ():
+            path.unlink()
+
+    def tidy(self, wanted: Iterable[Path]) -> None:
+        """Remove the files of parts that are not wanted any more, and what kills left."""
         stay = {self._name(path) for path in wanted}
         gone = {name for names in self.parts.values() for name in names} - stay
-        self.parts = {digest: names for digest, names in self.parts.items() if digest in there}
-        lines = [{"export": self.about}, *({"part": d, "files": n} for d, n in self.parts.items())]
-        files.atomic_write(self.root / LOG, (json.dumps(line).encode() + b"\n" for line in lines))
         for path in (self.root / name for name in gone):
             if path.resolve().is_relative_to(self.root.resolve()):
                 path.unlink(missing_ok=True)
+        for left in self.root.rglob(".*.tmp"):
+            left.unlink()
 
     def add(self, digest: str, paths: Sequence[Path]) -> None:
         line = {"part": digest, "files": [*map(self._name, paths)]}
-        with open(self.root / LOG, "ab") as file:
+        with open(self.root / self.name, "ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def _of_tasks(self) -> list[Path]:
+        return [*self.root.glob(f"{MARK}.*-*.jsonl")]
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self.root))
 
 
 @contextmanager
-def claimed(folder: Path, about: str) -> Iterator[Log]:
-    """Take a folder for one export: a new or empty one, or one that had the same export before.
+def claimed(run: RunDir, layout: ExportLayout, share: TaskParts | None = None) -> Iterator[Log]:
+    """Take the folder for one export: a new or empty one, or one that had the same export before.
+
+    Args:
+        share: takes this share of the export alone.
 
     Raises:
         ConfigError: it has other files, or another export.
-        D2MError: another process exports into it.
+        D2MError: another process exports into it, or writes this share.
     """
+    folder, about = layout.root, f"{layout.kind} of {run.root.absolute()}"
     asked_for.make_folder(folder)
-    names = {path.name for path in folder.iterdir()} - {LOCK}
-    log = Log(folder, about)
-    if names:
+    names = {path.name for path in folder.iterdir()}
+    own = (f"{MARK}.", f".{MARK}.")  # also of a task, or half written
+    if names := {name for name in names if name == LOG or not name.startswith(own)}:
         lines = _lines(folder / LOG)
         if not lines or lines[0].get("export") != about:
             had = f"the export {lines[0].get('export')}" if lines else f"{min(names)} and the like"
             advice = "name a new or empty folder, or remove this one"
             raise ConfigError("export", [f"--output: {folder} has {had}; {advice}"])
-        log.parts = {line["part"]: line["files"] for line in lines[1:]}
     asked_for.require_writable(folder / LOG)
-    lease = Lease(folder / LOCK)
-    if not lease.claim() and (held([folder / LOCK]) or not lease.claim()):
+    lock = folder / (f"{MARK}{share}.lock" if share else LOCK)
+    lease = Lease(lock)
+    if not lease.claim() and (held([lock]) or not lease.claim()):
         raise D2MError(f"{folder}: another export is writing there; wait for its end")
     try:
-        for left in folder.rglob(".*.tmp"):
-            left.unlink()
+        log = Log(folder, about, f"{MARK}{share}.jsonl" if share else LOG)
+        log.read()
         yield log
     finally:
         lease.release()
@@ -398,7 +522,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def whole(path: Path) -> Iterator[IO[bytes]]:
     """Open a new file, which is in its place, and on disk, once the block ends without an error."""
     files.make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with files.durable(temporary) as file:
             yield file

@@ -69,6 +69,11 @@ class SubsetTars(ExportLayout):
             yield ExportPart(number, start, rows, ((pair, rows),), digest)
             start += rows
 
+    def lines(self) -> Iterator[bytes]:
+        """The lists, as `d2m select` writes them."""
+        for stem, keys in self._lists.items():
+            yield json.dumps({"shard": stem, "keys": keys}).encode() + b"\n"
+
     def files(self, part: ExportPart) -> list[Path]:
         return [self.root / f"{pair.stem}.tar" for pair, _ in part.pairs]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import d2m_hpc as d2m
 from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.storage.lease import Lease
+from d2m_hpc.subsets import exports
+from d2m_hpc.subsets.tars import SubsetTars
 
 
 @pytest.fixture
@@ -139,3 +145,185 @@ def test_mistakes_in_the_lists_are_told(run: d2m.Run, tmp_path: Path, text: str,
     (tmp_path / "kept.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=told):
         run.export("subset-tars", tmp_path / "kept", lists=tmp_path / "kept.jsonl")
+
+
+# --- by tasks ---
+
+TASKS = 3
+SELECTED = "caption LIKE '%1' OR caption LIKE '%3' AND key < '00001'"
+
+
+@pytest.fixture
+def lists(run: d2m.Run, tmp_path: Path) -> Path:
+    """Kept keys of each of seven shards."""
+    write_shards(tmp_path / "tars", 7, 4)
+    d2m.submit(tmp_path / "c.yml", local=True)
+    run.select(tmp_path / "kept.jsonl", SELECTED)
+    return tmp_path / "kept.jsonl"
+
+
+def divide(run: d2m.Run, folder: Path, lists: Path, tasks: int, *live: int) -> set[int]:
+    """Begin an export by tasks; returns the parts that are left."""
+    layout = SubsetTars(RunDir(run.path), run.config, folder, lists)
+    with exports.divided(RunDir(run.path), layout, tasks, lambda: live) as (left, _):
+        return left
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+
+
+def hidden(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix != ".tar"}
+
+
+def test_tasks_write_what_one_process_writes(run: d2m.Run, tmp_path: Path, lists: Path) -> None:
+    run.export("subset-tars", tmp_path / "at-once", lists=lists)
+    out = tmp_path / "by-tasks"
+    assert divide(run, out, lists, TASKS) == {1, 2, 3}
+    found = [
+        run.export("subset-tars", out, lists=lists, part=(i, TASKS)) for i in range(1, TASKS + 1)
+    ]
+    assert [f.written for f in found] == [3, 2, 2]
+    assert sum(f.rows for f in found) == 8
+    assert tars(out) == tars(tmp_path / "at-once")
+    assert divide(run, out, lists, TASKS) == set()
+    # Again, nothing is written, also by another number of tasks, or by none.
+    assert run.export("subset-tars", out, lists=lists, part=(2, TASKS)).written == 0
+    assert divide(run, out, lists, 5) == set()
+    assert run.export("subset-tars", out, lists=lists).written == 0
+    assert hidden(out) == {exports.LOG}
+    assert divide(run, out, lists, TASKS) == set()
+
+
+def test_a_task_leaves_the_files_of_others_alone(run: d2m.Run, tmp_path: Path, lists: Path) -> None:
+    out = tmp_path / "kept"
+    divide(run, out, lists, TASKS)
+    run.export("subset-tars", out, lists=lists, part=(1, TASKS))
+    before = tars(out)
+    assert before.keys() == {"00000.tar", "00003.tar", "00006.tar"}
+    for stem in ("00001", "00002"):  # as a kill leaves it
+        (out / f".{stem}.tar.0123abcd.tmp").write_bytes(b"half")
+    run.export("subset-tars", out, lists=lists, part=(2, TASKS))
+    assert ".00002.tar.0123abcd.tmp" in hidden(out)
+    assert ".00001.tar.0123abcd.tmp" not in hidden(out)
+    assert {name: data for name, data in tars(out).items() if name in before} == before
+    assert divide(run, out, lists, TASKS) == {3}
+    # What is on a log and lost is written again; what is on none was not finished.
+    (out / "00000.tar").unlink()
+    (out / "00002.tar").write_bytes(b"of nobody")
+    assert divide(run, out, lists, TASKS) == {1, 3}
+    assert run.export("subset-tars", out, lists=lists, part=(1, TASKS)).written == 1
+    assert run.export("subset-tars", out, lists=lists).written == 2
+    assert hidden(out) == {exports.LOG}
+
+
+def test_tasks_of_other_parts_are_refused(run: d2m.Run, tmp_path: Path, lists: Path) -> None:
+    out, other = tmp_path / "kept", tmp_path / "other.jsonl"
+    run.select(other, "key < '00002'")
+    with pytest.raises(
+        D2MError, match=r"is not, or no longer, of these lists and --tasks 3; the command"
+    ):
+        run.export("subset-tars", out, lists=lists, part=(1, TASKS))
+    divide(run, out, lists, TASKS)
+    run.export("subset-tars", out, lists=lists, part=(1, TASKS))
+    for tasks, kept in ((4, lists), (TASKS, other)):
+        with pytest.raises(D2MError, match="is not, or no longer, of these lists and --tasks"):
+            run.export("subset-tars", out, lists=kept, part=(1, tasks))
+        with pytest.raises(D2MError, match="wait or run; wait for their end, or"):
+            divide(run, out, kept, tasks, 2)
+    assert divide(run, out, lists, TASKS, 2) == {2, 3}
+    # While a task writes, the folder is nobody else's.
+    lease = Lease(out / ".d2m-export.2-3.lock")
+    assert lease.claim()
+    with pytest.raises(D2MError, match="1 tasks of an export are writing there"):
+        run.export("subset-tars", out, lists=lists)
+    with pytest.raises(D2MError, match="1 tasks of an export are writing there"):
+        divide(run, out, other, TASKS)
+    with pytest.raises(D2MError, match="another export is writing there"):
+        run.export("subset-tars", out, lists=lists, part=(2, TASKS))
+    lease.release()
+    # Then it is; what an earlier selection's tasks noted down counts no more.
+    assert divide(run, out, other, TASKS) == {1, 2}
+    assert tars(out).keys() == {"00000.tar"}
+    run.export("subset-tars", out, lists=other, part=(1, TASKS))
+    run.export("subset-tars", out, lists=other, part=(2, TASKS))
+    assert divide(run, out, lists, TASKS) == {1, 2, 3}
+    with pytest.raises(D2MError, match="is not, or no longer, of these lists and --tasks 3"):
+        run.export("subset-tars", out, lists=other, part=(1, TASKS))
+    run.export("subset-tars", out, lists=lists)
+    run.export("subset-tars", tmp_path / "at-once", lists=lists)
+    assert tars(out) == tars(tmp_path / "at-once")
+
+
+@pytest.mark.parametrize("stopped", ["before", "after"])
+def test_a_kill_while_other_lists_begin_takes_no_tar_for_another(
+    run: d2m.Run, tmp_path: Path, lists: Path, monkeypatch: pytest.MonkeyPatch, stopped: str
+) -> None:
+    """A kill before or after the log is written anew, with the logs of tasks still there."""
+    out, other = tmp_path / "kept", tmp_path / "other.jsonl"
+    run.select(other, "key < '00002'")
+    divide(run, out, lists, 2)
+    for number in (1, 2):
+        run.export("subset-tars", out, lists=lists, part=(number, 2))
+    write = exports.files.atomic_write
+
+    def killed(path: Path, data: Any) -> None:
+        if stopped == "after":
+            write(path, data)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exports.files, "atomic_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            divide(run, out, other, 1)
+    assert divide(run, out, other, 1) == {1}
+    run.export("subset-tars", out, lists=other, part=(1, 1))
+    assert divide(run, out, lists, 2) == {1, 2}
+    for number in (1, 2):
+        run.export("subset-tars", out, lists=lists, part=(number, 2))
+    run.export("subset-tars", tmp_path / "at-once", lists=lists)
+    assert tars(out) == tars(tmp_path / "at-once")
+
+
+STUCK = """
+import os, sys, time
+import d2m_hpc
+from d2m_hpc.subsets import tars
+whole = tars.SubsetTars._copy
+def copy(self, shard, reader, tar):
+    whole(self, shard, reader, tar)
+    if shard.stem == "00004":
+        while "00001.tar" not in (self.root / ".d2m-export.2-3.jsonl").read_text():
+            time.sleep(0.01)  # the other thread notes the first tar down
+        os.kill(os.getpid(), 9)
+tars.SubsetTars._copy = copy
+tars.SubsetTars.threads = 1
+d2m_hpc.open(sys.argv[1]).export("subset-tars", sys.argv[2], lists=sys.argv[3], part=(2, 3))
+"""
+
+
+def test_a_task_that_is_killed_while_it_writes_leaves_nothing_for_done(
+    run: d2m.Run, tmp_path: Path, lists: Path
+) -> None:
+    out = tmp_path / "kept"
+    divide(run, out, lists, TASKS)
+    words = [sys.executable, "-c", STUCK, *map(str, (run.path, out, lists))]
+    assert subprocess.run(words, check=False).returncode == -9
+    assert tars(out).keys() == {"00001.tar"}
+    assert [n for n in hidden(out) if n.endswith(".tmp")]
+    assert divide(run, out, lists, TASKS) == {1, 2, 3}
+    again = run.export("subset-tars", out, lists=lists, part=(2, TASKS))
+    assert (again.parts, again.written) == (2, 1)
+    assert hidden(out) == {exports.LOG, ".d2m-export.2-3.jsonl"}
+
+
+@pytest.mark.parametrize("given", [(0, 3), (4, 3), (-1, 3), (1, 0), (1,)])
+def test_parts_that_are_none_are_told(
+    run: d2m.Run, tmp_path: Path, lists: Path, given: tuple[int, ...]
+) -> None:
+    with pytest.raises(ConfigError, match=r"--part: found -?\d of \d tasks; valid is 1 to"):
+        run.export("subset-tars", tmp_path / "kept", lists=lists, part=given)
+    assert not (tmp_path / "kept").exists()
+    with pytest.raises(D2MError, match="is not, or no longer, of these lists"):
+        run.export("npy", tmp_path / "kept", part=(1, 3))
