@@ -3,7 +3,7 @@
     python -m benchmarks.whole --reference DIR --checkpoints DIR [ROW ...]
 
 User and system time of all processes of each program, so that others on the machine disturb it
-little. README.md says how to make the other programs' environments.
+little. Run a row once before it counts: the first run writes the libraries' bytecode. README.md says how to make the other programs' environments.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -94,7 +95,11 @@ def cpu(command: Sequence[str], folder: Path) -> tuple[float, float, str]:
         RuntimeError: it failed; with the end of what it told.
     """
     measure = [sys.executable, str(SPENT), *command]
-    told = subprocess.run(measure, capture_output=True, text=True, check=False, cwd=folder)
+    # Else both programs compile all of their libraries at each start.
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    told = subprocess.run(
+        measure, capture_output=True, text=True, check=False, cwd=folder, env=variables
+    )
     if told.returncode:
         raise RuntimeError(f"{command[:3]} failed:\n{told.stdout[-2000:]}{told.stderr[-4000:]}")
     spent, memory = json.loads(told.stdout.splitlines()[-1])

@@ -91,6 +91,19 @@ class Weights:
             raise WeightsError(f"{path} cannot be used: {told(error, path)}") from error
 
 
+def fill(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a net a checkpoint's tensors as its own, in the net's types.
+
+    They are not copied into memory that the net has already, which takes as long as reading them.
+
+    Raises:
+        RuntimeError: the net has other tensors.
+    """
+    types = {name: own.dtype for name, own in net.state_dict().items()}
+    given = {n: t.to(types.get(n, t.dtype)).contiguous() for n, t in state.items()}
+    net.load_state_dict(given, assign=True)
+
+
 class _Unset(TorchFunctionMode):
     """Leave out the random values that nets begin with: they take longer than loading."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.models.buckets import run_by_length
-from d2m_hpc.models.checkpoint import Weights, state_of
+from d2m_hpc.models.checkpoint import Weights, fill, state_of
 from d2m_hpc.models.half import in_half, is_openai
 from d2m_hpc.models.headers import is_torchscript
 from d2m_hpc.models.transfer import conv_layout, to_device
@@ -233,7 +233,14 @@ def load(weights: Weights, name: str) -> Any:
 
     with weights.used(name):
         state = _state_dict(weights, name)
-        return build_model_from_openai_state_dict(state, cast_dtype=torch.float32).float()
+        # open_clip casts a net to float16 and copies the values there, which would be float32 again
+        # then. On the meta device that costs nothing, and fails as ever where tensors are wrong.
+        bare = {key: tensor.to("meta") for key, tensor in state.items()}
+        with torch.device("meta"):
+            net = build_model_from_openai_state_dict(bare, cast_dtype=torch.float32).float()
+        fill(net, {key: state[key] for key in bare})
+        net.attn_mask = torch.full(net.attn_mask.shape, -torch.inf).triu_(1)
+        return net
 
 
 def _state_dict(weights: Weights, name: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2m_hpc.models.checkpoint import Weights, state_of
+from d2m_hpc.models.checkpoint import Weights, fill, state_of
 from d2m_hpc.models.transfer import conv_layout
 
 CHECKPOINT = "isc_ft_v107.pth.tar"
@@ -75,5 +75,5 @@ def load(weights: Weights) -> IscNet:
     with weights.used(CHECKPOINT):
         content = weights.load(CHECKPOINT)
         net = IscNet(content["arch"])
-        net.load_state_dict(state_of(content))
+        fill(net, state_of(content))
     return net

@@ -43,8 +43,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def conv_layout(device: torch.device) -> torch.memory_format:
     """How images and the weights of convolutions lie in memory.
 
-    Tensor cores read channels last. On the CPU that gains nothing and sums in an order that takes
-    pictures of one colour away from the reference's descriptors, by 4e-4.
+    Tensor cores read channels last. On the CPU that gains a tenth in float32, and sums in an order
+    that takes pictures of one colour away from the reference's descriptors, by 4e-4.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 

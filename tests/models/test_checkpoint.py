@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import clip, dedup, toxicity
-from d2m_hpc.models.checkpoint import Weights, state_of
+from d2m_hpc.models.checkpoint import Weights, fill, state_of
 
 
 class _Evil:
@@ -134,3 +134,40 @@ def test_no_random_values_are_drawn_for_a_net_that_has_a_checkpoints(
     one, other = (net.state_dict() for net in nets)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_net_takes_a_checkpoints_tensors_as_its_own_and_in_its_types() -> None:
+    net = nn.BatchNorm1d(3).eval()
+    state = net.state_dict() | {
+        "weight": torch.tensor([1.0, 2, 3]),
+        "bias": torch.tensor([1.0, 2, 3], dtype=torch.half),
+        "running_mean": torch.arange(6.0)[::2],
+    }
+    fill(net, state)
+    assert net.weight.data_ptr() == state["weight"].data_ptr()
+    assert net.weight.requires_grad
+    assert net.bias.dtype == torch.float32
+    assert net.bias.tolist() == [1, 2, 3]
+    assert net.running_mean is not None
+    assert net.running_mean.is_contiguous()
+    assert net.running_mean.tolist() == [0, 2, 4]
+    for wrong in (state | {"more": torch.ones(1)}, {"weight": torch.ones(3)}):
+        with pytest.raises(RuntimeError, match="Error"):
+            fill(net, wrong)
+
+
+def test_a_clip_of_halves_is_that_of_the_same_values_in_float32(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    state = state_of(Weights(checkpoints).load("ViT-B-32.pt"))
+    nets = []
+    for change in (Tensor.half, lambda t: t.half().float()):
+        torch.save({n: change(t) for n, t in state.items()}, tmp_path / "a.pt")
+        nets.append(clip.load(Weights(tmp_path), "a.pt"))
+    pairs = zip(*(net.state_dict().items() for net in nets), strict=True)
+    assert all(
+        n == m and torch.equal(a, b) and a.dtype == torch.float32 for (n, a), (m, b) in pairs
+    )
+    mask = nets[0].attn_mask
+    assert torch.equal(mask, torch.full(mask.shape, -torch.inf).triu(1))
+    assert not any(t.is_meta for t in (*nets[0].parameters(), *nets[0].buffers()))

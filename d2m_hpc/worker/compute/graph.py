@@ -50,6 +50,15 @@ def _knows_bfloat16() -> bool:
     return False
 
 
+def _lay_out(model: Any) -> None:
+    """Convolutions in bfloat16 take channels last as they are, where the CPU computes it: 0.65 of
+    the descriptor's time. In float32 the layout stays, as sums in another order move descriptors
+    of pictures of one colour."""
+    if hasattr(model, "layout") and _knows_bfloat16():
+        model.layout = torch.channels_last
+        model.image_net.to(memory_format=model.layout)
+
+
 class Graph:
     """All models of a config; as a context, it keeps autocast's copies of the weights.
 
@@ -98,6 +107,8 @@ class Graph:
                 if isinstance(model, OpenAIClip):
                     wanted = spec.use.wanted & {"text", "score"}
                     model.encodes_text = bool(wanted) or self.toolbox.has_own_posts
+                if self.dtype == torch.bfloat16 and self.device.type == "cpu":
+                    _lay_out(model)
             else:
                 model = custom.build(spec, made, as_given, self._weights)
             precision.cast_once(model)

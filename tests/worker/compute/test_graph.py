@@ -839,3 +839,40 @@ def test_a_cpu_that_computes_bfloat16_is_told_of_once(
         made = bench(CHAIN, ["sum", "square", "double"], ["total"], amp=amp)
     assert sum("amp: bfloat16" in line for line in caplog.messages) == told
     assert made.graph.dtype == (torch.bfloat16 if amp == "bfloat16" else None)
+
+
+@pytest.mark.parametrize(
+    ("amp", "knows", "form"),
+    [
+        ("bfloat16", True, torch.channels_last),
+        ("bfloat16", False, torch.contiguous_format),
+        ("off", True, torch.contiguous_format),
+    ],
+)
+def test_convolutions_in_bfloat16_have_channels_last_where_the_cpu_computes_it(
+    bench: Make,
+    checkpoints: Path,
+    amp: str,
+    knows: bool,
+    form: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("d2m_hpc.worker.compute.graph._knows_bfloat16", lambda: knows)
+    models = ["faces-scrfd10g", "dedup-isc-ft-v107"]
+    weights = {"weights_dir": str(checkpoints)}
+    features = {"postprocess_features": ["dedup-isc-ft-v107-image"]}
+    made = bench(OWN_POST, models, ["face-boxes"], amp=amp, **weights, **features)
+    for name, side in zip(models, (224, 512), strict=True):
+        seen: list[bool] = []
+        net = made.graph.models[name].image_net
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
+                assert module.weight.is_contiguous(memory_format=form)
+        net.register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(given[0].is_contiguous(memory_format=form))
+        )
+        images = torch.zeros(2, 3, side, side)
+        given = (images, torch.zeros(2, 4)) if name == models[0] else images
+        with torch.no_grad():
+            made.graph.models[name](given)
+        assert seen == [True]
