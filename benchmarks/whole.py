@@ -3,7 +3,8 @@
     python -m benchmarks.whole --reference DIR --checkpoints DIR [ROW ...]
 
 User and system time of all processes of each program, so that others on the machine disturb it
-little. Run a row once before it counts: the first run writes the libraries' bytecode. README.md says how to make the other programs' environments.
+little. A row counts from its second run: the first one writes the libraries' bytecode. README.md
+says how to make the other programs' environments.
 """
 
 from __future__ import annotations
