@@ -238,6 +238,52 @@ def test_the_card_and_one_schema(run: d2m.Run, tmp_path: Path) -> None:
         assert np.array_equal([found[key] for key in KEYS], whole("l14_img"))
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.int8])
+def test_polars_and_arrow_write_the_same_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    monkeypatch.setattr(layouts, "GROUP_ROWS", 4)
+    run = finished(tmp_path, len(ROWS))
+    for number, rows in enumerate(ROWS):
+        made = {name: array.astype(kind) for name, array in vectors(number, rows).items()}
+        np.savez(tmp_path / "out" / f"{number:05d}.npz", **made)
+    run.export("hf", tmp_path / "polars")
+    monkeypatch.setitem(sys.modules, "polars", None)
+    run.export("hf", tmp_path / "arrow")
+    name = "data/train-00000-of-00001.parquet"
+    files = [pq.ParquetFile(tmp_path / by / name) for by in ("polars", "arrow")]
+    assert [file.metadata.created_by.split()[0] for file in files] == [
+        "Polars",
+        "parquet-cpp-arrow",
+    ]
+    ours, other = (file.read() for file in files)
+    assert ours.schema.equals(other.schema, check_metadata=True)
+    assert ours.equals(other)
+    cards = [(tmp_path / by / "README.md").read_text() for by in ("polars", "arrow")]
+    assert cards[0] == cards[1]
+    features = [datasets_rows(tmp_path / by) for by in ("polars", "arrow")]
+    assert features[0] == features[1] == datasets_rows(tmp_path / "polars", streaming=True)
+
+
+def test_columns_of_other_types_are_arrows_to_write(tmp_path: Path) -> None:
+    made = pa.array([{"Model": "X"}] * 4, pa.struct({"Model": pa.string()}))
+    names = {"00000": shard(0, 4).append_column("exif", made)}
+    fields = [*CONFIG["additional_fields"], "exif"]
+    where = make_run(tmp_path, names, additional_fields=fields)
+    np.savez(tmp_path / "out" / "00000.npz", **vectors(0, 4))
+    d2m.Run(*where).export("hf", tmp_path / "hf-export")
+    [path] = (tmp_path / "hf-export" / "data").iterdir()
+    assert pq.read_table(path)["exif"].to_pylist() == made.to_pylist()
+    assert "parquet-cpp" in pq.read_metadata(path).created_by
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(20_000, np.float16)), 20)
+    rows = pa.table({"x": lists})
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb") as file:
+        layouts._sink(file, rows.schema, iter([rows] * 20))
+
+
 # --- all of them ---
 
 LAYOUTS = ["npy", "clip-retrieval", "hf"]
