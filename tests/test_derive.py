@@ -21,6 +21,7 @@ from launch.scripted import commands_of
 import d2m_hpc as d2m
 from d2m_hpc.errors import ConfigError, D2MError, SlurmError
 from d2m_hpc.launch import derive as launch
+from d2m_hpc.run.derived import require_steady
 from d2m_hpc.worker.task import run_task
 
 FEATURE = "image-histogram"
@@ -83,7 +84,7 @@ def config(folder: Path, names: list[str] | None = None, **more: Any) -> Path:
     """`c.yml` with these entries; `more` changes some keys of theirs, by name."""
     entries = {name: DERIVE[name] | more.pop(name, {}) for name in names or DERIVE}
     for name in {"near", "norm", "largest"} & entries.keys():
-        entries[name]["reference"] = str(folder / "reference.npy")
+        entries[name].setdefault("reference", str(folder / "reference.npy"))
     if "probe" in entries:
         entries["probe"].setdefault("checkpoint", str(folder / "probe.npz"))
     places = {
@@ -342,6 +343,12 @@ def test_a_shard_without_the_feature_fails_alone(folder: Path) -> None:
         ({"weighed": {"expression": "clutser + 1"}}, "unknown column 'clutser'; did you mean"),
         ({"weighed": {"expression": "cluster, 1"}}, "derive.weighed.expression: found"),
         ({"weighed": {"expression": "(SELECT content FROM read_text('/etc/passwd'))"}}, "disabled"),
+        ({"weighed": {"expression": "cluster + Random()"}}, "random() gives another value each"),
+        ({"weighed": {"expression": "list_sum([x + random() for x in [1]])"}}, "random() gives"),
+        ({"weighed": {"expression": "epoch(now())"}}, "now() gives another value each time"),
+        ({"weighed": {"expression": "year(CURRENT_DATE)"}}, "CURRENT_DATE gives another value"),
+        ({"weighed": {"expression": "year(age(DATE '2020-01-01'))"}}, "age() gives another"),
+        ({"weighed": {"expression": "setseed(0.5) IS NULL"}}, "setseed() gives another value"),
         ({"weighed": {"expression": "max(cluster)"}}, "gives 1 rows of 1 columns for 2 rows"),
     ],
 )
@@ -354,6 +361,88 @@ def test_mistakes_are_told_in_a_line(finished: Path, change: dict[str, Any], tol
         d2m.derive(config(finished, **change), local=True)
     assert told in str(caught.value)
     assert records(finished) == before
+
+
+def test_expressions_of_the_row_alone_are_steady() -> None:
+    for expression in (
+        "CASE WHEN a > 1 THEN 'random()' ELSE error('no') END",
+        "year(age(DATE '2021-01-01', DATE '2020-01-01'))",
+        "current_date + 1",  # a column here
+        "date_trunc('day', DATE '2020-01-01')",
+        "hash(a) % 10",
+    ):
+        require_steady(expression, ["a", "current_date"])
+
+
+LISTS: dict[str, tuple[pa.Array, str]] = {
+    "narrow": (pa.array([[1.0, 2.0]]), "has vectors of 2, 'image-histogram' of 48"),
+    "ragged": (pa.array([[1.0, 2.0], [1.0]]), "column 'v' has lists of 1, 2 values; valid is one"),
+    "null": (pa.array([[1.0, 2.0], None]), "column 'v' has lists of 2, null values; valid is one"),
+    "hole": (pa.array([[1.0, None], [1.0, 2.0]]), "1 of its vectors have a NaN, an infinity or a"),
+    "words": (pa.array([["a", "b"]]), "column 'v' has lists of string; valid are numbers"),
+    "flat": (pa.array([1.0, 2.0]), "column 'v' is of double; valid are lists of numbers"),
+    "empty": (pa.array([], pa.list_(pa.float32(), 48)), "it has the shape (0, 0); valid are"),
+    "no": (pa.array([[]], pa.list_(pa.float32())), "it has the shape (1, 0); valid are vectors"),
+}
+
+
+@pytest.mark.parametrize("name", [*LISTS, "foreign", "none", "cut", "folder", "unnamed", "wrong"])
+def test_a_reference_that_cannot_be_used_is_told_in_a_line(finished: Path, name: str) -> None:
+    path, column = finished / f"{name}.parquet", {"unnamed": None, "wrong": "w"}.get(name, "v")
+    values, told = LISTS.get(name, LISTS["narrow"])
+    pq.write_table(pa.table({"v": values}), path)
+    if name in ("unnamed", "wrong"):
+        told = {"unnamed": "valid for `column` is one of v", "wrong": "no column 'w'; valid"}[name]
+    elif name == "foreign":
+        path.write_bytes(b"a text, and no parquet\n" * 9)
+        told = "not a parquet file"
+    elif name == "none":
+        path.write_bytes(b"")
+        told = "0 bytes"
+    elif name == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+        told = "not a parquet file"
+    elif name == "folder":
+        path.unlink()
+        path.mkdir(exist_ok=True)
+        told = "cannot be read: Is a directory"
+    entry = {"near": {"reference": str(path), "column": column}}
+    with pytest.raises(ConfigError) as caught:
+        d2m.derive(config(finished, ["near"], **entry), local=True)
+    assert f"derive.near.reference: {path}" in str(caught.value)
+    assert told in str(caught.value)
+    assert str(caught.value).count("derive.") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (np.array([["a"]]), "it has values of type <U1; valid are numbers"),
+        (np.ones((2, 2), complex), "it has values of type complex128; valid are numbers"),
+        (np.full((3, 48), np.nan), "3 of its vectors have a NaN"),
+        (b"", "it is no .npy, as numpy.save writes them"),
+        (b"PK\x03\x04 an npz", "it is no .npy, as numpy.save writes them"),
+    ],
+)
+def test_an_npy_that_cannot_be_used_is_told_in_a_line(
+    finished: Path, content: Any, told: str
+) -> None:
+    path = finished / "bad.npy"
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(ConfigError) as caught:
+        d2m.derive(config(finished, ["near"], near={"reference": str(path)}), local=True)
+    assert f"derive.near.reference: {path} cannot be used: {told}" in str(caught.value)
+
+
+def test_a_reference_in_a_parquet_gives_what_the_same_npy_gives(folder: Path) -> None:
+    d2m.submit(config(folder), local=True)
+    vectors = np.load(folder / "reference.npy").astype(np.float32)
+    whole = derived(config(folder, ["near"]))
+    for kind in (pa.list_(pa.float32()), pa.list_(pa.float64()), pa.list_(pa.float32(), WIDTH)):
+        rows = pa.table({"v": pa.array(vectors.tolist(), kind), "w": [0] * len(vectors)})
+        pq.write_table(rows, folder / "r.parquet")
+        entry = {"reference": str(folder / "r.parquet"), "column": "v"}
+        assert derived(config(folder, ["near"], near=entry)).equals(whole)
 
 
 def test_a_job_does_the_first_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from d2m_hpc.errors import ConfigError, ShardError
 from d2m_hpc.models.family import Use, located
 from d2m_hpc.models.weights import sha256_of, weights_dir
 from d2m_hpc.plan.workload import Workload, hashed
-from d2m_hpc.run.derived import evaluated, kept_file
+from d2m_hpc.run.derived import evaluated, kept_file, require_steady
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.outputs import OutputDir
@@ -103,6 +103,7 @@ def _require_sql(config: Config, done: Mapping[str, Outcome]) -> None:
     for name, entry in config.derive.items():
         if isinstance(entry, SqlExpression):
             try:
+                require_steady(entry.expression, table.column_names)
                 evaluated(entry.expression, entry.type, table)
             except ShardError as error:
                 raise ConfigError("config", [f"derive.{name}.expression: {error}"]) from None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -31,6 +34,47 @@ def kept_for(run: RunDir, digest: str) -> Path | None:
 
 
 KINDS = {"int64": "BIGINT", "float32": "FLOAT", "string": "VARCHAR", "bool": "BOOLEAN"}
+
+
+_CLOCK = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
+"""Words of SQL that are calls without parentheses, unless a column has the name."""
+_VARYING = """
+    SELECT function_name FROM duckdb_functions() WHERE function_name != 'error' AND (
+        stability = 'VOLATILE' OR stability = 'CONSISTENT_WITHIN_QUERY' AND len(parameters) = 0)
+"""
+
+
+def require_steady(expression: str, columns: list[str]) -> None:
+    """Refuse SQL that gives other values each time, by DuckDB's own word on its functions.
+
+    Raises:
+        ShardError: it does.
+    """
+    import duckdb
+
+    with duckdb.connect() as db:
+        varying = {name for (name,) in db.execute(_VARYING).fetchall()}
+        query = "SELECT json_serialize_sql(?)"
+        [(tree,)] = db.execute(query, [f"SELECT ({expression}\n)"]).fetchall()
+    clock = _CLOCK - {name.lower() for name in columns}
+    for node in _nodes(json.loads(tree)):
+        name = str(node.get("function_name", "")).lower()
+        given = node.get("arguments", node.get("children", []))
+        if (name == "age" and len(given) == 1) or name in varying:
+            found = f"{name}()"
+        elif len(names := node.get("column_names", [])) == 1 and names[0].lower() in clock:
+            found = names[0]
+        else:
+            continue
+        why = f"{found} gives another value each time; valid is what depends on the row alone"
+        raise ShardError(f"found {expression!r}: {why}")
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(tree, dict):
+        yield tree
+    for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _nodes(part)
 
 
 def evaluated(expression: str, kind: str, table: pa.Table) -> pa.Array:

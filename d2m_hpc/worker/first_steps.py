@@ -139,10 +139,12 @@ class FirstSteps:
         path = Path(entry.reference)
         try:
             vectors = _vectors(path, entry.column)
-            if vectors.ndim != 2 or not len(vectors) or not np.isfinite(vectors).all():
-                raise ValueError(f"found {vectors.shape}; valid are finite vectors, one a row")
-        except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
-            what = f"{path} cannot be used: {error}"
+            if vectors.ndim != 2 or not vectors.size:
+                raise ValueError(f"it has the shape {vectors.shape}; valid are vectors, one a row")
+            if bad := len(vectors) - int(np.isfinite(vectors).all(axis=1).sum()):
+                raise ValueError(f"{bad:,} of its vectors have a NaN, an infinity or a null")
+        except (OSError, ValueError, pa.ArrowException) as error:
+            what = f"{path} cannot be used: {str(error).splitlines()[0]}"
             raise ConfigError("config", [f"derive.{name}.reference: {what}"]) from None
         for pair, _ in self._pairs[:1]:
             [own] = self._features(pair, [entry.feature])
@@ -210,9 +212,32 @@ class FirstSteps:
 
 def _vectors(path: Path, column: str | None) -> NDArray[Any]:
     if path.suffix != ".parquet":
-        loaded: NDArray[Any] = np.load(path)
-        return loaded.astype(np.float32)
-    table = pq.read_table(path)
-    if column not in table.column_names:
-        raise ValueError(f"found no column {column!r}; name one of {', '.join(table.column_names)}")
-    return np.array(table[column].to_pylist(), np.float32)
+        with path.open("rb") as file:
+            if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+                raise ValueError("it is no .npy, as numpy.save writes them")
+        return _numbers(np.load(path))
+    if not path.is_file():  # Arrow would read a folder as a table
+        raise ValueError("it is no file")
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            asked = f"found no column {column!r}; " if column else ""
+            raise ValueError(f"{asked}valid for `column` is one of {', '.join(names) or 'none'}")
+        lists = file.read([column])[column].combine_chunks()
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_one(lists.type) for is_one in kinds):
+        raise ValueError(f"column {column!r} is of {lists.type}; valid are lists of numbers")
+    widths = {*lists.value_lengths().to_pylist()}
+    if len(widths) > 1:
+        what = ", ".join("null" if w is None else str(w) for w in sorted(widths, key=str)[:3])
+        raise ValueError(f"column {column!r} has lists of {what} values; valid is one length")
+    flat = lists.flatten()
+    if not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type)):
+        raise ValueError(f"column {column!r} has lists of {flat.type}; valid are numbers")
+    return _numbers(flat.to_numpy(zero_copy_only=False).reshape(len(lists), -1 if lists else 0))
+
+
+def _numbers(found: NDArray[Any]) -> NDArray[Any]:
+    if found.dtype.kind not in "fiu":
+        raise ValueError(f"it has values of type {found.dtype}; valid are numbers")
+    return found.astype(np.float32)
