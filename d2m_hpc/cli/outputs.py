@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,6 +154,17 @@ def _show_exported(found: Exported) -> None:
     echo(f"{found.rows:,} rows of {found.shards:,} shards, {parts}: {found.folder}")
 
 
+def _number(text: str) -> float:
+    """A share, or a number of samples, which is written without a point: 1 is not 1.0."""
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"found {text!r}; valid is a number, such as 0.3") from None
+
+
+_amount = partial(typer.Option, parser=_number, metavar="NUMBER")
+
+
 def select(
     target: Target,
     output: Annotated[
@@ -161,13 +173,13 @@ def select(
     where: Annotated[str, typer.Option(help="an SQL expression over the columns")] = "true",
     top: Annotated[
         float | None,
-        typer.Option(help="of what --where leaves, the best share, such as 0.3, or so many"),
+        _amount(help="of what --where leaves, the best share, such as 0.3, or so many"),
     ] = None,
     by: Annotated[str, typer.Option(help="the column whose highest values are the best")] = "",
     within: Annotated[
         str, typer.Option(metavar="COLUMN", help="--top and --sample of each of its values")
     ] = "",
-    sample: Annotated[float | None, typer.Option(help="draw a share or so many at random")] = None,
+    sample: Annotated[float | None, _amount(help="draw a share or so many at random")] = None,
     weight: Annotated[str, typer.Option(metavar="COLUMN", help="draw these likelier")] = "",
     seed: Annotated[int, typer.Option(help="of the draw")] = 0,
     join: Annotated[

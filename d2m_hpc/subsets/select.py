@@ -37,7 +37,7 @@ class Query:
     Attributes:
         where: an SQL expression over the columns.
         by: the column of scores for `top`, or empty.
-        top: the best share of the samples that pass, up to 1, or a number of samples; 0 for all.
+        top: the best share of the samples that pass, up to 1.0, or a number of samples; 0 for all.
         within: a column; `top` and `sample` are of each of its values, or empty.
         sample: a share or a number of these, drawn at random; 0 for all.
         weight: the column that makes some samples likelier to be drawn, or empty.
@@ -64,6 +64,9 @@ class Query:
         for name, number in (("--top", self.top), ("--sample", self.sample)):
             if not (0 <= number <= 1 or (number > 1 and number % 1 == 0)):
                 found.append(f"{name}: found {number:g}; valid is {valid}")
+            if number == 1 and isinstance(number, int):
+                what = "may be one sample or all; valid is 1.0 for all, or from 2 samples on"
+                found.append(f"{name}: found 1, which {what}")
         if self.top and not self.by:
             found.append("--top and --by: found --top without --by; valid are both")
         if self.within and not (self.top or self.sample):

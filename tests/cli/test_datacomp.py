@@ -125,6 +125,11 @@ def test_a_parquet_for_img2dataset(config: Path, tmp_path: Path) -> None:
         (("--top", "2.5", "--by", "original_width"), "--top: found 2.5; valid is a share"),
         (("--top", "nan", "--by", "original_width"), "--top: found nan; valid is a share"),
         (("--top", "inf", "--by", "original_width"), "--top: found inf; valid is a share"),
+        (
+            ("--top", "1", "--by", "original_width"),
+            "--top: found 1, which may be one sample or all",
+        ),
+        (("--sample", "1"), "--sample: found 1, which may be one sample or all; valid is 1.0 for"),
         (("-o", "subset.txt"), "--output: found 'subset.txt'; valid is a name in .npy"),
     ],
 )
@@ -134,6 +139,15 @@ def test_mistakes_on_the_command_line(
     ended = _d2m("select", config, "-o", tmp_path / "s.npy", *options)
     assert isinstance(ended.exception, ConfigError)
     assert says in str(ended.exception)
+
+
+def test_a_share_has_a_point_and_a_number_of_samples_has_none(config: Path, tmp_path: Path) -> None:
+    for given, chosen in (("1.0", 14), ("2", 2)):
+        options = ("--top", given, "--by", "original_width", "-o", tmp_path / "s.npy", "--json")
+        assert json.loads(_d2m("select", config, *options).stdout)["chosen"] == chosen
+    ended = _d2m("select", config, "--top", "many", "--by", "original_width")
+    assert ended.exit_code == 2
+    assert "found 'many'; valid is a number, such as 0.3" in ended.stderr
 
 
 def test_an_export_says_what_it_wrote_and_which_tools_cannot_run(

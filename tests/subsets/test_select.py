@@ -391,7 +391,7 @@ def _eight(folder: Path, query: Query) -> list[str]:
 
 @pytest.mark.parametrize(
     ("top", "best"),
-    [(0.5, [1, 2, 7]), (1, [0, 1, 2, 3, 4, 5, 7]), (2, [1, 2, 3, 5, 7]), (0.75, [1, 2, 4, 7])],
+    [(0.5, [1, 2, 7]), (1.0, [0, 1, 2, 3, 4, 5, 7]), (2, [1, 2, 3, 5, 7]), (0.75, [1, 2, 4, 7])],
 )
 def test_the_best_of_each_group(tmp_path: Path, top: float, best: list[int]) -> None:
     """Of four texts in English, two in German and one in French; one has no language."""
@@ -445,7 +445,7 @@ def test_a_user_s_parquet_is_joined_by_uid(tmp_path: Path) -> None:
     run = make_run(tmp_path, rows)
     found = select(*run, Query("cluster = 7 or good > 1", join=mine), tmp_path / "subset.npy")
     assert (found.chosen, found.undecided) == (2, 1)
-    best = Query(by="good", top=1, join=mine)
+    best = Query(by="good", top=1.0, join=mine)
     out = tmp_path / "best.parquet"
     columns = ["uid", "cluster", CLIP]
     assert select(*run, best, out, columns=columns).chosen == 2
