@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -757,6 +758,49 @@ def test_captions_may_be_a_csv_and_only_the_first_of_a_picture_counts(tmp_path: 
     assert sorted(run.verify().changed.texts) == ["a", "b"]
     run = d2m.submit(of_pictures(tmp_path, **more), local=True, recompute_changed=True)
     assert run.table()["text-words"].to_pylist() == [3, 1]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+@pytest.mark.parametrize(("on_disk", "in_file"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_captions_are_found_by_names_that_macos_has_decomposed(
+    tmp_path: Path, kind: str, on_disk: Any, in_file: Any
+) -> None:
+    name = unicodedata.normalize(on_disk, "Ärger/Größe é.jpg")
+    pictures(tmp_path / "in", name, "plain.jpg")
+    rows = [
+        {"file_name": unicodedata.normalize(in_file, name), "text": "one two three"},
+        {"file_name": "plain.jpg", "text": "a caption"},
+    ]
+    path = tmp_path / "in" / f"c.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "csv":
+        lines = ["file_name,text", *(",".join(row.values()) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
+    run = d2m.submit(of_pictures(tmp_path, captions=str(path), **more), local=True)
+    assert sorted(run.table()["text-words"].to_pylist()) == [2, 3]
+
+
+@pytest.mark.parametrize("most", [2, 1])
+def test_pictures_whose_names_differ_by_their_form_alone_keep_their_captions(
+    tmp_path: Path, most: int
+) -> None:
+    """Also if they are in different shards; a row of one is never the other's."""
+    composed, decomposed = (unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD"))
+    pictures(tmp_path / "in", composed, decomposed)
+    path = tmp_path / "in" / "c.csv"
+    more: dict[str, Any] = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
+    more |= {"captions": str(path), "samples_per_shard": most, "max_rejected_fraction": 1.0}
+    path.write_text(f"file_name,text\n{decomposed},of the other one\n{composed},mine\n")
+    run = d2m.submit(of_pictures(tmp_path, **more), local=True)
+    words = dict(zip(*run.table(["key", "text-words"]).to_pydict().values(), strict=True))
+    assert words == {composed[:-4]: 1, decomposed[:-4]: 4}
+    path.write_text(f"file_name,text\n{decomposed},of the other one\n")
+    run = d2m.submit(of_pictures(tmp_path, **more), local=True, recompute_changed=True)
+    assert run.table(["key"])["key"].to_pylist() == [decomposed[:-4]]
 
 
 def test_a_shard_that_failed_with_its_captions_has_a_record_like_others(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Callable, Container, Iterator
 from typing import Any
+from unicodedata import normalize
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,19 +29,49 @@ def rows(path: str, folder: str, names: set[str]) -> dict[str, list[dict[str, An
     Raises:
         ShardError: the file cannot be read.
     """
-    within = os.path.relpath(folder, os.path.dirname(path))
-    start = "" if within == "." else f"{within}/"
-    wanted = {start + name for name in names}
+    wanted = _Wanted(path, folder, names)
     found: dict[str, list[dict[str, Any]]] = {}
     try:
         for row in READERS[os.path.splitext(path)[1].lower()](path, wanted):
-            if (name := _path(row[NAME])) in wanted:
-                found.setdefault(name[len(start) :], []).append(row)
+            if name := wanted.name_of(_path(row[NAME])):
+                found.setdefault(name, []).append(row)
     except KeyError:
         raise refusal.unreadable(path, f"a row has no {NAME!r}, the picture's path") from None
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise refusal.unreadable(path, f"it cannot be read: {error}") from None
     return found
+
+
+class _Wanted(Container[str]):
+    """The paths of some files as a captions file may have them: macOS decomposes letters in names.
+
+    A path in other letters' forms is a file's only if none in the folder has it as it is, and no
+    two files differ by that alone.
+    """
+
+    def __init__(self, path: str, folder: str, names: set[str]) -> None:
+        within = os.path.relpath(folder, os.path.dirname(path))
+        start = "" if within == "." else f"{within}/"
+        self._names = {start + name: name for name in names}
+        self._composed: dict[str, str] = {}
+        if any(not name.isascii() for name in self._names):
+            alike: dict[str, set[str]] = {}
+            for name in {*names, *os.listdir(folder)}:
+                alike.setdefault(normalize("NFC", start + name), set()).add(name)
+            self._composed = {
+                form: name
+                for form, [name, *others] in alike.items()
+                if not others and name in names
+            }
+
+    def __contains__(self, path: object) -> bool:
+        return self.name_of(str(path)) != ""
+
+    def name_of(self, path: str) -> str:
+        """The file's name; empty for a path of none."""
+        if name := self._names.get(path):
+            return name
+        return "" if path.isascii() else self._composed.get(normalize("NFC", path), "")
 
 
 def _path(name: object) -> str:
