@@ -193,9 +193,9 @@ def summarise(
     manifest = manifest or Manifest.load(run)
     found = found or standings(run, config, manifest)
     stems, done, failed = found.stems, list(found.done.values()), found.failed
-    tasks, (queue, unasked) = attempts(run), _asked(run, offline)
-    at_work, silent = slurm.at_work(queue) if queue else {}, _silent(queue, tasks)
-    running = _running(run, config.lease_seconds, found, _mark_lost(tasks, at_work), at_work)
+    queue, unasked = _asked(run, offline)
+    tasks, at_work = _tasks(run, queue)
+    running, silent = _running(run, config, found, tasks, at_work), _silent(queue, tasks)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     return Summary(
         run_dir=str(run.root),
@@ -235,12 +235,13 @@ def _made(done: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def _mark_lost(tasks: list[Progress], at_work: dict[str, set[int]]) -> list[Progress]:
-    """Take a task for lost that was at work when it last said so, and is not by Slurm's word."""
+def _tasks(run: RunDir, queue: slurm.Queue | None) -> tuple[list[Progress], dict[str, set[int]]]:
+    """The tasks, and which ones are at work by Slurm's word; others that said so are lost."""
+    tasks, at_work = attempts(run), slurm.at_work(queue) if queue else {}
     for task in tasks:
         if task.state == "running" and not _may_work(task.task, at_work):
             task.state = "lost"
-    return tasks
+    return tasks, at_work
 
 
 def _silent(queue: slurm.Queue | None, tasks: Iterable[Progress]) -> dict[str, str]:
@@ -258,7 +259,7 @@ def _may_work(task: str, at_work: dict[str, set[int]]) -> bool:
 
 def _running(
     run: RunDir,
-    lease_seconds: float,
+    config: Config,
     found: Standings,
     tasks: list[Progress],
     at_work: dict[str, set[int]],
@@ -268,7 +269,7 @@ def _running(
     This is for display alone: a reader whose clock is off by minutes is shown too many or too few,
     and tasks do not look at it.
     """
-    oldest = time.time() - lease_seconds
+    oldest = time.time() - config.lease_seconds
     paths = run.leases.glob("*.lock") if run.leases.is_dir() else ()
     held = {p.stem for p in paths if _mtime(p) > oldest} - found.done.keys()
     held = held.intersection(found.stems) if held else held
