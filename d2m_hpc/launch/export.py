@@ -86,7 +86,7 @@ def start(
     # No GPU is asked for, as for the rounds of --until-done, unless the user asks.
     own = {"time": chosen.time, "cpus-per-task": CPUS, "exclude": chosen.exclude}
     users = sbatch.options(Slurm(**given))
-    options = {**rounds.options(chosen), **own, **users, "signal": None}
+    options = {**rounds.options(chosen), **own, **users, "signal": None, "ntasks-per-node": None}
     limit = f"%{chosen.max_parallel}" if chosen.max_parallel else ""
     options |= {
         "job-name": _array(folder).name,

@@ -16,7 +16,7 @@ FEW = 3
 
 
 RELEASE = "`scontrol release {jobs}` lets them go"
-AGAIN = "`d2m cancel CONFIG`, mend the config, and submit again"
+AGAIN = "`d2m cancel CONFIG` or `scancel {jobs}`, mend the config, and submit again"
 Meanings = dict[str, tuple[str, str]]
 """By a pattern of reasons: the meaning and the command that helps; `{jobs}` are the arrays."""
 

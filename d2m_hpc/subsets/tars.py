@@ -136,7 +136,10 @@ def _read_lists(path: Path | None) -> dict[str, list[str]]:
         if path is None:
             raise ValueError("no file is named")
         with path.open(encoding="utf-8") as file:
-            found = {line["shard"]: [*map(str, line["keys"])] for line in map(json.loads, file)}
+            lines = [(x["shard"], [*map(str, x["keys"])]) for x in map(json.loads, file)]
+        if len(found := dict(lines)) < len(lines):
+            [(stem, _)] = Counter(stem for stem, _ in lines).most_common(1)
+            raise ValueError(f"the shard {stem!r} is on several lines")
     except (OSError, ValueError, LookupError, TypeError) as error:
         what = f"--lists: {path} cannot be read: {error}; valid is what `d2m select -o` writes"
         raise ConfigError("export", [f"{what} to a name in .jsonl"]) from None

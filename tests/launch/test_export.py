@@ -125,6 +125,9 @@ def test_the_options_are_the_users_then_the_configs(
     }
     assert "gres" not in site.asked()[-1]
     assert "--signal" not in site.asked()[-1]
+    site.start(tasks_per_node=4)
+    assert "ntasks" not in site.asked()[-1]
+    site.start()
     script = (tmp_path / "script").read_text().splitlines()
     assert script[1].startswith("eval 'export SET=yes' || ")
     assert script[2].startswith("srun -n1 --cpus-per-task=4 --mpi=none env IN=box ")

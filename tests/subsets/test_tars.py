@@ -139,6 +139,7 @@ def test_samples_that_a_tar_would_mix_are_told(tmp_path: Path, keys: list[str]) 
         ("no json", "cannot be read: Expecting value"),
         ('{"keys": []}', "cannot be read: 'shard'"),
         ('{"shard": "00007", "keys": []}', "found the shard '00007', which is none of"),
+        ('{"shard": "00000", "keys": []}\n' * 2, "read: the shard '00000' is on several lines"),
     ],
 )
 def test_mistakes_in_the_lists_are_told(run: d2m.Run, tmp_path: Path, text: str, told: str) -> None:
