@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote
 
@@ -95,6 +96,7 @@ class ExportSource:
         schema: one type for each column, over all shards.
         vectors: the features to export.
         unfinished: the number of shards that are left out.
+        stopped: no further shard is read.
     """
 
     config: Config
@@ -103,6 +105,7 @@ class ExportSource:
     schema: pa.Schema
     vectors: list[Vectors]
     unfinished: int
+    stopped: Event = field(default_factory=Event)
 
     @property
     def rows(self) -> int:
@@ -130,10 +133,13 @@ class ExportSource:
         """Read the shards of a part one after the other: columns of one type, and features.
 
         Raises:
-            D2MError: a file cannot be read, or is not as the run has recorded.
+            D2MError: a file cannot be read, or is not as the run has recorded, or the export was
+                stopped.
         """
         names = self.schema.names if columns is None else columns
         for pair, rows in part.pairs:
+            if self.stopped.is_set():
+                raise D2MError("the export was stopped")
             with readable(pair.output.path(pair.stem)):
                 table = self._cast(pair.table(names), rows, names)
                 arrays = pair.features([v.name for v in self.vectors]) if self.vectors else {}
@@ -289,6 +295,7 @@ def export(
         D2MError: another export works in the folder, or an output cannot be read.
     """
     made, parts = layout.source, share.parts(layout) if share else layout.parts
+    made.stopped.clear()
     with claimed(run, layout, share) as log:
         there = _join(log, layout, share) if share else _begin(log, layout)
         with ThreadPoolExecutor(layout.threads) as pool:
@@ -301,6 +308,9 @@ def export(
                         waiting[part.digest].result()
                         log.add(part.digest, layout.files(part))
                     on_rows(part.start + part.rows, made.rows)
+            except BaseException:
+                made.stopped.set()
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
         if share is None:

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 import d2m_hpc as d2m
 from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.subsets import exports, layouts
 
@@ -309,6 +310,22 @@ def test_an_export_that_broke_off_goes_on(
     assert tree(broken) == tree(tmp_path / "at-once")
     assert run.export(layout, broken).written == 0
     assert tree(broken) == tree(tmp_path / "at-once")
+
+
+def test_an_export_that_is_interrupted_reads_no_further_shard(run: d2m.Run, tmp_path: Path) -> None:
+    def interrupt(done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    run.export("npy", tmp_path / "at-once")
+    folder = RunDir(run.path)
+    layout = layouts.of("npy", folder, run.config, tmp_path / "npy")
+    with pytest.raises(KeyboardInterrupt):
+        exports.export(folder, layout, interrupt)
+    with pytest.raises(D2MError, match="the export was stopped"):
+        next(layout.source.read(layout.parts[0]))
+    assert not (tmp_path / "npy" / "l14_img.npy").exists()
+    assert exports.export(folder, layout).rows == 19
+    assert tree(tmp_path / "npy") == tree(tmp_path / "at-once")
 
 
 KILLED = """
