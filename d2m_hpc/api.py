@@ -58,7 +58,7 @@ def _path(name: str, given: Any) -> Path:
     Raises:
         ConfigError: it is no path.
     """
-    if not isinstance(given, str | os.PathLike):
+    if not isinstance(given, str | os.PathLike) or given == "":
         raise ConfigError(name, [f"found {_shown(given)}; valid is a path"])
     return Path(given)
 
@@ -380,6 +380,20 @@ class Run:
     def __repr__(self) -> str:
         return f"d2m_hpc.open({str(self.path)!r})"
 
+    def _new(self, name: str, given: Any, is_file: bool = False) -> Path:
+        """The path of a folder or file to write.
+
+        Raises:
+            ConfigError: it is no path, or is among the run's own files.
+        """
+        from d2m_hpc.run.outputs import OutputDir
+        from d2m_hpc.run.owner import require_apart
+
+        path = _path(name, given)
+        output = OutputDir(self.config.output_metadata_dir)
+        require_apart(output, self._folder, path, is_file)
+        return path
+
     @_explained()
     def status(self, offline: bool = False) -> Summary:
         """Count the run's shards and rows: `done`, `failed`, `rows`, `failures` and more.
@@ -538,11 +552,12 @@ class Run:
         from d2m_hpc.launch.guest import pictures
 
         _require(int, "a number of pictures", samples=samples)
+        path = self._new("output", output, is_file=True)
         with pictures():
             from d2m_hpc.watch.page import write
 
-            write(self._folder, self.config, _path("output", output), score, samples)
-        return Path(output)
+            write(self._folder, self.config, path, score, samples)
+        return path
 
     @_explained()
     def serve(
@@ -651,15 +666,15 @@ class Run:
 
         _require(str, "a text", where=where, by=by, within=within, weight=weight)
         _require(int | float, "a number", top=top, sample=sample)
-        beside, path, page = (_path("path", p) if p else None for p in (join, output, look))
+        beside = None if join is None else _path("join", join)
         query = Query(where, by, top, within, sample, weight, seed, beside)
-        return self._select(query, path, page, on_shards, columns)
+        return self._select(query, output, look, on_shards, columns)
 
     def _select(
         self,
         query: Query,
-        path: Path | None,
-        page: Path | None,
+        output: str | os.PathLike[str] | None,
+        look: str | os.PathLike[str] | None,
         on_shards: Callable[[int, int], None] | None,
         columns: Sequence[str],
     ) -> Selection:
@@ -668,13 +683,15 @@ class Run:
 
         _require(int, "a whole number", seed=query.seed)
         _require_names("columns", columns)
-        if page is None:
+        path = None if output is None else self._new("output", output, is_file=True)
+        if look is None:
             return select(self._folder, self.config, query, path, on_shards, columns)
+        page = self._new("look", look, is_file=True)
         with pictures():
             from d2m_hpc.watch.page.look import Look
 
-            look = Look(self._folder, self.config, page)
-            return select(self._folder, self.config, query, path, on_shards, columns, look)
+            shown = Look(self._folder, self.config, page)
+            return select(self._folder, self.config, query, path, on_shards, columns, shown)
 
     @_explained()
     def export(
@@ -714,10 +731,10 @@ class Run:
 
         _require_names("features", features)
         _require(str, "a text", layout=layout, image=image, text=text)
-        path = _path("folder", folder)
+        path = self._new("folder", folder)
         if layout == "links":
             return exports.link(self._folder, self.config, path, allow_missing)
-        kept = _path("lists", lists) if lists else None
+        kept = None if lists is None else _path("lists", lists)
         options = (features, image, text, kept, allow_missing)
         found = layouts.of(layout, self._folder, self.config, path, *options)
         return exports.export(self._folder, found, on_rows, exports.part_of(part))
@@ -753,7 +770,7 @@ class Run:
         _require(int, "a whole number", tasks=tasks)
         if tasks < 1:
             raise ConfigError("export", [f"--tasks: found {tasks}; valid is 1 or more"])
-        where, kept = _path("folder", folder), _path("lists", lists)
+        where, kept = self._new("folder", folder), _path("lists", lists)
         made = SubsetTars(self._folder, self.config, where, kept)
         live = partial(export.live, self._folder, made.root)
         divided = partial(exports.divided, self._folder, made, tasks, live)
@@ -782,7 +799,8 @@ class Run:
         """
         from d2m_hpc.subsets.datacomp import export
 
-        return export(self._folder, self.config, _path("folder", folder), allow_missing, on_rows)
+        where = self._new("folder", folder)
+        return export(self._folder, self.config, where, allow_missing, on_rows)
 
     @_explained()
     def dataset(self) -> pads.Dataset:

@@ -1,8 +1,9 @@
-"""The owner of an output folder: pairs of two runs must not mix in one folder."""
+"""The owner of an output folder: pairs of two runs, or other files, must not mix in one folder."""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from contextlib import suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.run.outputs import OutputDir
+from d2m_hpc.run.outputs import SUFFIXES, OutputDir
 
 OWNER = ".d2m-owner"
 SECONDS = 1.0
@@ -86,6 +87,24 @@ def require_own(output: OutputDir, run: RunDir, take: bool) -> None:
                     continue
             output.remove(OWNER)
         output.create(OWNER, note)
+
+
+def require_apart(output: OutputDir, run: RunDir, path: Path, is_file: bool = False) -> None:
+    """Require that what a user names by -o is none of a run's own files, nor like them.
+
+    Beside the outputs may lie files that are not named as outputs, and pages in both folders.
+
+    Raises:
+        ConfigError: it is in the run folder or the output folder.
+    """
+    kind = path.suffix if is_file else ""
+    folders = {"run folder": str(run.root)} if kind != ".html" else {}
+    if output.is_local and (not is_file or kind in SUFFIXES):
+        folders["output folder"] = output.root
+    for what, folder in folders.items():
+        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            where = f"{path} is in the {what} {folder}"
+            raise ConfigError("-o", [f"{where}, where all files are the run's; name another place"])
 
 
 def _is_same(folder: Path, root: Path) -> bool:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +407,46 @@ def test_another_s_folder_is_left_alone(run: d2m.Run, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="found s3:/b/x; valid is a local folder"):
         run.export("hf", "s3://b/x")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize("place", ["out/view", "run/view", "links-to-out/view", "out"])
+def test_an_export_lies_outside_of_the_folders_of_its_run(
+    run: d2m.Run, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "links-to-out").symlink_to("out")
+    (tmp_path / "kept.jsonl").touch()
+    folder, before = tmp_path / place, tree(tmp_path)
+    calls: list[Callable[[], object]] = [
+        *(partial(run.export, name, folder) for name in (*LAYOUTS, "links")),
+        partial(run.export, "subset-tars", folder, lists=tmp_path / "kept.jsonl"),
+        partial(run.export_tasks, folder, tmp_path / "kept.jsonl", 2),
+        partial(run.export_datacomp, folder),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=rf"{place} is in the (output|run) folder /.*; name "):
+            call()
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["out/00000.parquet", "out/00000.npz", "run/shards.parquet"])
+def test_no_file_takes_the_place_of_an_output(run: d2m.Run, tmp_path: Path, name: str) -> None:
+    path, before = tmp_path / name, tree(tmp_path)
+    calls: list[Callable[[], object]] = [
+        partial(run.report, path),
+        partial(run.select, tmp_path / "kept.npy", look=path),
+    ]
+    if path.suffix == ".parquet":
+        calls.append(partial(run.select, path))
+    for call in calls:
+        with pytest.raises(ConfigError, match=rf"{name} is in the (output|run) folder /.*; name "):
+            call()
+    assert tree(tmp_path) == before
+
+
+def test_pages_and_subsets_may_lie_beside_the_outputs(run: d2m.Run, tmp_path: Path) -> None:
+    run.select(tmp_path / "out" / "subset.npy", look=tmp_path / "out" / "look.html")
+    run.report(tmp_path / "run" / "report.html")
+    assert run.select(tmp_path / "out" / "kept.jsonl").chosen == len(KEYS)
 
 
 def test_names_of_features_are_no_paths(tmp_path: Path) -> None:
