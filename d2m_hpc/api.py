@@ -159,8 +159,10 @@ def init(
     if file.exists():
         raise ConfigError("init", [f"{file} exists; name another file by -o"])
     given = [inputs] if isinstance(inputs, str | os.PathLike) else [*inputs]
-    names = [str(Path(n).absolute()) if is_local(str(n)) else str(n) for n in given]
     where = file.absolute().with_name(f"{file.stem}-metadata") if output is None else output
+    if "" in (*given, where):
+        raise ConfigError("init", ["found ''; valid is a path, such as . for the current folder"])
+    names = [str(Path(n).absolute()) if is_local(str(n)) else str(n) for n in given]
     sight = suggest.look(names)
     text = suggest.config(os.fspath(where), sight, weights.default_dir())
     asked_for.write(file, [text.encode()])

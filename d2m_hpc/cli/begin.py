@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from d2m_hpc import api
-from d2m_hpc.cli.common import AsJson, ConfigFile, Overrides, echo, load, print_json
+from d2m_hpc.cli.common import (
+    AsJson,
+    ConfigFile,
+    Overrides,
+    echo,
+    load,
+    named,
+    print_json,
+    whole,
+)
 
 
 def init(
@@ -16,7 +25,7 @@ def init(
         list[str], typer.Argument(metavar="FOLDER|PATTERN|URL...", help="the shards")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="the new config")
+        Path, typer.Option("--output", "-o", parser=named, metavar="FILE", help="the new config")
     ] = Path("d2m.yml"),
     metadata: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="of the outputs; by default beside it")
@@ -29,7 +38,7 @@ def init(
 
 def head(
     config: ConfigFile,
-    count: Annotated[int, typer.Argument(metavar="[N]", min=1, help="samples")] = 5,
+    count: Annotated[int, typer.Argument(parser=whole(1), metavar="[N]", help="samples")] = 5,
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -46,7 +55,7 @@ def head(
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]")] = None,
+    config: Annotated[Path | None, typer.Argument(parser=named, metavar="[CONFIG]")] = None,
     as_json: AsJson = False,
 ) -> None:
     from d2m_hpc.watch.doctor import checks

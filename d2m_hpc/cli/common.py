@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +14,48 @@ import typer
 if TYPE_CHECKING:
     from d2m_hpc.config import Config
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the YAML config")]
-Target = Annotated[Path, typer.Argument(metavar="CONFIG|RUN_DIR")]
+
+def named(given: Any) -> Path:
+    """Parse a path. An empty text is none: a shell makes one of `"$OUT"` where OUT is not set."""
+    if given == "":
+        raise typer.BadParameter("found ''; valid is a path, such as . for the current folder")
+    return Path(given)
+
+
+def number(
+    least: int | None = None, most: int | None = None, whole: bool = False
+) -> Callable[[Any], float]:
+    """Make a parser of numbers in ASCII digits. To --top, 1 is not 1.0, so whole ones are ints."""
+    valid = "a whole number" if whole else "a number"
+    if least is not None:
+        valid += f" from {least} " + ("on" if most is None else f"to {most}")
+    elif not whole:
+        valid += ", such as 0.3"
+
+    def parse(given: Any) -> float:
+        text = str(given)
+        is_int = whole or text.strip("+-").isdecimal()
+        try:
+            if not text.isascii() or "_" in text:
+                raise ValueError(text)
+            found = int(text) if is_int else float(text)
+            if least is not None and not least <= found <= (math.inf if most is None else most):
+                raise ValueError(text)
+        except ValueError:
+            raise typer.BadParameter(f"found {text!r}; valid is {valid}") from None
+        return found
+
+    return parse
+
+
+def whole(least: int | None = None, most: int | None = None) -> Callable[[Any], float]:
+    """Make a parser of whole numbers."""
+    return number(least, most, whole=True)
+
+
+ConfigFile = Annotated[Path, typer.Argument(parser=named, metavar="CONFIG", help="the YAML config")]
+Target = Annotated[Path, typer.Argument(parser=named, metavar="CONFIG|RUN_DIR")]
+SeedOfDraw = Annotated[int, typer.Option(parser=whole(), metavar="N", help="of the draw")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a config key")
 ]

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from d2m_hpc import api
-from d2m_hpc.cli.common import AsJson, Target, echo, print_json
+from d2m_hpc.cli.common import AsJson, SeedOfDraw, Target, echo, named, number, print_json, whole
 
 
 def status(
@@ -86,9 +86,10 @@ def verify(
     target: Target,
     as_json: AsJson = False,
     sample: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="only N shards, drawn at random")
+        int | None,
+        typer.Option(parser=whole(1), metavar="N", help="only N shards, drawn at random"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the draw")] = 0,
+    seed: SeedOfDraw = 0,
     partial: Annotated[
         bool, typer.Option("--partial", help="shards that are not finished are no fault")
     ] = False,
@@ -106,18 +107,20 @@ def verify(
 def report(
     target: Target,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="the HTML file")
+        Path, typer.Option("--output", "-o", parser=named, metavar="FILE", help="the HTML file")
     ] = Path("report.html"),
     score: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="sorts the contact sheet")
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=0, max=60, metavar="N", help="at each end of the score")
+        int, typer.Option(parser=whole(0, 60), metavar="N", help="at each end of the score")
     ] = 8,
     serve: Annotated[
         bool, typer.Option("--serve", help="show it to a browser, anew while the run works")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="of --serve; 0: a free one")] = 0,
+    port: Annotated[
+        int, typer.Option(parser=whole(0, 65535), metavar="N", help="of --serve; 0: a free one")
+    ] = 0,
     host: Annotated[str, typer.Option(help="address of --serve")] = "127.0.0.1",
 ) -> None:
     run = api.open(target)
@@ -133,11 +136,14 @@ def report(
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="CONFIG|RUN_DIR")],
-    second: Annotated[Path, typer.Argument(metavar="CONFIG|RUN_DIR")],
+    first: Target,
+    second: Target,
     by: Annotated[str, typer.Option(metavar="COLUMN", help="tells rows, such as uid")] = "key",
     tolerance: Annotated[
-        float, typer.Option(min=0, help="numbers that differ by no more are equal")
+        float,
+        typer.Option(
+            parser=number(0), metavar="X", help="numbers that differ by no more are equal"
+        ),
     ] = 0.0,
     features: Annotated[bool, typer.Option("--features", help="compare these, too")] = False,
     as_json: AsJson = False,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2m_hpc import api
-from d2m_hpc.cli.common import AsJson, Target, echo, print_json
+from d2m_hpc.cli.common import AsJson, SeedOfDraw, Target, echo, named, number, print_json, whole
 from d2m_hpc.cli.options import WithSlurmOptions
 from d2m_hpc.errors import ConfigError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="The outputs as other tools read them.")
 
-Folder = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER")]
+Folder = Annotated[Path, typer.Option("--output", "-o", parser=named, metavar="FOLDER")]
 AllowMissing = Annotated[
     bool, typer.Option("--allow-missing", help="though shards are not finished")
 ]
@@ -89,13 +89,19 @@ def subset_tars(
     target: Target,
     slurm: dict[str, Any],
     output: Folder,
-    lists: Annotated[Path, typer.Option(metavar="KEPT.jsonl", help="of `d2m select -o`")],
+    lists: Annotated[
+        Path, typer.Option(parser=named, metavar="KEPT.jsonl", help="of `d2m select -o`")
+    ],
     tasks: Annotated[
-        int | None, typer.Option(metavar="N", help="write them by so many array tasks on Slurm")
+        int | None,
+        typer.Option(
+            parser=whole(), metavar="N", help="write them by so many array tasks on Slurm"
+        ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
     part: Annotated[
-        int | None, typer.Option(metavar="I", help="write what the I-th of N tasks writes")
+        int | None,
+        typer.Option(parser=whole(), metavar="I", help="write what the I-th of N tasks writes"),
     ] = None,
 ) -> None:
     given = {name: value for name, value in slurm.items() if value is not None}
@@ -124,9 +130,10 @@ def subset_tars(
 @app.command(help="A parquet of uid, url and caption, for img2dataset to download again.")
 def img2dataset(
     target: Target,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.parquet")],
+    output: Annotated[Path, typer.Option("--output", "-o", parser=named, metavar="FILE.parquet")],
     subset: Annotated[
-        Path | None, typer.Option(metavar="SUBSET.npy", help="of `d2m select`, or DataComp's")
+        Path | None,
+        typer.Option(parser=named, metavar="SUBSET.npy", help="of `d2m select`, or DataComp's"),
     ] = None,
     where: Annotated[str, typer.Option(help="an SQL expression over the columns")] = "true",
 ) -> None:
@@ -154,21 +161,28 @@ def _show_exported(found: Exported) -> None:
     echo(f"{found.rows:,} rows of {found.shards:,} shards, {parts}: {found.folder}")
 
 
-def _number(text: str) -> float:
-    """A share, or a number of samples, which is written without a point: 1 is not 1.0."""
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"found {text!r}; valid is a number, such as 0.3") from None
-
-
-_amount = partial(typer.Option, parser=_number, metavar="NUMBER")
+JoinFile = Annotated[
+    Path | None,
+    typer.Option(
+        parser=named, metavar="FILE", help="a .parquet with more columns by uid, or a .npy subset"
+    ),
+]
+LookFile = Annotated[
+    Path | None,
+    typer.Option(
+        parser=named, metavar="FILE.html", help="pictures of what is cut beside what is kept"
+    ),
+]
+_amount = partial(typer.Option, parser=number(), metavar="NUMBER")
 
 
 def select(
     target: Target,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help=".npy, .parquet or .jsonl")
+        Path | None,
+        typer.Option(
+            "--output", "-o", parser=named, metavar="FILE", help=".npy, .parquet or .jsonl"
+        ),
     ] = None,
     where: Annotated[str, typer.Option(help="an SQL expression over the columns")] = "true",
     top: Annotated[
@@ -181,18 +195,12 @@ def select(
     ] = "",
     sample: Annotated[float | None, _amount(help="draw a share or so many at random")] = None,
     weight: Annotated[str, typer.Option(metavar="COLUMN", help="draw these likelier")] = "",
-    seed: Annotated[int, typer.Option(help="of the draw")] = 0,
-    join: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="a .parquet with more columns by uid, or a .npy subset"),
-    ] = None,
+    seed: SeedOfDraw = 0,
+    join: JoinFile = None,
     columns: Annotated[
         list[str] | None, typer.Option("--column", metavar="NAME", help="of a .parquet")
     ] = None,
-    look: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.html", help="pictures of what is cut beside what is kept"),
-    ] = None,
+    look: LookFile = None,
     as_json: AsJson = False,
 ) -> None:
     if 0 in (top, sample):  # from Python, these take all

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2m_hpc import api
-from d2m_hpc.cli.common import ConfigFile, Overrides, echo, load
+from d2m_hpc.cli.common import ConfigFile, Overrides, echo, load, whole
 from d2m_hpc.cli.options import WithSlurmOptions
 from d2m_hpc.errors import D2MError
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 UntilDone = Annotated[
     bool, typer.Option("--until-done", help="let small jobs submit again what is left")
 ]
+MaxRounds = Annotated[int, typer.Option(parser=whole(1), metavar="N", help="of --until-done")]
 Then = Annotated[
     str, typer.Option(metavar="LINE", help="shell line of a job, once --until-done is complete")
 ]
@@ -52,7 +53,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
     until_done: UntilDone = False,
-    max_rounds: Annotated[int, typer.Option(min=1, metavar="N", help="of --until-done")] = 20,
+    max_rounds: MaxRounds = 20,
     then: Then = "",
     notify: Notify = "",
     no_sbatch: Annotated[bool, typer.Option("--no-sbatch", help="only print commands")] = False,
@@ -102,7 +103,7 @@ def derive(
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
     until_done: UntilDone = False,
-    max_rounds: Annotated[int, typer.Option(min=1, metavar="N", help="of --until-done")] = 20,
+    max_rounds: MaxRounds = 20,
     then: Then = "",
     notify: Notify = "",
     allow_missing: Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2m_hpc.cli.common import ConfigFile, load
+from d2m_hpc.cli.common import ConfigFile, load, named
 from d2m_hpc.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ app = typer.Typer(no_args_is_help=True, help="The published checkpoints of the m
 
 
 @app.command("list", help="What all models of this program need, or those of a config.")
-def weights_list(config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]")] = None) -> None:
+def weights_list(
+    config: Annotated[Path | None, typer.Argument(parser=named, metavar="[CONFIG]")] = None,
+) -> None:
     from d2m_hpc.models import weights
     from d2m_hpc.models.registry import builtin
     from d2m_hpc.watch import terminal

@@ -9,10 +9,10 @@ WALLTIME = re.compile(
     r"\d+(:\d+){0,2}"  # minutes, minutes:seconds, hours:minutes:seconds
     r"|\d+-\d+(:\d+){0,2}"  # days-hours, days-hours:minutes, days-hours:minutes:seconds
     r"|unlimited|infinite",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 FORMS = "4:00:00, 1-12 (days and hours), 1-12:30:00, or a number of minutes"
-_UNITS = re.compile(r"(\d+) ?(s|m|min|h|hours?|d|days?)", re.IGNORECASE)
+_UNITS = re.compile(r"(\d+) ?(s|m|min|h|hours?|d|days?)", re.IGNORECASE | re.ASCII)
 _OPTION = re.compile("[a-z][a-z0-9-]*")
 _CONTROL = re.compile("[\0-\x1f\x7f]")
 

@@ -18,8 +18,8 @@ MOST = 10_000_000
 MOST_TEXT = 2_000_000_000
 """The most characters of all names of a pattern."""
 DEEPEST = 40
-_NUMBERS = re.compile(r"^(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?$")
-_LETTERS = re.compile(r"^([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?$")
+_NUMBERS = re.compile(r"^(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?$", re.ASCII)
+_LETTERS = re.compile(r"^([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?$", re.ASCII)
 
 
 def expand(pattern: str) -> Iterator[str]:
