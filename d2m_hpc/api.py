@@ -6,10 +6,12 @@ Large libraries are imported by the functions that need them; every error is a `
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any
@@ -86,10 +88,33 @@ def _require(kind: type | UnionType, what: str, **given: Any) -> None:
         ConfigError: one is of another type.
     """
     for name, value in given.items():
-        is_negative = what.startswith("a number of") and isinstance(value, int) and value < 0
-        wrong = not isinstance(value, kind) or isinstance(value, bool) or is_negative
+        wrong = not isinstance(value, kind) or isinstance(value, bool)
         if value is not None and wrong:
             raise ConfigError("run", [f"{name}: found {_shown(value)}; valid is {what}"])
+
+
+def _whole(name: str, given: Any, what: str = "a whole number") -> Any:
+    """A whole number, also one of numpy's, as an int.
+
+    Raises:
+        ConfigError: it is none, or a negative "number of" something.
+    """
+    with suppress(TypeError):
+        found = operator.index(given)
+        is_negative = what.startswith("a number of") and found < 0
+        if not (isinstance(given, bool) or is_negative):
+            return found
+    raise ConfigError("run", [f"{name}: found {_shown(given)}; valid is {what}"])
+
+
+def _number(name: str, given: Any) -> Any:
+    """A number, whole ones as `_whole` has them.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    is_broken = isinstance(given, Real) and not isinstance(given, Integral)
+    return given if is_broken else _whole(name, given, "a number")
 
 
 def _require_names(name: str, given: Any) -> None:
@@ -191,7 +216,7 @@ def head(
     from d2m_hpc.config import Config
     from d2m_hpc.launch import head as first
 
-    _require(int, "a number of samples", count=count)
+    count = _whole("count", count, "a number of samples")
     if not isinstance(config, Config):
         with every_mistake():
             config, where = load_config(config), str(config)
@@ -428,9 +453,8 @@ class Run:
         """
         from d2m_hpc.watch.verify import verify
 
-        _require(int, "a number of shards", sample=sample)
-        _require(int, "a number", seed=seed)
-        return verify(self._folder, self.config, sample, seed)
+        sample = None if sample is None else _whole("sample", sample, "a number of shards")
+        return verify(self._folder, self.config, sample, _whole("seed", seed))
 
     @_explained()
     def cancel(self) -> int:
@@ -466,7 +490,7 @@ class Run:
         from d2m_hpc.launch import rounds
         from d2m_hpc.run.rounds import Rounds
 
-        _require(int, "a number of rounds", most=most)
+        most = _whole("most", most, "a number of rounds")
         return rounds.begin(self._folder, self.config, Rounds(most, then, notify))
 
     @_explained()
@@ -553,7 +577,7 @@ class Run:
         """
         from d2m_hpc.launch.guest import pictures
 
-        _require(int, "a number of pictures", samples=samples)
+        samples = _whole("samples", samples, "a number of pictures")
         path = self._new("output", output, is_file=True)
         with pictures():
             from d2m_hpc.watch.page import write
@@ -582,7 +606,8 @@ class Run:
         from d2m_hpc.launch.guest import pictures
         from d2m_hpc.watch.serve import ReportServer
 
-        _require(int, "a number of a port", port=port)
+        port = _whole("port", port, "a number of a port")
+        samples = _whole("samples", samples, "a number of pictures")
 
         def page() -> tuple[bytes, bool]:
             from d2m_hpc.watch.page import rendered
@@ -621,7 +646,7 @@ class Run:
         from d2m_hpc.subsets.diff import compare
 
         _require(str, "a column's name", by=by)
-        _require(int | float, "a number", tolerance=tolerance)
+        tolerance = _number("tolerance", tolerance)
         ours, theirs = (self._folder, self.config), (other._folder, other.config)
         return compare(ours, theirs, by, tolerance, features, on_shards)
 
@@ -667,7 +692,7 @@ class Run:
         from d2m_hpc.subsets.select import Query
 
         _require(str, "a text", where=where, by=by, within=within, weight=weight)
-        _require(int | float, "a number", top=top, sample=sample)
+        top, sample, seed = _number("top", top), _number("sample", sample), _whole("seed", seed)
         beside = None if join is None else _path("join", join)
         query = Query(where, by, top, within, sample, weight, seed, beside)
         return self._select(query, output, look, on_shards, columns)
@@ -683,7 +708,6 @@ class Run:
         from d2m_hpc.launch.guest import pictures
         from d2m_hpc.subsets.select import select
 
-        _require(int, "a whole number", seed=query.seed)
         _require_names("columns", columns)
         path = None if output is None else self._new("output", output, is_file=True)
         if look is None:
@@ -769,8 +793,7 @@ class Run:
         from d2m_hpc.subsets import exports
         from d2m_hpc.subsets.tars import SubsetTars
 
-        _require(int, "a whole number", tasks=tasks)
-        if tasks < 1:
+        if (tasks := _whole("tasks", tasks)) < 1:
             raise ConfigError("export", [f"--tasks: found {tasks}; valid is 1 or more"])
         where, kept = self._new("folder", folder), _path("lists", lists)
         made = SubsetTars(self._folder, self.config, where, kept)

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import venv
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,35 @@ def test_a_number_of_numpys_is_a_number(config: Path) -> None:
     assert d2m.load_config(config, batch_size=np.int64(3)).batch_size == 3
 
 
+def parted(run: d2m.Run, path: str | Path, part: Any) -> Any:
+    return run.export("npy", path, part=part, allow_missing=True)
+
+
+NUMPYS: dict[str, Any] = {
+    "top": lambda run, path: run.select(path, top=np.int64(2), by="text-words").chosen == 2,
+    "share": lambda run, path: run.select(path, top=np.float32(0.3), by="text-words").chosen == 3,
+    "one": lambda run, path: run.select(path, top=np.int64(1), by="text-words"),
+    "sample": lambda run, path: run.select(path, sample=np.uint8(3), seed=np.int32(1)).chosen == 3,
+    "an array": lambda run, path: run.select(path, sample=np.array(3)).chosen == 3,
+    "verify": lambda run, path: run.verify(np.int64(1), seed=np.int64(2)).checked == 1,
+    "tolerance": lambda run, path: run.diff(run, tolerance=np.float32(0)).is_equal,
+    "samples": lambda run, path: run.report(path.with_suffix(".html"), samples=np.int64(1)),
+    "head": lambda run, path: d2m.head(run.config, np.int64(1)).table.num_rows == 1,
+    "part": lambda run, path: parted(run, path, np.array([3, 2])),
+}
+REFUSED = {
+    "one": "found 1, which may be one sample or all",
+    "part": "found 3 of 2 tasks; valid is 1 to 2",
+}
+
+
+@pytest.mark.parametrize("call", NUMPYS)
+def test_a_number_of_numpys_is_an_argument(call: str, run: d2m.Run, tmp_path: Path) -> None:
+    told = REFUSED.get(call)
+    with pytest.raises(ConfigError, match=told) if told else nullcontext():
+        assert NUMPYS[call](run, tmp_path / "kept.npy")
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -393,6 +423,15 @@ def test_a_number_of_numpys_is_a_number(config: Path) -> None:
         lambda run: run.select(5),
         lambda run: run.select("a.npy", top="x", by="text-words"),
         lambda run: run.select("a.npy", top=0.5, by=5),
+        lambda run: run.select("a.npy", top=True, by="text-words"),
+        lambda run: run.select("a.npy", sample=np.True_),
+        lambda run: run.select("a.npy", sample=1j),
+        lambda run: run.select("a.npy", sample=2, seed=0.5),
+        lambda run: run.select("a.npy", top=None, by="text-words"),
+        lambda run: run.verify(np.float64(2)),
+        lambda run: parted(run, "kept", (1.0, 2)),
+        lambda run: parted(run, "kept", "12"),
+        lambda run: parted(run, "kept", 5),
         lambda run: run.export_datacomp(5),
     ],
 )

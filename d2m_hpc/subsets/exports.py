@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import secrets
@@ -271,11 +272,15 @@ def part_of(given: Sequence[int]) -> TaskParts | None:
     Raises:
         ConfigError: there is no such task.
     """
-    number, of = given if len(given) == 2 else (0, 0)
-    if given and not 1 <= number <= of:
+    try:
+        numbers = [*map(operator.index, given)]
+    except TypeError:
+        raise ConfigError("export", [f"--part: found {given!r}; valid are two numbers"]) from None
+    number, of = numbers if len(numbers) == 2 else (0, 0)
+    if numbers and not 1 <= number <= of:
         what = f"--part: found {number} of {of} tasks; valid is 1 to {of}"
         raise ConfigError("export", [what])
-    return TaskParts(number, of) if given else None
+    return TaskParts(number, of) if numbers else None
 
 
 def export(
