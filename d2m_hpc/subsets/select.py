@@ -76,6 +76,11 @@ class Query:
         return found
 
     @property
+    def choosing(self) -> list[str]:
+        """The options by which samples are chosen among those that pass."""
+        return ["--top"] * bool(self.top) + ["--sample"] * bool(self.sample)
+
+    @property
     def scores(self) -> dict[str, str]:
         """The columns of numbers that the query names, by their options."""
         named = {"--by": self.by, "--weight": self.weight}
@@ -131,7 +136,7 @@ def select(
     samples apart.
 
     Args:
-        path: the file; None to find what thresholds of `by` keep, and to write nothing.
+        path: the file; None to write none, for what thresholds of `by` keep or for a look.
         on_shards: called with the number of shards read so far, and of all.
         columns: of a parquet; by default the uid, or shard and key.
         look: called with the pool, which has the table `chosen`, the query, and what was chosen.
@@ -140,7 +145,7 @@ def select(
         ConfigError: the condition or column cannot be evaluated, or the file cannot be written.
         D2MError: no shard is finished, or a parquet cannot be read.
     """
-    if mistakes := query.mistakes + _mistakes(query, path, look is not None):
+    if mistakes := query.mistakes + _mistakes(query, path, columns, look is not None):
         raise ConfigError(WHERE, mistakes)
     if path:
         asked_for.require_writable(path)
@@ -153,7 +158,7 @@ def select(
         if look:
             look(pool, query, selection)
         if path is None:
-            if not query.by:
+            if not query.by or query.choosing:
                 return selection
             return replace(selection, chosen=0, survival=_survival(pool))
         if selection.chosen:
@@ -172,9 +177,17 @@ def _write(pool: Pool, query: Query, path: Path, chosen: int, columns: Sequence[
             _write_lists(pool, query, file)
 
 
-def _mistakes(query: Query, path: Path | None, is_looked_at: bool) -> list[str]:
-    if path is None and not query.by and not is_looked_at:
-        return ["--output: found none; valid is a file, or --by COLUMN to see what is kept"]
+def _mistakes(
+    query: Query, path: Path | None, columns: Sequence[str], is_looked_at: bool
+) -> list[str]:
+    if columns and (path is None or path.suffix != ".parquet"):
+        return ["--column: found no name in .parquet for --output; valid are both"]
+    if path is None and not is_looked_at:
+        if query.choosing:
+            named, valid = " and ".join(query.choosing), "valid are both, a page by --look, or --by"
+            return [f"{named}: found no --output; {valid} alone to see what is kept"]
+        if not query.by:
+            return ["--output: found none; valid is a file, or --by COLUMN to see what is kept"]
     if path is not None and path.suffix not in (".npy", ".parquet", ".jsonl"):
         return [f"--output: found {str(path)!r}; valid is a name in .npy, .parquet or .jsonl"]
     if query.by and path is not None and not query.top:

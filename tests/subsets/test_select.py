@@ -505,6 +505,31 @@ def test_mistakes_in_groups_and_draws(tmp_path: Path, query: Query, says: str) -
     assert says in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        (Query(by=CLIP, top=0.5), "--top: found no --output"),
+        (Query(by=CLIP, sample=2), "--sample: found no --output"),
+        (Query(by=CLIP, top=2, sample=1.0), "--top and --sample: found no --output"),
+    ],
+)
+def test_what_would_choose_without_a_file_is_told(tmp_path: Path, query: Query, told: str) -> None:
+    run = make_run(tmp_path, {"a": table([uid(0), uid(1)], [0.5, 0.6])})
+    with pytest.raises(ConfigError, match=f"{told}; valid are both, .* --look, or --by alone"):
+        select(*run, query, None)
+    shown = []
+    found = select(*run, query, None, look=lambda pool, query, found: shown.append(found.chosen))
+    assert (shown, found.survival) == ([found.chosen], ())
+    assert found.chosen
+
+
+@pytest.mark.parametrize("name", ["kept.npy", "kept.jsonl", None])
+def test_columns_are_of_a_parquet(tmp_path: Path, name: str | None) -> None:
+    run = make_run(tmp_path, {"a": table([uid(0)], [0.5])})
+    with pytest.raises(ConfigError, match=r"--column: found no name in \.parquet for --output"):
+        select(*run, Query(by=CLIP), tmp_path / name if name else None, columns=["uid"])
+
+
 def test_a_parquet_has_each_uid_once(tmp_path: Path) -> None:
     shards = {
         "a": table([uid(0), uid(1), uid(1)], [0.1, 0.2, 0.9], caption=["a", "b", "c"]),
