@@ -674,7 +674,7 @@ class Run:
             run.select("some.parquet", sample=1000, seed=1, columns=["uid", "url"])
 
         Args:
-            output: a .npy, .parquet or .jsonl file; None for what thresholds of `by` keep, or `look`.
+            output: a .npy, .parquet or .jsonl file; None for thresholds of `by`, or for a look.
             where: an SQL expression over the columns.
             top: the share (up to 1) or the number of the best samples among those of `where`.
             by: the column whose highest values are the best.
