@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from d2m_hpc.config.derive import Clusters, Duplicates
 from d2m_hpc.config.places import Mistake
-from d2m_hpc.config.schema import INPUTS, Config
+from d2m_hpc.config.schema import INPUTS, Config, Slurm
 from d2m_hpc.config.texts import DEFAULT, by_name
 from d2m_hpc.models import types
 from d2m_hpc.models.family import ModelSpec, Post
@@ -22,6 +22,8 @@ from d2m_hpc.storage.texts import BRIEF, nearest, safe
 if TYPE_CHECKING:  # its import declares all families, which `--help` does not need
     from d2m_hpc.models.registry import Registry
 
+SET_BY_US = ("array", "chdir", "job-name", "output")
+"""Options of sbatch that are set for each job, so that a user's would be ignored."""
 MANY = 20
 """The most wrong names of a list that are reported one by one."""
 
@@ -44,7 +46,7 @@ def semantic_mistakes(config: Config) -> list[Mistake]:
         *_input_mistakes(config),
         *_text_mistakes(config),
         *_size_mistakes(config),
-        *_kind_mistakes(config),
+        *slurm_mistakes(config.slurm),
         *names,
         *_name_mistakes(config),
         *_derive_mistakes(config),
@@ -113,12 +115,21 @@ def _input_mistakes(config: Config) -> list[Mistake]:
     return [] if given else [Mistake(("input_tars",), what)]
 
 
-def _kind_mistakes(config: Config) -> list[Mistake]:
-    gres, constraint = len(config.slurm.gres), len(config.slurm.constraint)
-    if min(gres, constraint) < 2 or gres == constraint:
-        return []
-    what = f"found {constraint} entries, and slurm.gres has {gres}; valid is one for each of them"
-    return [Mistake(("slurm", "constraint"), what)]
+def slurm_mistakes(slurm: Slurm) -> list[Mistake]:
+    """Find numbers of kinds of nodes that differ, and options that would be ignored."""
+    gres, constraint = len(slurm.gres), len(slurm.constraint)
+    found = []
+    if not (min(gres, constraint) < 2 or gres == constraint):
+        what = f"found {constraint} entries, and slurm.gres has {gres}"
+        found.append(Mistake(("slurm", "constraint"), f"{what}; valid is one for each of them"))
+    kinds = ["gres"] * (gres > 1) + ["constraint"] * (constraint > 1)
+    set_of = {"extra": (*SET_BY_US, *kinds), "rounds": (*SET_BY_US, "begin", "dependency")}
+    for key, names in set_of.items():
+        for option in getattr(slurm, key):
+            if any(name.startswith(option) for name in names):  # sbatch takes abbreviations
+                what = f"found {option!r}, which is set for each job; leave it out"
+                found.append(Mistake(("slurm", key), what))
+    return found
 
 
 def _size_mistakes(config: Config) -> list[Mistake]:

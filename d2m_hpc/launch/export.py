@@ -11,6 +11,7 @@ from typing import Any
 
 from d2m_hpc.config import Slurm
 from d2m_hpc.config.load import load
+from d2m_hpc.config.mistakes import slurm_mistakes
 from d2m_hpc.errors import ConfigError, SlurmError
 from d2m_hpc.launch import arrays, rounds, sbatch, slurm
 from d2m_hpc.run.folder import RunDir
@@ -81,6 +82,8 @@ def start(
     if unknown := given.keys() - Slurm.model_fields.keys():
         raise ConfigError("export", [f"slurm.{min(unknown)}: unknown key"])
     chosen = load(run.config, options=given, frozen=True).slurm
+    if mistakes := _ignored(given):
+        raise ConfigError("export", mistakes)
     kept = run.exports / f"{_token(folder)}.jsonl"
     atomic_write(kept, lists)
     # No GPU is asked for, as for the rounds of --until-done, unless the user asks.
@@ -98,6 +101,17 @@ def start(
     words += ["--tasks", str(tasks), "--part"]
     script = sbatch.single(chosen, words, options["cpus-per-task"])
     return rounds.start(run, f'{script} "$SLURM_ARRAY_TASK_ID"', options)
+
+
+def _ignored(given: Mapping[str, Any]) -> list[str]:
+    """Mistakes in a user's keys that the tasks of an export would ignore."""
+    alone = [name for name in ("tasks_per_node", "max_time", "max_mem") if name in given]
+    found = [f"slurm.{n}: found {given[n]!r}; it is of a submit alone, leave it out" for n in alone]
+    if len(sbatch.kinds(Slurm(**given))) > 1:
+        found.append("slurm.gres: found several kinds of nodes; valid is one for an export")
+    for name in {"signal", "ntasks-per-node"} & {*given.get("extra", {})}:
+        found.append(f"slurm.extra: found {name!r}, which is of a submit alone; leave it out")
+    return [*found, *slurm_mistakes(Slurm(**given))]
 
 
 def _array(folder: Path) -> slurm.Array:

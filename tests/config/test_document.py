@@ -238,6 +238,10 @@ def test_thousands_of_mistakes_are_cut(tmp_path: Path) -> None:
 # --- types ---
 
 
+SET = ("array", "arr", "job-name", "output", "out", "chdir")
+"""Options of sbatch that are set for each job; some abbreviated, as sbatch takes them."""
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [
@@ -257,6 +261,11 @@ def test_thousands_of_mistakes_are_cut(tmp_path: Path) -> None:
         ("slurm: {extra: {time: 4h}}", "did you mean '4:00:00'?"),
         ("slurm: {extra: {clusters: a}}", "valid is `export SLURM_CLUSTERS=NAME`"),
         ("slurm: {rounds: {clusters: a}}", "valid is `export SLURM_CLUSTERS=NAME`"),
+        *((f"slurm: {{extra: {{{n}: x}}}}", f"slurm.extra: found '{n}'") for n in SET),
+        *((f"slurm: {{rounds: {{{n}: x}}}}", f"slurm.rounds: found '{n}'") for n in SET),
+        ("slurm: {rounds: {begin: now}}", "found 'begin', which is set for each job; leave it out"),
+        ("slurm: {rounds: {dependency: x}}", "slurm.rounds: found 'dependency'"),
+        ("slurm: {gres: [a, b], extra: {gres: c}}", "slurm.extra: found 'gres', which is set"),
         ('slurm: {gres: ["gpu:1", "gpu\\n2"]}', "valid is one line"),
         (
             "slurm: {gres: [a, b], constraint: [c, d, e]}",

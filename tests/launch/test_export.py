@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ def test_the_options_are_the_users_then_the_configs(
         "time": "2:00:00",
         "cpus_per_task": 16,
         "exclude": "n9",
+        "tasks_per_node": 4,
     }
     more = {"setup": ["export SET=yes"], "launcher": ["env", "IN=box"], "srun": {"mpi": "none"}}
     site = Site(tmp_path, monkeypatch, rounds=rounds, max_parallel=2, **config, **more)
@@ -123,11 +125,8 @@ def test_the_options_are_the_users_then_the_configs(
     assert options | {"--exclude=n9", "--array=1,2,3%2", "--open-mode=append"} <= {
         *site.asked()[-1].split()
     }
-    assert "gres" not in site.asked()[-1]
+    assert not {"gres", "ntasks"} & {*re.split(r"\W+", site.asked()[-1])}
     assert "--signal" not in site.asked()[-1]
-    site.start(tasks_per_node=4)
-    assert "ntasks" not in site.asked()[-1]
-    site.start()
     script = (tmp_path / "script").read_text().splitlines()
     assert script[1].startswith("eval 'export SET=yes' || ")
     assert script[2].startswith("srun -n1 --cpus-per-task=4 --mpi=none env IN=box ")
@@ -196,6 +195,14 @@ def test_a_refused_array_leaves_the_folder_to_the_same_command(site: Site) -> No
         (["--wait"], "--wait is of array tasks; add --tasks N"),
         (["--cpus-per-task", "2"], "--cpus-per-task is of array tasks; add --tasks N"),
         (["--tasks", "2", "--partition", "no\nline"], "partition"),
+        *(
+            (["--tasks", "2", "--extra", f"{name}=x"], f"slurm.extra: found '{name}', which is")
+            for name in ("array", "arr", "job-name", "output", "chdir", "signal", "ntasks-per-node")
+        ),
+        (["--tasks", "2", "--tasks-per-node", "1"], "slurm.tasks_per_node: found '1'; it is of a"),
+        (["--tasks", "2", "--max-mem", "9G"], "slurm.max_mem: found '9G'; it is of a submit alone"),
+        (["--tasks", "2", "--gres", "a", "--gres", "b"], "slurm.gres: found several kinds of"),
+        (["--tasks", "2", "--rounds", "begin=now"], "slurm.rounds: found 'begin', which is set"),
     ],
 )
 def test_mistakes_are_told_in_a_line(site: Site, words: list[str], told: str) -> None:
