@@ -27,7 +27,7 @@ from kit import DATACOMP, SHARDS, STATS, jpeg, submit, write_config, write_tar
 from kit import d2m as d2m_command
 
 import d2m_hpc as d2m
-from d2m_hpc.config import Config
+from d2m_hpc.config import Config, load
 from d2m_hpc.errors import ConfigError, ShardError
 from d2m_hpc.models.weights import OFFLINE
 from d2m_hpc.plan.patterns import expand
@@ -40,6 +40,7 @@ from d2m_hpc.run.slices import Slice
 from d2m_hpc.worker import task
 from d2m_hpc.worker.read import readers
 from d2m_hpc.worker.read.columns import Columns, choose
+from d2m_hpc.worker.read.folder import PictureFolder
 from d2m_hpc.worker.read.names import EXTENSIONS, Members
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples
 
@@ -801,6 +802,65 @@ def test_pictures_whose_names_differ_by_their_form_alone_keep_their_captions(
     path.write_text(f"file_name,text\n{decomposed},of the other one\n")
     run = d2m.submit(of_pictures(tmp_path, **more), local=True, recompute_changed=True)
     assert run.table(["key"])["key"].to_pylist() == [decomposed[:-4]]
+
+
+WORDS: dict[str, Any] = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
+
+
+@pytest.mark.parametrize("most", [100, 1])
+@pytest.mark.parametrize(("of_picture", "of_text"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_texts_are_found_beside_pictures_by_names_that_macos_has_decomposed(
+    tmp_path: Path, most: int, of_picture: Any, of_text: Any
+) -> None:
+    picture = unicodedata.normalize(of_picture, "Größe é.jpg")
+    folder = pictures(tmp_path / "in", picture, "Gr.jpg", "z.jpg")
+    text = folder / unicodedata.normalize(of_text, "Größe é.txt")
+    text.write_text("one two three")
+    for name in ("Gr.txt", "z.txt"):
+        (folder / name).write_text("a b")
+    run = d2m.submit(of_pictures(tmp_path, samples_per_shard=most, **WORDS), local=True)
+    words = dict(zip(*run.table(["key", "text-words"]).to_pydict().values(), strict=True))
+    assert words == {picture[:-4]: 3, "Gr": 2, "z": 2}
+    assert expanded(run.config, RunDir(tmp_path / "none"), sized=False).notes == []
+    assert run.verify().changed.stems == []
+    text.write_text("one two three four")
+    assert len(run.verify().changed.stems) == 1
+
+
+@pytest.mark.parametrize("most", [100, 1])
+def test_a_text_is_of_the_picture_of_its_own_name(tmp_path: Path, most: int) -> None:
+    names = [unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD")]
+    folder = pictures(tmp_path / "in", *names, "Å.jpg", "A\u030a.jpg")
+    (folder / f"{names[1][:-4]}.txt").write_text("mine alone")
+    (folder / "\u212b.txt").write_text("of neither, as both names differ by their form alone")
+    more = {"samples_per_shard": most, "max_rejected_fraction": 1.0}
+    run = d2m.submit(of_pictures(tmp_path, **more, **WORDS), local=True)
+    assert run.table(["key"])["key"].to_pylist() == [names[1][:-4]]
+    [note] = expanded(run.config, RunDir(tmp_path / "none"), sized=False).notes
+    assert note.endswith("files belong to no picture and are not read: \u212b.txt")
+    (folder / f"{names[0][:-4]}.txt").write_text("a text of its own")
+    run = d2m.submit(of_pictures(tmp_path, **more, **WORDS), local=True, recompute_changed=True)
+    assert run.table()["text-words"].to_pylist() == [2, 5]
+
+
+def test_a_folder_is_listed_once_for_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pictures(tmp_path / "in", *(f"é{i}.jpg" for i in range(6)))
+    path = tmp_path / "in" / "c.csv"
+    path.write_text("file_name,text\n" + "".join(f"é{i}.jpg,one two\n" for i in range(6)))
+    more = {"captions": str(path), "samples_per_shard": 2}
+    config = load(of_pictures(tmp_path, **more, **WORDS))
+    urls = [*expanded(config, RunDir(tmp_path / "none"), sized=False).sizes]
+    listed: list[str] = []
+    for name in ("listdir", "scandir"):
+        real = getattr(os, name)
+        spy = lambda path, real=real: listed.append(str(path)) or real(path)  # noqa: E731
+        monkeypatch.setattr(os, name, spy)
+    for url in urls:
+        with closing(PictureFolder(url, config)) as reader:
+            assert all({"jpg", "json", "txt"} == {*s.members} for s in reader.index())
+    assert listed == [str(folder)] * 3
 
 
 def test_a_shard_that_failed_with_its_captions_has_a_record_like_others(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from unicodedata import normalize
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from d2m_hpc.storage.texts import safe
@@ -51,23 +52,57 @@ class Slice(NamedTuple):
         return FOLDER + "#".join(quote_from_bytes(os.fsencode(part)) for part in self)
 
     def files(self) -> list[File]:
-        """All files that may belong to the slice, sorted; links are not followed.
+        """All files that may belong to the slice, and those whose names differ from theirs by the
+        form of letters alone; sorted. Links are not followed.
 
         Raises:
             OSError: the folder cannot be listed.
         """
-        found = []
         with os.scandir(self.folder) as entries:
+            chosen, others = [], []
             for entry in entries:
-                if self._may_have(entry.name) and not entry.is_dir(follow_symlinks=False):
-                    stat = entry.stat(follow_symlinks=False)
-                    size = stat.st_size if entry.is_file(follow_symlinks=False) else -1
-                    found.append(File(entry.name, size, stat.st_mtime_ns))
-        return sorted(found)
+                if any(self.first <= key <= self.last for key in _keys(entry.name)):
+                    chosen.append(entry)
+                elif not entry.name.isascii():
+                    others.append(entry)
+            forms = {form for entry in chosen for form in _forms(entry.name)}
+            chosen += [entry for entry in others if not forms.isdisjoint(_forms(entry.name))]
+            return sorted(_file(e) for e in chosen if not e.is_dir(follow_symlinks=False))
 
-    def _may_have(self, name: str) -> bool:
-        dots = (at for at, letter in enumerate(name) if letter == "." and at)
-        return any(self.first <= name[:at] <= self.last for at in dots)
+
+def _keys(name: str) -> Iterator[str]:
+    """What may be a file's key."""
+    return (name[:at] for at, letter in enumerate(name) if letter == "." and at)
+
+
+def _forms(name: str) -> Iterator[str]:
+    return (normalize("NFC", key) for key in _keys(name) if not key.isascii())
+
+
+def _file(entry: os.DirEntry[str]) -> File:
+    stat = entry.stat(follow_symlinks=False)
+    size = stat.st_size if entry.is_file(follow_symlinks=False) else -1
+    return File(entry.name, size, stat.st_mtime_ns)
+
+
+def owner(names: Collection[str]) -> Callable[[str], str]:
+    """Find the name that another name stands for: macOS decomposes letters in names.
+
+    A name in another form of letters stands for one of `names` only if it is none of them as it is,
+    and no two of them differ by that form alone. Any other name stands for itself.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        if not name.isascii():
+            alike.setdefault(normalize("NFC", name), []).append(name)
+
+    def of(name: str) -> str:
+        if name.isascii() or name in names:
+            return name
+        found = alike.get(normalize("NFC", name), [])
+        return found[0] if len(found) == 1 else name
+
+    return of
 
 
 def place_of(url: str) -> str:
@@ -150,7 +185,9 @@ def planned(
         found.links += filter(os.path.islink, paths)
         split = [(name, *key_of(name, known)) for name in sorted(names) if name[0] != "."]
         keys = {key for _, key, extension in split if extension in pictures}
-        found.others += (os.path.join(folder, name) for name, key, _ in split if key not in keys)
+        own = owner(keys)
+        left = (name for name, key, _ in split if own(key) not in keys)
+        found.others += (os.path.join(folder, name) for name in left)
         found.slices += _slices(folder, sorted(keys), most, before.get(folder, []))
     return found
 

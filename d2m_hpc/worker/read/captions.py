@@ -6,12 +6,12 @@ import csv
 import os
 from collections.abc import Callable, Container, Iterator
 from typing import Any
-from unicodedata import normalize
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2m_hpc.models.preprocessors import Rejected
+from d2m_hpc.run.slices import owner
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.decode import json_object
 
@@ -21,15 +21,20 @@ LONGEST = 64 << 20
 """Bytes of a line of JSON."""
 
 
-def rows(path: str, folder: str, names: set[str]) -> dict[str, list[dict[str, Any]]]:
+def rows(
+    path: str, folder: str, names: set[str], listed: set[str]
+) -> dict[str, list[dict[str, Any]]]:
     """The rows on some files of a folder, by the files' names.
 
     Paths in the file are compared, and never opened.
 
+    Args:
+        listed: these names and all that differ from one of them by the form of letters alone.
+
     Raises:
         ShardError: the file cannot be read.
     """
-    wanted = _Wanted(path, folder, names)
+    wanted = _Wanted(path, folder, names, listed)
     found: dict[str, list[dict[str, Any]]] = {}
     try:
         for row in READERS[os.path.splitext(path)[1].lower()](path, wanted):
@@ -43,35 +48,20 @@ def rows(path: str, folder: str, names: set[str]) -> dict[str, list[dict[str, An
 
 
 class _Wanted(Container[str]):
-    """The paths of some files as a captions file may have them: macOS decomposes letters in names.
+    """The paths of some files as a captions file may have them."""
 
-    A path in other letters' forms is a file's only if none in the folder has it as it is, and no
-    two files differ by that alone.
-    """
-
-    def __init__(self, path: str, folder: str, names: set[str]) -> None:
+    def __init__(self, path: str, folder: str, names: set[str], listed: set[str]) -> None:
         within = os.path.relpath(folder, os.path.dirname(path))
         start = "" if within == "." else f"{within}/"
         self._names = {start + name: name for name in names}
-        self._composed: dict[str, str] = {}
-        if any(not name.isascii() for name in self._names):
-            alike: dict[str, set[str]] = {}
-            for name in {*names, *os.listdir(folder)}:
-                alike.setdefault(normalize("NFC", start + name), set()).add(name)
-            self._composed = {
-                form: name
-                for form, [name, *others] in alike.items()
-                if not others and name in names
-            }
+        self._owner = owner({start + name for name in listed})
 
     def __contains__(self, path: object) -> bool:
         return self.name_of(str(path)) != ""
 
     def name_of(self, path: str) -> str:
         """The file's name; empty for a path of none."""
-        if name := self._names.get(path):
-            return name
-        return "" if path.isascii() else self._composed.get(normalize("NFC", path), "")
+        return self._names.get(self._owner(path), "")
 
 
 def _path(name: object) -> str:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from d2m_hpc.config import Config
-from d2m_hpc.run.slices import File, Slice, key_of, version_of
+from d2m_hpc.run.slices import File, Slice, key_of, owner, version_of
 from d2m_hpc.storage.texts import valid
 from d2m_hpc.worker.read import captions, refusal
 from d2m_hpc.worker.read.columns import TEXTS
@@ -40,18 +40,21 @@ class PictureFolder(Reader):
                 self._where, f"it cannot be listed: {error.strerror}"
             ) from None
         self.version = Version(*version_of(files))
+        self._listed = {file.name for file in files}
         self._files = self._by_key(files)
 
     def _by_key(self, files: Sequence[File]) -> dict[str, list[tuple[str, File]]]:
         """The files of each key with a picture, with their extensions."""
         known = {name for names in self._names.values() for name in names}
-        found: dict[str, list[tuple[str, File]]] = {}
-        for file in files:
-            key, extension = key_of(file.name, known)
-            if self._slice.first <= key <= self._slice.last:
-                found.setdefault(key, []).append((extension, file))
-        pictures = {*self._names["image"]}
-        return {k: found[k] for k in sorted(found) if pictures & {e for e, _ in found[k]}}
+        split = [(*key_of(file.name, known), file) for file in files]
+        pictures = {key for key, extension, _ in split if extension in self._names["image"]}
+        inside = [key for key in pictures if self._slice.first <= key <= self._slice.last]
+        found: dict[str, list[tuple[str, File]]] = {key: [] for key in sorted(inside)}
+        own = owner(pictures)
+        for key, extension, file in sorted(split, key=lambda s: s[0] not in pictures):
+            if (key := own(key)) in found:
+                found[key].append((extension, file))
+        return found
 
     def index(self, needed: Members = EXTENSIONS) -> PictureSamples:
         if not self._files:
@@ -64,7 +67,7 @@ class PictureFolder(Reader):
         if not self._config.captions:
             return None
         names = {file.name for files in self._files.values() for _, file in files}
-        return captions.rows(self._config.captions, self._where, names)
+        return captions.rows(self._config.captions, self._where, names, self._listed)
 
     def read(self, place: Any, size: int) -> bytes:
         if isinstance(place, bytes):
