@@ -7,10 +7,10 @@ import re
 import shutil
 from base64 import b64encode
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -25,6 +25,7 @@ from d2m_hpc.errors import ConfigError
 from d2m_hpc.models.entries import with_paths
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage import files
+from d2m_hpc.storage.texts import fit
 from d2m_hpc.storage.urls import masked_all
 from d2m_hpc.subsets import exports
 from d2m_hpc.subsets.exports import ExportLayout, ExportPart, ExportSource, Vectors, whole
@@ -35,8 +36,8 @@ IMAGE, TEXT = ("-image", "_img"), ("-text", "_txt")
 """How the names of features of images and of texts end, also with DataComp's keys."""
 POLARS = (2, 1)
 """The first version of polars that was seen to be faster than Arrow here; 1.36 is not."""
-GROUP_ROWS = 10_000
-"""Rows of a row group of `hf`."""
+GROUP_ROWS, GROUP_BYTES = 10_000, 16 << 20
+"""The most rows of a row group of `hf`, and its bytes as far as a part's first shard tells."""
 
 
 class Arrays(ExportLayout):
@@ -170,9 +171,9 @@ class HuggingFace(ExportLayout):
     def write(self, part: ExportPart) -> None:
         [path] = self.files(part)
         if self.source.vectors and _has_polars() and all(map(_is_plain, self._schema.types)):
-            with whole(path) as file:
+            with suppress(_GroupTooLarge), whole(path) as file:
                 _sink(file, self._schema, self._tables(part))
-            return
+                return
         with _parquet(path, self._schema) as writer:
             for table in self._tables(part):
                 writer.write_table(table)
@@ -200,7 +201,8 @@ class HuggingFace(ExportLayout):
         }
         named = [masked_all(with_paths(entry, lambda path: path.name)) for entry in config.models]
         models = yaml.safe_dump(named)
-        columns = "\n".join(f"| `{kind.name}` | {kind.type} |" for kind in self._schema)
+        told = [(fit(kind.name).replace("|", r"\|"), kind.type) for kind in self._schema]
+        columns = "\n".join(f"| `{name}` | {kind} |" for name, kind in told)
         return (
             f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\n# Metadata of samples\n\n"
             f"{made.rows:,} samples of {len(made.pairs):,} shards, "
@@ -334,19 +336,30 @@ def _parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         yield writer
 
 
+class _GroupTooLarge(Exception):
+    """Rows of a part are far longer than those of its first shard."""
+
+
 def _sink(file: IO[bytes], schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
     """Write a parquet by polars, which encodes lists several times as fast as Arrow does.
 
     Its schema is told in the metadata: by itself, polars would tell of large strings and lists.
+
+    Raises:
+        _GroupTooLarge: a row group, which polars has in memory, would be too large.
     """
     import polars as pl
     from polars.io.plugins import register_io_source
 
     failed: list[Exception] = []
+    first = next(tables)
+    rows = max(1, min(GROUP_ROWS, GROUP_BYTES * len(first) // first.nbytes))
 
     def frames(*_: object) -> Iterator[pl.DataFrame]:
         try:
-            for table in tables:
+            for table in chain([first], tables):
+                if table.nbytes * rows > 4 * GROUP_BYTES * len(table):
+                    raise _GroupTooLarge
                 yield cast("pl.DataFrame", pl.from_arrow(table))
         except Exception as error:  # polars would raise it as one of its own
             failed.append(error)
@@ -359,7 +372,7 @@ def _sink(file: IO[bytes], schema: pa.Schema, tables: Iterator[pa.Table]) -> Non
             file,
             compression="snappy",
             statistics=False,
-            row_group_size=GROUP_ROWS,
+            row_group_size=rows,
             metadata=told,
         )
     except pl.exceptions.PolarsError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -265,6 +266,44 @@ def test_polars_and_arrow_write_the_same_data_set(
     assert cards[0] == cards[1]
     features = [datasets_rows(tmp_path / by) for by in ("polars", "arrow")]
     assert features[0] == features[1] == datasets_rows(tmp_path / "polars", streaming=True)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups", "by"),
+    [([9] * 6, 1, "Polars"), ([999] * 6, 6, "Polars"), ([9, 9, 9, 9999, 9, 9], 6, "parquet-cpp")],
+)
+def test_memory_is_bounded_whatever_the_length_of_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int], groups: int, by: str
+) -> None:
+    """A row group, which polars has in memory, is small; where it may not be, Arrow writes."""
+    monkeypatch.setattr(layouts, "GROUP_BYTES", 4000)
+    names = {
+        f"{number:05d}": shard(number, 4).set_column(4, "caption", pa.array(["é" * length] * 4))
+        for number, length in enumerate(lengths)
+    }
+    where = make_run(tmp_path, names, postprocess_features=[FEATURES[0]])
+    for number in range(len(lengths)):
+        np.savez(tmp_path / "out" / f"{number:05d}.npz", **vectors(number, 4))
+    d2m.Run(*where).export("hf", tmp_path / "hf")
+    [path] = (tmp_path / "hf" / "data").glob("*")
+    with pq.ParquetFile(path) as file:
+        assert file.metadata.created_by.startswith(by)
+        assert file.metadata.num_row_groups >= groups
+        found = file.read()
+    captions = [caption for rows in names.values() for caption in rows["caption"].to_pylist()]
+    assert found["caption"].to_pylist() == captions
+    made = [vectors(number, 4)["l14_img"] for number in range(len(lengths))]
+    assert np.array_equal(np.array(found["l14_img"].to_pylist(), np.float16), np.concatenate(made))
+
+
+def test_names_in_the_card_keep_its_table(tmp_path: Path) -> None:
+    odd = {"a|b": pa.array([1.0]), "c\n| d": pa.array([2.0])}
+    names = {"00000": table([uid(0)], [0.5], **odd)}
+    d2m.Run(*make_run(tmp_path, names, postprocess_features=[])).export("hf", tmp_path / "hf")
+    lines = (tmp_path / "hf" / "README.md").read_text().splitlines()
+    rows = [line for line in lines if "|" in line]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [3] * len(rows)
+    assert r"| `a\|b` | double |" in rows
 
 
 def test_columns_of_other_types_are_arrows_to_write(tmp_path: Path) -> None:
