@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 some shards failed, 2 a config or a disk is at fault, 4 th
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import signal
@@ -32,8 +31,6 @@ from d2m_hpc.storage.texts import ERROR, safe
 from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.left import Left, cancel_pending
 from d2m_hpc.worker.supervise import Past, leave, supervised
-
-log = logging.getLogger(__name__)
 
 STOPPED = 143
 INTERRUPTED = 130
@@ -139,10 +136,10 @@ def _work(
     except Stopped as stopped:
         # SIGUSR2 comes before the walltime ends; preempted tasks are requeued by Slurm itself.
         if stopped.signal == signal.SIGUSR2:
-            _requeue(job, record)
+            _requeue(job, record, board)
         raise
     if progress.state == "out of time":
-        _requeue(job, record)
+        _requeue(job, record, board)
         return 0
     if config.steal and Left(run, submission, config).nothing():
         _cancel_pending(run.submission(submission))
@@ -201,7 +198,7 @@ def _deadline(job: JobEnvironment) -> float | None:
     return time.mktime(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S")) if found else None
 
 
-def _requeue(job: JobEnvironment, record: Path) -> None:
+def _requeue(job: JobEnvironment, record: Path, board: Board | None) -> None:
     """Ask for another walltime; raise `D2MError` where this one was too short for a single shard.
 
     Each rank asks, as other ranks may have ended before.
@@ -210,20 +207,23 @@ def _requeue(job: JobEnvironment, record: Path) -> None:
         raise D2MError(
             "no shard was finished in this walltime; raise slurm.time if one takes longer"
         )
+    if board is not None:
+        board.leave()  # nobody is to end this process while it asks: it has let its shards go
     _ask_for_requeue(job)
 
 
 def _ask_for_requeue(job: JobEnvironment) -> None:
     """Ask until slurmctld answers; raise `D2MError` where it refuses, or is away for too long."""
-    end, pause = time.monotonic() + REQUEUE_SECONDS, 1.0
+    end, pause, told = time.monotonic() + REQUEUE_SECONDS, 1.0, ""
     while why := _scontrol("requeue", job.job_id)[1]:
         if REFUSED.search(why) or time.monotonic() + pause > end:
             raise D2MError(
                 f"this task's walltime ends, and it could not be requeued ({why}); the same "
                 "d2m-submit command goes on with its shards"
             )
-        log.warning("slurmctld does not take the requeue; asking again: %s", why)
-        print(f"warning: scontrol requeue: {why}; asking again", flush=True)
+        if why != told:
+            print(f"slurmctld does not take the requeue; asking again: {why}", flush=True)
+        told = why
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 

@@ -74,7 +74,7 @@ class Board:
         return int.from_bytes(self._map[8:16], "little")
 
     def leave(self) -> None:
-        """Note that the process ends by itself, with all said."""
+        """Note that the process holds no shard any more, and ends by itself."""
         self._map[16] = 1
 
     @property

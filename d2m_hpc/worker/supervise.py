@@ -210,6 +210,8 @@ def _look(watch: Watch, board: Board) -> None:
     """Count the child's silent seconds, without those in which either process was suspended."""
     now = time.monotonic()
     passed, watch.last = min(now - watch.last, 2 * TICK), now
+    if board.left:  # it has let its shards go, and may ask for its requeue for long
+        return
     if watch.asked and now - watch.asked_at > STOP_SECONDS:
         os.kill(watch.pid, signal.SIGKILL)
         return

@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 from kit import STATS, d2m, write_config, write_shards
 from launch.scripted import commands_of
+from submitit import JobEnvironment
 
 from d2m_hpc.config import Slurm
 from d2m_hpc.config.load import load
+from d2m_hpc.errors import D2MError
 from d2m_hpc.launch import sbatch, slurm
 from d2m_hpc.launch.slurm import Array
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage.files import make_folder
 from d2m_hpc.worker import __main__ as main
+from d2m_hpc.worker.board import Board
 from d2m_hpc.worker.left import Left
 
 
@@ -222,3 +225,26 @@ def test_pending_elements_that_stay_are_no_failure(
         commands_of(folder, monkeypatch, scancel=line)
     assert element(four, 0) == 0
     assert "pending elements of the submission stay" in four.log_of("000", 0).read_text()
+
+
+def test_a_task_asks_for_its_requeue_unhurried_and_says_once_why_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """slurmctld may be away for longer than the process that watches waits for one that stops."""
+    asked, record, pauses = tmp_path / "asked", tmp_path / "record", list[float]()
+    away = f'echo "$@" >> {asked}; [ $(wc -l < {asked}) = 5 ] || {{ echo away >&2; exit 1; }}'
+    commands_of(tmp_path / "bin", monkeypatch, scontrol=away)
+    monkeypatch.setattr(main.time, "sleep", pauses.append)
+    slurm = {"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1"}
+    for name, value in {**slurm, "SUBMITIT_EXECUTOR": "slurm"}.items():
+        monkeypatch.setenv(name, value)
+    board = Board()
+    with pytest.raises(D2MError, match="no shard was finished in this walltime"):
+        main._requeue(JobEnvironment(), record, board)
+    record.touch()
+    main._requeue(JobEnvironment(), record, board)
+    assert board.left
+    assert asked.read_text() == 5 * "requeue 17_1\n"
+    assert pauses == [1.0, 2.0, 4.0, 5.0]
+    said = capsys.readouterr().out
+    assert said == "slurmctld does not take the requeue; asking again: away\n"

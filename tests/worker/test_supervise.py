@@ -196,6 +196,37 @@ def test_a_run_that_is_killed_with_its_watcher_is_found_by_the_next(tmp_path: Pa
     assert list(run.attempts.iterdir()) == []
 
 
+ASKING = """
+import signal, sys, time
+from d2m_hpc.worker import supervise
+
+def main(board, past):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    if sys.argv[1] == "left":
+        board.leave()
+    print("ready", flush=True)
+    signal.sigwait({signal.SIGUSR2})
+    time.sleep(1.5)
+    return 7
+
+supervise.STOP_SECONDS = 0.0
+code = supervise.supervised(main, lambda why: 4)
+supervise.leave(code)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("left", 7), ("working", 128 + signal.SIGUSR2)])
+def test_a_stopped_task_has_its_time_only_while_it_holds_shards(how: str, code: int) -> None:
+    """Its walltime ends while slurmctld is away: it asks for its requeue for up to 20 minutes."""
+    command = [sys.executable, "-c", ASKING, how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as task:
+        assert task.stdout is not None
+        assert task.stdout.readline() == "ready\n"
+        task.send_signal(signal.SIGUSR2)
+        assert task.wait(60) == code
+
+
 # --- the board ---
 
 
