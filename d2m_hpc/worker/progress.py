@@ -22,6 +22,8 @@ from d2m_hpc.worker.death import STALLED
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 2.0
+ALIVE_SECONDS = 20.0
+"""Nothing may change for minutes: nets are loaded, a batch is computed, a shard is copied."""
 
 
 Listener = Callable[[Progress], None]
@@ -29,6 +31,9 @@ Listener = Callable[[Progress], None]
 
 class Reporter:
     """Counts progress; threads may share it.
+
+    As a context it shows, in a thread of its own, that the task lives while nothing changes. That
+    is no progress for the watchdog.
 
     Args:
         path: rewritten every few seconds with the progress as JSON.
@@ -47,7 +52,19 @@ class Reporter:
         self.beats = 0
         self._path, self._listener = path, listener
         self._written, self._failed = 0.0, False
-        self._lock = threading.Lock()
+        self._lock, self._over = threading.Lock(), threading.Event()
+
+    def __enter__(self) -> None:
+        threading.Thread(target=self._live, name="progress", daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()  # without waiting for a file server that hangs
+
+    def _live(self) -> None:
+        while not self._over.wait(ALIVE_SECONDS):
+            with self._lock:
+                if not self._over.is_set():
+                    self._tell()
 
     def __call__(self, state: str = "", shard: str = "", **more: float) -> None:
         """Set the state or the shard, and add to the counts."""
@@ -60,15 +77,15 @@ class Reporter:
                 setattr(progress, name, getattr(progress, name) + value)
             progress.updated = time.time()
             if state or shard or progress.updated - self._written > EVERY_SECONDS:
-                self._written = progress.updated
-                self._write(json.dumps(asdict(progress)).encode())
+                self._tell()
             if self._listener:
                 self._listener(progress)
 
-    def _write(self, data: bytes) -> None:
+    def _tell(self) -> None:
         """Write the progress file; a full disk ends no task for it."""
+        self.progress.updated = self._written = time.time()
         try:
-            overwrite(self._path, data)
+            overwrite(self._path, json.dumps(asdict(self.progress)).encode())
             self._failed = False
         except OSError as error:
             if not self._failed:

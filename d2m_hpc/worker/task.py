@@ -219,6 +219,7 @@ class Task:
         try:
             with (
                 Awake(),
+                report,
                 Watchdog(report, config.stall_seconds, log_file, claims.desert),
                 Settler(committer, recorder, claims, report) as settler,
                 made as results,

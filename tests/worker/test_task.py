@@ -25,7 +25,9 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.owner import OWNER
 from d2m_hpc.run.records import Record, read_records
+from d2m_hpc.run.tasks import attempts
 from d2m_hpc.storage.lease import Lease
+from d2m_hpc.worker import progress
 from d2m_hpc.worker.task import Progress, choose_device, run_task
 
 RAISE = """
@@ -35,6 +37,20 @@ def length(text):
 for text in texts:
     length(text)
 """
+LONG = """
+import time
+from pathlib import Path
+from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.tasks import attempts
+def signs():
+    return [task.updated for task in attempts(RunDir(Path(__file__).with_name("run")))]
+first, end = signs(), time.monotonic() + 30
+while signs() == first and time.monotonic() < end:
+    time.sleep(0.01)
+if signs() == first:
+    raise TimeoutError("no sign of life")
+"""
+"""A batch that takes until the task has shown that it lives."""
 PICKY = custom_file("picky", before=RAISE)
 """Raises at a caption of one shard."""
 
@@ -84,6 +100,25 @@ def test_two_tasks_of_a_submission_do_different_shards(tmp_path: Path) -> None:
     assert sorted(p.name for p in run.records.iterdir()) == ["000-0-0.jsonl", "000-1-0.jsonl"]
     assert len(_outputs(tmp_path)) == 8
     assert list(run.leases.iterdir()) == []
+
+
+def test_a_task_shows_that_it_lives_while_a_batch_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else status takes it for dead, and foretells as if it would work at its usual speed."""
+    monkeypatch.setattr(progress, "ALIVE_SECONDS", 0.1)
+    write_shards(tmp_path / "tars", 1)
+    (tmp_path / "long.py").write_text(custom_file("long", before=LONG))
+    more: dict[str, Any] = {
+        "models": [*STATS["models"], "long"],
+        "postprocess_columns": ["long-length"],
+        "custom_pypath": str(tmp_path / "long.py"),
+        "batch_size": 1,
+    }
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"), **more)
+    ended = run_task(run.root, "000", 0)
+    assert (ended.state, ended.done, ended.failed) == ("finished", 1, 0), _records(run)
+    assert [task.state for task in attempts(run)] == ["finished"]
 
 
 def test_a_task_takes_what_another_has_not_begun(tmp_path: Path) -> None:
