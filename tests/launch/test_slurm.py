@@ -138,7 +138,10 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     """The script of an element, run by bash as Slurm would, with a task that says DONE."""
     script = sbatch.filled(setup, folder / "nodes", task)
-    (folder / "nodes").mkdir(exist_ok=True)
+    for name in ("nodes", "bin"):
+        (folder / name).mkdir(exist_ok=True)
+    if not (squeue := folder / "bin" / "squeue").exists():
+        squeue.symlink_to("/bin/true")
     environment = {
         "PATH": f"{folder}/bin:/usr/bin:/bin",
         "SLURMD_NODENAME": "n7",
@@ -169,6 +172,7 @@ def test_a_failed_setup_line_ends_the_element_and_is_written_down(
     ran = run_script(awkward_path, ["true", line, "export GREETING=late"])
     assert ran.returncode == 4
     assert "DONE" not in ran.stdout
+    assert ran.stderr.endswith("setup line 2 failed\n")
     said = json.loads((awkward_path / "nodes" / "12-0.json").read_text())
     assert (said["node"], said["why"]) == ("n7", "setup line 2 failed")
     assert said["time"] > 1.7e9
@@ -204,6 +208,31 @@ def test_a_node_on_which_the_task_does_not_begin_is_written_down(
         said = json.loads((awkward_path / "nodes" / "12-0.json").read_text())
         assert said["node"] == "n7"
         assert said["why"].startswith("the task did not start there (srun ended with code ")
+
+
+@pytest.mark.parametrize(
+    ("then", "code", "left"), [("exit 0", 0, []), ("exit 1", 4, ["12-0.json"])]
+)
+def test_a_task_that_slurmctlds_absence_keeps_from_starting_waits_for_it(
+    then: str, code: int, left: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun cannot start a step without it; that says nothing of the node."""
+    is_back = "[ $(cat asked 2> /dev/null | wc -l) -ge 3 ]"
+    squeue = f"cd {tmp_path}; echo >> asked; {is_back}"
+    commands_of(tmp_path / "bin", monkeypatch, squeue=squeue, sleep="true")
+    ran = run_script(
+        tmp_path, [], f"d2m_task bash -c {shlex.quote(f'{is_back} || exit 1; {then}')}"
+    )
+    assert ran.returncode == code, ran.stderr
+    assert [p.name for p in (tmp_path / "nodes").iterdir()] == left
+
+
+def test_a_task_that_is_cancelled_while_it_waits_for_slurmctld_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands_of(tmp_path / "bin", monkeypatch, squeue="exit 1", sleep="kill -TERM $PPID")
+    assert run_script(tmp_path, [], "d2m_task bash -c 'exit 9'").returncode == 9
+    assert list((tmp_path / "nodes").iterdir()) == []
 
 
 def test_a_node_on_which_the_task_is_aborted_is_written_down(awkward_path: Path) -> None:

@@ -139,6 +139,25 @@ def test_a_walltime_that_ends_while_slurmctld_is_away(cluster: Cluster, tars: Ta
     assert int(cluster.field(victim.element, "Restarts")) == 1
 
 
+def test_a_task_that_starts_while_slurmctld_is_away_blames_no_node(
+    cluster: Cluster, tars: Tars
+) -> None:
+    go = cluster.folder / "go"
+    wait = f"echo ready; until [ -e {go} ]; do sleep 0.1; done"
+    run = Run(cluster, tars, 2, shards_per_task=2, max_node_failures=0, slurm={"setup": [wait]})
+    run.submit()
+    wait_until(lambda: "ready" in run.logs())
+    cluster.crash_controller(f"{run.job_ids()[0]}_0")
+    go.touch()
+    wait_until(lambda: "Unable to confirm allocation" in run.logs())
+    cluster.up()
+    run.wait_over()
+    assert "slurmctld was away; the task is started again" in run.logs()
+    assert run.status()["broken_nodes"] == {}
+    assert len(run.submissions()) == 1
+    run.assert_complete()
+
+
 @pytest.fixture
 def slow_epilog(cluster: Cluster) -> Iterator[Cluster]:
     """On a node of which a job is not gone before its epilog has ended."""
@@ -194,7 +213,7 @@ def test_a_live_run_follows_its_config(cluster: Cluster, tars: Tars) -> None:
     run.wait_held(1)
     assert run.status()["tasks"] == {"running": 1, "pending": 2}
     said = run.submit("--max-parallel", 2).stdout
-    assert "note: at most 2 tasks may run at once now, in 1 live arrays" in said
+    assert "note: at most 2 tasks may run at once now, in 1 live array\n" in said
     run.wait_held(2)
     assert run.status()["tasks"] == {"running": 2, "pending": 1}
     # A node that failed long ago, and that an element has left out, is mended or gone since.
