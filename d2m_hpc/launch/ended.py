@@ -38,9 +38,13 @@ WARNING = re.compile(r"warning: |\S+ \S+ WARNING ")
 """The beginning of a line that tells no end."""
 MISTAKES = re.compile(r"\d mistakes?$")
 """The end of a line whose mistakes stand on the next ones."""
+SETUP = re.compile(r"setup line \d+ failed")
+HEARSAY = re.compile(rf"Exited with exit code|node \S+ is left out |{SETUP.pattern}$")
+"""Lines of the batch script that say less than those before."""
 NOTHING_LEFT = "no shard is left for this task"
 
 MEMORY, WALLTIME, KILLED, UNKNOWN = "memory", "walltime", "killed", "unknown"
+NOT_LAUNCHED = "not launched"
 MEANINGS = {
     MEMORY: (
         r"OUT_OF_MEMORY|OutOfMemory|oom.?kill|memory limit|SIGKILL, out of memory",
@@ -58,8 +62,14 @@ MEANINGS = {
         "`sinfo -R` says whether it is back",
     ),
     "preempted": (r"PREEMPTED|DUE TO PREEMPTION", "preempted", "set slurm.requeue: true"),
+    NOT_LAUNCHED: (
+        r"signal 53\b",
+        "Slurm could not start their script",
+        "see that each node reaches the run folder, and may write there",
+    ),
     "not begun": (
-        r"(?i)exit code (4|126|127)\b|execve\(\)|can't open file|No module named|command not found",
+        r"(?i)exit code (4|126|127)\b|execve\(\)|can't open file|No module named|command not found|"
+        r"setup line \d+ failed",
         "they did not begin",
         "mend what their log names",
     ),
@@ -171,7 +181,7 @@ def _group(cause: str, ends: list[End]) -> Ended:
         with suppress(KeyError, ValueError):  # a user of another machine
             what += f" by {pwd.getpwuid(int(by)).pw_name}"
     nodes = sorted({e.node for e in ends if e.node})
-    if nodes and cause in ("node", "not begun", KILLED):
+    if nodes and cause in ("node", NOT_LAUNCHED, "not begun", KILLED):
         what += f", on {', '.join(nodes[:3])}{', ...' if nodes[3:] else ''}"
     ends = sorted(ends, key=lambda e: not e.said)
     shards = len(frozenset[str]().union(*(e.stems for e in ends)))
@@ -303,11 +313,14 @@ def _read(run: RunDir, end: End) -> End:
     paths += [run.log_of(end.submission.name, chunk) for chunk in end.chunks]
     batch, *tasks = ([*_tail(path)] for path in paths)
     own = [line for lines in tasks for line in lines]
-    # srun's own words about a task say less than the task's.
-    plain = [line for line in batch if "Exited with exit code" not in line]
+    if "JobLaunchFailure" in end.state and not paths[0].exists():
+        return replace(end, cause=NOT_LAUNCHED)  # a script that is killed has its output file
+    plain = [line for line in batch if not HEARSAY.search(line)]
     lines = (own, plain) if plain and not own else (own, plain, batch)
     errors = (s[i : i + 2] for s in lines for i in reversed(range(len(s))) if "error: " in s[i])
     first, *rest = next(errors, [] if own else plain[-1:]) or [""]
+    if setup := next(filter(SETUP.fullmatch, batch), ""):
+        first, rest = "; ".join([*plain[-1:], setup]), []
     said = "; ".join([first, *rest] if MISTAKES.search(first) else [first]).removeprefix("error: ")
     if own and own[-1] == NOTHING_LEFT:
         said = NOTHING_LEFT

@@ -190,6 +190,37 @@ def test_the_last_words_of_a_batch_script_are_told_where_nothing_is_called_an_er
     assert "`d2m logs CONFIG --task 71_0`: slurm_script: line 46: module: command not f" in shown
 
 
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [("", ""), ("slurm_script: line 46: module: command not found\n", "line 46: module: command ")],
+)
+def test_a_setup_line_that_failed_is_named_with_the_words_before(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, before: str, said: str
+) -> None:
+    lists(run, monkeypatch, "0|FAILED|NonZeroExitCode|n1")
+    after = "setup line 2 failed\nnode n1 is left out for the pending elements of array 71\n"
+    (run.logs / "slurm-71_0.out").write_text(before + after)
+    assert causes(run)["not begun"] == ["0"]
+    [told] = (e for e in d2m.open(run.root).status().ended if e.cause == "not begun")
+    assert said in told.said
+    assert told.said.endswith("setup line 2 failed")
+
+
+def test_a_script_that_slurm_could_not_start_has_no_output_file(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a node does not reach the run folder; one that is killed has one."""
+    lists(run, monkeypatch, "0|FAILED|JobLaunchFailure|n1", "1|FAILED|JobLaunchFailure|n1")
+    (run.logs / "slurm-71_1.out").touch()
+    found = causes(run)
+    assert (found["not launched"], found["killed"]) == (["0"], ["1"])
+    [told] = (e for e in d2m.open(run.root).status().ended if e.cause == "not launched")
+    assert str(told) == (
+        "1 array task ended with 1 shard left (Slurm could not start their script, on n1); see "
+        "that each node reaches the run folder, and may write there"
+    )
+
+
 def test_elements_cancelled_before_they_began_are_told_as_such(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

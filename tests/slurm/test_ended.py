@@ -98,3 +98,19 @@ def accounting(cluster: Cluster) -> Iterator[Cluster]:
     yield cluster
     cluster.cancel_all()
     cluster.up()
+
+
+def test_a_script_whose_output_file_cannot_be_made_is_told_as_such(
+    cluster: Cluster, tars: Tars
+) -> None:
+    """As where the run folder is on the login node alone."""
+    run = Run(cluster, tars, 1)
+    run.submit("--extra", "hold")
+    element, logs = f"{run.job_ids()[0]}_0", run.run_dir / "logs"
+    logs.rename(run.run_dir / "elsewhere")
+    cluster.run("scontrol", "release", element)
+    assert cluster.wait_state(element, "FAILED", "COMPLETED") == "FAILED"
+    (run.run_dir / "elsewhere").rename(logs)
+    assert causes(run) == {"not launched": {0}}
+    run.submit("--wait")
+    run.assert_complete()
