@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # its import declares all families, which `--help` does not n
 
 SET_BY_US = ("array", "chdir", "job-name", "output")
 """Options of sbatch that are set for each job, so that a user's would be ignored."""
+UNNAMED = ("quiet", "test-only")
+"""Options with which sbatch's answer names no job."""
 MANY = 20
 """The most wrong names of a list that are reported one by one."""
 
@@ -128,6 +130,9 @@ def slurm_mistakes(slurm: Slurm) -> list[Mistake]:
         for option in getattr(slurm, key):
             if any(name.startswith(option) for name in names):  # sbatch takes abbreviations
                 what = f"found {option!r}, which is set for each job; leave it out"
+                found.append(Mistake(("slurm", key), what))
+            elif any(name.startswith(option) for name in UNNAMED):
+                what = f"found {option!r}, with which sbatch names no job; leave it out"
                 found.append(Mistake(("slurm", key), what))
     return found
 

@@ -30,7 +30,8 @@ def follow(workload: Workload, queue: slurm.Queue, broken: Sequence[str]) -> lis
             if changed := _throttle(arrays, queue, config.max_parallel):
                 slurm.write_arrays(workload.run.submission(name), arrays)
                 at_once = f"at most {config.max_parallel}" if config.max_parallel else "all"
-                told.append(f"{at_once} tasks may run at once now, in {changed} live arrays")
+                live = f"{changed} live array" + ("" if changed == 1 else "s")
+                told.append(f"{at_once} tasks may run at once now, in {live}")
         except SlurmError as error:
             told.append(f"live array tasks stay as they are: {error}")
     return told

@@ -192,8 +192,8 @@ def job_id(said: str) -> str:
     if found is None:
         raise SlurmError(
             f"sbatch answered {said.strip()[:200]!r}, which names no job: see whether `squeue "
-            "--me` shows it, and whether sbatch is a wrapper here, or slurm.extra has `test-only`; "
-            "the same command goes on from here"
+            "--me` shows it, and whether sbatch is a wrapper here; the same command goes on from "
+            "here"
         )
     return found[1] or found[2]
 
@@ -239,7 +239,9 @@ HINTS = {
 
 def refusal(words: str, code: int) -> str:
     """What sbatch refuses, in its own words, with a hint."""
-    said = re.findall(r"sbatch: error: (.*)", words) or words.strip().splitlines()[-1:]
+    # Of an option that it does not know, its last line only says how to get help.
+    said = re.findall(r"sbatch: error: (.*)", words) or re.findall(r"(?m)^sbatch: (.*)", words)
+    said = said or words.strip().splitlines()[-1:]
     said = said or [f"sbatch ended with exit code {code} and said nothing"]
     told = " ".join(said)
     hint = next((h for words, h in HINTS.items() if re.search(words, told)), "see `man sbatch`")

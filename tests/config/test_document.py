@@ -263,6 +263,8 @@ SET = ("array", "arr", "job-name", "output", "out", "chdir")
         ("slurm: {rounds: {clusters: a}}", "valid is `export SLURM_CLUSTERS=NAME`"),
         *((f"slurm: {{extra: {{{n}: x}}}}", f"slurm.extra: found '{n}'") for n in SET),
         *((f"slurm: {{rounds: {{{n}: x}}}}", f"slurm.rounds: found '{n}'") for n in SET),
+        ("slurm: {extra: {quiet: true}}", "found 'quiet', with which sbatch names no job; leave"),
+        ("slurm: {rounds: {test-only: true}}", "slurm.rounds: found 'test-only', with which"),
         ("slurm: {rounds: {begin: now}}", "found 'begin', which is set for each job; leave it out"),
         ("slurm: {rounds: {dependency: x}}", "slurm.rounds: found 'dependency'"),
         ("slurm: {gres: [a, b], extra: {gres: c}}", "slurm.extra: found 'gres', which is set"),

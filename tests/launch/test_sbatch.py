@@ -177,6 +177,10 @@ def test_a_script_with_a_secret_is_for_its_owner_alone(
             (f"sys.exit('sbatch: error: {words}')", rf"{words} \({hint}".replace("/", "."))
             for words, hint in REFUSALS.items()
         ),
+        (
+            "sys.exit('sbatch: unrecognized option \\'--no\\'\\nTry \"sbatch --help\" for more')",
+            r"Slurm refused: unrecognized option '--no' \(see `man sbatch`",
+        ),
         ("print('no array jobs here'); sys.exit(1)", "Slurm refused: no array jobs here"),
         ("sys.exit(3)", "sbatch ended with exit code 3 and said nothing"),
     ],
