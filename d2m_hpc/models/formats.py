@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""The formats of `inputs.PICTURES` by PIL's names, in the order in which they are tried."""
+from d2m_hpc.models.inputs import FORMATS
+
 BYTES = {"JPEG": 9, "TIFF": 12, "AVIF": 13, "WEBP": 19, "JPEG2000": 20}
 """What a pixel takes while it is decoded and resized, as measured; of other formats, `OTHERS`."""
 OTHERS = 12
@@ -141,7 +141,7 @@ def opened(data: bytes, max_pixels: int) -> Image.Image:
     if data[:2] == b"\xff\xd8":
         require_few_scans(data)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=[*FORMATS])
     except UnidentifiedImageError:
         raise UnidentifiedImageError("its format is not known") from None
     require_size(*image.size, max_pixels)

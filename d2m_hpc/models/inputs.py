@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
@@ -11,10 +12,38 @@ RAW_INPUTS = ("image", "text", "json")
 """A further text of a sample, which `text_from` names, is the raw input `text:NAME`."""
 PICTURES = ("jpg", "png", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 """Extensions of a sample's pictures, in the order in which one is looked for."""
+FORMATS = {
+    "JPEG": ("jpg", rb"\xff\xd8\xff"),
+    "PNG": ("png", rb"\x89PNG"),
+    "WEBP": ("webp", rb"RIFF....WEBP"),
+    "GIF": ("gif", rb"GIF8"),
+    "BMP": ("bmp", rb"BM"),
+    "TIFF": ("tif", rb"II[*+]\0|MM\0[*+]|MM\*\0|II\0\*"),
+    "AVIF": ("avif", rb"....ftypavi[fs]"),
+    "JPEG2000": ("jp2", rb"....jP  |\xff\x4f\xff\x51"),
+    "PPM": ("ppm", rb"P[36]\s"),
+}
+"""The formats of `PICTURES` by PIL's names, in the order in which they are tried: how names end,
+and how files begin."""
+_BEGINNINGS = re.compile(
+    b"|".join(b"(?P<%s>%s)" % (name.encode(), start) for name, (_, start) in FORMATS.items()),
+    re.DOTALL,
+)
 LARGEST_SIDE = 4096
 """Pixels of a side of what a model is given."""
 Resize = Literal["shortest", "longest", "squash", "pad"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"]
+
+
+def format_of(data: bytes) -> str:
+    """The picture format that data begin as, a key of `FORMATS`; empty for none.
+
+    Example:
+        >>> format_of(b"\\xff\\xd8\\xff\\xe0")
+        'JPEG'
+    """
+    found = _BEGINNINGS.match(data)
+    return (found.lastgroup or "") if found else ""
 
 
 def require_sides(*sides: Any) -> None:

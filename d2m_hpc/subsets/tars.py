@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import pyarrow as pa
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.models.inputs import FORMATS, format_of
 from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
@@ -28,14 +28,6 @@ from d2m_hpc.subsets.exports import ExportLayout, ExportPart, ExportSource, dige
 
 if TYPE_CHECKING:
     from d2m_hpc.worker.read.reader import Reader, Sample
-
-
-FORMATS = re.compile(
-    rb"(?s)(?P<jpg>\xff\xd8\xff)|(?P<png>\x89PNG)|(?P<gif>GIF8)|(?P<webp>RIFF....WEBP)|(?P<bmp>BM)"
-    rb"|(?P<tif>II\*\0|MM\0\*)|(?P<avif>....ftypavi[fs])|(?P<jp2>....jP  |\xff\x4f\xff\x51)"
-    rb"|(?P<ppm>P[36]\s)"
-)
-"""How pictures begin, by the ending of their names."""
 
 
 class SubsetTars(ExportLayout):
@@ -123,8 +115,7 @@ def _add(sample: Sample, name: str, reader: Reader, tar: tarfile.TarFile, image:
     for extension, (place, size) in sample.members.items():
         data = reader.read(place, size)
         if extension == image and isinstance(place, pa.Buffer):  # a column has one name for all
-            found = FORMATS.match(data)
-            extension = (found and found.lastgroup) or extension
+            extension = FORMATS[kind][0] if (kind := format_of(data)) else extension
         info = tarfile.TarInfo(f"{name}.{extension}")
         info.size, info.mode = len(data), 0o644
         tar.addfile(info, io.BytesIO(data))

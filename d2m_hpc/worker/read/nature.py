@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tarfile
 
+from d2m_hpc.models.inputs import format_of
 from d2m_hpc.storage.texts import safe
 
 HEAD = 1 << 20
@@ -17,9 +18,6 @@ SIGNATURES = {
     b"Rar!": "a rar archive",
     b"\x04\x22\x4d\x18": "compressed with lz4, which is not read; gzip, xz, bzip2 and zstd are",
     b"\x1f\x9d": "compressed with `compress`, which is not read; gzip, xz, bzip2 and zstd are",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"\x89PNG": "a PNG picture",
-    b"GIF8": "a GIF picture",
     b"%PDF": "a PDF",
     b"\x89HDF": "an HDF5 file",
     b"\x93NUMPY": "a NumPy array",
@@ -52,7 +50,10 @@ def nature(head: bytes, size: int) -> str:
     for signature, what in SIGNATURES.items():
         if head.startswith(signature):
             return f"it is {what}"
-    return _chatter(head) or _text(head) or f"it begins with the bytes {head[:8].hex(' ')}"
+    if found := _chatter(head) or _text(head):  # first, as some pictures begin with two letters
+        return found
+    kind = format_of(head)
+    return f"it is a picture ({kind})" if kind else f"it begins with the bytes {head[:8].hex(' ')}"
 
 
 def _is_header(block: bytes) -> bool:

@@ -391,7 +391,7 @@ def test_zeros_before_what_is_no_header_are_no_second_tar(tmp_path: Path, scratc
     [
         (b"", "it is empty"),
         (b"<html>not found</html>" * 50, "it is an HTML page"),
-        (jpeg(), "it is a JPEG picture"),
+        (jpeg(), r"it is a picture \(JPEG\)"),
         (bytes(30_000), "zeros"),
     ],
 )

@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from kit import jpeg, sample, write_tar
+from PIL import Image
 
+from d2m_hpc.models.inputs import FORMATS, format_of
 from d2m_hpc.worker.read.nature import HEAD, nature
 
 
@@ -51,7 +53,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         (a_parquet(), "it is a parquet file"),
         (a_zip(), "it is a zip archive"),
         (an_array(), "it is a NumPy array"),
-        (jpeg(), "it is a JPEG picture"),
+        (jpeg(), r"it is a picture \(JPEG\)"),
         (POINTER, "it is a git-lfs pointer; `git lfs pull`"),
         (b"\n <!DOCTYPE HTML>\n<html><body>sign in</body>", "it is an HTML page"),
         (b'<?xml version="1.0"?><Error><Code>NoSuchKey', "it is XML, .*NoSuchKey"),
@@ -68,6 +70,24 @@ def test_what_is_no_tar_is_named(data: bytes, says: str) -> None:
     found = of(data)
     assert re.match(says, found), found
     assert len(found) < 200
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_each_format_of_pictures_is_named(kind: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), kind)
+    data = buffer.getvalue()
+    assert of(data) == f"it is a picture ({kind})"
+    assert format_of(data) == kind
+    assert Image.open(buffer, formats=[kind]).format == kind
+    if kind == "TIFF":
+        Image.fromarray(pixels).save(buffer := io.BytesIO(), kind, big_tiff=True)
+        assert format_of(buffer.getvalue()) == kind
+
+
+@pytest.mark.parametrize("text", [b"BMW, cars", b"P3 is a model", b"P6\nof many lines"])
+def test_a_text_is_no_picture(text: bytes) -> None:
+    assert of(text).startswith("it is text: ")
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
