@@ -18,6 +18,7 @@ from d2m_hpc.cli.common import ending
 from d2m_hpc.cli.models import models
 from d2m_hpc.cli.submit import again, derive, plan, submit
 from d2m_hpc.cli.trouble import explained
+from d2m_hpc.errors import DiskError
 
 SUBMIT_HELP = (
     "Compute what is left of a config's shards. The same command again goes on from there."
@@ -121,6 +122,7 @@ def run(command: typer.Typer) -> None:
     _escape_unencodable()
     with ending():
         try:
+            _require_current_folder()
             _without_others(command, sys.argv[1:2])()
         except Exception as error:
             if os.environ.get("D2M_TRACEBACK"):
@@ -128,6 +130,15 @@ def run(command: typer.Typer) -> None:
             words, code = explained(error)
             print(f"error: {words}", file=sys.stderr)
             sys.exit(code)
+
+
+def _require_current_folder() -> None:
+    """Refuse one that was removed: relative paths mean nothing there, and torch does not load."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        what = "the current folder was removed; `cd` to one that exists, and run the same command"
+        raise DiskError(f"{what} again") from None
 
 
 def _without_others(program: typer.Typer, named: list[str]) -> typer.Typer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,11 @@ def test_a_number_of_a_config_is_of_ascii_digits(
     ended = CliRunner().invoke(submit_app, [str(config), "--dry-run", *option])
     assert ended.exit_code
     assert told in str(ended.exception)
+
+
+def test_a_current_folder_that_was_removed_is_told(tmp_path: Path) -> None:
+    """Else relative paths fail without their names, and torch by words of its own."""
+    command = f"rmdir {tmp_path}; exec {Path(sys.executable).with_name('d2m-submit')} c.yml --local"
+    ended = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    told = "the current folder was removed; `cd` to one that exists, and run the same command again"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"error: {told}\n")
