@@ -1,6 +1,6 @@
 """What a GPU makes of the six models, from its arithmetic's ceiling to tars turned into files.
 
-    python -m benchmarks.gpu [--parts tests,eager,tar] [--seconds 5] [--json FILE]
+    python -m benchmarks.gpu [--parts tests,graph,tar] [--seconds 5] [--json FILE]
     python -m benchmarks.gpu --tiny      # small nets, on whatever there is: to see that it runs
 
 It needs no internet: the nets have the published sizes and random values. Each part runs in a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from benchmarks.workload import MODELS, batches, keys
 from d2m_hpc.config import Config
 from d2m_hpc.models import blocks
 from d2m_hpc.models.compiled import compile_for
+from d2m_hpc.models.recorded import AFTER
 from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.compute import graph as graphs
 from d2m_hpc.worker.compute.graph import Graph
@@ -34,7 +36,7 @@ from d2m_hpc.worker.compute.resolve import Toolbox
 
 ROOT = Path(__file__).parents[1]
 THREADS = (4, 8, 16)
-EAGER, COMPILED = "eager", "compiled"
+PLAIN, RECORDED, COMPILED = "kernel by kernel", "recorded", "compiled and recorded"
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
 KERNELS = 12
@@ -93,9 +95,19 @@ class Bench:
         config = self.config(**more)
         return Graph(config, Toolbox.of(config), self.device)
 
+    def uncompiled(self) -> Graph:
+        with patch.object(graphs, "PAYS_AFTER", sys.maxsize):
+            return self.graph()
+
     def batch(self) -> Batch:
         """What the loader makes of the first tar."""
         return next(batches(self.config(), self.folder))
+
+    def free(self) -> None:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def wait(self) -> None:
         if self.cuda:
@@ -148,18 +160,21 @@ def tests(bench: Bench) -> Iterator[Row]:
 
 def models(bench: Bench) -> Iterator[Row]:
     """Each model alone, as it is, its inputs where it takes them."""
-    graph, batch = bench.graph(compile=False), bench.batch()
+    graph, batch = bench.uncompiled(), bench.batch()
     yield from page_locked(bench, batch)
     with graph:
-        for row, _ in _models(bench, graph, batch, EAGER):
+        for row, _ in _models(bench, graph, batch, RECORDED):
             yield row
 
 
 def whole(bench: Bench) -> Iterator[Row]:
     """All models with resident inputs, without loading and writing."""
-    graph, batch = bench.graph(compile=False), bench.batch()
-    with graph:
-        yield _whole(bench, graph, batch, EAGER)
+    batch = bench.batch()
+    for mode, make in ((PLAIN, partial(bench.graph, compile=False)), (RECORDED, bench.uncompiled)):
+        with make() as graph:
+            yield _whole(bench, graph, batch, mode)
+        del graph
+        bench.free()
 
 
 def compiled(bench: Bench) -> Iterator[Row]:
@@ -167,9 +182,9 @@ def compiled(bench: Bench) -> Iterator[Row]:
     backend = "eager" if bench.tiny else "inductor"
     asked: list[Any] = []
 
-    def at_once(rows: int, net: Any, **_: Any) -> None:
+    def at_once(rows: int, net: Any, run: Any, **_: Any) -> None:
         asked.append(net)
-        compile_for(rows, net, backend=backend)
+        compile_for(rows, net, backend=backend, run=run)
 
     with patch.object(graphs, "compile_for", at_once):
         graph, batch = bench.graph(compile="auto" if bench.cuda else True), bench.batch()
@@ -181,9 +196,18 @@ def compiled(bench: Bench) -> Iterator[Row]:
 
 
 def tar(bench: Bench) -> Iterator[Row]:
-    """Tars to files, most threads first."""
+    """Tars to files, most threads first: as it is, compiled, and kernel by kernel."""
     for threads in reversed(THREADS):
-        yield tar_to_files(bench.config_keys(threads), bench.device)
+        keys = bench.config_keys(threads)
+        yield {**tar_to_files(keys, bench.device), "mode": RECORDED}
+        bench.free()
+        if threads == THREADS[-1] and not bench.tiny:
+            with patch.object(graphs, "PAYS_AFTER", 0):
+                yield {**tar_to_files(keys, bench.device), "mode": COMPILED}
+            bench.free()
+            keys = bench.config_keys(threads, compile=False)
+            yield {**tar_to_files(keys, bench.device), "mode": PLAIN}
+            bench.free()
 
 
 def conventional(bench: Bench) -> Iterator[Row]:
@@ -251,8 +275,10 @@ def _models(bench: Bench, graph: Graph, batch: Batch, mode: str) -> Iterator[tup
 
 
 def _uncompiled(graph: Graph) -> ExitStack:
-    """Operations are counted in the nets themselves, not in what they are compiled to."""
+    """Operations are counted in the nets themselves, not in what they are compiled to or recorded
+    as."""
     stack = ExitStack()
+    stack.enter_context(patch.object(graph._recorder, "_on", False))
     for model in graph.models.values():
         if (net := getattr(model, "image_net", None)) is not None:
             stack.enter_context(patch.object(net, "forward", partial(type(net).forward, net)))
@@ -271,7 +297,11 @@ def _whole(bench: Bench, graph: Graph, batch: Batch, mode: str) -> Row:
     with _uncompiled(graph), Counting(bench.most, bench.device) as cost:
         next(outputs)
     row = {"part": "graph", "name": f"{len(graph.models)} models", "first_seconds": first}
+    for _ in range(AFTER):
+        next(outputs)
     row |= _speed(bench, lambda: next(outputs), batch, mode, cost)
+    if bench.cuda:
+        row["reserved_gb"] = torch.cuda.max_memory_reserved(bench.device) / 1e9
     return {**row, "recomputed": next(outputs).recomputed}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -19,10 +20,13 @@ from d2m_hpc.worker.read.loader import Reading
 from d2m_hpc.worker.task import Task
 from d2m_hpc.worker.write.thread import Settler
 
+WARM = 4
+"""Shards that do not count."""
+
 
 class Stopwatch:
-    """Seconds that the compute thread waited, and that the device was busy, from the second shard
-    on: the first one warms up."""
+    """Seconds that the compute thread waited, and that the device was busy, after the first shards,
+    in which kernels are chosen and launches recorded."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -34,11 +38,12 @@ class Stopwatch:
         self.started = time.perf_counter()
         self.waits = {"loader": 0.0, "device": 0.0, "writer": 0.0}
         self._busy.clear()
+        self.launches: list[float] = []
         self.rows = self.recomputed = 0
 
     def shard(self, original: Any, *given: Any) -> Any:
         self._shards += 1
-        if self._shards == 2:
+        if self._shards == WARM + 1:
             self.reset()
         result = original(*given)
         self.rows += result.record.rows
@@ -60,6 +65,13 @@ class Stopwatch:
 
     def launched(self, original: Any, graph: Graph, batch: Batch) -> InFlight:
         """The device is busy from the first kernel's turn to the last one's end."""
+        started = time.perf_counter()
+        try:
+            return self._launched(original, graph, batch)
+        finally:
+            self.launches.append(time.perf_counter() - started)
+
+    def _launched(self, original: Any, graph: Graph, batch: Batch) -> InFlight:
         if self._device.type != "cuda":
             before = self.waits["device"]
             made: InFlight = self.waiting("device", original, graph, batch)
@@ -110,6 +122,7 @@ def tar_to_files(keys: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "rows": watch.rows,
         "recomputed": watch.recomputed,
         "idle": min(1.0, max(0.0, 1 - watch.busy / seconds)),
+        "launch_ms": median(watch.launches) * 1e3,
         "limit": max(waits, key=lambda who: waits[who]),
         "waits": waits,
     }

@@ -126,6 +126,8 @@ GPU_COLUMNS = {
     "mb_per_sample": "MB/sample",
     "launches": "launches a batch",
     "kernel_ms": "kernels, ms a batch",
+    "launch_ms": "launching, ms a batch",
+    "reserved_gb": "GB of the card",
     "new_shape_ms": "new shape, ms",
     "known_shape_ms": "known shape, ms",
     "bandwidth_tb": "TB/s",

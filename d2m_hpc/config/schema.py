@@ -221,7 +221,9 @@ class Config(Section):
     """precision of the models; `auto` is float16 on CUDA and `off`, float32, on the CPU"""
     compile: Literal["auto"] | bool = "auto"
     """compile the image nets for full batches, which takes minutes; `auto` compiles the built-in
-    convolutional ones, on CUDA in half precision, once a task has run 100 full batches"""
+    convolutional ones, on CUDA in half precision, once a task has run 100 full batches. What a
+    built-in net launches on a GPU for a batch is recorded and launched as one (CUDA graphs);
+    `false` launches kernel by kernel"""
     resize: Literal["fast", "exact"] = "fast"
     """`exact` is PIL, bit for bit; `fast` differs in 0.3 % of the pixels, by 2 of 255 at most"""
     decode: Literal["whole", "scaled"] = "whole"

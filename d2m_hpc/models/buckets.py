@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from d2m_hpc.models.transfer import to_device
 MOST_COMPUTED = 1.2
 """Tokens computed for each real one, at most. A bucket is a launch of the whole net, in which few
 texts leave a GPU idle: padding by a fifth costs less than the buckets that would save it."""
+TOGETHER = 2048
+"""Tokens in a bucket of fixed shape, about: fewer cost more launches, more are padded in vain."""
+_LENGTHS = (*range(8, 81, 8), 96, 112, 128, 160, 192, 224, 256, 320, 384, 448)
 
 
 def by_length(lengths: Tensor, most: float = MOST_COMPUTED) -> list[Tensor]:
@@ -65,6 +69,64 @@ def run_by_length(
     buckets = by_length(lengths, most)
     results = torch.cat([run(rows, int(lengths[rows].max())) for rows in buckets])
     return results[to_device(torch.argsort(torch.cat(buckets)), device)]
+
+
+def in_shapes(lengths: Tensor, limit: int) -> list[tuple[Tensor, int, int]]:
+    """Buckets of few shapes, however texts are drawn: long texts first, padded in rows as well.
+
+    Args:
+        lengths: integers [B] on the CPU, tokens of each text.
+        limit: the most tokens of a text.
+
+    Returns:
+        of each bucket the row indices, the rows to compute, and the length.
+    """
+    order, found = torch.argsort(lengths, descending=True, stable=True), list[Any]()
+    while len(order):
+        length = next((n for n in _LENGTHS if n >= lengths[order[0]] and n < limit), limit)
+        rows = max(4, 1 << (TOGETHER // length).bit_length() - 1)
+        found.append((order[:rows], rows, length))
+        order = order[rows:]
+    return found
+
+
+def run_in_shapes(
+    tokens: Tensor,
+    lengths: Tensor,
+    limit: int,
+    padding: int,
+    run: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> Tensor:
+    """Run texts in buckets of few shapes, copied to the device together.
+
+    Args:
+        tokens: int64 [B, L] on the CPU.
+        lengths: integers [B] on the CPU, one at least.
+        limit: the most tokens of a text.
+        padding: the token to pad with.
+        run: given tokens [b, l] and their lengths [b], returns results [b, ...].
+        device: of what `run` is given, and of the results.
+
+    Returns:
+        results [B, ...], in the order of `tokens`.
+    """
+    shapes, where, start = in_shapes(lengths, limit), torch.empty_like(lengths), 0
+    parts = list[Tensor]()
+    for chosen, rows, length in shapes:
+        ids = torch.full((rows, length), padding)
+        ids[: len(chosen), : tokens.shape[1]] = tokens[chosen, :length]
+        long = torch.ones(rows, dtype=torch.int64)
+        long[: len(chosen)] = lengths[chosen]
+        parts += [ids.flatten(), long]
+        where[chosen] = torch.arange(start, start + len(chosen))
+        start += rows
+    sent = torch.split(to_device(torch.cat([*parts, where]), device), [*map(len, [*parts, where])])
+    results = [
+        run(ids.view(rows, length), long)
+        for ids, long, (_, rows, length) in zip(sent[::2], sent[1::2], shapes, strict=False)
+    ]
+    return torch.cat(results)[sent[-1]]
 
 
 def run_tokens(

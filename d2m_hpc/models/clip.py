@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from d2m_hpc.errors import WeightsError
 from d2m_hpc.gc_paused import gc_paused
-from d2m_hpc.models.buckets import run_by_length
+from d2m_hpc.models.buckets import run_by_length, run_in_shapes
 from d2m_hpc.models.checkpoint import Weights, fill, state_of
 from d2m_hpc.models.half import in_half, is_openai
 from d2m_hpc.models.headers import is_torchscript
+from d2m_hpc.models.recorded import Runner, as_it_is
 from d2m_hpc.models.transfer import conv_layout, to_device
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,11 @@ class Clip(nn.Module):
 
     Attributes:
         trained_in_half: its values fit into float16 between the blocks, too.
+        recorded: how its texts' tower is run.
     """
 
     trained_in_half = False
+    recorded: Runner = staticmethod(as_it_is)
 
     def __init__(self, net: Any, device: torch.device) -> None:
         super().__init__()
@@ -100,12 +103,23 @@ class Clip(nn.Module):
     def _encode_by_length(self, net: Any, tokens: Tensor) -> Tensor:
         """A causal tower that pools at the end token: nothing after that is computed."""
         ends = tokens.argmax(dim=1)
+        if self.device.type == "cuda":
+            return self._encode_in_shapes(net, tokens, ends)
 
         def run(rows: Tensor, length: int) -> Tensor:
-            chosen = to_device(tokens[rows, :length], self.device)
-            return _encode_cut(net, chosen, to_device(ends[rows], self.device))
+            return _encode_cut(net, tokens[rows, :length], ends[rows])
 
         return run_by_length(ends + 1, run, self.device)
+
+    def _encode_in_shapes(self, net: Any, tokens: Tensor, ends: Tensor) -> Tensor:
+        def run(chosen: Tensor, lengths: Tensor) -> Tensor:
+            features: Tensor = self.recorded((id(net), "text"), encode, chosen, lengths)
+            return features
+
+        def encode(chosen: Tensor, lengths: Tensor) -> Tensor:
+            return _encode_cut(net, chosen, lengths - 1)
+
+        return run_in_shapes(tokens, ends + 1, tokens.shape[1], 0, run, self.device)
 
 
 def _casts_to_half(kind: str) -> bool:

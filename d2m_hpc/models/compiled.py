@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2m_hpc.models.recorded import Runner, as_it_is
 from d2m_hpc.models.transfer import each
 
 log = logging.getLogger(__name__)
@@ -35,45 +37,52 @@ def _padded(images: Tensor, rows: int) -> Tensor:
     return made
 
 
+def _warn(net: nn.Module, error: Exception) -> None:
+    said = " ".join(str(error).split())[:200]
+    log.warning("%s cannot be compiled and runs as it is: %s", type(net).__name__, said)
+
+
 def compile_for(
-    rows: int, net: nn.Module, backend: Any = "inductor", after: int = 0, need: bool = True
+    rows: int,
+    net: nn.Module,
+    backend: Any = "inductor",
+    after: int = 0,
+    need: bool = True,
+    run: Runner = as_it_is,
 ) -> None:
     """Compile a net in place, at a batch of so many rows.
 
-    A batch that is more than half full, as the last one of many shards, is padded, whose rows the
-    net computes one by one. Smaller ones (halves after running out of memory, rows that are run
-    again) go through the net as it was: each new shape would be compiled for minutes. So does what
-    is run at another precision than the first one.
+    One that is more than half full, as the last of many shards, is padded. Smaller ones, and those
+    of another precision than the first, run through the net as it was.
 
     Args:
         after: full batches that are run first as the net was.
         need: an error of the compiler, as without a C compiler on the node, is raised; otherwise it
             is logged, and the net stays as it was.
+        run: how the net and what it is compiled to are run.
     """
-    eager = net.forward
-    compiled = torch.compile(eager, dynamic=False, backend=backend)
+    code = torch.compile(net.forward, dynamic=False, backend=backend)
+    eager = partial(run, (id(net), "image"), net.forward)
     waiting, mixed = after, None
+
+    def compiled(images: Tensor) -> Any:
+        made = run((id(net), "compiled"), code, _padded(images, rows))
+        return each(made, lambda part: part[: len(images)])
 
     def forward(images: Tensor) -> Any:
         nonlocal waiting, mixed
-        now = torch.is_autocast_enabled(images.device.type)
-        given = len(images)
-        if not (given == rows or rows // 2 + 1 < given < rows) or mixed not in (None, now):
-            return eager(images)
-        if waiting:
-            waiting -= given == rows
+        now, is_full = torch.is_autocast_enabled(images.device.type), len(images) == rows
+        is_small = not is_full and not rows // 2 + 1 < len(images) < rows
+        if waiting or is_small or mixed not in (None, now):
+            waiting -= bool(waiting and is_full)
             return eager(images)
         mixed = now
         try:
-            made = compiled(_padded(images, rows))
-            return made if given == rows else each(made, lambda part: part[:given])
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
+            return compiled(images)
         except Exception as error:
-            if need:
+            if need or isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
                 raise
-            said = " ".join(str(error).split())[:200]
-            log.warning("%s cannot be compiled and runs as it is: %s", type(net).__name__, said)
+            _warn(net, error)
             net.forward = eager
             return eager(images)
 

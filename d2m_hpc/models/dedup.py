@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2m_hpc.models.checkpoint import Weights, fill, state_of
-from d2m_hpc.models.transfer import conv_layout
+from d2m_hpc.models.transfer import cast_early, conv_layout
 
 CHECKPOINT = "isc_ft_v107.pth.tar"
 REFERENCES = "eval_dedup_embeddings.pt"
@@ -64,7 +64,7 @@ class IscFtV107(nn.Module):
             float32 [B, 256], each row of length 1, and float32 [B]: the largest dot product with
             a reference embedding.
         """
-        laid_out = images.contiguous(memory_format=self.layout)
+        laid_out = cast_early(images).contiguous(memory_format=self.layout)
         descriptors = F.normalize(self.net(laid_out).float(), dim=1)
         with torch.autocast(descriptors.device.type, enabled=False):
             return descriptors, (descriptors @ self.references).amax(dim=1)

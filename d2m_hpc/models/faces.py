@@ -12,7 +12,7 @@ from torchvision.ops import nms
 
 from d2m_hpc.models.checkpoint import Weights, state_of
 from d2m_hpc.models.scrfd import ANCHORS, STRIDES, Level, ScrfdNet
-from d2m_hpc.models.transfer import conv_layout
+from d2m_hpc.models.transfer import cast_early, conv_layout
 
 CHECKPOINT = "scrfd_10g.pt"
 SIDE = 224
@@ -139,7 +139,7 @@ class Scrfd10G(nn.Module):
             the net's levels, and the paddings.
         """
         images, paddings = inputs
-        return self.net(images.contiguous(memory_format=self.layout)), paddings
+        return self.net(cast_early(images).contiguous(memory_format=self.layout)), paddings
 
     def on_host(self, output: tuple[tuple[Level, ...], Tensor]) -> list[Boxes]:
         """What `detect` makes of it."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from d2m_hpc.errors import WeightsError
-from d2m_hpc.models.buckets import run_tokens
+from d2m_hpc.models.buckets import padded_to_longest, run_in_shapes, run_tokens
 from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.hub_nets import quiet
+from d2m_hpc.models.recorded import Runner, as_it_is
 
 CHECKPOINT = "multilingual_debiased-0b549669.ckpt"
 HUB_FILES = "xlm-roberta-base"
@@ -22,7 +23,12 @@ class Detoxify(nn.Module):
 
     Detoxify's own class asks the hub while it loads, pads all texts to the longest, and waits for
     the device at every batch: its net and tokenizer are used, its `predict` is not.
+
+    Attributes:
+        recorded: how the net is run.
     """
+
+    recorded: Runner = staticmethod(as_it_is)
 
     def __init__(self, device: torch.device, weights: Weights) -> None:
         super().__init__()
@@ -39,9 +45,24 @@ class Detoxify(nn.Module):
             float32 [B], in [0, 1].
         """
         encoded = self.tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        return run_tokens(encoded, self.tokenizer.pad_token_id, self._scores, self.device)
+        if self.device.type == "cuda":
+            return self._in_shapes(encoded)
 
-    def _scores(self, ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+        def run(ids: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+            return self._scores(ids, lengths)
+
+        return run_tokens(encoded, self.tokenizer.pad_token_id, run, self.device)
+
+    def _in_shapes(self, encoded: list[list[int]]) -> Tensor:
+        def run(ids: Tensor, lengths: Tensor) -> Tensor:
+            scores: Tensor = self.recorded(id(self), self._scores, ids, lengths)
+            return scores
+
+        lengths, padding = torch.tensor([*map(len, encoded)]), self.tokenizer.pad_token_id
+        padded = padded_to_longest(encoded, lengths, padding)
+        return run_in_shapes(padded, lengths, MAX_TOKENS, padding, run, self.device)
+
+    def _scores(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """float32 [b] of tokens [b, L].
 
         The net's own forward would look at the mask on the device, to see whether it needs it, and

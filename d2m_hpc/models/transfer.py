@@ -49,6 +49,12 @@ def conv_layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
+def cast_early(images: Tensor) -> Tensor:
+    """Images as autocast would cast them for the first convolution, to hold half of the memory."""
+    kind = images.device.type
+    return images.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else images
+
+
 class CudaCopies:
     """Copies to and from a device; this class alone knows of streams, which the CPU has none of.
 

@@ -251,7 +251,8 @@ class Task:
     def _computed(self, claims: Claims, graph: Graph, recipe: Recipe) -> Iterator[Iterator[Result]]:
         gpu = graph.device if graph.device.type == "cuda" else None
         looks = Busy(self.report.progress, _gpu_name(gpu)) if gpu else nullcontext()
-        with graph, looks, Loader(claims, recipe, self.scratch, gpu, self._look) as loader:
+        loader = Loader(claims, recipe, self.scratch, gpu, self._look, graph.gate)
+        with graph, looks, loader:
             results = (self._compute(reading, graph, claims) for reading in loader)
             look_elsewhere = cache(partial(self._look_elsewhere, graph, recipe))
             yield last_if_undecided(results, claims.chunk, look_elsewhere)

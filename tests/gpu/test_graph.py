@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from d2m_hpc import config as configs
 from d2m_hpc.models.blocks import Reused
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
+from d2m_hpc.models.recorded import AFTER
 from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.worker.batch import Batch, Outputs, collate
 from d2m_hpc.worker.compute.graph import Graph
@@ -98,6 +99,22 @@ def test_a_batch_alone_gives_what_it_gives_in_the_pipeline(
         alone = _all([graph(batch) for batch in batches])
         for _ in range(5):
             _assert_close(_all(list(graph.run(iter(batches)))), alone, 0)
+
+
+@pytest.mark.parametrize("amp", ["auto", "off"])
+def test_recorded_models_give_the_same(tmp_path: Path, checkpoints: Path, amp: Any) -> None:
+    made, recorded = [], []
+    for choice in (False, "auto"):
+        graph = _graph(tmp_path, checkpoints, CUDA, amp=amp, batch_size=8, compile=choice)
+        batches = _batches(graph.toolbox) * (AFTER + 2)
+        with graph:
+            made.append(_all(list(graph.run(batches))))
+            recorded.append(len(graph._recorder._made))
+    assert recorded[0] == 0
+    assert recorded[1] >= 7
+    kernel_by_kernel, as_one = made
+    for name in kernel_by_kernel.keys() - {"face-boxes"}:
+        np.testing.assert_allclose(as_one[name], kernel_by_kernel[name], atol=2e-3, err_msg=name)
 
 
 def test_compiled_nets_give_the_same_up_to_rounding(tmp_path: Path, checkpoints: Path) -> None:

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from d2m_hpc.models.buckets import MOST_COMPUTED, by_length, run_by_length
+from d2m_hpc.models.buckets import (
+    MOST_COMPUTED,
+    TOGETHER,
+    by_length,
+    in_shapes,
+    run_by_length,
+    run_in_shapes,
+)
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 520), min_size=1, max_size=80).map(torch.tensor)
@@ -77,3 +84,40 @@ def test_few_buckets_do_for_lengths_like_those_of_the_web(limit: int, rows: int)
     assert len(by_length(lengths)) <= 8
     # Without buckets, the whole batch is padded to its longest text.
     assert _computed([torch.arange(rows)], lengths) > 3 * int(lengths.sum())
+
+
+@given(lengths=LENGTHS)
+def test_shapes_hold_every_row_once_and_whole(lengths: Tensor) -> None:
+    found = in_shapes(lengths, 520)
+    assert sorted(torch.cat([chosen for chosen, _, _ in found]).tolist()) == [*range(len(lengths))]
+    for chosen, rows, length in found:
+        assert len(chosen) <= rows
+        assert int(lengths[chosen].max()) <= length
+        assert rows * length <= max(TOGETHER, 4 * length)
+
+
+@pytest.mark.parametrize(("limit", "most"), [(77, 10), (512, 21)])
+def test_shapes_are_few_however_texts_are_drawn(limit: int, most: int) -> None:
+    """Each is recorded on its own."""
+    random = np.random.default_rng(0)
+    seen = set()
+    for _ in range(2000):
+        rows, median = random.integers(1, 600), random.integers(2, 200)
+        drawn = random.lognormal(np.log(median), 0.9, rows).astype(int).clip(1, limit)
+        seen |= {shape[1:] for shape in in_shapes(torch.from_numpy(drawn), limit)}
+    assert len(seen) <= most
+
+
+@given(lengths=LENGTHS)
+def test_texts_in_shapes_come_back_in_their_order(lengths: Tensor) -> None:
+    tokens = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
+    for row, length in enumerate(lengths.tolist()):
+        tokens[row, :length] = torch.arange(length) + row
+
+    def run(ids: Tensor, long: Tensor) -> Tensor:
+        real = torch.arange(ids.shape[1]) < long[:, None]
+        return torch.stack([ids[:, 0], ids.masked_fill(~real, 0).sum(dim=1), long], dim=1)
+
+    rows = torch.arange(len(lengths))
+    expected = torch.stack([rows, tokens.sum(dim=1), lengths], dim=1)
+    assert torch.equal(run_in_shapes(tokens, lengths, 520, -7, run, CPU), expected)

@@ -57,6 +57,15 @@ def test_features_are_those_of_open_clips_full_towers(
 
 
 @torch.inference_mode()
+def test_texts_in_the_shapes_that_a_gpu_is_given_have_the_same_features(
+    model: clip.ClipB32,
+) -> None:
+    tokens = _tokens(captions())
+    made = model._encode_in_shapes(model.clip, tokens, tokens.argmax(dim=1))
+    np.testing.assert_allclose(made.numpy(), model.clip.encode_text(tokens).numpy(), atol=1e-4)
+
+
+@torch.inference_mode()
 def test_a_caption_with_an_end_token_inside_is_pooled_at_the_first(model: clip.ClipB32) -> None:
     """As CLIP's argmax over the ids does: what follows it has no part in the feature."""
     inside, plain = _tokens(["a cat<|endoftext|> and a dog", "a cat"])

@@ -104,6 +104,14 @@ def test_scores_are_the_largest_of_detoxifys_for_one_text_at_a_time(
 
 
 @torch.inference_mode()
+def test_texts_in_the_shapes_that_a_gpu_is_given_have_the_same_scores(
+    model: toxicity.Detoxify,
+) -> None:
+    encoded = model.tokenizer(TEXTS, truncation=True, max_length=512)["input_ids"]
+    np.testing.assert_allclose(model._in_shapes(encoded).numpy(), model(TEXTS).numpy(), atol=1e-5)
+
+
+@torch.inference_mode()
 def test_a_text_beyond_512_tokens_is_cut_there(model: toxicity.Detoxify) -> None:
     long = "word " * 600
     assert len(model.tokenizer(long)["input_ids"]) > toxicity.MAX_TOKENS

@@ -40,6 +40,9 @@ std::atomic<long> launches_left{-1};
 std::atomic<int> dead{0};
 thread_local int current = 0;
 thread_local cudaError_t latest = cudaSuccess;
+thread_local cudaStream_t recording = nullptr;  // what this thread records launches on
+thread_local bool spoilt = false;               // that it waited meanwhile, as it may not
+thread_local long recorded = 0;
 
 void count(const std::string& what, long by = 1) {
     std::lock_guard<std::mutex> guard(lock);
@@ -59,12 +62,14 @@ cudaError_t used(const char* call) {
 }
 
 cudaError_t waits(const char* call) {
+    if (recording) return spoilt = true, told(cudaErrorStreamCaptureUnsupported);
     count("wait");
     return used(call);
 }
 
 // The launch at which a device dies succeeds, as launches on a real one are not waited for.
 bool survives_launch() {
+    if (recording) return ++recorded;
     count("kernel");
     has_context[current] = true;
     const bool was_alive = !dead;
@@ -90,9 +95,11 @@ Kind kind_of(const void* pointer) {
     return !range ? PAGEABLE : range->device < 0 ? PINNED : DEVICE;
 }
 
-// What comes from a device is 0: no kernel has computed it, and old memory may hold anything.
+// What comes from a device is 0: no kernel has computed it, and old memory may hold anything. So
+// nothing need be moved there, and a copy takes no time of the host's, as on a real one.
 void copy(void* to, const void* from, size_t size) {
-    if (kind_of(from) == DEVICE && kind_of(to) != DEVICE) std::memset(to, 0, size);
+    if (kind_of(to) == DEVICE) return;
+    if (kind_of(from) == DEVICE) std::memset(to, 0, size);
     else std::memmove(to, from, size);
 }
 
@@ -333,13 +340,46 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) { return waits("cudaStreamSynchr
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
     return used("cudaStreamWaitEvent");
 }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-    return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+    const bool is_recorded = recording && stream == recording;
+    *status = !is_recorded ? cudaStreamCaptureStatusNone
+                           : spoilt ? cudaStreamCaptureStatusInvalidated
+                                    : cudaStreamCaptureStatusActive;
+    return cudaSuccess;
 }
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
-                                     unsigned long long*, cudaGraph_t*, const cudaGraphNode_t**,
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                     unsigned long long* id, cudaGraph_t*, const cudaGraphNode_t**,
                                      const cudaGraphEdgeData**, size_t*) {
-    return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+    if (id) *id = 1;
+    return cudaStreamIsCapturing(stream, status);
+}
+
+// Graphs: a handle begins with the number of its kernels.
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    recording = stream, spoilt = false, recorded = 0;
+    return used("cudaStreamBeginCapture");
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+    recording = nullptr;
+    if (spoilt) return told(cudaErrorStreamCaptureInvalidated);
+    *graph = static_cast<cudaGraph_t>(handle());
+    *reinterpret_cast<long*>(*graph) = recorded;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* number) {
+    return *number = *reinterpret_cast<long*>(graph), cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long) {
+    return *made = reinterpret_cast<cudaGraphExec_t>(graph), used("cudaGraphInstantiate");
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* made, cudaGraph_t graph,
+                                          unsigned long long flags) {
+    return cudaGraphInstantiate(made, graph, flags);
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+    count("kernel in a graph", *reinterpret_cast<long*>(graph));
+    return launch();
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
     if (cudaError_t error = used("cudaEventCreate")) return error;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,42 @@ def test_a_batch_is_launched_without_waiting_and_finds_its_memory(
         "waits for outputs": 2,
         "contexts": [False, True],  # of `cuda:1` alone
     }
+
+
+def recorded(gpu: Any, folder: str, checkpoints: str) -> dict[str, Any]:
+    graph = _graph(folder, checkpoints)
+    found, shut, own = [], list[int](), graph.gate.shut
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        before = gpu.count("kernel")
+        with own():
+            yield
+        shut.append(gpu.count("kernel") - before)
+
+    graph.gate.shut = noted
+    with graph:
+        for batch in _batches(graph, 5):
+            gpu.reset()
+            shut.clear()
+            rows = len(graph(batch).keys)
+            asked = ("kernel", "kernel in a graph", "cudaGraphInstantiate", "cudaMalloc")
+            counts = {what: gpu.count(what) for what in asked}
+            found.append({"rows": rows, **counts, "while shut": sum(shut)})
+    return {"batches": found, "forgotten": not graph._recorder.has_recorded}
+
+
+def test_launches_are_recorded_and_made_again_as_one(
+    nogpu: Any, tmp_path: Path, checkpoints: Path
+) -> None:
+    found = nogpu(recorded, str(tmp_path), str(checkpoints))
+    first, second, third, fourth, last = found["batches"]
+    assert [first["cudaGraphInstantiate"], second["cudaGraphInstantiate"]] == [0, 0]
+    assert third["cudaGraphInstantiate"] > 4
+    assert fourth == last
+    assert last["kernel in a graph"] > 3 * last["kernel"]
+    assert last["while shut"] == last["kernel"]
+    assert found["forgotten"]
 
 
 def scarce(gpu: Any, folder: str, checkpoints: str) -> list[dict[str, Any]]:

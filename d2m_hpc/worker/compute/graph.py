@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from d2m_hpc.models.compiled import PAYS_AFTER, compile_for, is_convolutional
 from d2m_hpc.models.entries import name_of
 from d2m_hpc.models.family import ModelSpec, result_of
 from d2m_hpc.models.inputs import Input, as_prepared, kind_of, named_text
+from d2m_hpc.models.recorded import CudaGraphs, as_it_is
 from d2m_hpc.models.registry import in_order
 from d2m_hpc.models.transfer import CudaCopies, each
 from d2m_hpc.models.weights import weights_dir
@@ -29,6 +31,7 @@ from d2m_hpc.worker.batch import Batch, Outputs, count, flags, take
 from d2m_hpc.worker.compute.heap import Heap
 from d2m_hpc.worker.compute.in_flight import Computed, InFlight, Pending, row_count
 from d2m_hpc.worker.compute.resolve import Toolbox
+from d2m_hpc.worker.gate import Gate
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,9 @@ class Graph:
     Args:
         device: for the built-in models; custom models get `config.device`, as in the seed program,
             or "cpu".
+
+    Attributes:
+        gate: shut while kernels are launched.
     """
 
     def __init__(self, config: Config, toolbox: Toolbox, device: torch.device) -> None:
@@ -77,6 +83,8 @@ class Graph:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # else each call that names no device opens GPU 0 too
         self._copies = CudaCopies(device)
+        self.gate = Gate()
+        self._recorder = CudaGraphs(device, config.compile is not False)
         self._batch_size = self._fitting = config.batch_size
         # float32 (`amp: off`, rows that are computed again) means all of its bits, not 10.
         precision.use_full_float32()
@@ -92,10 +100,8 @@ class Graph:
         # Autocast forgets its cast weights when its outermost context ends. This one casts nothing,
         # and only keeps the weights.
         self._kept = torch.autocast(device.type, enabled=False)
-        if config.compile == "auto":
-            self._compile_later()
-        elif config.compile:
-            self._compile()
+        compiled = [] if config.compile is False else self._compile(config.compile == "auto")
+        self._record(compiled)
 
     def _build(self, spec: ModelSpec, as_given: int | str) -> Any:
         made = None if spec.family else self.toolbox.classes[spec.name]
@@ -155,23 +161,40 @@ class Graph:
     def _image_nets(self) -> dict[str, Any]:
         return {n: m.image_net for n, m in self.models.items() if hasattr(m, "image_net")}
 
-    def _compile(self) -> None:
-        nets, rows = self._image_nets(), self._batch_size
-        if nets:
-            log.info("compiling %s; the first batches of %d take minutes", ", ".join(nets), rows)
-        for net in nets.values():
-            compile_for(rows, net)
+    def _compile(self, later: bool) -> list[str]:
+        """Compile image nets, whose names are given back.
 
-    def _compile_later(self) -> None:
-        """Built-in nets that gain much by it, once the task has shown that it is a long one."""
-        if self.device.type != "cuda" or self.dtype is None:
-            return
-        for name, net in self._image_nets().items():
-            if self.toolbox.specs[name].family and is_convolutional(net):
-                compile_for(self._batch_size, net, after=PAYS_AFTER, need=False)
+        Args:
+            later: built-in nets that gain much by it, once the task has shown to be a long one.
+        """
+        nets, rows, run = self._image_nets(), self._batch_size, self._recorder.run
+        if later:
+            long = self.device.type == "cuda" and self.dtype is not None
+            nets = {n: net for n, net in nets.items() if long and self._gains(n, net)}
+        elif nets:
+            log.info("compiling %s; the first batches of %d take minutes", ", ".join(nets), rows)
+        for name, net in nets.items():
+            own = run if self.toolbox.specs[name].family else as_it_is
+            compile_for(rows, net, after=PAYS_AFTER if later else 0, need=not later, run=own)
+        return list(nets)
+
+    def _gains(self, name: str, net: Any) -> bool:
+        return self.toolbox.specs[name].family is not None and is_convolutional(net)
+
+    def _record(self, compiled: Collection[str]) -> None:
+        """Built-in models, whose code looks at no values; compiled nets are recorded as such."""
+        for name, model in self.models.items():
+            if not self.toolbox.specs[name].family:
+                continue
+            if hasattr(model, "recorded"):
+                model.recorded = self._recorder.run
+            if hasattr(model, "image_net") and name not in compiled:
+                net = model.image_net
+                net.forward = partial(self._recorder.run, (id(net), "image"), net.forward)
 
     def __enter__(self) -> Graph:
         self._kept.__enter__()  # type: ignore[no-untyped-call]
+        self._recorder.start()
         if self.device.type == "cuda":
             # All cores decode: several threads of torch would wait for one another, milliseconds in
             # each call, and this thread has little to compute.
@@ -179,6 +202,7 @@ class Graph:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._recorder.stop()
         self._kept.__exit__(*error)
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Outputs]:
@@ -207,7 +231,9 @@ class Graph:
 
     def launch(self, batch: Batch) -> InFlight:
         """Start computing a batch; raise `ShardError` where a model fails at once."""
-        return InFlight(batch, self.toolbox, self._compute, mixed=self.dtype is not None)
+        # On a CPU the batch is computed at once.
+        with self.gate.shut() if self.device.type == "cuda" else nullcontext():
+            return InFlight(batch, self.toolbox, self._compute, mixed=self.dtype is not None)
 
     # In `inference_mode`, autocast would cast the weights anew at each use.
     @torch.no_grad()
@@ -222,9 +248,12 @@ class Graph:
                     parts.append(self._copies.fetch(self._outputs(some, precise, sent)))
                 return Pending(parts, sent, self._copies.mark(), self._on_host)
             except torch.OutOfMemoryError:
-                if size < 2:
+                if size < 2 and not self._recorder.has_recorded:
                     raise
             # Outside of `except`, as the error holds what was computed.
+            if self._recorder.give_up():
+                log.warning("out of memory on %d rows; launches are recorded no more", size)
+                continue
             self._fitting = -(-size // 2)
             log.warning("out of memory on %d rows; %d at a time from now on", size, self._fitting)
             self._copies.mark()()  # the memory of what is given up is used again

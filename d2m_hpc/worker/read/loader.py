@@ -24,6 +24,7 @@ from d2m_hpc.models.blocks import Reused
 from d2m_hpc.models.inputs import told
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.batch import Batch, collate
+from d2m_hpc.worker.gate import Gate
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.beside import of_shard, versions
 from d2m_hpc.worker.read.members import Notes
@@ -136,6 +137,7 @@ class Loader:
         device: a GPU, for which batches lie in page-locked memory; None without one.
         look: called for each tar, with its URL, before its samples are decoded; an error of it is
             raised by the shard's `Reading`.
+        gate: samples are decoded while it is open.
     """
 
     def __init__(
@@ -145,8 +147,9 @@ class Loader:
         scratch: Scratch,
         device: torch.device | None = None,
         look: Callable[[Reader, str], None] = lambda archive, url: None,
+        gate: Gate | None = None,
     ) -> None:
-        self._look = look
+        self._look, self._gate = look, gate or Gate()
         self._stager = Stager(iter(works), scratch)
         self._recipe = recipe
         self._allocate = Reused(recipe.batch_size, device)
@@ -292,8 +295,12 @@ class Loader:
     def _prepare(
         self, clock: Clock, seen: Seen, samples: Sequence[Sample], archive: Reader
     ) -> list[Ready | Rejection]:
+        made = []
         with clock("decode"):
-            return [prepare(sample, archive, self._recipe, seen) for sample in samples]
+            for sample in samples:
+                self._gate.wait()
+                made.append(prepare(sample, archive, self._recipe, seen))
+        return made
 
     def _batch(self, ready: Sequence[Ready]) -> Batch:
         inputs = {}

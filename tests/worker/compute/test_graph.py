@@ -700,7 +700,7 @@ def test_image_nets_are_compiled_for_full_batches(
 ) -> None:
     asked: list[tuple[int, nn.Module]] = []
     monkeypatch.setattr(
-        "d2m_hpc.worker.compute.graph.compile_for", lambda *given: asked.append(given)
+        "d2m_hpc.worker.compute.graph.compile_for", lambda *given, **more: asked.append(given)
     )
     caplog.set_level("INFO")
     made = bench(

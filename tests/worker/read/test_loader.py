@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from d2m_hpc.models.inputs import Input
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Preprocessor, custom
 from d2m_hpc.run.records import Job, Rejection, Shard
 from d2m_hpc.storage.lease import Lease
+from d2m_hpc.worker import gate as gates
 from d2m_hpc.worker.batch import Batch
+from d2m_hpc.worker.gate import Gate
 from d2m_hpc.worker.read import loader as module
 from d2m_hpc.worker.read.loader import AHEAD, GROUP, Loader, Reading
 from d2m_hpc.worker.read.prepare import Recipe
@@ -449,6 +452,34 @@ def test_reading_ahead_is_bounded(tmp_path: Path, scratch: Scratch) -> None:
         time.sleep(0.2)
         assert 4 * AHEAD <= prepared["all"] <= most
         assert [len(keys(reading)) for reading in loader] == [150, 150]
+
+
+def test_no_sample_is_prepared_while_the_gate_is_shut(
+    tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "PATIENCE", 3600.0)
+    prepared: list[str] = []
+
+    def note(text: str) -> str:
+        prepared.append(text)
+        return text
+
+    class Told(Gate):
+        arrived = threading.Event()
+
+        def wait(self) -> None:
+            self.arrived.set()
+            super().wait()
+
+    gate, [path] = Told(), write_shards(tmp_path, 1, samples=20)
+    made = recipe({("text", "note"): custom(note)})
+    with ExitStack() as stack:
+        with gate.shut():
+            loader = stack.enter_context(Loader(works(path), made, scratch, gate=gate))
+            assert gate.arrived.wait(60)
+            assert prepared == []
+        assert [len(keys(reading)) for reading in loader] == [20]
+    assert len(prepared) == 20
 
 
 def test_whole_pictures_are_bounded_by_their_bytes(

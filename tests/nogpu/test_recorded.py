@@ -1,0 +1,105 @@
+"""What is recorded as a CUDA graph, and what runs as it is; its values are in tests/gpu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2m_hpc.models.recorded import AFTER, MOST, CudaGraphs
+
+
+def _started() -> CudaGraphs:
+    recorder = CudaGraphs(torch.device("cuda", 0))
+    recorder.start()
+    return recorder
+
+
+def _twice(given: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return given * 2, [given + 1]
+
+
+def several_shapes(gpu: Any) -> list[int]:
+    recorder, launched = _started(), []
+    tensors = [torch.zeros(rows, 4, device="cuda") for rows in (8, 16)]
+    for _ in range(AFTER + 2):
+        for tensor in tensors:
+            gpu.reset()
+            doubled, [more] = recorder.run("twice", _twice, tensor)
+            assert doubled.shape == more.shape == tensor.shape
+            launched.append(
+                gpu.count("cudaGraphInstantiate") * 100 + gpu.count("kernel in a graph")
+            )
+    recorder.stop()
+    assert not recorder.has_recorded
+    return launched
+
+
+def test_each_shape_is_recorded_after_some_runs(nogpu: Any) -> None:
+    first, again = [102, 102], [2, 2]
+    assert nogpu(several_shapes) == [0, 0] * AFTER + first + again
+
+
+def waiting(gpu: Any) -> list[int]:
+    recorder, kernels = _started(), []
+    tensor = torch.zeros(8, device="cuda")
+    for _ in range(AFTER + 3):
+        gpu.reset()
+        recorder.run("waits", lambda given: given + float(given.sum()), tensor)
+        kernels.append(gpu.count("kernel"))
+    torch.zeros(1 << 20, device="cuda").sum().item()  # the device is as good as before
+    return kernels
+
+
+def test_what_looks_at_values_runs_as_it_is(nogpu: Any) -> None:
+    kernels = nogpu(waiting)
+    assert min(kernels) == max(kernels) > 1
+
+
+def many(gpu: Any) -> int:
+    recorder = _started()
+    for rows in range(1, MOST + 9):
+        for _ in range(AFTER + 1):
+            recorder.run("twice", _twice, torch.zeros(rows, device="cuda"))
+    return len(recorder._made)
+
+
+def test_shapes_that_are_too_many_are_not_recorded(nogpu: Any) -> None:
+    assert nogpu(many) == MOST
+
+
+def scarce(gpu: Any) -> dict[str, Any]:
+    recorder = _started()
+    large = torch.zeros(40 << 18, device="cuda")  # 40 MB, of 100
+
+    def thrice(given: Tensor) -> Tensor:
+        return given * 2
+
+    for _ in range(AFTER + 2):
+        made = recorder.run("large", thrice, large)
+        del made
+    small = torch.zeros(8, device="cuda")
+    for _ in range(AFTER + 2):
+        recorder.run("small", _twice, small)
+    return {"recorded": recorder.has_recorded, "gave up": recorder.give_up()}
+
+
+def test_what_does_not_fit_is_not_recorded_and_still_computed(nogpu: Any) -> None:
+    assert nogpu(scarce, memory=100 << 20) == {"recorded": False, "gave up": False}
+
+
+def off(gpu: Any) -> int:
+    for recorder in (
+        CudaGraphs(torch.device("cuda", 0), allowed=False),
+        CudaGraphs(torch.device("cuda")),
+    ):
+        if not recorder._allowed:
+            recorder.start()
+        for _ in range(AFTER + 2):  # the second one was not started
+            recorder.run("twice", _twice, torch.zeros(8, device="cuda"))
+    return gpu.count("cudaGraphInstantiate")
+
+
+def test_nothing_is_recorded_where_it_is_not_allowed_or_not_started(nogpu: Any) -> None:
+    assert nogpu(off) == 0
