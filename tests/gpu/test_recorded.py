@@ -53,3 +53,14 @@ def test_recording_leaves_memory_to_others() -> None:
     recorder.stop()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved(CUDA) - before < 4096 * 4096 * 4
+
+
+def test_what_looks_at_values_runs_as_it_is() -> None:
+    recorder = CudaGraphs(CUDA)
+    recorder.start()
+    for number in range(AFTER + 3):
+        given = torch.full((8,), float(number), device=CUDA)
+        made = recorder.run("waits", lambda tensor: tensor + float(tensor.sum()), given)
+        assert torch.equal(made, given + 8 * number)
+    assert not recorder.has_recorded
+    recorder.stop()

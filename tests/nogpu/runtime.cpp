@@ -378,6 +378,7 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* made, cudaGraph_t gra
     return cudaGraphInstantiate(made, graph, flags);
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+    count("cudaGraphLaunch");
     count("kernel in a graph", *reinterpret_cast<long*>(graph));
     return launch();
 }
