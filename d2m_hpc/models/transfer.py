@@ -52,7 +52,9 @@ def conv_layout(device: torch.device) -> torch.memory_format:
 def cast_early(images: Tensor) -> Tensor:
     """Images as autocast would cast them for the first convolution, to hold half of the memory."""
     kind = images.device.type
-    return images.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else images
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return images
+    return images.to(torch.get_autocast_dtype(kind))
 
 
 class CudaCopies:
