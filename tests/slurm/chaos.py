@@ -8,10 +8,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -411,9 +412,9 @@ class Chaos:
             wait_until(self._has_ended, 3 * PATIENCE)
             return
         for _ in range(8):
-            self._let_run()
-            if self.submit("--wait") == 0:
-                return
+            with self._administered():
+                if self.submit("--wait") == 0:
+                    return
             self._suspend()
         self.account.unfinished.append(self.last[-2000:])
 
@@ -422,6 +423,24 @@ class Chaos:
         suspension, which the node goes by."""
         for element in (line.split()[0] for line in self.live() if line.endswith(" RUNNING")):
             self._slurm("scontrol", "suspend", element)
+
+    @contextmanager
+    def _administered(self) -> Iterator[None]:
+        """Slurm may drain a node, and hold a task that it could not start, while a submit waits."""
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(2):
+                self._let_run()
+
+        self._let_run()
+        administrator = threading.Thread(target=look)
+        administrator.start()
+        try:
+            yield
+        finally:
+            over.set()
+            administrator.join()
 
     def _let_run(self) -> None:
         """As administrators do; a slurmctld that forgot a task may drain its node only now."""
