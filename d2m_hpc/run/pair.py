@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from io import BufferedIOBase
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
 from d2m_hpc.errors import D2MError, ShardError
@@ -32,6 +32,8 @@ METADATA = b"d2m"
 """The key of the shard's record in the parquet's file metadata."""
 TAIL = 64 << 10
 """Bytes at the end of a parquet that hold almost any parquet's metadata."""
+BLOCK = 512 << 10
+"""Bytes that are read, checked and written before the next ones: they stay in a core's cache."""
 MISSING = "is missing"
 AGAIN = "delete {}.parquet to have the shard computed whole by the next submit"
 
@@ -42,6 +44,19 @@ class Contents(NamedTuple):
     record: Record
     table: pa.Table
     features: dict[str, NDArray[Any]]
+
+
+class Values(NamedTuple):
+    """An array whose values come block by block, in the order of C.
+
+    Attributes:
+        blocks: the bytes, each block until the next one is asked for. After the last one its CRC is
+            checked: until then all may be damaged.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    blocks: Iterator[memoryview]
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,20 @@ class Pair:
         """
         with self.output.open(self.name(NPZ)) as file:
             return dict(_arrays(file, names, mapped and self.output.is_local))
+
+    def values(self, names: Iterable[str]) -> Iterator[Values]:
+        """Read arrays of the npz one after the other, in little memory.
+
+        Raises:
+            as `features` does, also from the blocks.
+        """
+        with self.output.open(self.name(NPZ)) as file, zipfile.ZipFile(file) as archive:
+            for name in names:
+                if found := _find(file, archive, name):
+                    yield Values(found.dtype, found.shape, _blocks(file, found))
+                else:
+                    array = np.asarray(dict(_arrays(file, [name]))[name], order="C")
+                    yield Values(array.dtype, array.shape, iter([array.data]))
 
     def lengths(self) -> set[int]:
         """The number of rows of the parquet and of each array; checks the arrays' CRCs."""
@@ -188,31 +217,42 @@ def _table(file: BufferedIOBase, columns: Iterable[str] | None = None) -> pa.Tab
         return parquet.read(names, use_threads=False)
 
 
+class _Stored(NamedTuple):
+    """Where an array lies in an npz that has it uncompressed.
+
+    Attributes:
+        start: the place of the npy's own header.
+        values: the place of the values.
+        size: of the values, in bytes.
+    """
+
+    info: zipfile.ZipInfo
+    start: int
+    values: int
+    size: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
 def _arrays(
     file: BufferedIOBase, names: Iterable[str] | None = None, mapped: bool = False
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Read the arrays of an npz, or those with the given names; checks their CRCs unless mapped."""
     with zipfile.ZipFile(file) as archive, np.load(file) as arrays:
         for name in names or arrays.files:
-            is_there = name in arrays.files
-            found = _stored(file, archive, f"{name}.npy", mapped) if is_there else None
-            yield name, arrays[name] if found is None else found
+            found = _find(file, archive, name)
+            if found is None:
+                yield name, arrays[name]
+            elif mapped:
+                yield name, np.memmap(file, found.dtype, "r", found.values, found.shape)
+            else:
+                yield name, _stored(file, found)
 
 
-def _stored(
-    file: BufferedIOBase, archive: zipfile.ZipFile, name: str, mapped: bool
-) -> NDArray[Any] | None:
-    """Map an array that is not compressed, or read it at once: numpy takes twice as long, piece by
-    piece.
-
-    Returns:
-        None for any other array.
-
-    Raises:
-        ValueError, zipfile.BadZipFile: the file is damaged.
-    """
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED:
+def _find(file: BufferedIOBase, archive: zipfile.ZipFile, name: str) -> _Stored | None:
+    """Find an array that is not compressed, by its headers; None for any other, or for none."""
+    info = archive.NameToInfo.get(f"{name}.npy")
+    if info is None or info.compress_type != zipfile.ZIP_STORED:
         return None
     with archive.open(info):  # checks the member's own header
         start = file.tell()
@@ -223,15 +263,39 @@ def _stored(
     size = math.prod(shape) * dtype.itemsize
     if is_fortran or dtype.hasobject or not size or end - start + size != info.file_size:
         return None
-    if mapped:
-        return np.memmap(file, dtype, "r", end, shape)
-    array = np.empty(shape, dtype)
-    view = array.reshape(-1).view(np.uint8).data
-    file.seek(start)
-    checked = zlib.crc32(file.read(end - start))
-    if file.readinto(view) != size or zlib.crc32(view, checked) != info.CRC:
-        raise zipfile.BadZipFile(f"Bad CRC-32 for file {name!r}")
+    return _Stored(info, start, end, size, shape, dtype)
+
+
+def _stored(file: BufferedIOBase, found: _Stored) -> NDArray[Any]:
+    """Read an array at once: numpy takes twice as long, piece by piece."""
+    array = np.empty(found.shape, found.dtype)
+    for _ in _blocks(file, found, array.reshape(-1).view(np.uint8).data):
+        pass
     return array
+
+
+def _blocks(
+    file: BufferedIOBase, found: _Stored, memory: memoryview | None = None
+) -> Iterator[memoryview]:
+    """Read an array into memory, by default into that of one block, again and again.
+
+    Raises:
+        zipfile.BadZipFile: the bytes are not those of the array's CRC, or too few.
+    """
+    bad = zipfile.BadZipFile(f"Bad CRC-32 for file {found.info.filename!r}")
+    file.seek(found.start)
+    checked = crc32(file.read(found.values - found.start))
+    memory = memory or memoryview(bytearray(min(BLOCK, found.size)))
+    left = found.size
+    while left:
+        block = memory[:left]
+        if file.readinto(block) != len(block):
+            raise bad
+        checked = crc32(block, checked)
+        yield block
+        left -= len(block)
+    if checked != found.info.CRC:
+        raise bad
 
 
 def _of_parquet(file: BufferedIOBase, rows: int, carried: Collection[str]) -> list[str]:

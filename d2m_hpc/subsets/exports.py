@@ -14,13 +14,13 @@ import os
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -31,7 +31,7 @@ from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.run.pair import Pair
+from d2m_hpc.run.pair import Pair, Values
 from d2m_hpc.storage import asked_for, files
 from d2m_hpc.storage.lease import Lease, held
 from d2m_hpc.subsets.finished import readable, require_known, schema_of, unreadable
@@ -43,6 +43,7 @@ THREADS = 4
 MARK = ".d2m-export"
 """How the names of an export's own files begin."""
 LOG, LOCK = f"{MARK}.jsonl", f"{MARK}.lock"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class Vectors:
     def bytes(self) -> int:
         """Of one row."""
         return int(self.dtype.itemsize * math.prod(self.shape))
+
+    def require(self, pair: Pair, rows: int, found: NDArray[Any] | Values) -> None:
+        """Raise `D2MError` unless a shard's array is of this type and shape."""
+        if (found.dtype, found.shape) != (self.dtype, (rows, *self.shape)):
+            raise unreadable(pair.stem, f"{self.name!r} is of another shape or type here")
 
 
 @dataclass(frozen=True)
@@ -137,18 +143,40 @@ class ExportSource:
             D2MError: a file cannot be read, or is not as the run has recorded, or the export was
                 stopped.
         """
-        names = self.schema.names if columns is None else columns
         for pair, rows in part.pairs:
-            if self.stopped.is_set():
-                raise D2MError("the export was stopped")
+            table = self._table(pair, rows, columns)
             with readable(pair.output.path(pair.stem)):
-                table = self._cast(pair.table(names), rows, names)
                 arrays = pair.features([v.name for v in self.vectors]) if self.vectors else {}
             for v in self.vectors:
-                found = arrays[v.name]
-                if (found.dtype, found.shape) != (v.dtype, (rows, *v.shape)):
-                    raise unreadable(pair.stem, f"{v.name!r} is of another shape or type here")
+                v.require(pair, rows, arrays[v.name])
             yield table, arrays
+
+    def copy(
+        self, part: ExportPart, into: Sequence[tuple[Vectors, IO[bytes]]]
+    ) -> Iterator[pa.Table]:
+        """Read the columns of the shards of a part one after the other, and copy the features.
+
+        Args:
+            into: features, and a file for the values of each.
+
+        Raises:
+            as `read` does; what was copied of the part is not to be used then.
+        """
+        for pair, rows in part.pairs:
+            yield self._table(pair, rows)
+            where = pair.output.path(pair.stem)
+            names = [v.name for v, _ in into]
+            with closing(_each(where, pair.values(names) if names else iter(()))) as found:
+                for (v, file), values in zip(into, found, strict=True):
+                    v.require(pair, rows, values)
+                    file.writelines(_each(where, values.blocks))
+
+    def _table(self, pair: Pair, rows: int, columns: Sequence[str] | None = None) -> pa.Table:
+        if self.stopped.is_set():
+            raise D2MError("the export was stopped")
+        names = self.schema.names if columns is None else columns
+        with readable(pair.output.path(pair.stem)):
+            return self._cast(pair.table(names), rows, names)
 
     def _cast(self, table: pa.Table, rows: int, names: Sequence[str]) -> pa.Table:
         if len(table) != rows:
@@ -160,6 +188,12 @@ class ExportSource:
             for kind in kinds
         ]
         return pa.table(values, pa.schema(kinds))
+
+
+def _each(where: str, found: Iterator[T]) -> Generator[T, None, None]:
+    """Raise errors in reading an output as a D2MError, but none of whoever takes the values."""
+    with readable(where):
+        yield from found
 
 
 class ExportLayout(ABC):
@@ -247,7 +281,7 @@ def source(
         raise D2MError(f"{run.root}: no finished shard has rows; `d2m status` says how far it is")
     with readable(output.url):
         schema = schema_of([pair for pair, _ in pairs])
-        arrays = pairs[0][0].features(asked) if asked else {}
+        arrays = pairs[0][0].features(asked, mapped=True) if asked else {}
     hashes = [f"{stem} {o.parquet_sha256} {o.npz_sha256}" for stem, o in done.items()]
     vectors = [Vectors(name, arrays[name]) for name in asked]
     return ExportSource(config, pairs, hashes, schema, vectors, len(found.stems) - len(found.done))

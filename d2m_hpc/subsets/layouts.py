@@ -71,11 +71,9 @@ class Arrays(ExportLayout):
     def write(self, part: ExportPart) -> None:
         with ExitStack() as stack:
             table = stack.enter_context(_parquet(self.files(part)[0], self.source.schema))
-            arrays = {v.name: stack.enter_context(self._at(v, part)) for v in self.source.vectors}
-            for rows, found in self.source.read(part):
+            arrays = [(v, stack.enter_context(self._at(v, part))) for v in self.source.vectors]
+            for rows in self.source.copy(part, arrays):
                 table.write_table(rows)
-                for name, file in arrays.items():
-                    file.write(np.ascontiguousarray(found[name]).data)
 
     @contextmanager
     def _at(self, vectors: Vectors, part: ExportPart) -> Iterator[IO[bytes]]:
@@ -123,14 +121,12 @@ class ClipRetrieval(ExportLayout):
         known = {v.name: v for v in self.source.vectors}
         asked = [known[name] for name in self._folders.values() if name in known]
         with ExitStack() as stack:
-            arrays = [stack.enter_context(whole(path)) for path in paths]
-            for file, vectors in zip(arrays, asked, strict=True):
+            arrays = [(v, stack.enter_context(whole(p))) for v, p in zip(asked, paths, strict=True)]
+            for vectors, file in arrays:
                 _begin_npy(file, vectors, part.rows)
             writer = stack.enter_context(_parquet(metadata, self._named(self.source.schema)))
-            for table, found in self.source.read(part):
+            for table in self.source.copy(part, arrays):
                 writer.write_table(table.rename_columns(self._named(table.schema).names))
-                for file, vectors in zip(arrays, asked, strict=True):
-                    file.write(np.ascontiguousarray(found[vectors.name]).data)
 
     def finish(self) -> None:
         """All files are of parts."""

@@ -19,7 +19,7 @@ from kit import put
 
 from d2m_hpc.errors import D2MError, ShardError
 from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.run.pair import METADATA, Pair
+from d2m_hpc.run.pair import BLOCK, METADATA, Pair
 from d2m_hpc.run.records import Record, Rejection
 from d2m_hpc.storage import stores
 
@@ -152,6 +152,10 @@ def test_arrays_of_all_forms_are_read_with_their_crc(tmp_path: Path) -> None:
         for name, array in arrays.items():
             assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
             assert (found[name] == array).all()
+        by_blocks = Pair(OutputDir(str(tmp_path)), "s").values(arrays)
+        for array, values in zip(arrays.values(), by_blocks, strict=True):
+            assert (values.dtype, values.shape) == (array.dtype, array.shape)
+            assert b"".join(map(bytes, values.blocks)) == array.tobytes()
     np.savez(tmp_path / "s.npz", deep=arrays["deep"])
     data = bytearray((tmp_path / "s.npz").read_bytes())
     data[data.index(arrays["deep"].tobytes()) + 7] ^= 1
@@ -161,6 +165,24 @@ def test_arrays_of_all_forms_are_read_with_their_crc(tmp_path: Path) -> None:
     assert Pair(OutputDir(str(tmp_path)), "s").features(["deep"], mapped=True)  # nothing is read
     with pytest.raises(KeyError, match="wide is not a file in the archive"):
         Pair(OutputDir(str(tmp_path)), "s").features(["wide"])
+
+
+def test_the_crc_of_blocks_is_that_of_all_of_them(tmp_path: Path) -> None:
+    array = np.arange(BLOCK // 2, dtype=np.uint32)
+    np.savez(tmp_path / "s.npz", f=array, g=array)
+    whole, pair = (tmp_path / "s.npz").read_bytes(), Pair(OutputDir(str(tmp_path)), "s")
+    place = whole.index(array.tobytes())
+    assert [len(b) for v in pair.values(["f"]) for b in v.blocks] == [BLOCK] * 2
+    for at in (0, BLOCK - 1, BLOCK, array.nbytes - 1):
+        data = bytearray(whole)
+        data[place + at] ^= 1
+        (tmp_path / "s.npz").write_bytes(data)
+        first, second = pair.values(["f"]), pair.values(["g"])
+        with pytest.raises(zipfile.BadZipFile, match=r"Bad CRC-32 for file 'f.npy'"):
+            [*next(first).blocks]
+        assert len([*next(second).blocks]) == 2
+    with pytest.raises(KeyError, match="wide is not a file in the archive"):
+        next(pair.values(["wide"]))
 
 
 def test_a_map_reads_no_bytes_beyond_its_file(tmp_path: Path) -> None:

@@ -196,6 +196,14 @@ def test_autofaiss_finds_the_neighbours_that_brute_force_finds(
     assert np.array_equal(found, np.argsort(distances, axis=1)[:, :3])
 
 
+def test_one_feature_may_stand_for_images_and_texts(run: d2m.Run, tmp_path: Path) -> None:
+    name = "oai-clip-vit-l14-image"
+    run.export("clip-retrieval", tmp_path / "clip", image=name, text=name)
+    for folder in ("img_emb", "text_emb"):
+        found = [np.load(path) for path in sorted((tmp_path / "clip" / folder).iterdir())]
+        assert np.array_equal(np.concatenate(found), whole("l14_img"))
+
+
 def test_which_feature_is_meant_is_asked(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     two = [*FEATURES[:2], "oai-clip-vit-b32-image"]
@@ -350,6 +358,37 @@ def test_an_export_that_broke_off_goes_on(
     assert tree(broken) == tree(tmp_path / "at-once")
     assert run.export(layout, broken).written == 0
     assert tree(broken) == tree(tmp_path / "at-once")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_damaged_values_are_in_no_export(run: d2m.Run, tmp_path: Path, layout: str) -> None:
+    """One bit, in the last shard."""
+    npz, out = tmp_path / "out" / "00005.npz", tmp_path / "export"
+    data = bytearray(content := npz.read_bytes())
+    data[content.index(vectors(5, 5)["l14_txt"].tobytes()) + 5] ^= 1
+    npz.write_bytes(data)
+    with pytest.raises(D2MError, match=r"00005 cannot be read: BadZipFile: Bad CRC-32 for file"):
+        run.export(layout, out)
+    assert not [*out.rglob("*.tmp"), *out.glob("*.npy")]
+    npz.write_bytes(content)
+    assert run.export(layout, out).written == 1
+    run.export(layout, tmp_path / "at-once")
+    assert tree(out) == tree(tmp_path / "at-once")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arrays_of_any_form_are_exported(
+    run: d2m.Run, tmp_path: Path, layout: str, compressed: bool
+) -> None:
+    """Such as custom code, or another tool, may have written them."""
+    run.export(layout, tmp_path / "plain")
+    save = np.savez_compressed if compressed else np.savez
+    for number, rows in enumerate(ROWS):
+        made = {name: np.asfortranarray(array) for name, array in vectors(number, rows).items()}
+        save(tmp_path / "out" / f"{number:05d}.npz", **made)
+    run.export(layout, tmp_path / "other")
+    assert tree(tmp_path / "other") == tree(tmp_path / "plain")
 
 
 def test_an_export_that_is_interrupted_reads_no_further_shard(run: d2m.Run, tmp_path: Path) -> None:
