@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,7 +209,7 @@ class Chaos:
         """Whether nothing submits by itself what is left; that is a fault where it should."""
         chain = read(RunDir(self.run.run_dir)) if self.by_itself else None
         if chain is not None and chain.state == "stopped":
-            self.account.unfinished.append(str(chain))
+            self._unfinished(str(chain))
         return chain is None or chain.state == "stopped"
 
     def workers(self) -> list[int]:
@@ -416,7 +417,15 @@ class Chaos:
                 if self.submit("--wait") == 0:
                     return
             self._suspend()
-        self.account.unfinished.append(self.last[-2000:])
+        self._unfinished(self.last[-2000:])
+
+    def _unfinished(self, why: str) -> None:
+        """Keep what tells how that came: the disk goes with the faults."""
+        self.account.unfinished.append(why)
+        kept = self.folder / f"unfinished-{len(self.account.unfinished)}"
+        shutil.copytree(self.run.run_dir, kept)
+        asked = ("squeue", "-r", "-t", "all", "-o", "%i %T %r %N %S %e %j")
+        (kept / "squeue").write_text(self.cluster.run(*asked, check=False).stdout)
 
     def _suspend(self) -> None:
         """Suspend what runs, which goes on next: a slurmctld that died may have forgotten a
@@ -456,7 +465,7 @@ class Chaos:
         if chain is None or chain.state == "running":
             return False
         if chain.state == "stopped":
-            self.account.unfinished.append(str(chain))
+            self._unfinished(str(chain))
         found = ", ".join(f"{r.done} of {r.shards}" for r in chain.rounds)
         self.account.rounds.append(f"{len(chain.rounds)} rounds, which found done: {found}")
         return True

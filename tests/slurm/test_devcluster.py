@@ -125,6 +125,24 @@ def test_requeue_of_one_array_element_leaves_the_others(cluster: Cluster) -> Non
     assert [cluster.field(f"{job}_{i}", "Restarts") for i in range(2)] == ["0", "1"]
 
 
+def test_a_full_node_that_still_ends_another_job_is_up(cluster: Cluster) -> None:
+    """A suspended job's CPUs are others', and its step may take long to end."""
+    whole = ("--cpus-per-task=4", "--nodelist=n1")
+    ending = cluster.submit("exec sleep 600", *whole)
+    cluster.wait_state(ending, "RUNNING")
+    cluster.run("scontrol", "suspend", ending)
+    cluster.wait_state(cluster.submit("exec sleep 600", *whole), "RUNNING")
+    [step] = cluster.run("pgrep", "-f", f"^slurmstepd: \\[{ending}.batch\\]").stdout.split()
+    os.kill(int(step), signal.SIGSTOP)
+    try:
+        cluster.run("scancel", ending)
+        wait_until(lambda: cluster.node_state("n1") == "allocated+")
+        assert "Slurm is up" in cluster.up().stdout
+        assert cluster.node_state("n1") == "allocated+"
+    finally:
+        os.kill(int(step), signal.SIGCONT)
+
+
 def test_scancel_ends_a_job(cluster: Cluster) -> None:
     job = cluster.submit("exec sleep 600")
     cluster.wait_state(job, "RUNNING")
