@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2m_hpc.models.recorded import Runner, as_it_is
+from d2m_hpc.models.recorded import Runner, as_it_is, image_forward
 from d2m_hpc.models.transfer import each
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ def compile_for(
         run: how the net and what it is compiled to are run.
     """
     code = torch.compile(net.forward, dynamic=False, backend=backend)
-    eager = partial(run, (id(net), "image"), net.forward)
+    eager = image_forward(net, run)
     waiting, mixed = after, None
 
     def compiled(images: Tensor) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2m_hpc.models.transfer import each
 
@@ -33,6 +34,11 @@ class Runner(Protocol):
 def as_it_is(key: Hashable, function: Callable[..., Any], *given: Tensor) -> Any:
     """Run it, and record nothing."""
     return function(*given)
+
+
+def image_forward(net: nn.Module, run: Runner) -> Callable[..., Any]:
+    """An image net's forward as it is now, run by `run`."""
+    return partial(run, (id(net), "image"), net.forward)
 
 
 class CudaGraphs:

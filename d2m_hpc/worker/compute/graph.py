@@ -6,7 +6,6 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from d2m_hpc.models.compiled import PAYS_AFTER, compile_for, is_convolutional
 from d2m_hpc.models.entries import name_of
 from d2m_hpc.models.family import ModelSpec, result_of
 from d2m_hpc.models.inputs import Input, as_prepared, kind_of, named_text
-from d2m_hpc.models.recorded import CudaGraphs, as_it_is
+from d2m_hpc.models.recorded import CudaGraphs, as_it_is, image_forward
 from d2m_hpc.models.registry import in_order
 from d2m_hpc.models.transfer import CudaCopies, each
 from d2m_hpc.models.weights import weights_dir
@@ -190,7 +189,7 @@ class Graph:
                 model.recorded = self._recorder.run
             if hasattr(model, "image_net") and name not in compiled:
                 net = model.image_net
-                net.forward = partial(self._recorder.run, (id(net), "image"), net.forward)
+                net.forward = image_forward(net, self._recorder.run)
 
     def __enter__(self) -> Graph:
         self._kept.__enter__()  # type: ignore[no-untyped-call]
