@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,10 @@ class Clip(nn.Module):
         return run_by_length(ends + 1, run, self.device)
 
     def _encode_in_shapes(self, net: Any, tokens: Tensor, ends: Tensor) -> Tensor:
-        def run(chosen: Tensor, lengths: Tensor) -> Tensor:
-            features: Tensor = self.recorded((id(net), "text"), encode, chosen, lengths)
-            return features
-
         def encode(chosen: Tensor, lengths: Tensor) -> Tensor:
             return _encode_cut(net, chosen, lengths - 1)
 
+        run = partial(self.recorded, (id(net), "text"), encode)
         return run_in_shapes(tokens, ends + 1, tokens.shape[1], 0, run, self.device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,12 +55,9 @@ class Detoxify(nn.Module):
         return run_tokens(encoded, self.tokenizer.pad_token_id, run, self.device)
 
     def _in_shapes(self, encoded: list[list[int]]) -> Tensor:
-        def run(ids: Tensor, lengths: Tensor) -> Tensor:
-            scores: Tensor = self.recorded(id(self), self._scores, ids, lengths)
-            return scores
-
         lengths, padding = torch.tensor([*map(len, encoded)]), self.tokenizer.pad_token_id
         padded = padded_to_longest(encoded, lengths, padding)
+        run = partial(self.recorded, id(self), self._scores)
         return run_in_shapes(padded, lengths, MAX_TOKENS, padding, run, self.device)
 
     def _scores(self, ids: Tensor, lengths: Tensor) -> Tensor:
