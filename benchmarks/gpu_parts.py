@@ -278,7 +278,7 @@ def _uncompiled(graph: Graph) -> ExitStack:
     """Operations are counted in the nets themselves, not in what they are compiled to or recorded
     as."""
     stack = ExitStack()
-    stack.enter_context(patch.object(graph._recorder, "_on", False))
+    stack.enter_context(patch.object(graph._graphs, "_on", False))
     for model in graph.models.values():
         if (net := getattr(model, "image_net", None)) is not None:
             stack.enter_context(patch.object(net, "forward", partial(type(net).forward, net)))

@@ -109,7 +109,7 @@ def test_recorded_models_give_the_same(tmp_path: Path, checkpoints: Path, amp: A
         batches = _batches(graph.toolbox) * (AFTER + 2)
         with graph:
             made.append(_all(list(graph.run(batches))))
-            recorded.append(len(graph._recorder._made))
+            recorded.append(len(graph._graphs._made))
     assert recorded[0] == 0
     assert recorded[1] >= 7
     kernel_by_kernel, as_one = made

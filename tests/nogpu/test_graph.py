@@ -98,7 +98,7 @@ def recorded(gpu: Any, folder: str, checkpoints: str) -> dict[str, Any]:
             asked = ("kernel", "kernel in a graph", "cudaGraphInstantiate", "cudaMalloc")
             counts = {what: gpu.count(what) for what in asked}
             found.append({"rows": rows, **counts, "while shut": sum(shut)})
-    return {"batches": found, "forgotten": not graph._recorder.has_recorded}
+    return {"batches": found, "forgotten": not graph._graphs.has_recorded}
 
 
 def test_launches_are_recorded_and_made_again_as_one(

@@ -11,9 +11,9 @@ from d2m_hpc.models.recorded import AFTER, MOST, CudaGraphs
 
 
 def _started() -> CudaGraphs:
-    recorder = CudaGraphs(torch.device("cuda", 0))
-    recorder.start()
-    return recorder
+    graphs = CudaGraphs(torch.device("cuda", 0))
+    graphs.start()
+    return graphs
 
 
 def _twice(given: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -21,18 +21,18 @@ def _twice(given: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def several_shapes(gpu: Any) -> list[int]:
-    recorder, launched = _started(), []
+    graphs, launched = _started(), []
     tensors = [torch.zeros(rows, 4, device="cuda") for rows in (8, 16)]
     for _ in range(AFTER + 2):
         for tensor in tensors:
             gpu.reset()
-            doubled, [more] = recorder.run("twice", _twice, tensor)
+            doubled, [more] = graphs.run("twice", _twice, tensor)
             assert doubled.shape == more.shape == tensor.shape
             launched.append(
                 gpu.count("cudaGraphInstantiate") * 100 + gpu.count("kernel in a graph")
             )
-    recorder.stop()
-    assert not recorder.has_recorded
+    graphs.stop()
+    assert not graphs.has_recorded
     return launched
 
 
@@ -42,11 +42,11 @@ def test_each_shape_is_recorded_after_some_runs(nogpu: Any) -> None:
 
 
 def waiting(gpu: Any) -> list[tuple[int, int]]:
-    recorder, counts = _started(), []
+    graphs, counts = _started(), []
     tensor = torch.zeros(8, device="cuda")
     for _ in range(AFTER + 3):
         gpu.reset()
-        recorder.run("waits", lambda given: given + float(given.sum()), tensor)
+        graphs.run("waits", lambda given: given + float(given.sum()), tensor)
         counts.append((gpu.count("kernel"), gpu.count("cudaGraphLaunch")))
     torch.zeros(1 << 20, device="cuda").sum().item()  # the device is as good as before
     return counts
@@ -62,11 +62,11 @@ def test_what_looks_at_values_runs_as_it_is(nogpu: Any) -> None:
 
 
 def many(gpu: Any) -> int:
-    recorder = _started()
+    graphs = _started()
     for rows in range(1, MOST + 9):
         for _ in range(AFTER + 1):
-            recorder.run("twice", _twice, torch.zeros(rows, device="cuda"))
-    return len(recorder._made)
+            graphs.run("twice", _twice, torch.zeros(rows, device="cuda"))
+    return len(graphs._made)
 
 
 def test_shapes_that_are_too_many_are_not_recorded(nogpu: Any) -> None:
@@ -74,19 +74,19 @@ def test_shapes_that_are_too_many_are_not_recorded(nogpu: Any) -> None:
 
 
 def scarce(gpu: Any) -> dict[str, Any]:
-    recorder = _started()
+    graphs = _started()
     large = torch.zeros(40 << 18, device="cuda")  # 40 MB, of 100
 
     def thrice(given: Tensor) -> Tensor:
         return given * 2
 
     for _ in range(AFTER + 2):
-        made = recorder.run("large", thrice, large)
+        made = graphs.run("large", thrice, large)
         del made
     small = torch.zeros(8, device="cuda")
     for _ in range(AFTER + 2):
-        recorder.run("small", _twice, small)
-    return {"recorded": recorder.has_recorded, "gave up": recorder.give_up()}
+        graphs.run("small", _twice, small)
+    return {"recorded": graphs.has_recorded, "gave up": graphs.give_up()}
 
 
 def test_what_does_not_fit_is_not_recorded_and_still_computed(nogpu: Any) -> None:
@@ -94,14 +94,14 @@ def test_what_does_not_fit_is_not_recorded_and_still_computed(nogpu: Any) -> Non
 
 
 def off(gpu: Any) -> int:
-    for recorder in (
+    for graphs in (
         CudaGraphs(torch.device("cuda", 0), allowed=False),
         CudaGraphs(torch.device("cuda")),
     ):
-        if not recorder._allowed:
-            recorder.start()
+        if not graphs._allowed:
+            graphs.start()
         for _ in range(AFTER + 2):  # the second one was not started
-            recorder.run("twice", _twice, torch.zeros(8, device="cuda"))
+            graphs.run("twice", _twice, torch.zeros(8, device="cuda"))
     return gpu.count("cudaGraphInstantiate")
 
 

@@ -83,7 +83,7 @@ class Graph:
             torch.cuda.set_device(device)  # else each call that names no device opens GPU 0 too
         self._copies = CudaCopies(device)
         self.gate = Gate()
-        self._recorder = CudaGraphs(device, config.compile is not False)
+        self._graphs = CudaGraphs(device, config.compile is not False)
         self._batch_size = self._fitting = config.batch_size
         # float32 (`amp: off`, rows that are computed again) means all of its bits, not 10.
         precision.use_full_float32()
@@ -166,7 +166,7 @@ class Graph:
         Args:
             later: built-in nets that gain much by it, once the task has shown to be a long one.
         """
-        nets, rows, run = self._image_nets(), self._batch_size, self._recorder.run
+        nets, rows, run = self._image_nets(), self._batch_size, self._graphs.run
         if later:
             long = self.device.type == "cuda" and self.dtype is not None
             nets = {n: net for n, net in nets.items() if long and self._gains(n, net)}
@@ -186,14 +186,14 @@ class Graph:
             if not self.toolbox.specs[name].family:
                 continue
             if hasattr(model, "recorded"):
-                model.recorded = self._recorder.run
+                model.recorded = self._graphs.run
             if hasattr(model, "image_net") and name not in compiled:
                 net = model.image_net
-                net.forward = image_forward(net, self._recorder.run)
+                net.forward = image_forward(net, self._graphs.run)
 
     def __enter__(self) -> Graph:
         self._kept.__enter__()  # type: ignore[no-untyped-call]
-        self._recorder.start()
+        self._graphs.start()
         if self.device.type == "cuda":
             # All cores decode: several threads of torch would wait for one another, milliseconds in
             # each call, and this thread has little to compute.
@@ -201,7 +201,7 @@ class Graph:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._recorder.stop()
+        self._graphs.stop()
         self._kept.__exit__(*error)
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Outputs]:
@@ -247,10 +247,10 @@ class Graph:
                     parts.append(self._copies.fetch(self._outputs(some, precise, sent)))
                 return Pending(parts, sent, self._copies.mark(), self._on_host)
             except torch.OutOfMemoryError:
-                if size < 2 and not self._recorder.has_recorded:
+                if size < 2 and not self._graphs.has_recorded:
                     raise
             # Outside of `except`, as the error holds what was computed.
-            if self._recorder.give_up():
+            if self._graphs.give_up():
                 log.warning("out of memory on %d rows; launches are recorded no more", size)
                 continue
             self._fitting = -(-size // 2)
