@@ -68,7 +68,8 @@ class CudaGraphs:
     def stop(self) -> None:
         """Forget what was recorded, and record nothing until the next start."""
         self._on = False
-        self._forget()
+        self._made.clear()
+        self._seen.clear()
 
     def run(self, key: Hashable, function: Callable[..., Any], *given: Tensor) -> Any:
         """What the function gives for these tensors, recorded or not."""
@@ -96,28 +97,23 @@ class CudaGraphs:
         self.stop()
         return had
 
-    def _forget(self) -> None:
-        self._made.clear()
-        self._seen.clear()
-        self._pool = None
-
     def _record(self, function: Callable[..., Any], given: tuple[Tensor, ...]) -> _Recorded | None:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         if sum(tensor.nbytes for tensor in given) > LARGE:
             torch.cuda.empty_cache()
-        for is_last in (False, True):
+        for _ in range(2):
+            if not self.has_recorded:  # a pool in which nothing is recorded any more takes no more
+                self._pool = torch.cuda.graph_pool_handle()
             try:
                 return _Recorded(function, given, self._pool)
             except torch.OutOfMemoryError:
-                if is_last:
-                    log.info("too little memory to record more of what the models launch")
-                    self._allowed = False
+                pass
             except Exception as error:
                 # A device that failed says so again, at the next kernel.
                 log.info("a net runs as it is, as its launches cannot be recorded: %s", error)
                 return None
             torch.cuda.empty_cache()  # which is not done by itself while launches are recorded
+        log.info("too little memory to record more of what the models launch")
+        self._allowed = False
         return None
 
 

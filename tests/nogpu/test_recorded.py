@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -91,6 +92,36 @@ def scarce(gpu: Any) -> dict[str, Any]:
 
 def test_what_does_not_fit_is_not_recorded_and_still_computed(nogpu: Any) -> None:
     assert nogpu(scarce, memory=100 << 20) == {"recorded": False, "gave up": False}
+
+
+def after_one_that_waits(gpu: Any) -> bool:
+    graphs, tensor = _started(), torch.zeros(8, device="cuda")
+    for key, function in (("waits", lambda given: given + float(given.sum())), ("twice", _twice)):
+        for _ in range(AFTER + 1):
+            graphs.run(key, function, tensor)
+    return graphs.has_recorded
+
+
+def test_others_are_recorded_after_one_that_cannot_be(nogpu: Any) -> None:
+    assert nogpu(after_one_that_waits)
+
+
+def cached(gpu: Any, others: int) -> list[bool]:
+    graphs, given = _started(), torch.zeros(1 << 18, device="cuda")
+    for _ in range(others * (AFTER + 1)):
+        graphs.run("twice", _twice, torch.zeros(8, device="cuda"))
+
+    def spread(given: Tensor) -> Tensor:
+        return given.repeat(60)[:1].clone()  # 60 MB, of 100, which stay cached
+
+    for _ in range(AFTER + 1):
+        graphs.run("spread", spread, given)
+    return [made is not None for made in graphs._made.values()]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_earlier_runs_used_is_given_back_where_it_is_needed(others: int, nogpu: Any) -> None:
+    assert nogpu(cached, others, memory=100 << 20) == [True] * (others + 1)
 
 
 def off(gpu: Any) -> int:
