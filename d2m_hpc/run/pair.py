@@ -46,7 +46,7 @@ class Contents(NamedTuple):
     features: dict[str, NDArray[Any]]
 
 
-class Values(NamedTuple):
+class ArrayBlocks(NamedTuple):
     """An array whose values come block by block, in the order of C.
 
     Attributes:
@@ -130,7 +130,7 @@ class Pair:
         with self.output.open(self.name(NPZ)) as file:
             return dict(_arrays(file, names, mapped and self.output.is_local))
 
-    def values(self, names: Iterable[str]) -> Iterator[Values]:
+    def values(self, names: Iterable[str]) -> Iterator[ArrayBlocks]:
         """Read arrays of the npz one after the other, in little memory.
 
         Raises:
@@ -139,10 +139,10 @@ class Pair:
         with self.output.open(self.name(NPZ)) as file, zipfile.ZipFile(file) as archive:
             for name in names:
                 if found := _find(file, archive, name):
-                    yield Values(found.dtype, found.shape, _blocks(file, found))
+                    yield ArrayBlocks(found.dtype, found.shape, _blocks(file, found))
                 else:
                     array = np.asarray(dict(_arrays(file, [name]))[name], order="C")
-                    yield Values(array.dtype, array.shape, iter([array.data]))
+                    yield ArrayBlocks(array.dtype, array.shape, iter([array.data]))
 
     def lengths(self) -> set[int]:
         """The number of rows of the parquet and of each array; checks the arrays' CRCs."""

@@ -31,7 +31,7 @@ from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.run.pair import Pair, Values
+from d2m_hpc.run.pair import ArrayBlocks, Pair
 from d2m_hpc.storage import asked_for, files
 from d2m_hpc.storage.lease import Lease, held
 from d2m_hpc.subsets.finished import readable, require_known, schema_of, unreadable
@@ -89,7 +89,7 @@ class Vectors:
         """Of one row."""
         return int(self.dtype.itemsize * math.prod(self.shape))
 
-    def require(self, pair: Pair, rows: int, found: NDArray[Any] | Values) -> None:
+    def require(self, pair: Pair, rows: int, found: NDArray[Any] | ArrayBlocks) -> None:
         """Raise `D2MError` unless a shard's array is of this type and shape."""
         if (found.dtype, found.shape) != (self.dtype, (rows, *self.shape)):
             raise unreadable(pair.stem, f"{self.name!r} is of another shape or type here")
