@@ -141,13 +141,10 @@ class Found:
 
 
 def check(
-    specs: Iterable[ModelSpec],
-    folder: Path,
-    digest: Callable[[Path], str] = sha256_of,
-    lock: Lock | None = None,
+    specs: Iterable[ModelSpec], folder: Path, digest: Callable[[Path], str] = sha256_of
 ) -> list[Checked]:
     """Look at every file that these models need, those of hub repositories one by one."""
-    lock = Lock.read(folder) if lock is None else lock
+    lock = Lock.read(folder)
     found = (c for need in needed(specs) for c in survey(need, folder, lock, digest).files)
     return list(dict.fromkeys(found))  # models may share a repository
 

@@ -97,9 +97,9 @@ class OutputDir:
         path = self.path(name)
         return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
-    def stems(self, suffix: str = ".parquet") -> set[str]:
-        """List the stems of all files with a suffix; every finished shard has a parquet."""
-        return self.pairs((suffix,))[suffix]
+    def stems(self) -> set[str]:
+        """List the stems of all parquets; every finished shard has one."""
+        return self.pairs((".parquet",))[".parquet"]
 
     def pairs(
         self, suffixes: Sequence[str] = (".npz", ".parquet"), odd: set[str] | None = None

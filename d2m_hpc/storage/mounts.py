@@ -11,10 +11,10 @@ DEFAULT = 60.0
 """Seconds of NFS' acregmax and acdirmax, which the system lists where they are others."""
 
 
-def keeps_names(folder: Path, mounts: Path = MOUNTS) -> bool:
+def keeps_names(folder: Path) -> bool:
     """Whether the names in a folder, and those missing there, may be kept for a while: by a client
     of NFS, or as the server of a FUSE filesystem allows."""
-    return _mount(folder, mounts)[0].startswith(("nfs", "fuse"))
+    return _mount(folder, MOUNTS)[0].startswith(("nfs", "fuse"))
 
 
 def cached_seconds(folder: Path, mounts: Path = MOUNTS) -> float:

@@ -24,7 +24,7 @@ def test_stems_are_those_of_the_suffix_and_of_this_folder_only(output: OutputDir
     output.fs.makedirs(output.path("sub"), exist_ok=True)
     put(output, "sub/e.parquet", b"")
     assert output.stems() == {"a", "ü b", "a.b"}
-    assert output.stems(".npz") == {"a", "c"}
+    assert output.pairs()[".npz"] == {"a", "c"}
 
 
 def test_a_listing_is_never_an_old_one(output: OutputDir) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kit import d2m, submit
 from slurm.cluster import PATIENCE, Cluster, is_up, wait_until
@@ -514,13 +513,6 @@ def order(seed: int, kinds: Collection[str]) -> Iterator[str]:
     shuffled = random.Random(seed)
     while True:
         yield from shuffled.sample(sorted(kinds), len(kinds))
-
-
-def _unlike(want: Any, found: Any) -> str:
-    """In which columns or arrays two outputs differ."""
-    if want is None or found is None:
-        return "is missing" if found is None else "should not be there"
-    return ", ".join(k for k in want.keys() | found.keys() if want.get(k) != found.get(k))
 
 
 class Truth:

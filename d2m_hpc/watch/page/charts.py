@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
+BINS = 40
+"""The bars of a histogram."""
 WIDE, HIGH = 1000.0, 100.0
 """The size of a drawing in its own units."""
 SKEWED = 50.0
@@ -157,7 +159,7 @@ def are_alike(values: Values) -> bool:
     return bool(np.ptp(values) <= ALIKE * np.abs(values).max())
 
 
-def histogram(values: Values, unit: str, label: str, bins: int = 40) -> Chart:
+def histogram(values: Values, unit: str, label: str) -> Chart:
     """Count values in equal parts of their range; a few whole numbers get a bar each.
 
     The axis runs between two percentiles; a bar at each end counts the values beyond.
@@ -167,7 +169,7 @@ def histogram(values: Values, unit: str, label: str, bins: int = 40) -> Chart:
         unit: their name on the axis.
     """
     inner = _clipped(values)
-    counts, edges = np.histogram(inner, _edges(inner, bins))
+    counts, edges = np.histogram(inner, _edges(inner))
     below, above = int((values < inner.min()).sum()), int((values > inner.max()).sum())
     skewed = bool(max(counts) > SKEWED * np.median([n for n in (*counts, below, above) if n]))
     first, last, step = float(edges[0]), float(edges[-1]), float(edges[1] - edges[0])
@@ -196,11 +198,11 @@ def _clipped(values: Values) -> Values:
     return values if are_alike(inner) else inner
 
 
-def _edges(values: Values, bins: int) -> Values:
+def _edges(values: Values) -> Values:
     low, high = float(values.min()), float(values.max())
-    if high - low < bins and bool((values == np.round(values)).all()):
+    if high - low < BINS and bool((values == np.round(values)).all()):
         return np.arange(low, high + 2) - 0.5
-    return np.linspace(low, high, bins + 1)
+    return np.linspace(low, high, BINS + 1)
 
 
 def _span(low: float, high: float) -> str:

@@ -63,12 +63,12 @@ def lanes(told: Iterable[Progress]) -> list[Lane]:
     return sorted((Lane(n, a) for n, a in grouped.items()), key=lambda lane: lane.order)
 
 
-def notable(tasks: list[Lane], most: int = LANES) -> list[Lane]:
+def notable(tasks: list[Lane]) -> list[Lane]:
     """All tasks, or those with the most trouble, then the slowest, in their order."""
-    if len(tasks) <= most:
+    if len(tasks) <= LANES:
         return tasks
     return sorted(
-        heapq.nsmallest(most, tasks, key=lambda t: (-t.trouble, t.speed)), key=lambda t: t.order
+        heapq.nsmallest(LANES, tasks, key=lambda t: (-t.trouble, t.speed)), key=lambda t: t.order
     )
 
 

@@ -20,7 +20,7 @@ Opener = Callable[[str, Path, str], Reader]
 """Opens a shard, given its URL, its file on this node, and the fault of the stream to there."""
 
 
-def open_tar(url: str, path: Path, damage: str = "") -> Reader:
+def open_tar(url: str, path: Path, damage: str) -> Reader:
     """Open a tar; raise `ShardError` for any other file."""
     archive = Archive(path, damage)
     if not damage and (what := archive.nature()):
@@ -32,7 +32,7 @@ def open_tar(url: str, path: Path, damage: str = "") -> Reader:
 def opener(config: Config) -> Opener:
     """The function that opens a config's shards: `input_tars` are tars, `inputs` of any form."""
 
-    def open_any(url: str, path: Path, damage: str = "") -> Reader:
+    def open_any(url: str, path: Path, damage: str) -> Reader:
         if is_folder(url):
             return PictureFolder(url, config)
         with open(path, "rb", opener=regular) as file:

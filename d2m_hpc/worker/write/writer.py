@@ -179,13 +179,13 @@ class Committer:
         for name in names:
             self.output.remove(name)
 
-    def clean(self, stem: str, attempt: int | None = None) -> bool:
+    def clean(self, stem: str, attempt: int) -> bool:
         """Stop earlier attempts at a shard from committing; return whether there were any.
 
         The caller holds the lease.
 
         Args:
-            attempt: stop attempts with smaller numbers; None for all.
+            attempt: the caller's number; attempts with smaller ones are stopped.
 
         Raises:
             D2MError: an attempt could still commit.

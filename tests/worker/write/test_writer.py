@@ -334,7 +334,7 @@ def test_what_is_not_as_long_as_its_record_is_not_committed(
     out = OutputDir(config.output_metadata_dir)
     with pytest.raises(ShardError, match="read back \\[2\\], wrote 3 rows"):
         Committer(out, tmp_path).commit(_table(config, _outputs(2)), _record(3))
-    assert out.stems() == out.stems(".npz") == set()
+    assert out.pairs() == {".npz": set(), ".parquet": set()}
 
 
 def test_a_byte_that_the_disk_flipped_is_found_before_anyone_sees_it(
@@ -411,7 +411,7 @@ def test_what_a_killed_attempt_left_is_swept_for_this_shard_alone(
     for name in ("00000.000-7-0", "00001.000-8-0", "00000.x.000-9-0"):
         (staging / name).mkdir(parents=True)
         (staging / name / "half.npz").write_bytes(b"x")
-    committer.clean("00000")
+    committer.clean("00000", 8)
     left = sorted(p.name for p in staging.iterdir())
     assert left == ["00000.x.000-9-0", "00001.000-8-0"]
     committer.close()  # others use it still
@@ -471,7 +471,7 @@ def _assert_refused(
     assert output.url in str(caught.value)
     committer.close()
     assert not committer.staging.root.exists()
-    assert output.stems() == output.stems(".npz") == {"00000"}
+    assert output.pairs() == {".npz": {"00000"}, ".parquet": {"00000"}}
 
 
 def _large(rows: int) -> Outputs:
