@@ -144,6 +144,12 @@ def one_pair(folder: Path) -> Path:
     return out
 
 
+def put_back(folder: Path, out: Path) -> None:
+    """The pair of `one_pair`, in the order of a commit."""
+    for suffix in ("npz", "parquet"):
+        (folder / f"00000.{suffix}").rename(out / f"00000.{suffix}")
+
+
 @long
 def test_a_task_that_looked_before_sees_what_another_finished(
     nodes: list[int], tmp_path: Path
@@ -152,8 +158,7 @@ def test_a_task_that_looked_before_sees_what_another_finished(
     with on(nodes[0], LOOK, tmp_path / "seen" / "out") as looking:
         assert looking.stdout
         assert looking.stdout.readline() == "False\n"
-        (tmp_path / "00000.npz").rename(out / "00000.npz")
-        (tmp_path / "00000.parquet").rename(out / "00000.parquet")
+        put_back(tmp_path, out)
         assert looking.communicate("\n", timeout=60) == ("True\n", "")
 
 
@@ -166,8 +171,7 @@ def test_verify_finds_a_pair_that_was_missing_a_moment_ago(
     with on(nodes[0], VERIFY, tmp_path / "seen" / "out") as verifying:
         assert verifying.stdout
         assert verifying.stdout.readline() == "set() [False, False]\n"
-        for suffix in ("npz", "parquet"):
-            (tmp_path / f"00000.{suffix}").rename(out / f"00000.{suffix}")
+        put_back(tmp_path, out)
         assert verifying.communicate("\n", timeout=60) == ("1\n1 0 []\n", "")
     assert {path.name for path in out.iterdir()} >= {".d2m", "00000.npz", "00000.parquet"}
 

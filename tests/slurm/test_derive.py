@@ -9,48 +9,20 @@ from typing import Any
 
 from kit import STATS, d2m, write_config, write_shards
 from slurm.cluster import Cluster, wait_until
+from slurm.holding import write_holding
 
 import d2m_hpc
 from d2m_hpc.run.records import read_records
 
-HOLD = """
-import importlib.machinery as machinery
-import json
-import os
-import sys
-import time
-from pathlib import Path
-
-HERE = Path(__file__).parent
-
-
-class Holding:
-    \"\"\"Lets a task stand still at a shard of which there is a file `hold-SHARD`.\"\"\"
-
-    @staticmethod
-    def find_spec(name, path, target=None):
-        if name != "d2m_hpc.worker.derive":
-            return None
-        spec = machinery.PathFinder.find_spec(name, path)
-        load = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (load(module), hold(module.Deriver))
-        return spec
-
-
-def hold(deriver):
-    whole = deriver.__call__
+PATCH = """
+def patch(derive):
+    whole = derive.Deriver.__call__
 
     def call(self, stem, *given):
-        if (HERE / f"hold-{stem}").exists():
-            (HERE / f"held-{stem}").write_text(os.environ["SLURM_ARRAY_TASK_ID"])
-        while (HERE / f"hold-{stem}").exists():
-            time.sleep(0.02)
+        stand(stem)
         return whole(self, stem, *given)
 
-    deriver.__call__ = call
-
-
-sys.meta_path.insert(0, Holding)
+    derive.Deriver.__call__ = call
 """
 SHARDS = 6
 
@@ -83,8 +55,8 @@ def test_a_derive_goes_on_after_its_tasks_are_killed(cluster: Cluster) -> None:
     d2m_hpc.submit(expected, local=True)
     table = d2m_hpc.derive(expected, local=True).table()
 
-    (folder / "sitecustomize.py").write_text(HOLD)
-    slurm = {"partition": "low", "cpus_per_task": 4, "setup": [f"export PYTHONPATH={folder}"]}
+    setup = write_holding(folder, "d2m_hpc.worker.derive", PATCH)
+    slurm = {"partition": "low", "cpus_per_task": 4, "setup": [setup]}
     config = config_of(folder, tars, slurm=slurm, shards_per_task=SHARDS, lease_seconds=2)
     run = d2m_hpc.submit(config, local=True)
     planned = d2m("derive", config, "--dry-run")

@@ -8,50 +8,23 @@ from typing import Any
 
 from kit import STATS, d2m, write_config, write_shards
 from slurm.cluster import Cluster, wait_until
+from slurm.holding import write_holding
 
 import d2m_hpc
 
-HOLD = """
-import importlib.machinery as machinery
-import os
-import sys
-import time
-from pathlib import Path
-
-HERE = Path(__file__).parent
-
-
-class Holding:
-    \"\"\"Lets a task stand still in the tar of a shard of which there is a file `hold-SHARD`.\"\"\"
-
-    @staticmethod
-    def find_spec(name, path, target=None):
-        if name != "d2m_hpc.subsets.tars":
-            return None
-        spec = machinery.PathFinder.find_spec(name, path)
-        load = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (load(module), hold(module))
-        return spec
-
-
-def hold(module):
-    whole = module._add
+PATCH = """
+def patch(tars):
+    whole = tars._add
 
     def add(sample, name, reader, tar, image):
         whole(sample, name, reader, tar, image)
         stem = Path(tar.fileobj.name).name.split(".")[1]
         with open(HERE / "added", "a") as file:
             file.write(f"{stem} {os.environ.get('SLURM_ARRAY_TASK_ID')}\\n")
-        if (HERE / f"hold-{stem}").exists():
-            tar.fileobj.flush()
-            (HERE / f"held-{stem}").touch()
-            while (HERE / f"hold-{stem}").exists():
-                time.sleep(0.02)
+        tar.fileobj.flush()
+        stand(stem)
 
-    module._add = add
-
-
-sys.meta_path.insert(0, Holding)
+    tars._add = add
 """
 SHARDS, SAMPLES = 7, 5
 
@@ -60,8 +33,8 @@ def begun(cluster: Cluster, **slurm: Any) -> tuple[d2m_hpc.Run, list[object]]:
     """A finished run, and the command of an export by three tasks."""
     folder = cluster.folder
     write_shards(folder / "tars", SHARDS, SAMPLES)
-    (folder / "sitecustomize.py").write_text(HOLD)
-    chosen = {"partition": "low", "setup": [f"export PYTHONPATH={folder}"], **slurm}
+    setup = write_holding(folder, "d2m_hpc.subsets.tars", PATCH)
+    chosen = {"partition": "low", "setup": [setup], **slurm}
     places = {"input_tars": f"{folder}/tars/*.tar", "output_metadata_dir": str(folder / "out")}
     run = d2m_hpc.submit(write_config(folder / "c.yml", STATS, **places, slurm=chosen), local=True)
     lists = folder / "kept.jsonl"
