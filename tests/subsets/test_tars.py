@@ -23,7 +23,7 @@ from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.subsets import exports
-from d2m_hpc.subsets.tars import SubsetTars
+from d2m_hpc.subsets.tars import SubsetTars, TarWriter, _header
 
 
 @pytest.fixture
@@ -94,6 +94,29 @@ def test_the_tars_have_the_kept_samples_with_all_their_members(
     tars = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.tar")}
     assert tars.keys() == {"00000.tar", "00001.tar"}
     assert tars["00001.tar"] == before["00001.tar"]
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 1, 511, 512, 513], [3 << 20, 9, 2 << 20], [9] * 40])
+def test_tars_are_to_the_byte_those_of_the_standard_library(lengths: list[int]) -> None:
+    """Also with names that take a header of their own."""
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    writer, names = TarWriter(ours), ["a.jpg", "b/c" * 32 + ".txt", "b/c" * 33 + ".txt", "ü.jpg"]
+    with tarfile.open(fileobj=theirs, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for number, length in enumerate(lengths):
+            name, data = names[number % 4], bytes([number]) * length
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = length, 0o644
+            tar.addfile(info, io.BytesIO(data))
+            writer.add(name, data)
+    writer.close()
+    assert ours.getvalue() == theirs.getvalue()
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 0o1234567, (8 << 30) - 1, 8 << 30, 1 << 40])
+def test_headers_tell_any_size(size: int) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.size, info.mode = size, 0o644
+    assert _header("a.jpg", size) == info.tobuf(tarfile.PAX_FORMAT)
 
 
 def test_a_tar_that_has_changed_is_named(run: d2m.Run, tmp_path: Path) -> None:
