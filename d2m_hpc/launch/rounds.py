@@ -140,16 +140,19 @@ def _look(run: RunDir, config: Config, chain: Chain) -> Round:
     found = standings(run, config, manifest)
     tries = sum(map(len, manifest.failures.values()))
     this = Round(time.time(), len(found.done), len(found.stems), tries)
+    why: list[str] = []
     with suppress(SlurmError):  # the submit that follows tells it
         ends = ended.find(run, slurm.queue(run, PATIENCE), attempts(run), found.done.__contains__)
-        this.taken = any(end.cause in ended.TAKEN for end in ends)
+        this.causes = sorted({end.cause for end in ends})
+        this.taken = not ended.TAKEN.isdisjoint(this.causes)
+        why = [*map(str, ended.told(ends))]
     chain.rounds.append(this)
     if found.is_complete:
         chain.end("complete", "the run is complete")
     elif len(chain.rounds) > chain.wish.most:
         chain.end("stopped", "there were as many rounds as --max-rounds allows")
     elif chain.is_idle():
-        chain.end("stopped", f"{IDLE} rounds in a row came to nothing")
+        chain.end("stopped", "; ".join([f"{IDLE} rounds in a row came to nothing", *why]))
     return this
 
 

@@ -44,6 +44,7 @@ class Round:
         tries: failed attempts on record.
         trouble: why the round submitted nothing, though shards were left.
         taken: whether tasks of the round before were cancelled or lost by no fault of their own.
+        causes: why tasks of the round before ended with shards left, as far as that is known.
     """
 
     at: float
@@ -52,6 +53,7 @@ class Round:
     tries: int
     trouble: str = ""
     taken: bool = False
+    causes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -76,10 +78,12 @@ class Chain:
 
     def is_idle(self) -> bool:
         """Whether the last rounds have submitted tasks that neither finished nor tried a shard,
-        and that nobody took away."""
+        all for one reason, and that nobody took away."""
         last = self.rounds[-IDLE - 1 :]
         same = len({(r.done, r.tries) for r in last}) == 1
         excused = any(r.trouble for r in last) or any(r.taken for r in last[1:])
+        # A task that is killed once, and a disk that is full once, are no reason that lasts.
+        excused |= not set[str].intersection(*(set(r.causes) or {""} for r in last[1:] or last))
         return len(last) > IDLE and same and not excused
 
     def troubles(self) -> int:

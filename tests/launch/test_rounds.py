@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,9 @@ def test_rounds_that_come_to_nothing_stop(site: Site) -> None:
     assert [site.again().state for _ in range(3)] == ["running", "running", "stopped"]
     chain = read(site.run)
     assert chain is not None
-    assert chain.ended == "2 rounds in a row came to nothing"
+    nothing, why = chain.ended.split("; ")
+    assert nothing == "2 rounds in a row came to nothing"
+    assert why == "6 array tasks ended with 6 shards left (Slurm does not remember how)"
     before = len(site.asked())
     assert site.again().state == "stopped"
     assert len(site.asked()) == before
@@ -119,16 +122,22 @@ def test_rounds_that_come_to_nothing_stop(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "ended"), [("CANCELLED", "running"), ("PREEMPTED", "running"), ("FAILED", "stopped")]
+    ("states", "ended"),
+    [
+        (["CANCELLED"], "running"),
+        (["PREEMPTED"], "running"),
+        (["FAILED"], "stopped"),
+        (["FAILED", "OUT_OF_MEMORY"], "running"),
+    ],
 )
-def test_rounds_whose_tasks_were_taken_away_do_not_stop_it(
-    site: Site, state: str, ended: str
+def test_rounds_whose_tasks_were_taken_away_or_ended_for_many_reasons_do_not_stop_it(
+    site: Site, states: list[str], ended: str
 ) -> None:
     site.begin()
-    for _ in range(5):
+    for state in islice(cycle(states), 5):
         [*_, array] = [a for arrays in slurm.arrays_of(site.run).values() for a in arrays]
-        row = f"{array.job_id}|2|{state}|None||{array.name}"
-        commands_of(site.bin, site.patch, squeue=f"printf '{row}\\n'")
+        rows = "".join(f"{array.job_id}|{i}|{state}|None||{array.name}\\n" for i in range(6))
+        commands_of(site.bin, site.patch, squeue=f"printf '{rows}'")
         chain = rounds.again(site.run)
     assert chain.state == ended
 

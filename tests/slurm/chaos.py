@@ -457,9 +457,19 @@ class Chaos:
         for element in (line.split()[0] for line in self.live() if line.endswith(" SUSPENDED")):
             self._slurm("scontrol", "resume", element)
 
+    def _is_stopped(self) -> bool:
+        """Whether Slurm calls a task running whose processes are stopped: where it resumed the
+        task at once, its node may have done that before it suspended it."""
+        own = f"/slurm_script$|d2m_hpc.worker {re.escape(str(self.run.run_dir))} "
+        stopped = subprocess.run(["pgrep", "-r", "T", "-f", own], capture_output=True, check=False)
+        return bool(stopped.stdout) and not any(x.endswith(" SUSPENDED") for x in self.live())
+
     def _has_ended(self) -> bool:
-        self._let_run()
         time.sleep(1)
+        if self._is_stopped():
+            self._suspend()
+        else:
+            self._let_run()
         chain = read(RunDir(self.run.run_dir))
         if chain is None or chain.state == "running":
             return False
