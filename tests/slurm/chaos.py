@@ -454,6 +454,9 @@ class Chaos:
         """As administrators do; a slurmctld that forgot a task may drain its node only now."""
         self._resume_nodes()
         self._release()
+        if self._is_stopped():
+            self._suspend()
+            return
         for element in (line.split()[0] for line in self.live() if line.endswith(" SUSPENDED")):
             self._slurm("scontrol", "resume", element)
 
@@ -466,10 +469,7 @@ class Chaos:
 
     def _has_ended(self) -> bool:
         time.sleep(1)
-        if self._is_stopped():
-            self._suspend()
-        else:
-            self._let_run()
+        self._let_run()
         chain = read(RunDir(self.run.run_dir))
         if chain is None or chain.state == "running":
             return False
