@@ -213,14 +213,10 @@ def head(
         ConfigError: names every mistake.
         D2MError: the samples cannot be read or computed.
     """
-    from d2m_hpc.config import Config
     from d2m_hpc.launch import head as first
 
     count = _whole("count", count, "a number of samples")
-    if not isinstance(config, Config):
-        with every_mistake():
-            config, where = load_config(config), str(config)
-    return first.head(config, where, max(count, 1))
+    return first.head(*_loaded(config, where), max(count, 1))
 
 
 def submit(
@@ -252,13 +248,27 @@ def submit(
         WeightsError: a checkpoint is missing.
         SlurmError: Slurm refused.
     """
+    thorough = preflight and not local
+    asked = inspect(config, thorough, recompute_changed, moved)
+    return begin(asked, _backend(local, on_progress))
+
+
+def _backend(local: bool, on_progress: Listener | None) -> Backend:
     from d2m_hpc.launch.arrays import SlurmArrays
     from d2m_hpc.launch.local import ThisProcess
 
     listener = on_progress or (lambda progress: None)
-    backend = ThisProcess(lambda shards: nullcontext(listener)) if local else SlurmArrays()
-    thorough = preflight and not local
-    return begin(inspect(config, thorough, recompute_changed, moved), backend)
+    return ThisProcess(lambda shards: nullcontext(listener)) if local else SlurmArrays()
+
+
+def _loaded(config: str | os.PathLike[str] | Config, where: str) -> tuple[Config, str]:
+    """A config, and its file for messages, which is `where` unless the file was named."""
+    from d2m_hpc.config import Config
+
+    if isinstance(config, Config):
+        return config, where
+    with every_mistake():
+        return load_config(config), str(config)
 
 
 @contextmanager
@@ -288,13 +298,9 @@ def inspect(
     Args:
         where: the config's file, for messages, if `config` is no file.
     """
-    from d2m_hpc.config import Config
     from d2m_hpc.plan import workload
 
-    if not isinstance(config, Config):
-        with every_mistake():
-            config, where = load_config(config), str(config)
-    asked = workload.inspect(config, where, thorough)
+    asked = workload.inspect(*_loaded(config, where), thorough)
     asked.recompute_changed, asked.moved = recompute_changed, moved
     return asked
 
@@ -346,12 +352,7 @@ def derive(
         D2MError: shards are not finished.
         SlurmError: Slurm refused.
     """
-    from d2m_hpc.launch.arrays import SlurmArrays
-    from d2m_hpc.launch.local import ThisProcess
-
-    listener = on_progress or (lambda progress: None)
-    backend = ThisProcess(lambda shards: nullcontext(listener)) if local else SlurmArrays()
-    return begin_derive(inspect(config), backend, allow_missing)
+    return begin_derive(inspect(config), _backend(local, on_progress), allow_missing)
 
 
 @_explained()
