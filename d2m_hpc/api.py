@@ -174,11 +174,7 @@ def init(
     Raises:
         ConfigError: the file exists, or there are no samples in the tars.
     """
-    from d2m_hpc.config import load
-    from d2m_hpc.models import weights
     from d2m_hpc.plan import suggest
-    from d2m_hpc.storage import asked_for
-    from d2m_hpc.storage.urls import is_local
 
     file = _path("config", path)
     if file.exists():
@@ -187,12 +183,7 @@ def init(
     where = file.absolute().with_name(f"{file.stem}-metadata") if output is None else output
     if "" in (*given, where):
         raise ConfigError("init", ["found ''; valid is a path, such as . for the current folder"])
-    names = [str(Path(n).absolute()) if is_local(str(n)) else str(n) for n in given]
-    sight = suggest.look(names)
-    text = suggest.config(os.fspath(where), sight, weights.default_dir())
-    asked_for.write(file, [text.encode()])
-    load(file)
-    return sight
+    return suggest.write(file, [*map(str, given)], os.fspath(where))
 
 
 @_explained()

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import yaml
 
-from d2m_hpc.config import Config
+from d2m_hpc.config import Config, load
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import weights
 from d2m_hpc.models.family import ModelSpec
@@ -25,7 +25,7 @@ from d2m_hpc.models.registry import builtin
 from d2m_hpc.plan import patterns
 from d2m_hpc.run import values
 from d2m_hpc.run.slices import Tree, planned
-from d2m_hpc.storage import stores
+from d2m_hpc.storage import asked_for, stores
 from d2m_hpc.storage.texts import safe
 from d2m_hpc.storage.urls import is_folder, is_local, is_pipe
 
@@ -110,6 +110,14 @@ class Sight:
                 values = self.fields.setdefault(name, [])
                 if value is not None:
                     values.append(value)
+
+
+def write(file: Path, inputs: Sequence[str], output: str) -> Sight:
+    """Look at inputs, and write a config for them that can be read; raise as `look` does."""
+    sight = look([str(Path(n).absolute()) if is_local(n) else n for n in inputs])
+    asked_for.write(file, [config(output, sight, weights.default_dir()).encode()])
+    load(file)
+    return sight
 
 
 def look(inputs: Sequence[str]) -> Sight:
