@@ -33,7 +33,7 @@ METADATA = b"d2m"
 TAIL = 64 << 10
 """Bytes at the end of a parquet that hold almost any parquet's metadata."""
 BLOCK = 512 << 10
-"""Bytes that are read, checked and written before the next ones: they stay in a core's cache."""
+"""Bytes, about, that are read, checked and written before the next: they stay in a core's cache."""
 MISSING = "is missing"
 AGAIN = "delete {}.parquet to have the shard computed whole by the next submit"
 
@@ -50,8 +50,8 @@ class ArrayBlocks(NamedTuple):
     """An array whose values come block by block, in the order of C.
 
     Attributes:
-        blocks: the bytes, each block until the next one is asked for. After the last one its CRC is
-            checked: until then all may be damaged.
+        blocks: the bytes of whole rows, each block until the next one is asked for. After the last
+            one the array's CRC is checked: until then all may be damaged.
     """
 
     dtype: np.dtype[Any]
@@ -285,7 +285,8 @@ def _blocks(
     bad = zipfile.BadZipFile(f"Bad CRC-32 for file {found.info.filename!r}")
     file.seek(found.start)
     checked = crc32(file.read(found.values - found.start))
-    memory = memory or memoryview(bytearray(min(BLOCK, found.size)))
+    row = found.size // (found.shape[0] if found.shape else 1)
+    memory = memory or memoryview(bytearray(min(max(1, BLOCK // row) * row, found.size)))
     left = found.size
     while left:
         block = memory[:left]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -103,17 +104,16 @@ class Renamed(exports.ExportLayout):
 
     def write(self, part: exports.ExportPart) -> None:
         files = iter(self.files(part))
-        for table, arrays in self.source.read(part):
-            columns, keep = self._columns(table)
-            with exports.whole(next(files)) as file:
-                kept: dict[str, Any] = {n: array[keep] for n, array in self._arrays(arrays)}
-                np.savez(file, **kept)
+        for pair, rows in part.pairs:
+            columns, keep = self._columns(self.source.table(pair, rows))
+            with exports.whole(next(files)) as file, zipfile.ZipFile(file, "w") as archive:
+                for v in self.source.vectors:
+                    name = f"{self.config.renamed(v.name)}.npy"
+                    with archive.open(name, "w", force_zip64=True) as member:
+                        exports.begin_npy(member, np.dtype(np.float16), (int(keep.sum()), *v.shape))
+                        self.source.copy_values(pair, rows, [(v, _Kept(member, v, keep))])
             with exports.whole(next(files)) as file:
                 pq.write_table(pa.table(columns).filter(keep), file, compression="zstd")
-
-    def _arrays(self, arrays: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
-        for name, array in arrays.items():
-            yield self.config.renamed(name), array.astype(np.float16)
 
     def _columns(self, table: pa.Table) -> tuple[dict[str, pa.Array], NDArray[np.bool_]]:
         """The columns, and which rows have a caption, and a usable uid if there are uids."""
@@ -135,6 +135,21 @@ class Renamed(exports.ExportLayout):
     def left_out(self) -> int:
         paths = (p for part in self.parts for p in self.files(part) if p.suffix == ".parquet")
         return self.source.rows - sum(int(pq.read_metadata(path).num_rows) for path in paths)
+
+
+class _Kept:
+    """Writes those rows of a feature that are kept, as float16."""
+
+    def __init__(self, file: IO[bytes], vectors: exports.Vectors, keep: NDArray[np.bool_]) -> None:
+        self._file, self._vectors, self._keep = file, vectors, keep
+
+    def writelines(self, blocks: Iterable[memoryview]) -> None:
+        keep, shape = self._keep, (-1, *self._vectors.shape)
+        for block in blocks:
+            rows = np.frombuffer(block, self._vectors.dtype).reshape(shape)
+            own, keep = keep[: len(rows)], keep[len(rows) :]
+            kept = rows if own.all() else rows[own]
+            self._file.write(kept.astype(np.float16, copy=False).data)
 
 
 def export(

@@ -20,9 +20,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote
 
+import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -144,16 +145,14 @@ class ExportSource:
                 stopped.
         """
         for pair, rows in part.pairs:
-            table = self._table(pair, rows, columns)
+            table = self.table(pair, rows, columns)
             with readable(pair.output.path(pair.stem)):
                 arrays = pair.features([v.name for v in self.vectors]) if self.vectors else {}
             for v in self.vectors:
                 v.require(pair, rows, arrays[v.name])
             yield table, arrays
 
-    def copy(
-        self, part: ExportPart, into: Sequence[tuple[Vectors, IO[bytes]]]
-    ) -> Iterator[pa.Table]:
+    def copy(self, part: ExportPart, into: Sequence[tuple[Vectors, Sink]]) -> Iterator[pa.Table]:
         """Read the columns of the shards of a part one after the other, and copy the features.
 
         Args:
@@ -163,15 +162,21 @@ class ExportSource:
             as `read` does; what was copied of the part is not to be used then.
         """
         for pair, rows in part.pairs:
-            yield self._table(pair, rows)
-            where = pair.output.path(pair.stem)
-            names = [v.name for v, _ in into]
-            with closing(_each(where, pair.values(names) if names else iter(()))) as found:
-                for (v, file), values in zip(into, found, strict=True):
-                    v.require(pair, rows, values)
-                    file.writelines(_each(where, values.blocks))
+            yield self.table(pair, rows)
+            self.copy_values(pair, rows, into)
 
-    def _table(self, pair: Pair, rows: int, columns: Sequence[str] | None = None) -> pa.Table:
+    def copy_values(self, pair: Pair, rows: int, into: Sequence[tuple[Vectors, Sink]]) -> None:
+        """Copy the features of a shard, whole rows by whole rows."""
+        if not into:
+            return
+        where = pair.output.path(pair.stem)
+        with closing(_each(where, pair.values([v.name for v, _ in into]))) as found:
+            for (v, file), values in zip(into, found, strict=True):
+                v.require(pair, rows, values)
+                file.writelines(_each(where, values.blocks))
+
+    def table(self, pair: Pair, rows: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read the columns of a shard, of one type; all errors are those of `read`."""
         if self.stopped.is_set():
             raise D2MError("the export was stopped")
         names = self.schema.names if columns is None else columns
@@ -194,6 +199,12 @@ def _each(where: str, found: Iterator[T]) -> Generator[T, None, None]:
     """Raise errors in reading an output as a D2MError, but none of whoever takes the values."""
     with readable(where):
         yield from found
+
+
+class Sink(Protocol):
+    """A file, or what writes rows into one."""
+
+    def writelines(self, lines: Iterable[memoryview], /) -> None: ...
 
 
 class ExportLayout(ABC):
@@ -580,3 +591,13 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     files.fsync_dir(path.parent)
+
+
+def begin_npy(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Write the header of an npy."""
+    described = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    np.lib.format.write_array_header_1_0(file, described)

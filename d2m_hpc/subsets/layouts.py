@@ -28,7 +28,14 @@ from d2m_hpc.storage import files
 from d2m_hpc.storage.texts import fit
 from d2m_hpc.storage.urls import masked_all
 from d2m_hpc.subsets import exports
-from d2m_hpc.subsets.exports import ExportLayout, ExportPart, ExportSource, Vectors, whole
+from d2m_hpc.subsets.exports import (
+    ExportLayout,
+    ExportPart,
+    ExportSource,
+    Vectors,
+    begin_npy,
+    whole,
+)
 from d2m_hpc.subsets.tars import SubsetTars
 from d2m_hpc.version import __version__
 
@@ -80,7 +87,8 @@ class Arrays(ExportLayout):
         """Open an array's file at the part's first row; make the file if it is missing."""
         path = self._unfinished(vectors)
         with files.named(path), open(os.open(path, os.O_RDWR | os.O_CREAT, 0o664), "r+b") as file:
-            start = _begin_npy(file, vectors, self.source.rows)
+            begin_npy(file, vectors.dtype, (self.source.rows, *vectors.shape))
+            start = file.tell()
             file.truncate(start + self.source.rows * vectors.bytes)
             file.seek(start + part.start * vectors.bytes)
             yield file
@@ -123,7 +131,7 @@ class ClipRetrieval(ExportLayout):
         with ExitStack() as stack:
             arrays = [(v, stack.enter_context(whole(p))) for v, p in zip(asked, paths, strict=True)]
             for vectors, file in arrays:
-                _begin_npy(file, vectors, part.rows)
+                begin_npy(file, vectors.dtype, (part.rows, *vectors.shape))
             writer = stack.enter_context(_parquet(metadata, self._named(self.source.schema)))
             for table in self.source.copy(part, arrays):
                 writer.write_table(table.rename_columns(self._named(table.schema).names))
@@ -305,17 +313,6 @@ def _only(option: str, names: list[str]) -> str:
     if len(names) > 1:
         raise ConfigError("export", [f"{option}: name one of {', '.join(names)}"])
     return names[0] if names else ""
-
-
-def _begin_npy(file: IO[bytes], vectors: Vectors, rows: int) -> int:
-    """Write the header of an npy; returns its length in bytes."""
-    described = {
-        "descr": np.lib.format.dtype_to_descr(vectors.dtype),
-        "fortran_order": False,
-        "shape": (rows, *vectors.shape),
-    }
-    np.lib.format.write_array_header_1_0(file, described)
-    return file.tell()
 
 
 @contextmanager

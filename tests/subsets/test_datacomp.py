@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from kit import DATACOMP
@@ -163,3 +165,48 @@ def test_without_faces_there_is_no_blur_map(tmp_path: Path) -> None:
 def test_without_captions_there_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="found no column 'caption', of which DataComp's `text`"):
         _export(tmp_path, _shards(), use_datacomp_keys=False, postprocess_features=[])
+
+
+FEATURES = {"oai-clip-vit-l14-image": "l14_img", "oai-clip-vit-l14-text": "l14_txt"}
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+@pytest.mark.parametrize("row", [1, 300], ids=["blocks of rows", "blocks of one row"])
+def test_rows_that_datacomp_cannot_use_are_in_neither_copied_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, row: int
+) -> None:
+    """The outputs by DataComp's names, also those of shards without any such row."""
+    monkeypatch.setattr("d2m_hpc.run.pair.BLOCK", 100)
+    captions: list[list[str | None]] = [[f"of {i}" for i in range(20)], ["a", None, "b"], [None]]
+    uids: list[list[str | None]] = [[uid(i) for i in range(20)], ["no uid", uid(1), "AB"], [uid(9)]]
+    shards, arrays, rng = {}, {}, np.random.default_rng(0)
+    for number, (texts, ids) in enumerate(zip(captions, uids, strict=True)):
+        stem = f"{number:08d}"
+        shards[stem] = table(ids, [0.5] * len(ids), caption=pa.array(texts, pa.string()))
+        arrays[stem] = {n: rng.random((len(ids), 4, row)).astype(kind) for n in FEATURES}
+    more = {"use_datacomp_keys": False, "postprocess_features": [*FEATURES]}
+    more["additional_fields"] = ["uid", "original_width", "caption"]
+    run, config = make_run(tmp_path, shards, **more)
+    for stem, made in arrays.items():
+        np.savez(tmp_path / "out" / f"{stem}.npz", **made)
+    found = export(run, config, tmp_path / "files")
+    assert (found.renamed, found.left_out) == (f"{tmp_path}/files/metadata", 3)
+    keep = {"00000000": [*range(20)], "00000001": [2], "00000002": []}
+    for stem, rows in keep.items():
+        columns = pq.read_table(tmp_path / "files" / "metadata" / f"{stem}.parquet")
+        assert columns["text"].to_pylist() == [captions[int(stem)][i] for i in rows]
+        assert columns["uid"].to_pylist() == [
+            str(uids[int(stem)][i]).lower().zfill(32) for i in rows
+        ]
+        with np.load(tmp_path / "files" / "metadata" / f"{stem}.npz") as npz:
+            for old, new in FEATURES.items():
+                whole = arrays[stem][old].astype(np.float16)
+                assert npz[new].dtype == np.float16
+                assert np.array_equal(npz[new], whole[rows])
+    path = tmp_path / "out" / "00000000.npz"
+    data = bytearray(path.read_bytes())
+    data[data.rindex(arrays["00000000"]["oai-clip-vit-l14-text"].tobytes()[-8:])] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(D2MError, match=r"00000000 cannot be read: BadZipFile: Bad CRC-32"):
+        export(run, config, tmp_path / "damaged")
+    assert not [*(tmp_path / "damaged" / "metadata").glob("*0.npz")]
