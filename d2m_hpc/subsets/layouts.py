@@ -77,10 +77,8 @@ class Arrays(ExportLayout):
 
     def write(self, part: ExportPart) -> None:
         with ExitStack() as stack:
-            table = stack.enter_context(_parquet(self.files(part)[0], self.source.schema))
             arrays = [(v, stack.enter_context(self._at(v, part))) for v in self.source.vectors]
-            for rows in self.source.copy(part, arrays):
-                table.write_table(rows)
+            _parquet(self.files(part)[0], self.source.schema, self.source.copy(part, arrays))
 
     @contextmanager
     def _at(self, vectors: Vectors, part: ExportPart) -> Iterator[IO[bytes]]:
@@ -102,8 +100,7 @@ class Arrays(ExportLayout):
         stems = [pair.stem for pair, _ in self.source.pairs]
         rows = np.array([rows for _, rows in self.source.pairs], np.int64)
         index = pa.table({"shard": stems, "start": rows.cumsum() - rows, "rows": rows})
-        with _parquet(self._index, index.schema) as writer:
-            writer.write_table(index)
+        _parquet(self._index, index.schema, iter([index]))
 
 
 class ClipRetrieval(ExportLayout):
@@ -132,9 +129,9 @@ class ClipRetrieval(ExportLayout):
             arrays = [(v, stack.enter_context(whole(p))) for v, p in zip(asked, paths, strict=True)]
             for vectors, file in arrays:
                 begin_npy(file, vectors.dtype, (part.rows, *vectors.shape))
-            writer = stack.enter_context(_parquet(metadata, self._named(self.source.schema)))
-            for table in self.source.copy(part, arrays):
-                writer.write_table(table.rename_columns(self._named(table.schema).names))
+            kinds = self._named(self.source.schema)
+            copied = self.source.copy(part, arrays)
+            _parquet(metadata, kinds, (table.rename_columns(kinds.names) for table in copied))
 
     def finish(self) -> None:
         """All files are of parts."""
@@ -178,9 +175,7 @@ class HuggingFace(ExportLayout):
             with suppress(_GroupTooLarge), whole(path) as file:
                 _sink(file, self._schema, self._tables(part))
                 return
-        with _parquet(path, self._schema) as writer:
-            for table in self._tables(part):
-                writer.write_table(table)
+        _parquet(path, self._schema, self._tables(part))
 
     def _tables(self, part: ExportPart) -> Iterator[pa.Table]:
         """The columns and features of each shard."""
@@ -315,18 +310,27 @@ def _only(option: str, names: list[str]) -> str:
     return names[0] if names else ""
 
 
-@contextmanager
-def _parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """Open a new parquet; of vectors nothing is compressed or counted, which would gain nothing."""
+def _parquet(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+    """Write a parquet of one table or more; of vectors nothing is compressed or counted, which
+    would gain nothing."""
+    first = next(tables)
     vectors = {kind.name for kind in schema if pa.types.is_fixed_size_list(kind.type)}
     words = [name for name in schema.names if name not in vectors]
     options = {
         "compression": {name: "none" if name in vectors else "zstd" for name in schema.names},
-        "use_dictionary": words,
+        "use_dictionary": [name for name in words if _repeats(first[name])],
         "write_statistics": words,
     }
     with whole(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
-        yield writer
+        for table in chain([first], tables):
+            writer.write_table(table)
+
+
+def _repeats(column: pa.ChunkedArray) -> bool:
+    """Whether its values come again, as far as the first ones tell; a dictionary of others costs
+    more than all else of a column, and makes the file larger."""
+    some = column.slice(0, 1000)
+    return not pa.types.is_nested(some.type) and 2 * len({*some.to_pylist()}) < len(some)
 
 
 class _GroupTooLarge(Exception):

@@ -154,6 +154,20 @@ def test_npy_is_mapped_and_its_columns_have_the_same_rows(run: d2m.Run, tmp_path
         )
 
 
+def test_columns_have_a_dictionary_where_values_come_again(tmp_path: Path) -> None:
+    half = pa.array(np.arange(100) % 7, pa.float16())
+    more = {"language": ["de", "en"] * 50, "half": half}
+    made = table([uid(i) for i in range(100)], [i / 8 for i in range(100)], **more)
+    run = d2m.Run(*make_run(tmp_path, {"a": made}, postprocess_features=[]))
+    run.export("npy", tmp_path / "npy")
+    [path] = (tmp_path / "npy" / "columns").iterdir()
+    assert pq.read_table(path).equals(made)
+    group = pq.read_metadata(path).row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    found = {c.path_in_schema.partition(".")[0] for c in columns if c.has_dictionary_page}
+    assert found == {"original_width", "language", "half"}
+
+
 # --- clip-retrieval ---
 
 
