@@ -8,6 +8,7 @@ D2MError                 exit 1: the command could not do all that was asked
 ├── NodeError            exit 4: this node cannot work; leave its shards to another
 └── ShardError           record it and go on with the next shard
     └── TruncatedShard   likewise; the archive ends too early
+Rejected                 record it and go on with the next sample
 
 Their messages say what is wrong, where, and what to do next; they are printed without a traceback.
 """
@@ -78,3 +79,7 @@ class OutputError(ShardError):
 
 class TruncatedShard(ShardError):
     """An archive ends before its end-of-archive mark."""
+
+
+class Rejected(Exception):
+    """This sample cannot be used; the message is the reason that goes on record."""

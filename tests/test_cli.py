@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -178,6 +179,28 @@ def test_a_failed_shard_is_exit_code_1_with_its_reason(
     assert "failed 1 (broken): ShardError: " in ran.stdout
     assert f"{folder}/tars/broken.tar is no tar: it is text: " in ran.stdout
     assert "Traceback" not in ran.stdout + ran.stderr
+
+
+def test_samples_are_looked_at_and_copied_without_torch(
+    ran: subprocess.CompletedProcess[str], folder: Path
+) -> None:
+    """All that opens tars and folders of pictures on a login node."""
+    pictures, run, kept = folder / "pictures", str(folder / "other" / ".d2m"), folder / "kept.jsonl"
+    pictures.mkdir()
+    with tarfile.open(folder / "tars" / "00000.tar") as tar:
+        tar.extractall(pictures, filter="data")
+    words = [run, "--top", "2", "--by", "text-words"]
+    commands = [
+        ["init", str(pictures), "-o", str(folder / "new.yml")],
+        ["report", run, "-o", str(folder / "page.html"), "--samples", "2"],
+        ["select", *words, "--look", str(folder / "look.html"), "-o", str(kept)],
+        ["export", "subset-tars", run, "--lists", str(kept), "-o", str(folder / "kept")],
+    ]
+    ended = _run(sys.executable, "-c", SEEN, json.dumps(commands))
+    seen = json.loads(ended.stderr.splitlines()[-1])
+    assert seen == {command[0]: [0, False] for command in commands}
+    assert "2 rows of 1 shards" in ended.stdout
+    assert "<img" in (folder / "page.html").read_text()
 
 
 def test_set_and_the_slurm_options_override_the_config(

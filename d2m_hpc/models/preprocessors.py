@@ -38,10 +38,6 @@ Padding = tuple[int, int, int, int]
 """Pixels at the left, top, right and bottom."""
 
 
-class Rejected(Exception):
-    """This sample cannot be used; the message is the reason that goes on record."""
-
-
 class Picture:
     """A decoded RGB image, as PIL or as a uint8 tensor, whichever is asked for."""
 

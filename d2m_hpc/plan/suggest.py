@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
@@ -49,7 +48,6 @@ CAPTIONED = [
 """Names of a captions file in a folder of pictures; `datasets` writes the first ones."""
 IMAGE = "image"
 """What stands for the pictures of a parquet among members."""
-_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<kind>[^/]+)")
 
 
 @dataclass
@@ -217,6 +215,7 @@ def _opened(url: str) -> BinaryIO:
 
 def _samples(file: BinaryIO) -> Iterator[dict[str, bytes]]:
     """The members of each whole sample: those of JSON with their bytes."""
+    from d2m_hpc.worker.read.names import split
     from d2m_hpc.worker.read.tar import TarCut, members
 
     magic = file.read(4)
@@ -226,10 +225,10 @@ def _samples(file: BinaryIO) -> Iterator[dict[str, bytes]]:
     last, sample = "", dict[str, bytes]()
     with suppress(TarCut):
         for member in members(file, file.seek(0, io.SEEK_END)):
-            match = _MEMBER.fullmatch(member.name)
-            if match is None or member.kind != "file":
+            key, kind = split(member.name)
+            if key is None or member.kind != "file":
                 continue
-            key, kind = match["key"], match["kind"].lower()
+            kind = kind.lower()
             if key != last and sample:
                 yield sample
                 sample = {}

@@ -12,8 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import ConfigError
-from d2m_hpc.models.preprocessors import Rejected
+from d2m_hpc.errors import ConfigError, Rejected
 from d2m_hpc.models.types import is_field_type
 from d2m_hpc.run import values
 from d2m_hpc.run.folder import RunDir
@@ -25,7 +24,7 @@ from d2m_hpc.run.slices import place_of
 from d2m_hpc.storage.texts import safe
 from d2m_hpc.storage.urls import is_folder, is_local
 from d2m_hpc.worker.compute.resolve import Toolbox
-from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read import parse
 from d2m_hpc.worker.read.names import EXTENSIONS
 from d2m_hpc.worker.read.reader import Reader
 from d2m_hpc.worker.read.readers import Opener, open_tar, opener
@@ -60,7 +59,7 @@ class Peek:
     def values(self, name: str) -> Iterator[Sequence[Any]]:
         """Yield each shard's values of a field."""
         for samples in self._some:
-            yield [decode.field(sample, name) for sample in samples]
+            yield [parse.field(sample, name) for sample in samples]
 
     def kept(self, name: str) -> str:
         """A field's type in finished pairs; empty where none tells it."""
@@ -191,7 +190,7 @@ def json_of(archive: Reader) -> Iterator[tuple[str, dict[str, Any]]]:
     for sample in archive.index({"json": EXTENSIONS["json"]}):
         if place := sample.members.get("json"):
             with suppress(Rejected):
-                yield sample.key, decode.json_object(archive.read(*place))
+                yield sample.key, parse.json_object(archive.read(*place))
 
 
 def _is_null(parquet: pq.FileMetaData, name: str) -> bool:

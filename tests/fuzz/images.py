@@ -131,7 +131,8 @@ def work(seed: int, count: int, start: int) -> None:
     """In the child: a line before each picture, one for each fault, and figures at the end."""
     import torch
 
-    from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Rejected
+    from d2m_hpc.errors import Rejected
+    from d2m_hpc.models.preprocessors import PREPROCESSORS, Options
     from d2m_hpc.worker.read import decode
 
     torch.set_num_threads(1)

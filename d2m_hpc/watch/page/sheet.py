@@ -195,11 +195,11 @@ def _members(url: str, path: Path, keys: set[str], config: Config) -> dict[str, 
 
 def _text_in(data: bytes, name: str) -> str:
     """The text in a field of a sample's JSON; empty where there is none."""
-    from d2m_hpc.models.preprocessors import Rejected
-    from d2m_hpc.worker.read import decode
+    from d2m_hpc.errors import Rejected
+    from d2m_hpc.worker.read import parse
 
     try:
-        return decode.text_in(decode.json_object(data), name)
+        return parse.text_in(parse.json_object(data), name)
     except Rejected:
         return ""
 

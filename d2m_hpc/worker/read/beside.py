@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2m_hpc.config.texts import STEM, TextSource
-from d2m_hpc.models.preprocessors import Rejected
+from d2m_hpc.errors import Rejected
 from d2m_hpc.storage import stores
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.texts import BRIEF, safe
 from d2m_hpc.storage.urls import is_local
-from d2m_hpc.worker.read import decode, refusal
+from d2m_hpc.worker.read import parse, refusal
 from d2m_hpc.worker.read.columns import is_text, shown
 
 MOST = 256 << 20
@@ -66,7 +66,7 @@ class Beside:
             Rejected: there is none, or more than one.
         """
         if self.by != "key":
-            found = decode.field(values, self.by)
+            found = parse.field(values, self.by)
             if found is None:
                 raise Rejected(f"its JSON has no {self.by!r}, by which {self.name} tells samples")
             key = str(found)

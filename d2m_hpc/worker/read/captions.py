@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2m_hpc.models.preprocessors import Rejected
+from d2m_hpc.errors import Rejected
 from d2m_hpc.run.slices import owner
 from d2m_hpc.worker.read import refusal
-from d2m_hpc.worker.read.decode import json_object
+from d2m_hpc.worker.read.parse import json_object
 
 NAME = "file_name"
 """The column with the pictures' paths, from the captions file's folder on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from d2m_hpc.config import Config
@@ -10,6 +11,7 @@ from d2m_hpc.models.inputs import PICTURES
 Members = Mapping[str, tuple[str, ...]]
 """The names of members by kind; the first one that a sample has is used."""
 EXTENSIONS: Members = {"image": PICTURES, "text": ("txt",), "json": ("json",)}
+_MEMBER = re.compile(r"(?P<key>(.*/)?[^.]+)\.(?P<extension>[^/]*)")
 
 
 def members_of(config: Config) -> Members:
@@ -29,3 +31,15 @@ def needed(config: Config, raws: Iterable[str]) -> set[str]:
         elif source.field or source.by != "key":
             kinds.add("json")
     return kinds
+
+
+def split(name: str) -> tuple[str | None, str]:
+    """The key and the extension of a member, by webdataset's rule: a key ends at the first dot of
+    its file's name, and has its folder in front. The key is None for a name without a dot.
+
+    Example:
+        split("cats/1.seg.png") == ("cats/1", "seg.png")
+    """
+    # Here rather than from webdataset, whose import takes torch along.
+    match = _MEMBER.fullmatch(name)
+    return (match["key"], match["extension"]) if match else (None, "")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2m_hpc.config import Config
-from d2m_hpc.models.preprocessors import Rejected
+from d2m_hpc.errors import Rejected
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.texts import safe, valid
 from d2m_hpc.worker.read import refusal

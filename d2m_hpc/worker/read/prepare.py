@@ -16,12 +16,13 @@ from PIL import Image
 
 from d2m_hpc.config import Config
 from d2m_hpc.config.texts import TextSource
+from d2m_hpc.errors import Rejected
 from d2m_hpc.models import custom, formats
 from d2m_hpc.models.inputs import Input, kind_of, told
-from d2m_hpc.models.preprocessors import Options, Preprocessor, Rejected
+from d2m_hpc.models.preprocessors import Options, Preprocessor
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.storage.texts import safe
-from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read import decode, parse
 from d2m_hpc.worker.read.names import EXTENSIONS, Members, members_of
 from d2m_hpc.worker.read.reader import Reader, Sample
 from d2m_hpc.worker.read.readers import Opener, open_tar, opener
@@ -206,7 +207,7 @@ def prepare(
             raw.pop("image", None)
         fields = {name: raw["json"].get(name) for name in recipe.fields}
         for name in recipe.nested:
-            fields[name] = decode.field(raw["json"], name)
+            fields[name] = parse.field(raw["json"], name)
         if recipe.datacomp_keys:
             fields |= _datacomp_fields(raw["json"], sample, archive, recipe)
         for name, value in fields.items():
@@ -223,7 +224,7 @@ def _text(
     values = raw.get("json", {})
     try:
         if source.field:
-            return decode.text_in(values, source.field)
+            return parse.text_in(values, source.field)
         return archive.beside[name].text(sample.key, values)
     except Rejected as reason:
         raise Rejected(f"{name}: {reason}" if name != "text" else str(reason)) from None
@@ -239,9 +240,9 @@ def _datacomp_fields(
 
     A null in either would stop every reader of the shard.
     """
-    caption = decode.field(values, recipe.caption)
+    caption = parse.field(values, recipe.caption)
     if not isinstance(caption, str):
-        caption = decode.text(_member("text", sample, archive, recipe.members["text"]))
+        caption = parse.text(_member("text", sample, archive, recipe.members["text"]))
     fields = {"text": caption}
     if "uid" in recipe.fields:
         fields["uid"] = _uid(values.get("uid"))
@@ -283,7 +284,7 @@ def _raw(name: str, sample: Sample, archive: Reader, recipe: Recipe, held: Held)
     data = _member(name, sample, archive, names, max_pixels, held.need)
     if name == "image":
         return decode.image(data, max_pixels, held.need, recipe.options.scaled)
-    return decode.json_object(data) if name == "json" else decode.text(data)
+    return parse.json_object(data) if name == "json" else parse.text(data)
 
 
 def _member(

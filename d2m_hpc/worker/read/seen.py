@@ -10,7 +10,7 @@ from typing import Any
 from d2m_hpc.config import Config
 from d2m_hpc.run.schema import Schema
 from d2m_hpc.storage.texts import BRIEF, nearest, safe
-from d2m_hpc.worker.read.decode import has_field
+from d2m_hpc.worker.read.parse import has_field
 
 MOST = 100
 """Keys that are kept, to find the one that was meant."""

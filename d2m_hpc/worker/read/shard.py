@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from webdataset.tariterators import base_plus_ext
-
 from d2m_hpc.errors import ShardError
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.texts import valid
 from d2m_hpc.worker.read.members import is_foreign, is_reserved
-from d2m_hpc.worker.read.names import EXTENSIONS, Members
+from d2m_hpc.worker.read.names import EXTENSIONS, Members, split
 from d2m_hpc.worker.read.nature import HEAD, nature
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 from d2m_hpc.worker.read.tar import BLOCK, Member, TarCut, members
@@ -97,12 +95,12 @@ class Index(Samples):
         """Take a member; return the sample that ends before it, if any."""
         if member.kind == "folder":
             return None
-        key, extension = base_plus_ext(member.name)
+        key, extension = split(member.name)
         is_file = member.kind == "file"
         if is_file and self._open and key is not None and self._continues(key, extension):
             self._open.members[extension.lower()] = (member.offset, member.size)
             return None
-        if self.ledger.takes(member.name, key, extension, is_file):
+        if self.ledger.takes(member.name, key, extension, is_file) or key is None:
             return None
         closed = self._begin(key)
         assert self._open is not None
@@ -136,7 +134,7 @@ class Index(Samples):
         Args:
             member: the member that the archive ends in, or empty where it ends between two.
         """
-        key, extension = base_plus_ext(member)
+        key, extension = split(member)
         aside = is_foreign(member) or is_reserved(member)
         if member and not aside:
             self.ledger.stray(key or member, CUT_OFF)

@@ -16,10 +16,10 @@ from kit import SHARDS, jpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from d2m_hpc.errors import Rejected
 from d2m_hpc.models.formats import TooLarge, opened
-from d2m_hpc.models.preprocessors import Rejected
 from d2m_hpc.run.values import column
-from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read import decode, parse
 from d2m_hpc.worker.read.names import EXTENSIONS
 
 LIMIT = 10_000_000
@@ -230,8 +230,8 @@ def test_postscript_is_never_run() -> None:
 
 
 def test_text_is_utf8_as_it_stands() -> None:
-    assert decode.text(" döner\r\n☃\0".encode()) == " döner\r\n☃\0"
-    assert decode.text(b"") == ""
+    assert parse.text(" döner\r\n☃\0".encode()) == " döner\r\n☃\0"
+    assert parse.text(b"") == ""
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_text_is_utf8_as_it_stands() -> None:
 )
 def test_text_of_another_encoding_is_rejected(data: bytes, why: str) -> None:
     with pytest.raises(Rejected, match=why):
-        decode.text(data)
+        parse.text(data)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_text_of_another_encoding_is_rejected(data: bytes, why: str) -> None:
     ],
 )
 def test_objects_are_read(data: bytes, values: dict[str, Any]) -> None:
-    assert decode.json_object(data) == values
+    assert parse.json_object(data) == values
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_objects_are_read(data: bytes, values: dict[str, Any]) -> None:
 )
 def test_what_is_no_object_is_rejected_with_a_reason(data: bytes, why: str) -> None:
     with pytest.raises(Rejected, match=why):
-        decode.json_object(data)
+        parse.json_object(data)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_what_is_no_object_is_rejected_with_a_reason(data: bytes, why: str) -> N
     ],
 )
 def test_a_number_beyond_all_floats_is_the_integer_that_it_says(text: str, value: float) -> None:
-    found = decode.json_object(b'{"n": [%b], "e": "1e400"}' % text.encode())
+    found = parse.json_object(b'{"n": [%b], "e": "1e400"}' % text.encode())
     assert found == {"n": [value], "e": "1e400"}
     assert type(found["n"][0]) is type(value)
     assert column("n", "json", [found["n"]])[0].to_pylist() == [json.dumps([value])]
@@ -302,12 +302,12 @@ def test_a_number_beyond_all_floats_is_the_integer_that_it_says(text: str, value
 @pytest.mark.parametrize("text", ["1e5000", "1e99999999999999999999999", "9" * 310 + ".5"])
 def test_a_number_that_no_column_holds_is_told(text: str) -> None:
     with pytest.raises(Rejected, match=f"the number {text[:4]}.* is beyond what a column can hold"):
-        decode.json_object(b'{"n": %b}' % text.encode())
+        parse.json_object(b'{"n": %b}' % text.encode())
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
 def test_json_is_read_in_the_encodings_of_json(encoding: str) -> None:
-    assert decode.json_object('{"é": "漢"}'.encode(encoding)) == json.loads('{"é": "漢"}')
+    assert parse.json_object('{"é": "漢"}'.encode(encoding)) == json.loads('{"é": "漢"}')
 
 
 def scans(count: int, size: tuple[int, int] = (64, 48), **options: Any) -> bytes:

@@ -22,8 +22,9 @@ from kit import jpeg, write_tar
 from PIL import Image, ImageFile
 
 from d2m_hpc import config as configs
+from d2m_hpc.errors import Rejected
 from d2m_hpc.models import formats
-from d2m_hpc.models.preprocessors import PREPROCESSORS, Rejected
+from d2m_hpc.models.preprocessors import PREPROCESSORS
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.read import decode
 from d2m_hpc.worker.read.prepare import Budget, Held, Ready, Recipe, prepare

@@ -20,11 +20,12 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from kit import write_tar
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.read.members import MERGED, is_foreign
+from d2m_hpc.worker.read.names import split
 from d2m_hpc.worker.read.shard import CUT_OFF, Archive, Index, Sample
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
@@ -39,6 +40,12 @@ def tar_bytes(members: Members, format: int = tarfile.PAX_FORMAT) -> bytes:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+@given(st.text("ab./\n", max_size=12))
+def test_a_name_is_split_as_webdataset_splits_it(name: str) -> None:
+    key, extension = base_plus_ext(name)
+    assert split(name) == (key, extension or "")
 
 
 class Read(NamedTuple):

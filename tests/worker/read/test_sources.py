@@ -19,7 +19,7 @@ from d2m_hpc.errors import ConfigError
 from d2m_hpc.models.preprocessors import PREPROCESSORS
 from d2m_hpc.run.extension import obstacles
 from d2m_hpc.run.records import Rejection
-from d2m_hpc.worker.read import decode
+from d2m_hpc.worker.read import parse
 from d2m_hpc.worker.read.members import UNUSED
 from d2m_hpc.worker.read.prepare import Ready, Recipe, prepare
 from d2m_hpc.worker.read.shard import Archive, Index
@@ -137,12 +137,12 @@ def test_a_sample_without_text_is_a_row_where_no_model_asks_for_it(
 def test_a_field_may_lie_within_another(tmp_path: Path, name: str, value: Any) -> None:
     members = {"a.json": json.dumps(META).encode()}
     assert _prepared(tmp_path, members, "", additional_fields=[name]) == {name: value}
-    assert decode.has_field(META, name) == (value is not None)
+    assert parse.has_field(META, name) == (value is not None)
 
 
 def test_a_text_that_is_no_json_holds_no_field() -> None:
-    assert decode.field({"a": "{broken", "b": "{" * 500}, "a.b") is None
-    assert decode.field({"a": '{"b": "\ud800"}'}, "a.b") == "\ud800"
+    assert parse.field({"a": "{broken", "b": "{" * 500}, "a.b") is None
+    assert parse.field({"a": '{"b": "\ud800"}'}, "a.b") == "\ud800"
 
 
 def test_datacomps_text_comes_from_where_the_models_take_theirs(tmp_path: Path) -> None:
