@@ -37,7 +37,8 @@ SHARD = f"parse_filename({FILE}, true, 'forward_slash') AS shard"
 
 
 def _halves(digits: str) -> str:
-    return f"('0x' || ({digits})[:16])::UBIGINT AS high, ('0x' || ({digits})[17:])::UBIGINT AS low"
+    high, low = (f"('0x' || ({digits})[{part}])::UBIGINT" for part in (":16", "17:"))
+    return f"{high} AS d2m_high, {low} AS d2m_low"  # names that no column has
 
 
 UID = _halves("CASE WHEN regexp_full_match(uid, '[0-9a-fA-F]{1,32}') THEN lpad(uid, 32, '0') END")
@@ -82,7 +83,7 @@ class Pool:
 
     @property
     def identity(self) -> str:
-        """In SQL, `high` and `low`, by which a sample is told from others."""
+        """In SQL, `d2m_high` and `d2m_low`, by which a sample is told from others."""
         return BY_NAME if self.by_name else UID
 
     def path_groups(self) -> list[Sequence[str]]:
@@ -110,8 +111,8 @@ class Pool:
             more = ", ".join(f"beside.{quoted(name)}" for name in self.beside)
             more = more.replace(f"beside.{MARK}", f"coalesce(beside.{MARK}, false) AS {MARK}")
             halves = f"(SELECT *, {self.identity} FROM ({parts})) AS own"
-            parts = f"SELECT own.* EXCLUDE (high, low), {more} FROM {halves} LEFT JOIN beside "
-            parts += "ON own.high = beside.high AND own.low = beside.low"
+            parts = f"SELECT own.* EXCLUDE (d2m_high, d2m_low), {more} FROM {halves} LEFT JOIN "
+            parts += "beside ON own.d2m_high = beside.d2m_high AND own.d2m_low = beside.d2m_low"
         self.db.execute(f"CREATE OR REPLACE VIEW pool AS {parts}")
 
     def _cast(self, layout: Layout) -> str:
@@ -222,6 +223,8 @@ def _beside(pool: Pool, path: Path) -> dict[str, str]:
         return ConfigError("select", [f"--join: {path} {what}"])
 
     db, names = pool.db, ("shard", "key") if pool.by_name else ("uid",)
+    if not path.is_file():
+        raise wrong("is no file" if path.exists() else "is not there; check the path")
     try:
         if path.suffix == ".npy":
             if pool.by_name:
@@ -238,10 +241,10 @@ def _beside(pool: Pool, path: Path) -> dict[str, str]:
             raise wrong(f"has columns that the run has, too: {', '.join(both)}; rename them there")
         rows = f"SELECT * EXCLUDE ({', '.join(names)}), {pool.identity} FROM "
         rows += f"read_parquet({listed([str(path)])})"
-        db.execute(f"CREATE TABLE beside AS FROM ({rows}) WHERE high IS NOT NULL")
+        db.execute(f"CREATE TABLE beside AS FROM ({rows}) WHERE d2m_high IS NOT NULL")
     except (duckdb.Error, OSError, ValueError) as error:
         raise wrong(f"cannot be read: {str(error).splitlines()[0]}") from error
-    repeated = "SELECT count(*) - count(DISTINCT (high, low)) FROM beside"
+    repeated = "SELECT count(*) - count(DISTINCT (d2m_high, d2m_low)) FROM beside"
     ((again,),) = db.execute(repeated).fetchall()
     if again:
         what = "shard and key" if pool.by_name else "uid"
@@ -257,7 +260,7 @@ def _subset(path: Path) -> pa.Table:
     uids = np.load(path, mmap_mode="r")
     if uids.dtype != np.dtype("u8,u8"):
         raise ValueError(f"found {uids.dtype}, valid is u8,u8")
-    return pa.table({"high": uids["f0"], "low": uids["f1"]})
+    return pa.table({"d2m_high": uids["f0"], "d2m_low": uids["f1"]})
 
 
 def _confine(db: DuckDBPyConnection, output: OutputDir, paths: Sequence[str], spill: str) -> None:

@@ -201,7 +201,10 @@ def _check(pool: Pool, query: Query, path: Path | None, columns: Sequence[str]) 
         what = "an .npy is of uids, and the run has no column `uid`; valid are .parquet and .jsonl"
         raise ConfigError(WHERE, [f"--output: {what}"])
     if not pool.by_name and pool.columns.get("uid") != "VARCHAR":
-        raise ConfigError(WHERE, ["there is no column of uids; name `uid` in additional_fields"])
+        what = "there is no column of uids; name `uid` in additional_fields"
+        if "uid" not in pool.columns:
+            what += ", or leave `shard` out there, which hides the shards' own names"
+        raise ConfigError(WHERE, [what])
     numeric = [name for name, kind in pool.columns.items() if kind in NUMBERS]
     wrong = [
         f"{option}: found {name!r}, no column of numbers{nearest(name, numeric)}"
@@ -233,6 +236,9 @@ def _explained(pool: Pool, query: Query) -> Iterator[None]:
         reason = str(error).splitlines()[0]
         if unknown := re.search(r'Referenced column "(.*?)" not found', reason):
             reason = f"unknown column {unknown[1]!r}{nearest(unknown[1], pool.columns)}"
+        odd = [name for name in pool.columns if not name.isidentifier()]
+        if (odd and "Parser" in reason) or (unknown and any(n.startswith(unknown[1]) for n in odd)):
+            reason += f"; a name that is no plain word stands in double quotes: {quoted(odd[0])}"
         raise ConfigError(WHERE, [f"--where: found {query.where!r}: {reason}"]) from error
 
 
@@ -242,7 +248,7 @@ def _keep(pool: Pool, query: Query, on_shards: Callable[[int, int], None] | None
     stratum = f"{quoted(query.within)}::VARCHAR" if query.within else "''"
     weight = quoted(query.weight) if query.weight else "1"
     db.execute(
-        "CREATE TABLE kept (high UBIGINT, low UBIGINT, score DOUBLE, stratum VARCHAR, "
+        "CREATE TABLE kept (d2m_high UBIGINT, d2m_low UBIGINT, score DOUBLE, stratum VARCHAR, "
         "weight DOUBLE, passes BOOLEAN)"
     )
     for _ in pool.groups(on_shards):
@@ -254,19 +260,19 @@ def _choose(pool: Pool, query: Query) -> Selection:
     """Make the table `samples`, and of it the table `chosen`."""
     db = pool.db
     counts = "count(*) FILTER (passes IS NULL), count(*) FILTER (passes)"
-    no_uid = "count(*) FILTER (passes AND high IS NULL)"
+    no_uid = "count(*) FILTER (passes AND d2m_high IS NULL)"
     undecided, passed, without_uid = _row(pool, f"SELECT {counts}, {no_uid} FROM kept")
     values = "{'score': score, 'stratum': stratum, 'weight': weight}"
     db.execute(
-        f"CREATE TABLE samples AS SELECT high, low, unnest(max({values})) FROM kept "
-        "WHERE passes AND high IS NOT NULL GROUP BY high, low"
+        f"CREATE TABLE samples AS SELECT d2m_high, d2m_low, unnest(max({values})) FROM kept "
+        "WHERE passes AND d2m_high IS NOT NULL GROUP BY d2m_high, d2m_low"
     )
     (samples,) = _row(pool, "SELECT count(*) FROM samples")
-    _take(pool, "best", "samples", "score DESC, high, low", query.top, query.within)
+    _take(pool, "best", "samples", "score DESC, d2m_high, d2m_low", query.top, query.within)
     # A number between 0 and 1 by md5, as duckdb's own hash may change with its version.
-    digits = f"('0x' || md5(concat_ws(' ', high, low, {int(query.seed)}))[:13])::UBIGINT"
+    digits = f"('0x' || md5(concat_ws(' ', d2m_high, d2m_low, {int(query.seed)}))[:13])::UBIGINT"
     # The smallest of these are a weighted sample without replacement (Efraimidis and Spirakis).
-    order = f"-ln(({digits} + 0.5) / 2**52) / weight, high, low"
+    order = f"-ln(({digits} + 0.5) / 2**52) / weight, d2m_high, d2m_low"
     source = "best WHERE weight > 0" if query.weight else "best"
     _take(pool, "chosen", source, order, query.sample, query.within)
     (chosen,) = _row(pool, "SELECT count(*) FROM chosen")
@@ -339,11 +345,12 @@ def _found(pool: Pool, query: Query, columns: str) -> Iterator[None]:
         pool.db.execute(
             f"CREATE OR REPLACE TABLE found AS FROM "
             f"({told}, {{{columns}}} AS values FROM pool WHERE {query.condition}) "
-            "SEMI JOIN left_over USING (high, low, score) "
-            "QUALIFY row_number() OVER (PARTITION BY high, low ORDER BY file, place) = 1"
+            "SEMI JOIN left_over USING (d2m_high, d2m_low, score) "
+            "QUALIFY row_number() OVER (PARTITION BY d2m_high, d2m_low ORDER BY file, place) = 1"
         )
         pool.db.execute(
-            "DELETE FROM left_over WHERE (high, low) IN (SELECT (high, low) FROM found)"
+            "DELETE FROM left_over "
+            "WHERE (d2m_high, d2m_low) IN (SELECT (d2m_high, d2m_low) FROM found)"
         )
         yield
 
@@ -382,8 +389,8 @@ def _npy(pool: Pool, count: int) -> Iterator[bytes]:
     described = {"descr": SUBSET.descr, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(header, described)
     yield header.getvalue()
-    ordered = pool.db.sql("SELECT high, low FROM chosen ORDER BY high, low")
+    ordered = pool.db.sql("SELECT d2m_high, d2m_low FROM chosen ORDER BY d2m_high, d2m_low")
     for batch in pa.RecordBatchReader.from_stream(ordered):
         uids = np.empty(len(batch), SUBSET)
-        uids["f0"], uids["f1"] = batch["high"].to_numpy(), batch["low"].to_numpy()
+        uids["f0"], uids["f1"] = batch["d2m_high"].to_numpy(), batch["d2m_low"].to_numpy()
         yield uids.tobytes()

@@ -455,6 +455,21 @@ def test_a_user_s_parquet_is_joined_by_uid(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("whose", ["theirs", "the run's"])
+def test_columns_of_any_name_are_joined(tmp_path: Path, whose: str) -> None:
+    """`high` and `low` once were what samples are told apart by: nothing was joined."""
+    more = {"high": [5, 6], "low": [7, 8]}
+    rows = table([uid(0), uid(1)], [0.5, 0.6], **(more if whose == "the run's" else {}))
+    mine = pa.table({"uid": [uid(1), uid(0)], "mine": [1, 0]})
+    if whose == "theirs":
+        mine = mine.append_column("high", [[6, 5]]).append_column("low", [[8, 7]])
+    pq.write_table(mine, tmp_path / "mine.parquet")
+    query = Query("mine = 1 AND high = 6", join=tmp_path / "mine.parquet")
+    run, out = make_run(tmp_path, {"a": rows}), tmp_path / "out.parquet"
+    assert select(*run, query, out, columns=["uid", "mine", "high", "low"]).chosen == 1
+    assert pq.read_table(out).to_pylist() == [{"uid": uid(1), "mine": 1, "high": 6, "low": 8}]
+
+
 @pytest.mark.parametrize(
     ("made", "says"),
     [
@@ -462,7 +477,7 @@ def test_a_user_s_parquet_is_joined_by_uid(tmp_path: Path) -> None:
         ({"uid": [1]}, "mine.parquet has no column `uid` of texts"),
         ({"uid": [uid(0), uid(0).upper()]}, "has 1 rows with the uid of another row"),
         ({"uid": [uid(0)], "key": ["a"]}, "has columns that the run has, too: key"),
-        (None, "mine.parquet cannot be read: "),
+        (None, "mine.parquet is not there; check the path"),
     ],
 )
 def test_what_cannot_be_joined_is_told(tmp_path: Path, made: Any, says: str) -> None:

@@ -112,5 +112,6 @@ def _chosen(pool: Pool, rows: Sequence[tuple[str, Picked]]) -> set[int]:
         "looked", pa.table({"place": pa.array(range(len(rows)), pa.int64())} | columns)
     )
     halves = f"(SELECT place, {pool.identity} FROM looked)"
-    found = pool.db.execute(f"SELECT place FROM {halves} SEMI JOIN chosen USING (high, low)")
+    told = "SEMI JOIN chosen USING (d2m_high, d2m_low)"
+    found = pool.db.execute(f"SELECT place FROM {halves} {told}")
     return {place for (place,) in found.fetchall()}
