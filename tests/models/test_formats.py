@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, UnidentifiedImageError
 
+from d2m_hpc.errors import Rejected
 from d2m_hpc.models import formats
 from d2m_hpc.models.inputs import PICTURES
-from d2m_hpc.models.preprocessors import Options, Rejected
+from d2m_hpc.models.preprocessors import Options
 from d2m_hpc.watch.page import sheet
 from d2m_hpc.worker.read import decode
 
