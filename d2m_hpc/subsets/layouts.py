@@ -254,7 +254,11 @@ class Lance(HuggingFace):
         batches = (batch for table in self._tables(part) for batch in table.to_batches())
         reader = pa.RecordBatchReader.from_batches(self._schema, batches)
         mode = "append" if self._place.exists() else "create"
-        lance.write_dataset(reader, self._place, mode=mode)
+        try:
+            lance.write_dataset(reader, self._place, mode=mode)
+        except BaseException:
+            self.source.stopped.set()  # or the next part would be appended without this one
+            raise
 
     def finish(self) -> None:
         """All rows are of parts."""

@@ -592,6 +592,20 @@ def test_a_feature_with_a_columns_name_is_refused(tmp_path: Path) -> None:
     d2m.Run(*where).export("npy", tmp_path / "npy")  # whose columns lie apart
 
 
+def test_damaged_values_are_in_no_lance_data_set(run: d2m.Run, tmp_path: Path) -> None:
+    lance = pytest.importorskip("lance")
+    npz, out = tmp_path / "out" / "00003.npz", tmp_path / "lance"
+    data = bytearray(content := npz.read_bytes())
+    data[content.index(vectors(3, 6)["l14_txt"].tobytes()) + 5] ^= 1
+    npz.write_bytes(data)
+    with pytest.raises(D2MError, match=r"00003 cannot be read: BadZipFile: Bad CRC-32 for file"):
+        run.export("lance", out)
+    assert lance.dataset(out / "data.lance").count_rows() == 7
+    npz.write_bytes(content)
+    assert run.export("lance", out).written == 2
+    assert lance.dataset(out / "data.lance").to_table()["uid"].to_pylist() == KEYS
+
+
 def test_lance_reads_all_rows_and_an_export_goes_on(tmp_path: Path) -> None:
     lance = pytest.importorskip("lance")
     run, out = finished(tmp_path, len(ROWS)), tmp_path / "lance"
