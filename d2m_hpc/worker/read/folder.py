@@ -13,6 +13,7 @@ from d2m_hpc.run.slices import File, Slice, key_of, owner, version_of
 from d2m_hpc.storage.texts import valid
 from d2m_hpc.worker.read import captions, refusal
 from d2m_hpc.worker.read.columns import TEXTS
+from d2m_hpc.worker.read.members import LINKED_FILES, Ledger
 from d2m_hpc.worker.read.names import EXTENSIONS, Members, members_of
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 
@@ -107,6 +108,7 @@ class PictureSamples(Samples):
         needed: Members,
     ) -> None:
         super().__init__(needed)
+        self.ledger = Ledger(needed, LINKED_FILES)
         self._files, self._rows, self._members = files, rows, members
 
     def __iter__(self) -> Iterator[Sample]:

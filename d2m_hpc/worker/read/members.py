@@ -51,6 +51,7 @@ own."""
 APART = "members of a sample are not next to one another ({}); pack again with `tar --sort=name`"
 DOTTED = "a key ends at its name's first dot ({}); rename so that only the extension has one"
 LINKED = "members are links ({}); pack again with `tar --dereference --hard-dereference`"
+LINKED_FILES = "files are links ({}); copy what they lead to in their place, as `cp -L` does"
 
 
 def is_foreign(name: str) -> bool:
@@ -115,12 +116,13 @@ class Ledger:
 
     Args:
         needed: the members that make a sample a row.
+        linked: the note on links that samples lack.
     """
 
-    def __init__(self, needed: Members) -> None:
+    def __init__(self, needed: Members, linked: str = LINKED) -> None:
         self.strays: list[Rejection] = []
         self.notes, self.causes = Notes(), Notes()
-        self._needed = needed
+        self._needed, self._linked = needed, linked
         self._uses = Counter(name for names in needed.values() for name in names)
         self._reserved = ""
         self._hidden: tuple[str, set[str]] = ("", set())
@@ -182,7 +184,7 @@ class Ledger:
     def _settle_links(self, key: str, members: Collection[str]) -> list[str]:
         links = self._links.pop(key, [])
         if links and lacks(members, self._needed):
-            self.causes.add(LINKED, links[0][1])
+            self.causes.add(self._linked, links[0][1])
             return [extension for extension, _ in links]
         for _, name in links:
             self.notes.add(LINKS, name)
@@ -225,7 +227,7 @@ class Ledger:
         """Account for whatever only a whole tar tells, given its number of samples."""
         for links in self._links.values():
             self.stray(links[0][1], LINK)
-            self.causes.add(LINKED, links[0][1])
+            self.causes.add(self._linked, links[0][1])
         series = Counter(map(_form, self._parts))
         for part, names in self._parts.items():
             # Most samples of a data set may have a further part: `a.seg.png` beside each `a.jpg`.

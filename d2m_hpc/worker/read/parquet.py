@@ -144,7 +144,7 @@ class ParquetSamples(Samples):
             _plain(batch.column(name)) if name else None for name in self._plain
         )
         others = {raw: _plain(batch.column(n)) for raw, n in self._columns.others.items()}
-        pictures = _bytes_of(image)
+        pictures, paths = _inside(image, "bytes"), _inside(image, "path")
         cells = [(n, _without_bytes(_plain(batch.column(n)))) for n in kept]
         share = batch.nbytes if self._has_json and batch.nbytes > WHOLE else 0
         for number in range(len(batch)):
@@ -160,7 +160,7 @@ class ParquetSamples(Samples):
             if self._has_json:
                 size = sum(a.slice(number, 1).nbytes for _, a in cells) if share else 0
                 sample.members[self._names["json"]] = (_Row(number, cells), size)
-            if pictures is not None and pictures is not image and not pictures[number].is_valid:
+            if paths is not None and paths[number].is_valid and not pictures[number].is_valid:
                 self.ledger.causes.add(NO_BYTES, name)
             self.count += 1
             yield sample
@@ -188,11 +188,12 @@ def _plain(array: pa.Array) -> pa.Array:
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
-def _bytes_of(images: pa.Array | None) -> pa.Array | None:
-    """The bytes of a column of images."""
+def _inside(images: pa.Array | None, name: str) -> pa.Array | None:
+    """The bytes or the paths of a column of images; None where it has no such."""
     if images is None or not is_wrapped(images.type):
-        return images
-    return images.flatten()[images.type.get_field_index("bytes")]
+        return images if name == "bytes" else None
+    place = images.type.get_field_index(name)
+    return images.flatten()[place] if place >= 0 else None
 
 
 def _without_bytes(array: pa.Array) -> pa.Array:
