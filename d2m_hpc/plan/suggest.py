@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -286,7 +286,7 @@ def config(output: str, sight: Sight, folder: Path) -> str:
         *(_listed("captions", sight.captions) if sight.captions else []),
         *(_listed("image_key", sight.image_key) if sight.image_key else []),
         *(_listed("text_from", f"json:{sight.caption}") if sight.caption else []),
-        *_fields(sight),
+        *_fields(sight, {*known.columns}),
         "device: 0 # a GPU; without one, --local takes the CPU",
         "batch_size: 256",
         "# slurm: {partition: gpu, gres: 'gpu:1', time: '4:00:00'} # or as options of d2m-submit",
@@ -299,15 +299,16 @@ def _is_ready(spec: ModelSpec, folder: Path) -> bool:
     return all(checked.sha256 for item in found for checked in item.files)
 
 
-def _fields(sight: Sight) -> list[str]:
-    """The fields of the samples; others than of plain values are a comment."""
+def _fields(sight: Sight, taken: Collection[str]) -> list[str]:
+    """The fields of the samples; others than of plain values are a comment, as are those with the
+    name of a model's column."""
     kinds = {
         name: values.inferred(found) if found else ""
         for name, found in sight.fields.items()
         if name not in OF_TOOLS
     }
     named = sight.first - {
-        n for n in kinds if ":" in n or not n.isprintable()
+        n for n in kinds if ":" in n or not n.isprintable() or n in taken
     }  # `a: b` declares a type
     plain = [name for name, kind in kinds.items() if name in named and kind not in ("", "json")]
     aside = [name for name in kinds if name not in plain]

@@ -175,6 +175,16 @@ def test_names_in_the_tars_are_no_lines_of_the_config(tmp_path: Path) -> None:
     assert d2m.head(tmp_path / "c.yml", 1).table["on"].to_pylist() == ["no"]
 
 
+def test_fields_with_the_name_of_a_model_s_column_are_aside(tmp_path: Path) -> None:
+    """Such a config was refused, as a column is there once."""
+    fields = {"image-brightness": 0.5, "text-words": 3, "n": 1}
+    config = _init(tmp_path, _tar(tmp_path / "a.tar", 2, {"jpg": jpeg(), "txt": b"x"}, **fields))
+    assert config["additional_fields"] == ["uid", "n"]
+    text = (tmp_path / "c.yml").read_text()
+    assert '# also in the JSON: ["image-brightness", "text-words"]' in text
+    assert _d2m("plan", tmp_path / "c.yml").exit_code == 0
+
+
 def test_what_init_refuses(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="found no tar, picture or parquet in"):
