@@ -160,7 +160,12 @@ class ParquetSamples(Samples):
             if self._has_json:
                 size = sum(a.slice(number, 1).nbytes for _, a in cells) if share else 0
                 sample.members[self._names["json"]] = (_Row(number, cells), size)
-            if paths is not None and paths[number].is_valid and not pictures[number].is_valid:
+            if (
+                pictures is not None
+                and paths is not None
+                and paths[number].is_valid
+                and not pictures[number].is_valid
+            ):
                 self.ledger.causes.add(NO_BYTES, name)
             self.count += 1
             yield sample
