@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from d2m_hpc.worker.board import Board, Scene
 from d2m_hpc.worker.busy import Busy
 from d2m_hpc.worker.claims import Claims, TaskName
 from d2m_hpc.worker.compute import trial
+from d2m_hpc.worker.compute.ahead import in_turn
 from d2m_hpc.worker.compute.graph import Graph
 from d2m_hpc.worker.compute.heap import keep_freed
 from d2m_hpc.worker.compute.opened import noted, require_same
@@ -252,8 +253,9 @@ class Task:
         gpu = graph.device if graph.device.type == "cuda" else None
         looks = Busy(self.report.progress, _gpu_name(gpu)) if gpu else nullcontext()
         loader = Loader(claims, recipe, self.scratch, gpu, self._look, graph.gate)
-        with graph, looks, loader:
-            results = (self._compute(reading, graph, claims) for reading in loader)
+        shards = closing(in_turn(graph, loader, loader.poll))
+        with graph, looks, loader, shards as computed:
+            results = (self._compute(*shard, graph, claims) for shard in computed)
             look_elsewhere = cache(partial(self._look_elsewhere, graph, recipe))
             yield last_if_undecided(results, claims.chunk, look_elsewhere)
 
@@ -321,7 +323,9 @@ class Task:
         """Raise `ConfigError` for a field that a tar lacks, as all of the run's before it do."""
         require_fields(json_of(archive), url, self.required, self.schema)
 
-    def _compute(self, reading: Reading, graph: Graph, claims: Claims) -> Result:
+    def _compute(
+        self, reading: Reading, made: Iterator[Outputs], graph: Graph, claims: Claims
+    ) -> Result:
         """Compute a shard, or find out why that fails; release its lease if the task must abort."""
         work = reading.work
         table, record = Table(self.part, self.schema), self._record(work)
@@ -331,8 +335,8 @@ class Task:
         try:
             pair = Pair(self.output, work.shard.stem)
             finished = pair.contents() if work.job.extends else None
-            with work.clock("compute", besides="wait"):
-                for outputs in guarded(graph.run(reading)):
+            with work.clock("compute"):
+                for outputs in guarded(made):
                     self._require_declared(outputs)
                     table.add(outputs)
                     record.rejections += outputs.rejections

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, local
 
 from d2m_hpc.errors import DiskError, ShardError
 from d2m_hpc.run.attempts import Attempt, Attempts
@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 UNCOUNTED = Attempt(0)
 
+_within = local()
+"""The seconds of timed blocks within the one that a thread is in."""
+
 
 class Clock:
     """Adds up seconds by stage, also of several threads: `with clock("decode"): ...`."""
@@ -28,14 +31,16 @@ class Clock:
         self._lock, self._lap = Lock(), (0.0, 0.0)
 
     @contextmanager
-    def __call__(self, stage: str, besides: str = "") -> Iterator[None]:
-        """Time a block, without its time in the stage `besides`."""
-        began, before = time.perf_counter(), self.seconds.get(besides, 0.0)
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a block, without the blocks within it that this clock or another one times."""
+        began, before = time.perf_counter(), getattr(_within, "seconds", 0.0)
+        _within.seconds = 0.0
         try:
             yield
         finally:
-            other = self.seconds.get(besides, 0.0) - before
-            self.add(stage, time.perf_counter() - began - other)
+            seconds = time.perf_counter() - began
+            self.add(stage, seconds - _within.seconds)
+            _within.seconds = before + seconds
 
     def add(self, stage: str, seconds: float) -> None:
         with self._lock:

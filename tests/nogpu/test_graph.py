@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from kit import DATACOMP, SHARDS, captions, photographs, write_config
 from d2m_hpc import config as configs
 from d2m_hpc.models.blocks import Reused
 from d2m_hpc.models.preprocessors import Options, Picture
-from d2m_hpc.worker.batch import Batch, collate
+from d2m_hpc.worker.batch import Batch, Outputs, collate
+from d2m_hpc.worker.compute.ahead import in_turn
 from d2m_hpc.worker.compute.graph import Graph
+from d2m_hpc.worker.compute.in_flight import InFlight
 from d2m_hpc.worker.compute.resolve import Toolbox
+from d2m_hpc.worker.work import Clock
 
 
 def _graph(folder: str, checkpoints: str, **more: Any) -> Graph:
@@ -33,9 +36,9 @@ def _graph(folder: str, checkpoints: str, **more: Any) -> Graph:
     return Graph(config, Toolbox.of(config), torch.device("cuda", number))
 
 
-def _batches(graph: Graph, count: int, size: int = 8) -> list[Batch]:
+def _batches(graph: Graph, count: int, size: int = 8, memory: Reused | None = None) -> list[Batch]:
     """Of the same samples."""
-    memory = Reused(size, graph.device)
+    memory = memory or Reused(size, graph.device)
     pictures = [Picture(p) for p in photographs(8)] * (size // 8)
     raw = {"image": pictures, "text": captions()[:8] * (size // 8)}
     made = {
@@ -76,6 +79,83 @@ def test_a_batch_is_launched_without_waiting_and_finds_its_memory(
         "waits for outputs": 2,
         "contexts": [False, True],  # of `cuda:1` alone
     }
+
+
+def across(gpu: Any, folder: str, checkpoints: str) -> dict[str, Any]:
+    """Shards of two batches, the first ones until launches are recorded."""
+    graph, told = _graph(folder, checkpoints), list[list[int | str]]()
+    batches = [Batch([str(i)] * 8, b.inputs, {}) for i, b in enumerate(_batches(graph, 10))]
+    shards = [iter(batches[i : i + 2]) for i in range(0, 10, 2)]
+    launch, outputs, handed = graph.launch, InFlight.outputs, [1]
+
+    def launching(batch: Batch) -> InFlight:
+        before = [gpu.count(what) for what in ("wait", "cudaMalloc", "cudaHostRegister")]
+        made = launch(batch)
+        after = [gpu.count(what) for what in ("wait", "cudaMalloc", "cudaHostRegister")]
+        told.append(["launch", batch.keys[0], sum(after) - sum(before)])
+        return made
+
+    def reading(flight: InFlight) -> Outputs:
+        told.append(["read", flight._batch.keys[0]])
+        return outputs(flight)
+
+    def poll() -> tuple[Clock, Batch] | None:
+        return (Clock(), next(shards[handed[0]])) if handed[0] < 5 else None
+
+    graph.launch, InFlight.outputs = launching, reading
+    with graph, closing(in_turn(graph, shards, poll)) as turns:
+        for _, made in turns:
+            for some in made:
+                assert len(some.keys) == 8
+            told.append(["end"])
+            handed[0] += 1
+    return {"told": told[-12:]}
+
+
+def test_the_next_shard_is_launched_without_waiting_while_one_is_computed(
+    nogpu: Any, tmp_path: Path, checkpoints: Path
+) -> None:
+    """A shard's last outputs are read while the device has something to do."""
+    assert nogpu(across, str(tmp_path), str(checkpoints))["told"] == [
+        *(["launch", "6", 0], ["read", "5"], ["end"]),
+        *(["launch", "7", 0], ["read", "6"], ["launch", "8", 0], ["read", "7"], ["end"]),
+        *(["launch", "9", 0], ["read", "8"], ["read", "9"], ["end"]),
+    ]
+
+
+def dropped(gpu: Any, folder: str, checkpoints: str) -> list[Any]:
+    graph, found = _graph(folder, checkpoints), []
+    memory = Reused(8, graph.device)
+    batches = _batches(graph, 2, memory=memory)
+    shards = [iter([batches.pop()]), iter(list[Batch]())]
+    wait = graph.wait
+
+    def noted() -> None:
+        found.append([gpu.count("wait") - before, _free(memory)])
+        wait()
+        found.append([gpu.count("wait") - before, _free(memory)])
+
+    graph.wait = noted
+    with graph, closing(in_turn(graph, shards, lambda: (Clock(), batches.pop()))) as turns:
+        for some in next(turns)[1]:
+            assert len(some.keys) == 8
+        before = gpu.count("wait")
+    del turns, shards
+    return [*found, [0, _free(memory)]]
+
+
+def _free(memory: Reused) -> int:
+    """Blocks that may be lent again."""
+    return sum(len(blocks) for blocks in memory._free.values())
+
+
+def test_memory_of_a_shard_that_is_dropped_is_lent_after_the_device_is_done(
+    nogpu: Any, tmp_path: Path, checkpoints: Path
+) -> None:
+    (waits, free), (after, still), (_, last) = nogpu(dropped, str(tmp_path), str(checkpoints))
+    assert (waits, after) == (0, 1)
+    assert free == still > 0
+    assert last == 2 * free
 
 
 def recorded(gpu: Any, folder: str, checkpoints: str) -> dict[str, Any]:

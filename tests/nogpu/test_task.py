@@ -41,13 +41,15 @@ def planned(tmp_path: Path, checkpoints: Path) -> RunDir:
     return RunDir(tmp_path / "out" / ".d2m")
 
 
-def work(gpu: Any, root: str, launches: int) -> None:
-    """End this process as a task's ends."""
+def work(gpu: Any, root: str, launches: int) -> int:
+    """The exit code of a task; where it is not 0, this process ends as a task's ends."""
     from d2m_hpc.worker.__main__ import end, main
 
     os.environ |= SLURM
     gpu.die_after(launches)
-    end(main([root, "000", "0", "1"]))
+    if code := main([root, "000", "0", "1"]):
+        end(code)
+    return code
 
 
 @pytest.mark.parametrize("launches", [3, 250, 600])
@@ -57,6 +59,64 @@ def test_a_gpu_that_dies_is_the_nodes_fault(nogpu: Any, planned: RunDir, launche
     assert ended.code == 4
     [failure] = [json.loads(path.read_bytes()) for path in planned.node_failures.iterdir()]
     assert failure["node"] == "node7"
+    assert failure["why"] == (
+        "CUDA failed on node7: CUDA error: an illegal memory access was encountered"
+    )
+    assert Manifest.load(planned).failures == {}
+    assert list(planned.leases.iterdir()) == []
+
+
+def work_ahead(gpu: Any, root: str, folder: str, launches: int | None) -> int:
+    """As `work`; what the task launched and read is in a file then.
+
+    Args:
+        launches: how long the device lives while the third shard's first batch is launched.
+    """
+    from early import launch_ahead
+
+    from d2m_hpc.worker.compute.graph import Graph
+    from d2m_hpc.worker.compute.in_flight import InFlight
+
+    launch, outputs = Graph.launch, InFlight.outputs
+    told = open(Path(folder, "told"), "a", buffering=1)  # noqa: SIM115
+
+    def launching(graph: Graph, batch: Any) -> InFlight:
+        print("launch", batch.keys[0], file=told)
+        if launches is not None and batch.keys[0] == "000020000":
+            gpu.die_after(launches)
+        return launch(graph, batch)
+
+    def reading(flight: InFlight) -> Any:
+        print("read", flight._batch.keys[0], file=told)
+        return outputs(flight)
+
+    launch_ahead(setattr)
+    Graph.launch, InFlight.outputs = launching, reading  # type: ignore[method-assign]
+    return work(gpu, root, -1)
+
+
+def test_a_task_launches_each_shard_while_the_one_before_is_computed(
+    nogpu: Any, planned: RunDir, tmp_path: Path
+) -> None:
+    assert nogpu(work_ahead, str(planned.root), str(tmp_path), None) == 0
+    first, second, third = ([f"{n:05d}0000", f"{n:05d}0004"] for n in range(3))
+    assert (tmp_path / "told").read_text().split("\n") == [
+        *(f"launch {first[0]}", f"launch {first[1]}", f"read {first[0]}"),
+        *(f"launch {second[0]}", f"read {first[1]}", f"launch {second[1]}", f"read {second[0]}"),
+        *(f"launch {third[0]}", f"read {second[1]}", f"launch {third[1]}", f"read {third[0]}"),
+        *(f"read {third[1]}", ""),
+    ]
+    assert [done.rows for done in Manifest.load(planned).done.values()] == [6] * 3
+    assert list(planned.leases.iterdir()) == []
+
+
+@pytest.mark.parametrize("launches", [0, 3])
+def test_a_gpu_that_dies_when_the_next_shard_is_launched_is_the_nodes_fault(
+    nogpu: Any, planned: RunDir, tmp_path: Path, launches: int
+) -> None:
+    assert nogpu(work_ahead, str(planned.root), str(tmp_path), launches).code == 4
+    assert (tmp_path / "told").read_text().split("\n")[-2] == "read 000010004"
+    [failure] = [json.loads(path.read_bytes()) for path in planned.node_failures.iterdir()]
     assert failure["why"] == (
         "CUDA failed on node7: CUDA error: an illegal memory access was encountered"
     )

@@ -18,16 +18,27 @@ def test_what_is_timed_adds_up_whatever_is_raised() -> None:
     assert clock.seconds["decode"] >= 0.04
 
 
-def test_a_stage_within_another_is_not_counted_twice() -> None:
-    clock = Clock()
+def test_a_block_within_another_is_not_counted_twice() -> None:
+    """Also of another shard, which then is not charged for the block around it."""
+    clock, other = Clock(), Clock()
     began = time.perf_counter()
-    with clock("compute", besides="wait"):
+    with clock("compute"):
         with clock("wait"):
             time.sleep(0.1)
+        with suppress(KeyError), other("compute"):
+            with other("wait"):
+                time.sleep(0.03)
+            time.sleep(0.05)
+            raise KeyError
+        time.sleep(0.02)
+    with clock("write"):
         time.sleep(0.02)
     whole = time.perf_counter() - began
     assert clock.seconds["wait"] >= 0.1
-    assert 0.02 <= clock.seconds["compute"] <= whole - clock.seconds["wait"]
+    assert clock.seconds["compute"] >= 0.02
+    assert clock.seconds["write"] >= 0.02
+    assert (other.seconds["wait"] >= 0.03, other.seconds["compute"] >= 0.05) == (True, True)
+    assert sum((*clock.seconds.values(), *other.seconds.values())) <= whole
 
 
 def test_no_thread_s_seconds_are_lost() -> None:

@@ -6,13 +6,17 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from early import launch_ahead
 from kit import SHARDS, STATS, custom_file, sample, write_config, write_shards, write_tar
 
 from d2m_hpc import config as configs
@@ -21,13 +25,19 @@ from d2m_hpc.launch.flow import commit, submitting
 from d2m_hpc.models.transfer import CudaCopies
 from d2m_hpc.plan.decide import decide
 from d2m_hpc.plan.workload import inspect
+from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
 from d2m_hpc.run.owner import OWNER
 from d2m_hpc.run.records import Record, read_records
 from d2m_hpc.run.tasks import attempts
+from d2m_hpc.stopping import Stopped
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.worker import progress
+from d2m_hpc.worker.batch import Batch
+from d2m_hpc.worker.compute.graph import Graph
+from d2m_hpc.worker.compute.in_flight import InFlight
+from d2m_hpc.worker.read.loader import Loader
 from d2m_hpc.worker.task import Progress, choose_device, run_task
 
 RAISE = """
@@ -360,6 +370,126 @@ def test_a_custom_file_that_breaks_on_a_node_is_a_config_error_and_no_shards(
     with pytest.raises(ConfigError, match="ZeroDivisionError"):
         run_task(run.root, "000", 0)
     assert list(run.records.iterdir()) == []
+
+
+# --- from shard to shard, as on a GPU ---
+
+
+MAIN = ("wait", "compute")
+"""What the main thread does."""
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CPU launches ahead, as a GPU does; the shards of the batches that were launched so."""
+    found: list[str] = []
+
+    def noted(loader: Loader) -> Any:
+        if ready := poll(loader):
+            found.append(ready[1].keys[0][:5])
+        return ready
+
+    launch_ahead(monkeypatch.setattr)
+    poll = Loader.poll
+    monkeypatch.setattr(Loader, "poll", noted)
+    monkeypatch.setattr(Graph, "returns_early", True)
+    return found
+
+
+def _mixed(folder: Path) -> RunDir:
+    """Shards of one, two and no batches; of bad samples; and one whose first batch fails."""
+    write_shards(folder / "tars", 2)
+    write_shards(folder / "tars", 1, samples=3)
+    write_shards(folder / "more", 5, samples=9)
+    for i in (2, 3, 4):
+        (folder / "more" / f"{i:05d}.tar").rename(folder / "tars" / f"{i:05d}.tar")
+    shutil.copy(SHARDS / "bad.tar", folder / "tars" / "00005.tar")
+    write_tar(folder / "tars" / "00006.tar", {})
+    write_tar(folder / "tars" / "00007.tar", sample("000070000"))
+    (folder / "picky.py").write_text(PICKY)
+    more: dict[str, Any] = {
+        "models": [*STATS["models"], "picky"],
+        "postprocess_columns": [*STATS["postprocess_columns"], "picky-length"],
+        "custom_pypath": str(folder / "picky.py"),
+    }
+    tars = str(folder / "tars" / "*.tar")
+    return _planned(folder, tars, batch_size=4, max_rejected_fraction=1.0, **more)
+
+
+def _left(folder: Path, run: RunDir) -> dict[str, Any]:
+    """What a run has written, without its times."""
+    found: dict[str, Any] = {}
+    for path in sorted((folder / "out").glob("*.parquet")):
+        found[path.name] = pq.read_table(path).to_pydict()
+    for path in sorted((folder / "out").glob("*.npz")):
+        with np.load(path) as arrays:
+            found[path.name] = {name: arrays[name].tobytes() for name in arrays}
+    for stem, r in _records(run).items():
+        found[stem] = (r.state, r.rows, r.rejections, r.notices, r.error.replace(str(folder), ""))
+    return found
+
+
+def test_shards_that_are_launched_ahead_have_the_same_outputs_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    alone, ahead = tmp_path / "alone", tmp_path / "ahead"
+    before, after = _mixed(alone), _mixed(ahead)
+    told = run_task(before.root, "000", 0)
+    launched = request.getfixturevalue("launched")
+    began = time.perf_counter()
+    again = run_task(after.root, "000", 0)
+    seconds = time.perf_counter() - began
+    assert _left(ahead, after) == _left(alone, before)
+    counts = ("state", "shards", "done", "failed", "rows", "rejected")
+    assert [getattr(again, c) for c in counts] == [getattr(told, c) for c in counts]
+    assert (told.done, told.failed) == (7, 1)
+    # Not the first one, and not the one after a shard that has no batch or fails at its first.
+    assert launched == ["00001", "00003", "00004", "good-"]
+    assert list(after.leases.iterdir()) == []
+    spent = [r.seconds.get(stage, 0.0) for r in _records(after).values() for stage in MAIN]
+    assert sum(spent) <= seconds
+
+
+def test_nothing_is_launched_beside_a_shard_that_is_tried_alone(
+    tmp_path: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path / "tars", 4)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"), batch_size=4)
+    launch, beside = Graph.launch, list[tuple[str, list[str]]]()
+
+    def noted(graph: Graph, batch: Batch) -> InFlight:
+        held = sorted(path.name[:5] for path in run.leases.iterdir())
+        beside.append((batch.keys[0][:5], held))
+        return launch(graph, batch)
+
+    monkeypatch.setattr(Graph, "launch", noted)
+    ended = run_task(run.root, "000", 0, alone={"00000", "00002"})
+    assert (ended.done, ended.failed, ended.rows) == (4, 0, 20)
+    assert launched == ["00003"]
+    assert beside[-4:] == [("00000", ["00000"])] * 2 + [("00002", ["00002"])] * 2
+
+
+def test_a_task_that_is_stopped_leaves_what_it_has_launched_ahead_to_others(
+    tmp_path: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path / "tars", 4)
+    run = _planned(tmp_path, str(tmp_path / "tars" / "*.tar"))
+    waits: list[list[str]] = []
+    monkeypatch.setattr(Graph, "wait", lambda graph: waits.append(launched.copy()))
+
+    def stop(progress: Progress) -> None:
+        if progress.rows == 10:
+            raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        run_task(run.root, "000", 0, listener=stop)
+    assert launched == ["00001", "00002"]
+    assert waits == [launched] * 2  # the second shard's own, and the third's
+    assert _records(run).keys() == {"00000"}
+    assert list(run.leases.iterdir()) == []
+    assert Attempts(run.attempts).unended() == {}
+    again = run_task(run.root, "000", 0)
+    assert (again.done, again.failed, again.rows) == (4, 0, 15)
 
 
 # --- the device ---

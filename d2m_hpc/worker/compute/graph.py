@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from pathlib import Path
@@ -204,14 +213,23 @@ class Graph:
         self._graphs.stop()
         self._kept.__exit__(*error)
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[Outputs]:
+    def run(
+        self,
+        batches: Iterable[Batch],
+        begun: list[Future[InFlight]] | None = None,
+        ahead: Callable[[], None] = lambda: None,
+    ) -> Generator[Outputs]:
         """Yield each batch's outputs; while the caller reads them, the next batch is computed.
 
         A model's error on the next batch may be raised with this one, as a `ShardError`.
+
+        Args:
+            begun: a batch before these that was launched, or the error of that; taken from here.
+            ahead: called when the device has, or has had, the last batch, to launch what follows.
         """
-        before: InFlight | None = None
         heap = Heap()
         try:
+            before = begun.pop().result() if begun else None
             for batch in batches:
                 launched = self.launch(batch)
                 if before is not None:
@@ -219,19 +237,30 @@ class Graph:
                 before = launched
                 heap.tidy()
             if before is not None:
-                yield before.outputs()
+                ahead()
+                last = before.outputs()
+                ahead()
+                yield last
         except BaseException:
-            self._copies.mark()()  # the memory of what is given up here is used again
+            self.wait()
             raise
+
+    def wait(self) -> None:
+        """Wait for all that was launched, as the memory of what is given up is used again."""
+        self._copies.mark()()
 
     def __call__(self, batch: Batch) -> Outputs:
         """Compute one batch alone."""
         return self.launch(batch).outputs()
 
+    @property
+    def returns_early(self) -> bool:
+        """Whether the caller goes on while a batch is computed; a CPU computes it at once."""
+        return self.device.type == "cuda"
+
     def launch(self, batch: Batch) -> InFlight:
         """Start computing a batch; raise `ShardError` where a model fails at once."""
-        # On a CPU the batch is computed at once.
-        with self.gate.shut() if self.device.type == "cuda" else nullcontext():
+        with self.gate.shut() if self.returns_early else nullcontext():
             return InFlight(batch, self.toolbox, self._compute, mixed=self.dtype is not None)
 
     # In `inference_mode`, autocast would cast the weights anew at each use.
@@ -255,7 +284,7 @@ class Graph:
                 continue
             self._fitting = -(-size // 2)
             log.warning("out of memory on %d rows; %d at a time from now on", size, self._fitting)
-            self._copies.mark()()  # the memory of what is given up is used again
+            self.wait()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 

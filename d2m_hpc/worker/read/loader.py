@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from queue import Empty, Queue
@@ -107,6 +107,14 @@ class Reading:
             self.found = item
             return None
 
+    def poll(self) -> Batch | None:
+        """Take the next batch, if it is ready at this moment."""
+        with suppress(IndexError):  # the queue is empty
+            item = self._queue.queue[0]
+            if isinstance(item, Future) and item.done() and not item.exception():
+                return self._next()
+        return None
+
     def put(self, item: Future[Batch] | Findings | BaseException) -> None:
         """Hand over a batch, the findings or an error; drop it once cancelled."""
         while not self._slots.acquire(timeout=POLL_SECONDS):
@@ -196,6 +204,17 @@ class Loader:
 
     def __iter__(self) -> Iterator[Reading]:
         yield from received(self._next)
+
+    def poll(self) -> tuple[Clock, Batch] | None:
+        """Take the first batch of the shard that comes next, if it is ready at this moment.
+
+        The shard comes with its other batches. An error is left to it.
+        """
+        with suppress(IndexError):  # none comes
+            reading = self._next.queue[0]
+            if isinstance(reading, Reading) and (batch := reading.poll()) is not None:
+                return reading.work.clock, batch
+        return None
 
     def _read_all(self) -> None:
         end: BaseException | None = None

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import repeat
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,13 @@ from d2m_hpc.models import inputs, precision
 from d2m_hpc.models.inputs import Input
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Preprocessor
 from d2m_hpc.models.tokens import clip_tokens
+from d2m_hpc.stopping import Stopped
 from d2m_hpc.worker.batch import Batch, Outputs
+from d2m_hpc.worker.compute.ahead import in_turn
 from d2m_hpc.worker.compute.graph import Graph, amp_dtype
 from d2m_hpc.worker.compute.resolve import Toolbox
+from d2m_hpc.worker.faults import guarded
+from d2m_hpc.worker.work import Clock
 
 CPU = torch.device("cpu")
 
@@ -635,6 +641,154 @@ def test_no_batch_is_launched_after_one_that_failed(bench: Make) -> None:
     with pytest.raises(ShardError, match="too large"):
         list(made.graph.run(batches()))
     assert asked == [0, 1]
+
+
+class Shards:
+    """Shards of batches, as a loader gives them, of which none or all are ready."""
+
+    def __init__(self, shards: list[list[Batch]], ready: Iterable[bool] = repeat(True)) -> None:
+        self.left, self.clock = [iter(batches) for batches in shards], Clock()
+        self._ready = iter(ready)
+        self.polls = 0
+
+    def __iter__(self) -> Iterator[Iterator[Batch]]:
+        while self.left:
+            yield self.left.pop(0)
+
+    def poll(self) -> tuple[Clock, Batch] | None:
+        self.polls += 1
+        return (self.clock, next(self.left[0])) if next(self._ready) and self.left else None
+
+
+class Stop(Stopped):
+    def __init__(self) -> None:
+        super().__init__(signal.SIGTERM)
+
+
+AHEAD = (
+    READ
+    + """
+ERRORS = {}
+class Failing(Some):
+    def forward(self, x):
+        if error := ERRORS.get(float(x[0, 0])):
+            raise error
+        return x
+def late(cache):
+    if error := ERRORS.get(-float(cache['some'][0, 0])):
+        raise error
+    return post(cache)
+model_lookup['some'] = Failing
+postprocess_parquet_lookup['post'] = late
+"""
+)
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs pass for a GPU's, which launch ahead."""
+    monkeypatch.setattr(Graph, "returns_early", True)
+
+
+def ahead(bench: Make, *sizes: list[int], ready: Iterable[bool] = repeat(True)) -> Any:
+    """A graph, and shards of batches of these sizes for it."""
+    made = bench(AHEAD, ["some"], ["post"])
+    shards = Shards([[made.batch([float(n)] * n) for n in shard] for shard in sizes], ready)
+    return made, shards, in_turn(made.graph, shards, shards.poll)
+
+
+def told(made: Any, shards: Iterable[tuple[Any, Iterator[Outputs]]]) -> list[Any]:
+    """The sizes of each shard's outputs, or its error; the end of each shard is in `CALLS`."""
+    found: list[Any] = []
+    for _, outputs in shards:
+        try:
+            found.append([len(o.keys) for o in guarded(outputs)])
+        except Exception as error:
+            found.append(str(error))
+        made.module.CALLS.append(("end", len(found)))
+    return found
+
+
+def events(made: Any) -> list[int | str]:
+    """Launches of batches, by size; -n where the outputs of n samples are read; shards' ends."""
+    kinds = {"Failing": 1, "post": -1}
+    return [kinds[name] * n if name in kinds else f"{name} {n}" for name, n in made.module.CALLS]
+
+
+@pytest.mark.usefixtures("early")
+def test_the_next_shard_is_launched_before_the_last_outputs_of_one_are_read(bench: Make) -> None:
+    made, shards, turns = ahead(bench, [1, 2], [3], [4, 5])
+    assert told(made, turns) == [[1, 2], [3], [4, 5]]
+    assert events(made) == [1, 2, -1, 3, -2, "end 1", 4, -3, "end 2", 5, -4, -5, "end 3"]
+    assert shards.clock.seconds["compute"] > 0
+
+
+@pytest.mark.usefixtures("early")
+def test_a_shard_that_is_not_ready_is_not_waited_for(bench: Make) -> None:
+    """It may be when the outputs have been read."""
+    made, _, turns = ahead(bench, [1, 2], [3], [4], ready=iter([False, True] + 9 * [False]))
+    assert told(made, turns) == [[1, 2], [3], [4]]
+    assert events(made) == [1, 2, -1, -2, 3, "end 1", -3, "end 2", 4, -4, "end 3"]
+
+
+def test_a_cpu_does_not_compute_the_next_shard_before_one_is_done(bench: Make) -> None:
+    made, shards, turns = ahead(bench, [1, 2], [3])
+    assert told(made, turns) == [[1, 2], [3]]
+    assert events(made) == [1, 2, -1, -2, "end 1", 3, -3, "end 2"]
+    assert shards.polls == 0
+
+
+@pytest.mark.usefixtures("early")
+@pytest.mark.parametrize("error", [ValueError("no"), SystemExit("no"), KeyboardInterrupt("no")])
+def test_an_error_of_the_next_shards_launch_is_its_own(bench: Make, error: BaseException) -> None:
+    made, _, turns = ahead(bench, [1, 2], [3, 4], [5])
+    made.module.ERRORS[3.0] = error
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # so that nobody else interrupts
+    try:
+        first, second, third = told(made, turns)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (first, third) == ([1, 2], [5])
+    assert f"{type(error).__name__}: no" in second
+    assert events(made) == [1, 2, -1, 3, -2, "end 1", "end 2", 5, -5, "end 3"]
+
+
+@pytest.mark.usefixtures("early")
+def test_an_error_of_reading_a_shards_last_outputs_is_its_own(bench: Make) -> None:
+    made, _, turns = ahead(bench, [1, 2], [3], [4])
+    made.module.ERRORS[-2.0] = ValueError("unread")
+    first, *others = told(made, turns)
+    assert "unread" in first
+    assert others == [[3], [4]]
+    assert events(made) == [1, 2, -1, 3, "end 1", 4, -3, "end 2", -4, "end 3"]
+
+
+@pytest.mark.usefixtures("early")
+def test_who_asks_a_task_to_end_is_heard_at_once(bench: Make) -> None:
+    made, _, turns = ahead(bench, [1], [2])
+    made.module.ERRORS[2.0] = Stop()
+    with pytest.raises(Stopped):
+        told(made, turns)
+    assert events(made) == [1, 2]
+
+
+@pytest.mark.usefixtures("early")
+def test_what_is_given_up_is_waited_for_first(bench: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU may still read and write the memory."""
+    made, _, turns = ahead(bench, [1], [2, 3], [4], [5], [6])
+    waits: list[int] = []
+    monkeypatch.setattr(made.graph, "wait", lambda: waits.append(len(made.module.CALLS)))
+    assert [len(o.keys) for o in next(turns)[1]] == [1]
+    assert waits == []
+    next(turns)  # whose outputs nobody asks for
+    next(turns)
+    assert waits == [3]
+    _, outputs = next(turns)
+    assert waits == [3]
+    assert len(next(outputs).keys) == 5
+    turns.close()  # with the batch of the last shard launched
+    assert events(made) == [1, 2, -1, 5, 6, -5]
+    assert waits == [3, 6, 6]
 
 
 def test_a_model_that_is_read_on_the_host_is_read_before_its_dependents(bench: Make) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -452,6 +453,75 @@ def test_reading_ahead_is_bounded(tmp_path: Path, scratch: Scratch) -> None:
         time.sleep(0.2)
         assert 4 * AHEAD <= prepared["all"] <= most
         assert [len(keys(reading)) for reading in loader] == [150, 150]
+
+
+def polled(loader: Loader) -> Batch:
+    """The first batch of the next shard, as soon as it is ready."""
+    deadline = time.monotonic() + 60
+    while (found := loader.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return found[1]
+
+
+def test_the_first_batch_of_the_next_shard_is_taken_where_it_is_ready(
+    tmp_path: Path, scratch: Scratch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def wait(text: str) -> str:
+        if text == "caption 1000":  # the second shard's first sample
+            reached.set()
+            assert go_on.wait(60)
+        return text
+
+    paths = write_shards(tmp_path, 3, samples=6)
+    with Loader(works(*paths), recipe({("text", "wait"): custom(wait)}), scratch) as loader:
+        shards = iter(loader)
+        first = next(shards)
+        batches = iter(first)
+        taken = next(batches)
+        assert reached.wait(60)
+        assert loader.poll() is None
+        go_on.set()
+        ahead = polled(loader)
+        assert keys([taken, *batches]) == [f"{i:09d}" for i in range(6)]
+        assert first.found.total == 6
+        second = next(shards)
+        assert keys([ahead, *second]) == [f"{10_000 + i:09d}" for i in range(6)]
+        assert second.found.total == 6
+        ahead = polled(loader)
+        assert keys([ahead, *next(shards)]) == [f"{20_000 + i:09d}" for i in range(6)]
+        assert list(shards) == []
+        assert loader.poll() is None
+
+
+def test_an_error_or_an_end_is_left_to_its_shard(tmp_path: Path, scratch: Scratch) -> None:
+    def of_some_length(text: str) -> torch.Tensor:
+        return torch.zeros(1 if text.startswith("caption 1") else len(text))
+
+    odd, *others = write_shards(tmp_path, 2)
+    write_tar(odd, {"a.txt": b"1", "b.txt": b"22"})
+    empty = write_tar(tmp_path / "empty.tar", {})
+    paths = [odd, tmp_path / "gone.tar", empty, *others]
+    made = recipe({("text", "some"): custom(of_some_length)})
+    with Loader(works(*paths), made, scratch) as loader:
+        shards, found = iter(loader), []
+        while not found or found[-1] != 5:
+            while not (waiting := loader._next.queue) or waiting[0]._queue.empty():
+                time.sleep(0.001)
+            if isinstance(item := waiting[0]._queue.queue[0], Future):
+                wait([item])
+            ahead = loader.poll()
+            assert (ahead is not None) == (len(found) == 3)
+            try:
+                found.append(len(keys([*([ahead[1]] if ahead else []), *next(shards)])))
+            except ShardError as error:
+                found.append(str(error))
+    assert [*map(type, found)] == [str, str, int, int]
+    assert "different shapes" in found[0]
+    assert "No such file" in found[1]
+    assert found[2:] == [0, 5]
 
 
 def test_no_sample_is_prepared_while_the_gate_is_shut(
