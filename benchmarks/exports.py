@@ -5,7 +5,9 @@
 The run is made up: CLIP L/14's features of images and texts (768 numbers each, random), columns and
 captions; tars of random bytes in place of pictures. Each export is a command in a process of its
 own, as a user types it, in turns with `cp -R` and `sync` of each file, as exports sync theirs.
-Copied is what the export wrote; if that is a small part of what it reads, the files it reads.
+Copied is what the export wrote; if that is a small part of what it reads, the files it reads. Two
+exports, whose cost is by sample and not by byte, are also beside the few lines of Python that one
+would write with `tarfile` and with pyarrow.
 
 The rate is megabytes of the copied files by second. What a command takes for starting is told by an
 export of a run of one shard, and is taken off before the rates are compared; times are as they are.
@@ -17,6 +19,7 @@ import argparse
 import json
 import random
 import shutil
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -50,13 +53,45 @@ KEYS = {
 COPY = 'PATH=/usr/bin:/bin; cp -R --reflink=never "$@" && find "${@: -1}" -type f -exec sync {} +'
 
 
+BY_TARFILE = """
+import json, os, pathlib, sys, tarfile
+out = pathlib.Path(sys.argv[-1])
+out.mkdir()
+for line in map(json.loads, open("kept.jsonl")):
+    keys, name = {*line["keys"]}, line["shard"] + ".tar"
+    with tarfile.open(f"tars/{name}") as tar, (out / name).open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w") as kept:
+            for member in tar:
+                if member.name.partition(".")[0] in keys:
+                    kept.addfile(member, tar.extractfile(member))
+        file.flush()
+        os.fsync(file.fileno())
+"""
+BY_PYARROW = """
+import os, sys
+import pyarrow.dataset as ds, pyarrow.parquet as pq
+*paths, out = sys.argv[1:]
+table = ds.dataset(paths).to_table(["uid", "url", "caption"])
+with open(f"{out}/kept.parquet", "wb") as file:
+    pq.write_table(table, file)
+    file.flush()
+    os.fsync(file.fileno())
+"""
+
+
 @dataclass(frozen=True)
 class Export:
-    """An export's words, and the files beside its result that it reads, if these are copied."""
+    """An export's words, and what it is compared with.
+
+    Attributes:
+        reads: files beside its result that it reads, if these are copied.
+        program: does the same, in place of a copy.
+    """
 
     words: tuple[str, ...]
     kind: str = "float16"
     reads: str = ""
+    program: str = ""
 
 
 EXPORTS = {
@@ -69,7 +104,11 @@ EXPORTS = {
     "lance, float32": Export(("lance", "-o"), "float32"),
     "datacomp": Export(("datacomp", "-o")),
     "subset-tars": Export(("subset-tars", "--lists", "kept.jsonl", "-o")),
+    "subset-tars, tarfile": Export(
+        ("subset-tars", "--lists", "kept.jsonl", "-o"), program=BY_TARFILE
+    ),
     "img2dataset": Export(("img2dataset", "-o"), reads="*.parquet"),
+    "img2dataset, pyarrow": Export(("img2dataset", "-o"), reads="*.parquet", program=BY_PYARROW),
 }
 
 
@@ -144,7 +183,10 @@ def turn(export: Export, name: str, run: Path, place: Path) -> tuple[Row, Row, i
     source = [*(run / "out").glob(export.reads)] if export.reads else [made]
     if export.reads:
         copied.mkdir()
-    copy = ["/bin/bash", "-c", COPY, "copy", *map(str, source), str(copied)]
+    copy = ["/bin/bash", "-c", COPY, "copy"]
+    if export.program:
+        copy = [sys.executable, "-c", export.program]
+    copy += [*map(str, source), str(copied)]
     by_copy = measure("copy", 0, copy, run)
     found = size(source)
     for path in (made, copied):
