@@ -113,7 +113,9 @@ class Renamed(exports.ExportLayout):
                         exports.begin_npy(member, np.dtype(np.float16), (int(keep.sum()), *v.shape))
                         self.source.copy_values(pair, rows, [(v, _Kept(member, v, keep))])
             with exports.whole(next(files)) as file:
-                pq.write_table(pa.table(columns).filter(keep), file, compression="zstd")
+                kept = pa.table(columns).filter(keep)
+                again = [name for name in kept.column_names if exports.repeats(kept[name])]
+                pq.write_table(kept, file, compression="zstd", use_dictionary=again)
 
     def _columns(self, table: pa.Table) -> tuple[dict[str, pa.Array], NDArray[np.bool_]]:
         """The columns, and which rows have a caption, and a usable uid if there are uids."""

@@ -601,3 +601,10 @@ def begin_npy(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> 
         "shape": shape,
     }
     np.lib.format.write_array_header_1_0(file, described)
+
+
+def repeats(column: pa.ChunkedArray) -> bool:
+    """Whether its values come again, as far as the first ones tell; a dictionary of others costs
+    more than all else of a column, and makes the file larger."""
+    some = column.slice(0, 1000)
+    return not pa.types.is_nested(some.type) and 2 * len({*some.to_pylist()}) < len(some)

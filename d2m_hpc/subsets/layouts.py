@@ -322,19 +322,12 @@ def _parquet(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
     words = [name for name in schema.names if name not in vectors]
     options = {
         "compression": {name: "none" if name in vectors else "zstd" for name in schema.names},
-        "use_dictionary": [name for name in words if _repeats(first[name])],
+        "use_dictionary": [name for name in words if exports.repeats(first[name])],
         "write_statistics": words,
     }
     with whole(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         for table in chain([first], tables):
             writer.write_table(table)
-
-
-def _repeats(column: pa.ChunkedArray) -> bool:
-    """Whether its values come again, as far as the first ones tell; a dictionary of others costs
-    more than all else of a column, and makes the file larger."""
-    some = column.slice(0, 1000)
-    return not pa.types.is_nested(some.type) and 2 * len({*some.to_pylist()}) < len(some)
 
 
 class _GroupTooLarge(Exception):
