@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from d2m_hpc.config import Config
 from d2m_hpc.models.inputs import PICTURES
 
 Members = Mapping[str, tuple[str, ...]]
 """The names of members by kind; the first one that a sample has is used."""
+Split = Callable[[str], tuple[str | None, str | None]]
+"""Splits a member's name into key and extension."""
 EXTENSIONS: Members = {"image": PICTURES, "text": ("txt",), "json": ("json",)}
 _MEMBER = re.compile(r"(?P<key>(.*/)?[^.]+)\.(?P<extension>[^/]*)")
 
@@ -40,6 +42,7 @@ def split(name: str) -> tuple[str | None, str]:
     Example:
         split("cats/1.seg.png") == ("cats/1", "seg.png")
     """
-    # Here rather than from webdataset, whose import takes torch along.
+    # For commands that show or copy samples: webdataset's import takes torch along. Tasks, which
+    # load torch in any case, ask webdataset itself (`Recipe.of`).
     match = _MEMBER.fullmatch(name)
     return (match["key"], match["extension"]) if match else (None, "")

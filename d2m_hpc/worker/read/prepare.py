@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from PIL import Image
+from webdataset.tariterators import base_plus_ext
 
 from d2m_hpc.config import Config
 from d2m_hpc.config.texts import TextSource
@@ -147,7 +148,7 @@ class Recipe:
             members=members_of(config),
             texts={r: s for r, s in config.texts.items() if r in taken and not s.members},
             caption=config.text_field or "caption",
-            open=opener(config),
+            open=opener(config, base_plus_ext),
         )
 
     @cached_property

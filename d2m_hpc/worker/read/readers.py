@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from d2m_hpc.config import Config
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.urls import is_folder
-from d2m_hpc.worker.read import refusal
+from d2m_hpc.worker.read import names, refusal
 from d2m_hpc.worker.read.folder import PictureFolder
+from d2m_hpc.worker.read.names import Split
 from d2m_hpc.worker.read.parquet import Parquet
 from d2m_hpc.worker.read.reader import Reader
 from d2m_hpc.worker.read.shard import Archive
@@ -20,17 +22,21 @@ Opener = Callable[[str, Path, str], Reader]
 """Opens a shard, given its URL, its file on this node, and the fault of the stream to there."""
 
 
-def open_tar(url: str, path: Path, damage: str) -> Reader:
+def open_tar(url: str, path: Path, damage: str, split: Split = names.split) -> Reader:
     """Open a tar; raise `ShardError` for any other file."""
-    archive = Archive(path, damage)
+    archive = Archive(path, damage, split)
     if not damage and (what := archive.nature()):
         archive.close()
         raise refusal.no_tar(url, what)
     return archive
 
 
-def opener(config: Config) -> Opener:
-    """The function that opens a config's shards: `input_tars` are tars, `inputs` of any form."""
+def opener(config: Config, split: Split = names.split) -> Opener:
+    """The function that opens a config's shards: `input_tars` are tars, `inputs` of any form.
+
+    Args:
+        split: splits the names of tars' members.
+    """
 
     def open_any(url: str, path: Path, damage: str) -> Reader:
         if is_folder(url):
@@ -38,6 +44,6 @@ def opener(config: Config) -> Opener:
         with open(path, "rb", opener=regular) as file:
             head = file.read(max(map(len, READERS)))
         found = next((r for magic, r in READERS.items() if head.startswith(magic)), None)
-        return found(url, path, config) if found else open_tar(url, path, damage)
+        return found(url, path, config) if found else open_tar(url, path, damage, split)
 
-    return open_any if config.inputs else open_tar
+    return open_any if config.inputs else partial(open_tar, split=split)

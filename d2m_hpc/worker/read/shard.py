@@ -11,7 +11,7 @@ from d2m_hpc.errors import ShardError
 from d2m_hpc.storage.files import regular
 from d2m_hpc.storage.texts import valid
 from d2m_hpc.worker.read.members import is_foreign, is_reserved
-from d2m_hpc.worker.read.names import EXTENSIONS, Members, split
+from d2m_hpc.worker.read.names import EXTENSIONS, Members, Split, split
 from d2m_hpc.worker.read.nature import HEAD, nature
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 from d2m_hpc.worker.read.tar import BLOCK, Member, TarCut, members
@@ -20,9 +20,15 @@ CUT_OFF = "cut off where the archive ends"
 
 
 class Archive(Reader):
-    """A plain tar on this node, read from many threads at once."""
+    """A plain tar on this node, read from many threads at once.
 
-    def __init__(self, path: Path, damage: str = "") -> None:
+    Args:
+        damage: the fault of the stream that the tar came by.
+        split: splits members' names.
+    """
+
+    def __init__(self, path: Path, damage: str = "", split: Split = split) -> None:
+        self._split = split
         self._file = open(path, "rb", opener=regular)  # noqa: SIM115
         self.version, self.damage = Version.of(self._file), damage
         self.size = self.version.size
@@ -53,7 +59,7 @@ class Archive(Reader):
         return bool(self.damage) or any(last)
 
     def index(self, needed: Members = EXTENSIONS) -> Index:
-        return Index(self._file, self.size, needed)
+        return Index(self._file, self.size, needed, self._split)
 
     def close(self) -> None:
         self._file.close()
@@ -70,10 +76,18 @@ class Index(Samples):
         file: a plain tar, seekable; only the iteration moves its position.
         size: its size in bytes.
         needed: the members that make a sample a row.
+        split: splits members' names.
     """
 
-    def __init__(self, file: BinaryIO, size: int, needed: Members = EXTENSIONS) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        size: int,
+        needed: Members = EXTENSIONS,
+        split: Split = split,
+    ) -> None:
         super().__init__(needed)
+        self._split = split
         self._members = members(file, size)
         self._open: Sample | None = None
         self._first: frozenset[str] = frozenset()
@@ -95,7 +109,7 @@ class Index(Samples):
         """Take a member; return the sample that ends before it, if any."""
         if member.kind == "folder":
             return None
-        key, extension = split(member.name)
+        key, extension = self._named(member.name)
         is_file = member.kind == "file"
         if is_file and self._open and key is not None and self._continues(key, extension):
             self._open.members[extension.lower()] = (member.offset, member.size)
@@ -106,6 +120,10 @@ class Index(Samples):
         assert self._open is not None
         self._open.members[extension.lower()] = (member.offset, member.size)
         return closed
+
+    def _named(self, member: str) -> tuple[str | None, str]:
+        key, extension = self._split(member)
+        return key, extension or ""
 
     def _continues(self, key: str, extension: str) -> bool:
         """Whether a member of this name belongs to the open sample."""
@@ -134,7 +152,7 @@ class Index(Samples):
         Args:
             member: the member that the archive ends in, or empty where it ends between two.
         """
-        key, extension = split(member)
+        key, extension = self._named(member)
         aside = is_foreign(member) or is_reserved(member)
         if member and not aside:
             self.ledger.stray(key or member, CUT_OFF)
