@@ -33,6 +33,8 @@ def init(
 ) -> None:
     sight = api.init(inputs, output, metadata)
     echo(f"looked at {sight.samples} samples in the first of {sight.tars:,} shards")
+    if sight.warning:
+        echo(f"{sight.warning}: see `max_rejected_fraction` in {output}")
     echo(f"wrote {output}; next: d2m head {output}; d2m-submit {output} --local")
 
 

@@ -41,11 +41,17 @@ CAPTIONS = ("caption", "text", "alt_text", "alt", "title")
 """Fields that hold a sample's text where no member does."""
 OF_TOOLS = ("key", "status", "error_message")
 """Fields that say nothing of a sample: its name, and how its download went."""
+FEW = 0.05
+"""The share of samples that may be rejected without a word: half of what a shard may by default, as
+other shards may have more."""
 PARQUETS = ".parquet"
 CAPTIONED = [
     f"{n}.{kind}" for n in ("metadata", "captions") for kind in ("jsonl", "csv", "parquet")
 ]
 """Names of a captions file in a folder of pictures; `datasets` writes the first ones."""
+REJECTING = """\
+# without the models and fields that need these (and `captions`, if it is there), they do.
+max_rejected_fraction: 1.0 # as a shard in which more are rejected fails"""
 IMAGE = "image"
 """What stands for the pictures of a parquet among members."""
 
@@ -63,6 +69,7 @@ class Sight:
         key: the config's key for the patterns.
         patterns: the patterns of these shards; those of a folder of parquets name them.
         captions: the captions file of a folder of pictures; mostly empty.
+        each: of each sample, the kinds of its members, and its texts such as `json:caption`.
     """
 
     tars: int
@@ -73,6 +80,7 @@ class Sight:
     fields: dict[str, list[object]] = field(default_factory=dict)
     first: frozenset[str] = frozenset()
     captions: str = ""
+    each: list[frozenset[str]] = field(default_factory=list)
 
     @property
     def image(self) -> bool:
@@ -99,15 +107,38 @@ class Sight:
         image = {"image"} if self.image or self.image_key else set()
         return image | ({"text"} if self.members["txt"] or self.caption else set())
 
+    def missing(self) -> tuple[str, float]:
+        """What samples lack of what a config of all models and fields needs, and their share."""
+        text = f"json:{self.caption}" if self.caption else "txt"
+        needed = {"image": {self.image_key} if self.image_key else {*PICTURES, IMAGE}}
+        needed = {name: kinds for name, kinds in needed.items() if name in self.inputs}
+        needed |= {"text": {text}} if "text" in self.inputs else {}
+        needed |= {"JSON": {"json"}} if self.fields else {}
+        lacked = [n for n, kinds in needed.items() if any(kinds.isdisjoint(e) for e in self.each)]
+        whole = sum(not any(kinds.isdisjoint(e) for kinds in needed.values()) for e in self.each)
+        return " or ".join(lacked), 1 - whole / self.samples
+
+    @property
+    def warning(self) -> str:
+        """What is said of samples that will be rejected; empty where these are few."""
+        what, share = self.missing()
+        if share <= FEW:
+            return ""
+        return f"{share:.0%} of these samples lack {what}, and become no rows"
+
     def add(self, members: dict[str, bytes]) -> None:
         self.samples += 1
         self.members.update(members.keys())
+        kinds = {*members}
         with suppress(ValueError, RecursionError):
             found = json.loads(members.get("json", b""))
             for name, value in found.items() if isinstance(found, dict) else ():
                 values = self.fields.setdefault(name, [])
                 if value is not None:
                     values.append(value)
+                if isinstance(value, str):
+                    kinds.add(f"json:{name}")
+        self.each.append(frozenset(kinds))
 
 
 def write(file: Path, inputs: Sequence[str], output: str) -> Sight:
@@ -287,6 +318,7 @@ def config(output: str, sight: Sight, folder: Path) -> str:
         *(_listed("image_key", sight.image_key) if sight.image_key else []),
         *(_listed("text_from", f"json:{sight.caption}") if sight.caption else []),
         *_fields(sight, {*known.columns}),
+        *([f"# {sight.warning};", REJECTING] if sight.warning else []),
         "device: 0 # a GPU; without one, --local takes the CPU",
         "batch_size: 256",
         "# slurm: {partition: gpu, gres: 'gpu:1', time: '4:00:00'} # or as options of d2m-submit",

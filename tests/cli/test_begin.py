@@ -166,6 +166,42 @@ def test_a_folder_of_pictures_becomes_inputs(tmp_path: Path) -> None:
     assert [(row["key"], row["text-words"], row["n"]) for row in rows] == [("1", 2, 1)] * 2
 
 
+@pytest.mark.parametrize("kind", ["pictures", "tar", "json"])
+def test_a_config_for_samples_of_which_many_lack_a_text_works(tmp_path: Path, kind: str) -> None:
+    """Every shard failed: 50% were rejected, and 10% may be."""
+    if kind == "pictures":
+        (tmp_path / "in").mkdir()
+        for i in range(10):
+            (tmp_path / "in" / f"{i}.jpg").write_bytes(jpeg(i))
+        rows = [{"file_name": f"{i}.jpg", "text": "a cat"} for i in range(5)]
+        (tmp_path / "in" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        text = {"txt": b"a cat"} if kind == "tar" else {"json": b'{"caption": "a cat"}'}
+        none = {} if kind == "tar" else {"json": b'{"caption": null}'}
+        samples = [{"jpg": jpeg(i), **(text if i < 5 else none)} for i in range(10)]
+        named = {f"{i}.{k}": v for i, members in enumerate(samples) for k, v in members.items()}
+        (tmp_path / "in").mkdir()
+        write_tar(tmp_path / "in" / "a.tar", named)
+    ended = _d2m("init", tmp_path / "in", "-o", tmp_path / "c.yml")
+    lacking = {"pictures": "text or JSON", "tar": "text", "json": "text"}[kind]
+    told = f"50% of these samples lack {lacking}, and become no rows"
+    assert f"\n{told}: see `max_rejected_fraction` in {tmp_path}/c.yml\n" in ended.stdout
+    assert f"# {told};\n" in (tmp_path / "c.yml").read_text()
+    status = d2m.submit(tmp_path / "c.yml", local=True).status()
+    assert (status.complete, status.rows, status.rejected) == (True, 5, 5)
+
+
+def test_a_config_for_whole_samples_rejects_no_more_than_usual(tmp_path: Path) -> None:
+    members = {
+        f"{i}.{kind}": data
+        for i in range(40)
+        for kind, data in {"jpg": jpeg(), "txt": b"a"}.items()
+    }
+    del members["7.txt"]
+    write_tar(tmp_path / "a.tar", members)
+    assert "max_rejected_fraction" not in _init(tmp_path, tmp_path / "a.tar")
+
+
 def test_names_in_the_tars_are_no_lines_of_the_config(tmp_path: Path) -> None:
     odd = {"jpg": jpeg(), "x\nreprocess: true\n#": b"x"}
     fields: dict[str, Any] = {"a: int64": 1, "b\nreprocess: true": 2, "\ud800": 3, "on": "no"}
