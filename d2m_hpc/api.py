@@ -608,8 +608,13 @@ class Run:
             with pictures():
                 return rendered(*find_run(self.path), score, samples)
 
-        page()  # whatever is wrong is told here, and not in a browser
-        return ReportServer(page, port, host)
+        server = ReportServer(page, port, host)  # a page takes seconds: first the address
+        try:
+            server.page()  # whatever is wrong is told here, and not in a browser
+        except BaseException:
+            server.server_close()
+            raise
+        return server
 
     @_explained()
     def diff(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from errno import EADDRNOTAVAIL
 from hmac import compare_digest
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socket import gaierror
 from threading import Lock
 from typing import Any
 
@@ -42,8 +44,11 @@ class ReportServer(ThreadingHTTPServer):
         self._page, self._one, self._made = page, Lock(), (0.0, b"", False)
         try:
             super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
-            why = f"{host}:{port} cannot be served at: {error}; take another --port"
+        except (OSError, OverflowError, ValueError) as error:
+            is_host = isinstance(error, gaierror | ValueError) or error.args[0] == EADDRNOTAVAIL
+            mend = "give an IPv4 address or a name of this machine as --host"
+            mend = mend if is_host else "take another --port"
+            why = f"{host}:{port} cannot be served at: {error}; {mend}"
             raise ConfigError("--serve", [why]) from None
 
     @property

@@ -141,6 +141,9 @@ def test_what_cannot_be_served_is_told(config: Path) -> None:
         taken = server.server_address[1]
         for port in (taken, 99999):
             with pytest.raises(ConfigError, match="take another --port"):
-                run.serve(port=port)
+                run.serve(port=port, score="none")  # before the page is made, which takes seconds
+    for host in ("192.0.2.1", "no.such.invalid", "::1", "x" * 70):
+        with pytest.raises(ConfigError, match=r"as --host$"):
+            run.serve(host=host, score="none")
     with pytest.raises(ConfigError, match="no column 'none'"):
         run.serve(score="none")
