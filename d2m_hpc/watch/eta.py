@@ -156,15 +156,20 @@ def _speeds(tasks: Sequence[Progress], ends: Mapping[str, list[float]]) -> Speed
     return Speeds(shard, statistics.mean(shard.values()), start, _gap(tasks))
 
 
+def _place(task: Progress) -> tuple[str, str]:
+    return task.host, task.task.partition("-")[0]
+
+
 def _gap(tasks: Sequence[Progress]) -> float:
-    """The median time in which another task takes an ended one's place on its host."""
-    later, free = (defaultdict[str, list[float]](list) for _ in range(2))
+    """The median time in which another task of the same submission takes an ended one's place on
+    its host; between submissions, the time is the user's."""
+    later, free = (defaultdict[tuple[str, str], list[float]](list) for _ in range(2))
     for task in sorted(tasks, key=lambda t: -t.updated):
         if task.state != "running":
-            later[task.host].append(task.updated)
+            later[_place(task)].append(task.updated)
     gaps = list[float]()
     for task in sorted(tasks, key=lambda t: t.started):
-        ends, places = later[task.host], free[task.host]
+        ends, places = later[_place(task)], free[_place(task)]
         while ends and ends[-1] <= task.started:
             places.append(ends.pop())
         if places:

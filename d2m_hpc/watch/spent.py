@@ -105,6 +105,12 @@ def account(tasks: Sequence[Progress], done: Iterable[Outcome], failed: Iterable
     return Spent(*(seconds / 3600 for seconds in astuple(spent)))
 
 
+def at_work(done: Sequence[Outcome]) -> float:
+    """The seconds in which at least one of these shards was worked on, whoever did it."""
+    times = [np.fromiter(map(attrgetter(n), done), np.float64) for n in ("started", "finished")]
+    return float(_union(np.array([np.zeros(len(done)), *times]), 1)[0][0])
+
+
 def _spans(places: Mapping[str, int], outcomes: Iterable[Outcome]) -> Spans:
     """Rows of tasks' places, starts and ends of shards.
 

@@ -64,7 +64,8 @@ class Summary:
         tasks: array elements by Slurm's state; empty where Slurm does not answer.
         lost: tasks that said they work, and do not by Slurm's word.
         silent: the node of each array element that runs for minutes and has told nothing.
-        working: tasks at work; without one, `samples_per_second` is the mean of the whole run.
+        working: tasks at work; without one, `samples_per_second` is the mean over the time in
+            which any task worked on a shard that is done.
         outdated: shards that have all that an earlier submit asked for; also counted as pending,
             running or failed.
         removed: shards that are done on record, without their parquet; counted likewise.
@@ -340,7 +341,7 @@ def _pace(
     steal: bool,
     live: tuple[int, int],
 ) -> dict[str, Any]:
-    """Samples a second, now or over the whole run, and the seconds for the remaining shards.
+    """Samples a second, now or in the mean, and the seconds for the remaining shards.
 
     Args:
         live: the tasks that Slurm has running and pending.
@@ -360,11 +361,8 @@ def _pace(
 
 
 def _past_speed(done: list[Outcome]) -> float:
-    """Samples a second of all tasks, from the first start to the last end."""
-    if not done:
-        return 0.0
-    ends, starts = map(attrgetter("finished"), done), map(attrgetter("started"), done)
-    seconds = max(ends) - min(starts)
+    """Samples a second of all tasks together, over the time in which any of them worked."""
+    seconds = spent.at_work(done)
     return sum(map(attrgetter("rows"), done)) / seconds if seconds > 0 else 0.0
 
 

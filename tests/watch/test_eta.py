@@ -66,3 +66,20 @@ def test_the_time_left_is_known_once_a_shard_is_done(name: str) -> None:
     looks = [at for at, *_ in run["queue"] if ends[0] <= at < ends[-1]]
     assert None not in [predicted(run, at) for at in looks]
     assert predicted(run, ends[0] - 0.1) is None
+
+
+def test_the_time_between_two_submissions_is_no_gap_between_tasks() -> None:
+    """A third submission waits: its task was said to begin a day after another's end, as before."""
+    day = 86400.0
+    tasks = [
+        Progress(f"{i:03d}-0-0", "a", "cpu", done=2, started=at, updated=at + 20, state="finished")
+        for i, at in enumerate((0.0, day))
+    ]
+    done = [
+        Outcome.of(Record("x", "done", task=t.task, started=at - 10, finished=at).to_dict())
+        for t in tasks
+        for at in (t.started + 10, t.started + 20)
+    ]
+    told = seconds_left(day + 30, tasks, done, 1, steal=False, running=0, pending=1)
+    assert told is not None
+    assert told < 60

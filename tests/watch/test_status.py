@@ -185,6 +185,17 @@ def test_the_time_left_follows_from_the_tasks_that_run(run: RunDir, held: list[s
     assert found.eta_seconds == pytest.approx((to_do - 1) * 10, rel=0.01)  # one is nearly done
 
 
+def test_the_mean_speed_leaves_out_the_time_between_submissions(run: RunDir) -> None:
+    [path] = run.records.iterdir()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    # Two at the same time, and a later submit's after a day: 10 s with one task at work, and 5 s.
+    times = iter([(1000.0, 1008.0), (1002.0, 1010.0), (87400.0, 87405.0)])
+    for record in (r for r in records if r["state"] == "done"):
+        record["started"], record["finished"] = next(times)
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    assert _summary(run).samples_per_second == pytest.approx(37 / 15, abs=0.01)
+
+
 def test_a_task_that_fell_silent_has_no_speed(run: RunDir) -> None:
     before = _summary(run).samples_per_second
     _running_task(run, rows=10**6, seconds=1, age=3600)
