@@ -225,8 +225,11 @@ def test_where_no_name_is_valid_that_is_said(good: dict[str, Any], tmp_path: Pat
 
 FILES = {
     "not YAML": ("models: [a\nb: }", "is not valid YAML"),
-    "not a mapping": ("- models", "found list at the top"),
-    "empty": ("", "found NoneType at the top"),
+    "not a mapping": ("- models", "found a list at the top"),
+    "empty": ("", "found nothing at the top"),
+    "of comments": ("# models:\n", "found nothing at the top"),
+    "a number": ("1.5", "found a number at the top"),
+    "a text": ("models", "found a text at the top"),
     "not text": (b"\xff\xfe\x00", "cannot be read"),
 }
 

@@ -91,7 +91,10 @@ class Document:
             loader = _Loader(text)
             self._root = loader.get_single_node()
         except yaml.MarkedYAMLError as error:
-            self._not_yaml(" ".join(filter(None, [error.context, error.problem])), error)
+            what = " ".join(filter(None, [error.context, error.problem]))
+            if "found character '\\t'" in what:
+                what = "found a tab where a line begins or a value; valid are spaces"
+            self._not_yaml(what, error)
             return None
         except yaml.reader.ReaderError as error:
             line = self._lines.number(text[: error.position])

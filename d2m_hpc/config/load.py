@@ -154,10 +154,14 @@ def _read(path: Path, frozen: bool = False) -> Document:
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     if not isinstance(document.value, dict):
-        found = type(document.value).__name__
+        found = _TOPS.get(type(document.value), "a number")
         top = f"found {found} at the top; valid is a mapping of keys such as `models:`"
         raise ConfigError(str(path), [*document.mistakes] or [top])
     return document
+
+
+_TOPS = {type(None): "nothing", list: "a list", str: "a text", bool: "true or false"}
+"""What stands at the top of a file in place of a mapping, in words."""
 
 
 class _Source:

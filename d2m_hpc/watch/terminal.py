@@ -269,7 +269,7 @@ def _counted(found: Summary) -> None:
     for reason, number in found.rejections.items():
         console.print(f"rejected {number:,}: {reason}")
     for notice, number in found.notices.items():
-        console.print(f"noted of {number:,} shards: {notice}", style="dim")
+        console.print(f"noted of {count(number, 'shard')}: {notice}", style="dim")
 
 
 def top(found: Summary, tasks: Sequence[TaskProgress]) -> None:

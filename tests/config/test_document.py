@@ -193,7 +193,7 @@ def test_a_long_or_odd_line_is_shown_in_part(tmp_path: Path) -> None:
 
 def test_broken_yaml_has_its_line(tmp_path: Path) -> None:
     [broken] = mistakes(tmp_path, "models: [a]\nslurm:\n\tmem: 4G\n")
-    assert "is not valid YAML: " in broken
+    assert "is not valid YAML: found a tab where a line begins or a value; valid are" in broken
     assert "run.yml:3:1\n" in broken
     [control] = mistakes(tmp_path, "models: [a]\nrun_dir: \x07\n")
     assert "#x0007" in control

@@ -123,6 +123,11 @@ def test_a_summary_names_what_failed_and_why(file: Screen) -> None:
     assert "rejected 1,234: no [text]" in file.text
 
 
+def test_one_shard_is_no_plural(file: Screen) -> None:
+    show.summary(_summary(notices={"a": 1, "b": 1234}))
+    assert "noted of 1 shard: a\nnoted of 1,234 shards: b\n" in file.text
+
+
 def test_a_complete_run_has_no_time_left(file: Screen) -> None:
     show.summary(_summary(shards=2, done=2, rows=1234567, recomputed=3))
     lines = [" ".join(line.strip("│ ").split()) for line in _rows(file.text)]
