@@ -25,6 +25,8 @@ def status(
 ) -> None:
     from d2m_hpc.watch import terminal
 
+    if as_json and watch:
+        raise typer.BadParameter("--json prints the run once; leave out --watch")
     run = api.open(target)
     if as_json:
         print_json(run.status(offline).to_dict())

@@ -13,7 +13,7 @@ import typer
 from d2m_hpc import api
 from d2m_hpc.cli.common import ConfigFile, Overrides, echo, load, whole
 from d2m_hpc.cli.options import WithSlurmOptions
-from d2m_hpc.errors import D2MError
+from d2m_hpc.errors import ConfigError, D2MError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from d2m_hpc.worker.board import Board
     from d2m_hpc.worker.supervise import Past
 
+
+ROUNDS = 20
 
 UntilDone = Annotated[
     bool, typer.Option("--until-done", help="let small jobs submit again what is left")
@@ -53,7 +55,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
     until_done: UntilDone = False,
-    max_rounds: MaxRounds = 20,
+    max_rounds: MaxRounds = ROUNDS,
     then: Then = "",
     notify: Notify = "",
     no_sbatch: Annotated[bool, typer.Option("--no-sbatch", help="only print commands")] = False,
@@ -71,6 +73,11 @@ def submit(
     ] = None,
     report: WithReport = True,
 ) -> None:
+    instead = {"--local": local, "--no-sbatch": no_sbatch}
+    wish = _wish(until_done, max_rounds, then, notify, instead)
+    if no_sbatch and (local or wait):
+        both = "--no-sbatch starts no tasks; leave it out, or --local and --wait"
+        raise ConfigError("d2m", [both])
     with api.every_mistake():
         loaded = load(config, set_, slurm)
     inspect = partial(
@@ -86,7 +93,6 @@ def submit(
     elif no_sbatch:
         _write_only(inspect(thorough=preflight))
     else:
-        wish = (max_rounds, then, notify) if until_done else None
         thorough = lambda *given: api.begin(inspect(thorough=preflight), *given)  # noqa: E731
         raise typer.Exit(_to_slurm(thorough, wait, wish, report))
 
@@ -103,13 +109,14 @@ def derive(
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="until the last task has ended")] = False,
     until_done: UntilDone = False,
-    max_rounds: MaxRounds = 20,
+    max_rounds: MaxRounds = ROUNDS,
     then: Then = "",
     notify: Notify = "",
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="though shards are not finished")
     ] = False,
 ) -> None:
+    wish = _wish(until_done, max_rounds, then, notify, {"--local": local, "--prepare": prepare})
     with api.every_mistake():
         loaded = load(config, set_, slurm)
 
@@ -128,8 +135,26 @@ def derive(
     elif local:
         raise typer.Exit(_supervised(begin, False))
     else:
-        wish = (max_rounds, then, notify) if until_done else None
         raise typer.Exit(_to_slurm(begin, wait, wish))
+
+
+def _wish(
+    until_done: bool, max_rounds: int, then: str, notify: str, instead: dict[str, bool]
+) -> tuple[int, str, str] | None:
+    """How the run is to go on by itself; None if it is not.
+
+    Args:
+        instead: options that start no array tasks, and whether they are given.
+
+    Raises:
+        ConfigError: an option would be ignored, such as the line that starts a training.
+    """
+    of_rounds = {"--max-rounds": max_rounds != ROUNDS, "--then": then, "--notify": notify}
+    if not until_done and (given := [name for name, value in of_rounds.items() if value]):
+        raise ConfigError("d2m", [f"{given[0]} is of --until-done, which is not given; add it"])
+    if until_done and (given := [name for name, value in instead.items() if value]):
+        raise ConfigError("d2m", [f"--until-done is of array tasks on Slurm; leave out {given[0]}"])
+    return (max_rounds, then, notify) if until_done else None
 
 
 def again(folder: Path) -> None:

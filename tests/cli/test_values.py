@@ -111,6 +111,30 @@ def test_a_number_of_a_config_is_of_ascii_digits(
     assert told in str(ended.exception)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("submit c.yml --then x", "--then is of --until-done, which is not given; add it"),
+        ("submit c.yml --wait --notify x", "--notify is of --until-done"),
+        ("submit c.yml --max-rounds 3", "--max-rounds is of --until-done"),
+        ("submit c.yml --until-done --local", "leave out --local"),
+        ("submit c.yml --until-done --no-sbatch", "leave out --no-sbatch"),
+        ("submit c.yml --no-sbatch --wait", "--no-sbatch starts no tasks"),
+        ("submit c.yml --no-sbatch --local", "--no-sbatch starts no tasks"),
+        ("derive c.yml --then x", "--then is of --until-done"),
+        ("derive c.yml --until-done --local", "leave out --local"),
+        ("derive c.yml --until-done --prepare", "leave out --prepare"),
+        ("status c.yml --json --watch", "leave out --watch"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(words: str, told: str) -> None:
+    """Else the job of --then never starts, and nobody learns of it."""
+    ended = CliRunner().invoke(app, words.split())
+    code = getattr(ended.exception, "exit_code", ended.exit_code)
+    said = ended.stderr or str(ended.exception)
+    assert (code, told in " ".join(said.replace("│", "").split())) == (2, True), said
+
+
 def test_a_current_folder_that_was_removed_is_told(tmp_path: Path) -> None:
     """Else relative paths fail without their names, and torch by words of its own."""
     command = f"rmdir {tmp_path}; exec {Path(sys.executable).with_name('d2m-submit')} c.yml --local"
