@@ -33,6 +33,8 @@ FILE = "d2m_file"
 """The column with the path of a row's parquet, by `read_parquet`'s option `filename`."""
 PLACE = "file_row_number"
 """The column with the number of a row in it, by the option of that name."""
+OWN = (FILE, PLACE, "d2m_high", "d2m_low")
+"""Names that no column of a run may have here."""
 SHARD = f"parse_filename({FILE}, true, 'forward_slash') AS shard"
 
 
@@ -200,8 +202,12 @@ def opened(
             columns, notices = widest.columns(), widest.notices()
         rows = sum(outcome.rows for outcome in done.values())
         pool = Pool(db, paths, columns, layouts, rows, len(found.stems) - len(done), notices)
-        pool.has_shard = "shard" in columns
-        columns.setdefault("shard", "VARCHAR")
+        if taken := [name for name in columns if name.lower() in OWN]:
+            what = "is a name that duckdb reads files by; d2m.open(CONFIG).table() has it in Python"
+            raise ConfigError("select", [f"the run's column {name!r} {what}" for name in taken])
+        pool.has_shard = any(name.lower() == "shard" for name in columns)
+        if not pool.has_shard:
+            columns["shard"] = "VARCHAR"
         if beside:
             pool.beside = tuple(more := _beside(pool, beside))
             pool.columns |= more
@@ -237,7 +243,8 @@ def _beside(pool: Pool, path: Path) -> dict[str, str]:
         if [columns.pop(name, "") for name in names] != ["VARCHAR"] * len(names):
             wanted = " and ".join(f"`{name}`" for name in names)
             raise wrong(f"has no column{'s' if pool.by_name else ''} {wanted} of texts")
-        if both := [name for name in columns if name in pool.columns]:
+        own = {name.lower() for name in pool.columns}
+        if both := [name for name in columns if name.lower() in own]:
             raise wrong(f"has columns that the run has, too: {', '.join(both)}; rename them there")
         rows = f"SELECT * EXCLUDE ({', '.join(names)}), {pool.identity} FROM "
         rows += f"read_parquet({listed([str(path)])})"

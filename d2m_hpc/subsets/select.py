@@ -203,7 +203,8 @@ def _check(pool: Pool, query: Query, path: Path | None, columns: Sequence[str]) 
     if not pool.by_name and pool.columns.get("uid") != "VARCHAR":
         what = "there is no column of uids; name `uid` in additional_fields"
         if "uid" not in pool.columns:
-            what += ", or leave `shard` out there, which hides the shards' own names"
+            [own] = [name for name in pool.columns if name.lower() == "shard"]
+            what += f", or leave `{own}` out there, which hides the shards' own names"
         raise ConfigError(WHERE, [what])
     numeric = [name for name, kind in pool.columns.items() if kind in NUMBERS]
     wrong = [

@@ -62,6 +62,7 @@ class Widest:
     def __init__(self, db: DuckDBPyConnection) -> None:
         self._db = db
         self._known: dict[int, dict[str, str]] = {}
+        self._renamed: dict[str, str] = {}
         self._groups: list[list[Layout]] = []
 
     def add(self, paths: Sequence[str]) -> list[Layout]:
@@ -101,8 +102,12 @@ class Widest:
         return {name: self._wider(kinds) for name, kinds in self._found.items()}
 
     def notices(self) -> list[str]:
-        """A line for each column that is text in some shards only."""
+        """A line for each column that is text in some shards only, or has another name here."""
         return [
+            f"the column {name!r} is {other!r} here: in conditions, names that differ in capital "
+            "letters alone are one"
+            for other, name in self._renamed.items()
+        ] + [
             f"{name!r} is text in some shards and {', '.join(sorted(kinds - {TEXT})).lower()} in "
             "others; conditions see it as text"
             for name, kinds in self._found.items()
@@ -111,11 +116,17 @@ class Widest:
 
     def _described(self, path: str) -> dict[str, str]:
         found = self._db.execute(f"DESCRIBE FROM read_parquet({listed([path])})").fetchall()
-        # duckdb before 2.0 describes a column of type null as one of integers.
-        nulls = self._db.execute(
-            f"SELECT name FROM parquet_schema({listed([path])}) WHERE logical_type = 'NullType()'"
+        kinds: dict[str, str] = {row[0]: row[1] for row in found}
+        schema = self._db.execute(
+            f"SELECT name, logical_type FROM parquet_schema({listed([path])})"
         ).fetchall()
-        return {row[0]: row[1] for row in found} | dict.fromkeys((n for (n,) in nulls), NULL)
+        # duckdb renames the second of two names that are one without regard to capitals.
+        for other in kinds.keys() - {name for name, _ in schema}:
+            for name, _ in schema:
+                if name not in kinds and other.lower().startswith(f"{name.lower()}_"):
+                    self._renamed[other] = name
+        # duckdb before 2.0 describes a column of type null as one of integers.
+        return kinds | dict.fromkeys((n for n, kind in schema if kind == "NullType()"), NULL)
 
     def _has_text(self, name: str) -> bool:
         """Whether a column that is text in some files has a value in any of these."""

@@ -57,6 +57,49 @@ def test_all_128_bits_are_told_apart(tmp_path: Path, extreme: str) -> None:
     assert np.array_equal(np.load(tmp_path / "subset.npy"), subset(names))
 
 
+def test_columns_that_differ_in_capitals_alone_are_told(tmp_path: Path) -> None:
+    """duckdb calls the second one `url_1`: a condition on it found no row, without a word."""
+    rows = table([uid(i) for i in range(3)], SCORES[:3], URL=["A", "B", "C"], url=["a", "b", "c"])
+    found = _select(tmp_path, {"a": rows}, Query("url_1 = 'b'"))
+    assert np.array_equal(np.load(tmp_path / "subset.npy"), subset([uid(1)]))
+    assert found.notices == (
+        "the column 'url' is 'url_1' here: in conditions, names that differ in capital letters "
+        "alone are one",
+    )
+    one = table([uid(i) for i in range(3)], SCORES[:3], URL=["A", "B", "C"], url_1=["a", "b", "c"])
+    assert _select(tmp_path / "one", {"a": one}, Query("url_1 = 'b'")).notices == ()
+
+
+@pytest.mark.parametrize("name", ["file_row_number", "File_Row_Number", "d2m_file", "d2m_high"])
+def test_columns_of_names_that_the_reader_needs_are_named(tmp_path: Path, name: str) -> None:
+    rows = table([uid(i) for i in range(3)], SCORES[:3], **{name: [1, 2, 3]})
+    with pytest.raises(ConfigError, match=rf"the run's column '{name}' is a name that duckdb"):
+        _select(tmp_path, {"a": rows}, Query())
+
+
+@pytest.mark.parametrize("name", ["filename", "file_index", "Shard", "place", "file", "passes"])
+def test_columns_of_other_names_of_the_reader_are_columns(tmp_path: Path, name: str) -> None:
+    rows = table([uid(i) for i in range(3)], SCORES[:3], **{name: [1, 2, 3]})
+    run, config = make_run(tmp_path, {"a": rows})
+    select(run, config, Query(f"{name} = 2"), tmp_path / "x.parquet", columns=[name])
+    assert pq.read_table(tmp_path / "x.parquet").to_pydict() == {name: [2]}
+
+
+def test_a_column_shard_in_capitals_stands_for_no_shard_s_name(tmp_path: Path) -> None:
+    """Samples of one key in several shards were taken for one."""
+    rows = table([uid(0), uid(1)], SCORES[:2], Shard=["x", "x"]).drop(["uid"])
+    run, config = make_run(tmp_path, {"a": rows, "b": rows})
+    with pytest.raises(ConfigError, match="or leave `Shard` out there"):
+        select(run, config, Query(), tmp_path / "x.jsonl")
+
+
+def test_a_joined_column_that_differs_in_capitals_alone_is_refused(tmp_path: Path) -> None:
+    rows = table([uid(0)], SCORES[:1], url=["a"])
+    pq.write_table(pa.table({"uid": [uid(0)], "URL": ["b"]}), tmp_path / "j.parquet")
+    with pytest.raises(ConfigError, match="has columns that the run has, too: URL"):
+        _select(tmp_path, {"a": rows}, Query(join=tmp_path / "j.parquet"))
+
+
 def test_conditions_are_sql_over_all_columns(tmp_path: Path) -> None:
     rows = table([uid(i) for i in range(5)], SCORES, original_width=[500, 100, 500, 500, 500])
     query = Query(f"{CLIP} >= 0.28 and original_width between 200 and 600 -- small ones vanish")
