@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,17 +202,21 @@ def opened(
             columns, notices = widest.columns(), widest.notices()
         rows = sum(outcome.rows for outcome in done.values())
         pool = Pool(db, paths, columns, layouts, rows, len(found.stems) - len(done), notices)
-        if taken := [name for name in columns if name.lower() in OWN]:
-            what = "is a name that duckdb reads files by; d2m.open(CONFIG).table() has it in Python"
-            raise ConfigError("select", [f"the run's column {name!r} {what}" for name in taken])
+        _require_free(columns)
         pool.has_shard = any(name.lower() == "shard" for name in columns)
-        if not pool.has_shard:
-            columns["shard"] = "VARCHAR"
+        columns |= {} if pool.has_shard else {"shard": "VARCHAR"}
         if beside:
             pool.beside = tuple(more := _beside(pool, beside))
             pool.columns |= more
         pool._show(layouts[0])
         yield pool
+
+
+def _require_free(columns: Iterable[str]) -> None:
+    """Raise ConfigError for columns with a name of `OWN`."""
+    if taken := [name for name in columns if name.lower() in OWN]:
+        what = "is a name that duckdb reads files by; d2m.open(CONFIG).table() has it in Python"
+        raise ConfigError("select", [f"the run's column {name!r} {what}" for name in taken])
 
 
 def _beside(pool: Pool, path: Path) -> dict[str, str]:
