@@ -40,6 +40,12 @@ Notify = Annotated[
 RecomputeChanged = Annotated[
     bool, typer.Option("--recompute-changed", help="compute tars again that were replaced")
 ]
+PrintSbatch = Annotated[
+    bool, typer.Option("--print-sbatch", help="show the batch script; change nothing")
+]
+TestOnly = Annotated[
+    bool, typer.Option("--test-only", help="ask Slurm whether it would start the tasks, when")
+]
 WithReport = Annotated[
     bool,
     typer.Option(envvar="D2M_REPORT", help="write a page on the run once --local or --wait ends"),
@@ -59,12 +65,8 @@ def submit(
     then: Then = "",
     notify: Notify = "",
     no_sbatch: Annotated[bool, typer.Option("--no-sbatch", help="only print commands")] = False,
-    print_sbatch: Annotated[
-        bool, typer.Option("--print-sbatch", help="show the batch script; change nothing")
-    ] = False,
-    test_only: Annotated[
-        bool, typer.Option("--test-only", help="ask Slurm whether it would start the tasks, when")
-    ] = False,
+    print_sbatch: PrintSbatch = False,
+    test_only: TestOnly = False,
     preflight: Annotated[bool, typer.Option(help="look for what would fail on every node")] = True,
     recompute_changed: RecomputeChanged = False,
     moved: Annotated[
