@@ -83,6 +83,16 @@ def echo(text: str) -> None:
 
 
 @contextmanager
+def waiting(how: str) -> Iterator[None]:
+    """Wait for array tasks; at Ctrl-C, say that they go on, and how they are ended."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted; the array tasks go on: {how}", file=sys.stderr)
+        raise
+
+
+@contextmanager
 def ending() -> Iterator[None]:
     """End a supervised process at once, even if a model has left threads running."""
     try:

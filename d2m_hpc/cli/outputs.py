@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2m_hpc import api
-from d2m_hpc.cli.common import AsJson, SeedOfDraw, Target, echo, named, number, print_json, whole
+from d2m_hpc.cli.common import (
+    AsJson,
+    SeedOfDraw,
+    Target,
+    echo,
+    named,
+    number,
+    print_json,
+    waiting,
+    whole,
+)
 from d2m_hpc.cli.options import WithSlurmOptions
 from d2m_hpc.errors import ConfigError
 
@@ -120,7 +130,9 @@ def subset_tars(
     elif not found.live:
         echo("all tars are there")
     if wait:
-        for number, log in (failed := found.wait()).items():
+        with waiting("the same command waits for them again"):
+            failed = found.wait()
+        for number, log in failed.items():
             echo(f"part {number} of {tasks} is not complete; see {log}")
         if failed:
             raise typer.Exit(1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2m_hpc import api
-from d2m_hpc.cli.common import ConfigFile, Overrides, echo, load, whole
+from d2m_hpc.cli.common import ConfigFile, Overrides, echo, load, waiting, whole
 from d2m_hpc.cli.options import WithSlurmOptions
 from d2m_hpc.errors import ConfigError, D2MError
 
@@ -219,7 +219,8 @@ def _to_slurm(
         print(f"job {run.go_on(*wish)} submits again what these leave")
     if not wait:
         return 0
-    run.wait()
+    with waiting("`d2m status` shows how far they are, `d2m cancel` ends them"):
+        run.wait()
     return _ended(run, report)
 
 

@@ -91,7 +91,9 @@ class Chain:
         return len([*takewhile(lambda r: r.trouble, reversed(self.rounds))])
 
     def __str__(self) -> str:
-        what = f"{len(self.rounds)} of at most {self.wish.most} rounds"
+        # The last one may only have seen that there were enough.
+        number = min(len(self.rounds), self.wish.most)
+        what = f"{number} of at most {self.wish.most} rounds"
         if trouble := self.rounds[-1].trouble if self.rounds else "":
             what += f"; the last submit failed: {trouble}"
         return f"{what}; {self.ended}" if self.ended else what

@@ -147,6 +147,7 @@ def test_no_more_rounds_than_allowed(site: Site) -> None:
     assert site.again().state == "running"
     chain = site.again()
     assert chain.ended == "there were as many rounds as --max-rounds allows"
+    assert str(chain).startswith(f"{chain.wish.most} of at most {chain.wish.most} rounds; ")
 
 
 def test_a_refused_submit_is_tried_again_later(site: Site) -> None:
@@ -349,3 +350,13 @@ def test_the_command_line_begins_it_and_shows_it(site: Site) -> None:
     chain = read(site.run)
     assert chain is not None
     assert (chain.wish, chain.folder) == (Rounds(3), str(Path.cwd()))
+
+
+def test_an_interrupted_wait_tells_that_the_tasks_go_on(site: Site) -> None:
+    """Else its user does not know whether Ctrl-C has ended them."""
+    found = "for w; do case $w in *-next) ;; --name=*) n=${w##*,} ;; esac; done; [ $n ] || exit 0"
+    line = f'{found}; echo "7|0|RUNNING|None|n1|$n"; kill -INT $PPID'
+    commands_of(site.bin, site.patch, squeue=line)
+    ended = command("submit", site.config, "--no-preflight", "--wait")
+    told = "interrupted; the array tasks go on: `d2m status` shows how far they are, `d2m cancel` "
+    assert (ended.returncode, told in ended.stderr) == (130, True), ended.stderr
