@@ -18,10 +18,11 @@ def patch(tars):
 
     def add(sample, name, reader, tar, image):
         whole(sample, name, reader, tar, image)
-        stem = Path(tar.fileobj.name).name.split(".")[1]
+        stem = Path(tar._file.name).name.split(".")[1]
         with open(HERE / "added", "a") as file:
             file.write(f"{stem} {os.environ.get('SLURM_ARRAY_TASK_ID')}\\n")
-        tar.fileobj.flush()
+        tar._write()  # a part of the tar is on disk
+        tar._file.flush()
         stand(stem)
 
     tars._add = add
