@@ -35,6 +35,8 @@ PLACE = "file_row_number"
 """The column with the number of a row in it, by the option of that name."""
 OWN = (FILE, PLACE, "d2m_high", "d2m_low")
 """Names that no column of a run may have here."""
+OWN_BEFORE_2 = (*OWN, "filename")
+"""As `OWN`: before duckdb 2.0, conditions on a column of this name see the file's instead."""
 SHARD = f"parse_filename({FILE}, true, 'forward_slash') AS shard"
 
 
@@ -214,8 +216,13 @@ def opened(
 
 def _require_free(columns: Iterable[str]) -> None:
     """Raise ConfigError for columns with a name of `OWN`."""
-    if taken := [name for name in columns if name.lower() in OWN]:
+    import duckdb
+
+    own = OWN_BEFORE_2 if duckdb.__version__.startswith("1.") else OWN
+    if taken := [name for name in columns if name.lower() in own]:
         what = "is a name that duckdb reads files by; d2m.open(CONFIG).table() has it in Python"
+        if not {name.lower() for name in taken} & {*OWN}:
+            what += ", and duckdb 2.0 here"
         raise ConfigError("select", [f"the run's column {name!r} {what}" for name in taken])
 
 

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -81,6 +82,10 @@ def test_columns_of_names_that_the_reader_needs_are_named(tmp_path: Path, name: 
 def test_columns_of_other_names_of_the_reader_are_columns(tmp_path: Path, name: str) -> None:
     rows = table([uid(i) for i in range(3)], SCORES[:3], **{name: [1, 2, 3]})
     run, config = make_run(tmp_path, {"a": rows})
+    if name == "filename" and duckdb.__version__.startswith("1."):
+        with pytest.raises(ConfigError, match=r"'filename' is a name .* duckdb 2.0 here"):
+            select(run, config, Query(f"{name} = 2"), tmp_path / "x.parquet")
+        return
     select(run, config, Query(f"{name} = 2"), tmp_path / "x.parquet", columns=[name])
     assert pq.read_table(tmp_path / "x.parquet").to_pydict() == {name: [2]}
 
