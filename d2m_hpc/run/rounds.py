@@ -80,11 +80,13 @@ class Chain:
         """Whether the last rounds have submitted tasks that neither finished nor tried a shard,
         all for one reason, and that nobody took away."""
         last = self.rounds[-IDLE - 1 :]
+        if len(last) <= IDLE:
+            return False
         same = len({(r.done, r.tries) for r in last}) == 1
         excused = any(r.trouble for r in last) or any(r.taken for r in last[1:])
         # A task that is killed once, and a disk that is full once, are no reason that lasts.
-        excused |= not set[str].intersection(*(set(r.causes) or {""} for r in last[1:] or last))
-        return len(last) > IDLE and same and not excused
+        lasting = set[str].intersection(*(set(r.causes) or {""} for r in last[1:]))
+        return same and bool(lasting) and not excused
 
     def troubles(self) -> int:
         """The number of the last rounds, one after another, that could submit nothing."""

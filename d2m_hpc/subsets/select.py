@@ -387,8 +387,7 @@ def _row(pool: Pool, query: str) -> tuple[Any, ...]:
 def _npy(pool: Pool, count: int) -> Iterator[bytes]:
     """The file in parts, as `numpy.save` writes it."""
     header = io.BytesIO()
-    described = {"descr": SUBSET.descr, "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(header, described)
+    exports.begin_npy(header, SUBSET, (count,))
     yield header.getvalue()
     ordered = pool.db.sql("SELECT d2m_high, d2m_low FROM chosen ORDER BY d2m_high, d2m_low")
     for batch in pa.RecordBatchReader.from_stream(ordered):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.errors import ConfigError, D2MError, Rejected
 from d2m_hpc.models import formats
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
@@ -195,7 +195,6 @@ def _members(url: str, path: Path, keys: set[str], config: Config) -> dict[str, 
 
 def _text_in(data: bytes, name: str) -> str:
     """The text in a field of a sample's JSON; empty where there is none."""
-    from d2m_hpc.errors import Rejected
     from d2m_hpc.worker.read import parse
 
     try:
