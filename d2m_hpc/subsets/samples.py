@@ -257,7 +257,8 @@ def _beside(pool: Pool, path: Path) -> dict[str, str]:
         own = {name.lower() for name in pool.columns}
         if both := [name for name in columns if name.lower() in own]:
             raise wrong(f"has columns that the run has, too: {', '.join(both)}; rename them there")
-        rows = f"SELECT * EXCLUDE ({', '.join(names)}), {pool.identity} FROM "
+        values = [f"{_value(name, kind)} AS {quoted(name)}" for name, kind in columns.items()]
+        rows = f"SELECT {', '.join([*values, pool.identity])} FROM "
         rows += f"read_parquet({listed([str(path)])})"
         db.execute(f"CREATE TABLE beside AS FROM ({rows}) WHERE d2m_high IS NOT NULL")
     except (duckdb.Error, OSError, ValueError) as error:

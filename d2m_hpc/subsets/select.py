@@ -23,7 +23,7 @@ from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.texts import nearest
 from d2m_hpc.subsets import exports
 from d2m_hpc.subsets.samples import FILE, PLACE, Pool, is_of_file, opened
-from d2m_hpc.subsets.widest import NUMBERS, quoted
+from d2m_hpc.subsets.widest import INTEGERS, NUMBERS, quoted
 
 WHERE = "select"
 SUBSET = np.dtype("u8,u8")
@@ -243,13 +243,20 @@ def _explained(pool: Pool, query: Query) -> Iterator[None]:
         raise ConfigError(WHERE, [f"--where: found {query.where!r}: {reason}"]) from error
 
 
+def _score(pool: Pool, query: Query) -> tuple[str, str]:
+    """What samples are ranked by, and its type: a float would round large integers."""
+    kind = pool.columns.get(query.by, "")
+    return (quoted(query.by) if query.by else "0"), kind if kind in INTEGERS else "DOUBLE"
+
+
 def _keep(pool: Pool, query: Query, on_shards: Callable[[int, int], None] | None) -> None:
     """Make the table `kept` of rows that pass, and of rows that are undecided."""
-    db, score, told = pool.db, quoted(query.by) if query.by else "0", pool.identity
+    db, told = pool.db, pool.identity
+    score, kind = _score(pool, query)
     stratum = f"{quoted(query.within)}::VARCHAR" if query.within else "''"
     weight = quoted(query.weight) if query.weight else "1"
     db.execute(
-        "CREATE TABLE kept (d2m_high UBIGINT, d2m_low UBIGINT, score DOUBLE, stratum VARCHAR, "
+        f"CREATE TABLE kept (d2m_high UBIGINT, d2m_low UBIGINT, score {kind}, stratum VARCHAR, "
         "weight DOUBLE, passes BOOLEAN)"
     )
     for _ in pool.groups(on_shards):
@@ -329,7 +336,7 @@ def _survival(pool: Pool) -> tuple[tuple[float, int, float], ...]:
     (samples,) = _row(pool, "SELECT count(*) FROM samples")
     table = []
     for threshold in dict.fromkeys(float(f"{value:.3g}") for value in found[0] or ()):
-        (kept,) = _row(pool, f"SELECT count(*) FROM samples WHERE score >= {threshold!r}")
+        (kept,) = _row(pool, f"SELECT count(*) FROM samples WHERE score >= '{threshold}'::DOUBLE")
         if kept:  # rounding may have led above the best
             table.append((threshold, kept, kept / samples))
     return tuple(table)
@@ -339,8 +346,8 @@ def _found(pool: Pool, query: Query, columns: str) -> Iterator[None]:
     """Make the table `found` of one group of shards after another: the row of each chosen sample
     that it was chosen by, and these columns. Others may have its uid, and not fulfil the condition.
     """
-    score = f"({quoted(query.by) if query.by else 0})::DOUBLE AS score"
-    told = f"SELECT {pool.identity}, {score}, {FILE} AS file, {PLACE} AS place"
+    score, kind = _score(pool, query)
+    told = f"SELECT {pool.identity}, {score}::{kind} AS score, {FILE} AS file, {PLACE} AS place"
     pool.db.execute("CREATE TABLE left_over AS FROM chosen")
     for _ in pool.groups():
         pool.db.execute(

@@ -154,6 +154,17 @@ def test_what_cannot_be_ranked_is_not_chosen(tmp_path: Path) -> None:
     assert found == Selection(4, 2, 2, 0, 0, 2)
 
 
+def test_large_integers_are_ranked_as_they_are(tmp_path: Path) -> None:
+    """As floats, these were all alike, and the lowest uids were taken."""
+    times = [2**60 + i for i in (0, 3, 1, 2)]
+    rows = table([f"{i:032x}" for i in range(4)], [0.5] * 4, time=times)
+    run = make_run(tmp_path, {"a": rows, "b": rows.slice(0, 0)})
+    out = tmp_path / "newest.parquet"
+    assert select(*run, Query(by="time", top=2), out, columns=["time"]).chosen == 2
+    assert pq.read_table(out)["time"].to_pylist() == [2**60 + 3, 2**60 + 2]
+    assert select(*run, Query(by="time"), None).survival == ((float(f"{2**60:.3g}"), 4, 1.0),)
+
+
 def test_a_uid_is_in_the_subset_once_and_counts_by_its_best_row(tmp_path: Path) -> None:
     shards = {
         "a": table([uid(0), uid(1), uid(1)], [0.1, 0.2, 0.9]),
@@ -503,6 +514,19 @@ def test_a_user_s_parquet_is_joined_by_uid(tmp_path: Path) -> None:
     ]
 
 
+def test_a_joined_nan_is_a_missing_value(tmp_path: Path) -> None:
+    """It was above all numbers, and so the best."""
+    mine = tmp_path / "mine.parquet"
+    own = {"uid": [uid(i) for i in range(3)], "good": pa.array([math.nan, 0.5, 0.1], pa.float32())}
+    pq.write_table(pa.table({**own, "same": [1, 2, 3]}), mine)
+    run = make_run(tmp_path, {"a": table([uid(i) for i in range(3)], [0.5] * 3)})
+    best, out = Query(by="good", top=2, join=mine), tmp_path / "best.parquet"
+    found = select(*run, best, out, columns=["uid", "same"])
+    assert (found.undecided, found.passed, found.chosen) == (1, 2, 2)
+    assert pq.read_table(out)["same"].to_pylist() == [2, 3]
+    assert select(*run, Query("good > 0", join=mine), out).undecided == 1
+
+
 @pytest.mark.parametrize("whose", ["theirs", "the run's"])
 def test_columns_of_any_name_are_joined(tmp_path: Path, whose: str) -> None:
     """`high` and `low` once were what samples are told apart by: nothing was joined."""
@@ -550,6 +574,13 @@ def test_what_a_threshold_keeps(tmp_path: Path) -> None:
     assert [f"{share:.1f}" for _, _, share in found.survival[2:11]] == [
         f"0.{i}" for i in range(9, 0, -1)
     ]
+
+
+def test_an_infinite_score_is_a_threshold(tmp_path: Path) -> None:
+    scores = [-math.inf, 0.5, math.inf, math.inf]
+    run = make_run(tmp_path, {"a": table([uid(i) for i in range(4)], scores)})
+    found = select(*run, Query("true", CLIP), None)
+    assert found.survival == ((-math.inf, 4, 1.0), (0.5, 3, 0.75), (math.inf, 2, 0.5))
 
 
 @pytest.mark.parametrize(
