@@ -933,6 +933,19 @@ BROKEN = {
         "file_name,text\n1.jpg,one, two\n",
         "it cannot be read: line 2 has more values than the first line has names; a value with a",
     ),
+    "break.csv": (
+        "file_name,text\n1.jpg,one\ntwo\n",
+        "it cannot be read: line 3 has fewer values than the first line has names; a value with a "
+        "line break stands in double quotes",
+    ),
+    "semicolon.csv": (
+        "file_name;text\n1.jpg;one\n",
+        "it cannot be read: its first line is 'file_name;text'; take commas between values",
+    ),
+    "other.jsonl": (
+        '{"image": "1.jpg", "text": "a"}\n',
+        "a row has no 'file_name', the picture's path, as a text; it has image, text",
+    ),
     "open.csv": ('file_name,text\n1.jpg,"one\n2.jpg,two\n', "it cannot be read: unexpected end"),
     "twice.csv": ("file_name,text,text\n1.jpg,a,b\n", "it cannot be read: two of its"),
     "list.jsonl": ('{"file_name": ["1.jpg"]}\n', "a row has no 'file_name', the picture's path"),
@@ -948,6 +961,27 @@ def test_broken_captions_fail_the_shard_in_one_line(name: str, tmp_path: Path) -
     [failure] = run.status().failures
     assert f"{tmp_path}/in/{name}: {told}" in failure.error
     assert "\n" not in failure.error
+
+
+def test_a_parquet_of_captions_without_paths_names_its_columns(tmp_path: Path) -> None:
+    pictures(tmp_path / "in", "1.jpg")
+    captions = tmp_path / "in" / "a.parquet"
+    for columns, told in (({"path": ["1.jpg"]}, "path"), ({"file_name": [b"1.jpg"]}, "file_name")):
+        pq.write_table(pa.table(columns), captions)
+        run = d2m.submit(of_pictures(tmp_path, captions=str(captions)), local=True)
+        [failure] = run.status().failures
+        assert f"no 'file_name', the picture's path, as a text; it has {told}" in failure.error
+
+
+def test_a_csv_may_have_numbers_of_rows_without_a_name(tmp_path: Path) -> None:
+    """As pandas writes it; they counted as more values than names."""
+    pictures(tmp_path / "in", "1.jpg")
+    captions = tmp_path / "in" / "a.csv"
+    captions.write_text(",file_name,text\n1,1.jpg,one\n")
+    path = of_pictures(tmp_path, captions=str(captions), additional_fields=["text"])
+    run = d2m.submit(path, local=True)
+    assert run.status().complete
+    assert run.table(["text"])["text"].to_pylist() == ["one"]
 
 
 def test_pictures_that_are_gone_fail_their_shard(tmp_path: Path) -> None:

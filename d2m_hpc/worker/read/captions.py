@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -12,11 +12,14 @@ import pyarrow.parquet as pq
 
 from d2m_hpc.errors import Rejected
 from d2m_hpc.run.slices import owner
+from d2m_hpc.storage.texts import few
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.parse import json_object
 
 NAME = "file_name"
 """The column with the pictures' paths, from the captions file's folder on."""
+MISSING = object()
+"""What a row without such a column has in it."""
 LONGEST = 64 << 20
 """Bytes of a line of JSON."""
 
@@ -38,10 +41,10 @@ def rows(
     found: dict[str, list[dict[str, Any]]] = {}
     try:
         for row in READERS[os.path.splitext(path)[1].lower()](path, wanted):
-            if name := wanted.name_of(_path(row[NAME])):
+            if name := wanted.name_of(_path(row.get(NAME, MISSING), row)):
                 found.setdefault(name, []).append(row)
-    except KeyError:
-        raise refusal.unreadable(path, f"a row has no {NAME!r}, the picture's path") from None
+    except KeyError as error:
+        raise refusal.unreadable(path, error.args[0]) from None
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise refusal.unreadable(path, f"it cannot be read: {error}") from None
     return found
@@ -64,10 +67,11 @@ class _Wanted(Container[str]):
         return self._names.get(self._owner(path), "")
 
 
-def _path(name: object) -> str:
+def _path(name: object, columns: Iterable[str]) -> str:
     """A picture's path as it is compared, which `find .` writes with a dot in front."""
     if not isinstance(name, str | None):
-        raise KeyError(NAME)
+        what = f"a row has no {NAME!r}, the picture's path, as a text"
+        raise KeyError(f"{what}; it has {few(sorted(columns)) or 'nothing'}")
     return (name or "").removeprefix("./")
 
 
@@ -88,22 +92,29 @@ def _of_jsonl(path: str, wanted: Container[str]) -> Iterator[dict[str, Any]]:
 def _of_csv(path: str, wanted: Container[str]) -> Iterator[dict[str, Any]]:
     """Read rows; a quote or a comma in its wrong place would give a picture part of its text."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, restkey="", restval=None, strict=True)
+        rows = csv.DictReader(file, strict=True)
         names = [name for name in rows.fieldnames or () if name]
         if len({*names}) < len(names):
             raise ValueError("two of its columns have one name")
+        if len(names) == 1 and NAME in names[0] != NAME:
+            raise ValueError(f"its first line is {names[0]!r}; take commas between values")
         for row in rows:
-            if any(row.pop("", None) or ()):
-                what = f"line {rows.line_num} has more values than the first line has names"
-                raise ValueError(f"{what}; a value with a comma stands in double quotes")
+            more = any(row.pop(None, None) or ())
+            row.pop("", None)  # the numbers of rows, as pandas writes them
+            if more or None in row.values():
+                what = f"line {rows.line_num} has {'more' if more else 'fewer'} values than the "
+                what += f"first line has names; a value with a {'comma' if more else 'line break'}"
+                raise ValueError(f"{what} stands in double quotes")
             yield row
 
 
 def _of_parquet(path: str, wanted: Container[str]) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        names = file.schema_arrow.names
         for batch in file.iter_batches(1024, use_threads=False):
-            for number, name in enumerate(batch.column(NAME).to_pylist()):
-                if _path(name) in wanted:  # to make values of all rows takes far longer
+            paths = batch.column(NAME).to_pylist() if NAME in names else [MISSING] * len(batch)
+            for number, name in enumerate(paths):
+                if _path(name, names) in wanted:  # to make values of all rows takes far longer
                     yield batch.slice(number, 1).to_pylist()[0]
 
 
