@@ -190,6 +190,12 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: (r["finished"], r["shard"]))
 
 
+def test_a_run_that_has_not_begun_is_told(folder: Path) -> None:
+    """It was told to submit again."""
+    with pytest.raises(ConfigError, match=r"there is no run in .*; start one with `d2m-submit"):
+        d2m.derive(config(folder), local=True)
+
+
 def test_only_changed_entries_are_computed_again(folder: Path) -> None:
     d2m.submit(config(folder), local=True)
     whole = derived(config(folder, ["cluster", "duplicate"]))

@@ -152,8 +152,14 @@ def img2dataset(
     run = api.open(target)
     caption = "text" if run.config.use_datacomp_keys else "caption"
     condition = f"({where}) AND in_subset" if subset else where
+    columns = ["uid", "url", caption]
+    if output.suffix != ".parquet":
+        what = f"--output: found {str(output)!r}; valid is a name in .parquet"
+        raise ConfigError("export", [what])
+    if lacking := ", ".join(name for name in columns if name not in run.config.columns):
+        what = f"additional_fields: the run has no {lacking}; add them and submit: no model runs"
+        raise ConfigError("export", [what])
     with _bar("shards") as on_shards:
-        columns = ["uid", "url", caption]
         found = run.select(output, condition, on_shards=on_shards, join=subset, columns=columns)
     _show_selection(found, output)
     raise typer.Exit(0 if found.chosen else 1)

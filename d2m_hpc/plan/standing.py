@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import D2MError
+from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.run import fingerprints
 from d2m_hpc.run.folder import RunDir
@@ -151,9 +151,13 @@ def standings(
         there: the stems of all outputs by suffix, if the output folder was listed before.
 
     Raises:
+        ConfigError: there is no such run.
         D2MError: the plan is missing or damaged, or the output cannot be listed.
     """
     if not run.shards.exists():
+        if not run.config.exists():
+            what = f"there is no run in {run.root}; start one with `d2m-submit CONFIG`"
+            raise ConfigError("config", [what])
         raise D2MError(f"{run.shards} is missing; submit again, and the plan is made anew")
     manifest = known or Manifest.load(run)
     odd = set[str]()

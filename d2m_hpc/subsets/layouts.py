@@ -256,8 +256,11 @@ class Lance(HuggingFace):
         mode = "append" if self._place.exists() else "create"
         try:
             lance.write_dataset(reader, self._place, mode=mode)
-        except BaseException:
+        except BaseException as error:
             self.source.stopped.set()  # or the next part would be appended without this one
+            if found := re.search(r"\(os error (\d+)\)", str(error)):
+                number = int(found[1])  # which a full disk has in lance's text alone
+                raise OSError(number, os.strerror(number), str(self._place)) from error
             raise
 
     def finish(self) -> None:

@@ -606,6 +606,21 @@ def test_damaged_values_are_in_no_lance_data_set(run: d2m.Run, tmp_path: Path) -
     assert lance.dataset(out / "data.lance").to_table()["uid"].to_pylist() == KEYS
 
 
+def test_a_disk_that_takes_no_more_of_a_lance_data_set_is_one_line(tmp_path: Path) -> None:
+    """Of files, not more than a KiB: as a full disk does."""
+    pytest.importorskip("lance")
+    run, out = finished(tmp_path, len(ROWS)), tmp_path / "lance"
+    d2m_command = Path(sys.executable).with_name("d2m")
+    line = f"ulimit -f 1; exec {d2m_command} export lance {run.path} -o {out}"
+    ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        f"error: {out}/data.lance: File too large; the limit of a file's size (ulimit -f) is too "
+        "low\n",
+    )
+    assert run.export("lance", out).rows == len(KEYS)
+
+
 def test_lance_reads_all_rows_and_an_export_goes_on(tmp_path: Path) -> None:
     lance = pytest.importorskip("lance")
     run, out = finished(tmp_path, len(ROWS)), tmp_path / "lance"
