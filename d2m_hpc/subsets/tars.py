@@ -98,20 +98,37 @@ class SubsetTars(ExportLayout):
             if (key := sample.key) not in wanted:
                 continue
             left[key] -= 1
-            # A tar's key ends at the first dot, which names of files and keys in parquets may have.
-            folder, slash, name = key.rpartition("/")
-            name = folder + slash + name.replace(".", "_")
+            name = _name(key)
             if left[key] < 0 or names.setdefault(name, key) != key:
                 what = f"several samples are {name!r} in a tar, as is one with the kept key {key!r}"
                 raise D2MError(f"{masked(place_of(shard.url))}: {what}; give each a key of its own")
             _add(sample, name, reader, tar, image)
         if left := +left:
-            what = f"{left.total()} kept samples are not there, such as {min(left)!r}"
+            key = min(left)
+            if there := self._lists[shard.stem].count(key) - left[key]:
+                what = f"the lists have {key!r} {there + left[key]} times, and the shard {there}"
+                raise D2MError(f"{masked(place_of(shard.url))}: {what}; name it once")
+            what = f"{left.total()} kept samples are not there, such as {key!r}"
             advice = "since its outputs were made; see d2m-submit --recompute-changed"
             raise D2MError(f"{masked(place_of(shard.url))}: {what}; it has changed {advice}")
 
     def finish(self) -> None:
         """All files are of parts."""
+
+
+def _name(key: str) -> str:
+    """A sample's name in a tar, which leads to no place outside.
+
+    A tar's key ends at the first dot, which names of files and keys in parquets may have.
+
+    Example:
+        >>> _name("../a.b/c.d")
+        '__/a.b/c_d'
+    """
+    *folders, name = key.split("/")
+    if folders and not folders[0]:
+        folders[0] = "_"
+    return "/".join([*("__" if part == ".." else part for part in folders), name.replace(".", "_")])
 
 
 class TarWriter:
@@ -177,7 +194,10 @@ def _read_lists(path: Path | None) -> dict[str, list[str]]:
         if path is None:
             raise ValueError("no file is named")
         with path.open(encoding="utf-8") as file:
-            lines = [(x["shard"], [*map(str, x["keys"])]) for x in map(json.loads, file)]
+            lines = [(x["shard"], x["keys"]) for x in map(json.loads, file)]
+        for stem, keys in lines:
+            if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+                raise ValueError(f"the keys of {stem!r} are no list of texts")
         if len(found := dict(lines)) < len(lines):
             [(stem, _)] = Counter(stem for stem, _ in lines).most_common(1)
             raise ValueError(f"the shard {stem!r} is on several lines")

@@ -156,12 +156,36 @@ def test_samples_that_a_tar_would_mix_are_told(tmp_path: Path, keys: list[str]) 
     assert not [*(tmp_path / "kept").glob("*.tar")]
 
 
+def test_keys_lead_to_no_place_outside_of_the_tar(tmp_path: Path) -> None:
+    """`tar` and `tarfile` of old wrote such members anywhere."""
+    keys = ["../../x", "/etc/y", "..", "./z"]
+    table = pa.table({"image": [jpeg(i) for i in range(4)], "key": keys})
+    pq.write_table(table, tmp_path / "a.parquet")
+    run = submitted(tmp_path, "a.parquet")
+    run.select(tmp_path / "kept.jsonl")
+    run.export("subset-tars", tmp_path / "kept", lists=tmp_path / "kept.jsonl")
+    with tarfile.open(tmp_path / "kept" / "a.tar") as tar:
+        names = [name for name in tar.getnames() if name.endswith(".jpg")]
+    assert names == ["__/__/x.jpg", "_/etc/y.jpg", "__.jpg", "./z.jpg"]
+
+
+def test_a_key_that_a_list_has_twice_is_told(run: d2m.Run, tmp_path: Path) -> None:
+    """It was told as a shard that has changed."""
+    run.select(tmp_path / "kept.jsonl")
+    stem, (key, *_) = json.loads((tmp_path / "kept.jsonl").read_text().splitlines()[0]).values()
+    (tmp_path / "twice.jsonl").write_text(json.dumps({"shard": stem, "keys": [key, key]}))
+    with pytest.raises(D2MError, match=rf"the lists have '{key}' 2 times, and the shard 1; name"):
+        run.export("subset-tars", tmp_path / "kept", lists=tmp_path / "twice.jsonl")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         ("no json", "cannot be read: Expecting value"),
         ('{"keys": []}', "cannot be read: 'shard'"),
         ('{"shard": "00007", "keys": []}', "found the shard '00007', which is none of"),
+        ('{"shard": "00000", "keys": "abc"}', "the keys of '00000' are no list of texts"),
+        ('{"shard": "00000", "keys": [1]}', "the keys of '00000' are no list of texts"),
         ('{"shard": "00000", "keys": []}\n' * 2, "read: the shard '00000' is on several lines"),
     ],
 )
