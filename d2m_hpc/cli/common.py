@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,13 +83,18 @@ def echo(text: str) -> None:
 
 
 @contextmanager
-def waiting(how: str) -> Iterator[None]:
-    """Wait for array tasks; at Ctrl-C, say that they go on, and how they are ended."""
+def at_interrupt(words: str = "the same command goes on from here") -> Iterator[None]:
+    """At Ctrl-C, say what becomes of the work."""
     try:
         yield
     except KeyboardInterrupt:
-        print(f"interrupted; the array tasks go on: {how}", file=sys.stderr)
+        print(f"interrupted; {words}", file=sys.stderr)
         raise
+
+
+def waiting(how: str) -> AbstractContextManager[None]:
+    """Wait for array tasks; at Ctrl-C, say that they go on, and how they are ended."""
+    return at_interrupt(f"the array tasks go on: {how}")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from d2m_hpc.cli.common import (
     AsJson,
     SeedOfDraw,
     Target,
+    at_interrupt,
     echo,
     named,
     number,
@@ -166,7 +167,7 @@ def img2dataset(
 
 
 def _export(kind: str, target: Path, output: Path, **options: Any) -> None:
-    with _bar("rows") as on_rows:
+    with _bar("rows") as on_rows, at_interrupt():
         found = api.open(target).export(kind, output, on_rows=on_rows, **options)
     _show_exported(found)
 
@@ -244,7 +245,7 @@ def datacomp(
     output: Folder = Path("datacomp"),
     allow_missing: AllowMissing = False,
 ) -> None:
-    with _bar("rows") as on_rows:
+    with _bar("rows") as on_rows, at_interrupt():
         found = api.open(target).export_datacomp(output, allow_missing, on_rows)
     _show_export(found)
 

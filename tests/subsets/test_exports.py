@@ -432,6 +432,25 @@ d2m_hpc.open(sys.argv[1]).export(sys.argv[2], sys.argv[3], on_rows=kill)
 """
 
 
+INTERRUPTED = """
+import os, signal, sys
+from d2m_hpc.cli import main
+left = [signal.SIGINT]
+at_rename = lambda event, _: event == "os.rename" and left and os.kill(os.getpid(), left.pop())
+sys.addaudithook(at_rename)
+main()
+"""
+
+
+def test_an_interrupted_export_says_that_it_goes_on(run: d2m.Run, tmp_path: Path) -> None:
+    options = ["export", "npy", str(run.path), "-o", str(tmp_path / "npy")]
+    command = [sys.executable, "-c", INTERRUPTED, *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = "interrupted; the same command goes on from here\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", told)
+    assert run.export("npy", tmp_path / "npy").rows == len(KEYS)
+
+
 def test_a_killed_export_goes_on(run: d2m.Run, tmp_path: Path) -> None:
     run.export("npy", tmp_path / "at-once")
     words = [sys.executable, "-c", KILLED, str(run.path), "npy", str(tmp_path / "npy")]
