@@ -348,12 +348,18 @@ def _found(pool: Pool, query: Query, columns: str) -> Iterator[None]:
     """
     score, kind = _score(pool, query)
     told = f"SELECT {pool.identity}, {score}::{kind} AS score, {FILE} AS file, {PLACE} AS place"
+    rows = f"FROM ({told}, {{{columns}}} AS values FROM pool WHERE {query.condition}) "
+    passed = "FROM kept WHERE passes AND d2m_high IS NOT NULL"
+    (again,) = _row(pool, f"SELECT (SELECT count(*) {passed}) > (SELECT count(*) FROM samples)")
     pool.db.execute("CREATE TABLE left_over AS FROM chosen")
+    rows += "SEMI JOIN left_over USING (d2m_high, d2m_low, score)"
     for _ in pool.groups():
+        if not again:  # rows that need not be told apart need not be held, nor sorted twice
+            pool.db.execute(f"CREATE OR REPLACE VIEW found AS {rows}")
+            yield
+            continue
         pool.db.execute(
-            f"CREATE OR REPLACE TABLE found AS FROM "
-            f"({told}, {{{columns}}} AS values FROM pool WHERE {query.condition}) "
-            "SEMI JOIN left_over USING (d2m_high, d2m_low, score) "
+            f"CREATE OR REPLACE TABLE found AS {rows} "
             "QUALIFY row_number() OVER (PARTITION BY d2m_high, d2m_low ORDER BY file, place) = 1"
         )
         pool.db.execute(
