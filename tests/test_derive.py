@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from launch.scripted import commands_of
 import d2m_hpc as d2m
 from d2m_hpc.errors import ConfigError, D2MError, SlurmError
 from d2m_hpc.launch import derive as launch
-from d2m_hpc.run.derived import require_steady
+from d2m_hpc.run.derived import evaluated, require_steady
 from d2m_hpc.worker.task import run_task
 
 FEATURE = "image-histogram"
@@ -367,6 +368,15 @@ def test_mistakes_are_told_in_a_line(finished: Path, change: dict[str, Any], tol
         d2m.derive(config(finished, **change), local=True)
     assert told in str(caught.value)
     assert records(finished) == before
+
+
+def test_a_nan_is_a_missing_value_to_an_expression() -> None:
+    """It was above all numbers, and a sample without a score the best."""
+    for kind in (pa.float32(), pa.float64()):
+        table = pa.table({"q": pa.array([math.nan, 2.0, None, math.inf, 0.5], kind)})
+        assert evaluated("q > 1", "bool", table).to_pylist() == [None, True, None, True, False]
+    empty = pa.table({"q": pa.array([], pa.float64())})
+    assert evaluated("q > 1", "bool", empty).to_pylist() == []
 
 
 def test_expressions_of_the_row_alone_are_steady() -> None:

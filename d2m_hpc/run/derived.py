@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from d2m_hpc.errors import D2MError, ShardError
 from d2m_hpc.run.folder import RunDir
@@ -80,11 +81,18 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 def evaluated(expression: str, kind: str, table: pa.Table) -> pa.Array:
     """The value of an SQL expression for each row of a table; the expression can read no file.
 
+    A NaN is null to it, as to `d2m select`: duckdb's is above all numbers.
+
     Raises:
         ShardError: the expression is wrong, or gives no value for each row.
     """
     import duckdb
 
+    for place, column in enumerate(table.schema):
+        if pa.types.is_float32(column.type) or pa.types.is_float64(column.type):
+            values = table.column(place)
+            without = pc.if_else(pc.is_nan(values), pa.scalar(None, column.type), values)
+            table = table.set_column(place, column.name, without)
     with duckdb.connect() as db:
         rows = db.from_arrow(table)
         db.execute("SET threads = 1; SET memory_limit = '2GB'; SET temp_directory = ''")
