@@ -17,6 +17,9 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -71,9 +74,15 @@ def _apply(preprocessor: Preprocessor, value: Any) -> Any:
     raw = Picture(value) if isinstance(value, Image.Image) else value
     prepared = preprocessor.prepare(raw, Options(exact=True))
     if isinstance(prepared, tuple):
-        batch = preprocessor.finish(tuple(part[None] for part in prepared))
-        return tuple(part[0] for part in batch)
-    return preprocessor.finish(prepared[None])[0] if isinstance(prepared, Tensor) else prepared
+        return tuple(part[0] for part in preprocessor.finish(tuple(map(_batch, prepared))))
+    return (
+        preprocessor.finish(_batch(prepared))[0] if isinstance(prepared, np.ndarray) else prepared
+    )
+
+
+def _batch(sample: NDArray[Any]) -> Tensor:
+    """A batch of one."""
+    return torch.from_numpy(np.stack([sample]))
 
 
 def load(path: Path, frozen: Sources | None = None) -> ModuleType:

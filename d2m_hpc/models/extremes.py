@@ -13,9 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-
-from d2m_hpc.models.pixels import in_memory
 
 LARGE = 1 << 24
 """Pixels that a step may take beyond those of the picture itself; more are taken otherwise."""
@@ -67,20 +64,21 @@ def _around(span: tuple[float, float], length: int) -> tuple[int, int]:
     return max(0, math.floor(span[0]) - margin), min(length, math.ceil(span[1]) + margin)
 
 
-def filled(strip: Tensor, before: int, square: int, axis: int, fill: int) -> Tensor:
+def filled(
+    strip: NDArray[np.uint8], before: int, square: int, axis: int, fill: int
+) -> NDArray[np.uint8]:
     """Pad a strip to a square and resize it across (bicubic), without making the padding.
 
     Args:
-        strip: uint8 [3, H, W], resized along the other axis already.
+        strip: uint8 [H, W, 3], resized along the other axis already.
         before: pixels of padding before it.
         square: pixels of strip and padding together.
         axis: of `strip`, the one to resize to the length of the other.
     """
-    other = 3 - axis
-    weights = torch.from_numpy(_weights(strip.shape[axis], before, square, strip.shape[other]))
-    moved = strip.movedim(axis, -1).float() - fill
+    weights = torch.from_numpy(_weights(strip.shape[axis], before, square, strip.shape[1 - axis]))
+    moved = torch.from_numpy(strip).permute(2, 1 - axis, axis).float() - fill
     pixels = (fill + moved @ weights).round_().clamp_(0, 255).to(torch.uint8)
-    return in_memory(pixels.movedim(-1, axis))
+    return pixels.permute(1, 2, 0).movedim(1, axis).contiguous().numpy()
 
 
 def _weights(given: int, before: int, square: int, made: int) -> NDArray[np.float32]:

@@ -1,26 +1,25 @@
-"""An RGB image's pixels, in the two forms that preprocessors take."""
+"""An RGB image's pixels, in the two forms that preprocessors take.
+
+Each call of torch, even one that makes a view, lets go of the interpreter's lock and waits for it
+again; beside many threads that decode, the waits take longer than the work. NumPy's views keep it.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-Pixels = Image.Image | Tensor
-"""An RGB image, as PIL for exact resizing or as uint8 [3, H, W]."""
+Pixels = Image.Image | NDArray[np.uint8]
+"""An RGB image, as PIL for exact resizing or as uint8 [H, W, 3]."""
 
 AT_ONCE = 1 << 24
 """Pixels that PIL copies out at once, twice over on the way."""
 
 
-def tensor_of(source: Pixels | NDArray[np.uint8]) -> Tensor:
-    """uint8 [3, H, W] of an RGB image; a pixel's channels lie together, as they came."""
-    if isinstance(source, Tensor):
-        return source
-    pixels = np.asarray(_Copied(source)) if isinstance(source, Image.Image) else source
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+def array_of(source: Pixels) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3] of an RGB image."""
+    return np.asarray(_Copied(source)) if isinstance(source, Image.Image) else source
 
 
 class _Copied:
@@ -47,9 +46,4 @@ def _copy(image: Image.Image) -> NDArray[np.uint8]:
 
 def size_of(image: Pixels) -> tuple[int, int]:
     """Width and height."""
-    return image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])
-
-
-def in_memory(pixels: Tensor) -> Tensor:
-    """A copy of a part of an image, which holds no other, channels last."""
-    return pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])

@@ -1,8 +1,8 @@
 """Raw inputs to model inputs: a CPU half for the decode threads, a device half for whole batches.
 
-Pixels travel as uint8; the device half normalises them. `fast` resizes with torch's uint8 kernels,
-`exact` with PIL, both bit for bit as torchvision's transforms do, whose import takes as long as
-torch's own.
+Pixels travel as uint8 [B, H, W, 3]; the device half normalises them. `fast` resizes with torch's
+uint8 kernels, `exact` with PIL, both bit for bit as torchvision's transforms do, whose import takes
+as long as torch's own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.models import extremes
 from d2m_hpc.models.blocks import Largest, like
 from d2m_hpc.models.inputs import NAMED, Form, ImageInput, OwnInput
-from d2m_hpc.models.pixels import Pixels, in_memory, size_of, tensor_of
+from d2m_hpc.models.pixels import Pixels, array_of, size_of
 from d2m_hpc.storage.texts import safe
 
 FAST = ("bicubic", "bilinear")
@@ -39,44 +39,37 @@ Padding = tuple[int, int, int, int]
 
 
 class Picture:
-    """A decoded RGB image, as PIL or as a uint8 tensor, whichever is asked for."""
+    """A decoded RGB image, as PIL or as a uint8 array, whichever is asked for."""
 
-    def __init__(self, source: Image.Image | NDArray[np.uint8]) -> None:
-        self._source = source
+    def __init__(self, source: Pixels) -> None:
+        self.source, self._forms = source, [source]
         self._resized: dict[tuple[int, int, str, bool], Pixels] = {}
 
-    @cached_property
+    @property
     def pil(self) -> Image.Image:
-        source = self._source
-        return source if isinstance(source, Image.Image) else Image.fromarray(source)
+        found = [form for form in self._forms if isinstance(form, Image.Image)]
+        if not found:
+            found = [Image.fromarray(self.source)]
+            self._forms += found
+        return found[0]
 
-    @cached_property
-    def tensor(self) -> Tensor:
-        """uint8 [3, H, W], channels last in memory, where torch's kernels are fastest."""
-        return tensor_of(self._source)
+    @property
+    def array(self) -> NDArray[np.uint8]:
+        """uint8 [H, W, 3]."""
+        return array_of(self.source)
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height."""
-        if isinstance(self._source, Image.Image):
-            return self._source.size
-        return self._source.shape[1], self._source.shape[0]
-
-    @property
-    def source(self) -> Image.Image | NDArray[np.uint8]:
-        return self._source
+        return size_of(self.source)
 
     def form(self, exact: bool) -> Pixels:
-        return self.pil if exact else self.tensor
+        return self.pil if exact else self.array
 
     @property
     def short(self) -> Picture:
         """The same, without sides that are too long to be resized at once."""
-        return self if max(self.size) <= extremes.LONGEST else self._shortened
-
-    @cached_property
-    def _shortened(self) -> Picture:
-        return Picture(extremes.shortened(self.pil))
+        return self if max(self.size) <= extremes.LONGEST else Picture(extremes.shortened(self.pil))
 
     def resized(self, width: int, height: int, how: str, exact: bool) -> Pixels:
         """Resized once for all that ask alike: of a square, CLIP and the faces want the same."""
@@ -123,20 +116,22 @@ def _resize(image: Pixels, width: int, height: int, how: str) -> Pixels:
 
 
 def _resize_once(image: Pixels, width: int, height: int, how: str) -> Pixels:
-    """Tensors stay channels last in memory, as conv nets on the device want them too."""
+    """Channels stay last in memory, as conv nets on the device want them too."""
     if isinstance(image, Image.Image):
         return image.resize((width, height), Image.Resampling[how.upper()])
-    # The batch's stride tells a batch of one from one whose channels come first.
-    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    return F.interpolate(batch, (height, width), mode=how, antialias=True)[0]
+    # Of a batch of one, its stride tells torch that channels come last.
+    batch = torch.from_numpy(image.reshape(1, *image.shape).transpose(0, 3, 1, 2))
+    made = F.interpolate(batch, (height, width), mode=how, antialias=True)
+    resized: NDArray[np.uint8] = made.numpy()[0].transpose(1, 2, 0)
+    return resized
 
 
 def prepared_image(picture: Picture, options: Options, wanted: ImageInput) -> Any:
-    """uint8 [3, H, W], as `wanted` describes it; for `pad`, and the padding, float32 [4]."""
+    """uint8 [H, W, 3], as `wanted` describes it; for `pad`, and the padding, float32 [4]."""
     if wanted.resize == "pad":
         return _padded(picture, wanted, options.exact)
     if wanted.resize == "squash":
-        return tensor_of(_plain(picture, wanted.width, wanted.height, wanted, options.exact))
+        return array_of(_plain(picture, wanted.width, wanted.height, wanted, options.exact))
     make = _cut_out if wanted.resize == "shortest" else _within
     return make(picture, wanted, options.exact)
 
@@ -145,7 +140,7 @@ def _plain(picture: Picture, width: int, height: int, wanted: ImageInput, exact:
     return picture.resized(width, height, wanted.interpolation, exact)
 
 
-def _cut_out(picture: Picture, wanted: ImageInput, exact: bool) -> Tensor:
+def _cut_out(picture: Picture, wanted: ImageInput, exact: bool) -> NDArray[np.uint8]:
     """Bring the short side to a length and cut the middle out, as torchvision and open_clip do."""
     (width, height), size = picture.size, (wanted.width, wanted.height)
     if size[0] == size[1] or wanted.short:
@@ -158,13 +153,13 @@ def _cut_out(picture: Picture, wanted: ImageInput, exact: bool) -> Tensor:
     left, top = whole((wide - size[0]) / 2), whole((high - size[1]) / 2)
     if wide * high > extremes.LARGE:
         how = Image.Resampling[wanted.interpolation.upper()]
-        return tensor_of(extremes.centre(picture.source, wide, high, size, how, (left, top)))
+        return array_of(extremes.centre(picture.source, wide, high, size, how, (left, top)))
     if exact and wide > size[0] and high == size[1]:
-        return tensor_of(_landscape(picture.pil, wide, left, wanted))
-    resized = tensor_of(_plain(picture, wide, high, wanted, exact))
-    crop = resized[:, top : top + size[1], left : left + size[0]]
+        return array_of(_landscape(picture.pil, wide, left, wanted))
+    resized = array_of(_plain(picture, wide, high, wanted, exact))
+    crop = resized[top : top + size[1], left : left + size[0]]
     # A view holds all of what was resized until its batch is made.
-    return crop if wide * high <= 4 * size[0] * size[1] else in_memory(crop)
+    return crop if wide * high <= 4 * size[0] * size[1] else crop.copy()
 
 
 def _landscape(image: Image.Image, wide: int, left: int, wanted: ImageInput) -> Image.Image:
@@ -175,22 +170,24 @@ def _landscape(image: Image.Image, wide: int, left: int, wanted: ImageInput) -> 
     return cropped.resize((wanted.width, wanted.height), how)
 
 
-def _within(picture: Picture, wanted: ImageInput, exact: bool) -> Tensor:
+def _within(picture: Picture, wanted: ImageInput, exact: bool) -> NDArray[np.uint8]:
     """Bring the long side to the size, with `fill` around, as open_clip does."""
     width, height = picture.size
     ratio = max(width / wanted.width, height / wanted.height)
     wide, high = max(1, round(width / ratio)), max(1, round(height / ratio))
-    resized = tensor_of(_plain(picture, wide, high, wanted, exact))
+    resized = array_of(_plain(picture, wide, high, wanted, exact))
     left, top = (wanted.width - wide) // 2, (wanted.height - high) // 2
     padding = (left, top, wanted.width - wide - left, wanted.height - high - top)
-    return tensor_of(_pad(resized, padding, wanted.fill)) if any(padding) else resized
+    return array_of(_pad(resized, padding, wanted.fill) if any(padding) else resized)
 
 
-def _padded(picture: Picture, wanted: ImageInput, exact: bool) -> tuple[Tensor, Tensor]:
+def _padded(
+    picture: Picture, wanted: ImageInput, exact: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Pad to a square and resize that.
 
     Returns:
-        uint8 [3, H, W], and float32 [4]: the padding at left, top, right and bottom as fractions
+        uint8 [H, W, 3], and float32 [4]: the padding at left, top, right and bottom as fractions
         of the square's side.
     """
     picture = picture.short
@@ -199,8 +196,8 @@ def _padded(picture: Picture, wanted: ImageInput, exact: bool) -> tuple[Tensor, 
     left, top = (side - width) // 2, (side - height) // 2
     padding = (left, top, side - width - left, side - height - top)
     make = _in_square if side * side <= SQUARE else _in_endless_square
-    told = torch.tensor(padding, dtype=torch.float32) / side
-    return tensor_of(make(picture, padding, wanted, exact)), told
+    told = np.asarray(padding, np.float32) / np.float32(side)
+    return array_of(make(picture, padding, wanted, exact)), told
 
 
 def _in_square(picture: Picture, padding: Padding, wanted: ImageInput, exact: bool) -> Pixels:
@@ -227,14 +224,11 @@ def _narrowed(image: Pixels, padding: Padding, wanted: ImageInput) -> Pixels:
         if isinstance(image, Image.Image):
             part: Pixels = image.crop((0, top, width, bottom))
         else:
-            part = image[:, top:bottom]
+            part = image[top:bottom]
         part = _pad(part, padding, wanted.fill)
-        part = _resize(part, wanted.width, bottom - top, wanted.interpolation)
-        parts.append(tensor_of(part).permute(1, 2, 0))
-    narrow = torch.cat(parts)
-    if isinstance(image, Image.Image):
-        return Image.fromarray(narrow.numpy())
-    return narrow.permute(2, 0, 1)
+        parts.append(array_of(_resize(part, wanted.width, bottom - top, wanted.interpolation)))
+    narrow = np.concatenate(parts)
+    return Image.fromarray(narrow) if isinstance(image, Image.Image) else narrow
 
 
 def _in_endless_square(
@@ -244,20 +238,18 @@ def _in_endless_square(
     image, (width, height), side = picture.form(exact), picture.size, max(picture.size)
     tall = height > width
     size = (width, wanted.height) if tall else (wanted.width, height)
-    strip = tensor_of(_resize(image, *size, "bicubic"))
+    strip = array_of(_resize(image, *size, "bicubic"))
     before = padding[0] if tall else padding[1]
-    return extremes.filled(strip, before, side, axis=2 if tall else 1, fill=wanted.fill)
+    return extremes.filled(strip, before, side, axis=1 if tall else 0, fill=wanted.fill)
 
 
 def _pad(image: Pixels, padding: Padding, fill: int) -> Pixels:
-    """Tensors by hand, as torch's `pad` takes a pixel's channels apart."""
     if isinstance(image, Image.Image):
         return ImageOps.expand(image, padding, (fill, fill, fill))
     left, top, right, bottom = padding
-    _, height, width = image.shape
-    shape = (top + height + bottom, left + width + right, 3)
-    padded = torch.full(shape, fill, dtype=torch.uint8).permute(2, 0, 1)
-    padded[:, top : top + height, left : left + width] = image
+    height, width, _ = image.shape
+    padded = np.full((top + height + bottom, left + width + right, 3), fill, np.uint8)
+    padded[top : top + height, left : left + width] = image
     return padded
 
 
@@ -279,30 +271,38 @@ def _floats(pixels: Tensor) -> Tensor | None:
     return like(pixels, lambda shape, _: _on_host(shape, torch.float32))
 
 
+def channels_first(pixels: Tensor) -> Tensor:
+    """[B, H, W, 3] as [B, 3, H, W], which lies in memory as before."""
+    return pixels.permute(0, 3, 1, 2)
+
+
 def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[Tensor], Tensor]:
-    """uint8 [B, 3, H, W] on any device to float32, channel by channel (x / 255 - mean) / std."""
+    """uint8 [B, H, W, 3] on any device to float32 [B, 3, H, W], channels last in memory.
+
+    Channel by channel (x / 255 - mean) / std.
+    """
 
     @cache
     def constants(device: torch.device) -> tuple[Tensor, Tensor]:
         """Made once: a copy from the host's ordinary memory would wait for the device."""
-        centre, scale = torch.tensor([mean, std], dtype=torch.float64).view(2, 3, 1, 1)
+        centre, scale = torch.tensor([mean, std], dtype=torch.float64)
         return (-centre / scale).float().to(device), (1 / scale).float().to(device)
 
     def normalise(pixels: Tensor) -> Tensor:
         # Two roundings; with one, deep nets amplify the difference to 5e-5 on pictures of one
         # colour. This is the reference's way, bit for bit, at 0.5 and 0.5.
+        pixels = pixels.contiguous()  # as batches are
         made = _floats(pixels)
         shift, factor = constants(pixels.device)
-        lines = pixels.permute(0, 2, 3, 1)  # channels last, as they come from the decoder
-        if made is None or not lines.is_contiguous():
-            unit = torch.div(pixels, 255, out=made)
-            return torch.addcmul(shift, unit, factor, out=unit)
+        if made is None:
+            unit = torch.div(pixels, 255)
+            return channels_first(torch.addcmul(shift, unit, factor, out=unit))
         # Picture by picture in the cache, and by whole lines of pixels rather than by three values
         # at a time: a quarter of the time that whole batches take.
-        shift, factor = (value.view(3).repeat(pixels.shape[3]) for value in (shift, factor))
-        for given, line in zip(lines.flatten(2), made.permute(0, 2, 3, 1).flatten(2), strict=True):
+        shift, factor = (value.repeat(pixels.shape[2]) for value in (shift, factor))
+        for given, line in zip(pixels.flatten(2), made.flatten(2), strict=True):
             torch.addcmul(shift, line.copy_(given).div_(255), factor, out=line)
-        return made
+        return channels_first(made)
 
     return normalise
 
@@ -323,11 +323,9 @@ def of_form(form: Form) -> Preprocessor:
         return Preprocessor(identity)
     if isinstance(form, OwnInput):
         return custom(_made(form))
-    finish: Callable[[Any], Any] = Preprocessor.finish
-    if form.mean and form.std:
-        finish = normaliser(form.mean, form.std)
-        if form.resize == "pad":
-            finish = partial(_first, finish)
+    finish = channels_first if not (form.mean and form.std) else normaliser(form.mean, form.std)
+    if form.resize == "pad":
+        finish = partial(_first, finish)
     return Preprocessor(partial(prepared_image, wanted=form.pixels), finish)
 
 

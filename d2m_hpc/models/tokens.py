@@ -12,8 +12,9 @@ from importlib.util import find_spec, module_from_spec
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import regex
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from d2m_hpc.models.bpe import Bpe
@@ -34,12 +35,14 @@ _MARKS = regex.compile(r"\P{ccc=0}{32,}")
 """More marks on one letter than any script has."""
 
 
-def of_clip() -> Callable[[str], Tensor]:
+def of_clip() -> Callable[[str], NDArray[np.int64]]:
     """OpenAI's tokens, for `inputs.OwnInput`."""
     return clip_tokens
 
 
-def of_open_clip(context: int = CONTEXT, **options: Any) -> Callable[[str], Tensor]:
+def of_open_clip(
+    context: int = CONTEXT, **options: Any
+) -> Callable[[str], NDArray[np.int64] | Tensor]:
     """The tokens of open_clip's own tokenizer, for `inputs.OwnInput`."""
     if not options:
         return ClipTokens(context, openai=False)
@@ -81,6 +84,9 @@ def _tokenizers() -> Any:
 class ClipTokens:
     """CLIP's BPE tokens: int64 [context], cut with the end token kept, padded with 0.
 
+    As NumPy's array, and words are found without letting go of the interpreter's lock: to wait for
+    it at each, beside many threads that decode, would take longer than the rest.
+
     Args:
         openai: read OpenAI's special tokens in a text, as openai/CLIP does (simple_tokenizer.py)
             and DataComp's published features were made; else open_clip's own.
@@ -100,15 +106,15 @@ class ClipTokens:
         self._words = regex.compile(f"{special}|{rest}", regex.IGNORECASE)
         self._of_word = lru_cache(maxsize=WORDS)(self._encoded)
 
-    def __call__(self, text: str) -> Tensor:
+    def __call__(self, text: str) -> NDArray[np.int64]:
         tokens = [self._start]
-        for word in self._words.finditer(clean(text)):
+        for word in self._words.finditer(clean(text), concurrent=False):
             is_short = word.end() - word.start() <= LETTERS
             tokens += self._of_word(word[0]) if is_short else self._encoded(word[0])
             if len(tokens) >= self._context:
                 break
         tokens = [*tokens[: self._context - 1], self._end]
-        return torch.tensor(tokens + [0] * (self._context - len(tokens)))
+        return np.array(tokens + [0] * (self._context - len(tokens)))
 
     def _encoded(self, word: str) -> tuple[int, ...]:
         """A word's tokens, or the first of them where they are more than are kept."""
@@ -123,7 +129,7 @@ def _openai() -> ClipTokens:
     return ClipTokens()
 
 
-def clip_tokens(text: str) -> Tensor:
+def clip_tokens(text: str) -> NDArray[np.int64]:
     """int64 [77]: OpenAI's tokens, cut with the end token kept, padded with 0."""
     return _openai()(text)
 

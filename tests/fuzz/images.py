@@ -149,7 +149,7 @@ def work(seed: int, count: int, start: int) -> None:
                 prepared = made.prepare(picture, Options(exact=exact))
                 pixels = prepared[0] if isinstance(prepared, tuple) else prepared
                 side = {"dedup": 512, "stats": 256}.get(name, 224)
-                assert (pixels.shape, pixels.dtype) == ((3, side, side), torch.uint8)
+                assert (pixels.shape, pixels.dtype) == ((side, side, 3), np.uint8)
             outcomes["prepared"] += 1
         except Rejected as reason:
             outcomes["rejected"] += 1

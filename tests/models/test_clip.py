@@ -28,13 +28,13 @@ def model(checkpoints: Path) -> clip.ClipB32:
 
 
 def _tokens(texts: list[str]) -> Tensor:
-    return torch.stack([clip_tokens(text) for text in texts])
+    return torch.from_numpy(np.stack([clip_tokens(text) for text in texts]))
 
 
 def _images(rows: int) -> Tensor:
     made = PREPROCESSORS["clip-aug"]
     pictures = [made.prepare(Picture(p), Options()) for p in photographs(rows)]
-    finished: Tensor = made.finish(torch.stack(pictures))
+    finished: Tensor = made.finish(torch.from_numpy(np.stack(pictures)))
     return finished
 
 

@@ -233,7 +233,7 @@ def test_the_seeds_image_preprocessors_give_one_samples_floats(seed: str, ours: 
     function = getattr(sys.modules["dataset2metadata.preprocessors"], seed)
     image = photographs(1)[0]
     made = PREPROCESSORS[ours]
-    expected = made.finish(made.prepare(Picture(image), Options(exact=True))[None])[0]
+    expected = made.finish(collate([made.prepare(Picture(image), Options(exact=True))]))[0]
     assert torch.equal(function(image), expected)
 
 

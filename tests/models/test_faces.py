@@ -20,7 +20,7 @@ from d2m_hpc.errors import WeightsError
 from d2m_hpc.models import faces
 from d2m_hpc.models.checkpoint import Weights
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
-from d2m_hpc.worker.batch import non_finite
+from d2m_hpc.worker.batch import collate, non_finite
 
 SIDE = faces.STRIDES[0] * 28
 Levels = Sequence[faces.Level]
@@ -249,10 +249,8 @@ def test_the_faces_of_a_batch_are_those_of_its_images_one_by_one(likely: int) ->
 
 def _batch(pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
     made = PREPROCESSORS["faces-aug"]
-    images, paddings = zip(
-        *(made.prepare(Picture(p), Options(exact=True)) for p in pictures), strict=True
-    )
-    finished: tuple[Tensor, Tensor] = made.finish((torch.stack(images), torch.stack(paddings)))
+    prepared = [made.prepare(Picture(p), Options(exact=True)) for p in pictures]
+    finished: tuple[Tensor, Tensor] = made.finish(collate(prepared))
     return finished
 
 
@@ -274,7 +272,7 @@ def test_a_batch_gives_what_its_images_give_alone(scrfd: faces.Scrfd10G) -> None
 @torch.inference_mode()
 def test_boxes_stand_in_descending_order_of_score(scrfd: faces.Scrfd10G) -> None:
     images, paddings = _batch(photographs(8))
-    levels = scrfd.net(images)
+    levels = scrfd.net(images.contiguous())
     for i, found in enumerate(_detected(scrfd, (images, paddings))):
         scores, boxes = _decoded(levels, i)
         relative = faces.unpad(boxes, paddings[i].expand(len(boxes), 4), SIDE)

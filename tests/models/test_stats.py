@@ -25,12 +25,10 @@ TEXT = TextStats(CPU, Weights.__new__(Weights))
 
 
 def _pixels(images: list[Image.Image]) -> Tensor:
-    return torch.stack(
-        [
-            PREPROCESSORS["stats-aug"].prepare(Picture(image), Options(exact=True))
-            for image in images
-        ]
-    )
+    made = PREPROCESSORS["stats-aug"]
+    prepared = [made.prepare(Picture(image), Options(exact=True)) for image in images]
+    pixels: Tensor = made.finish(torch.from_numpy(np.stack(prepared)))
+    return pixels
 
 
 def _luma(pixels: Tensor) -> NDArray[np.float64]:

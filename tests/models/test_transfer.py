@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kit import captions
@@ -34,14 +35,14 @@ def test_on_the_cpu_nothing_is_copied() -> None:
 
 
 def _pixels(name: str, side: int) -> Any:
-    pixels = torch.zeros(5, 3, side, side, dtype=torch.uint8, device=META)
+    pixels = torch.zeros(5, side, side, 3, dtype=torch.uint8, device=META)
     paddings = torch.zeros(5, 4, device=META)
     return PREPROCESSORS[name].finish((pixels, paddings) if name == "faces-aug" else pixels)
 
 
 def _tokens() -> torch.Tensor:
     prepared = [PREPROCESSORS["clip-tokens"].prepare(t, Options()) for t in captions()[:5]]
-    return torch.stack(prepared)
+    return torch.from_numpy(np.stack(prepared))
 
 
 @pytest.mark.parametrize(

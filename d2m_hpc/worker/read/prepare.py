@@ -88,8 +88,9 @@ class Held:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._budget.give(self._amount)
-        self._amount = 0
+        if self._amount:
+            self._budget.give(self._amount)
+            self._amount = 0
 
     def need(self, amount: int) -> None:
         """Wait until the sample may hold as much."""

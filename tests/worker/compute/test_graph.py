@@ -22,7 +22,7 @@ from d2m_hpc.models.inputs import Input
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Preprocessor
 from d2m_hpc.models.tokens import clip_tokens
 from d2m_hpc.stopping import Stopped
-from d2m_hpc.worker.batch import Batch, Outputs
+from d2m_hpc.worker.batch import Batch, Outputs, collate
 from d2m_hpc.worker.compute.ahead import in_turn
 from d2m_hpc.worker.compute.graph import Graph, amp_dtype
 from d2m_hpc.worker.compute.resolve import Toolbox
@@ -504,7 +504,7 @@ def test_a_distinct_input_is_finished_once_and_reaches_every_model_finished(
         return made.finish(pixels)
 
     monkeypatch.setitem(PREPROCESSORS, "clip-aug", Preprocessor(made.prepare, finish))
-    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
     graph = bench(SHARED, ["a", "b"], [], postprocess_features=["a", "b"])
     outputs = graph.run([1, 2], {inputs.as_prepared(("image", inputs.NAMED["clip-aug"])): pixels})
     expected = made.finish(pixels).numpy()
@@ -907,7 +907,7 @@ def test_the_precision_that_a_custom_file_sets_is_for_its_own_models(
 
         stats.register_forward_pre_hook(look)
         [pixels] = [i for i in made.toolbox.inputs if i[0] == "image"]
-        made.run([1.0, 2.0], {pixels: torch.zeros(2, 3, 64, 64, dtype=torch.uint8)})
+        made.run([1.0, 2.0], {pixels: torch.zeros(2, 64, 64, 3, dtype=torch.uint8)})
         assert (seen, made.graph.models["fast"].seen) == ([ours], [theirs])
         if NEWER:
             torch.backends.fp32_precision = "none"
@@ -973,8 +973,8 @@ def test_texts_are_encoded_where_somebody_reads_them(
     made = bench(OWN_POST, [name, *models], columns, **weights, **features)
     net, seen = made.graph.models[name].clip, list[int]()
     net.transformer.register_forward_hook(lambda *_: seen.append(1))
-    pixels = torch.randint(0, 255, (2, 3, 224, 224), dtype=torch.uint8)
-    values = {"image": pixels, "text": torch.stack([clip_tokens("a"), clip_tokens("b c")])}
+    pixels = torch.randint(0, 255, (2, 224, 224, 3), dtype=torch.uint8)
+    values = {"image": pixels, "text": collate([clip_tokens("a"), clip_tokens("b c")])}
     outputs = made.graph(Batch(["k0", "k1"], {i: values[i[0]] for i in made.toolbox.inputs}, {}))
     assert len(seen) == runs
     found = outputs.features[f"{name}-image"]

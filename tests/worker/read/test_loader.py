@@ -108,7 +108,7 @@ def test_built_in_inputs_have_a_row_a_sample(tmp_path: Path, scratch: Scratch) -
     (path,) = write_shards(tmp_path, 1, samples=3)
     (batch,), _ = load(path, recipe(BOTH), scratch)
     pixels = batch.inputs[("image", "stats-aug")]
-    assert (pixels.shape, pixels.dtype) == ((3, 3, 256, 256), torch.uint8)
+    assert (pixels.shape, pixels.dtype) == ((3, 256, 256, 3), torch.uint8)
     assert batch.inputs[("text", "identity")] == [f"caption {i}" for i in range(3)]
 
 
