@@ -14,6 +14,7 @@ from torch import Tensor
 from d2m_hpc.models.blocks import Allocate, like
 from d2m_hpc.models.inputs import Input
 from d2m_hpc.run.records import Rejection
+from d2m_hpc.worker.rows import Placed, Tray, gathered
 
 
 def plain(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -85,6 +86,10 @@ def collate(samples: Sequence[Any], allocate: Allocate = plain) -> Any:
 
 
 def _collate(samples: Sequence[Any], allocate: Allocate) -> Any:
+    placed = _placed(samples, allocate)
+    if all(isinstance(sample, Placed) for sample in placed):
+        return gathered(placed, allocate)
+    samples = [sample.array if isinstance(sample, Placed) else sample for sample in placed]
     first = samples[0]
     if isinstance(first, Tensor):
         return _stack(samples, allocate)
@@ -97,6 +102,14 @@ def _collate(samples: Sequence[Any], allocate: Allocate) -> Any:
     if isinstance(first, bool | int | float):
         return torch.tensor(samples)
     return list(samples)
+
+
+def _placed(samples: Sequence[Any], allocate: Allocate) -> Sequence[Any]:
+    """Arrays of one shape and type in rows of one block, where they are not in one already."""
+    if not isinstance(samples[0], np.ndarray):
+        return samples
+    tray = Tray(len(samples), allocate)
+    return [tray.put(row, "", sample) for row, sample in enumerate(samples)]
 
 
 def _stack(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from queue import Empty, Queue
 from threading import Event, Semaphore
@@ -29,10 +30,11 @@ from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.beside import of_shard, versions
 from d2m_hpc.worker.read.members import Notes
 from d2m_hpc.worker.read.prefetch import Coming, Stager, received
-from d2m_hpc.worker.read.prepare import IN_FLIGHT, Ready, Recipe, prepare
+from d2m_hpc.worker.read.prepare import IN_FLIGHT, WHOLE, Ready, Recipe, prepare
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 from d2m_hpc.worker.read.scratch import Scratch
 from d2m_hpc.worker.read.seen import Seen
+from d2m_hpc.worker.rows import Tray
 from d2m_hpc.worker.work import Clock, Work
 
 AHEAD = 4
@@ -40,6 +42,9 @@ AHEAD = 4
 GROUP = 8
 """Samples that a decode thread takes at a time: few enough to share evenly, enough to make handing
 over cheap."""
+FIRST = 64
+"""Rows that memory is made for as long as no batch has shown to be larger: shards may have far
+fewer samples than a batch may."""
 BATCH_BYTES = 512 << 20
 """A batch of whole pictures, for custom models, ends early at so many bytes."""
 POLL_SECONDS = 0.1
@@ -163,7 +168,8 @@ class Loader:
         self._allocate = Reused(recipe.batch_size, device)
         self._next: Queue[Reading | BaseException | None] = Queue(1)
         self._stopped, self._slots = Event(), Semaphore(AHEAD)
-        self._groups = 1
+        self._groups, self._most = 1, FIRST
+        self._collect = ThreadPoolExecutor(1, "collect")
         # One thread of torch in each decode thread, as there is one for each core.
         self._pool = ThreadPoolExecutor(
             recipe.threads, "decode", initializer=torch.set_num_threads, initargs=(1,)
@@ -188,7 +194,8 @@ class Loader:
             self._drain()
             alive[0].join(timeout=0.05)
         self._drain()
-        self._pool.shutdown(wait=not self._reader.is_alive(), cancel_futures=True)
+        for pool in (self._pool, self._collect):
+            pool.shutdown(wait=not self._reader.is_alive(), cancel_futures=True)
 
     def _drain(self) -> None:
         """Release shards that will not be computed."""
@@ -262,17 +269,23 @@ class Loader:
     def _emit(self, reading: Reading, found: Findings, index: Samples, archive: Reader) -> None:
         ready: list[Ready] = []
         bulk = 0
-        for result in self._prepared(reading, found.seen, index, archive):
+        for result in self._prepared(reading, found.seen, index, archive, ready):
             if isinstance(result, Rejection):
                 self._reject(reading.work.shard.url, found, [result])
                 continue
             ready.append(result)
             bulk += result.bulk
             if len(ready) == self._recipe.batch_size or bulk >= BATCH_BYTES:
-                reading.put(self._pool.submit(self._batch, ready))
-                ready, bulk = [], 0
+                self._put(reading, ready)
+                bulk = 0
         if ready:
-            reading.put(self._pool.submit(self._batch, ready))
+            self._put(reading, ready)
+
+    def _put(self, reading: Reading, ready: list[Ready]) -> None:
+        """Hand over a batch of the samples, which are none any more then."""
+        self._most = max(self._most, len(ready))
+        reading.put(self._collect.submit(self._batch, ready.copy()))
+        ready.clear()
 
     def _require_whole(self, url: str, index: Samples, cut: str) -> None:
         if cut and not (index.count and self._recipe.allow_truncated):
@@ -284,25 +297,50 @@ class Loader:
             raise refusal.rejected(url, rejections[0])
 
     def _prepared(
-        self, reading: Reading, seen: Seen, samples: Iterable[Sample], archive: Reader
+        self,
+        reading: Reading,
+        seen: Seen,
+        samples: Iterable[Sample],
+        archive: Reader,
+        ready: Sequence[Ready],
     ) -> Iterator[Ready | Rejection]:
-        """Yield prepared samples in the tar's order, with a bounded number in the pool."""
-        clock, waiting = reading.work.clock, deque[Future[list[Ready | Rejection]]]()
-        samples = iter(samples)
+        """Yield prepared samples in the tar's order, with a bounded number in the pool.
+
+        Args:
+            ready: those that are in no batch yet.
+        """
+        waiting = deque[tuple[int, Future[list[Ready | Rejection]]]]()
+        samples, tray, row = iter(samples), self._tray(0), 0
         try:
-            while not reading.is_cancelled and (group := list(islice(samples, GROUP))):
-                waiting.append(self._pool.submit(self._prepare, clock, seen, group, archive))
+            while not reading.is_cancelled:
+                if row == tray.rows:
+                    tray, row = self._tray(len(ready) + sum(size for size, _ in waiting)), 0
+                if not (group := list(islice(samples, min(GROUP, tray.rows - row)))):
+                    break
+                making = partial(self._prepare, reading.work.clock, seen, archive, tray, row)
+                waiting.append((len(group), self._pool.submit(making, group)))
+                row += len(group)
                 while len(waiting) > self._groups:
-                    yield from self._weighed(waiting.popleft().result())
+                    yield from self._weighed(waiting.popleft()[1].result())
             while waiting and not reading.is_cancelled:
-                yield from self._weighed(waiting.popleft().result())
+                yield from self._weighed(waiting.popleft()[1].result())
         finally:
             # No thread may read the archive any more, as it is closed next.
-            for future in waiting:
+            futures = [future for _, future in waiting]
+            for future in futures:
                 future.cancel()
-            for future in waiting:
+            for future in futures:
                 if not future.cancelled():
                     future.exception()
+
+    def _tray(self, begun: int) -> Tray:
+        """Rows up to the end of a batch, unless samples before it are rejected.
+
+        Args:
+            begun: samples that come before, and are in no batch yet.
+        """
+        left = self._recipe.batch_size - begun % self._recipe.batch_size
+        return Tray(min(left, self._most), self._allocate, WHOLE)
 
     def _weighed(self, results: list[Ready | Rejection]) -> list[Ready | Rejection]:
         """Fit the number of groups in the pool to their size: whole pictures take gigabytes."""
@@ -312,13 +350,23 @@ class Loader:
         return results
 
     def _prepare(
-        self, clock: Clock, seen: Seen, samples: Sequence[Sample], archive: Reader
+        self,
+        clock: Clock,
+        seen: Seen,
+        archive: Reader,
+        tray: Tray,
+        row: int,
+        samples: Sequence[Sample],
     ) -> list[Ready | Rejection]:
         made = []
         with clock("decode"):
-            for sample in samples:
+            for place, sample in enumerate(samples, row):
                 self._gate.wait()
-                made.append(prepare(sample, archive, self._recipe, seen))
+                result = prepare(sample, archive, self._recipe, seen)
+                if isinstance(result, Ready):
+                    inputs = result.inputs.items()
+                    result.inputs = {name: tray.put(place, name, v) for name, v in inputs}
+                made.append(result)
         return made
 
     def _batch(self, ready: Sequence[Ready]) -> Batch:

@@ -22,7 +22,7 @@ import torch
 from kit import SHARDS, jpeg, sample, write_shards, write_tar
 from PIL import Image
 
-from d2m_hpc.errors import ShardError, TruncatedShard
+from d2m_hpc.errors import Rejected, ShardError, TruncatedShard
 from d2m_hpc.models.inputs import Input
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Preprocessor, custom
 from d2m_hpc.run.records import Job, Rejection, Shard
@@ -522,6 +522,37 @@ def test_an_error_or_an_end_is_left_to_its_shard(tmp_path: Path, scratch: Scratc
     assert "different shapes" in found[0]
     assert "No such file" in found[1]
     assert found[2:] == [0, 5]
+
+
+@pytest.mark.parametrize("first", [1, 3, 64])
+@pytest.mark.parametrize("bad", [(), (0,), (5,), (2, 3, 4), (0, 7, 8, 15, 16, 24), (24,)])
+def test_batches_are_as_large_whatever_is_rejected_before_them(
+    bad: tuple[int, ...],
+    first: int,
+    tmp_path: Path,
+    scratch: Scratch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "GROUP", 3)
+    monkeypatch.setattr(module, "FIRST", first)
+
+    def number(text: str) -> np.ndarray[Any, Any]:
+        if int(text) in bad:
+            raise Rejected("odd")
+        return np.full((2, 2), int(text), np.uint8)
+
+    members = {f"{i:02d}.txt": str(i).encode() for i in range(25)}
+    path = write_tar(tmp_path / "a.tar", members)
+    wanted = ("text", "number")
+    batches, reading = load(path, recipe({wanted: custom(number)}, batch_size=8), scratch)
+    good = [i for i in range(25) if i not in bad]
+    assert [[int(key) for key in b.keys] for b in batches] == [
+        good[i : i + 8] for i in range(0, len(good), 8)
+    ]
+    for batch in batches:
+        assert batch.inputs[wanted][:, 0, 0].tolist() == [int(key) for key in batch.keys]
+        assert batch.inputs[wanted].shape[1:] == (2, 2)
+    assert [int(r.key) for r in reading.found.rejections] == [*bad]
 
 
 def test_no_sample_is_prepared_while_the_gate_is_shut(
