@@ -1,4 +1,4 @@
-"""Have the threads that decode wait while the one that computes launches a batch."""
+"""Have the threads that decode wait while the one that computes has work of its own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from threading import Event
 
 PATIENCE = 0.1
-"""Seconds that threads wait for a launch at most: where the GPU's queue is full, that waits for the
-GPU."""
+"""Seconds that threads wait at most: where the GPU's queue is full, a launch waits for the GPU."""
 
 
 class Gate:
-    """Shut while a batch is launched, so that the interpreter's lock is free.
+    """Shut while a batch is launched or its outputs are read: the interpreter's lock is free then.
 
-    Launching takes some tens of milliseconds with the lock. Beside 16 threads that decode, each of
-    which wants the lock as well, it took ten times as long, and the GPU had nothing to do. Decoding
-    loses less by the wait, as it is batches ahead.
+    Each takes some tens of milliseconds with the lock. Beside 16 threads that decode, which want
+    the lock as well, each took ten times as long, and the GPU had nothing to do. Decoding loses
+    less by the wait, as it is batches ahead.
     """
 
     def __init__(self) -> None:

@@ -78,7 +78,7 @@ class Graph:
             or "cpu".
 
     Attributes:
-        gate: shut while kernels are launched.
+        gate: shut while kernels are launched, and while outputs are read.
     """
 
     def __init__(self, config: Config, toolbox: Toolbox, device: torch.device) -> None:
@@ -260,8 +260,9 @@ class Graph:
 
     def launch(self, batch: Batch) -> InFlight:
         """Start computing a batch; raise `ShardError` where a model fails at once."""
-        with self.gate.shut() if self.returns_early else nullcontext():
-            return InFlight(batch, self.toolbox, self._compute, mixed=self.dtype is not None)
+        alone = self.gate.shut if self.returns_early else nullcontext
+        with alone():
+            return InFlight(batch, self.toolbox, self._compute, self.dtype is not None, alone)
 
     # In `inference_mode`, autocast would cast the weights anew at each use.
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,8 +44,10 @@ class Pending:
     on_host: Callable[[str, Any], Any]
 
     def read(self) -> tuple[dict[str, Any], dict[str, list[int]]]:
-        """Outputs by model; and the rows that are not finite, by models with such rows."""
-        self.wait()
+        """Outputs by model; and the rows that are not finite, by models with such rows.
+
+        Valid after `wait`.
+        """
         self.sent.clear()
         outputs, flags = join(self.parts)
         bad = {name: flagged(parts) for name, parts in flags.items()}
@@ -64,17 +67,30 @@ class InFlight:
     Args:
         compute: computes rows again.
         mixed: models run in half precision, in which rows can overflow.
+        alone: within it, outputs that have arrived are read.
     """
 
-    def __init__(self, batch: Batch, toolbox: Toolbox, compute: Compute, mixed: bool) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        toolbox: Toolbox,
+        compute: Compute,
+        mixed: bool,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._batch, self._toolbox = batch, toolbox
-        self._compute, self._mixed = compute, mixed
+        self._compute, self._mixed, self._alone = compute, mixed, alone
         self._pending = compute(batch.inputs, ())
 
     @torch.no_grad()
     def outputs(self) -> Outputs:
         """Wait for the batch's outputs; raise `ShardError` where a model or postprocessor
         failed."""
+        self._pending.wait()
+        with self._alone():
+            return self._read()
+
+    def _read(self) -> Outputs:
         cache, bad = self._pending.read()
         recomputed: list[int] = []
         if bad and self._mixed:
@@ -100,7 +116,9 @@ class InFlight:
         precise: set[str] = set()
         while not bad.keys() <= precise:
             precise |= bad.keys()
-            again, bad = self._compute(inputs, precise).read()
+            pending = self._compute(inputs, precise)
+            pending.wait()
+            again, bad = pending.read()
         # A tensor of half precision would overflow again.
         mended = {name: put(_widened(value), rows, again[name]) for name, value in cache.items()}
         return mended, {name: [rows[i] for i in found] for name, found in bad.items()}
