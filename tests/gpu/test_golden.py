@@ -46,7 +46,8 @@ def test_float16_on_cuda_is_near_the_reference(
 
     Rounding moves a deep net of random weights the most on pictures of few colours: by 0.14 on that
     of one pixel in float16 on a CPU, and by 0.13 on an H200. Five of 89 descriptors are moved by
-    over 5e-3 there, half of them by 2.5e-4.
+    over 5e-3 there, half of them by 2.5e-4. Boxes without a partner are counted on both sides: of
+    all, 11 or 12 there.
     """
     out = run(tmp_path, checkpoints, device=0, amp="auto", resize=resize, batch_size=32)
     found = differences(out)
@@ -55,4 +56,4 @@ def test_float16_on_cuda_is_near_the_reference(
     apart = _descriptors(out)
     assert np.quantile(apart, 0.9) < 5e-3
     assert np.median(apart) < 1e-3
-    assert_within(found, {**bounds, "boxes without a partner": 0.02 * _faces()})
+    assert_within(found, {**bounds, "boxes without a partner": 0.02 * 2 * _faces()})
