@@ -17,6 +17,10 @@ from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 from d2m_hpc.worker.read.tar import BLOCK, Member, TarCut, members
 
 CUT_OFF = "cut off where the archive ends"
+AHEAD = 1 << 20
+"""Bytes that are read at a time to find headers. All are read for the members anyway; to look for
+each header by itself is several calls for a sample, at each of which the only thread that reads
+headers would wait for the interpreter's lock."""
 
 
 class Archive(Reader):
@@ -29,7 +33,7 @@ class Archive(Reader):
 
     def __init__(self, path: Path, damage: str = "", split: Split = split) -> None:
         self._split = split
-        self._file = open(path, "rb", opener=regular)  # noqa: SIM115
+        self._file = open(path, "rb", buffering=AHEAD, opener=regular)  # noqa: SIM115
         self.version, self.damage = Version.of(self._file), damage
         self.size = self.version.size
 
