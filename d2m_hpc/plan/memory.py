@@ -9,8 +9,8 @@ from d2m_hpc.config import Config
 from d2m_hpc.models.inputs import NAMED, ImageInput, as_prepared
 from d2m_hpc.models.registry import Registry
 
-BATCHES = 7
-"""Batches in memory at once: four that wait, one that is collected, two that are computed."""
+BATCHES = 8
+"""Batches in memory at once: four that wait, two that are filled, two that are computed."""
 DECODED, DECODING = 110 << 20, 2 << 30
 """Bytes of a picture of 12 megapixels while it is decoded; and of all of them at the most."""
 PROGRAM, CUDA = 1 << 30, 2 << 30

@@ -27,7 +27,7 @@ def needed(made: Config, *checkpoints: int) -> int:
 
 
 def test_batches_and_decoding_are_those_of_the_loader() -> None:
-    assert memory.BATCHES == loader.AHEAD + 3
+    assert memory.BATCHES == loader.AHEAD + 4
     assert memory.DECODING == prepare.IN_FLIGHT
 
 
