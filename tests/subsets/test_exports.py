@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import duckdb
 import fsspec
@@ -30,7 +30,7 @@ from d2m_hpc.cli.commands import app
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.subsets import exports, layouts, parquets
+from d2m_hpc.subsets import exports, layouts
 
 ROWS = [4, 0, 3, 6, 1, 5]
 """Of each shard; the second has no samples."""
@@ -263,62 +263,59 @@ def test_the_card_and_one_schema(run: d2m.Run, tmp_path: Path) -> None:
         assert np.array_equal([found[key] for key in KEYS], whole("l14_img"))
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int64, np.uint32, np.int8])
-@pytest.mark.parametrize("page", [1 << 20, 100])
-def test_a_data_set_is_the_one_that_arrow_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, page: int
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.int8])
+def test_polars_and_arrow_write_the_same_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
 ) -> None:
-    """In groups and pages of few rows, and with lists of any depth."""
-    monkeypatch.setattr(parquets, "GROUP_ROWS", 4)
-    monkeypatch.setattr(parquets, "BLOCK", page)
+    monkeypatch.setattr(layouts, "GROUP_ROWS", 4)
     run = finished(tmp_path, len(ROWS))
     for number, rows in enumerate(ROWS):
-        made = vectors(number, rows)
-        made["l14_txt"] = np.arange(number, number + rows * 24).reshape(rows, 4, 1, 3, 2)
-        made["image-histogram"] = np.arange(rows)
-        made = {name: (10 * array).astype(kind) for name, array in made.items()}
+        made = {name: array.astype(kind) for name, array in vectors(number, rows).items()}
         np.savez(tmp_path / "out" / f"{number:05d}.npz", **made)
-    run.export("hf", tmp_path / "ours")
-    with monkeypatch.context() as patch:
-        patch.setattr(layouts, "is_raw", lambda vectors: False)
-        run.export("hf", tmp_path / "arrow")
+    run.export("hf", tmp_path / "polars")
+    monkeypatch.setitem(sys.modules, "polars", None)
+    run.export("hf", tmp_path / "arrow")
     name = "data/train-00000-of-00001.parquet"
-    by = ("ours", "arrow")
-    files = [pq.ParquetFile(tmp_path / who / name) for who in by]
+    files = [pq.ParquetFile(tmp_path / by / name) for by in ("polars", "arrow")]
+    assert [file.metadata.created_by.split()[0] for file in files] == [
+        "Polars",
+        "parquet-cpp-arrow",
+    ]
     ours, other = (file.read() for file in files)
     assert ours.schema.equals(other.schema, check_metadata=True)
     assert ours.equals(other)
-    assert files[0].metadata.num_row_groups == (7 if kind != np.int8 else 5)
-    last = files[0].read_row_group(files[0].num_row_groups - 1, ["key", *NAMES])
-    assert last.equals(other.select(last.column_names).slice(len(other) - len(last)))
-    for read in (pl.read_parquet, duckdb.read_parquet):
-        found = [read(tmp_path / who / name) for who in by]
-        same = [rows.rows() if read is pl.read_parquet else rows.fetchall() for rows in found]
-        assert same[0] == same[1]
-    cards = [(tmp_path / who / "README.md").read_text() for who in by]
+    cards = [(tmp_path / by / "README.md").read_text() for by in ("polars", "arrow")]
     assert cards[0] == cards[1]
-    features = [datasets_rows(tmp_path / who) for who in by]
-    assert features[0] == features[1] == datasets_rows(tmp_path / "ours", streaming=True)
+    features = [datasets_rows(tmp_path / by) for by in ("polars", "arrow")]
+    assert features[0] == features[1] == datasets_rows(tmp_path / "polars", streaming=True)
 
 
-def test_row_groups_tell_what_arrow_would_tell_of_the_columns(run: d2m.Run, tmp_path: Path) -> None:
-    """Statistics too, by which readers leave groups out."""
-    run.export("hf", tmp_path / "hf")
-    [path] = (tmp_path / "hf" / "data").glob("*-00000-*")
-    told, sizes = pq.read_metadata(path), [4, 3]
-    for number, rows in enumerate(sizes):
-        group = told.row_group(number)
-        chunks = [group.column(i) for i in range(group.num_columns)]
-        score = next(c for c in chunks if c.path_in_schema == CLIP)
-        assert (score.statistics.min, score.statistics.max) == (0, (rows - 1) / 8)
-        assert group.num_rows == rows
-        assert group.total_byte_size == sum(c.total_uncompressed_size for c in chunks)
-        places = [
-            (c.dictionary_page_offset or c.data_page_offset, c.total_compressed_size)
-            for c in chunks
-        ]
-        assert [place for place, _ in places[1:]] == [sum(place) for place in places[:-1]]
-    assert duckdb.sql(f"SELECT count(*) FROM '{path}' WHERE \"{CLIP}\" > 0.3").fetchall() == [(1,)]
+@pytest.mark.parametrize(
+    ("lengths", "groups", "by"),
+    [([9] * 6, 1, "Polars"), ([999] * 6, 6, "Polars"), ([9, 9, 9, 9999, 9, 9], 6, "parquet-cpp")],
+)
+def test_memory_is_bounded_whatever_the_length_of_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int], groups: int, by: str
+) -> None:
+    """A row group, which polars has in memory, is small; where it may not be, Arrow writes."""
+    monkeypatch.setattr(layouts, "GROUP_BYTES", 4000)
+    names = {
+        f"{number:05d}": shard(number, 4).set_column(4, "caption", pa.array(["é" * length] * 4))
+        for number, length in enumerate(lengths)
+    }
+    where = make_run(tmp_path, names, postprocess_features=[FEATURES[0]])
+    for number in range(len(lengths)):
+        np.savez(tmp_path / "out" / f"{number:05d}.npz", **vectors(number, 4))
+    d2m.Run(*where).export("hf", tmp_path / "hf")
+    [path] = (tmp_path / "hf" / "data").glob("*")
+    with pq.ParquetFile(path) as file:
+        assert file.metadata.created_by.startswith(by)
+        assert file.metadata.num_row_groups >= groups
+        found = file.read()
+    captions = [caption for rows in names.values() for caption in rows["caption"].to_pylist()]
+    assert found["caption"].to_pylist() == captions
+    made = [vectors(number, 4)["l14_img"] for number in range(len(lengths))]
+    assert np.array_equal(np.array(found["l14_img"].to_pylist(), np.float16), np.concatenate(made))
 
 
 def test_names_in_the_card_keep_its_table(tmp_path: Path) -> None:
@@ -331,7 +328,7 @@ def test_names_in_the_card_keep_its_table(tmp_path: Path) -> None:
     assert r"| `a\|b` | double |" in rows
 
 
-def test_columns_are_of_any_type(tmp_path: Path) -> None:
+def test_columns_of_other_types_are_arrows_to_write(tmp_path: Path) -> None:
     made = pa.array([{"Model": "X"}] * 4, pa.struct({"Model": pa.string()}))
     names = {"00000": shard(0, 4).append_column("exif", made)}
     fields = [*CONFIG["additional_fields"], "exif"]
@@ -339,38 +336,15 @@ def test_columns_are_of_any_type(tmp_path: Path) -> None:
     np.savez(tmp_path / "out" / "00000.npz", **vectors(0, 4))
     d2m.Run(*where).export("hf", tmp_path / "hf-export")
     [path] = (tmp_path / "hf-export" / "data").iterdir()
-    found = pq.read_table(path)
-    assert found["exif"].to_pylist() == made.to_pylist()
-    assert np.array_equal(np.array(found["l14_img"].to_pylist()), vectors(0, 4)["l14_img"])
+    assert pq.read_table(path)["exif"].to_pylist() == made.to_pylist()
+    assert "parquet-cpp" in pq.read_metadata(path).created_by
 
 
-def write_vectors(file: IO[bytes], array: np.ndarray) -> None:
-    """Of a feature whose name has dots, in blocks that end within pages."""
-    columns = pa.table({"key": [uid(i) for i in range(len(array))]})
-    lists = pa.list_(pa.from_numpy_dtype(array.dtype), array.shape[1])
-    kinds = pa.schema([*columns.schema, pa.field("a.list.b", lists)])
-    found = exports.Vectors("a.list.b", array)
-    with parquets.VectorParquet(file, kinds, [found], columns) as parquet:
-        [(_, values)] = parquet.write(columns)
-        values.writelines(array[i : i + 3].data for i in range(0, len(array), 3))
-
-
-def test_blocks_end_anywhere_and_names_have_dots(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parquets, "GROUP_ROWS", 8)
-    monkeypatch.setattr(parquets, "BLOCK", 5 * 8)
-    array = np.arange(2 * 20).reshape(20, 2)
-    with (tmp_path / "x.parquet").open("wb") as file:
-        write_vectors(file, array)
-    assert pq.read_table(tmp_path / "x.parquet")["a.list.b"].to_pylist() == array.tolist()
-    assert pl.read_parquet(tmp_path / "x.parquet")["a.list.b"].to_list() == array.tolist()
-
-
-@pytest.mark.parametrize("width", [1, 100_000])
-def test_a_full_disk_is_told_as_one(width: int) -> None:
-    with open("/dev/full", "wb", 0) as file, pytest.raises(OSError, match="No space left"):
-        write_vectors(file, np.zeros((9, width), np.float32))
+def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(20_000, np.float16)), 20)
+    rows = pa.table({"x": lists})
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb") as file:
+        layouts._sink(file, rows.schema, iter([rows] * 20))
 
 
 # --- all of them ---
@@ -451,7 +425,7 @@ KILLED = """
 import os, sys
 import d2m_hpc
 from d2m_hpc.storage.lease import Lease
-from d2m_hpc.subsets import exports, layouts, parquets
+from d2m_hpc.subsets import exports, layouts
 exports.PART_ROWS = 7
 kill = lambda done, of: done == 14 and os.kill(os.getpid(), 9)
 d2m_hpc.open(sys.argv[1]).export(sys.argv[2], sys.argv[3], on_rows=kill)
