@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kit import d2m, submit
-from slurm.cluster import PATIENCE, Cluster, is_up, wait_until
+from slurm.cluster import DEVCLUSTER, PATIENCE, Cluster, is_up, wait_until
 from slurm.runs import Run, Tars, config_of
 from test_resume import contents
 
@@ -452,6 +452,8 @@ class Chaos:
 
     def _let_run(self) -> None:
         """As administrators do; a slurmctld that forgot a task may drain its node only now."""
+        if not is_up():  # it may die of what befell it, once its faults are over
+            self.cluster.run(DEVCLUSTER / "up", check=False)
         self._resume_nodes()
         self._release()
         if self._is_stopped():
