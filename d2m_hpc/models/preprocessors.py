@@ -42,21 +42,24 @@ class Picture:
     """A decoded RGB image, as PIL or as a uint8 array, whichever is asked for."""
 
     def __init__(self, source: Pixels) -> None:
-        self.source, self._forms = source, [source]
+        self.source = source
+        self._pil = source if isinstance(source, Image.Image) else None
+        self._array = None if isinstance(source, Image.Image) else source
+        self._shortened: Picture | None = None
         self._resized: dict[tuple[int, int, str, bool], Pixels] = {}
 
     @property
     def pil(self) -> Image.Image:
-        found = [form for form in self._forms if isinstance(form, Image.Image)]
-        if not found:
-            found = [Image.fromarray(self.source)]
-            self._forms += found
-        return found[0]
+        if self._pil is None:
+            self._pil = Image.fromarray(self.source)
+        return self._pil
 
     @property
     def array(self) -> NDArray[np.uint8]:
         """uint8 [H, W, 3]."""
-        return array_of(self.source)
+        if self._array is None:
+            self._array = array_of(self.source)
+        return self._array
 
     @property
     def size(self) -> tuple[int, int]:
@@ -69,7 +72,11 @@ class Picture:
     @property
     def short(self) -> Picture:
         """The same, without sides that are too long to be resized at once."""
-        return self if max(self.size) <= extremes.LONGEST else Picture(extremes.shortened(self.pil))
+        if max(self.size) <= extremes.LONGEST:
+            return self
+        if self._shortened is None:
+            self._shortened = Picture(extremes.shortened(self.pil))
+        return self._shortened
 
     def resized(self, width: int, height: int, how: str, exact: bool) -> Pixels:
         """Resized once for all that ask alike: of a square, CLIP and the faces want the same."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
-from d2m_hpc.models import preprocessors
+from d2m_hpc.models import extremes, preprocessors
 from d2m_hpc.models.preprocessors import PREPROCESSORS, Options, Picture
 from d2m_hpc.models.registry import Registry
 from d2m_hpc.worker.batch import collate
@@ -191,6 +191,24 @@ def test_a_square_is_resized_once_for_clip_and_the_faces(
     for_faces, _ = PREPROCESSORS["faces-aug"].prepare(picture, options)
     assert np.array_equal(for_clip, for_faces)
     assert sizes == [(224, 224, "bicubic")]
+
+
+def test_a_picture_is_copied_out_and_shortened_once_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = photographs(1)[0].resize((2000, 300))
+    copied, shortened = list[Any](), list[Any]()
+    copy, shorten = preprocessors.array_of, extremes.shortened
+    monkeypatch.setattr(preprocessors, "array_of", lambda p: copied.append(p) or copy(p))
+    monkeypatch.setattr(extremes, "shortened", lambda p: shortened.append(p) or shorten(p))
+    for longest, times in ((2000, 0), (1000, 1)):
+        monkeypatch.setattr(extremes, "LONGEST", longest)
+        copied.clear()
+        picture = Picture(image)
+        for name in ("faces-aug", "dedup-aug", "stats-aug"):
+            PREPROCESSORS[name].prepare(picture, Options())
+        sources = [p for p in copied if p is picture.short.source]
+        assert (len(sources), len(shortened)) == (1, times)
 
 
 @pytest.mark.parametrize("name", ["dedup-aug", "stats-aug"])
