@@ -75,9 +75,9 @@ def _apply(preprocessor: Preprocessor, value: Any) -> Any:
     prepared = preprocessor.prepare(raw, Options(exact=True))
     if isinstance(prepared, tuple):
         return tuple(part[0] for part in preprocessor.finish(tuple(map(_batch, prepared))))
-    return (
-        preprocessor.finish(_batch(prepared))[0] if isinstance(prepared, np.ndarray) else prepared
-    )
+    if isinstance(prepared, np.ndarray):
+        return preprocessor.finish(_batch(prepared))[0]
+    return prepared
 
 
 def _batch(sample: NDArray[Any]) -> Tensor:
