@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BLOCK = tarfile.BLOCKSIZE
 HELD = 1 << 20
-"""Bytes that are written at once: members are small."""
+"""Bytes that are read and written at once: members are small."""
 
 
 class SubsetTars(ExportLayout):
@@ -94,6 +94,8 @@ class SubsetTars(ExportLayout):
         left, names = Counter(self._lists[shard.stem]), dict[str, str]()
         image = members_of(self.source.config)["image"][0]
         wanted = frozenset(left)
+        batch: list[tuple[str, Sample]] = []
+        held = 0
         for sample in reader.index():
             if (key := sample.key) not in wanted:
                 continue
@@ -102,7 +104,11 @@ class SubsetTars(ExportLayout):
             if left[key] < 0 or names.setdefault(name, key) != key:
                 what = f"several samples are {name!r} in a tar, as is one with the kept key {key!r}"
                 raise D2MError(f"{masked(place_of(shard.url))}: {what}; give each a key of its own")
-            _add(sample, name, reader, tar, image)
+            batch.append((name, sample))
+            if (held := held + sum(size for _, size in sample.members.values())) >= HELD:
+                _add(batch, reader, tar, image)
+                batch, held = [], 0
+        _add(batch, reader, tar, image)
         if left := +left:
             key = min(left)
             if there := self._lists[shard.stem].count(key) - left[key]:
@@ -137,10 +143,10 @@ class TarWriter:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._parts: list[bytes] = []
+        self._parts: list[bytes | memoryview] = []
         self._held = self._size = 0
 
-    def add(self, name: str, data: bytes) -> None:
+    def add(self, name: str, data: bytes | memoryview) -> None:
         header, rest = _header(name, len(data)), bytes(-len(data) % BLOCK)
         self._parts += (header, data, rest)
         self._held += len(header) + len(data) + len(rest)
@@ -180,12 +186,14 @@ _CHECKSUM = int(_BARE[148:154], 8) - sum(_BARE[124:135])
 """Its sum of bytes, without the digits of the size."""
 
 
-def _add(sample: Sample, name: str, reader: Reader, tar: TarWriter, image: str) -> None:
-    for extension, (place, size) in sample.members.items():
-        data = reader.read(place, size)
-        if extension == image and isinstance(place, pa.Buffer):  # a column has one name for all
-            extension = FORMATS[kind][0] if (kind := format_of(data)) else extension
-        tar.add(f"{name}.{extension}", data)
+def _add(batch: Sequence[tuple[str, Sample]], reader: Reader, tar: TarWriter, image: str) -> None:
+    """Add samples, each by the name that it gets."""
+    read = iter(reader.read_all([place for _, s in batch for place in s.members.values()]))
+    for name, sample in batch:
+        for (extension, (place, _)), data in zip(sample.members.items(), read, strict=False):
+            if extension == image and isinstance(place, pa.Buffer):  # a column has one name for all
+                extension = FORMATS[kind][0] if (kind := format_of(bytes(data))) else extension
+            tar.add(f"{name}.{extension}", data)
 
 
 def _read_lists(path: Path | None) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
@@ -113,6 +113,17 @@ class Reader(ABC):
             Rejected: the sample cannot be read.
             ShardError: the shard cannot.
         """
+
+    def read_all(self, places: Sequence[tuple[Any, int]]) -> list[bytes | memoryview]:
+        """The bytes of several members; a reader may read neighbours at once.
+
+        Args:
+            places: as `Sample` has them, in the shard's order.
+
+        Raises:
+            Rejected, ShardError: as `read` does.
+        """
+        return [self.read(place, size) for place, size in places]
 
     @abstractmethod
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +21,8 @@ AHEAD = 1 << 20
 """Bytes that are read at a time to find headers. All are read for the members anyway; to look for
 each header by itself is several calls for a sample, at each of which the only thread that reads
 headers would wait for the interpreter's lock."""
+GAP = 4 * BLOCK
+"""Bytes between two members that are read at once: headers, and the rest of a block."""
 
 
 class Archive(Reader):
@@ -49,6 +51,15 @@ class Archive(Reader):
             raise ShardError(f"{self._file.name}: the file changed while it was read")
         return data
 
+    def read_all(self, places: Sequence[tuple[int, int]]) -> list[bytes | memoryview]:
+        """The bytes of several members; those that lie close together are read at once, as each
+        call waits for the disk, and for the interpreter's lock afterwards."""
+        found: list[bytes | memoryview] = []
+        for start, end, group in _runs(places):
+            block = memoryview(self.read(start, end - start))
+            found += (block[offset - start : offset - start + size] for offset, size in group)
+        return found
+
     def nature(self) -> str:
         """A description of a file that is no tar; empty for a tar."""
         fd = self._file.fileno()
@@ -67,6 +78,23 @@ class Archive(Reader):
 
     def close(self) -> None:
         self._file.close()
+
+
+def _runs(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Group members that lie close together, by `AHEAD` bytes or a single one; yields where each
+    group starts and ends, and its members."""
+    start = end = 0
+    group: list[tuple[int, int]] = []
+    for offset, size in places:
+        if group and not (0 <= offset - end <= GAP and offset + size - start <= AHEAD):
+            yield start, end, group
+            group = []
+        if not group:
+            start = offset
+        group.append((offset, size))
+        end = offset + size
+    if group:
+        yield start, end, group
 
 
 class Index(Samples):

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 from collections import Counter
 from contextlib import closing
@@ -26,7 +27,7 @@ from d2m_hpc.errors import ShardError
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.read.members import MERGED, is_foreign
 from d2m_hpc.worker.read.names import split
-from d2m_hpc.worker.read.shard import CUT_OFF, Archive, Index, Sample
+from d2m_hpc.worker.read.shard import AHEAD, CUT_OFF, Archive, Index, Sample
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
 Members = list[tuple[str, bytes]]
@@ -580,6 +581,47 @@ def test_many_threads_read_one_archive(tmp_path: Path) -> None:
             thread.join()
     assert len(wrong) == 50
     assert not wrong.total()
+
+
+@given(
+    st.lists(st.sampled_from([0, 1, 5, 511, 512, 3000, 700_000, AHEAD + 1]), max_size=12),
+    st.lists(st.integers(0, 11), max_size=12),
+)
+@example([AHEAD + 1, 5, AHEAD], [0, 1, 2])
+@example([5, 5], [1, 0])
+def test_members_that_are_read_together_are_those_that_are_read_alone(
+    sizes: list[int], order: list[int]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_tar(
+            Path(folder) / "a.tar", [(f"{i}.x", os.urandom(n)) for i, n in enumerate(sizes)]
+        )
+        with closing(Archive(path)) as archive:
+            there = [sample.members["x"] for sample in archive.index()]
+            places = [there[i] for i in order if i < len(there)]
+            assert archive.read_all(places) == [archive.read(*place) for place in places]
+
+
+def test_neighbours_are_read_at_once_and_what_lies_between_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.x", bytes(10_000)) for i in range(500)])
+    read: list[int] = []
+    pread = os.pread
+
+    def counted(fd: int, size: int, offset: int) -> bytes:
+        read.append(size)
+        return pread(fd, size, offset)
+
+    with closing(Archive(path)) as archive:
+        places = [sample.members["x"] for sample in archive.index()]
+        monkeypatch.setattr(os, "pread", counted)
+        archive.read_all(places)
+        assert len(read) == -(-path.stat().st_size // AHEAD)
+        assert max(read) <= AHEAD
+        read.clear()
+        archive.read_all(places[::2])
+        assert read == [10_000] * 250
 
 
 def test_a_file_that_shrinks_is_an_error_not_a_shorter_member(tmp_path: Path) -> None:
