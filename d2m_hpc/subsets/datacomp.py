@@ -10,10 +10,10 @@ import json
 import re
 import shlex
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
+from d2m_hpc.plan.forget import forgotten
 from d2m_hpc.plan.naming import location
 from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.run.folder import RunDir
@@ -38,6 +39,8 @@ from d2m_hpc.subsets.samples import UID, opened
 _B32, _L14 = "clip_b32_similarity_score", "clip_l14_similarity_score"
 _INTERSECT = "baselines.py --name image_based_intersect_clip_score"
 BLUR = "resharder.py --blur-metadata-map"
+LONGEST = 1 << 14
+"""Bytes of what these files have on one shard."""
 READERS: Mapping[str, tuple[str, ...]] = {
     "baselines.py --name no_filter": ("uid",),
     "baselines.py --name basic_filter": ("uid", "text", "original_width", "original_height"),
@@ -171,27 +174,27 @@ def export(
         D2MError: shards are not finished, unless that is allowed.
     """
     found = standings(run, config)
-    missing = found.unfinished
     _require_tars(run, config)
     found.require_finished(allow_missing)
-    asked_for.make_folder(folder)
-    asked_for.require_writable(folder / "sizes.json")
+    there = [s for s in read_shards(run.shards) if s.stem in found.done]
+    sizes = _sizes(folder.absolute(), there, found.done)
+    lacks = lacking(config.model_copy(update={"use_datacomp_keys": True}))
+    blur = [] if BLUR in lacks else [folder.absolute() / "blur_metadata_map.json"]
+    _claim(run, folder, sizes, blur)
     renamed = None
     if not config.use_datacomp_keys:
         made = exports.source(run, config, None, allow_missing)
         renamed = Renamed(made, folder.absolute() / "metadata")
         exports.export(run, renamed, on_rows)
     where = str(renamed.root) if renamed else config.output_metadata_dir
-    repeated, folder = _repeated(run, config, found), folder.absolute()
-    lacks = lacking(renamed.config if renamed else config)
-    there = [s for s in read_shards(run.shards) if s.stem in found.done]
-    sizes = _write_sizes(folder, there, found.done)
-    blur = [] if BLUR in lacks else [_write_blur_map(folder, there, OutputDir(where))]
-    commands = {place: _command(place, table, blur) for place, table in sizes.items()}
+    repeated = _repeated(run, config, found)
+    _write({path: counts for path, (_, counts) in sizes.items()})
+    _write(dict.fromkeys(blur, _faces(there, OutputDir(where))))
+    commands = {of: _command(of, tars, path, blur) for path, (of, tars) in sizes.items()}
     return Export(
-        files=[*sizes.values(), *blur],
+        files=[*sizes, *blur],
         shards=len(there),
-        missing=missing,
+        missing=found.unfinished,
         repeated=repeated,
         lacking=lacks,
         commands=[command for command in commands.values() if command],
@@ -222,37 +225,68 @@ def _tar(url: str) -> tuple[str, str]:
     return folder, name
 
 
-def _write_sizes(
+def _sizes(
     folder: Path, shards: Iterable[Shard], done: Mapping[str, Outcome]
-) -> dict[str, Path]:
-    """Write the number of samples of each tar, as the resharder counts: with rejected ones.
+) -> dict[Path, tuple[str, dict[str, int]]]:
+    """The number of samples of each tar, as the resharder counts: with rejected ones.
 
-    Returns a path for each folder of tars.
+    Returns:
+        For each file to write, a folder of tars and their numbers.
     """
     sizes: dict[str, dict[str, int]] = {}
     for shard in shards:
         where, name = _tar(shard.url)
         found = done[shard.stem]
         sizes.setdefault(where, {})[name] = found.rows + sum(n for _, n in found.rejected)
-    many = len(sizes) > 1
-    paths = {w: folder / (f"sizes-{i}.json" if many else "sizes.json") for i, w in enumerate(sizes)}
-    for where, path in paths.items():
-        asked_for.write(path, [json.dumps(sizes[where], indent=0).encode()])
-    return paths
+    names = [f"sizes-{i}.json" for i in range(len(sizes))] if len(sizes) > 1 else ["sizes.json"]
+    return {folder / name: of for name, of in zip(names, sizes.items(), strict=False)}
 
 
-def _write_blur_map(folder: Path, shards: Iterable[Shard], output: OutputDir) -> Path:
-    """Write which parquet has the faces of which tar."""
-    table = {
+def _faces(shards: Iterable[Shard], output: OutputDir) -> dict[str, dict[str, object]]:
+    """Which parquet has the faces of which tar."""
+    return {
         shard.stem: {
             "parquet": output.address(f"{shard.stem}.parquet"),
             "shards": ["/".join(_tar(shard.url))],
         }
         for shard in shards
     }
-    path = folder / "blur_metadata_map.json"
-    asked_for.write(path, [json.dumps(table, indent=0).encode()])
-    return path
+
+
+def _encoded(table: object) -> bytes:
+    return json.dumps(table, indent=0).encode()
+
+
+def _write(tables: Mapping[Path, object]) -> None:
+    for path, table in tables.items():
+        asked_for.write(path, [_encoded(table)])
+
+
+def _claim(run: RunDir, folder: Path, sizes: Iterable[Path], blur: Iterable[Path]) -> None:
+    """Make the folder; raise `ConfigError` where a file there may not be replaced."""
+    asked_for.make_folder(folder)
+    stems = forgotten(run) | {shard.url: shard.stem for shard in read_shards(run.shards)}
+    tars = {_tar(url)[1] for url in stems}
+    for path in sizes:
+        _require_of(path, tars, lambda value: type(value) is int)
+    for path in blur:
+        _require_of(path, {*stems.values()}, lambda value: {*value} == {"parquet", "shards"})
+
+
+def _require_of(path: Path, names: Collection[str], is_fit: Callable[[Any], bool]) -> None:
+    asked_for.require_writable(path)
+    if not path.is_file():  # a device or a pipe is written into
+        return
+    try:
+        data = path.read_bytes() if path.stat().st_size <= LONGEST * len(names) else b""
+        table = json.loads(data)
+        is_own = _encoded(table) == data and table.keys() <= names
+        is_own &= all(map(is_fit, table.values()))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        is_own = False
+    if not is_own:
+        what = f"{path} is of no export of this run, and would be replaced"
+        raise ConfigError("export", [f"--output: {what}; name another folder, or remove it"])
 
 
 def _repeated(run: RunDir, config: Config, known: Standings) -> int:
@@ -267,9 +301,9 @@ def _repeated(run: RunDir, config: Config, known: Standings) -> int:
     return int(repeated)
 
 
-def _command(where: str, sizes: Path, blur: Sequence[Path]) -> str:
+def _command(where: str, tars: Iterable[str], sizes: Path, blur: Sequence[Path]) -> str:
     """The resharder's command for one folder of tars; empty where it cannot name them."""
-    numbered = numbering(json.loads(sizes.read_bytes()))
+    numbered = numbering(tars)
     if numbered is None:
         return ""
     form, first, count = numbered

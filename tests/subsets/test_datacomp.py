@@ -17,6 +17,7 @@ from pools import make_run, table, uid
 
 from d2m_hpc import config as configs
 from d2m_hpc.errors import ConfigError, D2MError
+from d2m_hpc.plan.forget import forget, remember
 from d2m_hpc.run.records import Shard
 from d2m_hpc.run.shards import write_shards
 from d2m_hpc.subsets.datacomp import BLUR, Export, export, lacking, numbering
@@ -210,3 +211,58 @@ def test_rows_that_datacomp_cannot_use_are_in_neither_copied_file(
     with pytest.raises(D2MError, match=r"00000000 cannot be read: BadZipFile: Bad CRC-32"):
         export(run, config, tmp_path / "damaged")
     assert not [*(tmp_path / "damaged" / "metadata").glob("*0.npz")]
+
+
+@pytest.mark.parametrize("keys", [True, False], ids=["as they are", "renamed"])
+def test_an_export_replaces_its_own_files_again(tmp_path: Path, keys: bool) -> None:
+    """Also after shards were added or forgotten, and rows counted anew."""
+    texts = pa.array(["a cat"] * 3)
+    shards = {s: t.append_column("caption", texts) for s, t in _shards().items()}
+    fields = ["uid", "original_width", "caption"]
+    more = {"use_datacomp_keys": keys, "postprocess_features": [], "additional_fields": fields}
+    run, config = make_run(tmp_path, shards, **more)
+    whole = export(run, config, tmp_path / "files").files
+    assert [path.name for path in whole] == ["sizes.json", "blur_metadata_map.json"]
+    forget(run, ["00000001"], [])
+    export(run, config, tmp_path / "files")
+    assert _read(tmp_path, "sizes.json") == {"00000000.tar": 4}
+    remember(run, ["00000001"])
+    export(run, config, tmp_path / "files")
+    assert [*_read(tmp_path, "sizes.json")] == ["00000000.tar", "00000001.tar"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        json.dumps({"00000000.tar": 4, "00000001.tar": 4}),
+        json.dumps({"00000002.tar": 4}, indent=0),
+        json.dumps({"00000000.tar": "4"}, indent=0),
+        json.dumps([4], indent=0),
+        "no JSON",
+        "",
+        "[" * 20_000,
+        " " * 100_000,
+    ],
+    ids=["other form", "other tars", "texts", "list", "text", "empty", "deep", "large"],
+)
+def test_a_file_of_something_else_is_not_replaced(tmp_path: Path, data: str) -> None:
+    run, config = make_run(tmp_path, _shards())
+    (tmp_path / "files").mkdir()
+    for name in ("sizes.json", "blur_metadata_map.json"):
+        path = tmp_path / "files" / name
+        path.write_text(data)
+        with pytest.raises(ConfigError, match=rf"{path} is of no export .*; name another folder"):
+            export(run, config, tmp_path / "files")
+        assert [*(tmp_path / "files").iterdir()] == [path]
+        assert path.read_text() == data
+        path.unlink()
+
+
+def test_the_tables_of_several_folders_are_not_replaced(tmp_path: Path) -> None:
+    run, config = make_run(tmp_path, _shards(["a_0", "b_0"]))
+    write_shards(run.shards, [Shard("a_0", "/a/0.tar"), Shard("b_0", "/b/0.tar")])
+    export(run, config, tmp_path / "files")
+    export(run, config, tmp_path / "files")
+    (tmp_path / "files" / "sizes-1.json").write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"sizes-1\.json is of no export"):
+        export(run, config, tmp_path / "files")
