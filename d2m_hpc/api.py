@@ -107,6 +107,10 @@ def _whole(name: str, given: Any, what: str = "a whole number") -> Any:
     raise ConfigError("run", [f"{name}: found {_shown(given)}; valid is {what}"])
 
 
+def _seed(given: Any) -> Any:
+    return None if given is None else _whole("seed", given)
+
+
 def _number(name: str, given: Any) -> Any:
     """A number, whole ones as `_whole` has them.
 
@@ -436,17 +440,17 @@ class Run:
         return [task for task in attempts(self._folder) if task.is_active]
 
     @_explained()
-    def verify(self, sample: int | None = None, seed: int = 0) -> Report:
+    def verify(self, sample: int | None = None, seed: int | None = None) -> Report:
         """Check every output against its record.
 
         Args:
             sample: the number of shards to check, drawn at random; by default all.
-            seed: the seed of the draw.
+            seed: the seed of the draw; by default 0.
         """
         from d2m_hpc.watch.verify import verify
 
         sample = None if sample is None else _whole("sample", sample, "a number of shards")
-        return verify(self._folder, self.config, sample, _whole("seed", seed))
+        return verify(self._folder, self.config, sample, _seed(seed))
 
     @_explained()
     def cancel(self) -> int:
@@ -659,7 +663,7 @@ class Run:
         within: str = "",
         sample: float = 0.0,
         weight: str = "",
-        seed: int = 0,
+        seed: int | None = None,
         join: str | os.PathLike[str] | None = None,
         columns: Sequence[str] = (),
         look: str | os.PathLike[str] | None = None,
@@ -689,7 +693,7 @@ class Run:
         from d2m_hpc.subsets.select import Query
 
         _require(str, "a text", where=where, by=by, within=within, weight=weight)
-        top, sample, seed = _number("top", top), _number("sample", sample), _whole("seed", seed)
+        top, sample, seed = _number("top", top), _number("sample", sample), _seed(seed)
         beside = None if join is None else _path("join", join)
         query = Query(where, by, top, within, sample, weight, seed, beside)
         return self._select(query, output, look, on_shards, columns)

@@ -55,7 +55,7 @@ def whole(least: int | None = None, most: int | None = None) -> Callable[[Any], 
 
 ConfigFile = Annotated[Path, typer.Argument(parser=named, metavar="CONFIG", help="the YAML config")]
 Target = Annotated[Path, typer.Argument(parser=named, metavar="CONFIG|RUN_DIR")]
-SeedOfDraw = Annotated[int, typer.Option(parser=whole(), metavar="N", help="of the draw")]
+SeedOfDraw = Annotated[int | None, typer.Option(parser=whole(), metavar="N", help="of the draw")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a config key")
 ]

@@ -91,7 +91,7 @@ def verify(
         int | None,
         typer.Option(parser=whole(1), metavar="N", help="only N shards, drawn at random"),
     ] = None,
-    seed: SeedOfDraw = 0,
+    seed: SeedOfDraw = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="shards that are not finished are no fault")
     ] = False,

@@ -214,7 +214,7 @@ def select(
     ] = "",
     sample: Annotated[float | None, _amount(help="draw a share or so many at random")] = None,
     weight: Annotated[str, typer.Option(metavar="COLUMN", help="draw these likelier")] = "",
-    seed: SeedOfDraw = 0,
+    seed: SeedOfDraw = None,
     join: JoinFile = None,
     columns: Annotated[
         list[str] | None, typer.Option("--column", metavar="NAME", help="of a .parquet")

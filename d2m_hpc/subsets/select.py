@@ -41,7 +41,7 @@ class Query:
         within: a column; `top` and `sample` are of each of its values, or empty.
         sample: a share or a number of these, drawn at random; 0 for all.
         weight: the column that makes some samples likelier to be drawn, or empty.
-        seed: of the draw; the same seed draws the same uids.
+        seed: of the draw, by default 0; the same seed draws the same uids.
         join: a parquet with a column `uid`, or, for a run without uids, `shard` and `key`, whose
             other columns a query may use; or a subset as DataComp's tools write one, for the column
             `in_subset`.
@@ -53,7 +53,7 @@ class Query:
     within: str = ""
     sample: float = 0.0
     weight: str = ""
-    seed: int = 0
+    seed: int | None = None
     join: Path | None = None
 
     @property
@@ -104,7 +104,7 @@ class Selection:
         repeated: rows of `passed` beyond the first of each uid.
         chosen: uids in the subset; with `survival` none.
         unfinished: shards that were not read.
-        notices: remarks on types that differ between shards.
+        notices: remarks on types that differ between shards, and on weights.
         survival: thresholds of `by`, the number of samples that each keeps, and their share.
     """
 
@@ -182,6 +182,8 @@ def _mistakes(
 ) -> list[str]:
     if columns and (path is None or path.suffix != ".parquet"):
         return ["--column: found no name in .parquet for --output; valid are both"]
+    if query.seed is not None and not (query.sample or is_looked_at):
+        return ["--seed: found no --sample, which it is of; valid are both, or a page by --look"]
     if path is None and not is_looked_at:
         if query.choosing:
             named, valid = " and ".join(query.choosing), "valid are both, a page by --look, or --by"
@@ -278,12 +280,14 @@ def _choose(pool: Pool, query: Query) -> Selection:
     (samples,) = _row(pool, "SELECT count(*) FROM samples")
     _take(pool, "best", "samples", "score DESC, d2m_high, d2m_low", query.top, query.within)
     # A number between 0 and 1 by md5, as duckdb's own hash may change with its version.
-    digits = f"('0x' || md5(concat_ws(' ', d2m_high, d2m_low, {int(query.seed)}))[:13])::UBIGINT"
+    digits = f"('0x' || md5(concat_ws(' ', d2m_high, d2m_low, {query.seed or 0}))[:13])::UBIGINT"
     # The smallest of these are a weighted sample without replacement (Efraimidis and Spirakis).
     order = f"-ln(({digits} + 0.5) / 2**52) / weight, d2m_high, d2m_low"
     source = "best WHERE weight > 0" if query.weight else "best"
     _take(pool, "chosen", source, order, query.sample, query.within)
     (chosen,) = _row(pool, "SELECT count(*) FROM chosen")
+    (light,) = _row(pool, "SELECT count(*) FILTER (weight <= 0) FROM best")
+    what = f"{light:,} samples have a {query.weight!r} of 0 or less, and are never drawn"
     return Selection(
         rows=pool.rows,
         undecided=undecided,
@@ -292,7 +296,7 @@ def _choose(pool: Pool, query: Query) -> Selection:
         repeated=passed - without_uid - samples,
         chosen=chosen,
         unfinished=pool.unfinished,
-        notices=(*pool.notices, *pool.roundings()),
+        notices=(*pool.notices, *pool.roundings(), *[what] * bool(light)),
     )
 
 

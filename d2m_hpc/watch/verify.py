@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import D2MError
+from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.plan import changed
 from d2m_hpc.plan.changed import Changed
@@ -53,13 +53,20 @@ class Report:
         return asdict(self)
 
 
-def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0) -> Report:
+def verify(
+    run: RunDir, config: Config, sample: int | None = None, seed: int | None = None
+) -> Report:
     """Check every finished shard's files, and look for other files in the folder.
 
     Args:
         sample: check only so many shards, drawn at random.
-        seed: of the draw; the same seed draws the same of the same shards.
+        seed: of the draw, by default 0; the same seed draws the same of the same shards.
+
+    Raises:
+        ConfigError: a seed without a sample.
     """
+    if seed is not None and sample is None:
+        raise ConfigError("verify", ["--seed: found no --sample, which it is of; valid are both"])
     output = OutputDir(config.output_metadata_dir)
     with gc_paused():
         manifest, there = Manifest.load(run), output.pairs()
@@ -67,7 +74,7 @@ def verify(run: RunDir, config: Config, sample: int | None = None, seed: int = 0
     done = manifest.done
     stems = sorted(done)
     if sample is not None and sample < len(stems):
-        stems = sorted(random.Random(seed).sample(stems, sample))
+        stems = sorted(random.Random(seed or 0).sample(stems, sample))
 
     @cache
     def names() -> dict[str, str]:

@@ -132,6 +132,7 @@ def test_a_parquet_for_img2dataset(config: Path, tmp_path: Path) -> None:
             "--top: found 1, which may be one sample or all",
         ),
         (("--sample", "1"), "--sample: found 1, which may be one sample or all; valid is 1.0 for"),
+        (("--seed", "0"), "--seed: found no --sample"),
         (("-o", "subset.txt"), "--output: found 'subset.txt'; valid is a name in .npy"),
     ],
 )

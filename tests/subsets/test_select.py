@@ -485,7 +485,9 @@ def test_weights_decide_how_often_a_sample_is_drawn(tmp_path: Path) -> None:
     """Against the chance of the first draw: five of ten; without a weight never."""
     rows = table([uid(i) for i in range(6)], [0.5] * 6, weight=[5.0, 1, 1, 1, 2, 0])
     run, first = make_run(tmp_path, {"a": rows}), []
-    assert select(*run, Query(sample=1.0, weight="weight"), tmp_path / "all.npy").chosen == 5
+    every = select(*run, Query(sample=1.0, weight="weight"), tmp_path / "all.npy")
+    assert every.chosen == 5
+    assert every.notices == ("1 samples have a 'weight' of 0 or less, and are never drawn",)
     for seed in range(60):
         select(*run, Query(sample=0.2, weight="weight", seed=seed), tmp_path / "one.npy")
         first += np.load(tmp_path / "one.npy").tolist()
@@ -588,6 +590,8 @@ def test_an_infinite_score_is_a_threshold(tmp_path: Path) -> None:
     [
         (Query(within="key"), "--within: found neither --top nor --sample"),
         (Query(weight=CLIP), "--weight: found no --sample"),
+        (Query(seed=0), "--seed: found no --sample"),
+        (Query(seed=1, by=CLIP, top=0.5), "--seed: found no --sample"),
         (Query(sample=-1), "--sample: found -1; valid is a share"),
         (Query(sample=2, within="langage"), "--within: found 'langage', no column"),
         (Query(sample=2, weight="key"), "--weight: found 'key', no column of numbers"),

@@ -139,6 +139,12 @@ def test_a_sample_of_all_is_no_sample(more: int, finished: Path) -> None:
     assert (ended.returncode, ended.stdout) == (0, "2 shards checked, 0 files wrong\n")
 
 
+def test_a_seed_of_no_sample_is_a_usage_error(finished: Path) -> None:
+    ended = d2m("verify", finished / "c.yml", "--seed", 0)
+    assert ended.returncode == 2
+    assert "--seed: found no --sample, which it is of; valid are both" in ended.stderr
+
+
 def test_a_sample_of_none_is_a_usage_error(finished: Path) -> None:
     assert d2m("verify", finished / "c.yml", "--sample", 0).returncode == 2
 

@@ -49,7 +49,7 @@ class Look:
     def __call__(self, pool: Pool, query: Query, selection: Selection) -> None:
         if query.by and query.by in pool.beside:
             raise ConfigError("select", [f"--look: {query.by!r} is no column of the run"])
-        shards, notes = self._shards(query.seed)
+        shards, notes = self._shards(query.seed or 0)
         rows = self._rows(pool, shards, query)
         kept = _chosen(pool, rows)
         sides = {
@@ -60,7 +60,7 @@ class Look:
             if query.by:
                 side.sort(key=lambda row: row.value if name == "kept" else -row.value)
             else:
-                Random(query.seed).shuffle(side)
+                Random(query.seed or 0).shuffle(side)
             del side[EACH:]
         for shard in shards:
             if some := [row for side in sides.values() for row in side if row.stem == shard.stem]:
