@@ -34,6 +34,8 @@ RECORDS = [BLOCK << power for power in range(5, 12)]
 JOINED = "two archives, one after the other"
 DAMAGED = "damaged"
 """What a message on a tar begins with that goes on behind the place where it cannot be read."""
+TRUNCATED = "truncated header"
+"""The standard library's words for a header that is cut off."""
 _UNREADABLE = (
     *(tarfile.HeaderError, ValueError, ArithmeticError, LookupError),
     *(MemoryError, RecursionError),
@@ -97,7 +99,9 @@ def _ordinary(file: BinaryIO, offset: int) -> tuple[Member, int] | None:
     blocks = file.read(3 * BLOCK)
     start = 2 * BLOCK if _is_time(blocks) else 0
     header = blocks[start : start + BLOCK]
-    if header[156:157] != tarfile.REGTYPE or header[345] or (size := _size(header)) is None:
+    if len(header) < BLOCK or header[156:157] != tarfile.REGTYPE or header[345]:
+        return None
+    if (size := _size(header)) is None:
         return None
     name = header[:100].partition(b"\0")[0].decode(ENCODING, "surrogateescape")
     data = offset + start + BLOCK
@@ -168,18 +172,23 @@ def _require_bounded(file: BinaryIO, offset: int) -> None:
     interpreter meanwhile.
 
     Raises:
-        HeaderError: a header is too long or malformed.
+        HeaderError: a header is too long or malformed, or the archive ends in one that describes
+            the next.
     """
-    for _ in range(MOST_HEADERS):
+    for number in range(MOST_HEADERS):
         file.seek(offset)
         block = file.read(BLOCK)
+        if number and len(block) < BLOCK:
+            raise tarfile.HeaderError(TRUNCATED)
         if len(block) < BLOCK or block[156] not in _EXTENDED:
             return
         size = tarfile.TarInfo.frombuf(block, ENCODING, "surrogateescape").size
         if not 0 <= size <= LONGEST_HEADER:
             raise tarfile.HeaderError(f"a header of {size} bytes, over {LONGEST_HEADER}")
+        if len(data := file.read(size)) < size:
+            raise tarfile.HeaderError(TRUNCATED)
         if block[156] in b"xgX":
-            _require_records(file.read(size))
+            _require_records(data)
         offset += BLOCK + -(-size // BLOCK) * BLOCK
     raise tarfile.HeaderError(f"over {MOST_HEADERS} headers before one member")
 
@@ -204,7 +213,7 @@ def _cut_at(error: Exception, file: BinaryIO, offset: int, size: int) -> str:
     reason, how = str(error) or kind, f"{DAMAGED} "
     if kind == "EmptyHeaderError":
         reason, how = "the end-of-archive mark is missing", ""
-    elif kind == "TruncatedHeaderError":
+    elif reason == TRUNCATED:
         how = ""
     elif kind == "EOFHeaderError":
         reason = "zeros, and more data after them"  # as a lost write leaves

@@ -364,6 +364,16 @@ def test_a_cut_names_the_byte_and_the_member() -> None:
     assert index_of(data[:1600]).cut == "at byte 1536 of 1600: truncated header"
 
 
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_a_cut_in_any_header_is_called_one(format: int) -> None:
+    """Also in those of a long name or a time, which describe the header that follows."""
+    name = "a.txt" if format == tarfile.USTAR_FORMAT else "n" * 120 + ".txt"
+    data = tar_bytes([(name, b"")], format)
+    content = len(data.rstrip(b"\0")) // 512 * 512 + 512
+    found = {index_of(data[:size]).cut for size in range(1, content)}
+    assert found == {f"at byte 0 of {size}: truncated header" for size in range(1, content)}
+
+
 def test_without_its_end_mark_a_tar_is_cut_though_all_samples_are_there() -> None:
     data = tar_bytes(THREE)[: 9 * 1024]
     index = index_of(data)
