@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from d2m_hpc.models.blocks import Allocate, like
 from d2m_hpc.models.inputs import Input
 from d2m_hpc.run.records import Rejection
-from d2m_hpc.worker.rows import Placed, Tray, gathered
+from d2m_hpc.worker.rows import Placed, Tray, gathered, taken_out
 
 
 def plain(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -86,22 +87,35 @@ def collate(samples: Sequence[Any], allocate: Allocate = plain) -> Any:
 
 
 def _collate(samples: Sequence[Any], allocate: Allocate) -> Any:
+    first = samples[0]
+    if isinstance(first, tuple):
+        _require(samples, tuple)
+        if len(lengths := {len(sample) for sample in samples}) > 1:
+            raise ValueError(f"tuples of different lengths: {sorted(lengths)}")
+        return tuple(_collate(parts, allocate) for parts in zip(*samples, strict=True))
     placed = _placed(samples, allocate)
-    if all(isinstance(sample, Placed) for sample in placed):
-        return gathered(placed, allocate)
-    samples = [sample.array if isinstance(sample, Placed) else sample for sample in placed]
+    together = gathered(placed, allocate) if isinstance(placed[0], Placed) else None
+    if together is not None:
+        return together
+    samples = [taken_out(sample) for sample in placed]
     first = samples[0]
     if isinstance(first, Tensor):
         return _stack(samples, allocate)
     if isinstance(first, np.ndarray | np.generic):
         # A fresh array: torch warns of read-only arrays, and refuses some.
         stacked = np.stack(list(samples))
-        return torch.from_numpy(stacked) if stacked.dtype.kind in "biuf" else list(samples)
-    if isinstance(first, tuple):
-        return tuple(_collate(parts, allocate) for parts in zip(*samples, strict=True))
+        return torch.from_numpy(stacked) if stacked.dtype.kind in "biufc" else list(samples)
     if isinstance(first, bool | int | float):
+        _require(samples, bool, int, float, np.number, np.bool, np.ndarray, Tensor)
         return torch.tensor(samples)
     return list(samples)
+
+
+def _require(samples: Sequence[Any], *kinds: type) -> None:
+    """Raise `ValueError` if samples are of other kinds."""
+    odd = next((s for s in map(taken_out, samples) if not isinstance(s, kinds)), samples[0])
+    if not isinstance(odd, kinds):
+        raise ValueError(f"{type(samples[0]).__name__} and {type(odd).__name__}")
 
 
 def _placed(samples: Sequence[Any], allocate: Allocate) -> Sequence[Any]:
@@ -117,11 +131,18 @@ def _stack(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:
 
     Pictures stay channels last: taking channels apart costs more than resizing.
     """
+    _require(tensors, Tensor)
     shapes = {tuple(t.shape) for t in tensors}
     if len(shapes) > 1:
         raise ValueError(f"tensors of different shapes: {sorted(shapes)}")
-    stacked = like(tensors[0], allocate, [len(tensors)])
-    torch.stack(tuple(tensors), out=stacked)
+    for odd in tensors:
+        if odd.layout != torch.strided or odd.device.type != "cpu":
+            raise ValueError(f"a tensor of {odd.layout} on {odd.device}; valid: dense, on the CPU")
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
+    # A net in a preprocessor makes tensors that require gradients.
+    alike = [t.detach().to(dtype) for t in tensors]
+    stacked = like(alike[0], allocate, [len(tensors)])
+    torch.stack(alike, out=stacked)
     return stacked
 
 

@@ -32,7 +32,7 @@ class Placed:
 
     @property
     def array(self) -> NDArray[Any]:
-        found: NDArray[Any] = self.block.numpy()[self.row]
+        found: NDArray[Any] = self.block.numpy()[self.row, ...]
         return found
 
 
@@ -83,10 +83,23 @@ class Tray:
         return None
 
 
-def gathered(placed: Sequence[Placed], allocate: Allocate) -> Tensor:
-    """The rows in order: a part of a block where they follow each other in it, else a copy."""
+def taken_out(value: Any) -> Any:
+    """A sample's value with arrays for what was placed."""
+    if isinstance(value, tuple):
+        return tuple(map(taken_out, value))
+    return value.array if isinstance(value, Placed) else value
+
+
+def gathered(placed: Sequence[Any], allocate: Allocate) -> Tensor | None:
+    """The rows in order: a part of a block where they follow each other in it, else a copy.
+
+    None where some are in no row, or in blocks of other types or shapes: those are the first
+    sample's, in each tray anew.
+    """
     runs: list[tuple[Tensor, int, int]] = []
     for one in placed:
+        if not isinstance(one, Placed):
+            return None
         if runs and runs[-1][0] is one.block and runs[-1][2] == one.row:
             runs[-1] = (one.block, runs[-1][1], one.row + 1)
         else:
@@ -94,5 +107,7 @@ def gathered(placed: Sequence[Placed], allocate: Allocate) -> Tensor:
     parts = [block[first:end] for block, first, end in runs]
     if len(parts) == 1:
         return parts[0]
-    shape, dtype = parts[0].shape[1:], parts[0].dtype
+    if len(kinds := {(part.dtype, part.shape[1:]) for part in parts}) > 1:
+        return None
+    ((dtype, shape),) = kinds
     return torch.cat(parts, out=allocate((len(placed), *shape), dtype))

@@ -178,6 +178,8 @@ def test_collating_the_samples_of_a_batch_gives_the_batch(rows: Rows) -> None:
         ([1, 2.5], torch.float32),
         ([True, False], torch.bool),
         ([torch.tensor(1), torch.tensor(2)], torch.int64),
+        ([np.zeros(2, np.complex64), np.zeros(2, np.uint8)], torch.complex64),
+        ([torch.zeros(2, requires_grad=True)] * 2, torch.float32),
     ],
 )
 def test_numbers_become_a_tensor(samples: list[Any], dtype: torch.dtype) -> None:
@@ -199,6 +201,33 @@ def test_arrays_that_may_not_be_written_or_run_backwards_are_stacked() -> None:
     ]
     batch += 1
     assert fixed[0, 0] == 0
+
+
+@pytest.mark.parametrize("numbers", [[1, 2**40], [1.0, 1e5], [1, 2.5], [True, 7]])
+def test_the_first_tensors_type_does_not_narrow_the_others(numbers: list[Any]) -> None:
+    narrow = {int: torch.int32, float: torch.float16, bool: torch.bool}[type(numbers[0])]
+    batch = collate([torch.tensor(numbers[:1], dtype=narrow), torch.tensor(numbers[1:])])
+    assert batch.flatten().tolist() == numbers
+    assert not batch.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [
+        (
+            [torch.zeros(2).to_sparse()],
+            "torch.sparse_coo on cpu; valid: dense, on the CPU",
+        ),
+        ([torch.zeros(2, device="meta")], "a tensor of torch.strided on meta"),
+        ([torch.zeros(2), None], "Tensor and NoneType"),
+        ([("a", "b"), "xy"], "tuple and str"),
+        ([("a", "b"), ("a",)], r"tuples of different lengths: \[1, 2\]"),
+        ([(1, 2), (1, None)], "int and NoneType"),
+    ],
+)
+def test_what_does_not_match_is_named(samples: list[Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        collate(samples)
 
 
 @pytest.mark.parametrize(

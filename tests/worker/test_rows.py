@@ -86,6 +86,38 @@ def test_types_that_differ_are_widened_as_ever() -> None:
     assert batch.dtype == torch.float64
 
 
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        (np.array([1], np.int32), np.array([2**40])),
+        (np.array([1], np.float16), np.array([1e5])),
+        (np.array([1], np.int16), np.array([0.5])),
+        (np.array([1.5]), np.array([7], np.uint32)),
+        (np.array([1], np.uint16), np.array([7], np.int8)),
+    ],
+)
+def test_the_type_of_a_batchs_first_block_does_not_narrow_the_others(
+    first: Any, later: Any
+) -> None:
+    """Samples of one type to a tray: each tray takes the type of its first one."""
+    values = [first, first, later, later]
+    batch = collate(_placed(values, 2))
+    assert batch.tolist() == [value.tolist() for value in values]
+    assert batch.dtype == collate(values).dtype
+
+
+def test_shapes_that_differ_from_tray_to_tray_are_told() -> None:
+    with pytest.raises(ValueError, match="must have the same shape"):
+        collate(_placed([np.zeros(2), np.zeros(3)], 1))
+
+
+@pytest.mark.parametrize("first", ["text", None, {"a": 1}, [1]])
+def test_what_models_get_in_a_list_is_never_a_row_of_a_tray(first: Any) -> None:
+    values = [first, (np.array([1]), "b"), np.array([2]), np.array(3)]
+    assert collate(_placed(values, 4)) == values
+    assert isinstance(collate(_placed(values, 4))[3], np.ndarray)
+
+
 def test_threads_fill_one_tray() -> None:
     tray = Tray(256, plain, LARGEST)
     with ThreadPoolExecutor(16) as pool:
