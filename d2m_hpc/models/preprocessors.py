@@ -46,6 +46,7 @@ class Picture:
         self._pil = source if isinstance(source, Image.Image) else None
         self._array = None if isinstance(source, Image.Image) else source
         self._shortened: Picture | None = None
+        self._batch: Tensor | None = None
         self._resized: dict[tuple[int, int, str, bool], Pixels] = {}
 
     @property
@@ -60,6 +61,14 @@ class Picture:
         if self._array is None:
             self._array = array_of(self.source)
         return self._array
+
+    @property
+    def batch(self) -> Tensor:
+        """uint8 [1, 3, H, W], for all that resize by torch: each tensor that is given up, and what
+        it lay in, waits for the interpreter's lock."""
+        if self._batch is None:
+            self._batch = _batch_of(self.array)
+        return self._batch
 
     @property
     def size(self) -> tuple[int, int]:
@@ -78,12 +87,16 @@ class Picture:
             self._shortened = Picture(extremes.shortened(self.pil))
         return self._shortened
 
+    def resize(self, width: int, height: int, how: str, exact: bool) -> Pixels:
+        if exact or how not in FAST:
+            return _resize(self.pil, width, height, how)
+        return _resize(self.array, width, height, how, self.batch)
+
     def resized(self, width: int, height: int, how: str, exact: bool) -> Pixels:
         """Resized once for all that ask alike: of a square, CLIP and the faces want the same."""
         key = width, height, how, exact
         if key not in self._resized:
-            form = self.short.form(exact or how not in FAST)
-            self._resized[key] = _resize(form, width, height, how)
+            self._resized[key] = self.short.resize(width, height, how, exact)
         return self._resized[key]
 
 
@@ -114,20 +127,30 @@ class Preprocessor:
     finish: Callable[[Any], Any] = lambda batch: batch
 
 
-def _resize(image: Pixels, width: int, height: int, how: str) -> Pixels:
-    """Both ways go along the rows first; where that alone takes too much, along the columns."""
+def _batch_of(image: NDArray[np.uint8]) -> Tensor:
+    """uint8 [1, 3, H, W]; its strides tell torch that channels come last."""
+    return torch.from_numpy(image.reshape(1, *image.shape).transpose(0, 3, 1, 2))
+
+
+def _resize(
+    image: Pixels, width: int, height: int, how: str, batch: Tensor | None = None
+) -> Pixels:
+    """Both ways go along the rows first; where that alone takes too much, along the columns.
+
+    Args:
+        batch: the image as `_batch_of` gives it, if that is known.
+    """
     given = size_of(image)
     if width > given[0] and width * given[1] > extremes.LARGE:
-        image = _resize_once(image, given[0], height, how)
-    return _resize_once(image, width, height, how)
+        image, batch = _resize_once(image, given[0], height, how, batch), None
+    return _resize_once(image, width, height, how, batch)
 
 
-def _resize_once(image: Pixels, width: int, height: int, how: str) -> Pixels:
+def _resize_once(image: Pixels, width: int, height: int, how: str, batch: Tensor | None) -> Pixels:
     """Channels stay last in memory, as conv nets on the device want them too."""
     if isinstance(image, Image.Image):
         return image.resize((width, height), Image.Resampling[how.upper()])
-    # Of a batch of one, its stride tells torch that channels come last.
-    batch = torch.from_numpy(image.reshape(1, *image.shape).transpose(0, 3, 1, 2))
+    batch = _batch_of(image) if batch is None else batch
     made = F.interpolate(batch, (height, width), mode=how, antialias=True)
     resized: NDArray[np.uint8] = made.numpy()[0].transpose(1, 2, 0)
     return resized
@@ -213,7 +236,7 @@ def _in_square(picture: Picture, padding: Padding, wanted: ImageInput, exact: bo
         return picture.resized(*size, how, exact)
     image, (_, height) = picture.form(exact or how not in FAST), picture.size
     if padding[1] + padding[3]:  # filled rows are so after the first of resizing's passes, too
-        image = _pad(_resize(image, size[0], height, how), padding, wanted.fill)
+        image = _pad(picture.resize(size[0], height, how, exact), padding, wanted.fill)
     elif height * height <= extremes.LARGE:
         image = _pad(image, padding, wanted.fill)
     else:
@@ -242,10 +265,10 @@ def _in_endless_square(
     picture: Picture, padding: Padding, wanted: ImageInput, exact: bool
 ) -> Pixels:
     """Along the long side first, and across without making the padding (always bicubic)."""
-    image, (width, height), side = picture.form(exact), picture.size, max(picture.size)
+    (width, height), side = picture.size, max(picture.size)
     tall = height > width
     size = (width, wanted.height) if tall else (wanted.width, height)
-    strip = array_of(_resize(image, *size, "bicubic"))
+    strip = array_of(picture.resize(*size, "bicubic", exact))
     before = padding[0] if tall else padding[1]
     return extremes.filled(strip, before, side, axis=1 if tall else 0, fill=wanted.fill)
 

@@ -184,7 +184,7 @@ def test_a_square_is_resized_once_for_clip_and_the_faces(
     sizes = []
     real = preprocessors._resize
     monkeypatch.setattr(
-        preprocessors, "_resize", lambda *given: sizes.append(given[1:]) or real(*given)
+        preprocessors, "_resize", lambda *given: sizes.append(given[1:4]) or real(*given)
     )
     picture, options = Picture(photographs(1)[0].resize((300, 300))), Options(exact=exact)
     for_clip = PREPROCESSORS["clip-aug"].prepare(picture, options)
@@ -197,18 +197,21 @@ def test_a_picture_is_copied_out_and_shortened_once_for_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     image = photographs(1)[0].resize((2000, 300))
-    copied, shortened = list[Any](), list[Any]()
-    copy, shorten = preprocessors.array_of, extremes.shortened
+    copied, shortened, taken = list[Any](), list[Any](), list[Any]()
+    copy, shorten, take = preprocessors.array_of, extremes.shortened, preprocessors._batch_of
+    monkeypatch.setattr(preprocessors, "_batch_of", lambda p: taken.append(p) or take(p))
     monkeypatch.setattr(preprocessors, "array_of", lambda p: copied.append(p) or copy(p))
     monkeypatch.setattr(extremes, "shortened", lambda p: shortened.append(p) or shorten(p))
     for longest, times in ((2000, 0), (1000, 1)):
         monkeypatch.setattr(extremes, "LONGEST", longest)
         copied.clear()
+        taken.clear()
         picture = Picture(image)
         for name in ("faces-aug", "dedup-aug", "stats-aug"):
             PREPROCESSORS[name].prepare(picture, Options())
         sources = [p for p in copied if p is picture.short.source]
         assert (len(sources), len(shortened)) == (1, times)
+        assert len([p for p in taken if p is picture.short.array]) == 1
 
 
 @pytest.mark.parametrize("name", ["dedup-aug", "stats-aug"])
