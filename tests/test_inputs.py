@@ -520,6 +520,9 @@ def test_a_damaged_parquet_fails_its_shard_in_one_line(case: str, tmp_path: Path
     assert run.status().done == 4
 
 
+ZIP = b"PK\x03\x04" + bytes(600)
+
+
 def test_a_reader_that_is_closed_early_leaves_no_file_open(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
     config = Config(models=["m"], inputs=["x"], output_metadata_dir="x")
@@ -527,6 +530,19 @@ def test_a_reader_that_is_closed_early_leaves_no_file_open(tmp_path: Path) -> No
     with pytest.raises(ShardError, match="no whole parquet"):
         readers.opener(config)("x", tmp_path / "x.parquet", "")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.tar"])
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [(b"", "it is empty"), (b"<html>no such file", "it is an HTML page"), (ZIP, "it is a zip")],
+    ids=["empty", "HTML", "zip"],
+)
+def test_an_input_of_no_form_is_told_so(name: str, data: bytes, what: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    config = Config(models=["m"], inputs=["x"], output_metadata_dir="x")
+    with pytest.raises(ShardError, match=f"^x is neither a tar nor a parquet: {what}"):
+        readers.opener(config)("x", tmp_path / name, "")
 
 
 # --- patterns ---
@@ -576,6 +592,9 @@ def test_parquets_named_as_tars_are_told_of_the_other_key(tmp_path: Path) -> Non
     [mistake] = expand([f"{tmp_path}/*"]).mistakes
     assert "; `inputs` names parquets with images; valid is" in mistake
     assert expand([f"{tmp_path}/*"], key="inputs").mistakes == []
+    (tmp_path / "notes.txt").write_text("none of both")
+    [mistake] = expand([f"{tmp_path}/*"], key="inputs").mistakes
+    assert "names 1 files that are neither tars nor parquets: 1 with .txt" in mistake
 
 
 # --- the seam ---

@@ -48,9 +48,9 @@ class Oddities:
         is_parquet = any(kind.endswith("parquet") for kind in self._kinds)
         advice = "; `inputs` names parquets with images" if is_parquet else ""
         advice += f"; valid is for example {better!r}" if GLOB.search(self._pattern) else ""
-        return (
-            f"{self._pattern!r} names {files:,} files that are no tars: {', '.join(found)}{advice}"
-        )
+        wrong = "neither tars nor parquets" if self._key == "inputs" else "no tars"
+        kinds = ", ".join(found)
+        return f"{self._pattern!r} names {files:,} files that are {wrong}: {kinds}{advice}"
 
 
 def _nature(url: str, key: str) -> str:

@@ -22,12 +22,14 @@ Opener = Callable[[str, Path, str], Reader]
 """Opens a shard, given its URL, its file on this node, and the fault of the stream to there."""
 
 
-def open_tar(url: str, path: Path, damage: str, split: Split = names.split) -> Reader:
-    """Open a tar; raise `ShardError` for any other file."""
+def open_tar(
+    url: str, path: Path, damage: str, split: Split = names.split, wrong: str = "no tar"
+) -> Reader:
+    """Open a tar; raise `ShardError` for any other file, which says what is wrong with it."""
     archive = Archive(path, damage, split)
     if not damage and (what := archive.nature()):
         archive.close()
-        raise refusal.no_tar(url, what)
+        raise refusal.no_shard(url, wrong, what)
     return archive
 
 
@@ -44,6 +46,8 @@ def opener(config: Config, split: Split = names.split) -> Opener:
         with open(path, "rb", opener=regular) as file:
             head = file.read(max(map(len, READERS)))
         found = next((r for magic, r in READERS.items() if head.startswith(magic)), None)
-        return found(url, path, config) if found else open_tar(url, path, damage, split)
+        if found:
+            return found(url, path, config)
+        return open_tar(url, path, damage, split, "neither a tar nor a parquet")
 
     return open_any if config.inputs else partial(open_tar, split=split)

@@ -15,8 +15,8 @@ SHORTEST_URL = 40
 """Characters of the tar's name beside a long message."""
 
 
-def no_tar(url: str, what: str) -> ShardError:
-    return ShardError(_line(url, f" is no tar: {what}"))
+def no_shard(url: str, kinds: str, what: str) -> ShardError:
+    return ShardError(_line(url, f" is {kinds}: {what}"))
 
 
 def unreadable(url: str, what: str) -> ShardError:
