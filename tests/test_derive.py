@@ -197,6 +197,14 @@ def test_a_run_that_has_not_begun_is_told(folder: Path) -> None:
         d2m.derive(config(folder), local=True)
 
 
+@pytest.mark.parametrize("name", ["cluster", "loss"])
+def test_a_run_without_rows_is_told(name: str, tmp_path: Path) -> None:
+    write_tar(tmp_path / "tars" / "00000.tar", {})
+    d2m.submit(file := config(tmp_path, [name]), local=True)
+    with pytest.raises(D2MError, match=rf"derive\.{name}: no shard that is finished has rows yet"):
+        d2m.derive(file, local=True)
+
+
 def test_only_changed_entries_are_computed_again(folder: Path) -> None:
     d2m.submit(config(folder), local=True)
     whole = derived(config(folder, ["cluster", "duplicate"]))

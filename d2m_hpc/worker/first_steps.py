@@ -50,16 +50,19 @@ class FirstSteps:
 
         Raises:
             ConfigError: the run, or a file, does not have what the entry needs.
-            D2MError: a pair cannot be read.
+            D2MError: a pair cannot be read, or no pair has rows.
         """
+        if isinstance(entry, Referring):
+            return self._reference(name, entry)
+        if not self._rows:
+            what = "no shard that is finished has rows yet; `d2m status` says why"
+            raise D2MError(f"derive.{name}: {what}")
         if isinstance(entry, Clusters):
             return self._centroids(name, entry)
         if isinstance(entry, Duplicates):
             return self._similarities(entry, kept[entry.within])
-        if isinstance(entry, NegClipLoss):
-            return self._batches(entry)
-        assert isinstance(entry, Referring)  # the other kinds have no first step
-        return self._reference(name, entry)
+        assert isinstance(entry, NegClipLoss)  # the other kinds have no first step
+        return self._batches(entry)
 
     def _features(self, pair: Pair, names: Sequence[str]) -> list[NDArray[Any]]:
         """float32 [rows, D] each, of unit length."""
