@@ -140,7 +140,7 @@ def look(workload: Workload, queue: slurm.Queue | None = None) -> Decision:
     decision.notices += map(str, waiting.why(queue, queue.arrays))
     if len(decision.done) < len(decision.shards):
         ends = ended.find(run, queue, attempts(run), decision.done.__contains__)
-        decision.notices += map(str, ended.told(ends))
+        decision.notices += map(str, ended.told(ends, workload.config.slurm))
         decision.raised = sizes.raised(run, workload.config.slurm, ends, decision.starved)
         decision.notices += sizes.told(decision.raised)
     return decision

@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from d2m_hpc.config import Slurm
+from d2m_hpc.config.slurm_values import minutes
 from d2m_hpc.errors import ConfigError, SlurmError
 from d2m_hpc.launch.commands import ask
 from d2m_hpc.launch.slurm import AT_ONCE, COMPLETING, REST, Array, Queue, read_arrays
+from d2m_hpc.plan import memory
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.tasks import Progress
@@ -156,24 +159,18 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def of(
-    run: RunDir, queue: Queue | None, tasks: Iterable[Progress], is_done: Callable[[str], bool]
-) -> list[Ended]:
-    """What `find` finds, by cause; nothing where Slurm was not asked."""
-    return told(find(run, queue, tasks, is_done)) if queue else []
-
-
-def told(ends: Iterable[End]) -> list[Ended]:
-    """Group ends by cause, those of most tasks first."""
+def told(ends: Iterable[End], config: Slurm) -> list[Ended]:
+    """Group ends by cause, those of most tasks first; what helps is by the config."""
     groups: dict[str, list[End]] = defaultdict(list)
     for end in ends:
         groups[end.cause].append(end)
-    found = [_group(cause, group) for cause, group in groups.items()]
+    found = [_group(cause, group, config) for cause, group in groups.items()]
     return sorted(found, key=lambda e: -len(e.tasks))
 
 
-def _group(cause: str, ends: list[End]) -> Ended:
+def _group(cause: str, ends: list[End], config: Slurm) -> Ended:
     _, what, help_ = MEANINGS[cause]
+    help_ = _bounded(cause, ends, config) or help_
     most = max(ends, key=lambda e: e.took)
     if cause == MEMORY and most.took and most.of:
         what += f", {most.took / 1e9:.1f} GB of {most.of / 1e9:.1f} GB"
@@ -186,6 +183,23 @@ def _group(cause: str, ends: list[End]) -> Ended:
     ends = sorted(ends, key=lambda e: not e.said)
     shards = len(frozenset[str]().union(*(e.stems for e in ends)))
     return Ended(cause, [e.task for e in ends], shards, what, help_, ends[0].said)
+
+
+def _bounded(cause: str, ends: Iterable[End], config: Slurm) -> str:
+    """What helps where submits double what was too little, up to a bound; empty elsewhere."""
+    if cause == MEMORY and config.max_mem:
+        had = [memory.given(e.array.mem) if e.array.mem else e.of for e in ends]
+        name, most, raised = "mem", memory.given(config.max_mem), "raise it, or lower batch_size"
+    elif cause == WALLTIME and config.max_time:
+        had = [minutes(e.array.time) if e.array.time else 0 for e in ends]
+        name, most, raised = "time", minutes(config.max_time), "raise it"
+    else:
+        return ""
+    if not any(had):  # the config did not say, and a cluster's own value is not known
+        return f"set slurm.{name}, which submits double up to slurm.max_{name}"
+    if max(had) >= most:
+        return f"slurm.max_{name} is reached: {raised}"
+    return f"a submit doubles slurm.{name} for them, up to slurm.max_{name}"
 
 
 def find(

@@ -145,7 +145,7 @@ def _look(run: RunDir, config: Config, chain: Chain) -> Round:
         ends = ended.find(run, slurm.queue(run, PATIENCE), attempts(run), found.done.__contains__)
         this.causes = sorted({end.cause for end in ends})
         this.taken = not ended.TAKEN.isdisjoint(this.causes)
-        why = [*map(str, ended.told(ends))]
+        why = [*map(str, ended.told(ends, config.slurm))]
     chain.rounds.append(this)
     if found.is_complete:
         chain.end("complete", "the run is complete")

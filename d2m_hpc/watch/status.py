@@ -213,7 +213,7 @@ def summarise(
         **_queued(run, queue, tasks),
         silent=silent,
         unasked=unasked,
-        ended=[] if found.is_complete else ended.of(run, queue, tasks, found.done.__contains__),
+        ended=_ended(run, config, found, queue, tasks),
         stragglers=_stragglers([t for t in tasks if t.is_active]),
         broken_nodes=nodes.broken(run, manifest),
         failures=_grouped(run, failed),
@@ -256,6 +256,15 @@ def _may_work(task: str, at_work: dict[str, set[int]]) -> bool:
     """Whether a task is at work by Slurm's word, or none that Slurm knows of."""
     submission, index, _ = task.split("-")
     return submission not in at_work or int(index) in at_work[submission]
+
+
+def _ended(
+    run: RunDir, config: Config, found: Standings, queue: slurm.Queue | None, tasks: list[Progress]
+) -> list[Ended]:
+    """Why tasks left shards; nothing where none is left, or Slurm was not asked."""
+    if found.is_complete or not queue:
+        return []
+    return ended.told(ended.find(run, queue, tasks, found.done.__contains__), config.slurm)
 
 
 def _running(

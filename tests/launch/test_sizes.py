@@ -13,7 +13,7 @@ from launch.scripted import six_tasks
 from d2m_hpc.config import Slurm, load
 from d2m_hpc.config.slurm_values import minutes
 from d2m_hpc.launch import sizes, slurm
-from d2m_hpc.launch.ended import End
+from d2m_hpc.launch.ended import End, told
 from d2m_hpc.launch.slurm import Array, Need
 from d2m_hpc.plan.decide import Decision, Pace, pace
 from d2m_hpc.plan.workload import inspect
@@ -107,6 +107,34 @@ def test_what_tasks_were_short_of_is_doubled_up_to_its_bound(
     asked = Slurm(**{"mem": "4G", "time": "1:00:00", **config})
     found = sizes.raised(RunDir(Path("/none")), asked, [end(cause, replace(ARRAY, **array))], {})
     assert found == ({} if expected is None else {"a": expected, "b": expected})
+
+
+@pytest.mark.parametrize(
+    ("cause", "array", "config", "helps"),
+    [
+        ("memory", {}, {}, "raise slurm.mem, or set slurm.max_mem"),
+        ("memory", {}, {"max_mem": "64G"}, "a submit doubles slurm.mem for them, up to slurm.max_"),
+        ("memory", {"mem": "64G"}, {"max_mem": "64G"}, "slurm.max_mem is reached: raise it, or"),
+        (
+            "memory",
+            {"mem": "0"},
+            {"max_mem": "64G"},
+            "slurm.max_mem is reached: raise it, or lower",
+        ),
+        ("memory", {"mem": ""}, {"max_mem": "64G"}, "set slurm.mem, which submits double up to"),
+        ("walltime", {}, {}, "raise slurm.time, or set slurm.max_time"),
+        ("walltime", {}, {"max_time": "2:00:00"}, "a submit doubles slurm.time for them, up to"),
+        ("walltime", {"time": "2:00:00"}, {"max_time": 120}, "slurm.max_time is reached: raise it"),
+        ("walltime", {"time": ""}, {"max_time": 120}, "set slurm.time, which submits double up to"),
+        ("node", {}, {"max_mem": "64G", "max_time": 120}, "`sinfo -R` says whether it is back"),
+    ],
+)
+def test_what_helps_is_not_what_the_config_has_already(
+    cause: str, array: dict[str, Any], config: dict[str, Any], helps: str
+) -> None:
+    asked = Slurm(**{"mem": "4G", "time": "1:00:00", **config})
+    [found] = told([end(cause, replace(ARRAY, **array))], asked)
+    assert found.help.startswith(helps)
 
 
 def test_sacct_tells_what_a_task_had_where_the_config_says_nothing() -> None:
