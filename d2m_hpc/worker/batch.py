@@ -93,12 +93,15 @@ def _collate(samples: Sequence[Any], allocate: Allocate) -> Any:
         if len(lengths := {len(sample) for sample in samples}) > 1:
             raise ValueError(f"tuples of different lengths: {sorted(lengths)}")
         return tuple(_collate(parts, allocate) for parts in zip(*samples, strict=True))
-    placed = _placed(samples, allocate)
-    together = gathered(placed, allocate) if isinstance(placed[0], Placed) else None
-    if together is not None:
-        return together
-    samples = [taken_out(sample) for sample in placed]
+    if isinstance(first, Placed) and (batch := gathered(samples, allocate)) is not None:
+        return batch
+    samples = [taken_out(sample) for sample in samples]
     first = samples[0]
+    if isinstance(first, np.ndarray):
+        tray = Tray(len(samples), allocate)
+        placed = [tray.put(row, "", sample) for row, sample in enumerate(samples)]
+        if (batch := gathered(placed, allocate)) is not None:
+            return batch
     if isinstance(first, Tensor):
         return _stack(samples, allocate)
     if isinstance(first, np.ndarray | np.generic):
@@ -116,14 +119,6 @@ def _require(samples: Sequence[Any], *kinds: type) -> None:
     odd = next((s for s in map(taken_out, samples) if not isinstance(s, kinds)), samples[0])
     if not isinstance(odd, kinds):
         raise ValueError(f"{type(samples[0]).__name__} and {type(odd).__name__}")
-
-
-def _placed(samples: Sequence[Any], allocate: Allocate) -> Sequence[Any]:
-    """Arrays of one shape and type in rows of one block, where they are not in one already."""
-    if not isinstance(samples[0], np.ndarray):
-        return samples
-    tray = Tray(len(samples), allocate)
-    return [tray.put(row, "", sample) for row, sample in enumerate(samples)]
 
 
 def _stack(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:

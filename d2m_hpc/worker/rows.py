@@ -83,11 +83,17 @@ class Tray:
         return None
 
 
-def taken_out(value: Any) -> Any:
-    """A sample's value with arrays for what was placed."""
+def taken_out(value: Any, copy: bool = False) -> Any:
+    """A sample's value with arrays for what was placed.
+
+    Args:
+        copy: have arrays of their own, so that the blocks may be lent again.
+    """
     if isinstance(value, tuple):
-        return tuple(map(taken_out, value))
-    return value.array if isinstance(value, Placed) else value
+        return tuple(taken_out(part, copy) for part in value)
+    if not isinstance(value, Placed):
+        return value
+    return value.array.copy() if copy else value.array
 
 
 def gathered(placed: Sequence[Any], allocate: Allocate) -> Tensor | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from d2m_hpc.errors import ShardError
 from d2m_hpc.models.blocks import Reused
 from d2m_hpc.models.inputs import told
 from d2m_hpc.run.records import Rejection
-from d2m_hpc.worker.batch import Batch, collate
+from d2m_hpc.worker.batch import Batch, collate, plain
 from d2m_hpc.worker.gate import Gate
 from d2m_hpc.worker.read import refusal
 from d2m_hpc.worker.read.beside import of_shard, versions
@@ -34,7 +34,7 @@ from d2m_hpc.worker.read.prepare import IN_FLIGHT, WHOLE, Ready, Recipe, prepare
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 from d2m_hpc.worker.read.scratch import Scratch
 from d2m_hpc.worker.read.seen import Seen
-from d2m_hpc.worker.rows import Tray
+from d2m_hpc.worker.rows import Tray, taken_out
 from d2m_hpc.worker.work import Clock, Work
 
 AHEAD = 4
@@ -309,24 +309,25 @@ class Loader:
         Args:
             ready: those that are in no batch yet.
         """
-        waiting = deque[tuple[int, Future[list[Ready | Rejection]]]]()
+        waiting = deque[tuple[Tray, int, Future[list[Ready | Rejection]]]]()
         samples, tray, row = iter(samples), self._tray(0), 0
         try:
             while not reading.is_cancelled:
                 if row == tray.rows:
-                    tray, row = self._tray(len(ready) + sum(size for size, _ in waiting)), 0
+                    self._free_trays(ready, {tray for tray, _, _ in waiting})
+                    tray, row = self._tray(len(ready) + sum(size for _, size, _ in waiting)), 0
                 if not (group := list(islice(samples, min(GROUP, tray.rows - row)))):
                     break
                 making = partial(self._prepare, reading.work.clock, seen, archive, tray, row)
-                waiting.append((len(group), self._pool.submit(making, group)))
+                waiting.append((tray, len(group), self._pool.submit(making, group)))
                 row += len(group)
                 while len(waiting) > self._groups:
-                    yield from self._weighed(waiting.popleft()[1].result())
+                    yield from self._weighed(waiting.popleft()[2].result())
             while waiting and not reading.is_cancelled:
-                yield from self._weighed(waiting.popleft()[1].result())
+                yield from self._weighed(waiting.popleft()[2].result())
         finally:
             # No thread may read the archive any more, as it is closed next.
-            futures = [future for _, future in waiting]
+            futures = [future for _, _, future in waiting]
             for future in futures:
                 future.cancel()
             for future in futures:
@@ -340,7 +341,29 @@ class Loader:
             begun: samples that come before, and are in no batch yet.
         """
         left = self._recipe.batch_size - begun % self._recipe.batch_size
-        return Tray(min(left, self._most), self._allocate, WHOLE)
+        # The few that take the place of rejected ones need no batch's memory: they are copied.
+        allocate = self._allocate if 2 * left > self._rows else plain
+        return Tray(min(left, self._most), allocate, WHOLE)
+
+    def _free_trays(self, ready: Sequence[Ready], used: Collection[Tray]) -> None:
+        """Copy samples out of trays of which rejections left less than half a batch.
+
+        Each tray takes a batch's memory: a batch of few samples from each of many would hold as
+        many times its own.
+
+        Args:
+            used: trays with samples to come.
+        """
+        kept = Counter(sample.tray for sample in ready)
+        for sample in ready:
+            if sample.tray not in used and 2 * kept[sample.tray] < self._rows:
+                sample.inputs = {n: taken_out(v, copy=True) for n, v in sample.inputs.items()}
+                sample.tray = None
+
+    @property
+    def _rows(self) -> int:
+        """Rows of a batch, as far as one has been seen."""
+        return min(self._recipe.batch_size, self._most)
 
     def _weighed(self, results: list[Ready | Rejection]) -> list[Ready | Rejection]:
         """Fit the number of groups in the pool to their size: whole pictures take gigabytes."""
@@ -366,6 +389,7 @@ class Loader:
                 if isinstance(result, Ready):
                     inputs = result.inputs.items()
                     result.inputs = {name: tray.put(place, name, v) for name, v in inputs}
+                    result.tray = tray
                 made.append(result)
         return made
 

@@ -28,6 +28,7 @@ from d2m_hpc.worker.read.names import EXTENSIONS, Members, members_of
 from d2m_hpc.worker.read.reader import Reader, Sample
 from d2m_hpc.worker.read.readers import Opener, open_tar, opener
 from d2m_hpc.worker.read.seen import Seen
+from d2m_hpc.worker.rows import Tray
 
 IN_FLIGHT = 2 << 30
 """Bytes that all decode threads together may take for pictures: for 19 JPEGs of 12 megapixels at
@@ -168,20 +169,29 @@ class Recipe:
 
 @dataclass
 class Ready:
-    """A preprocessed sample."""
+    """A preprocessed sample.
+
+    Attributes:
+        tray: in which arrays of it lie.
+    """
 
     key: str
     inputs: dict[Input, Any]
     fields: list[Any]
+    tray: Tray | None = None
 
-    @property
+    @cached_property
     def bulk(self) -> int:
         """The bytes of pictures that custom preprocessors hand on as a whole."""
         sizes = map(_size, self.inputs.values())
         return sum(size for size in sizes if size >= WHOLE)
 
 
-def _size(value: Any) -> int:
+def _size(value: Any, depth: int = 2) -> int:
+    """Bytes of a picture or an array, or of those in a tuple, list or dict."""
+    if depth and isinstance(value, tuple | list | dict):
+        parts = value.values() if isinstance(value, dict) else value
+        return sum(_size(part, depth - 1) for part in parts)
     if isinstance(value, Image.Image):
         return value.width * value.height * 4
     return int(getattr(value, "nbytes", 0))

@@ -9,8 +9,9 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,7 +33,7 @@ from d2m_hpc.worker.batch import Batch
 from d2m_hpc.worker.gate import Gate
 from d2m_hpc.worker.read import loader as module
 from d2m_hpc.worker.read.loader import AHEAD, GROUP, Loader, Reading
-from d2m_hpc.worker.read.prepare import Recipe
+from d2m_hpc.worker.read.prepare import WHOLE, Recipe
 from d2m_hpc.worker.read.scratch import Scratch
 from d2m_hpc.worker.work import Work
 
@@ -553,6 +554,48 @@ def test_batches_are_as_large_whatever_is_rejected_before_them(
         assert batch.inputs[wanted][:, 0, 0].tolist() == [int(key) for key in batch.keys]
         assert batch.inputs[wanted].shape[1:] == (2, 2)
     assert [int(r.key) for r in reading.found.rejections] == [*bad]
+
+
+@pytest.mark.parametrize("kept", [20, 10, 2])
+def test_rejected_samples_take_no_batchs_memory(
+    kept: int, tmp_path: Path, scratch: Scratch
+) -> None:
+    """Of 20 samples some are kept: batches of rows from many trays hold no more than others do."""
+    rows, size = 32, 50_000
+
+    def some(text: str) -> np.ndarray[Any, Any]:
+        if int(text) * 7 % 20 >= kept:
+            raise Rejected("odd")
+        return np.full(size, int(text) % 256, np.uint8)
+
+    members = {f"{i:04d}.txt": str(i).encode() for i in range(1000)}
+    path = write_tar(tmp_path / "a.tar", members)
+    made = recipe({("text", "some"): custom(some)}, batch_size=rows)
+    found: list[int] = []
+    tracemalloc.start()
+    try:
+        with Loader(works(path, path), made, scratch) as loader:
+            for reading in loader:
+                for batch in reading:
+                    assert len(batch.keys) <= rows
+                    found += batch.inputs["text", "some"][:, -1].tolist()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == [i % 256 for i in range(1000) if i * 7 % 20 < kept] * 2
+    # Those that wait, one that is made, one in hand, and those of the threads that prepare more.
+    assert peak < (2 * AHEAD + 4) * rows * size
+
+
+@pytest.mark.parametrize("form", [lambda a: (a, 1), lambda a: [a], lambda a: {"x": (a,)}])
+def test_whole_pictures_within_others_end_a_batch_too(
+    form: Callable[[Any], Any], tmp_path: Path, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH_BYTES", 2 * WHOLE)
+    inputs = {("text", "whole"): custom(lambda text: form(np.zeros(WHOLE, np.uint8)))}
+    path = write_tar(tmp_path / "a.tar", {f"{i:02d}.txt": b"1" for i in range(5)})
+    batches, _ = load(path, recipe(inputs, batch_size=100), scratch)
+    assert [len(batch.keys) for batch in batches] == [2, 2, 1]
 
 
 def test_no_sample_is_prepared_while_the_gate_is_shut(
