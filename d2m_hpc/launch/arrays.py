@@ -12,7 +12,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.launch import ended, live, sbatch, sizes, slurm, waiting
-from d2m_hpc.launch.commands import ask, wait_for_next_look
+from d2m_hpc.launch.commands import AWAY, ask, wait_for_next_look
 from d2m_hpc.launch.flow import Backend
 from d2m_hpc.plan import balance
 from d2m_hpc.plan.decide import Decision, decide
@@ -215,6 +215,16 @@ def cancel(run: RunDir) -> int:
     Raises:
         SlurmError: scancel failed, as at another user's tasks, and tasks are still there.
     """
+    try:
+        return _cancel(run)
+    except SlurmError as error:
+        if AWAY.search(str(error)):
+            what = "once slurmctld answers, cancel again: array tasks go on without it"
+            raise SlurmError(f"{error}; {what}") from None
+        raise
+
+
+def _cancel(run: RunDir) -> int:
     # First the round that waits for the tasks to end, and then submits again.
     rounds = sorted(slurm.live_rounds(run))
     elements = live_jobs(run)
@@ -223,7 +233,7 @@ def cancel(run: RunDir) -> int:
         slurm.cancel(rounds)
         slurm.cancel(jobs)
     except SlurmError as error:
-        if left := live_jobs(run):  # else they ended meanwhile
+        if left := [*slurm.live_rounds(run), *live_jobs(run)]:  # else they ended meanwhile
             raise SlurmError(f"{error}; {_whose(left)}") from None
     return len(elements)
 

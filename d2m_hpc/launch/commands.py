@@ -20,6 +20,7 @@ PAUSE = 3.0
 """Seconds between two tries."""
 AWAY = re.compile(r"contact slurm controller|timed out|Zero Bytes|[Cc]onnect|not answer")
 """Words of Slurm's commands where slurmctld is away."""
+PING = "slurmctld does not answer; `scontrol ping` says whether it is up"
 
 CALLERS = re.compile(r"S(LURM|LURMD|BATCH|RUN|ALLOC|QUEUE|INFO|CANCEL|CONTROL)_")
 """Variables with options: of an allocation around this process, or the user's for other commands.
@@ -76,7 +77,9 @@ def ask(*words: str, seconds: float = SECONDS) -> str:
     """Run a command of Slurm's and return its output; raise `SlurmError` where it fails."""
     done = call(*words, seconds=seconds)
     if done.returncode:
-        raise SlurmError(f"{words[0]} failed: {done.stderr.strip()}")
+        said = done.stderr.strip()
+        hint = f"; {PING}" if AWAY.search(said) else ""
+        raise SlurmError(f"{words[0]} failed: {said}{hint}")
     return done.stdout
 
 

@@ -231,8 +231,7 @@ HINTS = {
     r"node name": "check slurm.exclude against `sinfo -N`",
     r"node configuration|[Mm]emory specification|processors|Node count": "no node has what "
     "slurm.gres, mem and cpus_per_task ask for; `sinfo -o '%P %c %m %G'`",
-    r"contact slurm controller|[Tt]imed out|connect": "slurmctld does not answer; `scontrol ping` "
-    "says whether it is up",
+    r"contact slurm controller|[Tt]imed out|connect": commands.PING,
 }
 """What helps, by a pattern of sbatch's words; the first that is found."""
 

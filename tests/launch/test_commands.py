@@ -85,7 +85,7 @@ def test_a_controller_that_is_away_is_asked_again_and_that_is_told_once(
     [element] = slurm.queue(RunDir(bin_dir), patience=60).all
     assert element.job_id == "7"
     [told] = caplog.messages
-    assert told == f"squeue failed: {AWAY}; asking again for up to 60 s"
+    assert told == f"squeue failed: {AWAY}; {commands.PING}; asking again for up to 60 s"
 
 
 @pytest.mark.parametrize(("words", "patience"), [(AWAY, 0.2), ("Invalid user", 60), (AWAY, 0)])
@@ -96,6 +96,14 @@ def test_only_a_controller_that_is_away_is_waited_for_and_not_for_ever(
     script(bin_dir, "squeue", f'echo "{words}" >&2; exit 1')
     with pytest.raises(SlurmError, match=words[:12]):
         slurm.queue(RunDir(bin_dir), patience)
+
+
+def test_an_error_says_more_only_where_the_controller_is_away(bin_dir: Path) -> None:
+    script(bin_dir, "scontrol", 'echo "$1" >&2; exit 1')
+    with pytest.raises(SlurmError, match=r"\(connect failure\); slurmctld does not answer; `scon"):
+        commands.ask("scontrol", AWAY)
+    with pytest.raises(SlurmError, match=r"failed: Invalid user$"):
+        commands.ask("scontrol", "Invalid user")
 
 
 def test_words_too_long_for_the_system_are_an_error_of_slurms(bin_dir: Path) -> None:

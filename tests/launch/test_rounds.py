@@ -314,6 +314,18 @@ def test_a_round_follows_the_last_config_though_no_shard_was_left_for_its_submit
     assert after in last.config.read_text()
 
 
+@pytest.mark.parametrize("command", ["squeue", "scancel"])
+def test_a_cancel_while_slurmctld_is_away_says_when_to_try_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    site.begin()
+    site.lists(("99", slurm.rounds_of(site.run).name))
+    away = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+    commands_of(site.bin, monkeypatch, **{command: away})
+    with pytest.raises(SlurmError, match=r"contact slurm .*`scontrol ping` .*; once slurmctld ans"):
+        d2m.open(site.run.root).cancel()
+
+
 def test_a_cancel_and_another_submit_end_the_rounds_before(site: Site) -> None:
     site.begin()
     name = slurm.rounds_of(site.run).name
