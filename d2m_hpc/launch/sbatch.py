@@ -227,6 +227,8 @@ HINTS = {
     "`sinfo -o '%P %G %f'`",
     r"[Rr]eservation|[Ll]icense": "check slurm.extra against `scontrol show reservation` and "
     "`scontrol show licenses`",
+    r"dependency": "check the dependency in slurm.extra: it names jobs that Slurm still knows, as "
+    "`scontrol show job` does",
     r"job array": "`scontrol show config` says what MaxArraySize is",
     r"node name": "check slurm.exclude against `sinfo -N`",
     r"node configuration|[Mm]emory specification|processors|Node count": "no node has what "

@@ -36,9 +36,9 @@ NEVER: Meanings = {
         f"`sinfo -N -o '%N %P %f %G %c %m'`; {AGAIN}",
     ),
     r"DependencyNeverSatisfied": (
-        "the job that they wait for did not end as they need it",
+        "the job that they wait for did not end as they need it, or Slurm does not know it",
         "`scontrol update jobid={jobs} dependency=` takes the condition away; or `d2m cancel "
-        "CONFIG`, and submit again",
+        "CONFIG`, change slurm.extra's dependency, and submit again",
     ),
     r"InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|AssocNotAllowed": (
         "slurm.account or slurm.qos may not be used here",
@@ -70,7 +70,7 @@ PASSING: Meanings = {
         "`sinfo -R`, `scontrol show res`",
     ),
     r"JobArrayTaskLimit": ("slurm.max_parallel tasks run already", "they start in turn"),
-    r"^Dependency$": ("they wait for another array to end", "`squeue --me -o '%F %E'`"),
+    r"^Dependency$": ("they wait for another array or job to end", "`squeue --me -o '%F %E'`"),
     r"^(Resources|Priority|None|)$|SchedDefer|Cleaning|Prolog|Reboot": (
         "they wait for their turn",
         "`squeue --me --start` says when",

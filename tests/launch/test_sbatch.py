@@ -48,7 +48,8 @@ REFUSALS = {
     FAILED + "Requested node configuration is not available": "no node has what",
     FAILED + "Unable to contact slurm controller .connect failure.": "slurmctld does not answer",
     FAILED + "Access/permission denied": "ask the administrators",
-    FAILED + "Job dependency problem": "see `man sbatch`",
+    FAILED + "Job dependency problem": "check the dependency in slurm.extra: it names jobs",
+    FAILED + "Something new": "see `man sbatch`",
 }
 """Words of sbatch, each with the start of what helps."""
 
