@@ -227,7 +227,15 @@ class ExportLayout(ABC):
 
     @abstractmethod
     def write(self, part: ExportPart) -> None:
-        """Write the files of a part."""
+        """Write the files of a part, while others are written."""
+
+    def commit(self, part: ExportPart) -> list[Path]:
+        """Make what was written count, one part after the other in their order.
+
+        Returns:
+            the files of the part.
+        """
+        return self.files(part)
 
     def last(self) -> list[Path]:
         """The files that `finish` writes."""
@@ -356,7 +364,7 @@ def export(
                 for part in parts:
                     if part.digest in waiting:
                         waiting[part.digest].result()
-                        log.add(part.digest, layout.files(part))
+                        log.add(part.digest, layout.commit(part))
                     on_rows(part.start + part.rows, made.rows)
             except BaseException:
                 made.stopped.set()

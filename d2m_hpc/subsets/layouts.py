@@ -8,11 +8,13 @@ import shutil
 from base64 import b64encode
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import IO, Any, cast
+from threading import Lock
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +40,9 @@ from d2m_hpc.subsets.exports import (
 )
 from d2m_hpc.subsets.tars import SubsetTars
 from d2m_hpc.version import __version__
+
+if TYPE_CHECKING:
+    from lance.fragment import FragmentMetadata
 
 IMAGE, TEXT = ("-image", "_img"), ("-text", "_txt")
 """How the names of features of images and of texts end, also with DataComp's keys."""
@@ -214,13 +219,14 @@ class Lance(HuggingFace):
     """`data.lance`, a data set of all columns and features; a version of it for each part."""
 
     kind = "lance"
-    threads = 1  # as each part is appended
 
     def __init__(self, source: ExportSource, folder: Path) -> None:
         if find_spec("lance") is None:
             what = "lance needs pylance, which is not installed; `pip install 'd2m_hpc[lance]'`"
             raise ConfigError("export", [what])
         super().__init__(source, folder)
+        self._begins = Lock()
+        self._written: dict[int, list[FragmentMetadata]] = {}
 
     @property
     def _place(self) -> Path:
@@ -237,29 +243,45 @@ class Lance(HuggingFace):
         import lance
 
         there = [*takewhile(lambda part: part.digest in known, self.parts)]
-        rows = sum(part.rows for part in there)
         if self._place.exists():
-            try:
-                found = lance.dataset(self._place).count_rows()
-            except (OSError, ValueError):  # a kill before its first version
-                found = -1
-            if found == rows:
-                return {part.digest for part in there}
+            with suppress(OSError, ValueError):  # a kill before its first version
+                found = lance.dataset(self._place)
+                if there and found.count_rows() == sum(part.rows for part in there):
+                    if not complete:  # a kill leaves files that are of no part
+                        found.cleanup_old_versions(timedelta(0), delete_unverified=True)
+                    return {part.digest for part in there}
             shutil.rmtree(self._place)
         return set()
 
     def write(self, part: ExportPart) -> None:
         import lance
+        from lance.fragment import write_fragments
 
         batches = (batch for table in self._tables(part) for batch in table.to_batches())
         reader = pa.RecordBatchReader.from_batches(self._schema, batches)
-        mode = "append" if self._place.exists() else "create"
+        with self._told():
+            with self._begins:
+                if not self._place.exists():
+                    lance.write_dataset(self._schema.empty_table(), self._place)
+            self._written[part.number] = write_fragments(reader, str(self._place))
+
+    def commit(self, part: ExportPart) -> list[Path]:
+        from lance import LanceDataset, LanceOperation
+
+        with self._told():
+            before = LanceDataset(str(self._place)).version
+            more = LanceOperation.Append(self._written.pop(part.number))
+            LanceDataset.commit(str(self._place), more, read_version=before)
+        return []
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raise lance's errors of the system, such as of a full disk, as Python's own."""
         try:
-            lance.write_dataset(reader, self._place, mode=mode)
-        except BaseException as error:
-            self.source.stopped.set()  # or the next part would be appended without this one
+            yield
+        except Exception as error:
             if found := re.search(r"\(os error (\d+)\)", str(error)):
-                number = int(found[1])  # which a full disk has in lance's text alone
+                number = int(found[1])  # which lance has in its text alone
                 raise OSError(number, os.strerror(number), str(self._place)) from error
             raise
 

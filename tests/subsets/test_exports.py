@@ -645,19 +645,23 @@ def test_lance_reads_all_rows_and_an_export_goes_on(tmp_path: Path) -> None:
     run, out = finished(tmp_path, len(ROWS)), tmp_path / "lance"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exports, "PART_ROWS", 7)
-        write = layouts.Lance.write
+        for step, written in (("commit", 3), ("write", 2)):
+            real = getattr(layouts.Lance, step)
 
-        def broken(layout: layouts.Lance, part: exports.ExportPart) -> None:
-            write(layout, part)
-            if part.number == 1:  # with its rows there, and nothing on the log
-                raise D2MError("killed")
+            def broken(layout: layouts.Lance, part: exports.ExportPart, real: Any = real) -> Any:
+                made = real(layout, part)
+                if part.number == 1:  # with its rows there or not, and nothing on the log
+                    raise D2MError("killed")
+                return made
 
-        patch.setattr(layouts.Lance, "write", broken)
-        with pytest.raises(D2MError, match="killed"):
-            run.export("lance", out)
-        patch.setattr(layouts.Lance, "write", write)
-        assert run.export("lance", out).written == 3
-        assert run.export("lance", out).written == 0
+            shutil.rmtree(out, ignore_errors=True)
+            patch.setattr(layouts.Lance, step, broken)
+            with pytest.raises(D2MError, match="killed"):
+                run.export("lance", out)
+            patch.setattr(layouts.Lance, step, real)
+            assert run.export("lance", out).written == written
+            assert run.export("lance", out).written == 0
+            assert len([*(out / "data.lance" / "data").iterdir()]) == 3
     table = lance.dataset(out / "data.lance").to_table()
     assert table["uid"].to_pylist() == KEYS
     for name in NAMES:
