@@ -131,7 +131,10 @@ def described(error: BaseException) -> str:
         for frame, number in traceback.walk_tb(error.__traceback__)
         if str(frame.f_globals.get("__name__")).startswith(MODULE)
     ]
-    return f"{type(error).__name__}: {error}{lines[-1] if lines else ''}"
+    words = ""
+    with suppress(Exception):  # the error is of a custom file, too
+        words = str(error)
+    return type(error).__name__ + (f": {words}" if words else "") + (lines[-1] if lines else "")
 
 
 def lookups(module: ModuleType) -> Tables:

@@ -17,6 +17,9 @@ from d2m_hpc.models.inputs import Input
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.rows import Placed, Tray, gathered, taken_out
 
+SHOWN = 5
+"""Shapes that are named of values that do not match."""
+
 
 def plain(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
@@ -90,6 +93,8 @@ def _collate(samples: Sequence[Any], allocate: Allocate) -> Any:
     first = samples[0]
     if isinstance(first, tuple):
         _require(samples, tuple)
+        if not first:
+            raise ValueError("an empty tuple")
         if len(lengths := {len(sample) for sample in samples}) > 1:
             raise ValueError(f"tuples of different lengths: {sorted(lengths)}")
         return tuple(_collate(parts, allocate) for parts in zip(*samples, strict=True))
@@ -105,6 +110,8 @@ def _collate(samples: Sequence[Any], allocate: Allocate) -> Any:
     if isinstance(first, Tensor):
         return _stack(samples, allocate)
     if isinstance(first, np.ndarray | np.generic):
+        _require(samples, bool, int, float, complex, np.generic, np.ndarray, Tensor)
+        _require_one_shape("arrays", map(np.shape, samples))
         # A fresh array: torch warns of read-only arrays, and refuses some.
         stacked = np.stack(list(samples))
         return torch.from_numpy(stacked) if stacked.dtype.kind in "biufc" else list(samples)
@@ -121,15 +128,20 @@ def _require(samples: Sequence[Any], *kinds: type) -> None:
         raise ValueError(f"{type(samples[0]).__name__} and {type(odd).__name__}")
 
 
+def _require_one_shape(what: str, shapes: Iterable[tuple[int, ...]]) -> None:
+    if len(found := sorted(set(shapes))) > 1:
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        shown = ", ".join(map(str, found[:SHOWN]))
+        raise ValueError(f"{what} of different shapes: {shown}{more}")
+
+
 def _stack(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:
     """Stack like `torch.stack`, with the first tensor's order of axes in memory.
 
     Pictures stay channels last: taking channels apart costs more than resizing.
     """
     _require(tensors, Tensor)
-    shapes = {tuple(t.shape) for t in tensors}
-    if len(shapes) > 1:
-        raise ValueError(f"tensors of different shapes: {sorted(shapes)}")
+    _require_one_shape("tensors", (tuple(t.shape) for t in tensors))
     for odd in tensors:
         if odd.layout != torch.strided or odd.device.type != "cpu":
             raise ValueError(f"a tensor of {odd.layout} on {odd.device}; valid: dense, on the CPU")

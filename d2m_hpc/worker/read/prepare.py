@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from PIL import Image
+from torch import Tensor
 from webdataset.tariterators import base_plus_ext
 
 from d2m_hpc.config import Config
@@ -194,7 +196,11 @@ def _size(value: Any, depth: int = 2) -> int:
         return sum(_size(part, depth - 1) for part in parts)
     if isinstance(value, Image.Image):
         return value.width * value.height * 4
-    return int(getattr(value, "nbytes", 0))
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()  # sparse ones have no `nbytes`
+    if isinstance(value, bytes | bytearray):
+        return len(value)
+    return value.nbytes if isinstance(value, np.ndarray) else 0
 
 
 def prepare(

@@ -218,6 +218,44 @@ def test_a_preprocessor_that_raises_costs_that_sample_only(
     assert reading.found.rejections == [Rejection("000000002", reason)]
 
 
+class _Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize("error", [_Mute, StopIteration, ExceptionGroup("several", [OSError()])])
+def test_an_error_without_words_costs_that_sample_only(
+    error: Any, tmp_path: Path, scratch: Scratch
+) -> None:
+    def odd(text: str) -> str:
+        if text == "1":
+            raise error
+        return text
+
+    path = write_tar(tmp_path / "a.tar", {"a.txt": b"1", "b.txt": b"2"})
+    batches, reading = load(path, recipe({("text", "odd"): custom(odd)}), scratch)
+    assert keys(batches) == ["b"]
+    (rejection,) = reading.found.rejections
+    assert rejection.reason.startswith("preprocessor 'odd' raised ")
+    assert ":  " not in rejection.reason
+
+
+class _Sizeless:
+    @property
+    def nbytes(self) -> int:
+        raise RuntimeError("unknown")
+
+
+@pytest.mark.parametrize("value", [_Sizeless(), [torch.ones(3).to_sparse()]])
+def test_values_of_no_known_size_reach_the_model(
+    value: Any, tmp_path: Path, scratch: Scratch
+) -> None:
+    path = write_tar(tmp_path / "a.tar", {"a.txt": b"1"})
+    wanted = ("text", "value")
+    (batch,), _ = load(path, recipe({wanted: custom(lambda text: value)}), scratch)
+    assert batch.inputs[wanted] == [value]
+
+
 def test_a_preprocessor_that_returns_nothing_is_told(tmp_path: Path, scratch: Scratch) -> None:
     (path,) = write_shards(tmp_path, 1, samples=1)
     _, reading = load(path, recipe({("text", "mute"): custom(lambda text: None)}), scratch)
