@@ -886,6 +886,51 @@ def test_a_folder_is_listed_once_for_a_shard(
     assert listed == [str(folder)] * 3
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_each_row_on_a_picture_that_is_not_there_is_told_by_one_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Before, within, between and behind the slices of a folder; a decomposed name is there."""
+    there = ["1.jpg", "3.jpg", "5-b.jpg", "7.jpg", "sub/1.jpg", "o\u0308.jpg", "p.jpg", "z.jpg"]
+    monkeypatch.setattr("d2m_hpc.worker.read.members.SHOWN", 20)
+    folder = pictures(tmp_path / "in", *there)
+    (folder / "4.txt").write_text("of no picture")
+    gone = [
+        "0.jpg",
+        "2.jpg",
+        "3b.PNG",
+        "4.jpg",
+        "5.jpg",
+        "6.jpg",
+        "8.jpg",
+        "zz.jpg",
+        "sub/2.jpg",
+        "\u00e4.jpg",
+    ]
+    named = [*there[:-3], "\u00f6.jpg", *there[-2:], *gone, "4.txt", "none/1.jpg", "2.jpg"]
+    table = pa.table({"file_name": named, "text": ["a b"] * len(named)})
+    path = tmp_path / "in" / f"c.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "csv":
+        table.to_pandas().to_csv(path, index=False)
+    else:
+        path.write_text("\n".join(map(json.dumps, table.to_pylist())))
+    more = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
+    run = d2m.submit(
+        of_pictures(tmp_path, captions=str(path), samples_per_shard=2, **more), local=True
+    )
+    assert run.table().num_rows == len(there)
+    output = OutputDir(str(tmp_path / "out"))
+    records = [Pair(output, p.stem).record() for p in (tmp_path / "out").glob("*.parquet")]
+    told = [n.partition(": ") for record in records if record for n in record.notices]
+    assert {what for what, _, _ in told} == {
+        "rows of the captions file are on pictures that are not there"
+    }
+    names = [name for _, _, some in told for name in some.split(", ")]
+    assert sorted(names) == sorted([*(name.rpartition("/")[2] for name in gone), "2.jpg"])
+
+
 def test_a_shard_that_failed_with_its_captions_has_a_record_like_others(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "in", "1.jpg", "2.jpg")
     (folder / "a.csv").write_text("file_name,text\n1.jpg,one\n")

@@ -51,9 +51,12 @@ class Slice(NamedTuple):
         """The slice as a text that any file can hold, whatever the names are."""
         return FOLDER + "#".join(quote_from_bytes(os.fsencode(part)) for part in self)
 
-    def files(self) -> list[File]:
+    def files(self, on_name: Callable[[str], None] = lambda name: None) -> list[File]:
         """All files that may belong to the slice, and those whose names differ from theirs by the
         form of letters alone; sorted. Links are not followed.
+
+        Args:
+            on_name: called with each name in the folder.
 
         Raises:
             OSError: the folder cannot be listed.
@@ -61,6 +64,7 @@ class Slice(NamedTuple):
         with os.scandir(self.folder) as entries:
             chosen, others = [], []
             for entry in entries:
+                on_name(entry.name)
                 if any(self.first <= key <= self.last for key in _keys(entry.name)):
                     chosen.append(entry)
                 elif not entry.name.isascii():

@@ -25,7 +25,12 @@ LONGEST = 64 << 20
 
 
 def rows(
-    path: str, folder: str, names: set[str], listed: set[str]
+    path: str,
+    folder: str,
+    names: set[str],
+    listed: set[str],
+    span: tuple[str, str],
+    on_other: Callable[[str], None],
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows on some files of a folder, by the files' names.
 
@@ -33,11 +38,14 @@ def rows(
 
     Args:
         listed: these names and all that differ from one of them by the form of letters alone.
+        span: names from the first text on, and before the second, may be of interest if they are
+            not listed.
+        on_other: called with each such name.
 
     Raises:
         ShardError: the file cannot be read.
     """
-    wanted = _Wanted(path, folder, names, listed)
+    wanted = _Wanted(path, folder, names, listed, span, on_other)
     found: dict[str, list[dict[str, Any]]] = {}
     try:
         for row in READERS[os.path.splitext(path)[1].lower()](path, wanted):
@@ -53,18 +61,34 @@ def rows(
 class _Wanted(Container[str]):
     """The paths of some files as a captions file may have them."""
 
-    def __init__(self, path: str, folder: str, names: set[str], listed: set[str]) -> None:
+    def __init__(
+        self,
+        path: str,
+        folder: str,
+        names: set[str],
+        listed: set[str],
+        span: tuple[str, str],
+        on_other: Callable[[str], None],
+    ) -> None:
         within = os.path.relpath(folder, os.path.dirname(path))
-        start = "" if within == "." else f"{within}/"
+        self._start = start = "" if within == "." else f"{within}/"
         self._names = {start + name: name for name in names}
-        self._owner = owner({start + name for name in listed})
+        self._listed = {start + name for name in listed}
+        self._owner, self._on_other = owner(self._listed), on_other
+        self._low, self._high = start + span[0], start + span[1]
 
     def __contains__(self, path: object) -> bool:
         return self.name_of(str(path)) != ""
 
     def name_of(self, path: str) -> str:
         """The file's name; empty for a path of none."""
-        return self._names.get(self._owner(path), "")
+        name = self._names.get(self._owner(path), "")
+        # Most rows are of other shards; of these, no more is looked at.
+        if not name and self._low <= path < self._high and self._owner(path) not in self._listed:
+            other = path[len(self._start) :]
+            if path.startswith(self._start) and "/" not in other:
+                self._on_other(other)
+        return name
 
 
 def _path(name: object, columns: Iterable[str]) -> str:

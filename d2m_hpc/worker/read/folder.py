@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import cached_property
 from typing import Any, NoReturn
+from unicodedata import normalize
 
 from d2m_hpc.config import Config
 from d2m_hpc.run.slices import File, Slice, key_of, owner, version_of
 from d2m_hpc.storage.texts import valid
 from d2m_hpc.worker.read import captions, refusal
 from d2m_hpc.worker.read.columns import TEXTS
-from d2m_hpc.worker.read.members import LINKED_FILES, Ledger
+from d2m_hpc.worker.read.members import LINKED_FILES, Ledger, Notes
 from d2m_hpc.worker.read.names import EXTENSIONS, Members, members_of
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 
 TWICE = "further captions of a picture are not read: {}"
 MISSING = "pictures have no row in the captions file: {}"
+ABSENT = "rows of the captions file are on pictures that are not there: {}"
 INSTEAD = "files are not read, as the captions file has a row of their picture: {}"
 SAME = "another file of its sample has this extension in other letters"
 
@@ -30,11 +35,15 @@ class PictureFolder(Reader):
         self._config, self._slice = config, Slice.of(url)
         self._names = members_of(config)
         self._where = self._slice.folder
+        self._known = {name for names in self._names.values() for name in names}
+        self._is_first, self._above, self._absent = True, "", Notes()
         try:
             if config.captions:
                 there = os.stat(config.captions)
                 self.texts = {config.captions: [there.st_size, there.st_mtime_ns]}
-            files = self._slice.files()
+                files = self._slice.files(self._pass)
+            else:
+                files = self._slice.files()
             self._fd = os.open(self._where, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise refusal.unreadable(
@@ -46,8 +55,7 @@ class PictureFolder(Reader):
 
     def _by_key(self, files: Sequence[File]) -> dict[str, list[tuple[str, File]]]:
         """The files of each key with a picture, with their extensions."""
-        known = {name for names in self._names.values() for name in names}
-        split = [(*key_of(file.name, known), file) for file in files]
+        split = [(*key_of(file.name, self._known), file) for file in files]
         pictures = {key for key, extension, _ in split if extension in self._names["image"]}
         inside = [key for key in pictures if self._slice.first <= key <= self._slice.last]
         found: dict[str, list[tuple[str, File]]] = {key: [] for key in sorted(inside)}
@@ -60,7 +68,7 @@ class PictureFolder(Reader):
     def index(self, needed: Members = EXTENSIONS) -> PictureSamples:
         if not self._files:
             self._refuse("none of the shard's pictures is there any more")
-        return PictureSamples(self._files, self._rows, self._names, needed)
+        return PictureSamples(self._files, self._rows, self._names, needed, self._absent)
 
     @cached_property
     def _rows(self) -> Mapping[str, list[dict[str, Any]]] | None:
@@ -68,7 +76,36 @@ class PictureFolder(Reader):
         if not self._config.captions:
             return None
         names = {file.name for files in self._files.values() for _, file in files}
-        return captions.rows(self._config.captions, self._where, names, self._listed)
+        path = self._config.captions
+        # Names are sorted otherwise than keys: `a.jpg` comes after `a-b.jpg`, and `a` before `a-b`.
+        stem = re.split(r"[\0-.]", self._above)[0] + "/" if self._above else chr(sys.maxunicode)
+        span = ("" if self._is_first else self._slice.first, stem)
+        return captions.rows(path, self._where, names, self._listed, span, self._miss)
+
+    def _pass(self, name: str) -> None:
+        """Note whether the folder has pictures before this shard's, and the first one behind."""
+        key, extension = key_of(name, self._known)
+        if extension in self._names["image"]:
+            if key < self._slice.first:
+                self._is_first = False
+            elif key > self._slice.last:
+                self._above = min(key, self._above or key)
+
+    def _miss(self, name: str) -> None:
+        """Count a picture that has a row and is not there, if it would lie in this shard, or
+        between it and the next one."""
+        key, extension = key_of(name, self._known)
+        is_here = key >= self._slice.first or self._is_first
+        is_here &= not self._above or key < self._above
+        if is_here and extension in self._names["image"] and not self._has_another_form(name):
+            self._absent.add(ABSENT, name)
+
+    def _has_another_form(self, name: str) -> bool:
+        """Whether the name, in any form of its letters, is there in another shard."""
+        if name.isascii():
+            return False
+        forms = (os.path.join(self._where, normalize(form, name)) for form in ("NFC", "NFD"))
+        return any(map(os.path.lexists, forms))
 
     def read(self, place: Any, size: int) -> bytes:
         if isinstance(place, bytes):
@@ -98,6 +135,7 @@ class PictureSamples(Samples):
         files: the files of each key, with their extensions.
         rows: the captions file's rows, by picture, if there is such a file.
         members: the names of members by kind.
+        absent: notes on rows of no picture.
     """
 
     def __init__(
@@ -106,9 +144,11 @@ class PictureSamples(Samples):
         rows: Mapping[str, list[dict[str, Any]]] | None,
         members: Members,
         needed: Members,
+        absent: Notes,
     ) -> None:
         super().__init__(needed)
         self.ledger = Ledger(needed, LINKED_FILES)
+        self.ledger.notes = deepcopy(absent)
         self._files, self._rows, self._members = files, rows, members
 
     def __iter__(self) -> Iterator[Sample]:
