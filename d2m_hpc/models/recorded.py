@@ -109,7 +109,8 @@ class CudaGraphs:
                 pass
             except Exception as error:
                 # A device that failed says so again, at the next kernel.
-                log.info("a net runs as it is, as its launches cannot be recorded: %s", error)
+                why = str(error).partition("\n")[0]  # the rest is advice on how to debug kernels
+                log.info("a net runs as it is, as its launches cannot be recorded: %s", why)
                 return None
             torch.cuda.empty_cache()  # which is not done by itself while launches are recorded
         log.info("too little memory to record more of what the models launch")

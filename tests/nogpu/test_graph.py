@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +213,35 @@ def test_the_number_of_samples_that_fit_is_remembered(
     assert first["cudaFree"] > 0
     assert last == {"rows": 32, "fitting": first["fitting"], "cudaMalloc": 0, "cudaFree": 0}
     assert first["fitting"] < 32
+
+
+def given_up(gpu: Any, folder: str, checkpoints: str) -> dict[str, Any]:
+    """Something else takes what is left of the device, once launches are recorded."""
+    graph, taken, waits = _graph(folder, checkpoints), list[torch.Tensor](), list[int]()
+    give_up = graph._graphs.give_up
+
+    def noted() -> bool:
+        waits.append(gpu.count("cudaEventSynchronize"))
+        return give_up()
+
+    with graph:
+        *batches, last = _batches(graph, 5)
+        for batch in batches:
+            graph(batch)
+        torch.cuda.empty_cache()
+        with suppress(torch.OutOfMemoryError):
+            while True:
+                taken.append(torch.empty(1 << 20, dtype=torch.uint8, device=graph.device))
+        graph._graphs.give_up = noted
+        gpu.reset()
+        flight = graph.launch(last)
+        return {"waits": waits, "rows": len(flight.outputs().keys)}
+
+
+def test_what_was_launched_is_waited_for_before_its_memory_is_used_again(
+    nogpu: Any, tmp_path: Path, checkpoints: Path
+) -> None:
+    """Where launches are recorded no more, the same rows are launched again."""
+    found = nogpu(given_up, str(tmp_path), str(checkpoints), memory=1 << 30)
+    assert found["rows"] == 8
+    assert found["waits"][0] > 0

@@ -279,13 +279,14 @@ class Graph:
             except torch.OutOfMemoryError:
                 if size < 2 and not self._graphs.has_recorded:
                     raise
-            # Outside of `except`, as the error holds what was computed.
+            # Outside of `except`, as the error holds what was computed. The rows are launched again
+            # with memory that is in use until what was launched before is done.
+            self.wait()
             if self._graphs.give_up():
                 log.warning("out of memory on %d rows; launches are recorded no more", size)
                 continue
             self._fitting = -(-size // 2)
             log.warning("out of memory on %d rows; %d at a time from now on", size, self._fitting)
-            self.wait()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
