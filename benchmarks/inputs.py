@@ -144,8 +144,8 @@ def table(samples: int, times: int) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=data.CROPS, help="of different pictures")
+    parser.add_argument("--times", type=int, default=7)
     given = parser.parse_args()
     torch.set_num_threads(1)
     for line in table(given.samples, given.times):
