@@ -148,6 +148,9 @@ def _read(path: Path, frozen: bool = False) -> Document:
         document = Document(text, str(path))
     except FileNotFoundError:
         raise ConfigError(str(path), ["no such file; give the path of a YAML config"]) from None
+    except IsADirectoryError:
+        what = "is a folder; give a YAML config, such as `d2m init` writes of a folder"
+        raise ConfigError(str(path), [what]) from None
     except UnicodeDecodeError as error:
         what = f"cannot be read: byte {error.start} is not UTF-8; save the file as UTF-8"
         raise ConfigError(str(path), [what]) from None

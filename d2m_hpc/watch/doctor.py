@@ -102,7 +102,8 @@ def _slurm() -> Check:
     try:
         return Check("Slurm", ask("scontrol", "ping").splitlines()[0])
     except (D2MError, IndexError) as error:
-        return Check("Slurm", f"does not answer: {error}", "ask who runs it, or use --local")
+        what = str(error).rpartition("\n")[2]  # its reason stands last
+        return Check("Slurm", f"does not answer: {what}", "ask who runs it, or use --local")
 
 
 def _scratch() -> Check:

@@ -86,7 +86,7 @@ def collate(samples: Sequence[Any], allocate: Allocate = plain) -> Any:
     except torch.AcceleratorError:  # a GPU's failure, seen by whoever calls CUDA next
         raise
     except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"a preprocessor made values that do not match: {error}") from None
+        raise ValueError(f"its values do not match: {error}") from None
 
 
 def _collate(samples: Sequence[Any], allocate: Allocate) -> Any:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import d2m_hpc as d2m
 from d2m_hpc.cli.commands import app
+from d2m_hpc.config.load import load
 from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.plan import workload
 
@@ -284,6 +285,23 @@ def test_the_doctor_says_what_mends_it(tmp_path: Path, monkeypatch: pytest.Monke
     assert found["weights"]["found"].startswith("0 of 1 that the config needs are here")
     assert found["weights"]["mend"] == f"d2m weights fetch {path}"
     assert "HF_HUB_OFFLINE" in found["network"]["found"]
+
+
+def test_a_slurm_that_does_not_answer_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sbatch", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'no host\nno source' >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    lines = _d2m("doctor").stdout.splitlines()
+    assert [line[:4] for line in lines if line[5:].startswith("Slurm: ")] == ["mend"]
+    assert "mend Slurm: does not answer: no source; ask who runs it, or use --local" in lines
+
+
+def test_a_folder_in_place_of_a_config_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; give a YAML config, such as `d2m init`"):
+        load(tmp_path)
 
 
 def test_version_help_and_completion(monkeypatch: pytest.MonkeyPatch) -> None:
