@@ -16,11 +16,11 @@ PATCH = """
 def patch(tars):
     whole = tars._add
 
-    def add(sample, name, reader, tar, image):
-        whole(sample, name, reader, tar, image)
+    def add(batch, reader, tar, image):
+        whole(batch, reader, tar, image)
         stem = Path(tar._file.name).name.split(".")[1]
         with open(HERE / "added", "a") as file:
-            file.write(f"{stem} {os.environ.get('SLURM_ARRAY_TASK_ID')}\\n")
+            file.write(f"{stem} {os.environ.get('SLURM_ARRAY_TASK_ID')}\\n" * len(batch))
         tar._write()  # a part of the tar is on disk
         tar._file.flush()
         stand(stem)

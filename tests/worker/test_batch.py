@@ -260,5 +260,5 @@ def test_all_else_becomes_a_list(samples: list[Any]) -> None:
     ],
 )
 def test_samples_that_do_not_match_are_a_value_error(samples: list[Any]) -> None:
-    with pytest.raises(ValueError, match="preprocessor"):
+    with pytest.raises(ValueError, match="values do not match: "):
         collate(samples)
