@@ -662,7 +662,9 @@ def test_lance_reads_all_rows_and_an_export_goes_on(tmp_path: Path) -> None:
             assert run.export("lance", out).written == written
             assert run.export("lance", out).written == 0
             assert len([*(out / "data.lance" / "data").iterdir()]) == 3
-    table = lance.dataset(out / "data.lance").to_table()
+    found = lance.dataset(out / "data.lance")
+    assert found.data_storage_version == layouts.LANCE
+    table = found.to_table()
     assert table["uid"].to_pylist() == KEYS
     for name in NAMES:
         found = np.array(table[name].to_pylist(), np.float16)
