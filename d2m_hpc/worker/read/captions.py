@@ -24,28 +24,14 @@ LONGEST = 64 << 20
 """Bytes of a line of JSON."""
 
 
-def rows(
-    path: str,
-    folder: str,
-    names: set[str],
-    listed: set[str],
-    span: tuple[str, str],
-    on_other: Callable[[str], None],
-) -> dict[str, list[dict[str, Any]]]:
+def rows(path: str, wanted: Wanted) -> dict[str, list[dict[str, Any]]]:
     """The rows on some files of a folder, by the files' names.
 
     Paths in the file are compared, and never opened.
 
-    Args:
-        listed: these names and all that differ from one of them by the form of letters alone.
-        span: names from the first text on, and before the second, may be of interest if they are
-            not listed.
-        on_other: called with each such name.
-
     Raises:
         ShardError: the file cannot be read.
     """
-    wanted = _Wanted(path, folder, names, listed, span, on_other)
     found: dict[str, list[dict[str, Any]]] = {}
     try:
         for row in READERS[os.path.splitext(path)[1].lower()](path, wanted):
@@ -58,8 +44,17 @@ def rows(
     return found
 
 
-class _Wanted(Container[str]):
-    """The paths of some files as a captions file may have them."""
+class Wanted(Container[str]):
+    """The paths of some files of a folder as a captions file may have them.
+
+    Args:
+        path: the captions file.
+        names: the files' names.
+        listed: these names and all that differ from one of them by the form of letters alone.
+        span: names from the first text on, and before the second, may be of interest if they are
+            not listed.
+        on_other: called with each such name.
+    """
 
     def __init__(
         self,

@@ -80,7 +80,8 @@ class PictureFolder(Reader):
         # Names are sorted otherwise than keys: `a.jpg` comes after `a-b.jpg`, and `a` before `a-b`.
         stem = re.split(r"[\0-.]", self._above)[0] + "/" if self._above else chr(sys.maxunicode)
         span = ("" if self._is_first else self._slice.first, stem)
-        return captions.rows(path, self._where, names, self._listed, span, self._miss)
+        wanted = captions.Wanted(path, self._where, names, self._listed, span, self._miss)
+        return captions.rows(path, wanted)
 
     def _pass(self, name: str) -> None:
         """Note whether the folder has pictures before this shard's, and the first one behind."""
