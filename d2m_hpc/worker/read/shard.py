@@ -17,7 +17,7 @@ from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
 from d2m_hpc.worker.read.tar import BLOCK, Member, TarCut, members
 
 CUT_OFF = "cut off where the archive ends"
-AHEAD = 1 << 20
+STRETCH = 1 << 20
 """Bytes that are read at a time to find headers. All are read for the members anyway; to look for
 each header by itself is several calls for a sample, at each of which the only thread that reads
 headers would wait for the interpreter's lock."""
@@ -35,7 +35,7 @@ class Archive(Reader):
 
     def __init__(self, path: Path, damage: str = "", split: Split = split) -> None:
         self._split = split
-        self._file = open(path, "rb", buffering=AHEAD, opener=regular)  # noqa: SIM115
+        self._file = open(path, "rb", buffering=STRETCH, opener=regular)  # noqa: SIM115
         self.version, self.damage = Version.of(self._file), damage
         self.size = self.version.size
 
@@ -81,12 +81,12 @@ class Archive(Reader):
 
 
 def _runs(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Group members that lie close together, by `AHEAD` bytes or a single one; yields where each
+    """Group members that lie close together, by `STRETCH` bytes or a single one; yields where each
     group starts and ends, and its members."""
     start = end = 0
     group: list[tuple[int, int]] = []
     for offset, size in places:
-        if group and not (0 <= offset - end <= GAP and offset + size - start <= AHEAD):
+        if group and not (0 <= offset - end <= GAP and offset + size - start <= STRETCH):
             yield start, end, group
             group = []
         if not group:

@@ -27,7 +27,7 @@ from d2m_hpc.errors import ShardError
 from d2m_hpc.run.records import Rejection
 from d2m_hpc.worker.read.members import MERGED, is_foreign
 from d2m_hpc.worker.read.names import split
-from d2m_hpc.worker.read.shard import AHEAD, CUT_OFF, Archive, Index, Sample
+from d2m_hpc.worker.read.shard import CUT_OFF, STRETCH, Archive, Index, Sample
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
 Members = list[tuple[str, bytes]]
@@ -594,10 +594,10 @@ def test_many_threads_read_one_archive(tmp_path: Path) -> None:
 
 
 @given(
-    st.lists(st.sampled_from([0, 1, 5, 511, 512, 3000, 700_000, AHEAD + 1]), max_size=12),
+    st.lists(st.sampled_from([0, 1, 5, 511, 512, 3000, 700_000, STRETCH + 1]), max_size=12),
     st.lists(st.integers(0, 11), max_size=12),
 )
-@example([AHEAD + 1, 5, AHEAD], [0, 1, 2])
+@example([STRETCH + 1, 5, STRETCH], [0, 1, 2])
 @example([5, 5], [1, 0])
 def test_members_that_are_read_together_are_those_that_are_read_alone(
     sizes: list[int], order: list[int]
@@ -627,8 +627,8 @@ def test_neighbours_are_read_at_once_and_what_lies_between_is_not(
         places = [sample.members["x"] for sample in archive.index()]
         monkeypatch.setattr(os, "pread", counted)
         archive.read_all(places)
-        assert len(read) == -(-path.stat().st_size // AHEAD)
-        assert max(read) <= AHEAD
+        assert len(read) == -(-path.stat().st_size // STRETCH)
+        assert max(read) <= STRETCH
         read.clear()
         archive.read_all(places[::2])
         assert read == [10_000] * 250
