@@ -272,10 +272,12 @@ def wait_for(
     """Wait as `wait` does, or for some arrays alone.
 
     A slurmctld that died may call tasks running that are gone. So the wait also ends where all is
-    done and Slurm's list has not changed for minutes; a warning names what it lists.
+    done and Slurm's list has not changed for minutes; a warning names what it lists. Where not all
+    is done, it names the tasks that have told nothing meanwhile.
     """
     began = heard = moved = changed = time.monotonic()
     before: list[slurm.Element] = []
+    silent: dict[str, str] = {}
     while True:
         try:
             queue = slurm.queue(run, known=known)
@@ -289,7 +291,10 @@ def wait_for(
                 if is_complete():
                     log.warning(LEFT, len(found), f"{found[0].job_id}_{found[0].index}")
                     return
-                changed = heard
+                changed, earlier = heard, silent
+                silent = {} if known else slurm.silent(queue, attempts(run))
+                if silent and silent != earlier:
+                    log.warning("%s", waiting.silence(silent))
             if not (reasons := waiting.stuck(queue, arrays)):
                 moved = heard
             elif heard - moved > STUCK_SECONDS:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -20,6 +21,7 @@ from d2m_hpc.launch.commands import ask, asked_again
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.records import Job
+from d2m_hpc.run.tasks import Progress
 from d2m_hpc.storage.files import atomic_write
 
 DEFAULT_MAX_ARRAY_SIZE = 1001
@@ -390,19 +392,26 @@ def at_work(queue: Queue) -> dict[str, set[int]]:
     return known
 
 
-def silent(queue: Queue, told: Mapping[str, float], now: float) -> dict[str, str]:
-    """The nodes of elements that run for long and whose tasks have told nothing yet.
+def silent(queue: Queue | None, tasks: Iterable[Progress]) -> dict[str, str]:
+    """The nodes of elements that run by Slurm's word and have told nothing for minutes.
+
+    They hang, or are gone: a slurmctld that died may call running what ended some seconds before.
 
     Args:
-        told: the last sign of each task by `submission-index`, in seconds since the epoch.
+        queue: None where Slurm was not asked.
+        tasks: the attempts of the run's tasks.
     """
-    found = {}
+    told, found, now = defaultdict[str, float](float), dict[str, str](), time.time()
+    if queue is None:
+        return found
+    for task in tasks:
+        told[task.lane] = max(told[task.lane], task.updated)
     for name, arrays in queue.submitted.items():
         for array, element in ((a, e) for a in arrays for e in queue.live(a)):
             with suppress(ValueError):  # of a Slurm that says no time
                 began = datetime.fromisoformat(element.began).timestamp()
-                signs = [told.get(f"{name}-{i}", 0.0) for i in array.chunks_of(element.index)]
-                if element.state == RUNNING and began < now - SILENT and max(signs) < began:
+                signs = [told[f"{name}-{i}"] for i in array.chunks_of(element.index)]
+                if element.state == RUNNING and max(began, *signs) < now - SILENT:
                     found[f"{element.job_id}_{element.index}"] = element.node
     return found
 

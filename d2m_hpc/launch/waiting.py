@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from d2m_hpc.errors import SlurmError
@@ -138,6 +138,19 @@ def stuck(queue: Queue, arrays: Iterable[Array]) -> list[Waiting]:
     live = sum(len(queue.live(array)) for array in arrays)
     never = [w for w in why(queue, arrays) if w.never]
     return never if sum(w.tasks for w in never) == live else []
+
+
+def silence(silent: Mapping[str, str]) -> str:
+    """What array tasks by `slurm.silent` may be at, and what helps."""
+    first, node = next(iter(silent.items()))
+    who = f"{len(silent)} array tasks ({first} on {node}, ...) have"
+    if len(silent) == 1:
+        who = f"array task {first} on {node} has"
+    return (
+        f"{who} told nothing for minutes: a disk or an import may hang, or Slurm calls running "
+        f"what its node has lost; `d2m logs CONFIG --task {first}`; `scancel {first}` leaves its "
+        "shards to the next submit"
+    )
 
 
 class Stuck(SlurmError):

@@ -63,7 +63,7 @@ class Summary:
         hardware: tasks by a GPU's model, or `CPU`.
         tasks: array elements by Slurm's state; empty where Slurm does not answer.
         lost: tasks that said they work, and do not by Slurm's word.
-        silent: the node of each array element that runs for minutes and has told nothing.
+        silent: the node of each array element that runs and has told nothing for minutes.
         working: tasks at work; without one, `samples_per_second` is the mean over the time in
             which any task worked on a shard that is done.
         outdated: shards that have all that an earlier submit asked for; also counted as pending,
@@ -196,7 +196,7 @@ def summarise(
     stems, done, failed = found.stems, list(found.done.values()), found.failed
     queue, unasked = _asked(run, offline)
     tasks, at_work = _tasks(run, queue)
-    running, silent = _running(run, config, found, tasks, at_work), _silent(queue, tasks)
+    running, silent = _running(run, config, found, tasks, at_work), slurm.silent(queue, tasks)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
     return Summary(
         run_dir=str(run.root),
@@ -243,13 +243,6 @@ def _tasks(run: RunDir, queue: slurm.Queue | None) -> tuple[list[Progress], dict
         if task.state == "running" and not _may_work(task.task, at_work):
             task.state = "lost"
     return tasks, at_work
-
-
-def _silent(queue: slurm.Queue | None, tasks: Iterable[Progress]) -> dict[str, str]:
-    told: dict[str, float] = {}
-    for task in tasks:
-        told[task.lane] = max(told.get(task.lane, 0.0), task.updated)
-    return slurm.silent(queue, told, time.time()) if queue else {}
 
 
 def _may_work(task: str, at_work: dict[str, set[int]]) -> bool:

@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from d2m_hpc.launch.waiting import silence
 from d2m_hpc.models.published import Checkpoint
 from d2m_hpc.storage.texts import fit, safe
 
@@ -255,12 +256,7 @@ def _remarks(found: Summary) -> None:
     for ended in found.ended:
         console.print(str(ended), style="red")
     if found.silent:
-        first, node = next(iter(found.silent.items()))
-        who = f"{count(len(found.silent), 'array task')} ({first} on {node}, ...)"
-        if len(found.silent) == 1:
-            who = f"array task {first} on {node}"
-        told = "has told nothing since it was started minutes ago: a disk or an import may hang"
-        console.print(f"{who} {told}; `d2m logs CONFIG --task {first}`", style="yellow")
+        console.print(silence(found.silent), style="yellow")
     if found.unasked:
         console.print(f"Slurm cannot be asked: {found.unasked}", style="yellow")
 

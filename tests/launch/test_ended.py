@@ -161,21 +161,24 @@ def test_offline_nobody_is_asked(run: RunDir, monkeypatch: pytest.MonkeyPatch) -
     assert (folder / "asked").exists()
 
 
-def test_a_task_that_hangs_before_it_begins_is_told_and_leaves_no_time_to_be_believed(
+def test_a_task_that_tells_nothing_for_minutes_is_told_and_leaves_no_time_to_be_believed(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second one has just begun: it may still tell something."""
+    """It hangs, or Slurm calls it running and its node has lost it. A second one has just begun:
+    it may still tell something."""
     hung, fresh = (datetime.fromtimestamp(time.time() - s) for s in (900, 30))
     began = [f"{i}|RUNNING|None|n{i} {at:%Y-%m-%dT%H:%M:%S}" for i, at in enumerate((hung, fresh))]
     lists(run, monkeypatch, *began, "2|PENDING|Resources| N/A")
     found = d2m.open(run.root).status()
     assert found.silent == {"71_0": "n0"}
     shown = command("status", run.root)
-    assert "array task 71_0 on n0 has told nothing since it was started" in shown.stdout
+    assert "array task 71_0 on n0 has told nothing for minutes" in shown.stdout
     assert "`d2m logs CONFIG --task 71_0`" in shown.stdout
-    told = Progress("000-0-0", shards=1, started=hung.timestamp() + 5)
-    run.progress_of("000-0-0").write_text(json.dumps(asdict(told)))
-    assert d2m.open(run.root).status().silent == {}
+    assert "`scancel 71_0` leaves its shards to the next submit" in shown.stdout
+    for updated, silent in ((hung.timestamp() + 9, {"71_0": "n0"}), (time.time(), {})):
+        told = Progress("000-0-0", shards=1, started=hung.timestamp() + 5, updated=updated)
+        run.progress_of("000-0-0").write_text(json.dumps(asdict(told)))
+        assert d2m.open(run.root).status().silent == silent
 
 
 def test_the_last_words_of_a_batch_script_are_told_where_nothing_is_called_an_error(

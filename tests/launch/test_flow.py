@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from dataclasses import asdict
+from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -263,6 +264,33 @@ def test_wait_ends_when_nothing_can_start(
     ended.join()
     squeue.write_text("")
     arrays.wait(workload.run, workload.config)
+
+
+def test_wait_names_tasks_that_tell_nothing_while_shards_are_left(
+    workload: Workload,
+    squeue: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Slurm may call them running for hours: a user has to know which to cancel."""
+    monkeypatch.setattr(commands, "SHORTEST_WAIT", 0.05)
+    monkeypatch.setattr(slurm, "SILENT", 0.3)
+    began = f"{datetime.now() - timedelta(minutes=1):%Y-%m-%dT%H:%M:%S}"
+    listed = rows(workload, "RUNNING|None", 0, 1).replace("||", f"|n1 {began}|")
+    squeue.write_text(listed)
+    alive = Progress("000-1-0", updated=time.time() + 60)
+    workload.run.progress.mkdir(exist_ok=True)
+    workload.run.progress_of(alive.task).write_text(json.dumps(asdict(alive)))
+    read = arrays.attempts
+
+    def until_cancelled(run: RunDir) -> list[Progress]:
+        squeue.write_text("")
+        return read(run)
+
+    monkeypatch.setattr(arrays, "attempts", until_cancelled)
+    arrays.wait(workload.run, workload.config)
+    assert "array task 19_0 on n1 has told nothing for minutes" in caplog.text
+    assert "`scancel 19_0` leaves its shards to the next submit" in caplog.text
 
 
 def test_wait_ends_when_all_is_done_and_slurm_lists_ghosts(
