@@ -31,7 +31,8 @@ from d2m_hpc.watch.verify import verify
 LEASE_SECONDS = 4.0
 NEW_COLUMNS = ["text-characters", "image-contrast", "image-sharpness", "image-entropy"]
 DISK_MIB = 24
-
+GHOST_SECONDS = 30.0
+"""Slurm itself gives a node 20 s to start a task's script."""
 
 BAD = ("lost", "doubled", "wrong", "unfinished", "tracebacks")
 
@@ -124,6 +125,7 @@ class Chaos:
         self.account = Account(shards=shards)
         self.last = ""
         self._undo: list[tuple[float, Callable[[], object]]] = []
+        self._without_script: dict[str, float] = {}
         self.run.pace(0.5)
 
     def _run(self, shards: int) -> Run:
@@ -170,6 +172,7 @@ class Chaos:
             if not self.live() and self._needs_a_user():
                 self.submit()
             self._release()
+            self._cancel_ghosts()
             self._sleep(0.5)
 
     def _release(self) -> None:
@@ -179,6 +182,25 @@ class Chaos:
         """
         if found := self.live(rounds=True):
             self._slurm("scontrol", "release", ",".join(line.split()[0] for line in found))
+
+    def _cancel_ghosts(self) -> None:
+        """Cancel what Slurm calls running and whose script is gone, as administrators do.
+
+        A slurmctld that is killed has not saved its last seconds: it starts again with tasks as
+        running that were requeued or ended in them. It misses them on their node within minutes.
+        But where the node's word that such a task is over comes late, to the new slurmctld, that
+        takes the node from the task, and calls it running, without a node, until its walltime ends.
+        """
+        asked = ("squeue", "-h", "-r", "-t", "RUNNING,SUSPENDED", "-o", "%i %A %S")
+        listed = self.cluster.run(*asked, check=False).stdout.splitlines()
+        scripts = self.cluster.run("pgrep", "-af", "^slurmstepd: .*batch", check=False).stdout
+        gone = [line for line in listed if f"[{line.split()[1]}.batch]" not in scripts]
+        now = time.monotonic()
+        self._without_script = {line: self._without_script.get(line, now) for line in gone}
+        for line, since in self._without_script.items():
+            if now - since > GHOST_SECONDS:
+                print(f"\nSlurm calls running what does not run: {line}", flush=True)
+                self._slurm("scancel", line.split()[0])
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -245,17 +267,11 @@ class Chaos:
     def submit(self, *options: str) -> int:
         own = ("--until-done", "--max-rounds=1000") if self.by_itself else ()
         words = (self.run.config, "--no-preflight", *own, *options)
-        # A --wait gives up waiting for what Slurm wrongly calls running, but only after minutes.
         patience = 2 * PATIENCE if "--wait" in options else PATIENCE
         try:
             ended = d2m("submit", *words, timeout=patience)
         except subprocess.TimeoutExpired as late:
-            self.last = f"{late}\n{self._seen(words[0])}"
-            if "--wait" not in options or not (ghosts := self._ghosts()):
-                raise AssertionError(self.last) from late
-            print(f"\nSlurm has tasks that do not run:\n{self.last}", flush=True)
-            self._slurm("scancel", *ghosts)  # as administrators do
-            return 1
+            raise AssertionError(f"{late}\n{self._seen(words[0])}") from late
         self._said(ended)
         self.last = ended.stdout + ended.stderr
         return ended.returncode
@@ -273,14 +289,6 @@ class Chaos:
         for log in self.run.run_dir.rglob("*.out"):
             shown += f"{log.name}: {log.read_text(errors='replace')[-300:]}\n"
         return shown
-
-    def _ghosts(self) -> list[str]:
-        """The tasks that Slurm calls running, if none of them is: they have no process, or one that
-        is stopped by a suspension of which Slurm knows nothing."""
-        stats = [Path(f"/proc/{pid}/stat") for pid in self.workers()]
-        states = {stat.read_text().rpartition(") ")[2][0] for stat in stats}
-        running = [line.split()[0] for line in self.live() if line.endswith(" RUNNING")]
-        return running if states <= {"T"} else []
 
     def two_submits(self) -> bool:
         both = [self.run.start_submit() for _ in range(2)]
@@ -456,6 +464,7 @@ class Chaos:
             self.cluster.run(DEVCLUSTER / "up", check=False)
         self._resume_nodes()
         self._release()
+        self._cancel_ghosts()
         if self._is_stopped():
             self._suspend()
             return
