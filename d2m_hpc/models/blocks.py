@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2m_hpc.errors import NodeError
+from d2m_hpc.storage.lent import Lent
 
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 """Makes a tensor of a shape and type, with values not set."""
@@ -58,7 +58,7 @@ class Reused:
             block = free.pop(self._next)  # one step, as is `append`: threads need no lock
         except IndexError:
             block = np.empty(size, np.uint8) if self._device is None else locked(size, self._device)
-        lent = np.asarray(_Lent(block, free))
+        lent = np.asarray(Lent(block, free))
         return torch.from_numpy(lent[:needed]).view(dtype).view(shape)
 
     def _size(self, needed: int, shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -86,17 +86,6 @@ class Largest(Reused):
         if needed > self._most:
             self._most, self._free = needed, {}
         return self._most
-
-
-class _Lent:
-    """A block that returns to its list once no tensor lies in it."""
-
-    def __init__(self, block: NDArray[np.uint8], free: list[NDArray[np.uint8]]) -> None:
-        self.__array_interface__: dict[str, Any] = block.__array_interface__
-        self._block, self._free = block, free
-
-    def __del__(self) -> None:
-        self._free.append(self._block)
 
 
 def locked(size: int, device: torch.device) -> NDArray[np.uint8]:

@@ -27,6 +27,7 @@ from d2m_hpc.errors import D2MError, ShardError
 from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.outputs import NPZ, PARQUET, OutputDir
 from d2m_hpc.run.records import Record
+from d2m_hpc.storage.lent import Lend, new
 
 METADATA = b"d2m"
 """The key of the shard's record in the parquet's file metadata."""
@@ -117,18 +118,22 @@ class Pair:
             return _table(file, columns)
 
     def features(
-        self, names: Iterable[str] | None = None, mapped: bool = False
+        self,
+        names: Iterable[str] | None = None,
+        mapped: bool = False,
+        lend: Lend = new,
     ) -> dict[str, NDArray[Any]]:
         """Read the arrays of the npz, or those with the given names; [rows, ...] each.
 
         Args:
             mapped: map stored arrays of a file on a disk, unchecked by their CRCs; read the others.
+            lend: lends the memory; by default each array has its own.
 
         Raises:
             OSError, ValueError, zipfile.BadZipFile, or an error of the store's own.
         """
         with self.output.open(self.name(NPZ)) as file:
-            return dict(_arrays(file, names, mapped and self.output.is_local))
+            return dict(_arrays(file, names, mapped and self.output.is_local, lend))
 
     def values(self, names: Iterable[str]) -> Iterator[ArrayBlocks]:
         """Read arrays of the npz one after the other, in little memory.
@@ -235,7 +240,10 @@ class _Stored(NamedTuple):
 
 
 def _arrays(
-    file: BufferedIOBase, names: Iterable[str] | None = None, mapped: bool = False
+    file: BufferedIOBase,
+    names: Iterable[str] | None = None,
+    mapped: bool = False,
+    lend: Lend = new,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Read the arrays of an npz, or those with the given names; checks their CRCs unless mapped."""
     with zipfile.ZipFile(file) as archive, np.load(file) as arrays:
@@ -246,7 +254,7 @@ def _arrays(
             elif mapped:
                 yield name, np.memmap(file, found.dtype, "r", found.values, found.shape)
             else:
-                yield name, _stored(file, found)
+                yield name, _stored(file, found, lend)
 
 
 def _find(file: BufferedIOBase, archive: zipfile.ZipFile, name: str) -> _Stored | None:
@@ -266,12 +274,12 @@ def _find(file: BufferedIOBase, archive: zipfile.ZipFile, name: str) -> _Stored 
     return _Stored(info, start, end, size, shape, dtype)
 
 
-def _stored(file: BufferedIOBase, found: _Stored) -> NDArray[Any]:
+def _stored(file: BufferedIOBase, found: _Stored, lend: Lend) -> NDArray[Any]:
     """Read an array at once: numpy takes twice as long, piece by piece."""
-    array = np.empty(found.shape, found.dtype)
-    for _ in _blocks(file, found, array.reshape(-1).view(np.uint8).data):
+    values = lend(found.size)
+    for _ in _blocks(file, found, values.data):
         pass
-    return array
+    return values.view(found.dtype).reshape(found.shape)
 
 
 def _blocks(

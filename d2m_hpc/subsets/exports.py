@@ -35,6 +35,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import ArrayBlocks, Pair
 from d2m_hpc.storage import asked_for, files
 from d2m_hpc.storage.lease import Lease, held
+from d2m_hpc.storage.lent import Lender
 from d2m_hpc.subsets.finished import readable, require_known, schema_of, unreadable
 
 PART_ROWS = 100_000
@@ -105,6 +106,7 @@ class ExportSource:
         vectors: the features to export.
         unfinished: the number of shards that are left out.
         stopped: no further shard is read.
+        lend: lends the memory in which features are read.
     """
 
     config: Config
@@ -114,6 +116,7 @@ class ExportSource:
     vectors: list[Vectors]
     unfinished: int
     stopped: Event = field(default_factory=Event)
+    lend: Lender = field(default_factory=Lender)
 
     @property
     def rows(self) -> int:
@@ -147,7 +150,8 @@ class ExportSource:
         for pair, rows in part.pairs:
             table = self.table(pair, rows, columns)
             with readable(pair.output.path(pair.stem)):
-                arrays = pair.features([v.name for v in self.vectors]) if self.vectors else {}
+                names = [v.name for v in self.vectors]
+                arrays = pair.features(names, lend=self.lend) if names else {}
             for v in self.vectors:
                 v.require(pair, rows, arrays[v.name])
             yield table, arrays
