@@ -27,7 +27,7 @@ from d2m_hpc.models.download import (
 )
 from d2m_hpc.models.lock import UNLOCKED, Lock, alone
 from d2m_hpc.models.published import Checkpoint, HubRepo
-from d2m_hpc.storage.files import atomic_write, fsync_dir, make_folder
+from d2m_hpc.storage.files import atomic_write, make_folder, sync_path
 from d2m_hpc.storage.texts import nearest
 
 if TYPE_CHECKING:
@@ -399,5 +399,5 @@ def fetched(
             )
         os.replace(part.path, path)
         part.remove()
-        fsync_dir(path.parent)
+        sync_path(path.parent)
     return found

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from d2m_hpc.storage.files import FILE_MODE, atomic_write, fsync_dir, make_folder, named, overwrite
+from d2m_hpc.storage.files import FILE_MODE, atomic_write, make_folder, named, overwrite, sync_path
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Attempts:
                 os.fsync(fd)
         finally:
             os.close(fd)
-        fsync_dir(self._folder)
+        sync_path(self._folder)
 
     def done(self, stem: str) -> None:
         """Remove the file of a finished shard, whose outputs carry the attempt's number."""

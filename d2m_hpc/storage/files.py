@@ -6,23 +6,28 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
 from typing import IO, Any
 
 FILE_MODE, FOLDER_MODE = 0o664, 0o775
 """Modes before the umask: groups share runs by umask 002 and the setgid bit; nothing is shared with
 all."""
+SYNC_SECONDS = 0.1
+"""After which files that grow are brought to the disk once more."""
 PRIVATE_MODE = 0o600
 """The mode of files that hold secrets, such as the URLs of a plan."""
 
 
-def fsync_dir(folder: Path) -> None:
-    """Make the renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make a file's content durable, or the names in a folder."""
+    fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with named(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -77,6 +82,33 @@ def durable(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def synced_along(growing: Callable[[], Iterable[Path]]) -> Iterator[None]:
+    """Bring files to the disk while they are written, so that their end has little to wait for.
+
+    Args:
+        growing: tells the files; those that are not there, or no longer, are left out.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    ended = Event()
+
+    def sync() -> None:
+        while not ended.wait(SYNC_SECONDS):
+            with suppress(FileNotFoundError):
+                for path in growing():
+                    sync_path(path)
+
+    with ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(sync)
+        try:
+            yield
+        finally:
+            ended.set()
+    synced.result()
+
+
 def atomic_write(
     path: Path, data: bytes | Iterable[bytes], durable: bool = True, private: bool = False
 ) -> None:
@@ -102,7 +134,7 @@ def atomic_write(
         temporary.unlink(missing_ok=True)
         raise
     if durable:
-        fsync_dir(path.parent)
+        sync_path(path.parent)
 
 
 def overwrite(path: Path, data: bytes) -> None:

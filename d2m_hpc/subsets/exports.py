@@ -233,6 +233,10 @@ class ExportLayout(ABC):
     def write(self, part: ExportPart) -> None:
         """Write the files of a part, while others are written."""
 
+    def growing(self) -> Iterable[Path]:
+        """Files that are written and not synced while they are."""
+        return ()
+
     def commit(self, part: ExportPart) -> list[Path]:
         """Make what was written count, one part after the other in their order.
 
@@ -358,7 +362,7 @@ def export(
     """
     made, parts = layout.source, share.parts(layout) if share else layout.parts
     made.stopped.clear()
-    with claimed(run, layout, share) as log:
+    with claimed(run, layout, share) as log, files.synced_along(layout.growing):
         there = _join(log, layout, share) if share else _begin(log, layout)
         with ThreadPoolExecutor(layout.threads) as pool:
             waiting = {
@@ -596,13 +600,13 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
     files.make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with files.durable(temporary) as file:
+        with files.durable(temporary) as file, files.synced_along(lambda: [temporary]):
             yield file
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    files.fsync_dir(path.parent)
+    files.sync_path(path.parent)
 
 
 def begin_npy(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:

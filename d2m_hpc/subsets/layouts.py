@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from base64 import b64encode
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import version
@@ -235,6 +235,10 @@ class Lance(HuggingFace):
     def _place(self) -> Path:
         return self.root / "data.lance"
 
+    @property
+    def _data(self) -> Path:
+        return self._place / "data"
+
     def files(self, part: ExportPart) -> list[Path]:
         return []
 
@@ -267,7 +271,13 @@ class Lance(HuggingFace):
                 if not self._place.exists():
                     empty = self._schema.empty_table()
                     lance.write_dataset(empty, self._place, data_storage_version=LANCE)
-            self._written[part.number] = write_fragments(reader, str(self._place))
+            self._written[part.number] = written = write_fragments(reader, str(self._place))
+        for file in (file for fragment in written for file in fragment.files):
+            files.sync_path(self._data / file.path)
+        files.sync_path(self._data)
+
+    def growing(self) -> Iterable[Path]:
+        return self._data.glob(".tmp*")  # lance tells a file's name once it is whole
 
     def commit(self, part: ExportPart) -> list[Path]:
         from lance import LanceDataset, LanceOperation

@@ -625,6 +625,28 @@ def test_damaged_values_are_in_no_lance_data_set(run: d2m.Run, tmp_path: Path) -
     assert lance.dataset(out / "data.lance").to_table()["uid"].to_pylist() == KEYS
 
 
+def test_rows_of_a_lance_data_set_are_on_disk_before_they_count(
+    run: d2m.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lance")
+    synced: set[Path] = set()
+    real, commit, left = os.fsync, layouts.Lance.commit, []
+
+    def fsync(fd: int) -> None:
+        real(fd)
+        synced.add(Path(os.readlink(f"/proc/self/fd/{fd}")))
+
+    def checked(layout: layouts.Lance, part: exports.ExportPart) -> list[Path]:
+        names = [file.path for one in layout._written[part.number] for file in one.files]
+        left.append({layout._data / name for name in names} - synced)
+        return commit(layout, part)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(layouts.Lance, "commit", checked)
+    run.export("lance", tmp_path / "lance")
+    assert left == [set()] * 3
+
+
 def test_a_disk_that_takes_no_more_of_a_lance_data_set_is_one_line(tmp_path: Path) -> None:
     """Of files, not more than a KiB: as a full disk does."""
     pytest.importorskip("lance")

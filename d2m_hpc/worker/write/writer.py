@@ -20,7 +20,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import METADATA, Pair
 from d2m_hpc.run.records import Record
 from d2m_hpc.run.staging import STAGING, Staging, remove
-from d2m_hpc.storage.files import durable, fsync_dir
+from d2m_hpc.storage.files import durable, sync_path
 from d2m_hpc.storage.refused import DISK, of_system
 from d2m_hpc.storage.texts import escaped
 from d2m_hpc.worker.write.extend import Derived, Rows
@@ -146,11 +146,11 @@ class Committer:
         if npz is not None:
             with suppress(FileNotFoundError):
                 os.rename(folder / parquet.name, earlier)
-                fsync_dir(folder)
+                sync_path(folder)
             os.replace(npz, folder / npz.name)
-            fsync_dir(folder)
+            sync_path(folder)
         os.replace(parquet, folder / parquet.name)
-        fsync_dir(folder)
+        sync_path(folder)
 
     def _upload(self, npz: Path | None, parquet: Path, held: Callable[[], bool]) -> None:
         """Commit to a store, which has no rename.
