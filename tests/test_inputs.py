@@ -648,10 +648,10 @@ def test_a_fourth_form_takes_forty_lines(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def _members(tar: Path) -> Mapping[str, bytes]:
-    from d2m_hpc.worker.read.tar import members
+    from d2m_hpc.worker.read.tar import ReadAhead, members
 
     data = tar.read_bytes()
-    found = members(io.BytesIO(data), len(data))
+    found = members(ReadAhead(io.BytesIO(data)), len(data))
     return {m.name: data[m.offset : m.offset + m.size] for m in found}
 
 

@@ -247,7 +247,7 @@ def _opened(url: str) -> BinaryIO:
 def _samples(file: BinaryIO) -> Iterator[dict[str, bytes]]:
     """The members of each whole sample: those of JSON with their bytes."""
     from d2m_hpc.worker.read.names import split
-    from d2m_hpc.worker.read.tar import TarCut, members
+    from d2m_hpc.worker.read.tar import ReadAhead, TarCut, members
 
     magic = file.read(4)
     if magic == b"PAR1":
@@ -255,7 +255,7 @@ def _samples(file: BinaryIO) -> Iterator[dict[str, bytes]]:
         return
     last, sample = "", dict[str, bytes]()
     with suppress(TarCut):
-        for member in members(file, file.seek(0, io.SEEK_END)):
+        for member in members(ReadAhead(file), file.seek(0, io.SEEK_END)):
             key, kind = split(member.name)
             if key is None or member.kind != "file":
                 continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,11 +28,11 @@ from d2m_hpc.storage.urls import masked
 from d2m_hpc.subsets.exports import ExportLayout, ExportPart, ExportSource, digest_of, whole
 
 if TYPE_CHECKING:
-    from d2m_hpc.worker.read.reader import Reader, Sample
+    from d2m_hpc.worker.read.reader import Reader
 
 BLOCK = tarfile.BLOCKSIZE
-HELD = 1 << 20
-"""Bytes that are read and written at once: members are small."""
+HELD, PARTS = 1 << 20, 1000
+"""Bytes, and pieces of them, after which these are written; the system takes 1024 at once."""
 
 
 class SubsetTars(ExportLayout):
@@ -94,8 +96,6 @@ class SubsetTars(ExportLayout):
         left, names = Counter(self._lists[shard.stem]), dict[str, str]()
         image = members_of(self.source.config)["image"][0]
         wanted = frozenset(left)
-        batch: list[tuple[str, Sample]] = []
-        held = 0
         for sample in reader.index():
             if (key := sample.key) not in wanted:
                 continue
@@ -104,11 +104,11 @@ class SubsetTars(ExportLayout):
             if left[key] < 0 or names.setdefault(name, key) != key:
                 what = f"several samples are {name!r} in a tar, as is one with the kept key {key!r}"
                 raise D2MError(f"{masked(place_of(shard.url))}: {what}; give each a key of its own")
-            batch.append((name, sample))
-            if (held := held + sum(size for _, size in sample.members.values())) >= HELD:
-                _add(batch, reader, tar, image)
-                batch, held = [], 0
-        _add(batch, reader, tar, image)
+            for extension, (place, size) in sample.members.items():
+                data = reader.latest(place, size)
+                if extension == image and isinstance(place, pa.Buffer):  # one name for a column
+                    extension = FORMATS[kind][0] if (kind := format_of(bytes(data))) else extension
+                tar.add(f"{name}.{extension}", data)
         if left := +left:
             key = min(left)
             if there := self._lists[shard.stem].count(key) - left[key]:
@@ -131,6 +131,8 @@ def _name(key: str) -> str:
         >>> _name("../a.b/c.d")
         '__/a.b/c_d'
     """
+    if "." not in key and key[:1] != "/":
+        return key
     *folders, name = key.split("/")
     if folders and not folders[0]:
         folders[0] = "_"
@@ -145,22 +147,35 @@ class TarWriter:
         self._file = file
         self._parts: list[bytes | memoryview] = []
         self._held = self._size = 0
+        self._rest = b""
+        self._block: object = None
 
     def add(self, name: str, data: bytes | memoryview) -> None:
-        header, rest = _header(name, len(data)), bytes(-len(data) % BLOCK)
-        self._parts += (header, data, rest)
-        self._held += len(header) + len(data) + len(rest)
-        if self._held >= HELD:
+        """Add a member; its bytes are held until later, but those of one block of a tar only."""
+        if isinstance(data, memoryview) and data.obj is not self._block:
+            self._write()
+            self._block = data.obj
+        header = self._rest + _header(name, len(data))
+        self._rest = bytes(-len(data) % BLOCK)
+        self._parts += (header, data)
+        self._held += len(header) + len(data)
+        if self._held >= HELD or len(self._parts) >= PARTS:
             self._write()
 
     def close(self) -> None:
         """Write the end of the archive."""
-        self._write()
-        self._parts = [bytes(2 * BLOCK + -(self._size + 2 * BLOCK) % tarfile.RECORDSIZE)]
+        size = self._size + self._held + len(self._rest) + 2 * BLOCK
+        end = self._rest + bytes(2 * BLOCK + -size % tarfile.RECORDSIZE)
+        self._parts.append(end)
+        self._held += len(end)
         self._write()
 
     def _write(self) -> None:
-        self._file.write(b"".join(self._parts))
+        """Write what is held, without putting it together."""
+        done = os.writev(self._file.fileno(), self._parts)
+        left = memoryview(b"".join(self._parts) if done < self._held else b"")[done:]
+        while left:  # of more than 2 GiB, or where the disk is full, as the next call tells
+            left = left[os.write(self._file.fileno(), left) :]
         self._parts, self._held, self._size = [], 0, self._size + self._held
 
 
@@ -169,9 +184,8 @@ def _header(name: str, size: int) -> bytes:
     if len(name) > tarfile.LENGTH_NAME or not name.isascii() or size >= 1 << 33:
         return _info(name, size).tobuf(tarfile.PAX_FORMAT)
     text, digits = name.encode(), b"%011o" % size
-    checksum = _CHECKSUM + sum(text) + sum(digits)
-    middle = (_BARE[100:124], digits, _BARE[135:148], b"%06o\0 " % checksum, _BARE[156:])
-    return b"".join((text.ljust(100, b"\0"), *middle))
+    checksum = b"%06o\0 " % (_CHECKSUM + sum(text + digits))
+    return _FIELDS.pack(text, _OWNER, digits, _TIME, checksum, _REST)
 
 
 def _info(name: str, size: int) -> tarfile.TarInfo:
@@ -180,20 +194,11 @@ def _info(name: str, size: int) -> tarfile.TarInfo:
     return info
 
 
-_BARE = _info("", 0).tobuf(tarfile.PAX_FORMAT)
-"""A header without a name, of a member without data."""
-_CHECKSUM = int(_BARE[148:154], 8) - sum(_BARE[124:135])
-"""Its sum of bytes, without the digits of the size."""
-
-
-def _add(batch: Sequence[tuple[str, Sample]], reader: Reader, tar: TarWriter, image: str) -> None:
-    """Add samples, each by the name that it gets."""
-    read = iter(reader.read_all([place for _, s in batch for place in s.members.values()]))
-    for name, sample in batch:
-        for (extension, (place, _)), data in zip(sample.members.items(), read, strict=False):
-            if extension == image and isinstance(place, pa.Buffer):  # a column has one name for all
-                extension = FORMATS[kind][0] if (kind := format_of(bytes(data))) else extension
-            tar.add(f"{name}.{extension}", data)
+_FIELDS = struct.Struct("100s24s11s13s8s356s")
+"""A header: name, mode and owner, size, time, checksum, all else."""
+_, _OWNER, _NO_SIZE, _TIME, _SUM, _REST = _FIELDS.unpack(_info("", 0).tobuf(tarfile.PAX_FORMAT))
+_CHECKSUM = int(_SUM[:6], 8) - sum(_NO_SIZE)
+"""The sum of a header's bytes without those of the name and of the size."""
 
 
 def _read_lists(path: Path | None) -> dict[str, list[str]]:

@@ -14,18 +14,18 @@ import d2m_hpc
 
 PATCH = """
 def patch(tars):
-    whole = tars._add
+    whole = tars.TarWriter.add
 
-    def add(batch, reader, tar, image):
-        whole(batch, reader, tar, image)
-        stem = Path(tar._file.name).name.split(".")[1]
-        with open(HERE / "added", "a") as file:
-            file.write(f"{stem} {os.environ.get('SLURM_ARRAY_TASK_ID')}\\n" * len(batch))
-        tar._write()  # a part of the tar is on disk
-        tar._file.flush()
-        stand(stem)
+    def add(self, name, data):
+        whole(self, name, data)
+        if name.endswith(".jpg"):  # one of each sample
+            stem = Path(self._file.name).name.split(".")[1]
+            with open(HERE / "added", "a") as file:
+                file.write(f"{stem} {os.environ.get('SLURM_ARRAY_TASK_ID')}\\n")
+            self._write()  # a part of the tar is on disk
+            stand(stem)
 
-    tars._add = add
+    tars.TarWriter.add = add
 """
 SHARDS, SAMPLES = 7, 5
 

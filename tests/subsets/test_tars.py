@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from d2m_hpc.errors import ConfigError, D2MError
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage.lease import Lease
 from d2m_hpc.subsets import exports
-from d2m_hpc.subsets.tars import SubsetTars, TarWriter, _header
+from d2m_hpc.subsets.tars import PARTS, SubsetTars, TarWriter, _header
 
 
 @pytest.fixture
@@ -96,20 +98,44 @@ def test_the_tars_have_the_kept_samples_with_all_their_members(
     assert tars["00001.tar"] == before["00001.tar"]
 
 
-@pytest.mark.parametrize("lengths", [[], [0, 1, 511, 512, 513], [3 << 20, 9, 2 << 20], [9] * 40])
-def test_tars_are_to_the_byte_those_of_the_standard_library(lengths: list[int]) -> None:
-    """Also with names that take a header of their own."""
-    ours, theirs = io.BytesIO(), io.BytesIO()
-    writer, names = TarWriter(ours), ["a.jpg", "b/c" * 32 + ".txt", "b/c" * 33 + ".txt", "ü.jpg"]
-    with tarfile.open(fileobj=theirs, mode="w", format=tarfile.PAX_FORMAT) as tar:
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize(
+    "lengths", [[], [0, 1, 511, 512, 513], [3 << 20, 9, 2 << 20], [9] * 3 * PARTS]
+)
+def test_tars_are_to_the_byte_those_of_the_standard_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int], short: bool
+) -> None:
+    """Also with names that take a header of their own, and where not all is written at once."""
+    theirs, writev = io.BytesIO(), os.writev
+    if short:
+        monkeypatch.setattr(os, "writev", lambda fd, parts: writev(fd, [parts[0][:300]]))
+    names = ["a.jpg", "b/c" * 32 + ".txt", "b/c" * 33 + ".txt", "ü.jpg"]
+    with (
+        tarfile.open(fileobj=theirs, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        (tmp_path / "a.tar").open("wb") as ours,
+    ):
+        writer = TarWriter(ours)
         for number, length in enumerate(lengths):
-            name, data = names[number % 4], bytes([number]) * length
+            name, data = names[number % 4], bytes([number % 256]) * length
             info = tarfile.TarInfo(name)
             info.size, info.mode = length, 0o644
             tar.addfile(info, io.BytesIO(data))
             writer.add(name, data)
-    writer.close()
-    assert ours.getvalue() == theirs.getvalue()
+        writer.close()
+    assert (tmp_path / "a.tar").read_bytes() == theirs.getvalue()
+
+
+def test_few_bytes_of_many_blocks_keep_no_block_in_memory(tmp_path: Path) -> None:
+    with (tmp_path / "a.tar").open("wb") as file:
+        writer = TarWriter(file)
+        tracemalloc.start()
+        for number in range(50):
+            writer.add(f"{number}.txt", memoryview(bytes(1 << 20))[:9])
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        writer.close()
+    assert peak < 4 << 20
+    assert len(members(tmp_path / "a.tar")) == 50
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 0o1234567, (8 << 30) - 1, 8 << 30, 1 << 40])

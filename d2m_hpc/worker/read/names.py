@@ -13,7 +13,7 @@ Members = Mapping[str, tuple[str, ...]]
 Split = Callable[[str], tuple[str | None, str | None]]
 """Splits a member's name into key and extension."""
 EXTENSIONS: Members = {"image": PICTURES, "text": ("txt",), "json": ("json",)}
-_MEMBER = re.compile(r"(?P<key>(.*/)?[^.]+)\.(?P<extension>[^/]*)")
+_MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")
 
 
 def members_of(config: Config) -> Members:
@@ -45,4 +45,4 @@ def split(name: str) -> tuple[str | None, str]:
     # For commands that show or copy samples: webdataset's import takes torch along. Tasks, which
     # load torch in any case, ask webdataset itself (`Recipe.of`).
     match = _MEMBER.fullmatch(name)
-    return (match["key"], match["extension"]) if match else (None, "")
+    return (match[1], match[2]) if match else (None, "")

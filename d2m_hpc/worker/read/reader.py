@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
@@ -114,16 +114,14 @@ class Reader(ABC):
             ShardError: the shard cannot.
         """
 
-    def read_all(self, places: Sequence[tuple[Any, int]]) -> list[bytes | memoryview]:
-        """The bytes of several members; a reader may read neighbours at once.
-
-        Args:
-            places: as `Sample` has them, in the shard's order.
+    def latest(self, place: Any, size: int) -> bytes | memoryview:
+        """The bytes of a member of the sample that the index gave last, from the index's thread; a
+        reader may have them already.
 
         Raises:
             Rejected, ShardError: as `read` does.
         """
-        return [self.read(place, size) for place, size in places]
+        return self.read(place, size)
 
     @abstractmethod
     def close(self) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from d2m_hpc.errors import ShardError
 from d2m_hpc.storage.files import regular
@@ -14,15 +13,9 @@ from d2m_hpc.worker.read.members import is_foreign, is_reserved
 from d2m_hpc.worker.read.names import EXTENSIONS, Members, Split, split
 from d2m_hpc.worker.read.nature import HEAD, nature
 from d2m_hpc.worker.read.reader import Reader, Sample, Samples, Version
-from d2m_hpc.worker.read.tar import BLOCK, Member, TarCut, members
+from d2m_hpc.worker.read.tar import BLOCK, Member, ReadAhead, TarCut, members
 
 CUT_OFF = "cut off where the archive ends"
-STRETCH = 1 << 20
-"""Bytes that are read at a time to find headers. All are read for the members anyway; to look for
-each header by itself is several calls for a sample, at each of which the only thread that reads
-headers would wait for the interpreter's lock."""
-GAP = 4 * BLOCK
-"""Bytes between two members that are read at once: headers, and the rest of a block."""
 
 
 class Archive(Reader):
@@ -35,7 +28,8 @@ class Archive(Reader):
 
     def __init__(self, path: Path, damage: str = "", split: Split = split) -> None:
         self._split = split
-        self._file = open(path, "rb", buffering=STRETCH, opener=regular)  # noqa: SIM115
+        self._file = open(path, "rb", opener=regular)  # noqa: SIM115
+        self._ahead = ReadAhead(self._file)
         self.version, self.damage = Version.of(self._file), damage
         self.size = self.version.size
 
@@ -51,14 +45,9 @@ class Archive(Reader):
             raise ShardError(f"{self._file.name}: the file changed while it was read")
         return data
 
-    def read_all(self, places: Sequence[tuple[int, int]]) -> list[bytes | memoryview]:
-        """The bytes of several members; those that lie close together are read at once, as each
-        call waits for the disk, and for the interpreter's lock afterwards."""
-        found: list[bytes | memoryview] = []
-        for start, end, group in _runs(places):
-            block = memoryview(self.read(start, end - start))
-            found += (block[offset - start : offset - start + size] for offset, size in group)
-        return found
+    def latest(self, offset: int, size: int) -> bytes | memoryview:
+        held = self._ahead.held(offset, size)
+        return self.read(offset, size) if held is None else held
 
     def nature(self) -> str:
         """A description of a file that is no tar; empty for a tar."""
@@ -74,27 +63,10 @@ class Archive(Reader):
         return bool(self.damage) or any(last)
 
     def index(self, needed: Members = EXTENSIONS) -> Index:
-        return Index(self._file, self.size, needed, self._split)
+        return Index(self._ahead, self.size, needed, self._split)
 
     def close(self) -> None:
         self._file.close()
-
-
-def _runs(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Group members that lie close together, by `STRETCH` bytes or a single one; yields where each
-    group starts and ends, and its members."""
-    start = end = 0
-    group: list[tuple[int, int]] = []
-    for offset, size in places:
-        if group and not (0 <= offset - end <= GAP and offset + size - start <= STRETCH):
-            yield start, end, group
-            group = []
-        if not group:
-            start = offset
-        group.append((offset, size))
-        end = offset + size
-    if group:
-        yield start, end, group
 
 
 class Index(Samples):
@@ -105,7 +77,7 @@ class Index(Samples):
     the rest without a word, and hold all members in memory.
 
     Args:
-        file: a plain tar, seekable; only the iteration moves its position.
+        ahead: of a plain tar, seekable.
         size: its size in bytes.
         needed: the members that make a sample a row.
         split: splits members' names.
@@ -113,14 +85,14 @@ class Index(Samples):
 
     def __init__(
         self,
-        file: BinaryIO,
+        ahead: ReadAhead,
         size: int,
         needed: Members = EXTENSIONS,
         split: Split = split,
     ) -> None:
         super().__init__(needed)
         self._split = split
-        self._members = members(file, size)
+        self._members = members(ahead, size)
         self._open: Sample | None = None
         self._first: frozenset[str] = frozenset()
         self._keys: set[int] = set()  # hashes, which take less memory

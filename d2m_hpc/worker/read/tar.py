@@ -19,10 +19,16 @@ ENCODING = "utf-8"
 """The encoding of names, whatever a task's locale: a key must not depend on the node."""
 _TIME_ONLY = re.compile(rb"(\d+) mtime=[0-9.]+\n")
 """The PAX header that webdataset puts before every member."""
+STRETCH = 1 << 20
+"""Bytes that are read at a time to find headers. All are read for the members anyway; to look for
+each header by itself is several calls for a sample, at each of which the only thread that reads
+headers would wait for the interpreter's lock."""
 LONGEST_HEADER = 1 << 20
 """Bytes of a long name or a PAX header; Linux' own limit for a path is 4096."""
 MOST_HEADERS = 100
 """Headers that describe one member; two or three in practice."""
+_NO_PREFIX = bytes(BLOCK - 345)
+"""The end of a header whose name has no second part."""
 _EXTENDED = (*b"xgX", *b"LK")
 _RECORD = re.compile(rb"(\d{1,20}) [^=]+=")
 _DIGITS = re.compile(rb"\d{100}")
@@ -43,6 +49,35 @@ _UNREADABLE = (
 """The standard library's errors at broken or malicious headers."""
 
 
+class ReadAhead:
+    """Reads a file for its headers, `STRETCH` bytes at a time, and keeps the last of them.
+
+    Args:
+        file: seekable; other readers may move its position.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self._start, self._block = 0, b""
+        self._before = (0, b"")
+
+    def header(self, offset: int) -> tuple[bytes, int]:
+        """A block with the bytes that an ordinary member's headers may take, unless the file ends
+        before, and the place in it where they begin."""
+        if not 0 <= (at := offset - self._start) <= len(self._block) - 3 * BLOCK:
+            self._before = (self._start, self._block)
+            self.file.seek(offset)
+            self._start, self._block, at = offset, self.file.read(STRETCH), 0
+        return self._block, at
+
+    def held(self, offset: int, size: int) -> memoryview | None:
+        """Bytes that came along with the headers; None where some of them did not."""
+        for start, block in ((self._start, self._block), self._before):
+            if start <= offset and offset + size <= start + len(block):
+                return memoryview(block)[offset - start : offset - start + size]
+        return None
+
+
 class TarCut(Exception):
     """The archive ends too early; `member` is the name of a member that is cut off."""
 
@@ -61,24 +96,25 @@ class Member(NamedTuple):
     kind: str = "file"
 
 
-def members(file: BinaryIO, size: int) -> Iterator[Member]:
+def members(ahead: ReadAhead, size: int) -> Iterator[Member]:
     """Read a tar's headers: ustar, PAX, GNU long names.
 
     The standard library's own loop takes a broken header, or an archive that stops between two
     members, for the end; here both are a cut.
 
     Args:
-        file: a plain tar, seekable.
+        ahead: of a plain tar, seekable.
         size: its size in bytes.
 
     Raises:
         TarCut: after the last whole member.
     """
+    file = ahead.file
     slow = _SlowReader(file)
     offset = 0
     while True:
         try:
-            member, following = _ordinary(file, offset) or slow.read(offset)
+            member, following = _ordinary(*ahead.header(offset), offset) or slow.read(offset)
         except _UNREADABLE as error:
             if where := _cut_at(error, file, offset, size):
                 raise TarCut(where) from None
@@ -90,38 +126,43 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
         offset = following
 
 
-def _ordinary(file: BinaryIO, offset: int) -> tuple[Member, int] | None:
+def _ordinary(block: bytes, at: int, offset: int) -> tuple[Member, int] | None:
     """Read a regular file's header, alone or behind a PAX header with just a time.
 
     Returns the member and the next header's offset; None for any other header.
+
+    Args:
+        block: of the tar.
+        at: the header's place in it.
+        offset: the header's place in the tar.
     """
-    file.seek(offset)
-    blocks = file.read(3 * BLOCK)
-    start = 2 * BLOCK if _is_time(blocks) else 0
-    header = blocks[start : start + BLOCK]
-    if len(header) < BLOCK or header[156:157] != tarfile.REGTYPE or header[345]:
-        return None
-    if (size := _size(header)) is None:
+    header = block[at : at + BLOCK]
+    data = offset + BLOCK
+    if header[156:157] == tarfile.XHDTYPE and _is_time(header, block, at + BLOCK):
+        header = block[at + 2 * BLOCK : at + 3 * BLOCK]
+        data += 2 * BLOCK
+    if header[156:157] != tarfile.REGTYPE or (size := _size(header)) is None:
         return None
     name = header[:100].partition(b"\0")[0].decode(ENCODING, "surrogateescape")
-    data = offset + start + BLOCK
     return Member(name, data, size), data + -(-size // BLOCK) * BLOCK
 
 
-def _is_time(blocks: bytes) -> bool:
-    """Whether a PAX header comes first, with just the next member's time."""
-    if blocks[156:157] != tarfile.XHDTYPE or not (size := _size(blocks[:BLOCK])):
+def _is_time(header: bytes, block: bytes, at: int) -> bool:
+    """Whether a PAX header, whose data are at a place in a block, has just the next member's
+    time."""
+    if not (size := _size(header)):
         return False
-    time = _TIME_ONLY.fullmatch(blocks[BLOCK : 2 * BLOCK], 0, size)
+    time = _TIME_ONLY.fullmatch(block, at, at + min(size, BLOCK))
     return time is not None and int(time[1]) == size
 
 
 def _size(header: bytes) -> int | None:
-    """The data's size, by a header of 11 octal digits and a right checksum; None for any other."""
+    """The data's size, by a header of 11 octal digits, a right checksum and no prefix of the name;
+    None for any other."""
     digits, end = header[124:135], header[135:136]
-    if len(header) < BLOCK or not digits.isdigit() or end not in (b"\0", b" "):
+    if header[345:] != _NO_PREFIX or not digits.isdigit() or end not in (b"\0", b" "):
         return None
-    checksum = _sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    checksum = _sum(header[:148]) + 8 * ord(" ") + _sum(header[156:345])
     if header[148:156] != b"%06o\0 " % checksum:
         return None
     try:
@@ -130,14 +171,13 @@ def _size(header: bytes) -> int | None:
         return None
 
 
-def _sum(block: bytes) -> int:
-    """The sum of a block's bytes, five times as fast as by `sum`.
+def _sum(data: bytes) -> int:
+    """The sum of up to 256 bytes, five times as fast as by `sum`.
 
     The lower half of an Adler-32 checksum (RFC 1950) is 1 more than the sum of the bytes, modulo
     65,521, which 256 bytes do not reach.
     """
-    half = BLOCK // 2
-    return (adler32(block[:half]) & 0xFFFF) + (adler32(block[half:]) & 0xFFFF) - 2
+    return (adler32(data) & 0xFFFF) - 1
 
 
 class _SlowReader:

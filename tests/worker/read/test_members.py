@@ -21,6 +21,7 @@ from d2m_hpc.worker.read.members import (
 )
 from d2m_hpc.worker.read.names import EXTENSIONS
 from d2m_hpc.worker.read.shard import Index
+from d2m_hpc.worker.read.tar import ReadAhead
 
 ALL = ("image", "text", "json")
 
@@ -36,7 +37,7 @@ def index_of(names: Iterable[str], needed: Iterable[str] = ALL, links: Iterable[
                 info.type, info.linkname = tarfile.LNKTYPE, "elsewhere"
             tar.addfile(info)
     members = {kind: EXTENSIONS[kind] for kind in needed}
-    index = Index(buffer, len(buffer.getvalue()), members)
+    index = Index(ReadAhead(buffer), len(buffer.getvalue()), members)
     for _ in index:
         pass
     assert index.cut == ""

@@ -23,6 +23,7 @@ from d2m_hpc.worker.read import parse
 from d2m_hpc.worker.read.members import UNUSED
 from d2m_hpc.worker.read.prepare import Ready, Recipe, prepare
 from d2m_hpc.worker.read.shard import Archive, Index
+from d2m_hpc.worker.read.tar import ReadAhead
 
 EXIF = json.dumps({"Image Model": "X100", "Image": {"Make": "Fuji"}})
 META = {"caption": "recaptioned", "exif": EXIF, "a.b": 1, "a": {"b": 2, "c": {"d": None, "e": 3}}}
@@ -77,7 +78,7 @@ def test_the_named_member_is_not_another_sample_nor_unused() -> None:
             for name in ("jpg", "seg.png", "json"):
                 tar.addfile(tarfile.TarInfo(f"{key}.{name}"))
     needed = {"image": ("seg.png", "jpg"), "json": ("json",)}
-    index = Index(buffer, len(buffer.getvalue()), needed)
+    index = Index(ReadAhead(buffer), len(buffer.getvalue()), needed)
     assert [s.key for s in index] == ["a", "b", "c"]
     assert index.strays == []
     assert index.ledger.notes.texts() == [UNUSED.format("a.jpg, b.jpg, c.jpg")]
