@@ -558,7 +558,7 @@ def test_what_was_changed_is_refused_and_told_from_what_was_added(tmp_path: Path
         "models: 'image-stats' is no longer listed",
         "postprocess_columns: 'image-brightness' is no longer listed",
     ]
-    assert refused.value.mistakes[-1].startswith("1 shards (00000) of the run in ")
+    assert refused.value.mistakes[-1].startswith("1 shard (00000) of the run in ")
     assert "take additional models, columns, features and fields only" in refused.value.mistakes[-1]
 
 

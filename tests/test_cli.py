@@ -199,7 +199,7 @@ def test_samples_are_looked_at_and_copied_without_torch(
     ended = _run(sys.executable, "-c", SEEN, json.dumps(commands))
     seen = json.loads(ended.stderr.splitlines()[-1])
     assert seen == {command[0]: [0, False] for command in commands}
-    assert "2 rows of 1 shards" in ended.stdout
+    assert "2 rows of 1 shard" in ended.stdout
     assert "<img" in (folder / "page.html").read_text()
 
 

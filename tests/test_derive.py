@@ -364,7 +364,7 @@ def test_a_shard_without_the_feature_fails_alone(folder: Path) -> None:
         ({"weighed": {"expression": "year(CURRENT_DATE)"}}, "CURRENT_DATE gives another value"),
         ({"weighed": {"expression": "year(age(DATE '2020-01-01'))"}}, "age() gives another"),
         ({"weighed": {"expression": "setseed(0.5) IS NULL"}}, "setseed() gives another value"),
-        ({"weighed": {"expression": "max(cluster)"}}, "gives 1 rows of 1 columns for 2 rows"),
+        ({"weighed": {"expression": "max(cluster)"}}, "gives 1 row of 1 column for 2 rows"),
     ],
 )
 def test_mistakes_are_told_in_a_line(finished: Path, change: dict[str, Any], told: str) -> None:

@@ -194,7 +194,7 @@ def test_a_truncated_shard_fails_with_offset_and_whole_samples(
     ended = submit(_one(tmp_path, checkpoints, "cut.tar"))
     assert ended.returncode == 1
     assert "truncated at byte 1112064: 0000119.jpg should reach byte 1145324" in ended.stdout
-    assert "19 samples before it are whole" in ended.stdout
+    assert "whole samples before it: 19" in ended.stdout
 
 
 def test_the_whole_samples_of_a_truncated_shard_can_be_had(

@@ -305,8 +305,8 @@ def test_key_is_the_first_column_asked_for_or_not(tmp_path: Path) -> None:
     assert table.column_names.count("key") == 1
     assert table["key"].to_pylist() == ["00000", "00001"]
     assert record_of(out, "0").notices == [
-        "1 samples have another `key` in their JSON than their file's name, which the column `key` "
-        "has"
+        "samples with another `key` in their JSON than their file's name, which the column `key` "
+        "has: 1"
     ]
 
 

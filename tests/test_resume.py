@@ -197,7 +197,7 @@ def test_parquets_of_another_program_are_not_overwritten(finished: Path) -> None
     pq.write_table(foreign, out / "00000.parquet")
     ended = submit(finished, "--set", f"output_metadata_dir={out}")
     assert ended.returncode == 2
-    assert "holds 1 parquets that this program did not write (00000)" in ended.stderr
+    assert "holds 1 parquet that this program did not write (00000)" in ended.stderr
 
 
 def test_a_shard_is_given_up_after_max_attempts(finished: Path) -> None:

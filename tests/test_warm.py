@@ -18,7 +18,7 @@ def test_a_program_has_its_own_words_folder_variables_and_umask(tmp_path: Path) 
     wanted = {**os.environ, "MADE": "here"}
     ended = d2m("submit", config.name, "--local", cwd=tmp_path, env=wanted, umask=0o077)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "1 shards: 0 done, 1 to do" in ended.stdout
+    assert "1 shard: 0 done, 1 to do" in ended.stdout
     made = tmp_path / "here" / "out"
     assert made.stat().st_mode & 0o777 == 0o700
     assert d2m("verify", made / ".d2m").returncode == 0

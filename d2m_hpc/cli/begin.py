@@ -12,6 +12,7 @@ from d2m_hpc.cli.common import (
     AsJson,
     ConfigFile,
     Overrides,
+    counted,
     echo,
     load,
     named,
@@ -32,7 +33,8 @@ def init(
     ] = None,
 ) -> None:
     sight = api.init(inputs, output, metadata)
-    echo(f"looked at {sight.samples} samples in the first of {sight.tars:,} shards")
+    of = f"in the first of {counted(sight.tars, 'shard')}"
+    echo(f"looked at {counted(sight.samples, 'sample')} {of}")
     if sight.warning:
         echo(f"{sight.warning}: see `max_rejected_fraction` in {output}")
     echo(f"wrote {output}; next: d2m head {output}; d2m-submit {output} --local")

@@ -82,6 +82,13 @@ def echo(text: str) -> None:
     print(safe(text, TRACEBACK, lines=True))
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A text such as `1 task` or `1,200 tasks`."""
+    from d2m_hpc.storage import texts
+
+    return texts.counted(number, one, many)
+
+
 @contextmanager
 def at_interrupt(words: str = "the same command goes on from here") -> Iterator[None]:
     """At Ctrl-C, say what becomes of the work."""

@@ -12,7 +12,17 @@ from typing import Annotated
 import typer
 
 from d2m_hpc import api
-from d2m_hpc.cli.common import AsJson, SeedOfDraw, Target, echo, named, number, print_json, whole
+from d2m_hpc.cli.common import (
+    AsJson,
+    SeedOfDraw,
+    Target,
+    counted,
+    echo,
+    named,
+    number,
+    print_json,
+    whole,
+)
 
 
 def status(
@@ -44,9 +54,7 @@ def top(target: Target) -> None:
 
 
 def cancel(target: Target) -> None:
-    from d2m_hpc.watch import terminal
-
-    print(f"cancelled {terminal.count(api.open(target).cancel(), 'array task')}")
+    print(f"cancelled {counted(api.open(target).cancel(), 'array task')}")
 
 
 def forget(
@@ -58,10 +66,10 @@ def forget(
 ) -> None:
     run = api.open(target)
     if undo:
-        print(f"put {len(run.remember(shards))} shards back into the plan")
+        print(f"put {counted(len(run.remember(shards)), 'shard')} back into the plan")
         return
     gone, kept = run.forget(shards)
-    print(f"took {len(gone)} shards out of the plan: {', '.join(gone[:3])}")
+    print(f"took {counted(len(gone), 'shard')} out of the plan: {', '.join(gone[:3])}")
     if kept:
         print(f"the outputs of {len(kept)} of them stay where they are: {', '.join(kept[:3])}")
 

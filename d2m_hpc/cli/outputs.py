@@ -17,6 +17,7 @@ from d2m_hpc.cli.common import (
     SeedOfDraw,
     Target,
     at_interrupt,
+    counted,
     echo,
     named,
     number,
@@ -125,9 +126,10 @@ def subset_tars(
         return
     found = api.open(target).export_tasks(output, lists, tasks, given)
     if found.live:
-        echo(f"{len(found.live):,} tasks of an earlier command wait or run")
+        told = counted(len(found.live), "task {} waits or runs", "tasks {} wait or run")
+        echo(told.format("of an earlier command"))
     if found.started:
-        echo(f"array {found.job}: {len(found.started):,} tasks started")
+        echo(f"array {found.job}: {counted(len(found.started), 'task')} started")
     elif not found.live:
         echo("all tars are there")
     if wait:
@@ -174,10 +176,16 @@ def _export(kind: str, target: Path, output: Path, **options: Any) -> None:
 
 def _show_exported(found: Exported) -> None:
     if found.unfinished:
-        echo(f"{found.unfinished:,} shards are not finished; they are left out")
+        echo(f"{_unfinished(found.unfinished)}; left out")
     there = found.parts - found.written
-    parts = f"{found.written:,} parts written" + (f", {there:,} were there" if there else "")
-    echo(f"{found.rows:,} rows of {found.shards:,} shards, {parts}: {found.folder}")
+    parts = f"{counted(found.written, 'part')} written"
+    parts += f", {counted(there, 'was', 'were')} there" if there else ""
+    made = f"{counted(found.rows, 'row')} of {counted(found.shards, 'shard')}"
+    echo(f"{made}, {parts}: {found.folder}")
+
+
+def _unfinished(shards: int) -> str:
+    return counted(shards, "shard is", "shards are") + " not finished"
 
 
 JoinFile = Annotated[
@@ -263,19 +271,20 @@ def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _show_selection(found: Selection, output: Path | None) -> None:
-    echo(f"{found.rows:,} rows, {found.passed:,} pass")
+    echo(f"{counted(found.rows, 'row')}, {found.passed:,} pass")
     if found.unfinished:
-        echo(f"{found.unfinished:,} shards are not finished; their samples are not considered")
+        echo(f"{_unfinished(found.unfinished)}; their samples are not considered")
     if found.undecided:
-        echo(f"{found.undecided:,} rows lack a value (null or NaN) to decide by; they are left out")
+        lacking = counted(found.undecided, "row lacks", "rows lack")
+        echo(f"{lacking} a value (null or NaN) to decide by; left out")
     if found.without_uid:
-        echo(f"{found.without_uid:,} rows have no usable uid; they are left out")
+        echo(f"{counted(found.without_uid, 'row has', 'rows have')} no usable uid; left out")
     if found.repeated:
-        echo(f"{found.repeated:,} rows have the uid of another row; each uid is taken once")
+        echo(f"{_repeated(found.repeated)} the uid of another row; each uid is taken once")
     for notice in found.notices:
         echo(f"note: {notice}")
     for threshold, kept, part in found.survival:
-        echo(f"{threshold:>12g} keeps {part:6.1%}, {kept:,} samples")
+        echo(f"{threshold:>12g} keeps {part:6.1%}, {counted(kept, 'sample')}")
     if found.survival:
         return
     share = found.chosen / found.rows
@@ -286,17 +295,23 @@ def _show_selection(found: Selection, output: Path | None) -> None:
         echo("nothing is chosen; nothing is written")
 
 
+def _repeated(rows: int) -> str:
+    return counted(rows, "row has", "rows have")
+
+
 def _show_export(found: Export) -> None:
     for file in found.files:
         echo(f"wrote {file}")
     if found.renamed:
         echo(f"wrote the outputs by DataComp's names: {found.renamed}")
     if found.left_out:
-        echo(f"{found.left_out:,} rows have no caption or no usable uid; they are left out there")
-    echo(f"{found.shards:,} finished shards; {len(found.missing):,} are not finished")
+        lacking = counted(found.left_out, "row has", "rows have")
+        echo(f"{lacking} no caption or no usable uid; left out there")
+    left = f"{counted(len(found.missing), 'is', 'are')} not finished"
+    echo(f"{counted(found.shards, 'finished shard')}; {left}")
     if found.repeated:
         times = "the resharder writes each such sample as often as its uid is in the subset"
-        echo(f"{found.repeated:,} rows have the uid of another row; {times}")
+        echo(f"{_repeated(found.repeated)} the uid of another row; {times}")
     for tool, names in found.lacking.items():
         echo(f"cannot run: {tool}; it reads {', '.join(names)}")
     for folder in found.unnamed:

@@ -24,6 +24,7 @@ from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.records import Job
 from d2m_hpc.run.tasks import attempts
 from d2m_hpc.run.user import user_name
+from d2m_hpc.storage.texts import counted
 
 PATIENCE = 900.0
 """Seconds without an answer before `wait` gives up; a controller may restart meanwhile."""
@@ -247,9 +248,11 @@ def _whose(left: list[str]) -> str:
         users = []
     others = [user for user in users if user != user_name()]
     if not others:
-        return f"{len(left)} array tasks are still there"
+        return f"{counted(len(left), 'array task is', 'array tasks are')} still there"
+    whose = ", ".join(others)
+    there = counted(len(left), f"array task of {whose} is", f"array tasks of {whose} are")
     return (
-        f"{len(left)} array tasks of {', '.join(others)} are still there: their user or an "
+        f"{there} still there: their user or an "
         f"operator of Slurm may `scancel {jobs}`, and you may not"
     )
 

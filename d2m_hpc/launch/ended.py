@@ -22,7 +22,7 @@ from d2m_hpc.plan import memory
 from d2m_hpc.run.chunks import Chunks
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.tasks import Progress
-from d2m_hpc.storage.texts import safe
+from d2m_hpc.storage.texts import counted, safe
 
 TAIL = 4096
 """Bytes of a log's end that are read."""
@@ -149,14 +149,10 @@ class Ended:
     said: str
 
     def __str__(self) -> str:
-        tasks, shards = _count(len(self.tasks), "array task"), _count(self.shards, "shard")
+        tasks, shards = counted(len(self.tasks), "array task"), counted(self.shards, "shard")
         help_ = f"; {self.help}" if self.help else ""
         log = f"; `d2m logs CONFIG --task {self.tasks[0]}`: {self.said}" if self.said else ""
         return f"{tasks} ended with {shards} left ({self.what}){help_}{log}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def told(ends: Iterable[End], config: Slurm) -> list[Ended]:

@@ -26,6 +26,7 @@ from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Rejection, Shard
 from d2m_hpc.run.shards import read_stems
 from d2m_hpc.storage.files import make_folder
+from d2m_hpc.storage.texts import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,7 +109,9 @@ def _first(config: Config, where: str, count: int, folder: Path) -> list[Path]:
             if not left:
                 break
     if not tars:
-        raise D2MError(f"the first of {len(found.sizes)} shards have no samples; look at {url}")
+        raise D2MError(
+            f"no samples in the first of {counted(len(found.sizes), 'shard')}; look at {url}"
+        )
     return tars
 
 

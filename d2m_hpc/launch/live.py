@@ -8,6 +8,7 @@ from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch import slurm
 from d2m_hpc.launch.commands import ask
 from d2m_hpc.plan.workload import Workload
+from d2m_hpc.storage.texts import counted
 
 
 def follow(workload: Workload, queue: slurm.Queue, broken: Sequence[str]) -> list[str]:
@@ -29,9 +30,10 @@ def follow(workload: Workload, queue: slurm.Queue, broken: Sequence[str]) -> lis
                 _leave_out(arrays, queue, ",".join(filter(None, [config.exclude or "", *broken])))
             if changed := _throttle(arrays, queue, config.max_parallel):
                 slurm.write_arrays(workload.run.submission(name), arrays)
-                at_once = f"at most {config.max_parallel}" if config.max_parallel else "all"
-                live = f"{changed} live array" + ("" if changed == 1 else "s")
-                told.append(f"{at_once} tasks may run at once now, in {live}")
+                most = counted(config.max_parallel or 0, "task")
+                at_once = f"at most {most}" if config.max_parallel else "all tasks"
+                live = counted(changed, "live array")
+                told.append(f"{at_once} may run at once now, in {live}")
         except SlurmError as error:
             told.append(f"live array tasks stay as they are: {error}")
     return told

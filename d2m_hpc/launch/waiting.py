@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from d2m_hpc.errors import SlurmError
 from d2m_hpc.launch.slurm import Array, Element, Queue
+from d2m_hpc.storage.texts import counted
 
 WAITING = {"PENDING", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT", "STOPPED", "RESV_DEL_HOLD"}
 FEW = 3
@@ -100,7 +101,7 @@ class Waiting:
     never: bool
 
     def __str__(self) -> str:
-        tasks = "1 array task does" if self.tasks == 1 else f"{self.tasks} array tasks do"
+        tasks = counted(self.tasks, "array task does", "array tasks do")
         return f"{tasks} not run ({self.reason}): {self.what}; {self.help}"
 
 

@@ -24,7 +24,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Record, Shard
 from d2m_hpc.run.slices import Slice, version_of
-from d2m_hpc.storage.texts import few
+from d2m_hpc.storage.texts import counted, few
 from d2m_hpc.storage.urls import is_folder, is_local
 
 LOOKED_AT = 1000
@@ -66,10 +66,10 @@ class Changed:
         if stems := [stem for stem in self.stems if stem not in self.texts]:
             some = "" if self.all else f" of {self.looked_at:,} that were looked at, at random"
             one = len(stems) == 1
-            count = "1 tar" if one else f"{len(stems):,} tars"
             others = "is not the one that was" if one else "are not those that were"
             yield (
-                f"{count}{some} {others} computed, by size or time ({few(stems)}); "
+                f"{counted(len(stems), 'tar')}{some} {others} computed, by size or time "
+                f"({few(stems)}); "
                 f"`d2m-submit --recompute-changed` computes {'it' if one else 'them'} again"
             )
 

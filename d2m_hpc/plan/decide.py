@@ -26,7 +26,7 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import DIED, Job, Record, Shard
 from d2m_hpc.run.shards import read_shards
-from d2m_hpc.storage.texts import few
+from d2m_hpc.storage.texts import counted, few
 
 START = 4.0
 """Seconds of a task's start without its nets."""
@@ -137,23 +137,20 @@ def decide(workload: Workload, in_flight: Collection[str] = ()) -> Decision:
         known = [places.get(s.url, s)._replace(stem=s.stem) for s in known]
         shards = patterns.plan_shards(sizes, known, gone.values())
     decision = Decision(workload, shards, notices=[*workload.notices])
-    if count := len(workload.sizes) - len(sizes):
-        decision.notices.append(
-            f"{count} tars are left out: `d2m forget` took them out of the plan (--undo puts them "
-            "back)"
-        )
+    if left_out := len(workload.sizes) - len(sizes):
+        what = f"{counted(left_out, 'tar is', 'tars are')} left out of the plan by `d2m forget`"
+        decision.notices.append(f"{what} (--undo puts back what it took)")
     if (left := len(shards) - len(sizes)) and not workload.derived:
-        decision.notices.append(
-            f"{left} shards of earlier submits match no pattern now; they are kept"
-        )
+        what = counted(left, "shard of earlier submits matches", "shards of earlier submits match")
+        decision.notices.append(f"{what} no pattern now; still in the plan")
     _read_state(decision, known, set(in_flight))
     decision.in_flight = set(in_flight) - decision.done
     decision.is_planned = decision.shards == planned
     if not workload.config.reprocess:
         decision.earlier = _earlier(decision)
     if not workload.derived and (lost := sum(DERIVED in f for f in decision.extends.values())):
-        what = f"{lost} extended shards lose their derived columns; `d2m derive` makes them again"
-        decision.notices.append(what)
+        what = counted(lost, "extended shard loses its", "extended shards lose their")
+        decision.notices.append(f"{what} derived columns; `d2m derive` makes them again")
     return decision
 
 
@@ -167,8 +164,9 @@ def _moved(workload: Workload, known: list[Shard], shards: list[Shard]) -> dict[
     if not places or workload.moved is not None:
         return places if workload.moved else {}
     old, new = next(iter(places.items()))
+    told = counted(len(places), "new tar has", "new tars have")
     mistake = (
-        f"{workload.config.input_key}: {len(places)} new tars have the names and sizes of planned "
+        f"{workload.config.input_key}: {told} the names and sizes of planned "
         f"ones that are no longer where they were: {old} may be {new.url} now; say which: --moved "
         "if they are the same tars, --not-moved if they are others and get names of their own"
     )
@@ -192,7 +190,7 @@ def _see_changed(
             newest = max(tries.attempt, made.attempt if made else 0)
             decision.tried[stem] = tries._replace(attempt=newest, again=True)
         if again:
-            tars = "1 tar has" if len(again) == 1 else f"{len(again):,} tars have"
+            tars = counted(len(again), "tar has", "tars have")
             decision.notices.append(f"{tars} changed and will be computed again")
         else:
             decision.notices.append("no tar has changed since it was computed")
@@ -334,9 +332,9 @@ def _refuse_odd(workload: Workload, output: OutputDir, stems: list[str]) -> None
 def _refuse_foreign(workload: Workload, stems: list[str]) -> None:
     if stems:
         mistake = (
-            f"output_metadata_dir: {workload.config.output_metadata_dir} holds {len(stems)} "
-            f"parquets that this program did not write ({few(stems)}); move them, or "
-            "set `reprocess: true` to replace them"
+            f"output_metadata_dir: {workload.config.output_metadata_dir} holds "
+            f"{counted(len(stems), 'parquet')} that this program did not write ({few(stems)}); "
+            "move what is there, or set `reprocess: true` to replace it"
         )
         raise ConfigError(workload.where, [mistake])
 

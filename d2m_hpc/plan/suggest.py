@@ -25,7 +25,7 @@ from d2m_hpc.plan import patterns
 from d2m_hpc.run import values
 from d2m_hpc.run.slices import Tree, planned
 from d2m_hpc.storage import asked_for, stores
-from d2m_hpc.storage.texts import safe
+from d2m_hpc.storage.texts import counted, safe
 from d2m_hpc.storage.urls import is_folder, is_local, is_pipe
 
 TARS, SAMPLES = 3, 100
@@ -305,7 +305,8 @@ def config(output: str, sight: Sight, folder: Path) -> str:
     kinds = [f"{safe(kind)} in {n / sight.samples:.0%}" for kind, n in sight.members.most_common(8)]
     why = "# these fit, too; list them, and `d2m weights fetch` brings their weights:"
     lines = [
-        f"# {sight.tars:,} shards. Of their first {sight.samples} samples: {', '.join(kinds)}.",
+        f"# {counted(sight.tars, 'shard')}. "
+        f"Of the first {counted(sight.samples, 'sample')}: {', '.join(kinds)}.",
         "# `d2m head` shows the first samples with their values; docs/config.md has all keys.",
         *_listed(sight.key, sight.patterns),
         *_listed("output_metadata_dir", output),

@@ -34,7 +34,7 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.run.slices import Slice, Tree, planned
 from d2m_hpc.storage.mounts import cached_seconds
-from d2m_hpc.storage.texts import BRIEF, few, safe
+from d2m_hpc.storage.texts import BRIEF, counted, few, safe
 from d2m_hpc.storage.urls import is_folder, is_local
 
 
@@ -379,10 +379,12 @@ def _notices(
     what = "is the custom file's model, not the built-in one of that name"
     notices = [*expansion.notes, *(f"{name!r} {what}" for name in taken)]
     if expansion.duplicates:
-        notices.append(f"{expansion.duplicates} tars are named more than once; each is done once")
+        again = counted(expansion.duplicates, "tar is", "tars are")
+        notices.append(f"{again} named more than once; each is done once")
     if expansion.missing:
         some = few(expansion.missing)
-        notices.append(f"{len(expansion.missing)} tars are not there and will fail: {some}")
+        gone = counted(len(expansion.missing), "tar is", "tars are")
+        notices.append(f"{gone} not there and will fail: {some}")
     return [*notices, *memory.notices(config, known, sizes), *short_leases(config)]
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from d2m_hpc.errors import D2MError, ShardError
 from d2m_hpc.run.folder import RunDir
-from d2m_hpc.storage.texts import nearest
+from d2m_hpc.storage.texts import counted, nearest
 
 
 def kept_file(run: RunDir, pattern: str) -> Path | None:
@@ -106,6 +106,7 @@ def evaluated(expression: str, kind: str, table: pa.Table) -> pa.Array:
                 why = f"unknown column {unknown[1]!r}{nearest(unknown[1], table.column_names)}"
             raise ShardError(f"found {expression!r}: {why}") from None
     if found.column_names != ["value"] or len(found) != len(table):
-        what = f"{len(found)} rows of {len(found.column_names)} columns for {len(table)} rows"
+        given = f"{counted(len(found), 'row')} of {counted(len(found.column_names), 'column')}"
+        what = f"{given} for {counted(len(table), 'row')}"
         raise ShardError(f"found {expression!r}, which gives {what}; valid is a value for each row")
     return found["value"].combine_chunks()

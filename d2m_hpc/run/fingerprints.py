@@ -15,7 +15,7 @@ from d2m_hpc.run.extension import Fingerprint, obstacles, refits
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.storage.lease import Lease, held
-from d2m_hpc.storage.texts import few
+from d2m_hpc.storage.texts import counted, few
 
 DERIVED = "+"
 """Between the short hash of a config and that of its derived columns, where a pair has these."""
@@ -109,7 +109,7 @@ def require_growth(
             mistakes = obstacles(earlier, now)
         if not mistakes:
             return dict(earlier)
-    made_so = f"{len(stems)} shards ({few(stems)})" if stems else "what live tasks make"
+    made_so = f"{counted(len(stems), 'shard')} ({few(stems)})" if stems else "what live tasks make"
     advice = (
         f"{made_so} of the run in {run.root} were made with other values, and take additional "
         "models, columns, features and fields only; restore the rest, take another "

@@ -28,6 +28,7 @@ from d2m_hpc.run.manifest import Outcome
 from d2m_hpc.run.outputs import NPZ, PARQUET, OutputDir
 from d2m_hpc.run.records import Record
 from d2m_hpc.storage.lent import Lend, new
+from d2m_hpc.storage.texts import counted
 
 METADATA = b"d2m"
 """The key of the shard's record in the parquet's file metadata."""
@@ -309,10 +310,12 @@ def _blocks(
 
 def _of_parquet(file: BufferedIOBase, rows: int, carried: Collection[str]) -> list[str]:
     table = _table(file)
-    problems = [f"has {table.num_rows} rows, its record {rows}"] if table.num_rows != rows else []
+    has = f"has {counted(len(table), 'row')}, its record {rows}"
+    problems = [has] if len(table) != rows else []
     for name in table.column_names:
         bad = 0 if name in carried else _non_finite(table[name])
-        problems += [f"column {name!r} has {bad} values that are not finite"] if bad else []
+        told = counted(bad, "value that is", "values that are")
+        problems += [f"column {name!r} has {told} not finite"] if bad else []
     return problems
 
 
@@ -336,7 +339,7 @@ def _of_npz(file: BufferedIOBase, rows: int) -> list[str]:
     problems = []
     for name, array in _arrays(file):
         if len(array) != rows:
-            problems.append(f"array {name!r} has {len(array)} rows, its record {rows}")
+            problems.append(f"array {name!r} has {counted(len(array), 'row')}, its record {rows}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             problems.append(f"array {name!r} has values that are not finite")
     return problems

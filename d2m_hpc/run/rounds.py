@@ -10,6 +10,7 @@ from typing import Any
 from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage.files import atomic_write
+from d2m_hpc.storage.texts import counted
 
 IDLE = 2
 """Rounds that may come to nothing, one after another."""
@@ -95,7 +96,7 @@ class Chain:
     def __str__(self) -> str:
         # The last one may only have seen that there were enough.
         number = min(len(self.rounds), self.wish.most)
-        what = f"{number} of at most {self.wish.most} rounds"
+        what = f"{number} of at most {counted(self.wish.most, 'round')}"
         if trouble := self.rounds[-1].trouble if self.rounds else "":
             what += f"; the last submit failed: {trouble}"
         return f"{what}; {self.ended}" if self.ended else what

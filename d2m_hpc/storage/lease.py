@@ -16,7 +16,7 @@ from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from d2m_hpc.storage.files import FILE_MODE, named
 from d2m_hpc.storage.suspension import frozen_seconds
-from d2m_hpc.storage.texts import BRIEF, safe
+from d2m_hpc.storage.texts import BRIEF, counted, safe
 
 OWNERLESS_SECONDS = 2.0
 """Age at which a lease file without a holder's name is removed: live holders write within
@@ -180,7 +180,8 @@ def held(paths: Iterable[Path]) -> set[Path]:
 def _tell(paths: list[Path]) -> None:
     seconds = max(map(_duration, paths))
     few = ", ".join(safe(path.name, BRIEF) for path in paths[:3])
-    text = f"{len(paths)} claims of other machines give no sign of life ({few})"
+    text = counted(len(paths), "claim of another machine gives", "claims of other machines give")
+    text += f" no sign of life ({few})"
     print(f"note: {text}; watching them for {seconds:.0f} s", file=sys.stderr, flush=True)
 
 

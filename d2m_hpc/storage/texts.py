@@ -58,6 +58,15 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return told + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A text such as `1 task` or `1,200 tasks`.
+
+    Args:
+        many: of other numbers than 1; empty for `one` with an s.
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def nearest(name: str, valid: Iterable[str], others: Iterable[str] = ()) -> str:
     """The end of a message about an unknown name: `; did you mean ...?` and the valid names.
 

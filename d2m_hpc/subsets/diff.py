@@ -17,6 +17,7 @@ from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.storage.texts import counted
 from d2m_hpc.subsets.finished import readable
 
 KEPT = 100_000
@@ -244,20 +245,20 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def lines(found: Difference, names: tuple[str, str]) -> Iterator[str]:
     """The comparison as lines for people."""
-    yield f"{found.rows:,} rows are in both"
+    yield f"{counted(found.rows, 'row is', 'rows are')} in both"
     for side, name in enumerate(names):
         if found.unfinished[side]:
-            yield f"{found.unfinished[side]:,} shards of {name} are not finished; they are left out"
+            yield f"left out: {counted(found.unfinished[side], 'shard')} of {name}, not finished"
         if found.only[side]:
             few = ", ".join(found.some[side])
-            yield f"{found.only[side]:,} rows are in {name} alone: {few}"
+            yield f"{counted(found.only[side], 'row is', 'rows are')} in {name} alone: {few}"
         if found.missing[side]:
             yield f"columns of {name} alone: {', '.join(found.missing[side])}"
     for name, shift in sorted(found.shifts.items()):
         if not shift.different:
             continue
         share = shift.different / shift.rows
-        told = f"{name}: {shift.different:,} rows differ ({share:.1%})"
+        told = f"{name}: {counted(shift.different, 'row differs', 'rows differ')} ({share:.1%})"
         parts = [f"{q:.0%} {value:+.3g}" for q, value in shift.quantiles.items()]
         yield f"{told}; shifts by quantile: {', '.join(parts)}" if parts else told
     equal = sum(not shift.different for shift in found.shifts.values())

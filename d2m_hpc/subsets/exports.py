@@ -36,6 +36,7 @@ from d2m_hpc.run.pair import ArrayBlocks, Pair
 from d2m_hpc.storage import asked_for, files
 from d2m_hpc.storage.lease import Lease, held
 from d2m_hpc.storage.lent import Lender
+from d2m_hpc.storage.texts import counted
 from d2m_hpc.subsets.finished import readable, require_known, schema_of, unreadable
 
 PART_ROWS = 100_000
@@ -189,7 +190,7 @@ class ExportSource:
 
     def _cast(self, table: pa.Table, rows: int, names: Sequence[str]) -> pa.Table:
         if len(table) != rows:
-            raise ValueError(f"it has {len(table)} rows, its record {rows}")
+            raise ValueError(f"it has {counted(len(table), 'row')}, its record {rows}")
         kinds = [self.schema.field(name) for name in names]
         there = set(table.column_names)
         values = [
@@ -339,7 +340,7 @@ def part_of(given: Sequence[int]) -> TaskParts | None:
         raise ConfigError("export", [f"--part: found {given!r}; valid are two numbers"]) from None
     number, of = numbers if len(numbers) == 2 else (0, 0)
     if numbers and not 1 <= number <= of:
-        what = f"--part: found {number} of {of} tasks; valid is 1 to {of}"
+        what = f"--part: found {number} of {counted(of, 'task')}; valid is 1 to {of}"
         raise ConfigError("export", [what])
     return TaskParts(number, of) if numbers else None
 
@@ -422,8 +423,8 @@ def _whole_id(layout: ExportLayout) -> str:
 def _begin(log: Log, layout: ExportLayout, tasked: str = "") -> set[str]:
     """Clear the folder of what is not wanted any more; returns the parts that are there."""
     if busy := held(log.root.glob(f"{MARK}.*-*.lock")):
-        what = f"{len(busy)} tasks of an export are writing there; wait for their end"
-        raise D2MError(f"{log.root}: {what}, or cancel them")
+        what = counted(len(busy), "task of an export is", "tasks of an export are")
+        raise D2MError(f"{log.root}: {what} writing there; wait for their end, or cancel them")
     there = layout.there(log.parts, _whole_id(layout) in log.parts)
     log.tidy([*layout.last(), *(path for part in layout.parts for path in layout.files(part))])
     log.tasked = tasked

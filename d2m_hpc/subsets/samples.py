@@ -16,7 +16,7 @@ from d2m_hpc.plan.standing import Standings, standings
 from d2m_hpc.run.fingerprints import meets
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
-from d2m_hpc.storage.texts import few
+from d2m_hpc.storage.texts import counted, few
 from d2m_hpc.subsets.widest import FLOATS, Layout, Widest, is_lossy, listed, literal, quoted, text
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def opened(
     output = OutputDir(config.output_metadata_dir)
     newest = sorted(done, key=lambda s: (bool(done[s].rows), done[s].finished), reverse=True)
     if lost := sorted(s for s, o in found.removed.items() if meets(o.fingerprint, found.asked)):
-        what = f"outputs of {len(lost)} finished shards are missing ({few(lost)})"
+        what = f"outputs of {counted(len(lost), 'finished shard')} are missing ({few(lost)})"
         raise D2MError(f"{output.url}: {what}; see `d2m verify`")
     paths = [output.address(f"{stem}.parquet") for stem in newest]
     with (
@@ -267,7 +267,7 @@ def _beside(pool: Pool, path: Path) -> dict[str, str]:
     ((again,),) = db.execute(repeated).fetchall()
     if again:
         what = "shard and key" if pool.by_name else "uid"
-        raise wrong(f"has {again:,} rows with the {what} of another row; keep one of each")
+        raise wrong(f"has {counted(again, 'row')} with the {what} of another row; keep one of each")
     return columns
 
 

@@ -20,7 +20,7 @@ from d2m_hpc.config import Config
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage import asked_for
-from d2m_hpc.storage.texts import nearest
+from d2m_hpc.storage.texts import counted, nearest
 from d2m_hpc.subsets import exports
 from d2m_hpc.subsets.samples import FILE, PLACE, Pool, is_of_file, opened
 from d2m_hpc.subsets.widest import INTEGERS, NUMBERS, quoted
@@ -287,7 +287,8 @@ def _choose(pool: Pool, query: Query) -> Selection:
     _take(pool, "chosen", source, order, query.sample, query.within)
     (chosen,) = _row(pool, "SELECT count(*) FROM chosen")
     (light,) = _row(pool, "SELECT count(*) FILTER (weight <= 0) FROM best")
-    what = f"{light:,} samples have a {query.weight!r} of 0 or less, and are never drawn"
+    what = counted(light, "sample has", "samples have")
+    what += f" a {query.weight!r} of 0 or less; never drawn"
     return Selection(
         rows=pool.rows,
         undecided=undecided,

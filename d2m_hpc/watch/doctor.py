@@ -18,6 +18,7 @@ from d2m_hpc.launch import slurm
 from d2m_hpc.launch.commands import ask
 from d2m_hpc.models import weights
 from d2m_hpc.plan import preflight, workload
+from d2m_hpc.storage.texts import counted
 from d2m_hpc.version import __version__
 
 SECONDS = 120
@@ -65,7 +66,7 @@ def _torch() -> Check:
         return Check("torch", f"cannot be imported: {why}", "install torch anew")
     version, built, devices = json.loads(ended.stdout.splitlines()[-1])
     if devices:
-        return Check("torch", f"{version}, {len(devices)} GPUs: {', '.join({*devices})}")
+        return Check("torch", f"{version}, {counted(len(devices), 'GPU')}: {', '.join({*devices})}")
     if driver := _driver():
         what = f"{version} for CUDA {built} finds no GPU, though the driver {driver} has some"
         return Check("torch", what, "install a newer driver, or torch for an older CUDA")
@@ -134,7 +135,9 @@ def _weights(config: Config | None, where: str) -> Check:
     if config is None:
         folder = weights.default_dir()
         there = sum(path.is_file() for path in folder.rglob("*")) if folder.is_dir() else 0
-        return Check("weights", f"{there} files in {folder}; name a config to check its own")
+        return Check(
+            "weights", f"{counted(there, 'file')} in {folder}; name a config to check its own"
+        )
     config = workload.absolute(config)
     custom, _ = workload.customs(config, workload.run_dir(config))
     folder = weights.weights_dir(config.weights_dir)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from d2m_hpc.storage.texts import counted
 from d2m_hpc.watch import terminal
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class _PlainLines:
             return
         self.said = now
         print(
-            f"{task.done + task.failed}/{task.shards} shards, {task.rows} rows, "
+            f"{task.done + task.failed}/{counted(task.shards, 'shard')}, "
+            f"{counted(task.rows, 'row')}, "
             f"{task.speed:.1f} samples/s, {task.failed} failed",
             flush=True,
         )

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from d2m_hpc.launch.waiting import silence
 from d2m_hpc.models.published import Checkpoint
-from d2m_hpc.storage.texts import fit, safe
+from d2m_hpc.storage.texts import counted, fit, safe
 
 if TYPE_CHECKING:
     from d2m_hpc.config import Config
@@ -86,7 +86,7 @@ def samples(head: FirstSamples) -> None:
     for key, reason in head.rejections:
         console.print(f"rejected {key}: {reason}", style="yellow")
     left = f", {len(head.rejections)} rejected" if head.rejections else ""
-    console.print(f"{count(head.table.num_rows, 'sample')}{left}; nothing was written")
+    console.print(f"{counted(head.table.num_rows, 'sample')}{left}; nothing was written")
 
 
 def _shown(value: Any) -> str:
@@ -110,24 +110,18 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def count(number: int, noun: str) -> str:
-    """A text such as `1 task` or `1,200 tasks`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 def decision(decided: Decision) -> None:
     done, given_up = len(decided.done), len(decided.exhausted)
-    line = f"{len(decided.shards)} shards: {done} done, {len(decided.pending)} to do"
+    line = f"{counted(len(decided.shards), 'shard')}: {done} done, {len(decided.pending)} to do"
     if decided.in_flight:
         line += f", {len(decided.in_flight)} with live tasks"
     if given_up:
         attempts = decided.workload.config.max_attempts
-        line += (
-            f", {given_up} given up after {attempts} attempts (--set max_attempts={attempts + 1})"
-        )
+        line += f", {given_up} given up after {counted(attempts, 'attempt')}"
+        line += f" (--set max_attempts={attempts + 1})"
     console.print(line)
     for number, lacked in decided.gains():
-        console.print(f"{number} shards gain {_gained(lacked)}")
+        console.print(f"{counted(number, 'shard gains', 'shards gain')} {_gained(lacked)}")
     if decided.pending and decided.shard_seconds is not None:
         left = duration(len(decided.pending) * decided.shard_seconds)
         console.print(f"about {left} of work, by the shards that are done")
@@ -158,8 +152,8 @@ def proposal(proposed: Proposal) -> None:
     """Print the tasks, arrays and sbatch options that a submit would use."""
     from d2m_hpc.launch.sbatch import flags
 
-    most = count(proposed.most, "shard")
-    console.print(f"{count(proposed.tasks, 'task')} of at most {most}")
+    most = counted(proposed.most, "shard")
+    console.print(f"{counted(proposed.tasks, 'task')} of at most {most}")
     for array in proposed.arrays:
         line = f"array {array.name}: elements 0-{array.elements - 1}"
         line += f", {array.parallel} at once" if array.parallel else ""
@@ -171,7 +165,7 @@ def proposal(proposed: Proposal) -> None:
 
 def submitted(arrays: Sequence[Array]) -> None:
     for array in arrays:
-        elements = count(array.elements, "element")
+        elements = counted(array.elements, "element")
         console.print(f"array {array.job_id}: {elements} ({array.name})")
     if arrays:
         console.print("`d2m status` shows how far it is")
@@ -215,7 +209,7 @@ def _costs(found: Summary) -> dict[str, str]:
 
 def ran_on(found: Summary) -> str:
     """A text such as `NVIDIA H100 80GB HBM3 (12 tasks), CPU (1 task)`."""
-    return ", ".join(f"{model} ({count(n, 'task')})" for model, n in found.hardware.items())
+    return ", ".join(f"{model} ({counted(n, 'task')})" for model, n in found.hardware.items())
 
 
 def summary(found: Summary) -> None:
@@ -265,7 +259,7 @@ def _counted(found: Summary) -> None:
     for reason, number in found.rejections.items():
         console.print(f"rejected {number:,}: {reason}")
     for notice, number in found.notices.items():
-        console.print(f"noted of {count(number, 'shard')}: {notice}", style="dim")
+        console.print(f"noted of {counted(number, 'shard')}: {notice}", style="dim")
 
 
 def top(found: Summary, tasks: Sequence[TaskProgress]) -> None:
@@ -273,8 +267,8 @@ def top(found: Summary, tasks: Sequence[TaskProgress]) -> None:
     tasks = [task for task in tasks if task.task not in found.lost]
     nodes = len({task.host for task in tasks})
     told = figures(found)
-    shards = f"{told['done']} of {told['shards']} shards, {told['failed']} failed"
-    working = f"{count(len(tasks), 'task')} on {count(nodes, 'node')}"
+    shards = f"{told['done']} of {counted(found.shards, 'shard')}, {told['failed']} failed"
+    working = f"{counted(len(tasks), 'task')} on {counted(nodes, 'node')}"
     if (starting := found.tasks.get("running", 0) - len(tasks) - len(found.silent)) > 0:
         working += f", {starting} starting"
     left = told["time left"] if told["time left"] == IDLE else f"time left {told['time left']}"
@@ -315,10 +309,10 @@ def report(found: Report) -> None:
     for fault in found.faults:
         console.print(f"{fault.file} {fault.what}", style="red")
     wrong = len({f.file for f in found.faults})
-    checked = f"{found.checked} shards checked"
+    checked = f"{counted(found.checked, 'shard')} checked"
     if found.checked < found.done:
         checked = f"checked {found.checked:,} of {found.done:,} shards, a random sample"
-    console.print(f"{checked}, {wrong} files wrong")
+    console.print(f"{checked}, {counted(wrong, 'file')} wrong")
     if wrong:
         console.print("to compute a shard again, delete its parquet and run d2m-submit")
     notices(found.changed.notices())
@@ -357,7 +351,8 @@ def checked(found: Sequence[Found], allow_unpublished: bool) -> None:
             continue
         style = "green" if item.state == "present" else "yellow"
         at = f"{item.need.revision} is {item.commit[:12]}" if item.commit else item.need.revision
-        told = f"{len(item.files)} files, {decimal(item.size)}, {at}" if item.size else at
+        files = counted(len(item.files), "file")
+        told = f"{files}, {decimal(item.size)}, {at}" if item.size else at
         console.print(f"{item.state:8} {item.place} ({told})", style=style)
         for file in item.files:
             if file.state != "ok" and file.path != item.place:  # a folder that is not there

@@ -63,7 +63,7 @@ def test_from_a_folder_to_a_finished_run_in_three_commands(tmp_path: Path) -> No
     assert {"opennsfw-score", "image-phash", "text-words"} < {*config["postprocess_columns"]}
     assert config["additional_fields"] == ["uid", "caption", "n"]
     text = (tmp_path / "c.yml").read_text()
-    assert "# 2 shards. Of their first 5 samples: jpg in 100%, txt in 100%, json in 100%." in text
+    assert "# 2 shards. Of the first 5 samples: jpg in 100%, txt in 100%, json in 100%." in text
     assert "# - oai-clip-vit-l14\n" in text
     assert '# also in the JSON: ["later"]' in text
     assert "opennsfw-score" in _d2m("head", tmp_path / "c.yml", 2).stdout
@@ -153,7 +153,7 @@ def test_a_folder_of_pictures_becomes_inputs(tmp_path: Path) -> None:
     assert config["models"] == ["opennsfw", "language-lid176", "image-stats", "text-stats"]
     assert {"input_tars", "captions"}.isdisjoint(config)
     assert (
-        "# 2 shards. Of their first 2 samples: jpg in 100%, json in 50%, txt in 50%."
+        "# 2 shards. Of the first 2 samples: jpg in 100%, json in 50%, txt in 50%."
         in (tmp_path / "c.yml").read_text()
     )
     captions = tmp_path / "in" / "metadata.jsonl"
@@ -362,7 +362,5 @@ def test_head_tells_what_would_fail(tmp_path: Path) -> None:
         d2m.head(path)
     write_tar(tmp_path / "empty.tar", {})
     write_config(path, STATS, input_tars=str(tmp_path / "empty.tar"), output_metadata_dir="out")
-    with pytest.raises(
-        D2MError, match=r"the first of 1 shards have no samples; look at .*empty\.tar"
-    ):
+    with pytest.raises(D2MError, match=r"no samples in the first of 1 shard; look at .*empty\.tar"):
         d2m.head(path)

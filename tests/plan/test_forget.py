@@ -120,14 +120,14 @@ def test_a_run_goes_on_without_what_was_forgotten(tmp_path: Path) -> None:
     assert submit(config, cwd=tmp_path).returncode == 1
     ended = d2m("forget", config, "00001", cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.startswith("took 1 shards out of the plan: 00001")
+    assert ended.stdout.startswith("took 1 shard out of the plan: 00001")
     told = d2m("status", config, "--json", cwd=tmp_path)
     assert (json.loads(told.stdout)["shards"], json.loads(told.stdout)["done"]) == (2, 2)
     ended = submit(config, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert "1 tars are left out" in ended.stdout
+    assert "1 tar is left out" in ended.stdout
     ended = d2m("forget", config, "--undo", "00001", cwd=tmp_path)
-    assert ended.stdout == "put 1 shards back into the plan\n"
+    assert ended.stdout == "put 1 shard back into the plan\n"
     assert "3 shards: 2 done" in d2m("plan", config, cwd=tmp_path).stdout
 
 

@@ -70,7 +70,7 @@ def test_the_same_command_goes_on_after_a_task_is_killed(cluster: Cluster) -> No
     # What was done is done, and what is at work goes on.
     assert {"00001.tar"} == expected.keys() - contents(out).keys() - {"00004.tar"}
     same = d2m(*words)
-    assert same.stdout == "1 tasks of an earlier command wait or run\n"
+    assert same.stdout == "1 task of an earlier command waits or runs\n"
     other = d2m(*words, "--tasks", 2)
     assert other.returncode == 1
     assert "wait or run; wait for their end, or cancel them" in other.stderr
@@ -82,7 +82,7 @@ def test_the_same_command_goes_on_after_a_task_is_killed(cluster: Cluster) -> No
     assert [*out.glob(".00001.tar.*.tmp")]
     again = d2m(*words, "--wait")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "1 tasks started" in again.stdout
+    assert "1 task started" in again.stdout
     assert f"{SHARDS} were there" in again.stdout
     assert contents(out) == expected
     assert {p.name for p in out.iterdir()} == {*expected, ".d2m-export.jsonl"}

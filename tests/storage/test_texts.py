@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2m_hpc.storage.texts import GAP, json_escaped, safe
+from d2m_hpc.storage.texts import GAP, counted, json_escaped, safe
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,14 @@ def test_a_long_text_keeps_its_start_and_its_end() -> None:
     assert cut.startswith("start")
     assert cut.endswith("what to do")
     assert GAP in cut
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(0, "0 tasks"), (1, "1 task"), (2, "2 tasks"), (1200, "1,200 tasks")]
+)
+def test_counts_have_their_plurals(number: int, told: str) -> None:
+    assert counted(number, "task") == told
+    assert counted(number, "task is", "tasks are") == told + (" is" if number == 1 else " are")
 
 
 def test_lines_are_kept_where_that_is_asked_for() -> None:

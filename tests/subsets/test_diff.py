@@ -74,7 +74,7 @@ def test_each_difference_is_told(folder: Path) -> None:
     ended = d2m("diff", folder / "one.yml", folder / "other.yml")
     assert ended.returncode == 1
     assert f"5 rows are in {folder}/one.yml alone: 00000/000000003, 00001/*\n" in ended.stdout
-    assert "text-words: 1 rows differ (33.3%); shifts by quantile: 0% +0," in ended.stdout
+    assert "text-words: 1 row differs (33.3%); shifts by quantile: 0% +0," in ended.stdout
     assert "100% +2\n" in ended.stdout
     assert f"columns of {folder}/other.yml alone: text-characters\n" in ended.stdout
 

@@ -428,7 +428,7 @@ def test_a_damaged_parquet_is_not_the_conditions_fault(tmp_path: Path) -> None:
     (tmp_path / "out" / "a.parquet").unlink()
     with pytest.raises(
         D2MError,
-        match=r"out: outputs of 1 finished shards are missing \(a\); see `d2m verify`",
+        match=r"out: outputs of 1 finished shard are missing \(a\); see `d2m verify`",
     ):
         select(run, config, Query(), tmp_path / "subset.npy")
 
@@ -487,7 +487,7 @@ def test_weights_decide_how_often_a_sample_is_drawn(tmp_path: Path) -> None:
     run, first = make_run(tmp_path, {"a": rows}), []
     every = select(*run, Query(sample=1.0, weight="weight"), tmp_path / "all.npy")
     assert every.chosen == 5
-    assert every.notices == ("1 samples have a 'weight' of 0 or less, and are never drawn",)
+    assert every.notices == ("1 sample has a 'weight' of 0 or less; never drawn",)
     for seed in range(60):
         select(*run, Query(sample=0.2, weight="weight", seed=seed), tmp_path / "one.npy")
         first += np.load(tmp_path / "one.npy").tolist()
@@ -549,7 +549,7 @@ def test_columns_of_any_name_are_joined(tmp_path: Path, whose: str) -> None:
     [
         ({"key": ["a"]}, "mine.parquet has no column `uid` of texts"),
         ({"uid": [1]}, "mine.parquet has no column `uid` of texts"),
-        ({"uid": [uid(0), uid(0).upper()]}, "has 1 rows with the uid of another row"),
+        ({"uid": [uid(0), uid(0).upper()]}, "has 1 row with the uid of another row"),
         ({"uid": [uid(0)], "key": ["a"]}, "has columns that the run has, too: key"),
         (None, "mine.parquet is not there; check the path"),
     ],

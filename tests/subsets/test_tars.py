@@ -310,9 +310,9 @@ def test_tasks_of_other_parts_are_refused(run: d2m.Run, tmp_path: Path, lists: P
     # While a task writes, the folder is nobody else's.
     lease = Lease(out / ".d2m-export.2-3.lock")
     assert lease.claim()
-    with pytest.raises(D2MError, match="1 tasks of an export are writing there"):
+    with pytest.raises(D2MError, match="1 task of an export is writing there"):
         run.export("subset-tars", out, lists=lists)
-    with pytest.raises(D2MError, match="1 tasks of an export are writing there"):
+    with pytest.raises(D2MError, match="1 task of an export is writing there"):
         divide(run, out, other, TASKS)
     with pytest.raises(D2MError, match="another export is writing there"):
         run.export("subset-tars", out, lists=lists, part=(2, TASKS))

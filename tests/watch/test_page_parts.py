@@ -25,7 +25,6 @@ from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.records import Shard
 from d2m_hpc.watch.page import charts, columns, environment, printed, sheet, timing
 from d2m_hpc.watch.page.timing import cumulative, rate
-from d2m_hpc.watch.terminal import count
 
 finite = st.floats(-1e12, 1e12, allow_nan=False)
 
@@ -67,12 +66,6 @@ class TestPrinted:
     def test_a_name_that_is_none_is_an_error(self) -> None:
         with pytest.raises(UndefinedError, match="'x' is undefined"):
             render("{{ x }}")
-
-    @pytest.mark.parametrize(
-        ("number", "told"), [(0, "0 tasks"), (1, "1 task"), (2, "2 tasks"), (1200, "1,200 tasks")]
-    )
-    def test_counts_have_their_plurals(self, number: int, told: str) -> None:
-        assert count(number, "task") == told
 
 
 class TestCharts:
@@ -249,7 +242,7 @@ class TestValues:
             ([3.0, 3.0], "value: 3 in all 2 rows"),
             ([1.0, 1.0 + 1e-15], "1 to 1, median 1, middle half 1 to 1"),
             ([0.0, 5e-324], "0 to 4.94e-324"),
-            ([1e308, float("inf"), 3.0], "value: 3 in all 1 rows, 2 not finite or over 1e+100"),
+            ([1e308, float("inf"), 3.0], "value: 3 in all 1 row, 2 not finite or over 1e+100"),
         ],
     )
     def test_odd_numbers_of_strangers_have_a_card(self, numbers: list[float], told: str) -> None:

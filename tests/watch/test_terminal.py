@@ -200,7 +200,7 @@ def test_a_decision_says_what_is_left_and_what_is_odd(decided: Decision, file: S
     show.decision(decided)
     assert file.text.splitlines() == [
         "3 shards: 0 done, 3 to do",
-        "note: 1 tars are named more than once; each is done once",
+        "note: 1 tar is named more than once; each is done once",
     ]
 
 

@@ -130,7 +130,7 @@ def test_a_sample_is_drawn_by_its_seed_and_says_what_it_is(run: Path) -> None:
     assert drawn == {"00000.npz", "00001.npz"}
     twice = [d2m("verify", run / "c.yml", "--sample", 1).stdout for _ in range(2)]
     assert twice[0] == twice[1]
-    assert "checked 1 of 2 shards, a random sample, 1 files wrong" in twice[0]
+    assert "checked 1 of 2 shards, a random sample, 1 file wrong" in twice[0]
 
 
 @pytest.mark.parametrize("more", [2, 3])
@@ -224,12 +224,12 @@ VALUES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a NaN in a column": (
         lambda out: _rewrite_table(out, _nan_in_column),
         "00000.parquet",
-        "column 'image-brightness' has 1 values that are not finite",
+        "column 'image-brightness' has 1 value that is not finite",
     ),
     "an infinity in a list": (
         lambda out: _rewrite_table(out, _nan_in_list),
         "00000.parquet",
-        "column 'face-boxes' has 1 values that are not finite",
+        "column 'face-boxes' has 1 value that is not finite",
     ),
     "a NaN in an array": (
         lambda out: _rewrite_array(out, _nan_in_array),
@@ -270,9 +270,7 @@ def test_the_users_own_fields_may_be_null_or_not_finite(run: Path) -> None:
     _rewrite_table(out, lambda table: table.append_column("similarity", values))
     _believe(out)
     assert _check(out, carried=("similarity",)) == []
-    assert _check(out) == [
-        ("00000.parquet", "column 'similarity' has 1 values that are not finite")
-    ]
+    assert _check(out) == [("00000.parquet", "column 'similarity' has 1 value that is not finite")]
 
 
 def test_stray_files_are_named(run: Path) -> None:
@@ -370,7 +368,7 @@ def test_a_shard_without_rows_is_right(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert pq.read_metadata(tmp_path / "out" / "00000.parquet").num_rows == 0
     ended = d2m("verify", config)
-    assert (ended.returncode, ended.stdout) == (0, "1 shards checked, 0 files wrong\n")
+    assert (ended.returncode, ended.stdout) == (0, "1 shard checked, 0 files wrong\n")
 
 
 def test_verify_without_a_run_is_a_usage_error(tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage import asked_for
+from d2m_hpc.storage.texts import counted
 from d2m_hpc.storage.urls import masked
 from d2m_hpc.watch.page import charts, columns, sheet, timing
 from d2m_hpc.watch.page.history import History
 from d2m_hpc.watch.status import summarise
-from d2m_hpc.watch.terminal import count, duration, figures, ran_on
+from d2m_hpc.watch.terminal import duration, figures, ran_on
 
 _UNREADABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters and lone surrogates, which HTML cannot hold."""
@@ -106,7 +107,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"count": count, "duration": duration, "moment": moment}
+    made.filters |= {"count": counted, "duration": duration, "moment": moment}
     made.filters |= {"number": charts.number, "percent": charts.percent}
     made.filters |= {"figures": figures, "ran_on": ran_on, "one_line": one_line}
     return made

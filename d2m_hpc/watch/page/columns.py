@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
+from d2m_hpc.storage.texts import counted
 from d2m_hpc.watch.page import charts
 from d2m_hpc.watch.page.charts import Chart, Values, number
 
@@ -184,7 +185,7 @@ def card(column: Column) -> Card:
     values = column.values
     without = f"{column.missing:,} without a value" if column.missing else ""
     if not len(values):
-        told = f"{column.rows:,} values of type {column.type}, not drawn"
+        told = f"{counted(column.rows, 'value')} of type {column.type}, not drawn"
         return Card(column.name, _listed([told, without]))
     unit = UNITS[column.kind]
     odd = column.rows - len(values)
@@ -212,6 +213,6 @@ def _beyond(histogram: Chart) -> str:
 
 def _quartiles(values: Values, unit: str) -> str:
     if values.min() == values.max():
-        return f"{unit}: {number(values[0])} in all {len(values):,} rows"
+        return f"{unit}: {number(values[0])} in all {counted(len(values), 'row')}"
     low, first, middle, third, high = map(number, np.percentile(values, [0, 25, 50, 75, 100]))
     return f"{low} to {high}, median {middle}, middle half {first} to {third}"

@@ -29,15 +29,13 @@ def truncated(url: str, where: str, whole: int) -> TruncatedShard:
     what, mend = _cut(where, "truncated"), ""
     if where.startswith(JOINED):
         mend = "; join tars by `tar -A`, or unpack it by `tar -xi` and pack again"
-    return TruncatedShard(
-        _line(url, f" is {what}; {whole} samples before it are whole{advice}{mend}")
-    )
+    return TruncatedShard(_line(url, f" is {what}; whole samples before it: {whole}{advice}{mend}"))
 
 
 def taken(where: str, whole: int) -> str:
     """The notice on a cut tar whose whole samples were taken."""
     what = _cut(where, "cut")
-    return f"the tar is {what}; the rest is not read, the {whole} samples before it are taken"
+    return f"the tar is {what}; the rest is not read, samples before it are taken: {whole}"
 
 
 def _cut(where: str, how: str) -> str:

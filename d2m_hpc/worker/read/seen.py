@@ -61,6 +61,7 @@ class Seen:
         names = self.missing([name for name, _ in config.asked_fields])
         told = [self.told(name, "this shard") for name in names]
         if self.renamed:
+            # Of one form, as `d2m status` groups notices that differ in figures alone.
             what = "another `key` in their JSON than their file's name, which the column `key` has"
-            told.append(f"{self.renamed} samples have {what}")
+            told.append(f"samples with {what}: {self.renamed}")
         return told
