@@ -9,10 +9,12 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import warm
 from kit import CHECKPOINTS, DATACOMP, SHARDS, STATS, d2m, submit, write_config, write_shards
 
 import d2m_hpc
@@ -179,6 +181,22 @@ def test_a_failed_shard_is_exit_code_1_with_its_reason(
     assert "failed 1 (broken): ShardError: " in ran.stdout
     assert f"{folder}/tars/broken.tar is no tar: it is text: " in ran.stdout
     assert "Traceback" not in ran.stdout + ran.stderr
+
+
+def test_a_run_goes_on_where_nobody_reads_what_it_prints(folder: Path) -> None:
+    """As with `| head -1`, which ends once it has a line."""
+    reader, out = os.pipe()
+    os.close(reader)
+    with open(out, "w") as unread, tempfile.TemporaryFile("w+") as err:
+        words = ["d2m-submit", str(folder / "c.yml"), "--local"]
+        words += ["--set", f"output_metadata_dir={folder}/unread"]
+        words += ["--set", f"input_tars={folder}/tars/0*.tar"]
+        process = warm.start(words, unread, err)
+        assert process is not None
+        assert process.wait() == 0
+        err.seek(0)
+        assert err.read() == ""
+    assert {path.stem for path in (folder / "unread").glob("*.parquet")} == {"00000", "00001"}
 
 
 def test_samples_are_looked_at_and_copied_without_torch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -102,6 +103,27 @@ def at_interrupt(words: str = "the same command goes on from here") -> Iterator[
 def waiting(how: str) -> AbstractContextManager[None]:
     """Wait for array tasks; at Ctrl-C, say that they go on, and how they are ended."""
     return at_interrupt(f"the array tasks go on: {how}")
+
+
+class _Unread(io.FileIO):
+    """A stream that takes what nobody reads any more."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def outlive_readers() -> None:
+    """Go on where whoever reads the output has gone, as `| head -1` has after its line."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and isinstance(stream.buffer, io.BufferedWriter):
+            raw = io.BufferedWriter(_Unread(stream.fileno(), "w", closefd=False))
+            lines = stream.line_buffering
+            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, None, lines)
+            setattr(sys, name, text)
 
 
 @contextmanager

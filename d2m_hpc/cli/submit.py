@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2m_hpc import api
-from d2m_hpc.cli.common import ConfigFile, Overrides, echo, load, waiting, whole
+from d2m_hpc.cli.common import ConfigFile, Overrides, echo, load, outlive_readers, waiting, whole
 from d2m_hpc.cli.options import WithSlurmOptions
 from d2m_hpc.errors import ConfigError, D2MError
 
@@ -212,6 +212,7 @@ def _to_slurm(
     from d2m_hpc.launch.arrays import SlurmArrays
     from d2m_hpc.watch import terminal
 
+    outlive_readers()
     slurm = SlurmArrays()  # first, as it raises an error if there is no Slurm here
     run = begin(slurm, terminal.decision)
     terminal.submitted(slurm.arrays)
@@ -242,6 +243,8 @@ def _supervised(begin: Callable[..., api.Run], report: bool) -> int:
     """
     from d2m_hpc.stopping import interrupt_once
     from d2m_hpc.worker.supervise import supervised
+
+    outlive_readers()
 
     def unfit(why: str) -> int:
         print(f"error: {why}", file=sys.stderr)
