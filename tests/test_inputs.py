@@ -123,7 +123,8 @@ def as_folder(folder: Path, samples: list[Row]) -> None:
         lines.append({"file_name": f"00000/{row['key']}.jpg", **meta})
     lines.append({**lines[0], "file_name": "../../secret.jpg"})
     lines.append({**lines[0], "file_name": "00001/000000000.jpg"})
-    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    # With a byte order mark, as some editors write it.
+    (folder / "captions.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, lines)))
     pq.write_table(pa.Table.from_pylist(lines), folder / "captions.parquet")
 
 

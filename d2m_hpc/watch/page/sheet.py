@@ -167,7 +167,8 @@ def fill(shard: Shard, samples: Sequence[Picked], config: Config) -> None:
         if members is None:
             sample.fault = fault
             continue
-        sample.caption = members.get("text", b"")[: 4 * CAPTION].decode(errors="replace")[:CAPTION]
+        text = members.get("text", b"")[: 4 * CAPTION]
+        sample.caption = text.decode("utf-8-sig", "replace")[:CAPTION]
         if config.text_field:
             sample.caption = _text_in(members.get("json", b""), config.text_field)[:CAPTION]
         _draw(sample, members.get("image"), config.max_image_pixels)

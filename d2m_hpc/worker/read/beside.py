@@ -77,7 +77,7 @@ class Beside:
         text: str | None = self._texts[row].as_py()
         if text is None:
             raise Rejected(f"{self.name} has a null for the {self.by} {safe(key, 40)!r}")
-        return text
+        return text.removeprefix(parse.MARK)
 
 
 def of_shard(sources: Mapping[str, TextSource], stem: str) -> dict[str, Beside]:

@@ -13,10 +13,13 @@ from typing import Any
 from d2m_hpc.errors import Rejected
 from d2m_hpc.storage.texts import safe
 
+MARK = "\ufeff"
+"""The byte order mark that some editors write in front of UTF-8, and that is no character of it."""
+
 
 def text(data: bytes) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix(MARK)
     except UnicodeDecodeError as error:
         raise Rejected(f"the text is not UTF-8: {error.reason} at byte {error.start}") from None
 
@@ -100,4 +103,4 @@ def text_in(values: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         found = "null" if value is None else type(value).__name__
         raise Rejected(f"no text in the JSON's field {safe(name, 40)!r}: found {found}")
-    return value
+    return value.removeprefix(MARK)

@@ -261,7 +261,7 @@ def _datacomp_fields(
     caption = parse.field(values, recipe.caption)
     if not isinstance(caption, str):
         caption = parse.text(_member("text", sample, archive, recipe.members["text"]))
-    fields = {"text": caption}
+    fields = {"text": caption.removeprefix(parse.MARK)}
     if "uid" in recipe.fields:
         fields["uid"] = _uid(values.get("uid"))
     return fields

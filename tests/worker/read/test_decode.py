@@ -310,6 +310,13 @@ def test_json_is_read_in_the_encodings_of_json(encoding: str) -> None:
     assert parse.json_object('{"é": "漢"}'.encode(encoding)) == json.loads('{"é": "漢"}')
 
 
+def test_a_texts_byte_order_mark_is_none_of_its_characters() -> None:
+    assert parse.text("\ufeffa\ufeff b".encode()) == "a\ufeff b"
+    assert parse.text_in({"t": "\ufeffa\ufeff b"}, "t") == "a\ufeff b"
+    with pytest.raises(Rejected, match="UTF-8: invalid start byte at byte 4"):
+        parse.text(b"\xef\xbb\xbfa\xff")
+
+
 def scans(count: int, size: tuple[int, int] = (64, 48), **options: Any) -> bytes:
     """A progressive JPEG with so many scans, by its header of a given size."""
     buffer = io.BytesIO()

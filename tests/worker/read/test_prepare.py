@@ -77,6 +77,12 @@ def test_a_sample_without_any_text_is_rejected(tmp_path: Path) -> None:
     assert reason == "no text (txt); it has json"
 
 
+def test_text_is_without_the_captions_byte_order_mark(tmp_path: Path) -> None:
+    fields = _prepared(tmp_path, {"caption": "\ufeffc"}, additional_fields=["caption"])
+    assert fields == {"text": "c", "caption": "\ufeffc"}
+    assert _prepared(tmp_path, {}, "\ufeffc".encode(), additional_fields=[]) == {"text": "c"}
+
+
 def test_text_is_there_once_and_beside_the_caption(tmp_path: Path) -> None:
     fields = _prepared(
         tmp_path, {"caption": "c", "text": "t"}, additional_fields=["text", "caption"]
