@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -43,7 +44,7 @@ def arrow_type(kind: str) -> pa.DataType:
 
 
 def name_of(kind: pa.DataType) -> str:
-    """The name in `models.types` of Arrow's type; empty if there is none."""
+    """The name in `models.types` of Arrow's type, or Arrow's own; empty if there is none."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         inner = name_of(kind.value_type)
         return f"list<{inner}>" if inner else ""
@@ -52,8 +53,10 @@ def name_of(kind: pa.DataType) -> str:
         return f"map<{inner}>" if inner else ""
     if pa.types.is_large_string(kind):
         return "string"
-    plain = pa.types.is_primitive(kind) or pa.types.is_string(kind)
-    return FLOATS.get(str(kind), str(kind)) if plain and not pa.types.is_temporal(kind) else ""
+    name = FLOATS.get(str(kind), str(kind))
+    with suppress(ValueError):  # of structs, decimals, times in zones
+        return name if name != "null" and pa.type_for_alias(name) == kind else ""
+    return ""
 
 
 def json_text(value: Any) -> str:

@@ -166,14 +166,22 @@ def test_the_cost_of_objects_grows_with_their_keys_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.list_(pa.list_(pa.float32())), pa.uint8(), pa.string(), pa.bool_(), pa.float64()]
+    "kind",
+    [
+        *(pa.list_(pa.list_(pa.float32())), pa.uint8(), pa.string(), pa.bool_(), pa.float64()),
+        *(pa.list_(pa.binary()), pa.timestamp("us"), pa.date32(), pa.duration("s"), pa.float16()),
+    ],
 )
 def test_types_have_names(kind: pa.DataType) -> None:
     assert arrow_type(name_of(kind)) == kind
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.null(), pa.list_(pa.null()), pa.struct([("a", pa.int8())]), pa.date32()]
+    "kind",
+    [
+        *(pa.null(), pa.list_(pa.null()), pa.struct([("a", pa.int8())]), pa.timestamp("us", "UTC")),
+        *(pa.decimal128(3, 1), pa.list_(pa.struct([])), pa.dictionary(pa.int8(), pa.string())),
+    ],
 )
 def test_what_has_no_name(kind: pa.DataType) -> None:
     assert name_of(kind) == ""

@@ -23,6 +23,13 @@ from d2m_hpc.run.schema import Schema, Shape
 from d2m_hpc.stopping import is_own_process
 from d2m_hpc.worker.batch import Outputs, join, take
 
+VALID = (
+    "valid are numbers, booleans, texts, bytes, times and lists of these; return json.dumps of a "
+    "dict, or a column for each of its keys"
+)
+CONVERTED = ("", "bool", "string", "float32")
+"""Types to which Arrow converts no values that would change."""
+
 
 class _NoPandas(MetaPathFinder):
     """Find no pandas for the thread that made this; custom code in others may import it now."""
@@ -176,19 +183,23 @@ class Table:
         try:
             array, is_told = _typed(given, self.schema, name)
         except pa.ArrowException as error:
-            raise ShardError(f"column {name!r} cannot be written: {error}") from None
+            what = f"column {name!r} cannot be written, of {_described(given)}: {error}; {VALID}"
+            raise ShardError(what) from None
         _require_finite(name, array)
         return array, is_told
 
 
 def _typed(given: Any, schema: Schema, name: str) -> tuple[pa.Array, bool]:
     kind = schema.column(name)
-    if "int" in leaf(kind) and isinstance(given, list):
-        # First by the values' own type: Arrow would silently cut 5.5 to the integer 5.
+    if leaf(kind) not in CONVERTED and isinstance(given, list):
+        # First by the values' own type: Arrow would silently cut 5.5 to the integer 5, and a time
+        # to a date.
         array, kind = _array(given, None), ""
     else:
         array = _array(given, fields.arrow_type(kind) if kind else None)
-    kind = kind or schema.column(name, "" if _is_void(array.type) else fields.name_of(array.type))
+    if not (_is_void(array.type) or (found := fields.name_of(array.type))):
+        raise ShardError(f"column {name!r} has values of {array.type}; {VALID}")
+    kind = kind or schema.column(name, "" if _is_void(array.type) else found)
     wanted = fields.arrow_type(kind) if kind else _float32(array.type)
     if array.type == wanted:
         return array, bool(kind)
@@ -220,6 +231,12 @@ def _array(given: Any, wanted: pa.DataType | None) -> pa.Array:
         return pa.array(given, wanted)
     array = pa.array(given)
     return array if _is_void(array.type) else array.cast(_float32(array.type), safe=False)
+
+
+def _described(given: Any) -> str:
+    """The type of a column's first value."""
+    value = next((value for value in given if value is not None), None)
+    return str(getattr(value, "dtype", type(value).__name__))
 
 
 def _is_void(kind: pa.DataType) -> bool:
@@ -257,9 +274,9 @@ def _require_finite(name: str, numbers: pa.Array) -> None:
 
 
 def _float32(kind: pa.DataType) -> pa.DataType:
-    """A type with float64 narrowed to float32, and float32 in place of no type."""
+    """A type with floats as float32, and float32 in place of no type."""
     if pa.types.is_list(kind):
         return pa.list_(_float32(kind.value_type))
     if pa.types.is_null(kind):
         return pa.float32()
-    return pa.float32() if pa.types.is_float64(kind) else kind
+    return pa.float32() if pa.types.is_floating(kind) else kind

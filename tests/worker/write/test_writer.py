@@ -10,6 +10,8 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from d2m_hpc.errors import D2MError, DiskError, ShardError
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Record, Rejection
+from d2m_hpc.run.schema import Schema
 from d2m_hpc.worker.batch import Outputs
 from d2m_hpc.worker.write.table import Table
 from d2m_hpc.worker.write.writer import Committer, write_pair
@@ -61,8 +64,8 @@ def _outputs(rows: int, first: int = 0, **columns: Any) -> Outputs:
     )
 
 
-def _table(config: configs.Config, *parts: Outputs) -> Table:
-    table = Table(config)
+def _table(config: configs.Config, *parts: Outputs, schema: Schema | None = None) -> Table:
+    table = Table(config, schema)
     for part in parts:
         table.add(part)
     return table
@@ -72,13 +75,15 @@ def _record(rows: int, shard: str = "00000") -> Record:
     return Record(shard, "done", rows=rows, fingerprint="f" * 16, task="000-0-0")
 
 
-def _column(config: configs.Config, name: str, *batches: Any) -> pa.ChunkedArray:
+def _column(
+    config: configs.Config, name: str, *batches: Any, schema: Schema | None = None
+) -> pa.ChunkedArray:
     """A column of its values, batch by batch."""
     changed = config.model_copy(
         update={"postprocess_columns": [name], "postprocess_features": [], "additional_fields": []}
     )
     parts = [Outputs([str(i) for i in range(len(b))], {name: b}) for b in batches]
-    return _table(changed, *parts).table()[name]
+    return _table(changed, *parts, schema=schema).table()[name]
 
 
 def _field(config: configs.Config, *values: Any) -> pa.ChunkedArray:
@@ -191,9 +196,11 @@ def test_a_parquet_tells_its_record_and_the_versions(
 
 
 def test_float64_and_half_become_float32(config: configs.Config) -> None:
-    for dtype in (np.float64, np.float16, np.float32):
+    for dtype in (np.float64, np.float16, np.float32, np.longdouble):
         column = _column(config, "score", np.array([0.5, 0.25], dtype))
         assert (column.type, column.to_pylist()) == (pa.float32(), [0.5, 0.25])
+    column = _column(config, "score", [np.float16(0.5), 0.25])
+    assert (column.type, column.to_pylist()) == (pa.float32(), [0.5, 0.25])
 
 
 def test_boxes_have_one_type_with_faces_and_without(config: configs.Config) -> None:
@@ -216,6 +223,46 @@ def test_a_column_of_vectors_is_lists_of_float32(config: configs.Config) -> None
 def test_a_column_of_two_kinds_is_the_shards_error(config: configs.Config) -> None:
     with pytest.raises(ShardError, match="column 'odd' cannot be written"):
         _column(config, "odd", ["a", 1])
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([None, {"a": 1}], "has values of struct<a: int64>; valid are numbers"),
+        ([[{"a": "x"}], [{"b": 2}]], r"has values of list<item: struct<a: string, b: int64>>; val"),
+        ([{}], "has values of struct<>; valid .* return json.dumps of a dict"),
+        ([Decimal("1.5")], r"has values of decimal128\(2, 1\); valid are numbers"),
+        ([np.longdouble(1.5)], "cannot be written, of (longdouble|float128): .*; valid are numb"),
+        ([object()], "cannot be written, of object: .*; valid are numbers"),
+        ([{1, "a"}], "cannot be written, of set: .*; valid are numbers"),
+    ],
+)
+def test_a_column_whose_type_no_shard_could_agree_on_is_refused(
+    values: Any, told: str, config: configs.Config
+) -> None:
+    with pytest.raises(ShardError, match=f"column 'odd' {told}"):
+        _column(config, "odd", values)
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ([b"a"], ["a"]),
+        ([date(2026, 1, 2)], [datetime(2026, 1, 2, 3)]),
+        ([timedelta(1)], [1]),
+        ([1], [date(2026, 1, 2)]),
+    ],
+)
+def test_bytes_and_times_are_of_the_runs_type(
+    first: list[Any], later: list[Any], config: configs.Config
+) -> None:
+    """Arrow would convert some of them to others."""
+    schema = Schema()
+    made = _column(config, "odd", first, schema=schema)
+    assert made.to_pylist() == first
+    assert _column(config, "odd", [None], schema=schema).type == made.type
+    with pytest.raises(ShardError, match=r"'odd' is .* here, and the rest of the run has"):
+        _column(config, "odd", later, schema=schema)
 
 
 @pytest.mark.parametrize(
