@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2m_hpc.config import Config
-from d2m_hpc.errors import ConfigError
+from d2m_hpc.errors import ConfigError, ShardError
+from d2m_hpc.run.derived import require_steady
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.storage import asked_for
 from d2m_hpc.storage.texts import counted, nearest
@@ -224,6 +225,10 @@ def _check(pool: Pool, query: Query, path: Path | None, columns: Sequence[str]) 
         raise ConfigError(WHERE, wrong)
     with _explained(pool, query):
         pool.db.view("pool").filter(query.where)  # raises for two expressions, or an unknown column
+    try:
+        require_steady(query.where, [*pool.columns])
+    except ShardError as error:
+        raise ConfigError(WHERE, [f"--where: {error}; --sample draws, by its --seed"]) from None
 
 
 @contextmanager

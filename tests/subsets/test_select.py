@@ -344,6 +344,11 @@ def test_nothing_chosen_leaves_an_older_file_alone(tmp_path: Path) -> None:
         (Query("regexp_matches(key, '[')"), "--where.*missing \\]"),
         (Query("('x' || key)::INTEGER = 1"), "--where.*Conversion Error"),
         (Query("(SELECT count(*) FROM read_csv('/etc/passwd')) > 0"), "--where.*Permission"),
+        (
+            Query("random() < 0.5"),
+            r"--where: .*random\(\) gives another value each .*; --sample draw",
+        ),
+        (Query("original_width > epoch(now())"), r"--where: .*now\(\) gives another value each"),
         (Query(by="clip", top=0.3), f"--by: found 'clip', no column of numbers.*{CLIP}"),
         (Query(by="key", top=0.3), "--by: found 'key', no column of numbers"),
     ],
