@@ -9,12 +9,10 @@ import re
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import warm
 from kit import CHECKPOINTS, DATACOMP, SHARDS, STATS, d2m, submit, write_config, write_shards
 
 import d2m_hpc
@@ -183,20 +181,24 @@ def test_a_failed_shard_is_exit_code_1_with_its_reason(
     assert "Traceback" not in ran.stdout + ran.stderr
 
 
-def test_a_run_goes_on_where_nobody_reads_what_it_prints(folder: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_run_goes_on_where_nobody_reads_what_it_prints(folder: Path, unbuffered: str) -> None:
     """As with `| head -1`, which ends once it has a line."""
     reader, out = os.pipe()
     os.close(reader)
-    with open(out, "w") as unread, tempfile.TemporaryFile("w+") as err:
-        words = ["d2m-submit", str(folder / "c.yml"), "--local"]
-        words += ["--set", f"output_metadata_dir={folder}/unread"]
-        words += ["--set", f"input_tars={folder}/tars/0*.tar"]
-        process = warm.start(words, unread, err)
-        assert process is not None
-        assert process.wait() == 0
-        err.seek(0)
-        assert err.read() == ""
-    assert {path.stem for path in (folder / "unread").glob("*.parquet")} == {"00000", "00001"}
+    to = folder / f"unread{unbuffered}"
+    words = ["--local", "--set", f"output_metadata_dir={to}"]
+    words += ["--set", f"input_tars={folder}/tars/0*.tar"]
+    with open(out, "w") as unread:
+        ended = subprocess.run(
+            [BIN / "d2m-submit", folder / "c.yml", *words],
+            stdout=unread,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert {path.stem for path in to.glob("*.parquet")} == {"00000", "00001"}
 
 
 def test_samples_are_looked_at_and_copied_without_torch(

@@ -119,10 +119,15 @@ def outlive_readers() -> None:
     """Go on where whoever reads the output has gone, as `| head -1` has after its line."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and isinstance(stream.buffer, io.BufferedWriter):
-            raw = io.BufferedWriter(_Unread(stream.fileno(), "w", closefd=False))
-            lines = stream.line_buffering
-            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, None, lines)
+        buffer = getattr(stream, "buffer", None)
+        # With PYTHONUNBUFFERED there is no buffer between the text and the file.
+        if isinstance(stream, io.TextIOWrapper) and isinstance(
+            buffer, io.FileIO | io.BufferedWriter
+        ):
+            raw = _Unread(stream.fileno(), "w", closefd=False)
+            under: Any = raw if isinstance(buffer, io.FileIO) else io.BufferedWriter(raw)
+            how = (stream.encoding, stream.errors, None, stream.line_buffering)
+            text = io.TextIOWrapper(under, *how, stream.write_through)
             setattr(sys, name, text)
 
 
