@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from kit import STATS, sample, submit, write_config, write_shards, write_tar
+from kit import d2m as command
 from launch.scripted import commands_of
 
 import d2m_hpc as d2m
@@ -320,8 +321,9 @@ def test_a_shard_without_the_feature_fails_alone(folder: Path) -> None:
     good = pair.read_bytes()
     np.savez(pair)
     run = d2m.derive(file, local=True)
-    assert (run.status().done, run.status().failed) == (3, 1)
-    [failure] = run.status().failures
+    status = run.status()
+    assert (status.done, status.underived, status.failed) == (4, 1, 0)
+    [failure] = status.failures
     assert "this finished pair cannot be extended: the npz has the sha256" in failure.error
     assert d2m.submit(file, local=True).status().complete  # the pair is as it was
     pair.write_bytes(good)
@@ -340,6 +342,36 @@ def test_a_shard_without_the_feature_fails_alone(folder: Path) -> None:
         "00001: this finished pair cannot be extended: 'image-histogram is not a file"
         in failure.error
     )
+
+
+def test_a_run_stays_finished_where_a_derived_column_fails(folder: Path) -> None:
+    names = {"input_tars": str(folder / "tars/*.tar"), "output_metadata_dir": str(folder / "out")}
+    plain = write_config(folder / "plain.yml", STATS, **names)
+    d2m.submit(plain, local=True)
+    before = d2m.open(plain).status().samples_per_second
+    number = {"kind": "sql", "type": "int64", "expression": "key::BIGINT"}
+    file = write_config(folder / "c.yml", STATS, **names, derive={"x": number}, max_attempts=2)
+    for _ in range(2):
+        assert command("derive", file, "--local").returncode == 1
+    for opened in (plain, file):
+        run = d2m.open(opened)
+        status = run.status()
+        assert (status.done, status.failed, status.underived, status.given_up) == (4, 0, 1, 1)
+        assert (status.complete, status.samples_per_second) == (True, before)
+        [failure] = status.failures
+        assert failure.shards == ["00002"]
+        assert failure.error.startswith("derive.x: found 'key::BIGINT': Conversion Error")
+        assert (run.verify().unfinished, run.verify().faults) == (0, [])
+        chosen = run.select(folder / "kept.jsonl", where="x IS NOT NULL")
+        assert (chosen.rows, chosen.passed, chosen.unfinished) == (3 * ROWS, 2 * ROWS, 0)
+        table = run.table()
+        assert table.column("x").null_count == ROWS
+        assert table.column("key").to_pylist()[-ROWS:] == [f"copy{i}" for i in range(ROWS)]
+        assert run.export("hf", folder / "hf").rows == 3 * ROWS
+    told = command("derive", file, "--local")
+    assert told.returncode == 1
+    assert "1 given up after 2 attempts" in told.stdout
+    assert "4 shards: 4 done, 0 to do" in command("plan", plain).stdout
 
 
 @pytest.mark.parametrize(

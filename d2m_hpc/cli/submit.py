@@ -267,7 +267,7 @@ def _supervised(begin: Callable[..., api.Run], report: bool) -> int:
 
 
 def _ended(run: api.Run, report: bool) -> int:
-    """Show how a run ended, and write its page; returns 1 if the run is not complete."""
+    """Show how a run ended, and write its page; returns 1 if it lacks anything asked for."""
     from d2m_hpc.watch import terminal
 
     summary = run.status()
@@ -277,4 +277,4 @@ def _ended(run: api.Run, report: bool) -> int:
             echo(f"report: {run.report(run.path / 'report.html')}")
         except D2MError as error:  # the run itself is as it is
             echo(f"no report is written: {error}")
-    return 0 if summary.complete else 1
+    return 0 if summary.complete and not summary.underived else 1

@@ -24,9 +24,9 @@ from d2m_hpc.plan import workload
 from d2m_hpc.plan.decide import Decision
 from d2m_hpc.plan.standing import standings
 from d2m_hpc.run import fingerprints
-from d2m_hpc.run.fingerprints import DERIVED
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest
+from d2m_hpc.run.records import DERIVED
 from d2m_hpc.run.rounds import IDLE, Chain, Round, Rounds, read, write
 from d2m_hpc.run.tasks import attempts
 from d2m_hpc.storage.texts import ERROR, safe
@@ -139,10 +139,10 @@ def _look(run: RunDir, config: Config, chain: Chain) -> Round:
     manifest = Manifest.load(run)
     found = standings(run, config, manifest)
     tries = sum(map(len, manifest.failures.values()))
-    this = Round(time.time(), len(found.done), len(found.stems), tries)
+    this = Round(time.time(), sum(map(found.has_all, found.stems)), len(found.stems), tries)
     why: list[str] = []
     with suppress(SlurmError):  # the submit that follows tells it
-        ends = ended.find(run, slurm.queue(run, PATIENCE), attempts(run), found.done.__contains__)
+        ends = ended.find(run, slurm.queue(run, PATIENCE), attempts(run), found.has_all)
         this.causes = sorted({end.cause for end in ends})
         this.taken = not ended.TAKEN.isdisjoint(this.causes)
         why = [*map(str, ended.told(ends, config.slurm))]

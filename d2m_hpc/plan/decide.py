@@ -19,12 +19,11 @@ from d2m_hpc.plan.workload import Workload, hashed
 from d2m_hpc.run import fingerprints, nodes
 from d2m_hpc.run.attempts import Attempts
 from d2m_hpc.run.extension import lacked, only_new
-from d2m_hpc.run.fingerprints import DERIVED
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.manifest import Manifest, Outcome
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.pair import Pair
-from d2m_hpc.run.records import DIED, Job, Record, Shard
+from d2m_hpc.run.records import DERIVED, DIED, Job, Record, Shard
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage.texts import counted, few
 
@@ -244,12 +243,13 @@ def _read_state(decision: Decision, known: list[Shard], busy: set[str]) -> None:
         pairs = decision.extends.items()
         decision.extends = {s: f for s, f in pairs if fingerprints.meets(f, base)}
         decision.left_out = {*stems} - decision.extends.keys()
+    timed = found.done if workload.derived else manifest.computed(found.done)
     if decision.done:
-        seconds = sum(o.finished - o.started for o in found.done.values())
+        seconds = sum(o.finished - o.started for o in timed.values())
         seconds += sum(r.finished - r.started for r in decision.lost if r.shard in decision.done)
         decision.shard_seconds = seconds / len(decision.done)
     if config.task_minutes:
-        decision.pace = pace(found.done, decision.shards)
+        decision.pace = pace(timed, decision.shards)
     decision.starved = {s: f[-1].task for s, f in found.failed.items() if f[-1].is_starved}
     decision.last_finished = nodes.last_finished(manifest)
     decision.tried = tried(manifest, found, workload.run, ours)

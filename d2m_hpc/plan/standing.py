@@ -30,7 +30,8 @@ class Standings:
 
     A shard is done if it is done on record by the fingerprint asked for, or by one with derived
     columns besides, its parquet is in place, and its npz where the config asks for features, and no
-    failure was recorded since.
+    failure was recorded since. `standings` takes one as done, too, that lacks derived columns alone
+    as they could not be computed.
 
     Attributes:
         stems: the stems of all shards, in the plan's order.
@@ -38,7 +39,8 @@ class Standings:
         done: the records of done shards, by stem.
         outdated: the records of shards whose pairs another fingerprint made, by stem.
         failed: the failures of shards that are not done, oldest first, by stem.
-        given_up: stems of `failed` that failed too often to be tried again.
+        given_up: stems of `failed` and `underived` that failed too often to be tried again.
+        underived: the failures of shards that are done but for derived columns, by stem.
         removed: the records of shards that are done on record and lack a file, by stem.
         bare: stems of parquets whose npz is missing.
         unrecorded: stems of parquets without a record.
@@ -51,6 +53,7 @@ class Standings:
     outdated: dict[str, Outcome] = field(default_factory=dict)
     failed: dict[str, list[Outcome]] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
+    underived: dict[str, list[Outcome]] = field(default_factory=dict)
     removed: dict[str, Outcome] = field(default_factory=dict)
     bare: Collection[str] = ()
     unrecorded: list[str] = field(default_factory=list)
@@ -58,7 +61,12 @@ class Standings:
 
     @property
     def is_complete(self) -> bool:
-        return len(self.done) == len(self.stems)
+        """Whether all shards have all that is asked for, derived columns as well."""
+        return len(self.done) == len(self.stems) and not self.underived
+
+    def has_all(self, stem: str) -> bool:
+        """Whether a shard has all that is asked for, derived columns as well."""
+        return stem in self.done and stem not in self.underived
 
     @property
     def unfinished(self) -> list[str]:
@@ -163,7 +171,25 @@ def standings(
     odd = set[str]()
     present, bare = present_and_bare(config, manifest.done, odd, there)
     asked = asked or fingerprints.newest(run)
-    return stand(read_stems(run.shards), manifest, present, asked, config.max_attempts, odd, bare)
+    stems = read_stems(run.shards)
+    found = stand(stems, manifest, present, asked, config.max_attempts, odd, bare)
+    _keep_underived(found)
+    return found
+
+
+def _keep_underived(found: Standings) -> None:
+    """Take shards as done whose pairs are good, as nothing failed but their derived columns."""
+    base = fingerprints.base(found.asked)
+    wider = fingerprints.wider(base)
+    for stem, failed in [*found.failed.items()] if base != found.asked else ():
+        made = found.outdated.get(stem)
+        is_good = made is not None and fingerprints.meets(made.fingerprint, base)
+        if is_good and all(f.fingerprint.startswith(wider) for f in failed):
+            found.underived[stem] = found.failed.pop(stem)
+    if found.underived:  # in the plan's order
+        kept = {stem: found.outdated.pop(stem) for stem in found.underived}
+        done = found.done | kept
+        found.done = {stem: done[stem] for stem in found.stems if stem in done}
 
 
 def present_and_bare(

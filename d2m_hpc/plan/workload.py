@@ -29,8 +29,9 @@ from d2m_hpc.plan import memory, patterns, preflight
 from d2m_hpc.plan.forget import forgotten
 from d2m_hpc.run import frozen
 from d2m_hpc.run.extension import DERIVE, with_own_names
-from d2m_hpc.run.fingerprints import DERIVED, in_known_order
+from d2m_hpc.run.fingerprints import in_known_order
 from d2m_hpc.run.folder import RunDir
+from d2m_hpc.run.records import DERIVED
 from d2m_hpc.run.shards import read_shards
 from d2m_hpc.run.slices import Slice, Tree, planned
 from d2m_hpc.storage.mounts import cached_seconds

@@ -14,11 +14,14 @@ from d2m_hpc.run.damage import undamaged
 from d2m_hpc.run.extension import Fingerprint, obstacles, refits
 from d2m_hpc.run.folder import RunDir, Submission
 from d2m_hpc.run.manifest import Outcome
+from d2m_hpc.run.records import DERIVED
 from d2m_hpc.storage.lease import Lease, held
 from d2m_hpc.storage.texts import counted, few
 
-DERIVED = "+"
-"""Between the short hash of a config and that of its derived columns, where a pair has these."""
+
+def base(made: str) -> str:
+    """The part of a fingerprint without derived columns."""
+    return made.partition(DERIVED)[0]
 
 
 def wider(asked: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from sys import intern
 from typing import Any, NamedTuple
 
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.merge import listed
-from d2m_hpc.run.records import DIED, EARLIEST, Order, order, read_values
+from d2m_hpc.run.records import DERIVED, DIED, EARLIEST, Order, order, read_values
 
 FAR = 1e13
 """More than any count or time that a record may have; a damaged one may have any."""
@@ -116,10 +117,16 @@ class Manifest:
     Attributes:
         done: the newest `done` record of each shard, by stem.
         failures: the `failed` records since then, by stem, oldest first.
+        underived: where that record is of derived columns, the newest one before them, by stem.
     """
 
     done: dict[str, Outcome] = field(default_factory=dict)
     failures: dict[str, list[Outcome]] = field(default_factory=dict)
+    underived: dict[str, Outcome] = field(default_factory=dict)
+
+    def computed(self, done: Mapping[str, Outcome]) -> Mapping[str, Outcome]:
+        """The records of finished shards from when their models ran, as `d2m derive` runs none."""
+        return {stem: self.underived.get(stem, outcome) for stem, outcome in done.items()}
 
     def add(self, values: Any) -> None:
         """Add a record by its values; values of no record are left out."""
@@ -133,12 +140,18 @@ class Manifest:
             self.failures.setdefault(stem, []).append(outcome)
         if state != "done":
             return
-        known = self.done.get(stem)
-        if known is None or outcome.order >= known.order:
-            self.done[stem] = outcome
+        newer = known = self.done.setdefault(stem, outcome)
+        if outcome.order >= known.order:
+            self.done[stem] = newer = outcome
+            outcome = known
+        if DERIVED in newer.fingerprint and DERIVED not in outcome.fingerprint:
+            latest = self.underived.get(stem, outcome)
+            self.underived[stem] = max(latest, outcome, key=attrgetter("order"))
 
     def settle(self) -> None:
         """Drop failures that a later `done` record makes void, and count lines read twice once."""
+        for stem in [s for s in self.underived if DERIVED not in self.done[s].fingerprint]:
+            del self.underived[stem]
         for stem, failed in list(self.failures.items()):
             since = self.done[stem].order if stem in self.done else EARLIEST
             later = {f for f in failed if f.order > since}

@@ -17,6 +17,8 @@ from d2m_hpc.storage.texts import escaped, json_escaped
 
 DIED = "ProcessDied"
 """The kind of a failure in which the process died: it crashed, was killed, or stalled."""
+DERIVED = "+"
+"""Between the short hash of a config and that of its derived columns, where a pair has these."""
 Order = tuple[int, int, float]
 EARLIEST: Order = (-1, -1, float("-inf"))
 

@@ -308,7 +308,7 @@ def source(
     if not pairs:
         raise D2MError(f"{run.root}: no finished shard has rows; `d2m status` says how far it is")
     with readable(output.url):
-        schema = schema_of([pair for pair, _ in pairs])
+        schema = schema_of([(pair, done[pair.stem]) for pair, _ in pairs])
         arrays = pairs[0][0].features(asked, mapped=True) if asked else {}
     hashes = [f"{stem} {o.parquet_sha256} {o.npz_sha256}" for stem, o in done.items()]
     vectors = [Vectors(name, arrays[name]) for name in asked]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from d2m_hpc.config import Config
     from d2m_hpc.run.folder import RunDir
+    from d2m_hpc.run.manifest import Outcome
     from d2m_hpc.run.pair import Pair
 
 FOOTERS = 16
@@ -131,17 +132,18 @@ def dataset(run: RunDir, config: Config) -> pads.Dataset:
     pairs = _pairs(run, config)
     if not pairs:
         return pads.dataset(pa.table({"key": pa.array([], pa.string())}))
-    output = pairs[0].output
+    output = pairs[0][0].output
     with readable(output.url):
-        paths = [output.path(pair.name(".parquet")) for pair in pairs]
+        paths = [output.path(pair.name(".parquet")) for pair, _ in pairs]
         return pads.dataset(paths, schema_of(pairs), "parquet", output.fs)
 
 
-def schema_of(pairs: Sequence[Pair]) -> pa.Schema:
-    """The types of the columns of all pairs, which are one run's."""
+def schema_of(pairs: Sequence[tuple[Pair, Outcome]]) -> pa.Schema:
+    """The types of the columns of all pairs, which are one run's; each with its record."""
     import pyarrow as pa
 
-    some = pairs[:: -(-len(pairs) // FOOTERS)]
+    each = {made.fingerprint: pair for pair, made in pairs}  # some may lack derived columns
+    some = [*each.values(), *(pair for pair, _ in pairs[:: -(-len(pairs) // FOOTERS)])]
     kinds = [pair.metadata().schema.to_arrow_schema().remove_metadata() for pair in some]
     return pa.unify_schemas(kinds, promote_options="permissive")
 
@@ -169,18 +171,19 @@ def features(run: RunDir, config: Config, name: str, mapped: bool = False) -> Fe
     """Find a feature of all finished shards, by its name in the config or in the npz."""
     names = {n: config.renamed(n) for n in config.postprocess_features}
     require_known("feature", name, {*names, *names.values()})
-    return Features(names.get(name, name), _pairs(run, config), mapped)
+    pairs = [pair for pair, _ in _pairs(run, config)]
+    return Features(names.get(name, name), pairs, mapped)
 
 
-def _pairs(run: RunDir, config: Config) -> list[Pair]:
-    """The pairs of all finished shards with rows, in the plan's order."""
+def _pairs(run: RunDir, config: Config) -> list[tuple[Pair, Outcome]]:
+    """The pairs and records of all finished shards with rows, in the plan's order."""
     from d2m_hpc.plan.standing import standings
     from d2m_hpc.run.outputs import OutputDir
     from d2m_hpc.run.pair import Pair
 
     output = OutputDir(config.output_metadata_dir)
     done = standings(run, config).done
-    return [Pair(output, stem) for stem, outcome in done.items() if outcome.rows]
+    return [(Pair(output, stem), outcome) for stem, outcome in done.items() if outcome.rows]
 
 
 def require_known(kind: str, name: str, known: Collection[str]) -> None:

@@ -55,7 +55,8 @@ class Summary:
     """A run in figures.
 
     Attributes:
-        done: shards that have all that the last submit asked for.
+        done: shards that have all that the last submit asked for, but for derived columns.
+        underived: done shards that lack derived columns which could not be computed.
         recomputed: rows that were computed again in float32.
         eta_seconds: None where no task runs, or none has finished a shard yet.
         spent: hours of tasks, by what became of them.
@@ -107,6 +108,7 @@ class Summary:
     outdated: int = 0
     removed: int = 0
     given_up: int = 0
+    underived: int = 0
     waiting: list[Waiting] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
     unasked: str = ""
@@ -194,10 +196,12 @@ def summarise(
     manifest = manifest or Manifest.load(run)
     found = found or standings(run, config, manifest)
     stems, done, failed = found.stems, list(found.done.values()), found.failed
+    tries, useful = failed | found.underived, chain(done, manifest.underived.values())
     queue, unasked = _asked(run, offline)
     tasks, at_work = _tasks(run, queue)
     running, silent = _running(run, config, found, tasks, at_work), slurm.silent(queue, tasks)
     pending = len(stems) - len(done) - len(failed) - len(running - failed.keys())
+    pair = done, [*manifest.computed(found.done).values()]
     return Summary(
         run_dir=str(run.root),
         output=config.output_metadata_dir,
@@ -207,21 +211,25 @@ def summarise(
         pending=pending,
         running=len(running),
         **_made(done),
-        **_pace(tasks, done, pending + len(running), config.steal, slurm.counts(queue, silent)),
+        **_pace(tasks, pair, pending + len(running), config.steal, slurm.counts(queue, silent)),
         **_ran_on(tasks),
-        spent=spent.account(tasks, done, (o for outcomes in failed.values() for o in outcomes)),
+        spent=spent.account(tasks, useful, chain.from_iterable(tries.values())),
         **_queued(run, queue, tasks),
         silent=silent,
         unasked=unasked,
         ended=_ended(run, config, found, queue, tasks),
         stragglers=_stragglers([t for t in tasks if t.is_active]),
         broken_nodes=nodes.broken(run, manifest),
-        failures=_grouped(run, failed),
-        outdated=len(found.outdated),
-        removed=len(found.removed),
+        failures=_grouped(run, tries),
         odd=[OutputDir(config.output_metadata_dir).path(f"{s}.parquet") for s in found.odd],
-        given_up=len(found.given_up),
+        **_rare(found),
     )
+
+
+def _rare(found: Standings) -> dict[str, Any]:
+    """Counts of shards that most runs do not have."""
+    names = ("outdated", "removed", "given_up", "underived")
+    return {name: len(getattr(found, name)) for name in names}
 
 
 def _made(done: list[Outcome]) -> dict[str, Any]:
@@ -257,7 +265,7 @@ def _ended(
     """Why tasks left shards; nothing where none is left, or Slurm was not asked."""
     if found.is_complete or not queue:
         return []
-    return ended.told(ended.find(run, queue, tasks, found.done.__contains__), config.slurm)
+    return ended.told(ended.find(run, queue, tasks, found.has_all), config.slurm)
 
 
 def _running(
@@ -338,7 +346,7 @@ def _stragglers(active: list[Progress]) -> list[str]:
 
 def _pace(
     tasks: list[Progress],
-    done: list[Outcome],
+    made: tuple[list[Outcome], list[Outcome]],
     left: int,
     steal: bool,
     live: tuple[int, int],
@@ -346,8 +354,10 @@ def _pace(
     """Samples a second, now or in the mean, and the seconds for the remaining shards.
 
     Args:
+        made: the newest record of each shard that is done, and the one of its models.
         live: the tasks that Slurm has running and pending.
     """
+    done, computed = made
     active = [t for t in tasks if t.is_active]
     speed = sum(task.speed for task in active)
     at_work = {t.task.partition("-")[0] for t in active}
@@ -357,7 +367,7 @@ def _pace(
     )
     return {
         "working": len(active),
-        "samples_per_second": round(speed or _past_speed(done), 2),
+        "samples_per_second": round(speed or _past_speed(computed), 2),
         "eta_seconds": None if seconds is None else round(seconds, 1),
     }
 

@@ -183,6 +183,7 @@ def figures(found: Summary) -> dict[str, str]:
     seldom = {
         "finished by an earlier config": found.outdated,
         "finished, and removed since": found.removed,
+        "done, and not derived": found.underived,
         "given up": found.given_up,
         "run again in float32": found.recomputed,
     }

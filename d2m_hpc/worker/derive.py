@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -103,11 +104,13 @@ class Deriver:
             types = entry.columns(name)
             if name in lacked:
                 stored = _Stored(stem, made, before.features, self._names, self._device)
-                found = self._columns(name, entry, stored) if len(table) else dict.fromkeys(types)
+                with _named(name):
+                    found = self._columns(name, entry, stored) if len(table) else {}
+                    arrays = {c: _typed(c, found.get(c), kind) for c, kind in types.items()}
             else:
-                found = {column: table[column] for column in types}
-            for column, values in found.items():
-                made = made.append_column(column, _typed(column, values, types[column]))
+                arrays = {column: table[column] for column in types}
+            for column, values in arrays.items():
+                made = made.append_column(column, values)
         return Derived(before.record, made)
 
     @torch.no_grad()
@@ -120,7 +123,7 @@ class Deriver:
             if "shape" not in str(error):
                 raise
             what = "its vectors have another length than those of the first step"
-            raise ShardError(f"{stored.stem}: {name}: {what}; see d2m verify") from error
+            raise ShardError(f"{stored.stem}: {what}; see d2m verify") from error
 
     def _scores(self, name: str, entry: HeadScores, stored: _Stored) -> _Columns:
         if name not in self._heads:
@@ -146,6 +149,15 @@ class _Kept:
         if name not in self._tensors:
             self._tensors[name] = torch.from_numpy(self[name]).to(self._device).float()
         return self._tensors[name]
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Have an error name the entry of `derive` that it is of."""
+    try:
+        yield
+    except ShardError as error:
+        raise ShardError(f"derive.{name}: {error}") from error
 
 
 def _typed(column: str, values: Any, kind: str) -> pa.Array:

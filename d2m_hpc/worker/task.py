@@ -23,12 +23,11 @@ from d2m_hpc.models.weights import OFFLINE
 from d2m_hpc.run import frozen
 from d2m_hpc.run.derived import kept_for
 from d2m_hpc.run.extension import DERIVE, lacked, only_new
-from d2m_hpc.run.fingerprints import DERIVED
 from d2m_hpc.run.folder import RunDir
 from d2m_hpc.run.outputs import OutputDir
 from d2m_hpc.run.owner import require_own
 from d2m_hpc.run.pair import Contents, Pair
-from d2m_hpc.run.records import Job, Record, Recorder
+from d2m_hpc.run.records import DERIVED, Job, Record, Recorder
 from d2m_hpc.run.schema import Schema
 from d2m_hpc.run.shards import read_some
 from d2m_hpc.run.tasks import Progress

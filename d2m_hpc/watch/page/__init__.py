@@ -73,7 +73,8 @@ def _contents(run: RunDir, config: Config, score: str | None, each: int) -> dict
         made = sheet.make(output, shards, chosen, each, config)
     begin, end = history.span
     axis = charts.time_axis(end - begin, moment(begin)) if end else None
-    drawn = timing.progress(history, stood.done, summary.shards, axis) if axis else []
+    computed = history.manifest.computed
+    drawn = timing.progress(history, computed(stood.done), summary.shards, axis) if axis else []
     return {
         "now": now,
         "begin": begin,
@@ -85,7 +86,7 @@ def _contents(run: RunDir, config: Config, score: str | None, each: int) -> dict
         "sampled": sampled,
         "sheet": made,
         "cards": [columns.card(column) for column in sampled.columns],
-        "hosts": timing.hosts(history.manifest.done.values()),
+        "hosts": timing.hosts(computed(history.manifest.done).values()),
         "stages": timing.STAGES,
         "slow_factor": timing.SLOW,
     }

@@ -170,7 +170,8 @@ class History:
 
     @cached_property
     def slowest(self) -> list[tuple[str, Outcome]]:
-        return heapq.nlargest(SLOWEST, self.manifest.done.items(), key=lambda p: p[1].seconds)
+        done = self.manifest.computed(self.manifest.done)
+        return heapq.nlargest(SLOWEST, done.items(), key=lambda p: p[1].seconds)
 
     @property
     def span(self) -> tuple[float, float]:
@@ -178,6 +179,7 @@ class History:
         pairs = [(a.started, a.updated) for lane in self.lanes for a in lane.attempts]
         every = [
             *self.manifest.done.values(),
+            *self.manifest.underived.values(),
             *(f for g in self.manifest.failures.values() for f in g),
         ]
         pairs += [(o.started, o.finished) for o in every if o.started]
