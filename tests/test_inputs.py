@@ -1094,6 +1094,36 @@ def test_a_folder_without_pictures_is_told_what_it_may_stand_for(tmp_path: Path)
     assert made(tmp_path)[0].num_rows == 2
 
 
+@pytest.mark.parametrize("name", ["picture", "parquet", "tar"])
+def test_a_folder_whose_name_is_not_utf8_is_told_by_every_command(
+    tmp_path: Path, name: str
+) -> None:
+    """Of pictures, a submit and a head ended with a traceback; init wrote a config."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/caf\xe9"))
+    folder.mkdir(parents=True)
+    if name == "picture":
+        pictures(folder, "1.jpg", "2.jpg", "3.jpg")
+        path = of_pictures(tmp_path, samples_per_shard=1)
+    elif name == "tar":
+        as_tar(folder, rows(2))
+        path = config_of(tmp_path, "", inputs=None, input_tars=f"{tmp_path}/in/*/*.tar")
+    else:
+        with open(folder / "0.parquet", "wb") as file:
+            pq.write_table(pa.table({"jpg": [jpeg()]}), file)
+        path = config_of(tmp_path, f"{tmp_path}/in/*/*.parquet")
+    for command in (
+        lambda: d2m.submit(path, local=True),
+        lambda: d2m.head(path),
+        lambda: d2m.init(tmp_path / "in", tmp_path / "new.yml"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            command()
+        [mistake] = caught.value.mistakes
+        assert f"the name '{tmp_path}/in/caf\\xe9" in mistake
+        assert "' is not UTF-8; rename it" in mistake
+    assert not (tmp_path / "new.yml").exists()
+
+
 def test_the_report_shows_pictures_of_folders_and_parquets(tmp_path: Path) -> None:
     for kind in ("files", "datasets"):
         run = d2m.submit(written(tmp_path / kind, kind), local=True)

@@ -12,7 +12,6 @@ from d2m_hpc.cli.common import (
     AsJson,
     ConfigFile,
     Overrides,
-    counted,
     echo,
     load,
     named,
@@ -33,8 +32,7 @@ def init(
     ] = None,
 ) -> None:
     sight = api.init(inputs, output, metadata)
-    of = f"in the first of {counted(sight.tars, 'shard')}"
-    echo(f"looked at {counted(sight.samples, 'sample')} {of}")
+    echo(f"looked at {sight.looked_at}")
     if sight.warning:
         echo(f"{sight.warning}: see `max_rejected_fraction` in {output}")
     echo(f"wrote {output}; next: d2m head {output}; d2m-submit {output} --local")

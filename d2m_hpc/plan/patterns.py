@@ -19,7 +19,7 @@ from d2m_hpc.plan.naming import is_archive, is_shard, name_shards
 from d2m_hpc.plan.oddities import Oddities
 from d2m_hpc.plan.remote import MISSING
 from d2m_hpc.run.records import Shard
-from d2m_hpc.run.slices import Tree
+from d2m_hpc.run.slices import Slice, Tree
 from d2m_hpc.storage.urls import GLOB, is_folder, is_local, is_pipe, is_remote
 
 SPECIAL = -2
@@ -66,9 +66,10 @@ class Expansion:
             is_named = url.endswith(".tar") or is_folder(url) or is_shard(url, self.key)
             if not is_named and size != MISSING:
                 odd.add(url)
-            if not (url.isascii() or _is_utf8(url)):  # no parquet can hold it
-                name = os.fsencode(url).decode(errors="backslashreplace")
-                self.wrong(f"the name '{name}' is not UTF-8; rename the file")
+            path = Slice.of(url).folder if is_folder(url) else url
+            if not (path.isascii() or _is_utf8(path)):  # no parquet can hold it
+                name = os.fsencode(path).decode(errors="backslashreplace")
+                self.wrong(f"the name '{name}' is not UTF-8; rename it")
             elif url in self.sizes:
                 self.duplicates += 1
             elif size == MISSING:
@@ -80,7 +81,9 @@ class Expansion:
         return count
 
     def wrong(self, what: str, pattern: str | None = None) -> None:
-        self.mistakes.append(Mistake((self.key,), what, pattern))
+        mistake = Mistake((self.key,), what, pattern)
+        if self.mistakes[-1:] != [mistake]:  # a folder's shards have one name in common
+            self.mistakes.append(mistake)
 
 
 def _is_utf8(text: str) -> bool:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import yaml
 
 from d2m_hpc.config import Config, load
+from d2m_hpc.config.places import Mistake
 from d2m_hpc.errors import ConfigError
 from d2m_hpc.models import weights
 from d2m_hpc.models.family import ModelSpec
 from d2m_hpc.models.inputs import PICTURES
 from d2m_hpc.models.registry import builtin
 from d2m_hpc.plan import patterns
+from d2m_hpc.plan.naming import is_shard
 from d2m_hpc.run import values
 from d2m_hpc.run.slices import Tree, planned
 from d2m_hpc.storage import asked_for, stores
@@ -62,6 +65,7 @@ class Sight:
 
     Attributes:
         tars: the number of all shards.
+        looked_into: of how many shards samples were looked at.
         samples: how many were looked at.
         members: in how many samples there is a member of each kind, such as `jpg`.
         fields: the values of each field of their JSON that are not null.
@@ -75,6 +79,7 @@ class Sight:
     tars: int
     key: str
     patterns: list[str]
+    looked_into: int = 0
     samples: int = 0
     members: Counter[str] = field(default_factory=Counter)
     fields: dict[str, list[object]] = field(default_factory=dict)
@@ -119,6 +124,12 @@ class Sight:
         return " or ".join(lacked), 1 - whole / self.samples
 
     @property
+    def looked_at(self) -> str:
+        """How many samples were looked at, and in how many shards."""
+        shards = counted(self.tars, "shard")
+        return f"{counted(self.samples, 'sample')} in {self.looked_into:,} of {shards}"
+
+    @property
     def warning(self) -> str:
         """What is said of samples that will be rejected; empty where these are few."""
         what, share = self.missing()
@@ -153,29 +164,19 @@ def look(inputs: Sequence[str]) -> Sight:
     """Look into the first samples of the shards that patterns name.
 
     A folder stands for the tars in it; without any, for the pictures in it and below; without
-    these, for its parquets.
+    these, for its parquets; without these, for the tars or parquets below.
 
     Raises:
         ConfigError: a pattern names no shard, or no sample can be read.
     """
-    parquets = [n if n.endswith(PARQUETS) else f"{n.rstrip('/')}/*{PARQUETS}" for n in inputs]
-    tars = found = patterns.expand(inputs)
-    sight = Sight(len(found.sizes), "input_tars", [*inputs])
-    if tars.mistakes:
-        found = patterns.expand(inputs, True, "inputs", _pictures)
-        sight = Sight(len(found.sizes), "inputs", [*inputs], captions=_captions(inputs))
-    if found.mistakes:
-        found = patterns.expand(parquets, True, "inputs")
-        sight = Sight(len(found.sizes), "inputs", parquets)
-    if found.mistakes:
-        folders = [*filter(os.path.isdir, inputs)]
-        none = [f"found no tar, picture or parquet in {f!r}; check the path" for f in folders]
-        raise ConfigError("init", none or [*map(str, tars.mistakes)])
+    found, sight = _expanded(inputs)
     what = f"no sample in {next(iter(found.sizes))}"
     for url in islice((u for u in found.sizes if u not in found.missing), TARS):
         try:
+            before = sight.samples
             for members in islice(_shard(url, sight), SAMPLES):
                 sight.add(members)
+            sight.looked_into += sight.samples > before
             sight.first = sight.first or frozenset(sight.fields)
         except Exception as error:  # each store, and each damaged tar, raises errors of its own
             what = f"{url}, which cannot be read: {error}"
@@ -183,6 +184,39 @@ def look(inputs: Sequence[str]) -> Sight:
         what = ", ".join(sight.members) or what
         raise ConfigError("init", [f"found {what}; valid are samples with images or texts"])
     return sight
+
+
+def _expanded(inputs: Sequence[str]) -> tuple[patterns.Expansion, Sight]:
+    """The shards of the first kind that is there; nothing of them has been looked at.
+
+    Raises:
+        ConfigError: there is no shard, or one that no run takes.
+    """
+    first: list[Mistake] = []
+    for key, named, tree in _kinds(inputs):
+        found = patterns.expand(named, True, key, tree)
+        if not found.mistakes:
+            captions = _captions(inputs) if tree else ""
+            return found, Sight(len(found.sizes), key, named, captions=captions)
+        first = first or found.mistakes
+        if unfit := [str(m) for m in found.mistakes if m.item is None]:  # of a file, no pattern
+            raise ConfigError("init", unfit)
+    folders = [*filter(os.path.isdir, inputs)]
+    none = [f"found no tar, picture or parquet in {f!r} or below; check the path" for f in folders]
+    raise ConfigError("init", none or [*map(str, first)])
+
+
+def _kinds(inputs: Sequence[str]) -> Iterator[tuple[str, list[str], Callable[[str], Tree] | None]]:
+    """What inputs may stand for: the config's key, its patterns, and how folders are planned."""
+    yield "input_tars", [*inputs], None
+    yield "inputs", [*inputs], _pictures
+    folders = [glob.escape(n) if os.path.isdir(n) else n for n in inputs]
+    below = [("inputs", f"*{PARQUETS}")]
+    if all(map(os.path.isdir, inputs)):  # a store may have no end
+        below += [("input_tars", "**/*.tar"), ("input_tars", "**/*.tar.*")]
+        below += [("inputs", f"**/*{PARQUETS}")]
+    for key, of in below:
+        yield key, [n if is_shard(n, key) else f"{n.rstrip('/')}/{of}" for n in folders], None
 
 
 def _pictures(folder: str) -> Tree:
@@ -275,17 +309,36 @@ def _rows(file: BinaryIO) -> Iterator[dict[str, bytes]]:
     """The first samples of a parquet, as if they were members."""
     import pyarrow.parquet as pq
 
-    from d2m_hpc.worker.read.columns import TEXTS, is_bytes, is_wrapped
+    from d2m_hpc.worker.read.columns import TEXTS, is_bytes, is_text, is_wrapped
 
-    with pq.ParquetFile(file) as parquet:
-        schema = parquet.schema_arrow
-        images = {f.name for f in schema if is_bytes(f.type) or is_wrapped(f.type)}
-        there = dict.fromkeys([*([IMAGE] if images else [])], b"")
-        there |= {"txt": b""} if {*TEXTS} & {*schema.names} else {}
-        names = [name for name in schema.names if name not in images]
+    with pq.ParquetFile(file, buffer_size=1 << 20) as parquet:
+        types = {field.name: field.type for field in parquet.schema_arrow}
+        images = [name for name in types if is_bytes(types[name])]
+        wrapped = [name for name in types if is_wrapped(types[name])]
+        text = next((name for name in TEXTS if name in types and is_text(types[name])), "")
+        names = [name for name in types if name not in (*images, *wrapped)]
+        leaf = next(iter([*(f"{name}.bytes" for name in wrapped), *images]), "")
+        is_image = _valid(parquet, leaf) if leaf else repeat(False)
         for batch in islice(parquet.iter_batches(SAMPLES, columns=names), 1):
-            for row in batch.to_pylist():
+            for row, has_image in zip(batch.to_pylist(), is_image, strict=False):
+                there = {IMAGE: b""} if has_image else {}
+                there |= {"txt": b""} if text and row[text] is not None else {}
                 yield there | {"json": json.dumps(row, default=str).encode()}
+
+
+def _valid(parquet: Any, leaf: str) -> Iterable[bool]:
+    """Whether each of the first values of a column is there; reads them only if some are not."""
+    import pyarrow as pa
+
+    metadata = parquet.metadata
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    found = [group.column(paths.index(leaf)).statistics for group in groups]
+    if all(some and some.has_null_count and not some.null_count for some in found):
+        return repeat(True)
+    values = next(parquet.iter_batches(SAMPLES, columns=[leaf])).column(0)
+    inner = values.flatten()[0] if pa.types.is_struct(values.type) else values
+    return cast(list[bool], inner.is_valid().to_pylist())
 
 
 def config(output: str, sight: Sight, folder: Path) -> str:
@@ -296,7 +349,8 @@ def config(output: str, sight: Sight, folder: Path) -> str:
         folder: the weights folder; models whose weights are missing there are comments.
     """
     known = builtin()
-    fit = [spec for spec in known.specs(USUAL).values() if sight.inputs >= {*spec.raw_inputs}]
+    alone = {n: s for n, s in known.specs(USUAL).items() if sight.inputs >= {*s.raw_inputs}}
+    fit = [s for s in alone.values() if all(known.post(n).model in alone for n in s.reads)]
     there = {spec.name for spec in fit if _is_ready(spec, folder)}
     ready = [s.name for s in fit if there >= {s.name, *(known.post(n).model for n in s.reads)}]
     rest = [spec.name for spec in fit if spec.name not in ready]

@@ -83,6 +83,21 @@ def test_models_whose_weights_are_here_are_listed(tmp_path: Path, checkpoints: P
     assert "d2m weights fetch" not in (tmp_path / "c.yml").read_text()
 
 
+@pytest.mark.parametrize("are_there", [True, False])
+def test_a_model_that_reads_one_that_does_not_fit_is_not_offered(
+    tmp_path: Path, checkpoints: Path, are_there: bool
+) -> None:
+    """Of pictures without texts, the offered head of a CLIP model was refused when listed."""
+    if are_there:
+        (tmp_path / "weights").symlink_to(checkpoints)
+    _init(tmp_path, _tar(tmp_path / "a.tar", 1, {"jpg": jpeg()}))
+    text = (tmp_path / "c.yml").read_text()
+    assert "oai-clip" not in text
+    assert ("# - faces-scrfd10g\n" in text) == (not are_there)
+    (tmp_path / "c.yml").write_text(text.replace("\n# - ", "\n- "))  # list all that is offered
+    assert not isinstance(_d2m("plan", tmp_path / "c.yml").exception, ConfigError)
+
+
 def test_captions_in_the_json_and_pictures_of_another_name_are_found(tmp_path: Path) -> None:
     tar = _tar(tmp_path / "a.tar", 2, {"edge.png": jpeg()}, caption="a cat", exif={"Model": "x"})
     config = _init(tmp_path, tar)
@@ -165,6 +180,57 @@ def test_a_folder_of_pictures_becomes_inputs(tmp_path: Path) -> None:
     assert "n" in config["additional_fields"]
     rows = d2m.head(tmp_path / "again" / "c.yml").to_dict()["rows"]
     assert [(row["key"], row["text-words"], row["n"]) for row in rows] == [("1", 2, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("data/train-0.parquet", "inputs"), ("a/b/0.tar", "input_tars"), ("a/0.tar.gz", "input_tars")],
+)
+def test_shards_in_folders_below_are_found(tmp_path: Path, name: str, key: str) -> None:
+    """As the Hub lays a data set out; its folder's name is no pattern."""
+    folder = tmp_path / "ds [1]"
+    for place in (folder / name, folder / "other" / name):
+        place.parent.mkdir(parents=True)
+        if name.endswith(".parquet"):
+            images = [{"bytes": jpeg(), "path": None}]
+            pq.write_table(pa.table({"image": images, "text": ["a"]}), place)
+        else:
+            plain = _tar(tmp_path / "0.tar", 1, {"jpg": jpeg(), "txt": b"a"}).read_bytes()
+            place.write_bytes(gzip.compress(plain) if name.endswith("gz") else plain)
+    (folder / "README.md").write_text("# hi")
+    config = _init(tmp_path, folder)
+    assert next(iter(config)) == key
+    assert d2m.head(tmp_path / "c.yml", 9).table.num_rows == 2
+
+
+def test_what_was_looked_at_is_counted(tmp_path: Path) -> None:
+    for name in "abcd":
+        tar = _tar(tmp_path / "in" / f"{name}.tar", 2, {"jpg": jpeg(), "txt": b"a"})
+    for place, told in (
+        (tar.parent, "6 samples in 3 of 4 shards"),
+        (tar, "2 samples in 1 of 1 shard"),
+    ):
+        ended = _d2m("init", place, "-o", tmp_path / f"{place.stem}.yml")
+        assert ended.stdout.splitlines()[0] == f"looked at {told}"
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_rows_without_a_picture_or_a_text_are_counted_as_such(
+    tmp_path: Path, wrapped: bool
+) -> None:
+    """Each row counted as one with all that the parquet has columns for."""
+    images: list[Any] = [jpeg(), None, None, jpeg()]
+    if wrapped:
+        images = [{"bytes": images[0], "path": "a"}, None, {"bytes": None, "path": "x"}, images[3]]
+        images[3] = {"bytes": images[3], "path": None}
+    table = pa.table({"image": images, "text": ["a", "b", None, "d"], "n": [1, 2, 3, 4]})
+    pq.write_table(table, tmp_path / "0.parquet")
+    ended = _d2m("init", tmp_path / "0.parquet", "-o", tmp_path / "c.yml")
+    assert "image in 50%" in (text := (tmp_path / "c.yml").read_text())
+    assert "txt in 75%" in text
+    assert "50% of these samples lack image or text" in ended.stdout
+    status = d2m.submit(tmp_path / "c.yml", local=True).status()
+    assert (status.complete, status.rows, status.rejected) == (True, 2, 2)
 
 
 @pytest.mark.parametrize("kind", ["pictures", "tar", "json"])

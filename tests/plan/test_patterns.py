@@ -381,9 +381,7 @@ def test_a_name_that_is_not_utf8_is_a_mistake(tmp_path: Path) -> None:
     found = expand([f"{tmp_path}/*.tar"])
     assert names(found) == ["a.tar"]
     (mistake,) = found.mistakes
-    assert mistake == (
-        f"input_tars: the name '{tmp_path}/caf\\xe9.tar' is not UTF-8; rename the file"
-    )
+    assert mistake == (f"input_tars: the name '{tmp_path}/caf\\xe9.tar' is not UTF-8; rename it")
 
 
 # --- remote patterns and commands ---
