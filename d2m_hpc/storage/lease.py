@@ -74,13 +74,20 @@ class Lease:
                 with named(self._path):
                     self._path.parent.stat()  # filelock would make the folder of a removed run anew
                     self._lock.acquire()
-                return True
+                return self._is_confirmed()
             except LeaseSettingsMismatch:
                 self._watch_as_its_holder_says()
                 return False
             except Timeout:
                 if not self._removes_dead():
                     return False
+
+    def _is_confirmed(self) -> bool:
+        """Whether the file is still this claim's: if this process stood still between the file's
+        making and its first byte, another one has removed it as nobody's."""
+        if lost := self.lost:
+            self.release()
+        return not lost
 
     def _watch_as_its_holder_says(self) -> None:
         """Watch by the length in the file: the holder was started with another `lease_seconds`."""
@@ -155,6 +162,7 @@ def held(paths: Iterable[Path]) -> set[Path]:
 
     A file younger than its holder's time limit, by the clock of the disk, is a live one's. An older
     one is watched for that limit, which is said: on some filesystems the clock is the holder's own.
+    One without a holder's name is watched for `OWNERLESS_SECONDS`, whatever its age.
     """
     waiting = {path: Lease(path) for path in paths if path.exists()}
     live, beats, said = set[Path](), dict[Path, int](), False
@@ -173,11 +181,19 @@ def held(paths: Iterable[Path]) -> set[Path]:
             return live
         if not said:
             said = True
-            _tell(list(waiting))
+            _tell([path for path in waiting if not _is_ownerless(path)])
         time.sleep(0.2)
 
 
+def _is_ownerless(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return not _head(path)
+    return True
+
+
 def _tell(paths: list[Path]) -> None:
+    if not paths:
+        return
     seconds = max(map(_duration, paths))
     few = ", ".join(safe(path.name, BRIEF) for path in paths[:3])
     text = counted(len(paths), "claim of another machine gives", "claims of other machines give")
@@ -186,10 +202,11 @@ def _tell(paths: list[Path]) -> None:
 
 
 def _overdue(path: Path) -> int | None:
-    """The time of a claim's last heartbeat where another one should have come; None if not yet."""
+    """The time of a claim's last heartbeat where another one, or a name, should have come; None if
+    not yet."""
     with suppress(FileNotFoundError), tempfile.NamedTemporaryFile(dir=path.parent) as now:
         beat = path.stat().st_mtime_ns
-        if os.fstat(now.fileno()).st_mtime_ns - beat > _duration(path) * 1e9:
+        if _is_ownerless(path) or os.fstat(now.fileno()).st_mtime_ns - beat > _duration(path) * 1e9:
             return beat
     return None
 

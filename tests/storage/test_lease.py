@@ -220,6 +220,44 @@ def test_a_claim_with_a_recent_sign_of_life_is_held_and_costs_no_wait(path: Path
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_file_that_a_kill_left_without_a_name_is_nobodys(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between its making and its first byte."""
+    path.touch()
+    assert held([path]) == set()
+    assert list(path.parent.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_name_that_comes_a_moment_later_is_a_live_ones(path: Path) -> None:
+    path.touch()
+    writer = threading.Timer(0.5, lost_holder, (path, 60.0))
+    writer.start()
+    assert held([path]) == {path}
+    writer.join()
+    assert b"host=gone" in path.read_bytes()
+
+
+def test_whoever_stood_still_before_its_name_was_written_has_no_claim(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Lease(path), Lease(path)
+    write = first._lock._write_lock_info
+
+    def stand_still(fd: int) -> None:
+        while not second.claim():
+            time.sleep(0.1)
+        write(fd)
+
+    monkeypatch.setattr(first._lock, "_write_lock_info", stand_still)
+    assert not first.claim()
+    assert first.lost
+    assert not second.lost
+    second.release()
+    assert list(path.parent.iterdir()) == []
+
+
 @pytest.mark.parametrize("skew", [-7200, 7200])
 def test_a_live_claim_is_never_taken_whatever_the_clock_of_its_node(path: Path, skew: int) -> None:
     """Some filesystems take the time of a file from the node that writes it."""
