@@ -231,10 +231,15 @@ def test_a_misspelt_field_is_told_before_anything_is_computed(tmp_path: Path) ->
     assert list(out.glob("*.parquet")) == []
 
 
+@pytest.mark.parametrize("rejected", [0.1, 1.0])
 @pytest.mark.parametrize("texts", ["json:captoin", {"more": "json:captoin"}])
-def test_a_misspelt_text_is_told_before_anything_is_computed(texts: Any, tmp_path: Path) -> None:
+def test_a_misspelt_text_is_told_before_anything_is_computed(
+    texts: Any, rejected: float, tmp_path: Path
+) -> None:
+    """Where all samples may be rejected, all were, and the run was complete."""
     name = "text-words" if isinstance(texts, str) else "text-more-words"
-    run(tmp_path, FULL, FULL, code=2, postprocess_columns=[name], text_from=texts)
+    more = {"text_from": texts, "max_rejected_fraction": rejected}
+    run(tmp_path, FULL, FULL, code=2, postprocess_columns=[name], **more)
     assert "text_from: no sample of" in said(tmp_path)
     assert "has the field 'captoin'; did you mean 'caption'" in said(tmp_path)
 

@@ -108,7 +108,7 @@ def required(config: Config, toolbox: Toolbox) -> dict[str, str]:
         return {}
     taken = {raw for spec in toolbox.specs.values() for raw in spec.raw_inputs}
     texts = {text.field for raw, text in config.texts.items() if text.field and raw in taken}
-    named = dict.fromkeys(texts if config.max_rejected_fraction < 1 else (), "text_from")
+    named = dict.fromkeys(texts, "text_from")
     named |= {name: "additional_fields" for name, _ in config.asked_fields}
     return {name: key for name, key in named.items() if name != "key"}
 
