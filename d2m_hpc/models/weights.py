@@ -165,14 +165,16 @@ def survey_all(
     folder: Path,
     custom_file: Path | None = None,
     quick: bool = False,
+    cache: Callable[[Path], str] = sha256_of,
 ) -> list[Found]:
     """Look at all that these models need, and at what custom classes declare as theirs.
 
     Args:
         quick: read no file; one of the right size is taken for the right one.
+        cache: hashes files.
     """
     specs, lock = [*specs], Lock.read(folder)
-    digest = lock.digest(folder, lambda path: "unread", timed=False) if quick else sha256_of
+    digest = lock.digest(folder, lambda path: "unread", timed=False) if quick else cache
     own = [p for s in specs for given in s.files for p in _paths(given, custom_file or folder)]
     asked = {} if quick else asked_hashes(specs)
     files = [Checkpoint(str(p), "", asked.get(str(p), "")) for p in dict.fromkeys(own)]

@@ -17,8 +17,9 @@ from d2m_hpc.errors import D2MError
 from d2m_hpc.launch import slurm
 from d2m_hpc.launch.commands import ask
 from d2m_hpc.models import weights
+from d2m_hpc.models.lock import Lock
 from d2m_hpc.plan import preflight, workload
-from d2m_hpc.storage.texts import counted
+from d2m_hpc.storage.texts import counted, few
 from d2m_hpc.version import __version__
 
 SECONDS = 120
@@ -139,13 +140,20 @@ def _weights(config: Config | None, where: str) -> Check:
             "weights", f"{counted(there, 'file')} in {folder}; name a config to check its own"
         )
     config = workload.absolute(config)
-    custom, _ = workload.customs(config, workload.run_dir(config))
+    run = workload.run_dir(config)
+    custom, _ = workload.customs(config, run)
     folder = weights.weights_dir(config.weights_dir)
     specs = custom.registry.specs(config.model_names).values()
-    found = weights.survey_all(specs, folder, config.custom_file, quick=True)
-    missing = [item.need.name for item in found if not all(c.sha256 for c in item.files)]
-    what = f"{len(found) - len(missing)} of {len(found)} that the config needs are here ({folder})"
-    return Check("weights", what, f"d2m weights fetch {where}" if missing else "")
+    digest = Lock.read(folder).digest(folder, weights.HashCache(run.hashes))  # as a submit does
+    found = weights.survey_all(specs, folder, config.custom_file, cache=digest)
+    accepts = config.allow_unpublished_weights
+    right = sum(all(c.is_usable(accepts) for c in item.files) for item in found)
+    what = f"{right} of {len(found)} that the config needs are here ({folder})"
+    files = [c for item in found for c in item.files if c.sha256 and not c.is_usable(accepts)]
+    if files:
+        what += f"; not the published file: {few([c.checkpoint.name for c in files])}"
+    mend = f"d2m weights fetch {where}" if right < len(found) else ""
+    return Check("weights", what, mend)
 
 
 def _network() -> Check:

@@ -353,6 +353,22 @@ def test_the_doctor_says_what_mends_it(tmp_path: Path, monkeypatch: pytest.Monke
     assert "HF_HUB_OFFLINE" in found["network"]["found"]
 
 
+def test_the_doctor_knows_weights_that_a_submit_refuses(tmp_path: Path) -> None:
+    """They were called here, and right."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "ViT-B-32.pt").write_bytes(b"another file")
+    values = {"input_tars": "x.tar", "output_metadata_dir": str(tmp_path / "out")}
+    only = {"models": ["oai-clip-vit-b32"], "postprocess_columns": ["oai-clip-vit-b32-score"]}
+    path = write_config(tmp_path / "c.yml", STATS, **values, **only, postprocess_features=[])
+    folder = tmp_path / "weights"
+    assert (
+        f"mend weights: 0 of 1 that the config needs are here ({folder}); not the published file: "
+        f"ViT-B-32.pt; d2m weights fetch {path}"
+    ) in _d2m("doctor", path).stdout.splitlines()
+    write_config(path, yaml.safe_load(path.read_text()), allow_unpublished_weights=True)
+    assert "ok   weights: 1 of 1" in _d2m("doctor", path).stdout
+
+
 def test_a_slurm_that_does_not_answer_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
