@@ -82,6 +82,15 @@ class Standings:
                 "finish them with `d2m submit`, or leave them out with --allow-missing"
             )
 
+    def require_rows(self, run: RunDir) -> None:
+        """Raise a `D2MError` if no finished shard has rows."""
+        if any(outcome.rows for outcome in self.done.values()):
+            return
+        why = "no finished shard has rows; `d2m status` says how far it is"
+        if not self.unfinished:
+            why = "all shards are finished, and none has a row; `d2m status` says what was rejected"
+        raise D2MError(f"{run.root}: {why}")
+
     def state(self, stem: str) -> State:
         """The state of one shard; failed, if it has failed and its pair is outdated."""
         if stem in self.done:

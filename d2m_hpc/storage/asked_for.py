@@ -1,4 +1,4 @@
-"""Write the files that a user names by -o."""
+"""Write the files that a user names by an option: -o, unless another one is said."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from d2m_hpc.storage import files
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, option: str = "-o") -> Iterator[None]:
     """Raise the system's refusal to write a file as a `ConfigError`."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        mistake = f"{path} cannot be written: {reason}; name another by -o"
-        raise ConfigError("-o", [mistake]) from error
+        mistake = f"{path} cannot be written: {reason}; name another by {option}"
+        raise ConfigError(option, [mistake]) from error
 
 
-def write(path: Path, data: Iterable[bytes]) -> None:
+def write(path: Path, data: Iterable[bytes], option: str = "-o") -> None:
     """Replace a file, or the target of a link; write into a device or a pipe.
 
     Args:
@@ -32,7 +32,7 @@ def write(path: Path, data: Iterable[bytes]) -> None:
     Raises:
         ConfigError: the system refuses.
     """
-    with _writing(path):
+    with _writing(path, option):
         if _is_special(path):
             with open(path, "wb") as file:
                 file.writelines(data)
@@ -48,13 +48,13 @@ def make_folder(folder: Path) -> None:
         files.make_folder(folder.absolute())
 
 
-def require_writable(path: Path) -> None:
+def require_writable(path: Path, option: str = "-o") -> None:
     """Check, before hours of reading, that a file can be written at the end.
 
     Raises:
         ConfigError: its folder is missing or read-only, or the name is a folder's.
     """
-    with _writing(path):
+    with _writing(path, option):
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
         if _is_special(path):

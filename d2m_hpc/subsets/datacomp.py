@@ -295,7 +295,9 @@ def _repeated(run: RunDir, config: Config, known: Standings) -> int:
             return 0
         pool.db.execute("CREATE TABLE uids (high UBIGINT, low UBIGINT)")
         for _ in pool.groups():
-            pool.db.execute(f"INSERT INTO uids SELECT {UID} FROM pool")
+            pool.db.execute(
+                f"INSERT INTO uids FROM (SELECT {UID} FROM pool) WHERE d2m_high IS NOT NULL"
+            )
         counted = pool.db.execute("SELECT count(*) - count(DISTINCT (high, low)) FROM uids")
         (repeated,) = counted.fetchone() or (0,)
     return int(repeated)

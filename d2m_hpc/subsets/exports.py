@@ -298,6 +298,7 @@ def source(
     """
     found = standings(run, config)
     found.require_finished(allow_missing)
+    found.require_rows(run)
     names = {n: config.renamed(n) for n in config.postprocess_features}
     for name in features or ():
         require_known("feature", name, {*names, *names.values()})
@@ -305,8 +306,6 @@ def source(
     output = OutputDir(config.output_metadata_dir)
     done = {stem: outcome for stem, outcome in found.done.items() if outcome.rows}
     pairs = [(Pair(output, stem), outcome.rows) for stem, outcome in done.items()]
-    if not pairs:
-        raise D2MError(f"{run.root}: no finished shard has rows; `d2m status` says how far it is")
     with readable(output.url):
         schema = schema_of([(pair, done[pair.stem]) for pair, _ in pairs])
         arrays = pairs[0][0].features(asked, mapped=True) if asked else {}
@@ -455,7 +454,7 @@ def link(run: RunDir, config: Config, folder: Path, allow_missing: bool = False)
 
     Raises:
         ConfigError: the outputs are on a store, or the folder has something else than such links.
-        D2MError: shards are not finished.
+        D2MError: no shard has rows, or shards are not finished.
     """
     output, folder = OutputDir(config.output_metadata_dir), _local(folder)
     if not output.is_local:
@@ -463,6 +462,7 @@ def link(run: RunDir, config: Config, folder: Path, allow_missing: bool = False)
         raise ConfigError("export", [what])
     found = standings(run, config)
     found.require_finished(allow_missing)
+    found.require_rows(run)
     asked_for.make_folder(folder)
     root, there = os.path.realpath(output.root), {path.name: path for path in folder.iterdir()}
     for path in there.values():

@@ -184,8 +184,7 @@ def opened(
 
     found = known or standings(run, config)
     done = found.done
-    if not any(outcome.rows for outcome in done.values()):
-        raise D2MError(f"{run.root}: no finished shard has rows; `d2m status` says how far it is")
+    found.require_rows(run)
     output = OutputDir(config.output_metadata_dir)
     newest = sorted(done, key=lambda s: (bool(done[s].rows), done[s].finished), reverse=True)
     if lost := sorted(s for s, o in found.removed.items() if meets(o.fingerprint, found.asked)):
@@ -300,6 +299,8 @@ def is_of_file(error: Exception) -> bool:
     """Whether duckdb failed to read a shard, rather than to evaluate an expression."""
     import duckdb
 
+    if isinstance(error, duckdb.PermissionException):  # an expression asks for files
+        return False
     return isinstance(error, duckdb.IOException | OSError) or ".parquet" in str(error)
 
 

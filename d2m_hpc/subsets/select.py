@@ -242,6 +242,8 @@ def _explained(pool: Pool, query: Query) -> Iterator[None]:
         if is_of_file(error):
             raise
         reason = str(error).splitlines()[0]
+        if isinstance(error, duckdb.PermissionException):
+            reason += "; it reads the run's columns alone, and those of a file by --join"
         if unknown := re.search(r'Referenced column "(.*?)" not found', reason):
             reason = f"unknown column {unknown[1]!r}{nearest(unknown[1], pool.columns)}"
         odd = [name for name in pool.columns if not name.isidentifier()]
@@ -294,6 +296,10 @@ def _choose(pool: Pool, query: Query) -> Selection:
     (light,) = _row(pool, "SELECT count(*) FILTER (weight <= 0) FROM best")
     what = counted(light, "sample has", "samples have")
     what += f" a {query.weight!r} of 0 or less; never drawn"
+    notices = [what] * bool(light)
+    wanted = int(query.sample or query.top)
+    if wanted > max(chosen, 1) and not query.within:
+        notices.append(f"fewer than {wanted:,} are chosen, as no more samples are left to choose")
     return Selection(
         rows=pool.rows,
         undecided=undecided,
@@ -302,7 +308,7 @@ def _choose(pool: Pool, query: Query) -> Selection:
         repeated=passed - without_uid - samples,
         chosen=chosen,
         unfinished=pool.unfinished,
-        notices=(*pool.notices, *pool.roundings(), *[what] * bool(light)),
+        notices=(*pool.notices, *pool.roundings(), *notices),
     )
 
 

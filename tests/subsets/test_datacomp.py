@@ -142,6 +142,11 @@ def test_repeated_uids_are_counted(tmp_path: Path) -> None:
     assert _export(tmp_path, shards).repeated == 2
 
 
+def test_rows_without_a_uid_are_no_repetition(tmp_path: Path) -> None:
+    shards = {"0": table([None, uid(0), ""], [0.5] * 3), "1": table([None, "no uid"], [0.5] * 2)}
+    assert _export(tmp_path, shards).repeated == 0
+
+
 def test_the_full_workload_lacks_nothing() -> None:
     where = {"input_tars": ["unused"], "output_metadata_dir": "unused"}
     assert lacking(configs.Config(**DATACOMP, **where, use_datacomp_keys=True)) == {}

@@ -128,6 +128,14 @@ def test_links_follow_the_run_and_lead_to_the_outputs(tmp_path: Path) -> None:
         finished(tmp_path, 6).export("links", view)
 
 
+@pytest.mark.parametrize("layout", ["links", "hf", "npy"])
+def test_a_finished_run_without_rows_has_no_export(tmp_path: Path, layout: str) -> None:
+    run = d2m.Run(*make_run(tmp_path, {"a": shard(0, 0)}))
+    with pytest.raises(D2MError, match="all shards are finished, and none has a row; `d2m status`"):
+        run.export(layout, tmp_path / "view")
+    assert not (tmp_path / "view").exists()
+
+
 def test_a_store_has_no_links(tmp_path: Path) -> None:
     run = d2m.Run(*make_run(tmp_path, {"a": shard(0, 1)}, url="memory://links"))
     with pytest.raises(ConfigError, match="on a store, which has no links; export `hf`"):

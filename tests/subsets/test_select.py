@@ -345,6 +345,10 @@ def test_nothing_chosen_leaves_an_older_file_alone(tmp_path: Path) -> None:
         (Query("('x' || key)::INTEGER = 1"), "--where.*Conversion Error"),
         (Query("(SELECT count(*) FROM read_csv('/etc/passwd')) > 0"), "--where.*Permission"),
         (
+            Query("(SELECT count(*) FROM '/x.parquet') > 0"),
+            "--where.*the run's columns alone.*--join",
+        ),
+        (
             Query("random() < 0.5"),
             r"--where: .*random\(\) gives another value each .*; --sample draw",
         ),
@@ -424,6 +428,12 @@ def test_a_run_without_finished_shards_has_no_subset(tmp_path: Path) -> None:
         _select(tmp_path, {"a": None, "b": table([], [])}, Query())
 
 
+def test_a_finished_run_without_rows_has_no_subset(tmp_path: Path) -> None:
+    told = "all shards are finished, and none has a row; `d2m status` says what was rejected"
+    with pytest.raises(D2MError, match=told):
+        _select(tmp_path, {"a": table([], [])}, Query())
+
+
 def test_a_damaged_parquet_is_not_the_conditions_fault(tmp_path: Path) -> None:
     run, config = make_run(tmp_path, {s: table([uid(0)], [0.5]) for s in "ab"})
     (tmp_path / "out" / "a.parquet").write_bytes(b"PAR1")
@@ -493,6 +503,9 @@ def test_weights_decide_how_often_a_sample_is_drawn(tmp_path: Path) -> None:
     every = select(*run, Query(sample=1.0, weight="weight"), tmp_path / "all.npy")
     assert every.chosen == 5
     assert every.notices == ("1 sample has a 'weight' of 0 or less; never drawn",)
+    more = select(*run, Query(sample=600, weight="weight"), tmp_path / "all.npy")
+    fewer = "fewer than 600 are chosen, as no more samples are left to choose"
+    assert (more.chosen, more.notices) == (5, (*every.notices, fewer))
     for seed in range(60):
         select(*run, Query(sample=0.2, weight="weight", seed=seed), tmp_path / "one.npy")
         first += np.load(tmp_path / "one.npy").tolist()

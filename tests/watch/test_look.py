@@ -103,7 +103,9 @@ def test_any_query_can_be_looked_at(config: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_looked_at_is_told(config: Path, tmp_path: Path) -> None:
     run = d2m_hpc.open(config)
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(
+        ConfigError, match=r"^--look: .*\n.*there is no folder .*; name another by --look"
+    ):
         run.select(None, by="text-words", look=tmp_path / "none" / "look.html")
     more = tmp_path / "more.parquet"
     pq.write_table(pa.table({"uid": [f"{1:032x}"], "mine": [1.0]}), more)

@@ -42,7 +42,7 @@ class Look:
     """
 
     def __init__(self, run: RunDir, config: Config, path: Path) -> None:
-        asked_for.require_writable(path)
+        asked_for.require_writable(path, "--look")
         self._run, self._config, self._path = run, config, path
         self._output = OutputDir(config.output_metadata_dir)
 
@@ -100,7 +100,7 @@ class Look:
 
     def _write(self, **contents: Any) -> None:
         template = environment().get_template("look.html.j2")
-        asked_for.write(self._path, [template.render(contents).encode("utf-8")])
+        asked_for.write(self._path, [template.render(contents).encode("utf-8")], "--look")
 
 
 def _chosen(pool: Pool, rows: Sequence[tuple[str, Picked]]) -> set[int]:
