@@ -225,9 +225,10 @@ def test_json_too_deep_to_be_parsed_costs_its_sample(tmp_path: Path) -> None:
 
 def test_a_misspelt_field_is_told_before_anything_is_computed(tmp_path: Path) -> None:
     out = run(tmp_path, FULL, FULL, code=2, additional_fields=["uid", "captoin"])
-    assert "no sample of" in said(tmp_path)
+    assert f"error: {tmp_path}/c.yml: 1 mistake additional_fields: no sample of" in said(tmp_path)
     assert "has the field 'captoin'; did you mean 'caption'" in said(tmp_path)
     assert "`allow_missing_fields: true`" in said(tmp_path)
+    assert re.search(r"--> \S+/c\.yml:\d+:3 \d+ \| - captoin", said(tmp_path))
     assert list(out.glob("*.parquet")) == []
 
 

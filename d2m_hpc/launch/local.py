@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
+from d2m_hpc.config.load import located
+from d2m_hpc.errors import ConfigError
 from d2m_hpc.gc_paused import gc_paused
 from d2m_hpc.launch import arrays
 from d2m_hpc.launch.flow import Backend
@@ -50,12 +52,18 @@ class ThisProcess(Backend):
         return self._chunks
 
     def start(self, decision: Decision, submission: Submission) -> AbstractContextManager[None]:
-        self._run, self._submission = decision.workload.run, submission
+        self._workload, self._submission = decision.workload, submission
         return fingerprints.working(submission)
 
     def finish(self) -> None:
         with guest(), self._listening(sum(map(len, self._chunks))) as listener:
-            self._work(listener)
+            try:
+                self._work(listener)
+            except ConfigError as error:
+                if error.where != str(self._workload.run.config):
+                    raise
+                where = self._workload.where  # not that of the copy for tasks
+                raise ConfigError(where, located(where, error.mistakes)) from error
 
     def _work(self, listener: Listener) -> None:
         from d2m_hpc.run.tasks import Progress
@@ -64,7 +72,7 @@ class ThisProcess(Backend):
             from d2m_hpc.worker.task import run_task
 
         before = Progress("")
-        root, name = self._run.root, self._submission.name
+        root, name = self._workload.run.root, self._submission.name
         for index in range(len(self._chunks)):
             earlier = before
             task = partial(run_task, root, name, index, local=True, board=self._board)

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from d2m_hpc.config import Config
+from d2m_hpc.config.places import Mistake
 from d2m_hpc.errors import ConfigError, Rejected
 from d2m_hpc.models.types import is_field_type
 from d2m_hpc.run import values
@@ -140,7 +141,10 @@ def require_fields(
     if missing := [name for name in seen.missing(wanted) if not schema.is_seen(name)]:
         where = f"{safe(place_of(tar))}, the run's first shard with samples,"
         advice = "`allow_missing_fields: true` goes on without"
-        told = [f"{named[name]}: {seen.told(name, where)}; {advice}" for name in missing]
+        told = []
+        for name in missing:
+            listed = name if named[name] == "additional_fields" else None
+            told.append(Mistake((named[name],), f"{seen.told(name, where)}; {advice}", listed))
         raise ConfigError(str(schema.run.config) if schema.run else "config", told)
     return seen.samples > 0
 
