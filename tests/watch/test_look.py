@@ -101,6 +101,39 @@ def test_any_query_can_be_looked_at(config: Path, tmp_path: Path) -> None:
     assert "nothing is chosen" in ended.stdout
 
 
+def test_texts_and_scores_that_the_choice_is_about_are_shown(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for n in range(3):
+        members |= {f"k{n}.jpg": jpeg(n), f"k{n}.txt": b"the old one", f"k{n}.mine.txt": b"mine!"}
+    write_tar(tmp_path / "tars" / "0.tar", members)
+    again = {"key": ["k0", "k1", "k2"], "blip": ["short", "a much longer new one", None]}
+    pq.write_table(pa.table(again), tmp_path / "0.parquet")
+    values = {
+        **STATS,
+        "postprocess_columns": ["text-words", "text-again-words", "image-brightness"],
+        "additional_fields": [],
+        "text_from": {
+            "again": f"parquet:{tmp_path}/{{stem}}.parquet:blip",
+            "mine": "mine.txt",
+        },
+        "input_tars": str(tmp_path / "tars" / "*.tar"),
+        "output_metadata_dir": str(tmp_path / "out"),
+        "max_rejected_fraction": 1.0,
+    }
+    assert submit(write_config(tmp_path / "c.yml", values)).returncode == 0
+    page, where = tmp_path / "look.html", '"text-again-words" > "text-words"'
+    d2m_hpc.open(tmp_path / "c.yml").select(None, where, look=page)
+    text = " ".join(page.read_text().split())
+    assert "Of 2 rows, 1 sample is kept." in text
+    assert "is true of 1 row.</li>" in text
+    kept, cut = re.split("<h2>Cut", text)
+    for side, caption, words in ((kept, "a much longer new one", 5), (cut, "short", 1)):
+        for name, told in (("text", "the old one"), ("again", caption), ("mine", "mine!")):
+            assert f'<b>{name}</b><p dir="auto" title="{told}">{told}</p>' in side
+        assert f"<code>text-words</code> 3</div><div><code>text-again-words</code> {words}<" in side
+    assert "image-brightness" not in text
+
+
 def test_what_cannot_be_looked_at_is_told(config: Path, tmp_path: Path) -> None:
     run = d2m_hpc.open(config)
     with pytest.raises(

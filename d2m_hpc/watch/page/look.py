@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -21,8 +22,9 @@ from d2m_hpc.run.shards import read_shards
 from d2m_hpc.storage import asked_for
 from d2m_hpc.subsets.finished import readable
 from d2m_hpc.subsets.samples import Pool
-from d2m_hpc.watch.page import environment
-from d2m_hpc.watch.page.sheet import Picked, fill, within_reach
+from d2m_hpc.subsets.widest import quoted
+from d2m_hpc.watch.page import charts, environment
+from d2m_hpc.watch.page.sheet import CAPTION, Picked, fill, within_reach
 
 if TYPE_CHECKING:
     from d2m_hpc.subsets.select import Query, Selection
@@ -65,6 +67,7 @@ class Look:
         for shard in shards:
             if some := [row for side in sides.values() for row in side if row.stem == shard.stem]:
                 fill(shard, some, self._config)
+                self._show_values(shard.stem, some, named(pool, query))
         ((least,),) = pool.db.execute("SELECT min(score) FROM chosen").fetchall()
         self._write(
             query=query,
@@ -92,15 +95,41 @@ class Look:
                 table = Pair(self._output, stem).table(names)
             if names.keys() <= {*table.column_names}:  # an older shard may lack the score
                 three = (table[name].to_pylist() for name in ("key", uid, query.by or "key"))
-                for key, told, value in zip(*three, strict=True):
+                for row, (key, told, value) in enumerate(zip(*three, strict=True)):
                     if not query.by or (value is not None and math.isfinite(value)):
                         score = float(value) if query.by else math.nan
-                        found.append((told, Picked(stem, key, score)))
+                        found.append((told, Picked(stem, key, score, row=row)))
         return found
+
+    def _show_values(self, stem: str, samples: Sequence[Picked], names: Sequence[str]) -> None:
+        """Fill in the columns that the choice depends on."""
+        with readable(self._output.path(stem)):
+            table = Pair(self._output, stem).table(names)
+        for sample in samples:
+            for name in table.column_names:
+                value = table[name][sample.row].as_py()
+                told = str(value)
+                if isinstance(value, float) and math.isfinite(value):
+                    told = charts.number(value)
+                sample.values[name] = "none" if value is None else told[:CAPTION]
 
     def _write(self, **contents: Any) -> None:
         template = environment().get_template("look.html.j2")
         asked_for.write(self._path, [template.render(contents).encode("utf-8")], "--look")
+
+
+def named(pool: Pool, query: Query) -> list[str]:
+    """The run's columns that a choice depends on, but for the one that the page is sorted by."""
+
+    def is_in_condition(name: str) -> bool:
+        plain = rf'(?<![\w"]){re.escape(name)}(?![\w"])'
+        return quoted(name) in query.where or (
+            name.isidentifier() and bool(re.search(plain, query.where))
+        )
+
+    own = {"key", "uid", "shard", query.by, *pool.beside}
+    asked = {query.within, query.weight}
+    return [n for n in pool.columns if n not in own and (n in asked or is_in_condition(n))]
 
 
 def _chosen(pool: Pool, rows: Sequence[tuple[str, Picked]]) -> set[int]:

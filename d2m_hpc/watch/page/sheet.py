@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from d2m_hpc.config import Config
+from d2m_hpc.config.texts import TextSource
 from d2m_hpc.errors import ConfigError, D2MError, Rejected
 from d2m_hpc.models import formats
 from d2m_hpc.run.outputs import OutputDir
@@ -21,6 +23,9 @@ from d2m_hpc.run.pair import Pair
 from d2m_hpc.run.records import Shard
 from d2m_hpc.storage.urls import is_folder, is_local
 from d2m_hpc.watch.page.columns import Column, kind_of, numbers
+
+if TYPE_CHECKING:
+    from d2m_hpc.worker.read.beside import Beside
 
 SHARDS = 12
 """Shards with samples on the sheet; all headers of each tar are read."""
@@ -39,6 +44,9 @@ class Picked:
     """One sample of the sheet.
 
     Attributes:
+        row: its number in its parquet.
+        texts: further texts, by their names in `text_from`.
+        values: further columns, by name.
         picture: a JPEG as a data URL; empty where `fault` gives a reason.
     """
 
@@ -48,6 +56,9 @@ class Picked:
     caption: str = ""
     picture: str = ""
     fault: str = ""
+    row: int = 0
+    texts: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -162,25 +173,28 @@ def fill(shard: Shard, samples: Sequence[Picked], config: Config) -> None:
         found, fault = {}, f"the tar cannot be read: {error}"
     else:
         fault = "is not in the tar any more"
+    beside = _beside(shard.stem, config)
     for sample in samples:
         members = found.get(sample.key)
         if members is None:
             sample.fault = fault
             continue
-        text = members.get("text", b"")[: 4 * CAPTION]
-        sample.caption = text.decode("utf-8-sig", "replace")[:CAPTION]
-        if config.text_field:
-            sample.caption = _text_in(members.get("json", b""), config.text_field)[:CAPTION]
+        for kind, source in config.texts.items():
+            text = _text(kind, source, sample.key, members, beside)[:CAPTION]
+            if name := kind.partition(":")[2]:
+                sample.texts[name] = text
+            else:
+                sample.caption = text
         _draw(sample, members.get("image"), config.max_image_pixels)
 
 
 def _members(url: str, path: Path, keys: set[str], config: Config) -> dict[str, dict[str, bytes]]:
-    """The pictures of some samples, and the texts or the JSON with the texts, by key and kind."""
-    from d2m_hpc.worker.read.names import members_of
+    """The pictures of some samples, and their texts or the JSON with the texts, by key and kind."""
+    from d2m_hpc.worker.read.names import members_of, needed
     from d2m_hpc.worker.read.readers import opener
 
     names, found = members_of(config), {}
-    wanted = ("image", "json" if config.text_field else "text")
+    wanted = ("image", *sorted(needed(config, config.texts)))
     with closing(opener(config)(url, path, "")) as archive:
         for sample in archive.index(
             {k: names[k] for k in wanted}
@@ -194,12 +208,34 @@ def _members(url: str, path: Path, keys: set[str], config: Config) -> dict[str, 
     return found
 
 
-def _text_in(data: bytes, name: str) -> str:
-    """The text in a field of a sample's JSON; empty where there is none."""
-    from d2m_hpc.worker.read import parse
+def _beside(stem: str, config: Config) -> dict[str, Beside]:
+    """The texts in parquets beside a shard, by kind; none where they cannot be read."""
+    from d2m_hpc.worker.read.beside import of_shard
 
     try:
-        return parse.text_in(parse.json_object(data), name)
+        return of_shard({k: s for k, s in config.texts.items() if s.table}, stem)
+    except (OSError, D2MError):
+        return {}
+
+
+def _text(
+    kind: str,
+    source: TextSource,
+    key: str,
+    members: Mapping[str, bytes],
+    beside: Mapping[str, Beside],
+) -> str:
+    """A text of a sample; empty where there is none."""
+    from d2m_hpc.worker.read import parse
+
+    if source.members:
+        return members.get(kind, b"")[: 4 * CAPTION].decode("utf-8-sig", "replace")
+    try:
+        has_json = source.field or source.by != "key"
+        values = parse.json_object(members.get("json", b"")) if has_json else {}
+        if source.field:
+            return parse.text_in(values, source.field)
+        return beside[kind].text(key, values) if kind in beside else ""
     except Rejected:
         return ""
 
