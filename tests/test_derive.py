@@ -381,7 +381,11 @@ def test_a_run_stays_finished_where_a_derived_column_fails(folder: Path) -> None
         ({"cluster": {"count": 100}}, "derive.cluster.count: found 100; valid is up to the 18"),
         ({"cluster": {"count": 0}}, "derive.cluster.count: found 0; input should be"),
         ({"cluster": {"sedd": 0}}, "derive.cluster.sedd: unknown key; did you mean 'seed'"),
-        ({"cluster": {"kind": "kmeans"}}, "derive.cluster: found {"),
+        ({"cluster": {"kind": "kmeans"}}, "derive.cluster.kind: found 'kmeans'; valid: clusters"),
+        (
+            {"cluster": {"kind": None}},
+            "derive.cluster.kind: found nothing; the key is required; val",
+        ),
         ({"duplicate": {"within": "probe"}}, "valid is an entry of kind clusters before"),
         ({"probe": {"checkpoint": "/no/file.npz"}}, "derive.probe.checkpoint: /no/file.npz cannot"),
         ({"probe": {"classes": ["a"]}}, "derive.probe: "),

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -275,17 +275,26 @@ def _described(errors: Iterable[Any], values: Any, left_out: set[Loc]) -> list[M
         loc = given if error["type"] == "missing" else _within(values, given)
         if loc not in left_out:
             found.setdefault(loc, []).append(error)
-    return [_describe(loc, same) for loc, same in found.items()]
+    within = {loc[:i] for loc in found for i in range(1, len(loc))}
+    told = {loc: _of_its_type(same, loc in within) for loc, same in found.items()}
+    return [_describe(loc, same) for loc, same in told.items() if same]
+
+
+def _of_its_type(errors: list[Any], is_told: bool) -> list[Any]:
+    """Without those of types that a value does not have, where one tells what is wrong with it."""
+    rest = [error for error in errors if not error["type"].endswith("_type")]
+    is_told |= any(error["type"] == "value_error" for error in rest)
+    return rest if is_told else errors
 
 
 def _within(values: Any, loc: Loc) -> Loc:
     """The part of a place that the values have: pydantic adds the types that it tried."""
-    for i, part in enumerate(loc):
+    found: Loc = ()
+    for part in loc:
         is_key = isinstance(values, dict) and part in values
-        if not is_key and not (isinstance(values, list) and part in range(len(values))):
-            return loc[:i]
-        values = values[part]
-    return loc
+        if is_key or (isinstance(values, list) and part in range(len(values))):
+            found, values = (*found, part), values[part]
+    return found
 
 
 def _describe(loc: Loc, errors: list[Any]) -> Mistake:
@@ -297,6 +306,17 @@ def _describe(loc: Loc, errors: list[Any]) -> Mistake:
         return Mistake(loc, f"unknown key{nearest(str(loc[-1]), section.model_fields)}")
     if first["type"] == "missing":
         return Mistake(loc, "found nothing; the key is required")
-    valid = dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in errors)
+    if first["type"].startswith("union_tag"):
+        kinds = [get_args(c.model_fields["kind"].annotation)[0] for c in KINDS]
+        if (kind := first["input"].get("kind")) is None:
+            what = f"found nothing; the key is required{nearest('', kinds)}"
+        else:
+            hint = nearest(kind, kinds) if isinstance(kind, str) else nearest("", kinds)
+            what = f"found {_short.repr(kind)}{hint}"
+        return Mistake((*loc, "kind"), what)
+    messages = (e["msg"].removeprefix("Value error, ") for e in errors)
+    valid = dict.fromkeys(
+        m.partition(" or object")[0].partition(" or instance")[0] for m in messages
+    )
     text = ", or ".join(v[0].lower() + v[1:] for v in valid)
     return Mistake(loc, f"found {_short.repr(first['input'])}; {text}")

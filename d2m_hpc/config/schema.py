@@ -14,9 +14,9 @@ from d2m_hpc.config.section import STRICT, Count, NoSwitch
 from d2m_hpc.config.slurm_values import one_line, options, walltime
 from d2m_hpc.config.texts import (
     DEFAULT,
-    FAR,
     TextSource,
     by_name,
+    far_text,
     raw_input,
     source_of,
     texts_by_name,
@@ -81,7 +81,7 @@ Fields = Annotated[
         _fields_as_list, list[str | dict[str, str | None]] | dict[str, str | None] | None
     ),
 ]
-FarText = Annotated[str, Field(pattern=rf"^({FAR})$")]
+FarText = Annotated[str, AfterValidator(far_text)]
 Texts = Annotated[dict[str, str], AfterValidator(texts_by_name)]
 MemberNames = Annotated[list[str], BeforeValidator(_members, list[str] | str | None)]
 Patterns = Annotated[

@@ -18,6 +18,7 @@ STEM = "{stem}"
 """What a shard's own name takes the place of."""
 FAR = r"json:.+|parquet:.+\.parquet:[^:]+(?::[^:]+)?"
 """A text outside of the members."""
+_FAR = "`json:FIELD` and `parquet:PATH.parquet:COLUMN`"
 _PARQUET = re.compile(r"parquet:(.+\.parquet):([^:]+)(?::([^:]+))?", re.DOTALL)
 
 
@@ -51,6 +52,17 @@ def source_of(given: str) -> TextSource:
     return TextSource(members=(given.lower().removeprefix("."),))
 
 
+def far_text(given: str) -> str:
+    """A text of `text_from` without a name.
+
+    Raises:
+        ValueError: it is in no field and in no parquet.
+    """
+    if not re.fullmatch(FAR, given):
+        raise ValueError(f"valid are {_FAR}, or names with such a text each")
+    return given
+
+
 def texts_by_name(given: dict[str, str]) -> dict[str, str]:
     """A mapping of `text_from`.
 
@@ -61,8 +73,8 @@ def texts_by_name(given: dict[str, str]) -> dict[str, str]:
         if not re.fullmatch(r"\w{1,40}", name, re.ASCII):
             raise ValueError(f"the name {safe(name, BRIEF)!r}; valid are letters, digits and `_`")
         if not re.fullmatch(rf"{FAR}|[^:/]+", text):
-            valid = "a member such as `alt.txt`, `json:FIELD` and `parquet:PATH.parquet:COLUMN`"
-            raise ValueError(f"{name}: {safe(text, BRIEF)!r}; valid are {valid}")
+            what = f"{name}: {safe(text, BRIEF)!r}; valid are a member such as `alt.txt`"
+            raise ValueError(f"{what}, {_FAR}")
     return given
 
 

@@ -169,7 +169,12 @@ def test_the_sources_decide_the_outputs_and_old_runs_go_on() -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("text_from: caption", "text_from: found 'caption'; string should match pattern"),
+        (
+            "text_from: caption",
+            "text_from: found 'caption'; valid are `json:FIELD` and `parquet:PATH.parquet:COLUMN`",
+        ),
+        ("text_from: {a b: json:x}", "text_from: found {'a b': 'json:x'}; the name 'a b'; valid"),
+        ("text_from: {a: 3}", "text_from.a: found 3; input should be a valid string"),
         ("text_key: [a, '']", "text_key: found ['a', '']; valid are names after the key's dot"),
         ("image_key: a/b.jpg", "image_key: found 'a/b.jpg'; valid are names after"),
         ("text_key: a\ntext_from: json:b", "text_from: found text_key, too; valid is one of both"),
