@@ -205,6 +205,9 @@ def test_a_sample_that_lacks_one_of_the_texts_is_rejected(
         "0": "no text:alt (alt.txt); it has jpg, txt, json",
         "1": "no text:alt (alt.txt); it has jpg, json",
     }
+    assert dict(d2m.open(tmp_path / "out" / ".d2m").status().rejections) == {
+        "no text:alt (alt.txt)": 2
+    }
     made = done(
         tmp_path,
         "other",

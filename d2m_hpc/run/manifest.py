@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Outcome(NamedTuple):
 def gist(reason: str) -> str:
     """The start of a reason, which many samples have in common, with the text that it is about."""
     start = reason.find(": ") + 2 if reason.startswith("text:") else 0
-    return reason[:start] + reason[start:].split(":", 1)[0].split(";", 1)[0]
+    return reason[:start] + re.split(r":(?=\s|$)|;", reason[start:], maxsplit=1)[0]
 
 
 def _by_reason(rejections: Iterable[Sequence[str]]) -> tuple[tuple[str, int], ...]:

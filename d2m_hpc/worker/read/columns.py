@@ -119,10 +119,11 @@ def _text(schema: pa.Schema, config: Config, texts: Sequence[str]) -> str:
         return _column_of_texts(schema, given, key, texts)
     found = next((name for name in TEXTS if name in texts), "")
     if not found:
-        names = ", ".join(TEXTS)
-        raise ValueError(
-            f"no column of texts is called {names}; text_key names one, of {shown(texts)}"
-        )
+        named = next((name for name in TEXTS if name in schema.names), "")
+        what = f"no column of texts is called {', '.join(TEXTS)}"
+        what = f"{_typed(schema, named)} and no texts" if named else what
+        advice = f"text_key names one, of {shown(texts)}" if texts else "no column holds texts"
+        raise ValueError(f"{what}; {advice}")
     return found
 
 
