@@ -422,6 +422,16 @@ CHOSEN: dict[str, tuple[dict[str, pa.DataType], dict[str, Any], Columns | str]] 
         {},
         "no column of texts is called txt, text, caption",
     ),
+    "lists in a usual place": (
+        {"image": IMAGE, "text": pa.list_(TEXT)},
+        {},
+        "the column 'text' holds list<item: string> and no texts; no column holds texts",
+    ),
+    "lists, and a text": (
+        {"image": IMAGE, "text": pa.list_(TEXT), "alt": TEXT},
+        {},
+        "the column 'text' holds list<item: string> and no texts; text_key names one, of alt",
+    ),
     "not there": ({"image": IMAGE}, {"image_key": "x"}, "no column x (image_key); it has image"),
 }
 
@@ -678,6 +688,14 @@ def of_pictures(folder: Path, **more: Any) -> Path:
     return config_of(folder, str(folder / "in"), **{**values, **more})
 
 
+def made_records(folder: Path) -> list[Record]:
+    output = OutputDir(str(folder / "out"))
+    found = (
+        Pair(output, path.stem).record() for path in sorted((folder / "out").glob("*.parquet"))
+    )
+    return [record for record in found if record]
+
+
 def keys_of(run: d2m.Run) -> dict[str, list[str]]:
     """The keys of each shard, in their order."""
     paths = sorted(Path(run.config.output_metadata_dir).glob("*.parquet"))
@@ -740,10 +758,13 @@ def test_links_are_not_followed_and_what_is_no_sample_is_told(tmp_path: Path) ->
         "9": "no image (jpg or png or jpeg or webp); it has txt; jpg is a link, and links are not "
         "followed",
         "link.jpg": "a link or a special file",
-        "pipe.jpg": "a link or a special file",
+        "pipe.jpg": "a device, a pipe or a socket",
     }
-    said = "files are links (9.jpg, link.jpg, pipe.jpg); copy what they lead to in their place"
-    assert any(said in notice for notice in record.notices)
+    said = (
+        "files are links (9.jpg, link.jpg); copy what they lead to in their place, as `cp -L` does"
+    )
+    assert said in record.notices
+    assert "files are devices, pipes or sockets and are not read: pipe.jpg" in record.notices
     notes = expanded(run.config, RunDir(tmp_path / "none"), sized=False).notes
     assert notes == [
         f"{inside}: files belong to no picture and are not read: notes.md",
@@ -992,7 +1013,7 @@ BROKEN = {
         '{"file_name": "1.jpg"}\n{broken\n',
         "it cannot be read: line 2: the JSON cannot be parsed",
     ),
-    "a.csv": ("name,text\n1.jpg,a\n", "a row has no 'file_name', the picture's path"),
+    "a.csv": ("name,text\n1.jpg,a\n", "no row has 'file_name', the picture's path"),
     "a.parquet": ("PAR1", "it cannot be read: "),
     "comma.csv": (
         "file_name,text\n1.jpg,one, two\n",
@@ -1009,11 +1030,25 @@ BROKEN = {
     ),
     "other.jsonl": (
         '{"image": "1.jpg", "text": "a"}\n',
-        "a row has no 'file_name', the picture's path, as a text; it has image, text",
+        "no row has 'file_name', the picture's path, as a text; it has image, text",
     ),
-    "open.csv": ('file_name,text\n1.jpg,"one\n2.jpg,two\n', "it cannot be read: unexpected end"),
+    "open.csv": (
+        'file_name,text\n0.jpg,"a\nb"\n1.jpg,"one\n2.jpg,two\n',
+        "it cannot be read: the row that begins in line 4 has a double quote that is not closed",
+    ),
+    "16.csv": ("\ufefffile_name,text\n", "it cannot be read: it is not UTF-8; save it as UTF-8"),
+    "16.jsonl": ("\ufeff{}\n", "it cannot be read: it is UTF-16; save it as UTF-8"),
+    "latin.jsonl": (
+        '{"file_name": "1.jpg"}\n{"text": "\udce9"}\n',
+        "it cannot be read: line 2: the JSON is not UTF-8: invalid continuation byte at byte 10",
+    ),
+    "mark.jsonl": (
+        '{"file_name": "1.jpg" "text": "a"}\n',
+        "it cannot be read: line 1: the JSON cannot be parsed: Expecting ',' delimiter at "
+        "column 23",
+    ),
     "twice.csv": ("file_name,text,text\n1.jpg,a,b\n", "it cannot be read: two of its"),
-    "list.jsonl": ('{"file_name": ["1.jpg"]}\n', "a row has no 'file_name', the picture's path"),
+    "list.jsonl": ('{"file_name": ["1.jpg"]}\n', "no row has 'file_name', the picture's path"),
 }
 
 
@@ -1021,7 +1056,8 @@ BROKEN = {
 def test_broken_captions_fail_the_shard_in_one_line(name: str, tmp_path: Path) -> None:
     pictures(tmp_path / "in", "1.jpg")
     text, told = BROKEN[name]
-    (tmp_path / "in" / name).write_text(text)
+    coded = text.encode("utf-16" if "16" in name else "utf-8", "surrogateescape")
+    (tmp_path / "in" / name).write_bytes(coded.replace(b"\xff\xfe\xff\xfe", b"\xff\xfe"))
     run = d2m.submit(of_pictures(tmp_path, captions=str(tmp_path / "in" / name)), local=True)
     [failure] = run.status().failures
     assert f"{tmp_path}/in/{name}: {told}" in failure.error
@@ -1035,7 +1071,49 @@ def test_a_parquet_of_captions_without_paths_names_its_columns(tmp_path: Path) -
         pq.write_table(pa.table(columns), captions)
         run = d2m.submit(of_pictures(tmp_path, captions=str(captions)), local=True)
         [failure] = run.status().failures
-        assert f"no 'file_name', the picture's path, as a text; it has {told}" in failure.error
+        said = f"no row has 'file_name', the picture's path, as a text; it has {told}"
+        assert said in failure.error
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_without_a_path_and_captions_that_are_no_texts_are_told(
+    tmp_path: Path, kind: str
+) -> None:
+    """Such rows passed without a word, as did numbers, but for their samples' missing text."""
+    pictures(tmp_path / "in", *(f"{i}.jpg" for i in range(4)))
+    texts: list[Any] = ["one", "x", "y", "four"]
+    if kind == "parquet":
+        texts = [None, b"x", b"y", b"\xff"]
+    elif kind == "jsonl":
+        texts[3] = 7
+    names = ["0.jpg", None, None, "1.jpg"]
+    found = [{"file_name": n, "text": t, "n": 1} for n, t in zip(names, texts, strict=True)]
+    captions = tmp_path / "in" / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(found), captions)
+    elif kind == "csv":
+        pa.Table.from_pylist(found).to_pandas().to_csv(captions, index=False)
+    else:
+        captions.write_text("\n".join(map(json.dumps, found)))
+    more = {"models": ["text-stats"], "postprocess_columns": ["text-words"]}
+    more |= {"additional_fields": ["n"], "samples_per_shard": 2, "max_rejected_fraction": 1.0}
+    d2m.submit(of_pictures(tmp_path, captions=str(captions), **more), local=True)
+    records = made_records(tmp_path)
+    told = [note for record in records for note in record.notices]
+    assert told.count("rows of the captions file have no `file_name`: 2") == 1
+    of = {"jsonl": "int", "csv": "", "parquet": "bytes"}[kind]
+    said = [f"rows of the captions file hold {of} in place of a text: 1.jpg"] if of else []
+    assert [note for note in told if "in place of a text" in note] == said
+
+
+def test_columns_of_bytes_in_a_captions_file_are_no_fields(tmp_path: Path) -> None:
+    """They became texts such as b'..'."""
+    pictures(tmp_path / "in", "0.jpg")
+    captions = tmp_path / "in" / "a.parquet"
+    pq.write_table(pa.table({"file_name": ["0.jpg"], "n": [1], "thumb": [b"\xff"]}), captions)
+    path = of_pictures(tmp_path, captions=str(captions), additional_fields=["n", "thumb"])
+    with pytest.raises(ConfigError, match="has the field 'thumb'; valid: file_name, n"):
+        d2m.submit(path, local=True)
 
 
 def test_a_csv_may_have_numbers_of_rows_without_a_name(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ SHOWN = 3
 
 
 class File(NamedTuple):
-    """A file of a folder, or a link there; `size` in bytes, -1 for whatever is no regular file."""
+    """A file of a folder, or a link there; `size` in bytes, -1 for a link, -2 for a device, a pipe
+    or a socket."""
 
     name: str
     size: int
@@ -85,7 +86,8 @@ def _forms(name: str) -> Iterator[str]:
 
 def _file(entry: os.DirEntry[str]) -> File:
     stat = entry.stat(follow_symlinks=False)
-    size = stat.st_size if entry.is_file(follow_symlinks=False) else -1
+    size = -1 if entry.is_symlink() else -2
+    size = stat.st_size if entry.is_file(follow_symlinks=False) else size
     return File(entry.name, size, stat.st_mtime_ns)
 
 

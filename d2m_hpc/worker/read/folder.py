@@ -25,6 +25,9 @@ TWICE = "further captions of a picture are not read: {}"
 MISSING = "pictures have no row in the captions file: {}"
 ABSENT = "rows of the captions file are on pictures that are not there: {}"
 INSTEAD = "files are not read, as the captions file has a row of their picture: {}"
+NAMELESS = "rows of the captions file have no `file_name`: {:,}"
+NO_TEXTS = "rows of the captions file hold {} in place of a text: {{}}"
+SPECIAL = "files are devices, pipes or sockets and are not read: {}"
 SAME = "another file of its sample has this extension in other letters"
 
 
@@ -81,7 +84,10 @@ class PictureFolder(Reader):
         stem = re.split(r"[\0-.]", self._above)[0] + "/" if self._above else chr(sys.maxunicode)
         span = ("" if self._is_first else self._slice.first, stem)
         wanted = captions.Wanted(path, self._where, names, self._listed, span, self._miss)
-        return captions.rows(path, wanted)
+        found = captions.rows(path, wanted)
+        if wanted.nameless and self._is_first:
+            self._absent.add(NAMELESS.format(wanted.nameless), "")
+        return found
 
     def _pass(self, name: str) -> None:
         """Note whether the folder has pictures before this shard's, and the first one behind."""
@@ -151,12 +157,16 @@ class PictureSamples(Samples):
         self.ledger = Ledger(needed, LINKED_FILES)
         self.ledger.notes = deepcopy(absent)
         self._files, self._rows, self._members = files, rows, members
+        self._takes_text = "text" in needed
 
     def __iter__(self) -> Iterator[Sample]:
         for key, files in self._files.items():
-            sample = Sample(valid(key))
+            sample, special = Sample(valid(key)), ""
             for extension, file in files:
-                if file.size < 0:
+                if file.size < -1:
+                    special = file.name
+                    self.ledger.causes.add(SPECIAL, special)
+                elif file.size < 0:
                     self.ledger.takes(file.name, sample.key, extension, is_file=False)
                 elif extension in sample.members:
                     self.ledger.stray(valid(file.name), SAME)
@@ -164,6 +174,8 @@ class PictureSamples(Samples):
                     sample.members[extension] = (file.name, file.size)
             if self._rows is not None:
                 self._caption(sample, files, self._rows)
+            if special and not sample.members:
+                self.ledger.stray(valid(special), "a device, a pipe or a socket")
             if sample.members:  # the ledger has a sample of links alone
                 sample.links = self.ledger.settle(sample.key, sample.members, again=False)
                 self.count += 1
@@ -185,10 +197,13 @@ class PictureSamples(Samples):
         row, *others = rows[name]
         for _ in others:
             self.ledger.notes.add(TWICE, name)
-        found = {"json": json.dumps(row, default=str).encode()}
-        keys = (*self._members["text"], *TEXTS)
-        if text := next((row[n] for n in keys if isinstance(row.get(n), str)), None):
+        fields = {n: value for n, value in row.items() if not isinstance(value, bytes)}
+        found = {"json": json.dumps(fields, default=str).encode()}
+        there = [row[n] for n in (*self._members["text"], *TEXTS) if row.get(n) is not None]
+        if text := next((value for value in there if isinstance(value, str)), None):
             found[self._members["text"][0]] = text.encode("utf-8", "surrogatepass")
+        elif text is None and there and self._takes_text:
+            self.ledger.causes.add(NO_TEXTS.format(type(there[0]).__name__), name)
         for extension, data in found.items():
             if extension in sample.members:
                 self.ledger.notes.add(INSTEAD, f"{sample.key}.{extension}")

@@ -66,6 +66,9 @@ def json_object(data: bytes) -> dict[str, Any]:
         raise Rejected(f"the JSON cannot be parsed: it nests more than {DEEPEST_JSON} deep")
     try:
         values = _DECODER.decode(data.decode(json.detect_encoding(data), "surrogatepass"))
+    except UnicodeDecodeError as error:
+        what = f"{error.encoding.upper()}: {error.reason} at byte {error.start}"
+        raise Rejected(f"the JSON is not {what}") from None
     except (ValueError, RecursionError) as error:
         raise Rejected(f"the JSON cannot be parsed: {error}") from None
     if not isinstance(values, dict):
