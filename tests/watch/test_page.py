@@ -203,8 +203,14 @@ def test_one_of_a_thing_is_singular(single: Page) -> None:
     assert not re.search(r"(?<![\d.,])1 [a-z ]*(tasks|attempts|shards|rows|samples|hosts)\b", text)
     assert "1 task, 1 attempt: 1 finished." in single.section("Tasks")
     assert "From 1 finished shard: 3 rows." in single.section("Values")
-    assert "No shard has failed" in single.section("Rejections and failures")
+    assert "No failed shard is left." in single.section("Rejections and failures")
     assert "All shards are done." in single.texts("main")[0]
+
+
+def test_a_task_s_speed_beside_the_mean_is_explained(single: Page) -> None:
+    """Of one task, the two figures differ by the time in which it starts."""
+    assert "samples a second, mean" in single.texts("dt")
+    assert "; the mean at the top is over the time at shards alone." in single.section("Tasks")
 
 
 def test_each_task_has_a_lane_and_each_attempt_a_bar(page: Page) -> None:
