@@ -23,7 +23,9 @@ from launch.scripted import commands_of
 import d2m_hpc as d2m
 from d2m_hpc.errors import ConfigError, D2MError, SlurmError
 from d2m_hpc.launch import derive as launch
+from d2m_hpc.plan.standing import standings
 from d2m_hpc.run.derived import evaluated, require_steady
+from d2m_hpc.run.folder import RunDir
 from d2m_hpc.worker.task import run_task
 
 FEATURE = "image-histogram"
@@ -368,6 +370,7 @@ def test_a_run_stays_finished_where_a_derived_column_fails(folder: Path) -> None
         assert table.column("x").null_count == ROWS
         assert table.column("key").to_pylist()[-ROWS:] == [f"copy{i}" for i in range(ROWS)]
         assert run.export("hf", folder / "hf").rows == 3 * ROWS
+        assert not standings(RunDir(run.path), run.config).is_complete  # to rounds of the derive
     told = command("derive", file, "--local")
     assert told.returncode == 1
     assert "1 given up after 2 attempts" in told.stdout

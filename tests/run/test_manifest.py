@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,6 +209,19 @@ def test_the_manifest_is_the_union_of_all_files(tmp_path: Path) -> None:
 def test_the_newest_done_record_counts_in_whatever_order_they_are_read() -> None:
     old, new = record("s", "done", 1, rows=1), record("s", "done", 2, rows=2)
     assert of([old, new]).done == of([new, old]).done == {"s": outcome(new)}
+
+
+def test_the_record_of_the_models_is_kept_whatever_was_derived_since() -> None:
+    """A shard that is computed, derived, extended and derived again, its lines in any order."""
+    prints = ("a", "a+1", "b", "b+1", "b+2")
+    made = [
+        record("s", "done", n, fingerprint=p, attempt=n, rows=n) for n, p in enumerate(prints, 1)
+    ]
+    for count, last in ((1, 1), (2, 1), (3, 3), (5, 3)):
+        for records in permutations(made[:count]):
+            manifest = of([*records])
+            assert manifest.done == {"s": outcome(made[count - 1])}
+            assert manifest.computed(manifest.done) == {"s": outcome(made[last - 1])}
 
 
 def test_the_shards_own_attempts_tell_what_is_later_and_not_the_clocks_of_nodes() -> None:
