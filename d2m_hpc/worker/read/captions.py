@@ -162,9 +162,7 @@ def _of_parquet(path: str, wanted: Wanted) -> Iterator[dict[str, Any]]:
         for batch in file.iter_batches(1024, use_threads=False):
             paths = batch.column(NAME).to_pylist() if NAME in names else [None] * len(batch)
             for number, name in enumerate(paths):
-                if (
-                    wanted.path_of(name, names) in wanted
-                ):  # to make values of all rows takes far longer
+                if wanted.path_of(name, names) in wanted:  # values of all rows take far longer
                     yield batch.slice(number, 1).to_pylist()[0]
 
 
