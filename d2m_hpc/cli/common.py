@@ -106,7 +106,11 @@ def waiting(how: str) -> AbstractContextManager[None]:
 
 
 class _Unread(io.FileIO):
-    """A stream that takes what nobody reads any more."""
+    """Writes to a stream's file, and takes what nobody reads any more."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(stream.fileno(), "w", closefd=False)
+        self._stream = stream  # which closes the file once it is given up
 
     def write(self, data: Any) -> int:
         try:
@@ -124,7 +128,7 @@ def outlive_readers() -> None:
         if isinstance(stream, io.TextIOWrapper) and isinstance(
             buffer, io.FileIO | io.BufferedWriter
         ):
-            raw = _Unread(stream.fileno(), "w", closefd=False)
+            raw = _Unread(stream)
             under: Any = raw if isinstance(buffer, io.FileIO) else io.BufferedWriter(raw)
             how = (stream.encoding, stream.errors, None, stream.line_buffering)
             text = io.TextIOWrapper(under, *how, stream.write_through)

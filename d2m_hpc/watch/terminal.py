@@ -112,12 +112,12 @@ def duration(seconds: float | None) -> str:
 
 def decision(decided: Decision) -> None:
     done, given_up = len(decided.done), len(decided.exhausted)
-    line = f"{counted(len(decided.shards), 'shard')}: {done} done, {len(decided.pending)} to do"
+    line = f"{counted(len(decided.shards), 'shard')}: {done:,} done, {len(decided.pending):,} to do"
     if decided.in_flight:
-        line += f", {len(decided.in_flight)} with live tasks"
+        line += f", {len(decided.in_flight):,} with live tasks"
     if given_up:
         attempts = decided.workload.config.max_attempts
-        line += f", {given_up} given up after {counted(attempts, 'attempt')}"
+        line += f", {given_up:,} given up after {counted(attempts, 'attempt')}"
         line += f" (--set max_attempts={attempts + 1})"
     console.print(line)
     for number, lacked in decided.gains():

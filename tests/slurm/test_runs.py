@@ -81,7 +81,7 @@ def test_five_thousand_chunks_are_five_arrays(cluster: Cluster) -> None:
         shards_per_task=1,
     )
     said = d2m("submit", config, "--dry-run").stdout
-    assert "5000 shards: 0 done, 5000 to do" in said
+    assert "5,000 shards: 0 done, 5,000 to do" in said
     ranges = [line.split("elements ")[1] for line in said.splitlines() if "elements" in line]
     assert ranges == ["0-1000"] * 4 + ["0-995"]
     assert not (cluster.folder / "out").exists()

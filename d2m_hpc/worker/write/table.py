@@ -183,7 +183,9 @@ class Table:
         try:
             array, is_told = _typed(given, self.schema, name)
         except pa.ArrowException as error:
-            what = f"column {name!r} cannot be written, of {_described(given)}: {error}; {VALID}"
+            what = f"column {name!r} cannot be written: {error}"
+            if not self.schema.column(name):  # by no type that it should have
+                what += f"; its first value is of {_described(given)}; {VALID}"
             raise ShardError(what) from None
         _require_finite(name, array)
         return array, is_told
